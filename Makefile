@@ -1,0 +1,62 @@
+# Every target does its own set-up; what exists is reused.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+RUN := $(CURDIR)/$(VENV)/bin
+READY := $(VENV)/.ready
+
+# No tool phones home.
+export DVC_NO_ANALYTICS := 1
+export DO_NOT_TRACK := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PATH := $(RUN):$(PATH)
+
+.PHONY: help setup repro test test-long lint ui pipeline bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## make .venv with the versions in requirements.lock (the other targets call this)
+
+$(READY): requirements.lock
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with venv found; install one, or: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(RUN)/python || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing requirements.lock into $(VENV) (3 to 5 minutes the first time; log: $(VENV)/setup.log)"
+	@$(RUN)/python -m pip install --progress-bar off -r requirements.lock > $(VENV)/setup.log 2>&1 \
+		|| { grep -i error $(VENV)/setup.log | tail -n 5; echo "error: set-up failed; see $(VENV)/setup.log, mend it and type the command again"; exit 1; }
+	@touch $@
+
+repro: $(READY) ## run the pipeline: what is up to date is not run again
+	@$(RUN)/python -m stages repro
+
+test: $(READY) ## style, types and tests
+	@$(RUN)/ruff check .
+	@$(RUN)/ruff format --check .
+	@$(RUN)/mypy
+	@HF_HUB_OFFLINE=1 $(RUN)/python -m pytest
+
+test-long: $(READY) ## the slow tests too
+	@HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -m ""
+
+lint: $(READY) ## mend what ruff can mend
+	@$(RUN)/ruff check --fix .
+	@$(RUN)/ruff format .
+
+pipeline: $(READY) ## the same pipeline as a Prefect flow, in this terminal
+	@$(RUN)/python -m flows.pipeline
+
+ui: $(READY) ## Prefect and MLflow pages on loopback, with the pipeline ready to start
+	@$(RUN)/python -m flows.ui
+
+bench: $(READY) ## speed and memory, side by side with what one would use instead
+	@$(RUN)/python -m benchmarks
+
+clean: ## remove results and checkpoints (not the DVC cache, not MLflow's record)
+	rm -rf outs reports/report.html reports/timings .state

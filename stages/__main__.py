@@ -1,0 +1,62 @@
+"""`python -m stages NAME`: run one stage, or one of the tools that look at the pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from stages.params import ParamsError, load_params
+from stages.paths import Paths
+
+STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the command line names.
+
+    Returns:
+        0 on success, 1 when the work failed for a reason a user can mend, 2 when params.yaml or the call is wrong.
+    """
+    parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
+    parser.add_argument("name", choices=STAGES, metavar="NAME", help=", ".join(STAGES))
+    parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
+    args = parser.parse_args(argv)
+    quiet_tools()
+    try:
+        params = load_params(args.root / "params.yaml")
+        importlib.import_module(f"stages.{args.name}").run(params, Paths(args.root.resolve()))
+    except ParamsError as error:
+        return fail(error, EXIT_USAGE)
+    except (ValueError, OSError) as error:
+        if os.environ.get("SFT_TRACEBACK"):
+            raise
+        return fail(error, EXIT_FAILED)
+    return 0
+
+
+def fail(error: Exception, code: int) -> int:
+    """Print one message instead of a traceback; SFT_TRACEBACK=1 shows where it came from."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def quiet_tools() -> None:
+    """Switch telemetry off and keep progress bars of libraries out of the log; a value set by the user wins."""
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DVC_NO_ANALYTICS": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
