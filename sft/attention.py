@@ -1,0 +1,271 @@
+"""Which attention a packed batch runs on, and the proof that it keeps documents apart.
+
+Importing this module registers `sft_documents` with transformers, so that it can be named as `attn_implementation`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from sft.document_attention import document_attention_forward, document_attention_mask
+from sft.layout import DocumentLayout, current_layout, document_layout
+
+__all__ = [
+    "SFT_DOCUMENTS",
+    "AttentionChoice",
+    "Hardware",
+    "IsolationReport",
+    "check_attention_request",
+    "choose_packed_attention",
+    "current_hardware",
+    "current_layout",
+    "document_layout",
+    "flash_sdp_only",
+    "probe_isolation",
+    "refuse_packing_reason",
+]
+
+SFT_DOCUMENTS = "sft_documents"
+"""Name of the per-document attention in transformers' registries."""
+
+AttentionInterface.register(SFT_DOCUMENTS, document_attention_forward)
+AttentionMaskInterface.register(SFT_DOCUMENTS, document_attention_mask)
+
+HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """An `attn_implementation` and one line that says why."""
+
+    implementation: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the device and the installed packages can do; tests make their own."""
+
+    device_type: str
+    capability: tuple[int, int] = (0, 0)
+    packages: frozenset[str] = frozenset()
+
+
+def current_hardware(device: torch.device) -> Hardware:
+    """Look at a device: its type, its CUDA capability, and which attention packages are installed."""
+    on_cuda = device.type == "cuda"
+    names = ("flash_attn", "flash_attn_interface", "kernels")
+    return Hardware(
+        device_type=device.type,
+        capability=torch.cuda.get_device_capability(device) if on_cuda else (0, 0),
+        packages=frozenset(name for name in names if find_spec(name) is not None),
+    )
+
+
+def check_attention_request(requested: str, dtype: torch.dtype, hardware: Hardware) -> None:
+    """Refuse an `attn_implementation` that this machine cannot run, saying what it lacks.
+
+    Args:
+        requested: the name as transformers spells it.
+        dtype: the precision that attention runs in (the model's, or that of autocast).
+        hardware: see `current_hardware`.
+
+    Raises:
+        ValueError: names what was asked, what was found and what to use.
+    """
+    problems = []
+    is_flash = requested.startswith("flash_attention")
+    if is_flash or requested == "flex_attention" or "/" in requested:
+        if hardware.device_type != "cuda":
+            problems.append(f"it trains on CUDA devices only, and the model is on {hardware.device_type!r}")
+        if is_flash and dtype not in HALF_PRECISIONS:
+            problems.append(f"it takes float16 or bfloat16, and the model computes in {dtype} (set bf16=True or a dtype)")
+    if hardware.device_type == "cuda" and is_flash:
+        needed = (9, 0) if requested == "flash_attention_3" else (8, 0)
+        if hardware.capability < needed:
+            problems.append(f"it needs compute capability {needed[0]}.{needed[1]}, and the GPU has {_dotted(hardware)}")
+    package = _required_package(requested)
+    if package is not None and not hardware.packages & {package, "kernels"}:
+        problems.append(f"the package that provides it is not installed (pip install {_pip_name(package)})")
+    if problems:
+        raise ValueError(f"attn_implementation={requested!r} cannot be used: {'; '.join(problems)}. Use 'sdpa' or 'auto'.")
+
+
+def _dotted(hardware: Hardware) -> str:
+    return f"{hardware.capability[0]}.{hardware.capability[1]}"
+
+
+def _required_package(requested: str) -> str | None:
+    if "/" in requested:
+        return "kernels"
+    return {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(requested)
+
+
+def _pip_name(package: str) -> str:
+    return {"flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3"}.get(package, package)
+
+
+def refuse_packing_reason(model: torch.nn.Module) -> str | None:
+    """Say why this model cannot hold several documents in a row, or None when nothing speaks against it so far."""
+    base = causal_lm(model)
+    config = base.config.get_text_config()
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return "its forward takes no position_ids, so positions cannot restart at each document"
+    if getattr(config, "alibi", False):
+        return "it derives positions from the attention mask (ALiBi), which runs on across documents"
+    if not base._can_set_attn_implementation():
+        return "it computes attention in its own layers, which transformers' attention interface does not reach"
+    return None
+
+
+def causal_lm(model: torch.nn.Module) -> Any:
+    """The transformers model inside wrappers such as DDP's, torch.compile's and PEFT's."""
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif not hasattr(inner, "config") and hasattr(inner, "module"):
+            inner = inner.module
+        else:
+            return inner
+
+
+def choose_packed_attention(
+    model: torch.nn.Module, requested: str | None, hardware: Hardware | None = None, dtype: torch.dtype | None = None
+) -> AttentionChoice:
+    """Pick the attention for packed or padding-free batches.
+
+    Args:
+        model: a transformers causal model, wrapped or not.
+        requested: the user's `attn_implementation`; None and "auto" leave the choice to us.
+        hardware: found from the model's device when None.
+        dtype: the precision that attention runs in; the model's when None.
+
+    Returns:
+        A name for `model.set_attn_implementation`, with its reason. `probe_isolation` checks it on the model itself.
+
+    Raises:
+        ValueError: the model cannot hold packed rows, or the machine cannot run what was asked.
+    """
+    base = causal_lm(model)
+    reason = refuse_packing_reason(base)
+    if reason is not None:
+        raise ValueError(f"{base.config.model_type} models cannot train on packed rows: {reason}. Use packing=False.")
+    hardware = hardware or current_hardware(base.device)
+    requested = requested or "auto"
+    check_attention_request(requested, dtype or base.dtype, hardware)
+    chunk = getattr(base.config.get_text_config(), "attention_chunk_size", None)
+    if chunk is not None and requested in ("auto", "sdpa", SFT_DOCUMENTS):
+        return AttentionChoice("sdpa", f"layers attend in chunks of {chunk}: a mask over the row keeps documents apart")
+    if requested in ("auto", "sdpa", SFT_DOCUMENTS):
+        return AttentionChoice(SFT_DOCUMENTS, "scaled dot product attention document by document, no mask over the row")
+    return AttentionChoice(requested, "as requested; documents are told apart by position_ids")
+
+
+@contextmanager
+def flash_sdp_only() -> Iterator[None]:
+    """Force the flash kernel of `scaled_dot_product_attention`: Flash Attention 1's route, without another package.
+
+    That kernel takes no mask, so batches must be packed or padding-free; with padding torch finds no kernel and raises.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        yield
+
+
+@dataclass(frozen=True)
+class IsolationReport:
+    """Largest differences of logits that the probe saw, relative to the largest logit."""
+
+    neighbour_effect: float
+    packing_error: float
+    tolerance: float
+
+
+PROBE_LENGTHS = (13, 10)
+
+
+@torch.no_grad()
+def probe_isolation(model: torch.nn.Module) -> IsolationReport:
+    """Run two documents in one row, change the first, and see that the second does not notice.
+
+    Also compares both with the same documents run alone. Four forward passes of at most 23 tokens.
+
+    Args:
+        model: a transformers causal model with the attention set that is to be used.
+
+    Returns:
+        The differences found, all within tolerance.
+
+    Raises:
+        ValueError: a document sees its neighbour, or packing changes its logits.
+    """
+    base = causal_lm(model)
+    was_training = model.training
+    model.eval()
+    try:
+        report = _measure_isolation(model, base)
+    finally:
+        model.train(was_training)
+    name = f"{base.config.model_type} with attn_implementation={base.config._attn_implementation!r}"
+    if report.neighbour_effect > report.tolerance:
+        raise ValueError(
+            f"documents packed into one row see each other in {name}: changing one moved its neighbour's logits by "
+            f"{report.neighbour_effect:.1e} of their size (limit {report.tolerance:.1e}). Use packing=False, or "
+            "attn_implementation='auto'."
+        )
+    if report.packing_error > report.tolerance:
+        raise ValueError(
+            f"packing changes what {name} computes: logits differ by {report.packing_error:.1e} of their size from the "
+            f"unpacked ones (limit {report.tolerance:.1e}). Use packing=False, or attn_implementation='auto'."
+        )
+    return report
+
+
+def _measure_isolation(model: torch.nn.Module, base: Any) -> IsolationReport:
+    vocab_size = base.get_input_embeddings().weight.shape[0]
+    first, second = (_probe_document(vocab_size, length, seed) for seed, length in enumerate(PROBE_LENGTHS))
+    changed = _probe_document(vocab_size, PROBE_LENGTHS[0], seed=len(PROBE_LENGTHS))
+    packed = _flat_logits(model, base, [first, second])
+    perturbed = _flat_logits(model, base, [changed, second])
+    alone = torch.cat([_flat_logits(model, base, [first]), _flat_logits(model, base, [second])])
+    scale = alone.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    start_of_second = PROBE_LENGTHS[0]
+    return IsolationReport(
+        neighbour_effect=((packed - perturbed)[start_of_second:].abs().max() / scale).item(),
+        packing_error=((packed - alone).abs().max() / scale).item(),
+        tolerance=_tolerance(base),
+    )
+
+
+def _tolerance(base: Any) -> float:
+    """Rounding alone stays well below this; a leak of one document into another lies well above."""
+    if base.dtype == torch.float32 and not torch.is_autocast_enabled(base.device.type):
+        return 1e-4
+    return 5e-2
+
+
+def _probe_document(vocab_size: int, length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+
+
+def _flat_logits(model: torch.nn.Module, base: Any, documents: list[list[int]]) -> torch.Tensor:
+    """Logits `(num_tokens, vocab)` in fp32 of documents run in one flat row."""
+    layout = DocumentLayout(tuple(len(document) for document in documents))
+    input_ids = torch.tensor([sum(documents, [])], device=base.device)
+    position_ids = torch.tensor([[place for length in layout.lengths for place in range(length)]], device=base.device)
+    with document_layout(layout):
+        logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    return logits[0].float()
