@@ -44,7 +44,9 @@ def dequantize_gguf(gguf_file: Path, output_dir: Path) -> None:
     gguf_file, output_dir = Path(gguf_file), Path(output_dir)
     _check_gguf(gguf_file)
     if output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"{output_dir} is not empty: dequantize_gguf writes a whole checkpoint into a folder of its own.")
+        raise ValueError(
+            f"{output_dir} is not empty: dequantize_gguf writes a whole checkpoint into a folder of its own."
+        )
     quantized = AutoModelForCausalLM.from_pretrained(
         gguf_file.parent,
         gguf_file=gguf_file.name,
