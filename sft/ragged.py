@@ -1,0 +1,223 @@
+"""Cut and join rows of token columns on Arrow's own buffers: no Python object per token is ever made.
+
+Every operation of packing and truncation is one list of pieces (which document, from where, how long) and a division
+of that list into output rows; `materialize` turns it into a data set, a bounded number of tokens at a time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from datasets.fingerprint import Hasher, get_temporary_cache_files_directory
+from datasets.table import InMemoryTable, MemoryMappedTable
+
+from sft.labels import IGNORE_INDEX
+
+TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "loss_weights")
+"""Columns that hold one value a token and are cut and joined together."""
+
+COLUMN_TYPES = {"completion_mask": np.int8, "assistant_masks": np.int8, "loss_weights": np.float32}
+"""Types written; ids and labels are int32."""
+
+TOKENS_PER_BATCH = 1 << 22
+
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def ranges(starts: Integers, lengths: Integers) -> Integers:
+    """Concatenate `arange(start, start + length)` for every pair, without a loop."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Stretches of documents, in output order.
+
+    Attributes:
+        document: `(num_pieces,)` row of the source.
+        start: `(num_pieces,)` first token taken.
+        length: `(num_pieces,)` number of tokens taken.
+    """
+
+    document: Integers
+    start: Integers
+    length: Integers
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def __getitem__(self, key: Any) -> Pieces:
+        return Pieces(self.document[key], self.start[key], self.length[key])
+
+
+class RaggedColumn:
+    """One list column of a data set as offsets and values, chunk by chunk as Arrow stores it."""
+
+    def __init__(self, name: str, column: pa.ChunkedArray, indices: Integers | None) -> None:
+        self._indices = indices
+        self._offsets: list[Integers] = []
+        self._values: list[np.ndarray[Any, Any]] = []
+        for chunk in column.chunks:
+            offsets, values = _buffers(name, chunk)
+            self._offsets.append(offsets)
+            self._values.append(values)
+        self._first_rows = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
+
+    def lengths(self) -> Integers:
+        """Tokens in each document, `(num_documents,)`."""
+        stored = [np.diff(offsets) for offsets in self._offsets]
+        lengths = np.concatenate(stored).astype(np.int64) if stored else np.zeros(0, dtype=np.int64)
+        return lengths if self._indices is None else lengths[self._indices]
+
+    def gather(self, pieces: Pieces, dtype: Any) -> np.ndarray[Any, Any]:
+        """Values of all pieces one after another, `(sum of lengths,)`."""
+        output = np.empty(int(pieces.length.sum()), dtype=dtype)
+        places = np.cumsum(pieces.length) - pieces.length
+        for chunk, picked, first_values in self._by_chunk(pieces):
+            lengths = pieces.length[picked]
+            output[ranges(places[picked], lengths)] = self._values[chunk][ranges(first_values, lengths)]
+        return output
+
+    def count_supervised(self, pieces: Pieces) -> Integers:
+        """Targets in each piece, `(num_pieces,)`; a piece's first label is no target, having nothing before it."""
+        counts = np.zeros(len(pieces), dtype=np.int64)
+        plan = RowPlan(pieces, np.arange(1, len(pieces) + 1))
+        for first, last in plan.batches():
+            batch = pieces[first:last]
+            running = np.concatenate([[0], np.cumsum(self.gather(batch, np.int32) != IGNORE_INDEX)])
+            ends = np.cumsum(batch.length)
+            counts[first:last] = running[ends] - running[np.minimum(ends - batch.length + 1, ends)]
+        return counts
+
+    def _by_chunk(self, pieces: Pieces) -> Iterator[tuple[int, Integers, Integers]]:
+        """Yield each chunk in use, the pieces that lie in it, and where their values begin in it."""
+        rows = pieces.document if self._indices is None else self._indices[pieces.document]
+        chunk_of = np.searchsorted(self._first_rows, rows, side="right") - 1
+        for chunk in np.unique(chunk_of):
+            picked = np.flatnonzero(chunk_of == chunk)
+            first_values = self._offsets[chunk][rows[picked] - self._first_rows[chunk]] + pieces.start[picked]
+            yield int(chunk), picked, first_values
+
+
+def _buffers(name: str, chunk: Any) -> tuple[Integers, np.ndarray[Any, Any]]:
+    if not isinstance(chunk, pa.ListArray | pa.LargeListArray):
+        raise ValueError(f"column {name!r} must hold a list of numbers in each row, found {chunk.type}")
+    if chunk.null_count or chunk.values.null_count:
+        raise ValueError(f"column {name!r} holds nulls; every row must be a list of numbers without gaps")
+    return chunk.offsets.to_numpy().astype(np.int64), chunk.values.to_numpy(zero_copy_only=False)
+
+
+def token_columns(dataset: Dataset) -> dict[str, RaggedColumn]:
+    """Open the token columns of a data set and check that they agree in length.
+
+    Raises:
+        ValueError: `input_ids` is missing, or a row's columns differ in length.
+    """
+    names = [name for name in TOKEN_COLUMNS if name in dataset.column_names]
+    if "input_ids" not in names:
+        raise ValueError(f"packing needs a tokenized data set with 'input_ids', found columns {dataset.column_names}")
+    indices = None if dataset._indices is None else dataset._indices.column(0).to_numpy().astype(np.int64)
+    columns = {name: RaggedColumn(name, dataset.data.column(name), indices) for name in names}
+    expected = columns["input_ids"].lengths()
+    for name, column in columns.items():
+        wrong = np.flatnonzero(column.lengths() != expected)
+        if len(wrong):
+            row = int(wrong[0])
+            raise ValueError(
+                f"row {row}: {name!r} has {column.lengths()[row]} values for {expected[row]} input_ids; they must be equal"
+            )
+    return columns
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Output rows as groups of pieces; `ends[i]` is the number of pieces up to and including row i."""
+
+    pieces: Pieces
+    ends: Integers
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        """Ranges of rows of about `TOKENS_PER_BATCH` tokens; one empty range when there is no row."""
+        running = np.concatenate([[0], np.cumsum(self.pieces.length)])[self.ends]
+        first = 0
+        while first < len(self.ends) or first == 0:
+            done = running[first - 1] if first else 0
+            last = max(first + 1, int(np.searchsorted(running, done + TOKENS_PER_BATCH, side="right")))
+            yield first, min(last, len(self.ends))
+            first = last
+
+    def part(self, first: int, last: int) -> RowPlan:
+        """The plan of rows first to last (exclusive) alone."""
+        before = int(self.ends[first - 1]) if first else 0
+        ends = self.ends[first:last] - before
+        return RowPlan(self.pieces[before : before + (int(ends[-1]) if len(ends) else 0)], ends)
+
+
+def materialize(dataset: Dataset, plan: RowPlan, carry: Dataset | None = None) -> Dataset:
+    """Write the data set whose rows are the plan's.
+
+    Held in memory when the source is; otherwise in a temporary file that goes away with the process.
+
+    Args:
+        dataset: the source, with token columns.
+        plan: what to take, in order.
+        carry: as many rows with further columns to keep, when output rows are rows of the source; None when rows are
+            packed, which adds `seq_lengths` (the lengths of the row's pieces), and `labels` where the source has none.
+    """
+    columns = token_columns(dataset)
+    tables = (_batch_table(columns, plan, batch, carry) for batch in plan.batches())
+    return _store(tables, in_memory=not dataset.cache_files)
+
+
+def _batch_table(
+    columns: dict[str, RaggedColumn], plan: RowPlan, batch: tuple[int, int], carry: Dataset | None
+) -> pa.Table:
+    rows = plan.part(*batch)
+    counts = np.concatenate([[0], rows.ends])
+    offsets = np.concatenate([[0], np.cumsum(rows.pieces.length)])[counts]
+    arrays: dict[str, Any] = {
+        name: _list_array(offsets, column.gather(rows.pieces, COLUMN_TYPES.get(name, np.int32)))
+        for name, column in columns.items()
+    }
+    if carry is not None:
+        further = carry.with_format("arrow")[batch[0] : batch[1]]
+        return pa.table({**{name: further.column(name) for name in carry.column_names}, **arrays})
+    arrays.setdefault("labels", arrays["input_ids"])
+    return pa.table({**arrays, "seq_lengths": _list_array(counts, rows.pieces.length.astype(np.int32))})
+
+
+def _list_array(offsets: Integers, values: np.ndarray[Any, Any]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+
+
+def _store(tables: Iterator[pa.Table], in_memory: bool) -> Dataset:
+    """Keep tables as a data set whose fingerprint depends on its content alone, so that equal runs save equal files."""
+    hasher = Hasher()
+    if in_memory:
+        kept = pa.concat_tables([_hashed(table, hasher) for table in tables])
+        return Dataset(InMemoryTable(kept), fingerprint=hasher.hexdigest())
+    folder = get_temporary_cache_files_directory()
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="rows-", suffix=".arrow", delete=False) as file:
+        first = _hashed(next(tables), hasher)
+        with pa.ipc.new_stream(file, first.schema) as writer:
+            writer.write_table(first)
+            for table in tables:
+                writer.write_table(_hashed(table, hasher))
+    return Dataset(MemoryMappedTable.from_file(file.name), fingerprint=hasher.hexdigest())
+
+
+def _hashed(table: pa.Table, hasher: Hasher) -> pa.Table:
+    for name in table.column_names:
+        hasher.update(name)
+        for chunk in table.column(name).chunks:
+            for buffer in chunk.buffers():
+                hasher.update(b"" if buffer is None else bytes(buffer))
+    return table
