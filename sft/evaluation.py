@@ -1,0 +1,146 @@
+"""Token-weighted evaluation of a causal model: the same figures whatever the batch size, the packing or the padding."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from sft.labels import IGNORE_INDEX
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class _Document:
+    """One document, cut behind its last supervised token; `index` is its position in the input."""
+
+    index: int
+    input_ids: list[int]
+    labels: list[int]
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    tokens_per_batch: int = 2048,
+    on_progress: Progress | None = None,
+) -> dict[str, float]:
+    """Loss, perplexity and token accuracy of a causal model on supervised tokens.
+
+    Packed rows are taken apart into their documents, so that nothing depends on how they were packed or on the
+    attention that packed rows need. Documents of like length share a padded batch; the head runs on positions that have
+    a label.
+
+    Args:
+        model: a causal language model (an adapter model too).
+        rows: dicts with `input_ids` and `labels`, both `(length,)`, `labels[i]` belonging to `input_ids[i]` and
+            `IGNORE_INDEX` where nothing is learned; `seq_lengths` with the documents' lengths where rows are packed.
+        tokens_per_batch: most tokens of a padded batch, at least one document.
+        on_progress: called with (documents done, of how many, text).
+
+    Returns:
+        `loss` (mean negative log-likelihood in nats a supervised token), `perplexity`, `token_accuracy`, `num_tokens`.
+
+    Raises:
+        ValueError: no row has a supervised token.
+    """
+    documents = list(split_documents(rows))
+    if not documents:
+        raise ValueError(f"none of the {len(rows)} rows has a token with a label: there is nothing to evaluate")
+    training = model.training
+    model.eval()
+    losses, hits, num_tokens, done = 0.0, 0, 0, 0
+    try:
+        for batch in _batches(documents, tokens_per_batch):
+            logits, targets = _supervised_logits(model, batch)
+            losses += float(cross_entropy(logits, targets, reduction="sum"))
+            hits += int((logits.argmax(-1) == targets).sum())
+            num_tokens += targets.numel()
+            done += len(batch)
+            if on_progress is not None:
+                on_progress(done, len(documents), "documents evaluated")
+    finally:
+        model.train(training)
+    loss = losses / num_tokens
+    # exp overflows past 709 nats, which a broken model can reach.
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {"loss": loss, "perplexity": perplexity, "token_accuracy": hits / num_tokens, "num_tokens": num_tokens}
+
+
+def split_documents(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Document]:
+    """Take packed rows apart; documents without a supervised token are left out, tokens behind the last one are cut.
+
+    Raises:
+        ValueError: a row's `seq_lengths` do not add up to its length.
+    """
+    index = 0
+    for number, row in enumerate(rows):
+        input_ids, labels = list(row["input_ids"]), list(row["labels"])
+        lengths = list(row.get("seq_lengths") or [len(input_ids)])
+        if sum(lengths) != len(input_ids) or len(labels) != len(input_ids):
+            raise ValueError(
+                f"row {number}: {len(input_ids)} ids, {len(labels)} labels, but seq_lengths add up to {sum(lengths)}"
+            )
+        start = 0
+        for length in lengths:
+            piece = slice(start, start + length)
+            start += length
+            # A document's first token has nothing before it to be predicted from.
+            supervised = [p for p, label in enumerate(labels[piece]) if label != IGNORE_INDEX and p > 0]
+            if supervised:
+                last = supervised[-1] + 1
+                yield _Document(index, input_ids[piece][:last], labels[piece][:last])
+                index += 1
+
+
+def _batches(documents: Sequence[_Document], tokens_per_batch: int) -> Iterator[list[_Document]]:
+    batch: list[_Document] = []
+    for document in sorted(documents, key=_length, reverse=True):
+        # Longest first: the first document of a batch sets its padded width.
+        if batch and len(batch[0].input_ids) * (len(batch) + 1) > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(document)
+    if batch:
+        yield batch
+
+
+def _length(document: _Document) -> int:
+    return len(document.input_ids)
+
+
+def _supervised_logits(model: nn.Module, batch: Sequence[_Document]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 logits `(num_supervised, vocabulary)` and targets `(num_supervised,)` of a padded batch."""
+    device = next(model.parameters()).device
+    width = len(batch[0].input_ids)
+    input_ids = torch.zeros(len(batch), width, dtype=torch.long)
+    targets = torch.full((len(batch), width), IGNORE_INDEX)
+    mask = torch.zeros(len(batch), width, dtype=torch.long)
+    for row, document in enumerate(batch):
+        length = len(document.input_ids)
+        input_ids[row, :length] = torch.tensor(document.input_ids)
+        mask[row, :length] = 1
+        # Position p predicts token p + 1.
+        targets[row, : length - 1] = torch.tensor(document.labels[1:])
+    positions = (targets != IGNORE_INDEX).any(0).nonzero().squeeze(1)
+    inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+    if _takes_logits_to_keep(model):
+        logits = model(**inputs, logits_to_keep=positions.to(device)).logits
+    else:
+        logits = model(**inputs).logits[:, positions]
+    targets = targets[:, positions].to(device)
+    supervised = targets != IGNORE_INDEX
+    return logits[supervised].float(), targets[supervised]
+
+
+def _takes_logits_to_keep(model: nn.Module) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters

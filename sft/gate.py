@@ -1,0 +1,156 @@
+"""Conditions that a result must meet before it is promoted, such as `quantized.loss <= 1.05 * tuned.loss`.
+
+A condition compares two sums of products of numbers and `model.metric` names. It is parsed by Python's own grammar and
+then walked node by node: nothing is ever evaluated as code.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import math
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+Results = Mapping[str, Mapping[str, float]]
+
+COMPARISONS = {
+    ast.GtE: (">=", operator.ge),
+    ast.LtE: ("<=", operator.le),
+    ast.Gt: (">", operator.gt),
+    ast.Lt: ("<", operator.lt),
+}
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+HINT = "write e.g. `tuned.exact_match >= 0.85` or `quantized.loss <= 1.05 * tuned.loss`"
+MAX_LENGTH = 300
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One parsed condition; `names` are the `model.metric` values that it needs."""
+
+    text: str
+    comparison: str
+    left: ast.expr
+    right: ast.expr
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """One line of the gate's table: the condition, both sides as numbers (None without one), and the verdict."""
+
+    condition: str
+    left: float | None
+    right: float | None
+    passed: bool
+    reason: str
+
+
+def parse_condition(text: str) -> Condition:
+    """Parse one condition.
+
+    Raises:
+        ValueError: shows the condition, what is wrong with it and how one looks.
+    """
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"gate condition of {len(text)} characters, the limit is {MAX_LENGTH}: {text[:40]!r}...")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"gate condition {text!r} is not a comparison; {HINT}") from None
+    if not isinstance(tree, ast.Compare) or len(tree.ops) != 1 or type(tree.ops[0]) not in COMPARISONS:
+        raise ValueError(f"gate condition {text!r} must compare once, with >=, <=, > or <; {HINT}")
+    names = tuple(dict.fromkeys([*_names(tree.left, text), *_names(tree.comparators[0], text)]))
+    if not names:
+        raise ValueError(f"gate condition {text!r} names no result; {HINT}")
+    return Condition(text.strip(), COMPARISONS[type(tree.ops[0])][0], tree.left, tree.comparators[0], names)
+
+
+def parse_gate(conditions: Sequence[str], available: Collection[str] | None = None) -> list[Condition]:
+    """Parse all conditions and report everything that is wrong with them at once.
+
+    Args:
+        conditions: as params state them.
+        available: the `model.metric` names that will exist; None to check the grammar only.
+
+    Raises:
+        ValueError: lists every bad condition; an unknown name comes with the nearest known one.
+    """
+    parsed, problems = [], []
+    for text in conditions:
+        try:
+            condition = parse_condition(text)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        parsed.append(condition)
+        if available is not None:
+            unknown = [name for name in condition.names if name not in available]
+            problems += [f"gate condition {text!r}: {_unknown_name(name, available)}" for name in unknown]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return parsed
+
+
+def check_gate(conditions: Sequence[Condition], results: Results) -> list[GateRow]:
+    """Check conditions against results; a missing or non-finite value fails its condition and says so.
+
+    Args:
+        conditions: from `parse_gate`.
+        results: model name -> metric name -> value.
+    """
+    return [_check(condition, results) for condition in conditions]
+
+
+def _check(condition: Condition, results: Results) -> GateRow:
+    values = {}
+    for name in condition.names:
+        model, metric = name.split(".")
+        value = results.get(model, {}).get(metric)
+        if value is None:
+            return GateRow(condition.text, None, None, False, f"{name} was not measured")
+        values[name] = float(value)
+    try:
+        left, right = _value(condition.left, values), _value(condition.right, values)
+    except (ZeroDivisionError, OverflowError) as error:
+        return GateRow(condition.text, None, None, False, f"can't be computed: {error}")
+    if not (math.isfinite(left) and math.isfinite(right)):
+        return GateRow(condition.text, None, None, False, f"{left:g} {condition.comparison} {right:g} is not finite")
+    compare = dict(COMPARISONS.values())[condition.comparison]
+    passed = bool(compare(left, right))
+    reason = f"{left:.4g} {condition.comparison} {right:.4g}" + ("" if passed else " does not hold")
+    return GateRow(condition.text, left, right, passed, reason)
+
+
+def _names(node: ast.expr, text: str) -> list[str]:
+    """Check the grammar below a side of the comparison and collect the names in it."""
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        return [*_names(node.left, text), *_names(node.right, text)]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return _names(node.operand, text)
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return []
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return [f"{node.value.id}.{node.attr}"]
+    raise ValueError(
+        f"gate condition {text!r} holds {ast.unparse(node)!r}: only numbers, + - * / and model.metric may stand there; "
+        + HINT
+    )
+
+
+def _value(node: ast.expr, values: Mapping[str, float]) -> float:
+    if isinstance(node, ast.BinOp):
+        return ARITHMETIC[type(node.op)](_value(node.left, values), _value(node.right, values))
+    if isinstance(node, ast.UnaryOp):
+        return -_value(node.operand, values)
+    if isinstance(node, ast.Constant):
+        return float(node.value)  # type: ignore[arg-type]
+    return values[ast.unparse(node)]
+
+
+def _unknown_name(name: str, available: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, list(available), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(available))}"
+    return f"nothing is called {name}; {hint}"

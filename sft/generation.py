@@ -1,0 +1,146 @@
+"""Batched greedy generation that says whether a model stops by itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model answered: text without special tokens, whether a stop token ended it, tokens without that one."""
+
+    text: str
+    stopped: bool
+    num_tokens: int
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    on_progress: Progress | None = None,
+) -> list[Generation]:
+    """Continue every prompt with the likeliest tokens.
+
+    Prompts of like length share a batch, padded on the left. Rows that have stopped leave the batch, so that one long
+    answer does not keep all others computing.
+
+    Args:
+        model: a causal language model (an adapter model too).
+        tokenizer: decodes the answers.
+        prompts: token ids, `(num_prompts, length)`, ragged.
+        max_new_tokens: where an answer is cut that does not stop.
+        batch_size: prompts generated together; the answers do not depend on it but for rounding.
+        on_progress: called with (prompts done, of how many, text).
+
+    Returns:
+        One generation a prompt, in the order of the prompts.
+
+    Raises:
+        ValueError: a prompt is empty, or there is no stop token.
+    """
+    empty = [index for index, prompt in enumerate(prompts) if not prompt]
+    if empty:
+        raise ValueError(f"prompt {empty[0]} is empty: nothing to continue")
+    stop_ids = stop_token_ids(model, tokenizer)
+    order = sorted(range(len(prompts)), key=[len(prompt) for prompt in prompts].__getitem__)
+    answers: dict[int, list[int]] = {}
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            tokens = _continue(model, [prompts[index] for index in chosen], stop_ids, max_new_tokens)
+            answers.update(zip(chosen, tokens, strict=True))
+            if on_progress is not None:
+                on_progress(len(answers), len(prompts), "prompts answered")
+    finally:
+        model.train(training)
+    return [_generation(answers[index], stop_ids, tokenizer) for index in range(len(prompts))]
+
+
+def stop_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: those of the generation config, and the tokenizer's own end token.
+
+    Raises:
+        ValueError: there is none, so that no answer could ever end.
+    """
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = set(_as_list(configured)) | set(_as_list(tokenizer.eos_token_id))
+    if not ids:
+        raise ValueError("neither the generation config nor the tokenizer has an eos token: set eos_token_id")
+    return sorted(ids)
+
+
+def _as_list(value: int | Iterable[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _continue(
+    model: nn.Module, prompts: list[Sequence[int]], stop_ids: list[int], max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy continuations, each up to and with its stop token."""
+    device = next(model.parameters()).device
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+        mask[row, width - len(prompt) :] = 1
+    answers: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))
+    stops = torch.tensor(stop_ids, device=device)
+    cache = None
+    for _ in range(max_new_tokens):
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
+        output = _step(model, input_ids, mask, positions, cache)
+        cache = output.past_key_values
+        chosen = output.logits[:, -1].argmax(-1)
+        for row, token in zip(active, chosen.tolist(), strict=True):
+            answers[row].append(token)
+        going = ~torch.isin(chosen, stops)
+        if not going.any():
+            break
+        if not going.all():
+            keep = going.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            mask, chosen = mask[keep], chosen[keep]
+            active = [active[index] for index in keep.tolist()]
+        input_ids = chosen.unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+    return answers
+
+
+def _step(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> Any:
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    accepted = _forward_parameters(model)
+    if "position_ids" in accepted:
+        inputs["position_ids"] = positions
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = 1
+    return model(**inputs)
+
+
+def _forward_parameters(model: Any) -> set[str]:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(inner.forward).parameters)
+
+
+def _generation(tokens: list[int], stop_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
+    stopped = bool(tokens) and tokens[-1] in stop_ids
+    content = tokens[:-1] if stopped else tokens
+    return Generation(tokenizer.decode(content, skip_special_tokens=True), stopped, len(content))

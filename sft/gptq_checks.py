@@ -1,0 +1,141 @@
+"""What must hold before the minutes of a GPTQ quantization are spent."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+VALUES_PER_WORD = {2: 16, 3: 32, 4: 8, 8: 4}
+"""Weights that fill whole 32-bit words, by bits; 3-bit weights only come out even after 32 of them (three words)."""
+
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+MIN_ROW_TOKENS = 2
+
+
+def select_calibration(rows: Sequence[Sequence[int]], num_rows: int, length: int, seed: int) -> list[list[int]]:
+    """Choose calibration rows at random, the same ones for the same seed, each cut to `length` tokens.
+
+    Args:
+        rows: token ids of the training rows.
+        num_rows: how many to choose; all of them, shuffled, where there are fewer.
+        length: most tokens a row.
+        seed: of the choice.
+
+    Raises:
+        ValueError: there is no row to choose from, or a number is not positive.
+    """
+    if num_rows < 1 or length < MIN_ROW_TOKENS:
+        raise ValueError(
+            f"calibration needs at least one row of {MIN_ROW_TOKENS} tokens, got {num_rows} rows of {length}"
+        )
+    usable = [index for index, row in enumerate(rows) if len(row) >= MIN_ROW_TOKENS]
+    if not usable:
+        raise ValueError(f"none of the {len(rows)} training rows has {MIN_ROW_TOKENS} tokens to calibrate on")
+    chosen = random.Random(seed).sample(usable, min(num_rows, len(usable)))
+    return [list(rows[index][:length]) for index in chosen]
+
+
+def check_calibration(model_dir: Path, calibration: Sequence[Sequence[int]]) -> None:
+    """Refuse an empty calibration set and token ids that the model has no embedding for.
+
+    Raises:
+        ValueError: names the row, the position and the id.
+    """
+    if not calibration:
+        raise ValueError("calibration is empty: GPTQ needs rows of token ids that look like what the model will see")
+    vocab_size = _text_config(json.loads((model_dir / "config.json").read_text(encoding="utf-8")))["vocab_size"]
+    for index, row in enumerate(calibration):
+        if len(row) < MIN_ROW_TOKENS:
+            raise ValueError(f"calibration row {index} has {len(row)} tokens, at least {MIN_ROW_TOKENS} are needed")
+        for position, token in enumerate(row):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"calibration row {index} holds token id {token} at position {position}, the model knows 0 to "
+                    f"{vocab_size - 1}: were the rows packed with another tokenizer?"
+                )
+
+
+def check_weights_finite(model_dir: Path) -> None:
+    """Refuse weights with NaN or Inf, of which GPTQ would make plausible garbage.
+
+    Raises:
+        ValueError: names the tensors.
+    """
+    from safetensors import safe_open
+
+    broken = []
+    for path in weight_files(model_dir):
+        with safe_open(path, framework="pt") as handle:
+            for name in sorted(handle.keys()):
+                tensor = handle.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    broken.append(f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()})")
+    if broken:
+        raise ValueError(f"{model_dir} has NaN or Inf in {len(broken)} tensors: {'; '.join(broken[:5])}")
+
+
+def check_layers_fit(model_dir: Path, bits: int, group_size: int) -> None:
+    """Refuse bits and group sizes that some linear layer's width does not allow.
+
+    GPTQModel itself would write such a checkpoint, with a last group that standard readers misplace.
+
+    Raises:
+        ValueError: names the first layer that does not fit, its width and the group sizes that fit all layers.
+    """
+    if bits not in VALUES_PER_WORD:
+        raise ValueError(f"bits is {bits}, GPTQ checkpoints come in {', '.join(map(str, VALUES_PER_WORD))}")
+    widths = linear_widths(model_dir)
+    if not widths:
+        raise ValueError(f"{model_dir} has no linear layer to quantize")
+    if group_size != -1 and group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {group_size}, readers know -1 and {', '.join(map(str, GROUP_SIZES))}")
+    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width, _ in widths.values())]
+    for name, (width, outputs) in widths.items():
+        if group_size != -1 and width % group_size:
+            sizes = ", ".join(map(str, fitting)) or "only -1 (one group a row)"
+            raise ValueError(
+                f"group_size {group_size} does not divide the width {width} of {name}; sizes that fit: {sizes}"
+            )
+        for what, size in (("input", width), ("output", outputs)):
+            if size % VALUES_PER_WORD[bits]:
+                raise ValueError(
+                    f"{bits}-bit weights are packed by {VALUES_PER_WORD[bits]}, which does not divide the {what} "
+                    f"width {size} of {name}; try other bits"
+                )
+
+
+def linear_widths(model_dir: Path) -> dict[str, tuple[int, int]]:
+    """Input and output width of every linear layer but the head, by name, read from the configuration alone."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    config = AutoConfig.from_pretrained(model_dir)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    widths = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            widths[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            widths[name] = (module.weight.shape[0], module.weight.shape[1])
+    return widths
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = sorted(model_dir.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{model_dir} holds no .safetensors file: give a plain merged checkpoint folder")
+    return files
+
+
+def _text_config(config: dict) -> dict:
+    return config.get("text_config", config) if "vocab_size" not in config else config

@@ -1,0 +1,148 @@
+"""The files of a GPTQ checkpoint: read packed weights back, and make what GPTQModel saved small and reproducible.
+
+Layout (as AutoGPTQ defined it and vLLM and transformers read it), for a layer of `inputs` by `outputs`:
+`qweight` int32 `(inputs * bits / 32, outputs)`, packed down the input axis;
+`qzeros` int32 `(groups, outputs * bits / 32)`, packed along the output axis, less one in format "gptq" but not "gptq_v2";
+`scales` float16 `(groups, outputs)`; `g_idx` int32 `(inputs,)`, the group of every input column.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sft.gptq_checks import weight_files
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+def weights_size_bytes(model_dir: Path) -> int:
+    """Size of the weight files of a checkpoint folder."""
+    return sum(path.stat().st_size for path in weight_files(model_dir))
+
+
+def finish_checkpoint(model_dir: Path, quantized_dir: Path) -> list[str]:
+    """Save what stayed unquantized in half precision and restore the source's config, tokenizer and generation config.
+
+    GPTQModel changes the generation config (it turns sampling on) and writes timings and temporary paths into the
+    folder; both would give every run another digest.
+
+    Args:
+        model_dir: the source checkpoint.
+        quantized_dir: the folder GPTQModel has saved; changed in place.
+
+    Returns:
+        Names of tensors that hold values beyond float16's range and were therefore left as they were.
+    """
+    kept: list[str] = []
+    for path in weight_files(quantized_dir):
+        kept += _halve_file(path)
+    quantization = _stable_quantization_config(quantized_dir)
+    for path in quantized_dir.iterdir():
+        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
+            path.unlink()
+    for path in model_dir.iterdir():
+        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copyfile(path, quantized_dir / path.name)
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config |= {"dtype": "float16", "quantization_config": quantization}
+    _write_json(quantized_dir / "config.json", config)
+    # vLLM reads this file, transformers the section in config.json.
+    _write_json(quantized_dir / "quantize_config.json", quantization)
+    return kept
+
+
+def weight_errors(model_dir: Path, quantized_dir: Path) -> dict[str, float]:
+    """Relative Frobenius error `|W - Wq| / |W|` of every quantized layer, by its name in the checkpoint.
+
+    Raises:
+        ValueError: a quantized layer has a scale that is NaN or Inf.
+    """
+    sources = {name: path for path in weight_files(model_dir) for name in _names(path)}
+    config = json.loads((quantized_dir / "quantize_config.json").read_text(encoding="utf-8"))
+    errors = {}
+    for name, packed in packed_layers(quantized_dir):
+        if not packed["scales"].isfinite().all():
+            raise ValueError(
+                f"quantized layer {name} has scales beyond float16's range; its weights are too large for GPTQ"
+            )
+        weight = _read(sources[f"{name}.weight"], f"{name}.weight").float()
+        restored = dequantize(packed, config["bits"], zeros_minus_one=config["checkpoint_format"] == "gptq")
+        # Conv1D layers keep their weight as (inputs, outputs) already.
+        reference = weight if weight.shape == restored.shape and weight.shape[0] != weight.shape[1] else weight.T
+        errors[name] = float((reference - restored).norm() / reference.norm().clamp_min(1e-12))
+    return errors
+
+
+def packed_layers(quantized_dir: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Name and packed tensors (`qweight`, `qzeros`, `scales`, `g_idx`) of each quantized layer, one layer at a time."""
+    places = {name: path for path in weight_files(quantized_dir) for name in _names(path)}
+    for name in places:
+        if name.endswith(".qweight"):
+            layer = name.removesuffix(".qweight")
+            parts = ("qweight", "qzeros", "scales", "g_idx")
+            yield layer, {part: _read(places[f"{layer}.{part}"], f"{layer}.{part}") for part in parts}
+
+
+def dequantize(packed: dict[str, torch.Tensor], bits: int, zeros_minus_one: bool = True) -> torch.Tensor:
+    """The weight `(inputs, outputs)` in float32 that a packed layer stands for."""
+    levels = _unpack(packed["qweight"].T.contiguous(), bits).T
+    zeros = _unpack(packed["qzeros"], bits) + int(zeros_minus_one)
+    group = packed["g_idx"].long()
+    return packed["scales"].float()[group] * (levels - zeros[group]).float()
+
+
+def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers of `bits` bits out of int32 words, little end first, along the last axis."""
+    wide = words.to(torch.int64) & 0xFFFFFFFF
+    if 32 % bits == 0:
+        shifts = torch.arange(0, 32, bits)
+        return ((wide.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+    # Three-bit values cross word borders: take the bits one by one.
+    stream = ((wide.unsqueeze(-1) >> torch.arange(32)) & 1).flatten(-2)
+    fields = stream.unflatten(-1, (-1, bits))
+    return (fields << torch.arange(bits)).sum(-1)
+
+
+def _halve_file(path: Path) -> list[str]:
+    tensors = {name: _read(path, name) for name in _names(path)}
+    kept = []
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.dtype == torch.float16:
+            continue
+        half = tensor.to(torch.float16)
+        if half.isfinite().all():
+            tensors[name] = half
+        else:
+            kept.append(name)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return kept
+
+
+def _stable_quantization_config(quantized_dir: Path) -> dict[str, Any]:
+    config = json.loads((quantized_dir / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    meta = config.get("meta", {})
+    config["meta"] = {key: value for key, value in meta.items() if "offload" not in key and "device" not in key}
+    return config
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as handle:
+        return sorted(handle.keys())
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as handle:
+        return handle.get_tensor(name)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,63 @@
+"""Generation: the same answers as `generate`, whatever the batch, and an honest word on whether the model stopped."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from sft.generation import generate_batch, stop_token_ids
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def make_prompts() -> list[list[int]]:
+    rng = random.Random(1)
+    return [[rng.randrange(4, 300) for _ in range(rng.randrange(2, 15))] for _ in range(9)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
+def test_answers_equal_those_of_generate_one_prompt_at_a_time(family: str) -> None:
+    model, tokenizer = tiny_model(family), tiny_tokenizer()
+    # A token these random weights like: so that some answers stop early and leave the batch.
+    likely = model.generate(torch.tensor([make_prompts()[0]]), max_new_tokens=4, do_sample=False, eos_token_id=-1)[
+        0, -1
+    ]
+    model.generation_config.eos_token_id = [int(likely), tokenizer.eos_token_id]
+    answers = generate_batch(model, tokenizer, make_prompts(), max_new_tokens=12, batch_size=4)
+    for prompt, answer in zip(make_prompts(), answers, strict=True):
+        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=3)[
+            0, len(prompt) :
+        ].tolist()
+        stopped = tokens[-1] in model.generation_config.eos_token_id
+        content = tokens[:-1] if stopped else tokens
+        assert answer.text == tokenizer.decode(content, skip_special_tokens=True)
+        assert (answer.stopped, answer.num_tokens) == (stopped, len(content))
+
+
+def test_some_answers_in_that_test_stop_and_some_do_not() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    likely = model.generate(torch.tensor([make_prompts()[0]]), max_new_tokens=4, do_sample=False, eos_token_id=-1)[
+        0, -1
+    ]
+    model.generation_config.eos_token_id = [int(likely)]
+    stopped = [answer.stopped for answer in generate_batch(model, tokenizer, make_prompts(), max_new_tokens=12)]
+    assert len(set(stopped)) == 2
+
+
+def test_stop_tokens_are_those_of_the_generation_config_and_of_the_tokenizer() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.generation_config.eos_token_id = [7, 0]
+    assert stop_token_ids(model, tokenizer) == [0, tokenizer.eos_token_id, 7]
+
+
+def test_model_that_can_never_stop_is_refused() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer(eos_token=None)
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="set eos_token_id"):
+        generate_batch(model, tokenizer, [[5]], max_new_tokens=2)
+
+
+def test_empty_prompt_is_named() -> None:
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate_batch(tiny_model(), tiny_tokenizer(), [[5], []], max_new_tokens=2)

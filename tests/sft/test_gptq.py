@@ -1,0 +1,203 @@
+"""GPTQ: bad input is refused before the work, the checkpoint loads anywhere, the layout is the one readers expect."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sft.gptq import GPTQSettings, QuantizeReport, quantize_gptq
+from sft.gptq_checks import check_calibration, check_layers_fit, check_weights_finite, select_calibration
+from sft.gptq_layout import dequantize, packed_layers
+from tests.tiny import tiny_model, tiny_tokenizer
+
+ROWS = [[random.Random(seed).randrange(4, 380) for _ in range(64)] for seed in range(8)]
+
+
+def save_tiny(folder: Path, **overrides: int) -> Path:
+    wide = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny_model(**{**wide, **overrides}).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("gptq") / "source")
+
+
+@pytest.fixture(scope="module")
+def quantized(source: Path) -> tuple[Path, QuantizeReport]:
+    target = source.parent / "quantized"
+    return target, quantize_gptq(source, target, ROWS, GPTQSettings(bits=4, group_size=32))
+
+
+def test_checkpoint_loads_plainly_and_computes_what_its_files_say(
+    source: Path, quantized: tuple[Path, QuantizeReport]
+) -> None:
+    rebuilt = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, packed in packed_layers(quantized[0]):
+        rebuilt.get_submodule(name).weight.data = dequantize(packed, 4).T.contiguous()
+    loaded = AutoModelForCausalLM.from_pretrained(quantized[0], dtype=torch.float32)
+    ids = torch.tensor(ROWS[:2])
+    with torch.no_grad():
+        difference = (loaded(input_ids=ids).logits - rebuilt(input_ids=ids).logits).abs().max()
+    assert difference < 5e-3
+
+
+def test_checkpoint_is_small_and_keeps_tokenizer_and_generation_config(
+    source: Path, quantized: tuple[Path, QuantizeReport]
+) -> None:
+    folder, report = quantized
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == torch.float16
+    assert "lm_head.weight" not in tensors
+    assert report.quantized_bytes == (folder / "model.safetensors").stat().st_size
+    assert report.size_ratio < 1 / 3
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<|im_end|>"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [*(path.name for path in source.iterdir()), "quantize_config.json"]
+    )
+
+
+def test_layout_is_what_vllm_and_transformers_read(quantized: tuple[Path, QuantizeReport]) -> None:
+    config = json.loads((quantized[0] / "config.json").read_text())["quantization_config"]
+    assert {
+        key: config[key] for key in ("quant_method", "bits", "group_size", "sym", "desc_act", "checkpoint_format")
+    } == {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "sym": True,
+        "desc_act": False,
+        "checkpoint_format": "gptq",
+    }
+    assert json.loads((quantized[0] / "quantize_config.json").read_text()) == config
+    layers = dict(packed_layers(quantized[0]))
+    assert len(layers) == 14
+    down = layers["model.layers.1.mlp.down_proj"]
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in down.items()} == {
+        "qweight": ((96 // 8, 64), torch.int32),
+        "qzeros": ((3, 64 // 8), torch.int32),
+        "scales": ((3, 64), torch.float16),
+        "g_idx": ((96,), torch.int32),
+    }
+    assert down["g_idx"].tolist() == [column // 32 for column in range(96)]
+
+
+def test_report_names_every_layer_with_its_error(quantized: tuple[Path, QuantizeReport]) -> None:
+    report = quantized[1]
+    attention = [f"self_attn.{name}_proj" for name in "koqv"]
+    names = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *attention]
+    assert [(m.layer, m.module) for m in report.modules] == [(layer, name) for layer in (0, 1) for name in names]
+    assert all(0.02 < module.relative_error < 0.2 for module in report.modules)
+    assert (report.num_rows, report.num_tokens) == (8, 512)
+    assert json.loads(json.dumps(report.to_dict()))["mean_relative_error"] == report.mean_relative_error
+
+
+def test_second_run_writes_the_same_bytes_and_reports_progress(
+    source: Path, quantized: tuple[Path, QuantizeReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[int, int, str]] = []
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "stale.bin").write_text("old")
+    settings = GPTQSettings(bits=4, group_size=32)
+    quantize_gptq(source, tmp_path / "again", ROWS, settings, on_progress=lambda *call: calls.append(call))
+    assert digests(tmp_path / "again") == digests(quantized[0])
+    assert calls == [(1, 2, "block 0 quantized"), (2, 2, "block 1 quantized")]
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "sym", "desc_act", "worst"),
+    [
+        pytest.param(2, 16, False, True, 0.6, marks=pytest.mark.slow),
+        pytest.param(3, 32, True, False, 0.3, marks=pytest.mark.slow),
+        (8, -1, True, False, 0.01),
+    ],
+)
+def test_other_widths_load_and_err_as_much_as_their_bits_allow(
+    source: Path, tmp_path: Path, bits: int, group_size: int, sym: bool, desc_act: bool, worst: float
+) -> None:
+    settings = GPTQSettings(bits=bits, group_size=group_size, sym=sym, desc_act=desc_act)
+    report = quantize_gptq(source, tmp_path / "q", ROWS, settings)
+    assert report.worst.relative_error < worst
+    rebuilt = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, packed in packed_layers(tmp_path / "q"):
+        rebuilt.get_submodule(name).weight.data = dequantize(packed, bits, zeros_minus_one=sym).T.contiguous()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    ids = torch.tensor(ROWS[:2])
+    with torch.no_grad():
+        assert (loaded(input_ids=ids).logits - rebuilt(input_ids=ids).logits).abs().max() < 5e-3
+
+
+def test_group_size_that_does_not_divide_names_layer_width_and_sizes_that_fit(source: Path) -> None:
+    expected = r"group_size 64 does not divide the width 96 of model.layers.0.mlp.down_proj; sizes that fit: 16, 32"
+    with pytest.raises(ValueError, match=expected):
+        check_layers_fit(source, bits=4, group_size=64)
+
+
+def test_bits_that_do_not_pack_into_a_layer_name_it(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
+    check_layers_fit(folder, bits=4, group_size=16)
+    with pytest.raises(
+        ValueError, match=r"2-bit weights are packed by 16, .* output width 8 of model.layers.0.self_attn.k"
+    ):
+        check_layers_fit(folder, bits=2, group_size=16)
+    with pytest.raises(ValueError, match="bits is 5, GPTQ checkpoints come in 2, 3, 4, 8"):
+        check_layers_fit(folder, bits=5, group_size=16)
+    with pytest.raises(ValueError, match="group_size is 24, readers know -1 and 16"):
+        check_layers_fit(folder, bits=4, group_size=24)
+
+
+def test_weights_with_nan_are_named(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"NaN or Inf in 1 tensors: model.layers.1.mlp.up_proj.weight \(1 of 6144\)"):
+        check_weights_finite(folder)
+
+
+def test_poisoned_calibration_is_named(source: Path) -> None:
+    with pytest.raises(
+        ValueError, match="calibration row 1 holds token id 384 at position 2, the model knows 0 to 383"
+    ):
+        check_calibration(source, [[1, 2, 3], [1, 2, 384]])
+    with pytest.raises(ValueError, match="calibration row 0 has 1 tokens, at least 2"):
+        check_calibration(source, [[1]])
+    with pytest.raises(ValueError, match="calibration is empty"):
+        check_calibration(source, [])
+
+
+def test_failed_run_leaves_the_old_checkpoint_alone(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "old").write_text("kept")
+    with pytest.raises(ValueError, match="calibration row 0"):
+        quantize_gptq(source, tmp_path / "q", [[9999, 1]], GPTQSettings(group_size=32))
+    assert (tmp_path / "q" / "old").read_text() == "kept"
+
+
+def test_calibration_rows_are_chosen_by_seed_and_cut_to_length() -> None:
+    rows = [[index] * (index % 5) for index in range(40)]
+    chosen = select_calibration(rows, num_rows=6, length=3, seed=3)
+    assert chosen == select_calibration(rows, num_rows=6, length=3, seed=3)
+    assert chosen != select_calibration(rows, num_rows=6, length=3, seed=4)
+    assert len({row[0] for row in chosen}) == 6
+    assert {len(row) for row in chosen} <= {2, 3}
+    assert len(select_calibration(rows, num_rows=1000, length=3, seed=0)) == 24
+    with pytest.raises(ValueError, match="none of the 2 training rows"):
+        select_calibration([[1], []], num_rows=1, length=8, seed=0)
