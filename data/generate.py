@@ -1,0 +1,239 @@
+"""Write the embedded data set: `python -m data.generate` (standard library only, the same bytes on every machine).
+
+A row is a short message from a customer to a shop and, as the answer, the JSON its back office wants.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Generic, TypeVar
+
+from data import held_out_phrasings, phrasings, vocabulary
+
+T = TypeVar("T")
+
+INTENTS = ("order", "return", "cancel", "status", "complaint")
+URGENCIES = ("low", "normal", "high")
+SYSTEM_PROMPT = (
+    "Extract JSON: intent (order, return, cancel, status, complaint), customer, city, "
+    "items (product in singular, quantity), urgency (low, normal, high)."
+)
+NUMBER_WORDS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+SHORTHAND = (("please", "pls"), ("Please", "Pls"), ("Thanks", "Thx"), ("I'm", "Im"), ("n't", "nt"), (" and ", " & "))
+
+
+class Deck(Generic[T]):
+    """Deals its cards in random order and shuffles again when all were dealt, so that all appear equally often.
+
+    Only `Random.random` is used: it is the one method whose sequence Python promises to keep between versions.
+    """
+
+    def __init__(self, cards: Sequence[T], rng: Random) -> None:
+        self._cards, self._rng, self._left = list(cards), rng, list[T]()
+
+    def deal(self) -> T:
+        """Return the next card."""
+        if not self._left:
+            self._left = sorted_randomly(self._cards, self._rng)
+        return self._left.pop()
+
+
+def sorted_randomly(values: Sequence[T], rng: Random) -> list[T]:
+    """Return the values in random order."""
+    keys = [rng.random() for _ in values]
+    return [values[i] for i in sorted(range(len(values)), key=keys.__getitem__)]
+
+
+def pick(values: Sequence[T], rng: Random) -> T:
+    """Return one of the values, each equally likely."""
+    return values[int(rng.random() * len(values))]
+
+
+@dataclass(frozen=True)
+class Side:
+    """All decks of one side (training or held-out) of the data set."""
+
+    rng: Random
+    first_names: Deck[str]
+    last_names: Deck[str]
+    cities: Deck[str]
+    products: Deck[str]
+    openers: Deck[str]
+    introductions: Deck[str]
+    signatures: Deck[str]
+    fillers: Deck[str]
+    intents: Deck[str]
+    urgencies: Deck[str]
+    bodies: dict[str, Deck[str]]
+    whole: dict[str, Deck[str]]
+    cues: dict[str, Deck[str]]
+
+
+def all_products(shelves: Sequence[vocabulary.Shelf]) -> list[str]:
+    """Return every noun alone and with each modifier of its shelf, in the singular."""
+    pairs = [(modifier, noun) for nouns, modifiers in shelves for noun in nouns for modifier in ("", *modifiers)]
+    return [f"{modifier} {noun}".strip() for modifier, noun in pairs]
+
+
+def make_side(
+    words: phrasings.Phrasings,
+    names: tuple[Sequence[str], Sequence[str]],
+    cities: Sequence[str],
+    shelves: Sequence[vocabulary.Shelf],
+    seed: int,
+) -> Side:
+    """Shuffle one side's phrasings and words into decks."""
+    rng = Random(seed)
+    return Side(
+        rng=rng,
+        first_names=Deck(names[0], rng),
+        last_names=Deck(names[1], rng),
+        cities=Deck(cities, rng),
+        products=Deck(all_products(shelves), rng),
+        openers=Deck(words.openers, rng),
+        introductions=Deck(words.introductions, rng),
+        signatures=Deck(words.signatures, rng),
+        fillers=Deck(words.fillers, rng),
+        intents=Deck(INTENTS, rng),
+        urgencies=Deck(URGENCIES, rng),
+        bodies={intent: Deck(words.bodies[intent], rng) for intent in INTENTS},
+        whole={intent: Deck(words.whole[intent], rng) for intent in INTENTS},
+        cues={urgency: Deck(words.urgency[urgency], rng) for urgency in URGENCIES},
+    )
+
+
+def train_side(seed: int) -> Side:
+    """Return the decks of the training rows."""
+    names = (vocabulary.TRAIN_FIRST_NAMES, vocabulary.TRAIN_LAST_NAMES)
+    return make_side(phrasings.TRAIN, names, vocabulary.TRAIN_CITIES, vocabulary.TRAIN_SHELVES, seed)
+
+
+def held_out_side(seed: int) -> Side:
+    """Return the decks of the held-out rows, which share no name, city, product or phrasing with the training rows."""
+    names = (vocabulary.HELD_OUT_FIRST_NAMES, vocabulary.HELD_OUT_LAST_NAMES)
+    return make_side(held_out_phrasings.HELD_OUT, names, vocabulary.HELD_OUT_CITIES, vocabulary.HELD_OUT_SHELVES, seed)
+
+
+def plural(product: str) -> str:
+    """Return the regular English plural of a product."""
+    if product.endswith(("s", "x", "ch", "sh")):
+        return product + "es"
+    if product.endswith("knife"):
+        return product[:-2] + "ves"
+    if product.endswith("y") and product[-2] not in "aeiou":
+        return product[:-1] + "ies"
+    return product + "s"
+
+
+def pick_quantity(rng: Random) -> int:
+    """Return 1 to 12, small numbers more often."""
+    return 1 + int(12 * rng.random() ** 2.2)
+
+
+def say_item(product: str, quantity: int, rng: Random) -> str:
+    """Return one item as a customer would say it: in words, digits, or colloquially."""
+    style = rng.random()
+    if style < 0.08:
+        return f"{quantity}x {product}" if quantity == 1 else f"{quantity}x {plural(product)}"
+    if quantity == 1:
+        article = "an" if product[0] in "aeiou" else "a"
+        return f"{'one' if style < 0.25 else '1' if style < 0.4 else article} {product}"
+    colloquial = {2: "a pair of", 6: "half a dozen", 12: "a dozen"}
+    if style < 0.3 and quantity in colloquial:
+        return f"{colloquial[quantity]} {plural(product)}"
+    return f"{NUMBER_WORDS[quantity] if style < 0.6 else quantity} {plural(product)}"
+
+
+def say_items(items: Sequence[tuple[str, int]], rng: Random) -> str:
+    """Return the items as an English list."""
+    said = [say_item(product, quantity, rng) for product, quantity in items]
+    if len(said) == 1:
+        return said[0]
+    joint = ", " if rng.random() < 0.15 else " plus " if rng.random() < 0.1 else " and "
+    return ", ".join(said[:-1]) + joint + said[-1]
+
+
+def join_sentences(sentences: Sequence[str]) -> str:
+    """Return the sentences as one message, with a new line after "Dear shop," and the like."""
+    capitalised = [sentence[:1].upper() + sentence[1:] for sentence in sentences]
+    return " ".join(capitalised).replace(f"{capitalised[0]} ", f"{capitalised[0]}\n", capitalised[0].endswith(","))
+
+
+def arrange(side: Side, intent: str, urgency: str) -> list[str]:
+    """Return the templates of one message, in order."""
+    rng = side.rng
+    cue = [side.cues[urgency].deal()] if urgency != "normal" else []
+    opener = [side.openers.deal()] if rng.random() < 0.4 else []
+    filler = [side.fillers.deal()] if rng.random() < (0.2 if cue else 0.5) else []
+    extras = sorted_randomly(cue + filler, rng)
+    if rng.random() < 0.2:
+        whole = side.whole[intent].deal()
+        return opener + ([*extras, whole] if whole.endswith("{name}") else [whole, *extras])
+    body = side.bodies[intent].deal()
+    if rng.random() < 0.5:
+        introduction = side.introductions.deal()
+        return opener + pick(([introduction, body], [introduction, body], [body, introduction]), rng) + extras
+    early = extras[:1] if rng.random() < 0.3 else []
+    return [*opener, *early, body, *extras[len(early) :], side.signatures.deal()]
+
+
+def roughen(message: str, rng: Random) -> str:
+    """Return the message as typed in haste: shorthand, or without its last full stop."""
+    if rng.random() < 0.12:
+        for proper, short in SHORTHAND:
+            message = message.replace(proper, short)
+    return message.removesuffix(".") if rng.random() < 0.1 else message
+
+
+def make_row(side: Side) -> tuple[str, dict[str, object]]:
+    """Return one message and the record that it describes."""
+    rng = side.rng
+    first, last = side.first_names.deal(), side.last_names.deal()
+    name = first if rng.random() < 0.12 else f"{first} {last}"
+    city, intent, urgency = side.cities.deal(), side.intents.deal(), side.urgencies.deal()
+    items = [(side.products.deal(), pick_quantity(rng)) for _ in range(pick((1, 1, 1, 2, 2, 3), rng))]
+    slots = {"name": name, "city": city, "items": say_items(items, rng)}
+    message = join_sentences([template.format(**slots) for template in arrange(side, intent, urgency)])
+    record: dict[str, object] = {
+        "intent": intent,
+        "customer": name,
+        "city": city,
+        "items": [{"product": product, "quantity": quantity} for product, quantity in items],
+        "urgency": urgency,
+    }
+    return roughen(message, rng), record
+
+
+def as_line(message: str, record: dict[str, object]) -> str:
+    """Return the row as one line of JSONL, its answer as compact JSON."""
+    answer = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+    messages = (("system", SYSTEM_PROMPT), ("user", message), ("assistant", answer))
+    return json.dumps({"messages": [{"role": r, "content": c} for r, c in messages]}, ensure_ascii=False)
+
+
+def write_rows(path: Path, make: Callable[[int], Side], num_rows: int, seed: int) -> None:
+    """Write `num_rows` rows with different messages."""
+    side, rows = make(seed), dict[str, str]()
+    while len(rows) < num_rows:
+        message, record = make_row(side)
+        rows[message.casefold()] = as_line(message, record)
+    path.write_text("\n".join(rows.values()) + "\n", encoding="utf-8", newline="\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write shop_train.jsonl and shop_eval.jsonl."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--num-train", type=int, default=900)
+    parser.add_argument("--num-eval", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    write_rows(options.output_dir / "shop_train.jsonl", train_side, options.num_train, options.seed)
+    write_rows(options.output_dir / "shop_eval.jsonl", held_out_side, options.num_eval, options.seed)
+
+
+if __name__ == "__main__":
+    main()
