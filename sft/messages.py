@@ -1,0 +1,254 @@
+"""Conversations: roles and tool calls of several conventions brought to one, and what is wrong with a conversation.
+
+Understood are OpenAI messages (`role`, `content`, `tool_calls`), ShareGPT turns (`from`, `value`; tool use as the roles
+`function_call` and `observation`), and content in parts (`[{"type": "text", "text": ...}]`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "function_call": "function_call",
+    "tool_call": "function_call",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
+
+
+class RowError(ValueError):
+    """A row that cannot become a record.
+
+    Args:
+        reason: Short code, the same for all rows with this fault.
+        detail: What was found and what is needed.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Problem(NamedTuple):
+    """What is wrong with a record: a short code, and the place and value."""
+
+    reason: str
+    detail: str
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a conversation rather than text."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def normalize_messages(value: Any, *, prune_nulls: bool = False) -> list[dict[str, Any]]:
+    """Bring a conversation to messages with the roles system, user, assistant and tool.
+
+    Args:
+        value: A list of messages or turns, or its JSON text (CSV cells hold text).
+        prune_nulls: Remove null-valued keys inside tool-call arguments.
+
+    Raises:
+        RowError: Not a conversation, an unknown role, content that is not text, a tool call without name.
+    """
+    if isinstance(value, str):
+        value = _parse(value, "bad_messages", "the conversation")
+    if not is_messages(value) or not all(isinstance(message, Mapping) for message in value):
+        raise RowError("bad_messages", f"a list of messages is needed, not {type(value).__name__} {value!r:.80}")
+    if not value:
+        raise RowError("no_messages", "the conversation has no message")
+    return [_message(message, index, prune_nulls) for index, message in enumerate(value)]
+
+
+def _parse(text: str, reason: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RowError(reason, f"{what} is text, but not JSON ({error}): {text!r:.80}") from error
+
+
+def _message(message: Mapping[str, Any], index: int, prune_nulls: bool) -> dict[str, Any]:
+    given = message.get("role", message.get("from"))
+    role = ROLES.get(given.strip().lower()) if isinstance(given, str) else None
+    if role is None:
+        raise RowError("unknown_role", f"message {index} has role {given!r}; known are {sorted(ROLES)}")
+    content = message.get("content", message.get("value"))
+    calls = message.get("tool_calls")
+    if role == "function_call":
+        role, calls, content = "assistant", _calls_of_text(content, index), None
+    result: dict[str, Any] = {"role": role, "content": _content(content, role, index, has_calls=bool(calls))}
+    known = ("role", "from", "content", "value", "tool_calls")
+    result.update({key: item for key, item in message.items() if key not in known and item is not None})
+    if calls:
+        result["tool_calls"] = [_tool_call(call, index, prune_nulls) for call in calls]
+    return result
+
+
+def _content(content: Any, role: str, index: int, *, has_calls: bool) -> str | list[Any]:
+    if content is None and has_calls:
+        return ""
+    if isinstance(content, str):
+        return content
+    if role == "tool" and isinstance(content, (Mapping, list)):
+        return json.dumps(content, ensure_ascii=False)
+    if is_messages(content) and all(isinstance(part, Mapping) and "type" in part for part in content):
+        parts = [{key: item for key, item in part.items() if item is not None} for part in content]
+        if all(part["type"] == "text" for part in parts):
+            return "".join(part.get("text", "") for part in parts)
+        return parts
+    raise RowError("content_not_text", f"message {index} ({role}) has content {content!r:.80}, text is needed")
+
+
+def _calls_of_text(content: Any, index: int) -> list[Any]:
+    calls = (
+        _parse(content, "bad_tool_call", f"the function call in message {index}")
+        if isinstance(content, str)
+        else content
+    )
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _tool_call(call: Any, index: int, prune_nulls: bool) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RowError("bad_tool_call", f"a tool call of message {index} names no function: {call!r:.80}")
+    arguments = function.get("arguments", function.get("parameters"))
+    if not isinstance(arguments, str):
+        arguments = json.dumps(_pruned(arguments or {}, prune_nulls), ensure_ascii=False)
+    result = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {"id": call["id"], **result} if call.get("id") is not None else result
+
+
+def _pruned(value: Any, prune_nulls: bool) -> Any:
+    if not prune_nulls:
+        return value
+    if isinstance(value, Mapping):
+        return {key: _pruned(item, True) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_pruned(item, True) for item in value]
+    return value
+
+
+def tools_text(tools: Any, *, prune_nulls: bool = False) -> str:
+    """Tool schemas as JSON text of a list in the shape `{"type": "function", "function": {...}}`.
+
+    Args:
+        tools: A list of schemas, of their JSON texts, or the JSON text of the list; bare functions are wrapped.
+
+    Raises:
+        RowError: Not JSON, or a schema that names no function.
+    """
+    if isinstance(tools, str):
+        tools = _parse(tools, "bad_tools", "the tools column")
+    if isinstance(tools, Mapping):
+        tools = [tools]
+    if not is_messages(tools):
+        raise RowError("bad_tools", f"tools must be a list of schemas, not {type(tools).__name__} {tools!r:.80}")
+    return json.dumps([_tool(tool, prune_nulls) for tool in tools], ensure_ascii=False)
+
+
+def _tool(tool: Any, prune_nulls: bool) -> dict[str, Any]:
+    if isinstance(tool, str):
+        tool = _parse(tool, "bad_tools", "a tool schema")
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RowError("bad_tools", f"a tool schema names no function: {tool!r:.80}")
+    return {"type": "function", "function": _pruned(dict(function), prune_nulls)}
+
+
+def validate_messages(messages: Sequence[Mapping[str, Any]], *, require_alternation: bool = True) -> list[Problem]:
+    """List what makes a normalized conversation unfit for training.
+
+    Args:
+        messages: Messages as `normalize_messages` returns them.
+        require_alternation: After an optional system message, user and assistant must take turns, beginning with the
+            user and ending with the assistant; tool results follow the call that asked for them.
+
+    Returns:
+        All problems in the order of the messages, empty when there is none.
+    """
+    problems = [problem for index, message in enumerate(messages) for problem in _message_problems(message, index)]
+    if not any(message["role"] == "assistant" for message in messages):
+        problems.append(Problem("no_answer", f"{len(messages)} messages, none by the assistant"))
+    elif require_alternation:
+        problems += _order_problems([(message["role"], bool(message.get("tool_calls"))) for message in messages])
+    return problems
+
+
+def _message_problems(message: Mapping[str, Any], index: int) -> list[Problem]:
+    problems = []
+    role, content = message["role"], message["content"]
+    if not (content.strip() if isinstance(content, str) else content) and not message.get("tool_calls"):
+        reason = "empty_answer" if role == "assistant" else "empty_content"
+        if role != "tool":
+            problems.append(Problem(reason, f"message {index} ({role}) is empty"))
+    if not isinstance(message.get("train", True), bool):
+        problems.append(Problem("bad_flag", f"message {index}: train is {message['train']!r}, true or false is needed"))
+    weight = message.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        problems.append(Problem("bad_flag", f"message {index}: weight is {weight!r}, a number from 0 is needed"))
+    return problems
+
+
+# role and whether it calls tools -> what may come next
+_AFTER = {
+    ("start", False): ("system", "user"),
+    ("system", False): ("user",),
+    ("user", False): ("assistant",),
+    ("assistant", False): ("user",),
+    ("assistant", True): ("tool",),
+    ("tool", False): ("tool", "assistant"),
+}
+
+
+def _order_problems(turns: list[tuple[str, bool]]) -> list[Problem]:
+    previous = ("start", False)
+    for index, turn in enumerate(turns):
+        allowed = _AFTER[previous]
+        if turn[0] not in allowed:
+            after = "at the start" if index == 0 else f"after {previous[0]}"
+            return [Problem("wrong_order", f"message {index} is by {turn[0]} {after}, expected {' or '.join(allowed)}")]
+        previous = turn
+    if previous[0] != "assistant":
+        return [Problem("no_final_answer", f"the last message is by {previous[0]}, expected assistant")]
+    return []
+
+
+def validate_record(record: Mapping[str, Any], *, require_alternation: bool = True) -> list[Problem]:
+    """List what makes a record of any kind unfit for training; see `validate_messages`."""
+    if "messages" in record:
+        return validate_messages(record["messages"], require_alternation=require_alternation)
+    if "completion" in record:
+        return _pair_problems(record["prompt"], record["completion"], require_alternation)
+    if "text" in record:
+        return [] if record["text"].strip() else [Problem("empty_text", "the text is empty")]
+    return [] if len(record["input_ids"]) else [Problem("empty_text", "input_ids is empty")]
+
+
+def _pair_problems(prompt: Any, completion: Any, require_alternation: bool) -> list[Problem]:
+    if isinstance(completion, str):
+        return [] if completion.strip() else [Problem("empty_answer", "the completion is empty")]
+    problems = validate_messages([*prompt, *completion], require_alternation=require_alternation)
+    if completion[0]["role"] != "assistant":
+        problems.append(
+            Problem("wrong_order", f"the completion begins with {completion[0]['role']}, expected assistant")
+        )
+    return problems

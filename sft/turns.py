@@ -1,0 +1,209 @@
+"""Where the assistant's turns lie in a rendered chat, for any template, in time linear in the number of turns.
+
+A chat is rendered twice: plain, and with a private-use character before and after the content of every message. When
+the second text without those characters is the first one, the characters tell where each content landed. A turn then
+runs from the end of the generation prompt before its content (so that whatever a template puts between, such as an
+empty `<think>` block, is part of the turn: the model has to generate it) through the first terminator after it.
+
+Chats whose template looks into the content, so that the two texts differ, go through `sft.turns_by_rendering` instead:
+quadratic, but only for those rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sft.chat_template import ChatTemplate, Messages, TemplateProfile
+from sft.turns_by_rendering import Turn, assistant_indices, turns_by_rendering
+
+# Plane 15 and 16 of Unicode hold private-use characters only: two for each message of a chat.
+_FIRST_MARK, _MAX_MARKED = 0xF0000, 0x7FFE
+_MARKS = re.compile("[\U000f0000-\U000ffffd]")
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Where the contents of messages landed in a rendered chat.
+
+    Args:
+        starts: Message index -> character at which its content begins, leading whitespace excluded.
+        ends: Message index -> character at which it ends, trailing whitespace excluded.
+        places: Message index and place of every mark, in the order of the text.
+    """
+
+    starts: Mapping[int, int]
+    ends: Mapping[int, int]
+    places: list[tuple[int, int]]
+
+
+def assistant_turns(
+    template: ChatTemplate, profile: TemplateProfile, messages: Messages, tools: list[Any] | None
+) -> tuple[str, list[Turn]]:
+    """Render a chat and find all of its assistant turns.
+
+    Args:
+        template: The template.
+        profile: What `TemplateProfile.probe` found about it.
+        messages: Messages as `template_messages` returns them.
+        tools: Tool schemas.
+
+    Returns:
+        The rendered text and one turn (several where the template's own generation marks are several) for every
+        assistant message, in order.
+
+    Raises:
+        ValueError: The template refused the chat, or a turn could not be found in it.
+    """
+    if template.marks_generation:
+        return _turns_by_generation_marks(template, profile, messages, tools)
+    text, turns = _turns_by_content_marks(template, profile, messages, tools)
+    return text, turns if turns is not None else turns_by_rendering(template, profile, messages, tools, text)
+
+
+def _turns_by_generation_marks(
+    template: ChatTemplate, profile: TemplateProfile, messages: Messages, tools: list[Any] | None
+) -> tuple[str, list[Turn]]:
+    text, ranges = template.render_marked(messages, tools)
+    indices = assistant_indices(messages)
+    if len(ranges) == len(indices):
+        return text, [Turn(index, start, end) for index, (start, end) in zip(indices, ranges, strict=True)]
+    plain, turns = _turns_by_content_marks(template, profile, messages, tools)
+    turns = turns if turns is not None else turns_by_rendering(template, profile, messages, tools, plain)
+    marked = [
+        Turn(turn.message, start, end)
+        for turn in turns
+        for start, end in ranges
+        if start < turn.end and turn.start < end
+    ]
+    if {turn.message for turn in marked} != set(indices):
+        raise ValueError(
+            f"the chat template marks {len(ranges)} generations in a conversation with {len(indices)} assistant "
+            "messages: its generation marks must enclose every one of them"
+        )
+    return text, marked
+
+
+def _turns_by_content_marks(
+    template: ChatTemplate, profile: TemplateProfile, messages: Messages, tools: list[Any] | None
+) -> tuple[str, list[Turn] | None]:
+    """The rendered text, and the turns unless the template does not carry the marks through."""
+    if len(messages) > _MAX_MARKED // 2:
+        return template.render([messages], tools)[0], None
+    plain, marked = template.render([messages, _with_marks(messages)], tools)
+    if _MARKS.search(plain) or _MARKS.sub("", marked) != plain:
+        return plain, None
+    marks = _find_marks(marked)
+    turns = [_turn(plain, index, messages[index], marks, profile) for index in assistant_indices(messages)]
+    found = [turn for turn in turns if turn is not None]
+    ordered = all(before.end <= after.start for before, after in itertools.pairwise(found))
+    return plain, found if ordered and len(found) == len(turns) else None
+
+
+def _with_marks(messages: Messages) -> list[dict[str, Any]]:
+    return [
+        _mark(message, chr(_FIRST_MARK + 2 * i), chr(_FIRST_MARK + 2 * i + 1)) for i, message in enumerate(messages)
+    ]
+
+
+def _mark(message: Mapping[str, Any], start: str, end: str) -> dict[str, Any]:
+    """A message whose content, or the names of the functions it calls, begin and end with marks."""
+    result = dict(message)
+    content, calls = message.get("content"), message.get("tool_calls")
+    has_text = isinstance(content, str) and bool(content.strip())
+    if has_text:
+        result["content"] = _between(str(content), start, "" if calls else end)
+    elif isinstance(content, list):
+        result["content"] = _mark_parts(content, start, end)
+    if calls:
+        calls = [{**call, "function": dict(call["function"])} for call in calls]
+        if not has_text:
+            calls[0]["function"]["name"] = start + calls[0]["function"]["name"]
+        calls[-1]["function"]["name"] += end
+        result["tool_calls"] = calls
+    return result
+
+
+def _between(text: str, start: str, end: str) -> str:
+    """Text with marks inside its outer whitespace, so that a template that trims it trims the same."""
+    inner = text.strip()
+    at = text.index(inner)
+    return text[:at] + start + inner + end + text[at + len(inner) :]
+
+
+def _mark_parts(parts: list[Any], start: str, end: str) -> list[Any]:
+    texts = [i for i, part in enumerate(parts) if isinstance(part, Mapping) and str(part.get("text") or "").strip()]
+    marked = list(parts)
+    for at, mark in ((texts[0], (start, "")), (texts[-1], ("", end))) if texts else ():
+        marked[at] = {**marked[at], "text": _between(marked[at]["text"], *mark)}
+    return marked
+
+
+def _find_marks(marked: str) -> Marked:
+    starts: dict[int, int] = {}
+    ends: dict[int, int] = {}
+    places = []
+    for count, match in enumerate(_MARKS.finditer(marked)):
+        index, is_end = divmod(ord(match.group()) - _FIRST_MARK, 2)
+        place = match.start() - count
+        places.append((index, place))
+        known = ends if is_end else starts
+        # a content that the template prints twice has no one place
+        known[index] = -1 if index in known else place
+    return Marked(starts, ends, places)
+
+
+def _turn(text: str, index: int, message: Mapping[str, Any], marks: Marked, profile: TemplateProfile) -> Turn | None:
+    """The turn of one assistant message, or nothing when its marks do not tell where it is."""
+    start, end = marks.starts.get(index), marks.ends.get(index, -1)
+    if end < 0 or (start is not None and not 0 <= start <= end):
+        return None
+    own = start if start is not None else end
+    before = max((place for other, place in marks.places if other != index and place <= own), default=0)
+    after = min((place for other, place in marks.places if other != index and place >= end), default=len(text))
+    if start is None:
+        first = _start_without_content(text, before, end, profile)
+    else:
+        first = _start_before_content(text, before, start, message, profile)
+    last = _end_of_turn(text, end, after, message, profile)
+    return None if first is None or last is None else Turn(index, first, last)
+
+
+def _start_before_content(
+    text: str, before: int, start: int, message: Mapping[str, Any], profile: TemplateProfile
+) -> int:
+    for anchor in (profile.generation_prompt, profile.after_question):
+        at = text.rfind(anchor, before, start) if anchor else -1
+        if at >= 0:
+            return at + len(anchor)
+    lead = profile.lead + _outer_whitespace(message)[0]
+    return start - len(lead) if text.endswith(lead, before, start) else start
+
+
+def _start_without_content(text: str, before: int, end: int, profile: TemplateProfile) -> int | None:
+    """The start of a turn whose content's beginning the template removed, as it does with reasoning."""
+    at = text.find(profile.generation_prompt, before, end) if profile.generation_prompt else -1
+    return at + len(profile.generation_prompt) if at >= 0 else None
+
+
+def _end_of_turn(text: str, end: int, after: int, message: Mapping[str, Any], profile: TemplateProfile) -> int | None:
+    at = text.find(profile.terminator, end, after) if profile.has_stop_token else -1
+    if at >= 0:
+        stop = at + len(profile.terminator)
+        # after tool calls come arguments that may spell the terminator out
+        return None if message.get("tool_calls") and profile.terminator in text[stop:after] else stop
+    if message.get("tool_calls"):
+        return None
+    trailing = _outer_whitespace(message)[1]
+    end += len(trailing) if text.startswith(trailing, end) else 0
+    return end + (len(profile.tail) if not profile.has_stop_token and text.startswith(profile.tail, end) else 0)
+
+
+def _outer_whitespace(message: Mapping[str, Any]) -> tuple[str, str]:
+    content = message.get("content")
+    if not isinstance(content, str) or not content.strip():
+        return "", ""
+    return content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
