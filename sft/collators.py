@@ -1,0 +1,171 @@
+"""Rows in, one batch of tensors out: padded to the longest, or joined into one flat row without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from sft.labels import IGNORE_INDEX
+
+Array = np.ndarray[Any, Any]
+Row = Mapping[str, Any]
+
+MASKS = ("completion_mask", "assistant_masks")
+
+
+@dataclass
+class DataCollatorForSFT:
+    """Make a batch of tokenized rows.
+
+    Padded (`padding_free=False`, and no row has `seq_lengths`): `input_ids`, `labels`, `attention_mask`, each
+    `(batch, longest)`, padded on the right, labels on padding ignored.
+
+    Flat (`padding_free=True`, or packed rows): ONE row of all documents. `input_ids`, `labels`, `position_ids`, each
+    `(1, total)`; positions restart at 0 with each document; `seq_lengths` `(num_documents,)`; no attention mask, because
+    the lengths say it all. Each document's first label is ignored: after the shift by one it would be predicted
+    from its neighbour's last token.
+
+    `loss_weights` (float32, shaped like the labels) are in the batch when a row has them.
+
+    Attributes:
+        pad_token_id: fills `input_ids` up; never trained and never attended to.
+        padding_free: join the rows instead of padding them.
+        pad_to_multiple_of: fill up to a multiple of this many tokens; in a flat row by one more, untrained document.
+        return_position_ids: give `position_ids` with padded batches too (flat ones always have them).
+    """
+
+    pad_token_id: int
+    padding_free: bool = False
+    pad_to_multiple_of: int | None = None
+    return_position_ids: bool = False
+
+    def __call__(self, features: Sequence[Row], return_tensors: str = "pt") -> dict[str, torch.Tensor]:
+        """Collate rows with `input_ids` and perhaps `labels`, `seq_lengths`, `loss_weights`, token masks."""
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r} is not supported; batches are PyTorch tensors ('pt')")
+        rows = [read_row(row, place) for place, row in enumerate(features)]
+        if self.padding_free or any("seq_lengths" in row for row in features):
+            lengths = [document_lengths(row, place) for place, row in enumerate(features)]
+            return flat_batch(rows, np.concatenate(lengths), self.pad_token_id, self.pad_to_multiple_of)
+        return padded_batch(rows, self)
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One row as arrays of equal length; `weights` is None where every token weighs 1."""
+
+    input_ids: Array
+    labels: Array
+    weights: Array | None
+
+
+def read_row(row: Row, place: int) -> TokenRow:
+    """Turn one row of a data set into arrays, its token masks applied to its labels.
+
+    Raises:
+        ValueError: the row is empty, or a column differs in length from `input_ids`; names the row's place in the batch.
+    """
+    if "input_ids" not in row:
+        raise ValueError(f"row {place} of the batch has no 'input_ids', only {sorted(row)}; is the data set tokenized?")
+    input_ids = _array(row["input_ids"], np.int64)
+    if not len(input_ids):
+        raise ValueError(f"row {place} of the batch has no tokens; filter empty rows out first")
+    labels = input_ids
+    for name in ("labels", *MASKS):
+        if row.get(name) is None:
+            continue
+        values = _aligned(row[name], np.int64, len(input_ids), f"{name!r} of row {place}")
+        labels = values if name == "labels" else np.where(values.astype(bool), labels, IGNORE_INDEX)
+    weights = row.get("loss_weights")
+    if weights is not None:
+        weights = _aligned(weights, np.float32, len(input_ids), f"'loss_weights' of row {place}")
+    return TokenRow(input_ids, labels, weights)
+
+
+def _array(values: Any, dtype: type) -> Array:
+    return np.asarray(values, dtype=dtype).reshape(-1)
+
+
+def _aligned(values: Any, dtype: type, length: int, what: str) -> Array:
+    array = _array(values, dtype)
+    if len(array) != length:
+        raise ValueError(f"{what} of the batch has {len(array)} values for {length} input_ids; they must be equal")
+    return array
+
+
+def document_lengths(row: Row, place: int) -> Array:
+    """Lengths of a row's documents, `(num_documents,)`: its `seq_lengths`, or itself as one document.
+
+    Raises:
+        ValueError: `seq_lengths` do not add up to the row; names the row's place in the batch.
+    """
+    num_tokens = len(row["input_ids"])
+    if row.get("seq_lengths") is None:
+        return np.array([num_tokens])
+    lengths = _array(row["seq_lengths"], np.int64)
+    if lengths.sum() != num_tokens or (lengths < 1).any():
+        raise ValueError(
+            f"'seq_lengths' of row {place} of the batch are {lengths.tolist()} for {num_tokens} input_ids; they must be "
+            "positive and add up to it"
+        )
+    return lengths
+
+
+def flat_batch(
+    rows: Sequence[TokenRow], lengths: Array, pad_token_id: int, pad_to_multiple_of: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Join rows into one; see `DataCollatorForSFT` for what comes out.
+
+    Args:
+        rows: the tokens.
+        lengths: `(num_documents,)` document lengths through all rows, in order.
+        pad_token_id: fills up to the multiple.
+        pad_to_multiple_of: see `DataCollatorForSFT`.
+    """
+    fill = -sum(len(row.input_ids) for row in rows) % (pad_to_multiple_of or 1)
+    if fill:
+        padding = TokenRow(np.full(fill, pad_token_id), np.full(fill, IGNORE_INDEX), None)
+        rows, lengths = [*rows, padding], np.append(lengths, fill)
+    starts = np.cumsum(lengths) - lengths
+    labels = np.concatenate([row.labels for row in rows])
+    labels[starts] = IGNORE_INDEX
+    arrays = {
+        "input_ids": np.concatenate([row.input_ids for row in rows]),
+        "labels": labels,
+        "position_ids": np.arange(len(labels)) - np.repeat(starts, lengths),
+    }
+    if any(row.weights is not None for row in rows):
+        arrays["loss_weights"] = np.concatenate([_weights(row) for row in rows])
+    batch = {name: torch.from_numpy(values)[None] for name, values in arrays.items()}
+    return {**batch, "seq_lengths": torch.from_numpy(lengths.astype(np.int64))}
+
+
+def _weights(row: TokenRow) -> Array:
+    return np.ones(len(row.input_ids), dtype=np.float32) if row.weights is None else row.weights
+
+
+def padded_batch(rows: Sequence[TokenRow], settings: DataCollatorForSFT) -> dict[str, torch.Tensor]:
+    """Pad rows on the right to the longest; see `DataCollatorForSFT` for what comes out."""
+    multiple = settings.pad_to_multiple_of or 1
+    width = -(-max(len(row.input_ids) for row in rows) // multiple) * multiple
+    arrays = {
+        "input_ids": _padded([row.input_ids for row in rows], width, settings.pad_token_id, np.int64),
+        "labels": _padded([row.labels for row in rows], width, IGNORE_INDEX, np.int64),
+        "attention_mask": _padded([np.ones_like(row.input_ids) for row in rows], width, 0, np.int64),
+    }
+    if any(row.weights is not None for row in rows):
+        arrays["loss_weights"] = _padded([_weights(row) for row in rows], width, 0, np.float32)
+    if settings.return_position_ids:
+        arrays["position_ids"] = np.tile(np.arange(width), (len(rows), 1))
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+
+def _padded(values: Sequence[Array], width: int, fill: int, dtype: type) -> Array:
+    output = np.full((len(values), width), fill, dtype=dtype)
+    for row, array in zip(output, values, strict=True):
+        row[: len(array)] = array
+    return output
