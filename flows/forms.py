@@ -1,0 +1,190 @@
+"""What a run can be asked for, typed: the form on Prefect's page and `--set` read the same models.
+
+The models are made from those of params.yaml, so that a key, its type, its limits and its description are stated
+once. Prefect turns them into a JSON schema and refuses a wrong value or an unknown key before there is a run.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    create_model,
+    model_serializer,
+)
+from pydantic.fields import FieldInfo
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from flows.graph import Plan, RunRefused
+from stages.params import Params, Section, check_params, describe_problem
+
+
+class _StageChoice:
+    """Shows a stage's name as a choice among those of dvc.yaml in the working directory."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        names = stage_names(Path.cwd())
+        return {"type": "string", "enum": names} if names else {"type": "string"}
+
+
+StageName = Annotated[str | None, _StageChoice()]
+
+
+def stage_names(root: Path) -> list[str]:
+    """The stages that dvc.yaml states, in its order; none where there is no readable dvc.yaml."""
+    try:
+        content = YAML(typ="safe").load((root / "dvc.yaml").read_text(encoding="utf-8"))
+    except (OSError, YAMLError):
+        return []
+    return list(content.get("stages", {})) if isinstance(content, dict) else []
+
+
+class Partial(BaseModel):
+    """Base of the derived models: what was not stated is not there, also when a run is stored and shown."""
+
+    model_config = Section.model_config
+
+    @model_serializer(mode="wrap")
+    def _only_stated(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
+
+
+def partial_model(model: type[BaseModel], suffix: str = "Overrides") -> type[Partial]:
+    """The same model with every field optional, nested sections included.
+
+    A field that is left out is not overridden; null overrides where the type allows it. The fields' own limits
+    still hold, those between fields are checked once params.yaml and the overrides are one.
+    """
+    fields: dict[str, Any] = {name: _optional(field, suffix) for name, field in model.model_fields.items()}
+    name = model.__name__.removesuffix("Section") + suffix
+    return create_model(name, __base__=Partial, __doc__=model.__doc__, __module__=__name__, **fields)
+
+
+def _optional(field: FieldInfo, suffix: str) -> tuple[Any, FieldInfo]:
+    annotation: Any = field.annotation
+    changed = copy.copy(field)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        annotation = partial_model(annotation, suffix)
+        changed.annotation = annotation
+        changed.description = field.description or annotation.__doc__
+        changed.default_factory = annotation
+    else:
+        changed.default = None
+    # A default in the schema is filled in by the form, and would then count as an override.
+    changed.json_schema_extra = _drop_default
+    return annotation, changed
+
+
+def _drop_default(schema: dict[str, Any]) -> None:
+    schema.pop("default", None)
+
+
+if TYPE_CHECKING:
+    Overrides = Partial
+else:
+    Overrides = partial_model(Params)
+
+
+def overridden(overrides: Partial) -> dict[str, Any]:
+    """Only what was stated, as nested plain values; sections without anything are left out."""
+    # A field that was left out holds None whatever its type, which the serializer drops but would warn of first.
+    values = overrides.model_dump(mode="json", exclude_unset=True, warnings=False)
+    return {section: content for section, content in values.items() if content}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def parse_assignments(assignments: list[str]) -> Partial:
+    """Overrides from `section.key=value` texts, each value read as YAML.
+
+    Raises:
+        RunRefused: A text has no `=`, names an unknown key, or holds a value of the wrong kind; all are listed.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator or not name:
+            raise RunRefused(f"--set {assignment}: expected section.key=value")
+        target = values
+        *parents, last = name.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise RunRefused(f"--set {assignment}: {parent} was already set to a value")
+        try:
+            target[last] = YAML(typ="safe").load(text)
+        except YAMLError:
+            raise RunRefused(f"--set {assignment}: {text!r} is not a YAML value") from None
+    try:
+        return Overrides.model_validate(values)
+    except ValidationError as error:
+        problems = [describe_problem(detail, Overrides) for detail in error.errors()]
+        raise RunRefused("overrides: " + "; ".join(problems)) from None
+
+
+def apply_overrides(params_text: str, values: dict[str, Any]) -> str:
+    """params.yaml with some values replaced, its comments and order kept, and checked as a whole.
+
+    Raises:
+        stages.params.ParamsError: The values don't go together.
+    """
+    yaml = _round_trip()
+    document = yaml.load(params_text)
+    _merge(document, values)
+    text = io.StringIO()
+    yaml.dump(document, text)
+    check_params(YAML(typ="safe", pure=True).load(text.getvalue()), source="params.yaml with overrides")
+    return text.getvalue()
+
+
+def _round_trip() -> YAML:
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(type(None), _represent_null)
+    return yaml
+
+
+def _represent_null(representer: Any, value: None) -> Any:
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+def _merge(document: Any, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(document.get(key), dict):
+            _merge(document[key], value)
+        else:
+            document[key] = value
+
+
+def refuse_overrides_without_effect(values: dict[str, Any], plan: Plan) -> None:
+    """An override that no stage of the run reads is a mistake, not something to ignore.
+
+    Raises:
+        RunRefused: Names those overrides and who would read them.
+    """
+    read = {key for stage in plan.stages for key in stage.params}
+    idle = [name for name in flatten(values) if not any(_touches(name, key) for key in read)]
+    if idle:
+        raise RunRefused(f"{', '.join(idle)}: no stage of this run reads it; the run is {', '.join(plan.names)}")
+
+
+def _touches(name: str, key: str) -> bool:
+    return name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.")

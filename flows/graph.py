@@ -1,0 +1,117 @@
+"""The plan of a run: the stages of dvc.yaml in an order that works, as DVC itself sees them."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+from dvc.dependency.param import ParamsDependency
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.repo.reproduce import plan_repro
+from dvc.stage import PipelineStage, Stage
+
+
+class RunRefused(ValueError):
+    """A run that can't be started as asked; the message says why and what would work."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """What a flow has to know about one stage.
+
+    Args:
+        name: The stage's name in dvc.yaml.
+        upstream: The stages whose outs it reads.
+        params: Keys of params.yaml that it depends on, such as `train` or `model.dtype`.
+        sources: Paths it depends on that no stage writes (code and data), relative to the root.
+    """
+
+    name: str
+    upstream: frozenset[str]
+    params: tuple[str, ...]
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages in topological order."""
+
+    stages: tuple[PlannedStage, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The stages' names in order."""
+        return [stage.name for stage in self.stages]
+
+    def between(self, first: str | None, last: str | None) -> Plan:
+        """The part of the plan that starts at one stage and ends at another.
+
+        Args:
+            first: Keep this stage and what depends on it; None keeps all.
+            last: Keep this stage and what it depends on; None keeps all.
+
+        Raises:
+            RunRefused: A name is unknown, or no stage is left.
+        """
+        for name in (first, last):
+            if name is not None and name not in self.names:
+                raise RunRefused(f"no stage {name!r} in dvc.yaml; {self._suggestion(name)}")
+        kept = set(self.names)
+        if first is not None:
+            kept &= {name for name in self.names if first in self._needed_for(name)}
+        if last is not None:
+            kept &= self._needed_for(last)
+        if not kept:
+            raise RunRefused(f"no stage lies between {first!r} and {last!r}; the order is {', '.join(self.names)}")
+        return Plan(tuple(stage for stage in self.stages if stage.name in kept))
+
+    def inputs_from_outside(self, whole: Plan) -> list[str]:
+        """Stages of the whole plan whose outs this part reads, but does not make."""
+        wanted = {name for stage in self.stages for name in stage.upstream} - set(self.names)
+        return [name for name in whole.names if name in wanted]
+
+    def _needed_for(self, name: str) -> set[str]:
+        upstream = {stage.name: stage.upstream for stage in self.stages}
+        found: set[str] = set()
+        waiting = [name]
+        while waiting:
+            current = waiting.pop()
+            if current not in found:
+                found.add(current)
+                waiting.extend(upstream.get(current, ()))
+        return found
+
+    def _suggestion(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.names, n=1)
+        return f"did you mean {near[0]!r}?" if near else f"the stages are {', '.join(self.names)}"
+
+
+def read_plan(root: Path) -> Plan:
+    """Read the graph from DVC's index of `root`; nothing is locked and nothing is written.
+
+    Raises:
+        RunRefused: `root` holds no DVC project, or dvc.yaml is not usable.
+    """
+    try:
+        with Repo(str(root)) as repo:
+            graph = repo.index.graph
+            stages = [stage for stage in plan_repro(graph) if isinstance(stage, PipelineStage)]
+            return Plan(tuple(_planned(stage, list(graph.successors(stage)), root) for stage in stages))
+    except DvcException as error:
+        raise RunRefused(f"{root}: {' '.join(str(error).split())}") from error
+
+
+def _planned(stage: PipelineStage, upstream: list[Stage], root: Path) -> PlannedStage:
+    made = [Path(out.fs_path) for other in upstream if isinstance(other, PipelineStage) for out in other.outs]
+    params: list[str] = []
+    sources: list[str] = []
+    for dependency in stage.deps:
+        path = Path(dependency.fs_path)
+        if isinstance(dependency, ParamsDependency):
+            params.extend(dependency.params)
+        elif not any(path == out or out in path.parents for out in made):
+            sources.append(str(path.relative_to(root)) if path.is_relative_to(root) else str(path))
+    names = frozenset(other.name for other in upstream if isinstance(other, PipelineStage))
+    return PlannedStage(stage.name, names, tuple(params), tuple(sources))

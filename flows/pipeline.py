@@ -1,0 +1,175 @@
+"""The pipeline as a Prefect flow, and `python -m flows.pipeline` for a plain shell.
+
+A flow adds to `dvc repro` what DVC has not: retries, cancellation, schedules, forms, progress and a record of runs.
+What must run, and what comes from the cache, is DVC's decision alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from flows.environment import prepare_prefect
+
+prepare_prefect()
+
+from prefect import flow, runtime, task  # noqa: E402
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.client.schemas.objects import State  # noqa: E402
+from prefect.logging import get_run_logger  # noqa: E402
+from prefect.states import Completed, Failed  # noqa: E402
+
+from flows import worktree  # noqa: E402
+from flows.dvc_stage import Listener, Outcome, StageFailed, run_stage  # noqa: E402
+from flows.forms import (  # noqa: E402
+    Overrides,
+    StageName,
+    apply_overrides,
+    flatten,
+    overridden,
+    parse_assignments,
+    refuse_overrides_without_effect,
+)
+from flows.graph import Plan, RunRefused, read_plan  # noqa: E402
+from flows.report import ProgressBar, Row, RunReport, read_headline  # noqa: E402
+from stages.params import ParamsError  # noqa: E402
+
+NUM_RETRIES = 2
+RETRY_DELAY_S = 5
+
+
+def may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:
+    """Retry what was ended from outside (out of memory, pre-emption), never a mistake of a user or of the code."""
+    return state.name == Outcome.KILLED
+
+
+@task(
+    task_run_name="{stage}",
+    retries=NUM_RETRIES,
+    retry_delay_seconds=RETRY_DELAY_S,
+    retry_condition_fn=may_pass,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def stage_task(root: Path, stage: str, force: bool, variables: dict[str, str]) -> State[Any]:
+    """One stage of dvc.yaml; its state's name tells whether it ran, was restored from the cache, or was unchanged."""
+    listener = Listener(on_line=get_run_logger().info, on_progress=ProgressBar(stage).show)
+    try:
+        outcome = run_stage(root, stage, listener, force, **variables)
+    except StageFailed as failure:
+        return Failed(message=str(failure), name=Outcome.KILLED if failure.killed else Outcome.FAILED)
+    return Completed(name=outcome, message=read_headline(root, stage) or None)
+
+
+def describe_run() -> str:
+    """Name of a flow run: what is special about it."""
+    asked = runtime.flow_run.parameters
+    stages = [asked.get("from_stage"), asked.get("to_stage")]
+    span = " to ".join(name or "end" for name in stages) if any(stages) else "all stages"
+    overrides = asked.get("overrides") or {}
+    values = overrides if isinstance(overrides, dict) else overridden(overrides)
+    changes = ", ".join(f"{name}={json.dumps(value)}" for name, value in flatten(values).items())
+    return " ".join(part for part in (span, changes, "forced" if asked.get("force") else "") if part)[:200]
+
+
+def prune_worktrees(flow: Any, flow_run: Any, state: Any) -> None:
+    """Remove the worktrees of runs that were cancelled or crashed before they could do it."""
+    worktree.prune(Path.cwd())
+
+
+@flow(
+    name="pipeline",
+    flow_run_name=describe_run,
+    persist_result=False,
+    on_crashed=[prune_worktrees],
+    on_cancellation=[prune_worktrees],
+)
+def pipeline(
+    from_stage: StageName = None,
+    to_stage: StageName = None,
+    overrides: Overrides = Overrides(),  # noqa: B008  (frozen)
+    force: bool = False,
+) -> State[Any]:
+    """Bring the pipeline of dvc.yaml up to date, stage by stage.
+
+    Args:
+        from_stage: Start here and run what depends on it; what lies before is taken as it is. Empty: from the start.
+        to_stage: Run this stage and what it needs, nothing behind it. Empty: to the end.
+        overrides: Values that replace those of params.yaml for this run only. The checkout is not touched: the run
+            works on a copy of the last commit and shares the cache.
+        force: Run every stage, also when its result is known.
+    """
+    root = Path.cwd().resolve()
+    values = overridden(overrides)
+    report = RunReport(flatten(values))
+    try:
+        whole = read_plan(root)
+        plan = whole.between(from_stage, to_stage)
+        if not values:
+            problem = run_plan(root, plan, force, report, {})
+        else:
+            problem = run_isolated(root, plan, plan.inputs_from_outside(whole), values, force, report)
+    except (RunRefused, ParamsError) as refusal:
+        return Failed(message=str(refusal))
+    report.publish(problem)
+    print(report.text_table(), flush=True)
+    return Failed(message=problem) if problem else Completed(message=report.summary())
+
+
+def run_isolated(
+    root: Path, plan: Plan, given: list[str], values: dict[str, Any], force: bool, report: RunReport
+) -> str | None:
+    """Run a plan with overridden params in a worktree; returns what `run_plan` returns."""
+    refuse_overrides_without_effect(values, plan)
+    params_text = apply_overrides((root / "params.yaml").read_text(encoding="utf-8"), values)
+    with worktree.isolated_checkout(root, str(runtime.flow_run.id), params_text, plan, given) as copy:
+        return run_plan(copy, plan, force, report, {"SFT_STATE_DIR": str(root / ".state")})
+
+
+def run_plan(root: Path, plan: Plan, force: bool, report: RunReport, variables: dict[str, str]) -> str | None:
+    """Run stages in order up to the first that fails; returns why it failed, None when none did."""
+    problem: str | None = None
+    for name in plan.names:
+        if problem is not None:
+            report.rows.append(Row(name, Outcome.NOT_RUN))
+            continue
+        started = time.monotonic()
+        state: State[Any] = stage_task(root, name, force, variables, return_state=True)
+        outcome = next((known for known in Outcome if known == state.name), Outcome.FAILED)
+        problem = state.message if state.is_failed() else None
+        report.rows.append(Row(name, outcome, time.monotonic() - started, read_headline(root, name)))
+    return problem
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the flow in this terminal, with the server of `make ui` when there is one, else with one of its own.
+
+    Returns:
+        0 on success, 1 when a stage failed or the run was refused, 2 when the call is wrong.
+    """
+    parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=pipeline.description)
+    parser.add_argument("--from-stage", metavar="STAGE", help="start here; what lies before is taken as it is")
+    parser.add_argument("--to-stage", metavar="STAGE", help="stop behind this stage")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="replace a value of params.yaml"
+    )
+    parser.add_argument("--force", action="store_true", help="run every stage, also when its result is known")
+    args = parser.parse_args(argv)
+    try:
+        overrides = parse_assignments(args.set)
+    except RunRefused as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return 2
+    state = pipeline(args.from_stage, args.to_stage, overrides, args.force, return_state=True)
+    if state.is_completed():
+        return 0
+    print(f"error: {state.message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What DVC has recorded of a stage's inputs against what lies there; and how to take a false record back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.stage import PipelineStage
+from ruamel.yaml import YAML
+
+Inputs = dict[str, Any]
+
+
+def present_inputs(root: Path, stage: str) -> Inputs:
+    """Hashes of what the stage would read now: code, data, the values of its params, its command.
+
+    An input that is not there yet has no entry; DVC itself will complain.
+    """
+    with Repo(str(root)) as repo:
+        found = _stage(repo, root, stage)
+        inputs: Inputs = {"cmd": found.cmd}
+        for dependency in found.deps:
+            try:
+                value = dependency.get_hash().value
+            except (FileNotFoundError, DvcException):
+                continue
+            inputs.update(_entries(root, dependency, value))
+        return inputs
+
+
+def recorded_inputs(root: Path, stage: str) -> Inputs:
+    """The same out of dvc.lock: the inputs that DVC believes the stage's present outs were made of."""
+    entry = _lock(root).get("stages", {}).get(stage, {})
+    with Repo(str(root)) as repo:
+        found = _stage(repo, root, stage)
+        inputs: Inputs = {"cmd": entry.get("cmd")}
+        for dependency in found.deps:
+            if dependency.hash_info:
+                inputs.update(_entries(root, dependency, dependency.hash_info.value))
+        return inputs
+
+
+def discard_record(root: Path, stage: str, since: float) -> None:
+    """Take back what DVC filed for a stage: its entry in dvc.lock, and the one in the run cache.
+
+    Args:
+        root: The checkout.
+        stage: The stage's name.
+        since: When the stage started (seconds since the epoch); older entries of the run cache are others'.
+    """
+    lock = _lock(root)
+    entry = lock.get("stages", {}).pop(stage, None)
+    with Repo(str(root)) as repo:
+        run_cache = Path(repo.stage_cache.cache_dir)
+    for path in run_cache.glob("*/*/*"):
+        if path.stat().st_mtime >= since and YAML(typ="safe").load(path) == entry:
+            path.unlink()
+            # DVC stumbles over a key without a value.
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    partial = root / ".dvc.lock.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        YAML().dump(lock, file)
+    partial.replace(root / "dvc.lock")
+
+
+def _stage(repo: Repo, root: Path, name: str) -> PipelineStage:
+    return next(
+        stage
+        for stage in repo.index.stages
+        if isinstance(stage, PipelineStage) and stage.name == name and Path(stage.path) == root / "dvc.yaml"
+    )
+
+
+def _entries(root: Path, dependency: Any, value: Any) -> Inputs:
+    if isinstance(value, dict):
+        return dict(value)
+    return {os.path.relpath(dependency.fs_path, root): value}
+
+
+def _lock(root: Path) -> Any:
+    path = root / "dvc.lock"
+    return YAML().load(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from flows.dvc_stage import Listener, Outcome, Progress, StageFailed, StageOutput, run_stage
+from tests.flows.conftest import run
+
+
+class Heard:
+    """Keeps what a listener is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.progress: list[Progress] = []
+        self.listener = Listener(self.lines.append, self.progress.append)
+
+
+def descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def wait_until_running(project: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not (project / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_outcome_is_completed_then_unchanged_then_restored(project: Path) -> None:
+    heard = Heard()
+
+    first = run_stage(project, "load", heard.listener)
+    second = run_stage(project, "load", heard.listener)
+    (project / "outs" / "load.txt").unlink()
+    third = run_stage(project, "load", heard.listener)
+
+    assert [first, second, third] == [Outcome.COMPLETED, Outcome.UNCHANGED, Outcome.RESTORED]
+    assert heard.lines == [
+        "Running stage 'load':",
+        "> mkdir -p outs reports/metrics && cat data/rows.txt > outs/load.txt",
+        "Stage 'load' didn't change, skipping",
+        "Stage 'load' is cached - skipping run, checking out outputs",
+    ]
+
+
+def test_force_runs_a_stage_whose_result_is_known(project: Path) -> None:
+    run_stage(project, "load", Heard().listener)
+
+    assert run_stage(project, "load", Heard().listener, force=True) is Outcome.COMPLETED
+
+
+def test_progress_lines_become_progress_and_the_last_state_of_a_bar_a_line(project: Path) -> None:
+    script = r"""printf ' 10%%\r 50%%\rdone\n'; echo "PROGRESS 3/4 loss 1.5"; echo x > outs/pack.txt"""
+    (project / "pack.sh").write_text(script)
+    heard = Heard()
+    run_stage(project, "load", heard.listener)
+
+    run_stage(project, "pack", heard.listener)
+
+    assert heard.progress == [Progress(3, 4, "loss 1.5")]
+    assert heard.lines[-1] == "done"
+
+
+@pytest.mark.parametrize(
+    ("script", "message", "killed"),
+    [
+        ("echo 'error: rows.jsonl:7: no role' >&2; exit 1", "load: rows.jsonl:7: no role", False),
+        ("kill -KILL $$", "load: ended by signal 9; out of memory?", True),
+    ],
+)
+def test_failed_stage_says_why_and_whether_another_attempt_may_help(
+    project: Path, script: str, message: str, killed: bool
+) -> None:
+    (project / "fail.sh").write_text(script)
+    dvc_yaml = (project / "dvc.yaml").read_text()
+    (project / "dvc.yaml").write_text(dvc_yaml.replace("mkdir -p outs reports/metrics &&", "bash fail.sh &&"))
+
+    with pytest.raises(StageFailed) as caught:
+        run_stage(project, "load", Heard().listener)
+
+    assert (str(caught.value), caught.value.killed) == (message, killed)
+
+
+@pytest.mark.parametrize(
+    ("lines", "exit_code", "message", "killed"),
+    [
+        (["error: params.yaml: 2 problems", "  a", "  b"], 2, "load: params.yaml: 2 problems\n  a\n  b", False),
+        (["Traceback (most recent call last):", "KeyError: 5"], 1, "load: exit code 1: KeyError: 5", False),
+        ([], 3, "load: exit code 3: it printed nothing", False),
+        ([], 137, "load: ended by signal 9; out of memory?", True),
+        ([], -15, "load: ended by signal 15", True),
+        ([], -11, "load: ended by signal 11", False),
+    ],
+)
+def test_reason_of_a_failure_is_taken_from_who_knows_best(
+    lines: list[str], exit_code: int, message: str, killed: bool
+) -> None:
+    output = StageOutput(Heard().listener)
+    for line in [*lines, f"ERROR: failed to reproduce 'load': failed to run: x, exited with {exit_code}"]:
+        output.feed(line)
+
+    failure = output.failure("load", dvc_code=255)
+
+    assert (str(failure), failure.killed) == (message, killed)
+
+
+def test_missing_input_is_told_in_the_words_of_dvc(project: Path) -> None:
+    with pytest.raises(StageFailed, match=r"pack: failed to reproduce 'pack': .*outs/load\.txt"):
+        run_stage(project, "pack", Heard().listener)
+
+
+def test_edit_during_the_run_is_not_recorded(project: Path) -> None:
+    run_stage(project, "load", Heard().listener)
+    lock_before = YAML().load(project / "dvc.lock")
+    script = "sed -i 's/max_length: 512/max_length: 256/' params.yaml; echo old > outs/pack.txt"
+    (project / "pack.sh").write_text(script)
+
+    with pytest.raises(StageFailed, match="pack: pack changed while it ran, nothing was recorded; run it again"):
+        run_stage(project, "pack", Heard().listener)
+
+    assert YAML().load(project / "dvc.lock") == lock_before
+    # neither the state that was edited into being nor the first one is served from the cache
+    assert run_stage(project, "pack", Heard().listener) is Outcome.COMPLETED
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_whatever_ends_the_wait_ends_the_whole_tree(project: Path, error: type[BaseException]) -> None:
+    (project / "pack.sh").write_text("setsid sleep 300 & touch started; echo go; sleep 300")
+    run_stage(project, "load", Heard().listener)
+    before = descendants()
+    started = time.monotonic()
+
+    with pytest.raises(error):
+        run_stage(project, "pack", Listener(Stopper(error).hear, Heard().progress.append))
+
+    assert descendants() == before
+    assert time.monotonic() - started < 5
+
+
+class Stopper:
+    """Raises an error once the stage says `go`, as a cancellation would at any moment."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self._error = error
+
+    def hear(self, line: str) -> None:
+        if line == "go":
+            raise self._error
+
+
+def test_tree_ends_with_a_flow_that_is_killed(project: Path) -> None:
+    run_stage(project, "load", Heard().listener)
+    (project / "pack.sh").write_text("setsid sleep 301 & touch started; sleep 301")
+    code = (
+        "from pathlib import Path; from flows.dvc_stage import *\nrun_stage(Path.cwd(), 'pack', Listener(print, print))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    flow = subprocess.Popen([sys.executable, "-c", code], cwd=project, env=environment, stdout=subprocess.DEVNULL)
+    wait_until_running(project)
+    tree = psutil.Process(flow.pid).children(recursive=True)
+    assert len(tree) >= 4
+
+    flow.send_signal(signal.SIGKILL)
+    flow.wait()
+
+    assert psutil.wait_procs(tree, timeout=5)[1] == []
+
+
+def test_second_run_in_the_same_checkout_is_told_who_is_at_work(project: Path) -> None:
+    run_stage(project, "load", Heard().listener)
+    (project / "pack.sh").write_text("touch started; until test -e go; do sleep 0.1; done; echo x > outs/pack.txt")
+    first = threading.Thread(target=run, args=(project, sys.executable, "-m", "dvc", "repro", "-s", "pack"))
+    first.start()
+    wait_until_running(project)
+
+    with pytest.raises(StageFailed, match="is busy, it is being blocked by"):
+        run_stage(project, "pack", Heard().listener)
+    (project / "go").touch()
+    first.join()
