@@ -21,25 +21,17 @@ class Phrasings:
     fillers: Lines
 
 
+def _lines(text: str) -> Lines:
+    return tuple(line.strip() for line in " ".join(text.split()).split("|"))
+
+
 TRAIN = Phrasings(
-    openers=(
-        "Hi!",
-        "Hello,",
-        "Hey there,",
-        "Good morning.",
-        "Good evening,",
-        "Dear shop,",
-        "Dear team,",
-        "Hi team,",
-        "Hello again!",
-        "Good day,",
-        "To whom it may concern:",
-        "Hey!",
-        "Hi folks,",
-        "Morning!",
-        "Dear Sir or Madam,",
-        "Hi there.",
-        "Hello shop,",
+    openers=_lines(
+        """
+        Hi! | Hello, | Hey there, | Good morning. | Good evening, | Dear shop, | Dear team, | Hi team, | Hello again!
+        | Good day, | To whom it may concern: | Hey! | Hi folks, | Morning! | Dear Sir or Madam, | Hi there. | Hello
+        shop,
+        """
     ),
     introductions=(
         "I'm {name} from {city}.",
@@ -103,7 +95,7 @@ TRAIN = Phrasings(
             "I'll take {items}.",
             "Put me down for {items}.",
             "Could I get {items}?",
-            "Do you have {items}? I'd buy them.",
+            "Do you have {items}? I'd buy that.",
             "New order: {items}.",
             "pls send {items}.",
             "I'm looking for {items}, please add to my basket.",
@@ -116,6 +108,16 @@ TRAIN = Phrasings(
             "We are moving house and want {items}.",
             "Let me have {items}.",
             "Ship me {items}.",
+            "Our office needs {items}.",
+            "Please book {items} for me.",
+            "I saw {items} on your website and would love to have that.",
+            "Send {items} my way, please.",
+            "A friend has a birthday, so I'd like {items} gift-wrapped.",
+            "I am ready to pay for {items}.",
+            "How much is {items}? I'll take it.",
+            "Please charge my card for {items}.",
+            "We ran out, so {items} again, please.",
+            "Could you sell us {items}?",
         ),
         "return": (
             "I'd like to return {items}.",
@@ -139,7 +141,17 @@ TRAIN = Phrasings(
             "I'm bringing back {items}.",
             "Return request for {items}.",
             "I have {items} to return.",
-            "It's the wrong colour, so {items} must go back.",
+            "It's the wrong colour, so I have to send back {items}.",
+            "Please arrange a return for {items}.",
+            "{items} should go back to you for a refund.",
+            "My wife dislikes {items}, may we return it all?",
+            "I won't keep {items}, how can I return that?",
+            "Too small for us: {items}. We are sending that back.",
+            "The return parcel holds {items}.",
+            "I got {items} as a gift but want to give it back for cash.",
+            "Take {items} back and refund me.",
+            "Please refund {items}, the parcel is on its way back.",
+            "Whats your return policy for {items}? I want to send it back.",
         ),
         "cancel": (
             "Please cancel my order of {items}.",
@@ -164,6 +176,16 @@ TRAIN = Phrasings(
             "Delete my order: {items}.",
             "My order for {items} should be cancelled.",
             "Forget my order of {items}.",
+            "Please drop {items} from my basket, I won't buy it.",
+            "I won't be needing {items} after all, cancel please.",
+            "Withdraw my order for {items}.",
+            "No longer wanted: {items}, please cancel.",
+            "Please stop {items} before it goes out.",
+            "Ignore my order for {items}, I take it back.",
+            "I'm cancelling {items}.",
+            "Abort my purchase of {items}.",
+            "You can cancel {items}, my husband bought that already.",
+            "Undo my order of {items}, please.",
         ),
         "status": (
             "Where is my order of {items}?",
@@ -175,8 +197,8 @@ TRAIN = Phrasings(
             "I'm still waiting for {items}.",
             "Could you track {items} for me?",
             "How long until I get {items}?",
-            "I ordered {items} last week, where are they?",
-            "Can you tell me where {items} is now?",
+            "I ordered {items} last week, where is my parcel?",
+            "Can you tell me where my order of {items} is now?",
             "Did you send out {items}?",
             "Is my order of {items} on its way?",
             "I have not had a tracking number for {items}.",
@@ -188,9 +210,19 @@ TRAIN = Phrasings(
             "I would like to know how my order of {items} is going.",
             "Status of {items}?",
             "Still no sign of {items}, is it shipped?",
+            "My tracking page for {items} is empty, where is it?",
+            "How is my delivery of {items} coming along?",
+            "Is {items} still in your warehouse or already sent?",
+            "When do you deliver {items}?",
+            "Do you know when {items} will be here?",
+            "I'd love to know the arrival date of {items}.",
+            "Was my parcel with {items} handed to the post?",
+            "What happened to my shipment of {items}? I have seen no update.",
+            "Is the order with {items} out for delivery?",
+            "Can I get a delivery date for {items}?",
         ),
         "complaint": (
-            "I received {items} and it was broken.",
+            "I received {items}, broken.",
             "You sent me {items} in terrible condition.",
             "My parcel with {items} came damaged.",
             "I'm very unhappy with {items}.",
@@ -207,11 +239,21 @@ TRAIN = Phrasings(
             "You delivered {items} with parts missing.",
             "{items} came dirty and dented.",
             "I'm really angry about {items}, such poor work.",
-            "{items} is faulty.",
+            "Faulty: {items}.",
             "Terrible service, {items} turned up smashed.",
             "Not happy at all: {items} came with holes.",
             "My new {items} broke at first use.",
             "The box was wet and {items} ruined.",
+            "This does not work: {items}.",
+            "I regret buying {items}, it broke at once.",
+            "How could you ship {items} with such damage?",
+            "{items} - what a waste of money, all broken.",
+            "Half of it is defective: {items}.",
+            "The paint is coming off {items}, that's a shame.",
+            "I must complain, {items} came with cracks.",
+            "You ought to check what you send: {items} came torn.",
+            "We opened the box and found {items} in pieces.",
+            "I expected better: {items}, such poor quality.",
         ),
     },
     whole={
@@ -243,9 +285,9 @@ TRAIN = Phrasings(
         ),
         "status": (
             "Status for {name}, {city}: {items}.",
-            "When do {items} reach {name} in {city}?",
-            "{name} from {city} asks where {items} is.",
-            "Have {items} for {name} left for {city}?",
+            "When will {items} reach {name} in {city}?",
+            "{name} from {city} asks where the order of {items} is.",
+            "Did {items} for {name} leave for {city}?",
             "{name}, {city}, still waiting for {items}.",
             "Any news of {items} going to {city}? {name}",
         ),
@@ -259,100 +301,45 @@ TRAIN = Phrasings(
         ),
     },
     urgency={
-        "high": (
-            "It's urgent.",
-            "This is urgent, please.",
-            "I need this today.",
-            "Please hurry.",
-            "As soon as possible, please.",
-            "ASAP please.",
-            "I need it done by tomorrow morning.",
-            "Please treat this as a priority.",
-            "It has to happen before tonight.",
-            "URGENT!",
-            "Quickly, please, time is short.",
-            "The deadline is tomorrow.",
-            "This is an emergency.",
-            "Please deal with this immediately.",
-            "I'm in a great hurry.",
-            "Right away if you can.",
-            "Please answer within the hour.",
-            "The party is tonight!",
-            "I'm running out of time.",
-            "Fast, please!",
-            "Drop everything else, please.",
-            "Every hour counts.",
-            "It is really pressing.",
-            "Top priority for us.",
-            "We leave tomorrow, so be quick.",
-            "I can't wait any longer.",
-            "asap!!",
-            "Hurry up, please!",
-            "Express service, please.",
-            "Today is the last possible day.",
-            "Be quick about it.",
-            "It's needed very soon, in a few hours.",
+        "high": _lines(
+            """
+            It's urgent. | This is urgent, please. | I need this today. | Please hurry. | As soon as possible, please.
+            | ASAP please. | I need it done by tomorrow morning. | Please treat this as a priority. | It has to happen
+            before tonight. | URGENT! | Quickly, please, time is short. | The deadline is tomorrow. | This is an
+            emergency. | Please deal with this immediately. | I'm in a great hurry. | Right away if you can. | Please
+            answer within the hour. | The party is tonight! | I'm running out of time. | Fast, please! | Drop
+            everything else, please. | Every hour counts. | It is really pressing. | Top priority for us. | We leave
+            tomorrow, so be quick. | I can't wait any longer. | asap!! | Hurry up, please! | Express service, please.
+            | Today is the last possible day. | Be quick about it. | It's needed very soon, in a few hours. | I need
+            your help at once today. | Please speed this up. | This is critical for us. | We need it very fast. | Time
+            is of the essence. | I need an answer immediately. | Please do not let me wait. | Our guests arrive in two
+            hours.
+            """
         ),
-        "low": (
-            "No rush.",
-            "Take your time.",
-            "There's no hurry.",
-            "Whenever it suits you.",
-            "It isn't urgent at all.",
-            "Any time this month is fine.",
-            "I can wait a few weeks.",
-            "Next month is early enough.",
-            "Not pressing.",
-            "Low priority.",
-            "No need to hurry.",
-            "Whenever you get round to it.",
-            "It can wait.",
-            "I'm in no hurry.",
-            "At your leisure.",
-            "Slow handling is fine.",
-            "A late answer is fine.",
-            "No deadline on my side.",
-            "Don't stress about the timing.",
-            "We are not pressed for time.",
-            "Feel free to do mine last.",
-            "It doesn't matter when.",
-            "no hurry!",
-            "Not urgent.",
-            "Some day soon-ish will do.",
-            "Don't rush.",
-            "I have lots of time.",
-            "It's okay if it takes a while.",
-            "You needn't be quick.",
-            "Do it when things are quiet.",
-            "Other customers can go first.",
-            "Any week will do.",
+        "low": _lines(
+            """
+            No rush. | Take your time. | There's no hurry. | Whenever it suits you. | It isn't urgent at all. | Any
+            time this month is fine. | I can wait a few weeks. | Next month is early enough. | Not pressing. | Low
+            priority. | No need to hurry. | Whenever you get round to it. | It can wait. | I'm in no hurry. | At your
+            leisure. | Slow handling is fine. | A late answer is fine. | No deadline on my side. | Don't stress about
+            the timing. | We are not pressed for time. | Feel free to do mine last. | It doesn't matter when. | no
+            hurry! | Not urgent. | Some day soon-ish will do. | Don't rush. | I have lots of time. | It's okay if it
+            takes a while. | You needn't be quick. | Do it when things are quiet. | Other customers can go first. |
+            Any week will do. | I am not pressed for time. | There's no deadline. | Please take all the time you need.
+            | It's nothing urgent. | I don't mind waiting. | Later is fine too. | We have time until winter. | Nothing
+            about this is urgent.
+            """
         ),
         "normal": (),
     },
-    fillers=(
-        "Thanks.",
-        "Many thanks.",
-        "Thank you very much.",
-        "Have a nice day.",
-        "I like your shop.",
-        "Please confirm.",
-        "You can email me.",
-        "I paid by card.",
-        "I am a regular customer.",
-        "My address is the same as last time.",
-        "The weather is lovely here.",
-        "Please send the invoice too.",
-        "My kids love your shop.",
-        "A friend told me about you.",
-        "Hope you are well.",
-        "thanks!",
-        "Let me know if you have questions.",
-        "Is there a form to fill in?",
-        "I tried to phone but the line was busy.",
-        "It's for my office.",
-        "My sister wants the same.",
-        "I wrote to you before.",
-        "Sorry for the bother.",
-        "Thank you for your help.",
+    fillers=_lines(
+        """
+        Thanks. | Many thanks. | Thank you very much. | Have a nice day. | I like your shop. | Please confirm. | You
+        can email me. | I paid by card. | I am a regular customer. | My address is the same as last time. | The
+        weather is lovely here. | Please send the invoice too. | My kids love your shop. | A friend told me about you.
+        | Hope you are well. | thanks! | Let me know if you have questions. | Is there a form to fill in? | I tried to
+        phone but the line was busy. | It's for my office. | My sister wants the same. | I wrote to you before. |
+        Sorry for the bother. | Thank you for your help.
+        """
     ),
 )
