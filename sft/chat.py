@@ -158,6 +158,7 @@ class ChatRenderer:
 
     def _turns(self, record: Mapping[str, Any]) -> tuple[str, list[Turn], TemplateProfile]:
         template, profile = self.profile(record)
+        _check_tools(template, record)
         text, turns = assistant_turns(template, profile, template_messages(_messages(record)), _tools(record))
         return text, turns, profile
 
@@ -165,7 +166,8 @@ class ChatRenderer:
         messages = _messages(record)
         _check_flags(messages, self.train_on)
         if self.train_on is TrainOn.ALL:
-            template, _ = self.profile(record)
+            template = self.profile(record)[0]
+            _check_tools(template, record)
             text = template.render([template_messages(messages)], _tools(record))[0]
             return Rendered(text, [Span(0, len(text))])
         text, turns, _ = self._turns(record)
@@ -201,6 +203,14 @@ def _check_flags(messages: Sequence[Mapping[str, Any]], train_on: TrainOn) -> No
             )
         if message["role"] != "assistant" and (message.get("train") or message.get("weight")):
             raise ValueError(f"message {index} by {message['role']} asks to be trained; only assistant turns can be")
+
+
+def _check_tools(template: ChatTemplate, record: Mapping[str, Any]) -> None:
+    """Refuse a template that would leave out what the record is about."""
+    calls = any(message.get("tool_calls") for message in _messages(record))
+    for name, is_there in (("tools", bool(record.get("tools"))), ("tool_calls", calls)):
+        if is_there and name not in template.source:
+            raise ValueError(f"the record has {name}, and the chat template never prints them; use one that does")
 
 
 def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -116,7 +116,7 @@ class TemplateProfile:
         lead: Text between that point and the answer, e.g. the space in `[/INST] answer`.
         tail: All text after a final answer.
         terminator: The tail through its first special token, e.g. `<|im_end|>`; the whole tail when it has none.
-        has_stop_token: Whether the terminator ends in a special token.
+        stop_token: The special token that the terminator ends in; None when it has none.
     """
 
     generation_prompt: str
@@ -124,7 +124,12 @@ class TemplateProfile:
     lead: str
     tail: str
     terminator: str
-    has_stop_token: bool
+    stop_token: str | None
+
+    @property
+    def has_stop_token(self) -> bool:
+        """Whether a special token ends a turn."""
+        return self.stop_token is not None
 
     @classmethod
     def probe(cls, template: ChatTemplate, special_tokens: Sequence[str]) -> TemplateProfile:
@@ -144,24 +149,24 @@ class TemplateProfile:
         if PROBE_QUESTION not in prompt or at_answer < 0:
             raise ValueError(f"the chat template does not print a plain question and its answer, but {answered!r:.200}")
         tail = answered[at_answer + len(PROBE_ANSWER) :]
-        stop = _first_special_token(tail, special_tokens)
+        stop, token = _first_special_token(tail, special_tokens)
         return cls(
             generation_prompt=prompt[len(asked) :] if prompt.startswith(asked) else "",
             after_question=prompt[prompt.rfind(PROBE_QUESTION) + len(PROBE_QUESTION) :],
             lead=answered[len(prompt) : at_answer] if answered.startswith(prompt) else "",
             tail=tail,
-            terminator=tail[:stop] if stop else tail,
-            has_stop_token=bool(stop),
+            terminator=tail[:stop] if token else tail,
+            stop_token=token,
         )
 
 
-def _first_special_token(tail: str, special_tokens: Sequence[str]) -> int:
-    """End of the first special token in a tail, the longest of those that begin there; 0 when there is none."""
-    starts = [(tail.find(token), -len(token)) for token in special_tokens if token and token in tail]
-    if not starts:
-        return 0
-    start, negative_length = min(starts)
-    return start - negative_length
+def _first_special_token(tail: str, special_tokens: Sequence[str]) -> tuple[int, str | None]:
+    """End and text of the first special token in a tail, the longest of those that begin there."""
+    found = [(tail.find(token), -len(token), token) for token in special_tokens if token and token in tail]
+    if not found:
+        return 0, None
+    start, _, token = min(found)
+    return start + len(token), token
 
 
 def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:

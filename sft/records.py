@@ -234,7 +234,15 @@ def _extras(row: Mapping[str, Any], kind: Kind, prune_nulls: bool) -> dict[str, 
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits that are the same for records of the same content, whatever their id."""
+    """32 hexadecimal digits that are the same for records of the same content, whatever their id.
+
+    Raises:
+        RowError: The content cannot be written as UTF-8, since it holds one half of a surrogate pair.
+    """
     content = {name: value for name, value in record.items() if name != "id"}
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    try:
+        return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:32]
+    except UnicodeEncodeError as error:
+        around = canonical[max(0, error.start - 20) : error.start + 20]
+        raise RowError("bad_unicode", f"half a surrogate pair, which is no text, in {around!r}") from error

@@ -114,7 +114,8 @@ def _not_found(chat: _Chat, index: int) -> str:
     same = _common_length(chat.text, prefix)
     near = slice(max(0, same - 40), same + 40)
     return (
-        f"the assistant's turn in message {index} cannot be located: the template prints the messages up to "
-        f"it differently at the end of a conversation (...{prefix[near]!r}) than inside this one (...{chat.text[near]!r}). "
-        "Mark what the assistant generates in the template with {% generation %} ... {% endgeneration %}"
+        f"the assistant's turn in message {index} cannot be located: the template prints the messages up to it "
+        f"differently at the end of a conversation (...{prefix[near]!r}) than inside this one "
+        f"(...{chat.text[near]!r}). Mark what the assistant generates in the template with "
+        "{% generation %} ... {% endgeneration %}"
     )

@@ -162,7 +162,8 @@ def test_an_empty_answer_trains_its_terminator(style: Any) -> None:
 def test_an_answer_that_the_template_prints_differently_at_the_end_of_a_chat_is_found() -> None:
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-        "{% if m['role'] == 'assistant' %}{% if loop.last %}LAST {% endif %}{{ m['content'] | length }}:{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{% if loop.last %}LAST {% endif %}"
+        "{{ m['content'] | length }}:{{ m['content'] }}"
         "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )

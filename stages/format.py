@@ -1,0 +1,197 @@
+"""Stage `format`: records to text, with the characters that are trained, and the tokenizer that fits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from sft.chat import ChatRenderer, TrainOn
+from sft.chat_formats import FORMATS, align_eos_with_template, apply_chat_format, ensure_pad_token, find_format
+from sft.terminator import TerminatorCheck
+from stages.artifacts import progress, read_json, read_jsonl, write_json
+from stages.base_model import read_base_model
+from stages.outfolder import JsonlWriter, Ledger, replacing_folder
+from stages.params import FormatSection, Params
+from stages.paths import Paths
+
+ROWS_BETWEEN_PROGRESS = 10_000
+SPLITS = ("train", "eval")
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Render outs/load and write outs/format.
+
+    Raises:
+        ValueError: The template refuses a row, a turn cannot be located or does not end in a stop token, or no token
+            would be trained.
+    """
+    section = params.format
+    base = Path(read_base_model(paths.out("load", "base_model.json")).path)
+    tokenizer = cast(
+        PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(base, trust_remote_code=params.model.trust_remote_code)
+    )
+    num_base_tokens = len(tokenizer)
+    stop_token_ids = _stop_token_ids(base)
+    new_eos = prepare_tokenizer(tokenizer, section, paths, stop_token_ids)
+    with replacing_folder(paths.out("format")) as folder:
+        with Formatter(folder, tokenizer, section, stop_token_ids) as formatter:
+            for split in SPLITS:
+                total = read_json(paths.out("load", "card.json"))[f"num_{split}"]
+                formatter.take(split, paths.out("load", f"{split}.jsonl"), total)
+            figures = formatter.close_accounts()
+        tokenizer.save_pretrained(folder / "tokenizer")
+        new_token_ids = list(range(num_base_tokens, len(tokenizer)))
+        facts = {
+            "new_token_ids": new_token_ids,
+            "new_eos_token": new_eos,
+            "stop_tokens": list(formatter.stop_texts),
+            "chat_template_sha256": _template_digest(tokenizer),
+        }
+        write_json(folder / "summary.json", facts)
+    write_json(paths.metrics("format"), {**figures, "num_new_tokens": len(new_token_ids)})
+
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, section: FormatSection, paths: Paths, stop_token_ids: tuple[int, ...]
+) -> str | None:
+    """Give the base model's tokenizer the template and tokens that params.yaml asks for.
+
+    Returns:
+        The new end-of-sequence token where the template closes turns with one at which generation did not stop.
+
+    Raises:
+        ValueError: An unknown format, a Jinja file outside data/, or a token that exists already.
+    """
+    before = tokenizer.eos_token
+    known = sorted(set(section.add_special_tokens) & tokenizer.get_vocab().keys())
+    if known:
+        raise ValueError(f"params.yaml, format.add_special_tokens: {known} are tokens already; remove them")
+    tokenizer.add_tokens(section.add_special_tokens, special_tokens=True)
+    if section.chat_template is not None:
+        apply_chat_format(tokenizer, find_format(_format_name(section.chat_template, paths)))
+    if tokenizer.chat_template:
+        align_eos_with_template(tokenizer, stop_token_ids)
+    ensure_pad_token(tokenizer, may_add=False)
+    return str(tokenizer.eos_token) if tokenizer.eos_token != before else None
+
+
+def _format_name(name: str, paths: Paths) -> str | Path:
+    """A named format, or a Jinja file in data/, where DVC sees it change."""
+    if name in FORMATS:
+        return name
+    path = (paths.root / name).resolve()
+    if path.is_file() and not path.is_relative_to(paths.data.resolve()):
+        raise ValueError(f"params.yaml, format.chat_template: move {name!r} into data/, where DVC sees changes of it")
+    try:
+        find_format(path)
+    except ValueError:
+        raise ValueError(
+            f"params.yaml, format.chat_template: {name!r} is neither a chat format ({', '.join(FORMATS)}) nor an "
+            "existing Jinja file in data/"
+        ) from None
+    return path
+
+
+def _stop_token_ids(base: Path) -> tuple[int, ...]:
+    """All ids at which the base model's generation config stops."""
+    if not (base / "generation_config.json").is_file():
+        return ()
+    eos = GenerationConfig.from_pretrained(base).eos_token_id
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+
+
+def _template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else None
+
+
+class Formatter:
+    """Renders rows one by one and writes each to its split; rows without anything trained go to the ledger.
+
+    Args:
+        folder: Output folder.
+        tokenizer: Tokenizer with the chat template.
+        section: The section `format` of params.yaml.
+        stop_token_ids: Ids at which the base model's generation stops.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, section: FormatSection, stop_token_ids: tuple[int, ...]
+    ) -> None:
+        self._section = section
+        self._renderer = ChatRenderer(tokenizer, TrainOn(section.train_on))
+        self._check = TerminatorCheck(tokenizer, stop_token_ids)
+        self._ledger = Ledger(folder / "ledger.jsonl", "format")
+        self._prompts = JsonlWriter(folder / "prompts.jsonl")
+        self._writers = {split: JsonlWriter(folder / f"{split}.jsonl") for split in SPLITS}
+        self._num_in = dict.fromkeys(SPLITS, 0)
+        self._num_characters = dict.fromkeys(SPLITS, 0)
+        self._num_trained = dict.fromkeys(SPLITS, 0)
+        self.stop_texts = self._check.stop_texts
+
+    def __enter__(self) -> Formatter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in (self._ledger, self._prompts, *self._writers.values()):
+            writer.close()
+
+    def take(self, split: str, path: Path, num_rows: int) -> None:
+        """Render all records of a file."""
+        for number, record in enumerate(read_jsonl(path)):
+            if number % ROWS_BETWEEN_PROGRESS == 0:
+                progress(number, num_rows, f"{split} rows")
+            self._num_in[split] += 1
+            self._take_record(split, with_system_message(record, self._section.system_message))
+        progress(num_rows, num_rows, f"{split} rows")
+
+    def _take_record(self, split: str, record: dict[str, Any]) -> None:
+        rendered = self._renderer.render(record)
+        if not rendered.spans:
+            self._ledger.drop(record["id"], "nothing_trained", f"train_on {self._section.train_on} selects nothing")
+            return
+        if self._section.train_on != TrainOn.ALL:
+            self._check.add(record["id"], rendered)
+        self._writers[split].write({"id": record["id"], **rendered.to_row()})
+        self._num_characters[split] += len(rendered.text)
+        self._num_trained[split] += sum(span.end - span.start for span in rendered.spans)
+        if split == "eval":
+            self._write_prompt(record)
+
+    def _write_prompt(self, record: Mapping[str, Any]) -> None:
+        last = self._renderer.last_turn(record)
+        if last is not None:
+            self._prompts.write({"id": record["id"], **last._asdict()})
+
+    def close_accounts(self) -> dict[str, Any]:
+        """Make sure that every row is accounted for and that something is trained; returns the stage's figures.
+
+        Raises:
+            ValueError: Nothing would be trained, or a trained turn does not end in a stop token.
+        """
+        num_out = {split: writer.num_rows for split, writer in self._writers.items()}
+        assert sum(self._num_in.values()) == sum(num_out.values()) + self._ledger.num_rows, "a row got lost"
+        for split in SPLITS:
+            if num_out[split] == 0:
+                raise ValueError(
+                    f"no token of the {self._num_in[split]} {split} rows would be trained with format.train_on "
+                    f"{self._section.train_on}: {self._ledger.summary()}. Change train_on or the data"
+                )
+        self._check.finish()
+        figures: dict[str, Any] = {f"num_{split}": num_out[split] for split in SPLITS}
+        for split in SPLITS:
+            share = self._num_trained[split] / self._num_characters[split]
+            figures[f"trained_characters_{split}"] = round(share, 6)
+        return {**figures, "num_dropped": self._ledger.num_rows, "dropped": dict(sorted(self._ledger.counts.items()))}
+
+
+def with_system_message(record: dict[str, Any], system_message: str | None) -> dict[str, Any]:
+    """A conversation that begins with a system message: its own, or the given one."""
+    key = "messages" if "messages" in record else "prompt"
+    messages = record.get(key)
+    if system_message is None or not isinstance(messages, list) or messages[0]["role"] == "system":
+        return record
+    return {**record, key: [{"role": "system", "content": system_message}, *messages]}
