@@ -14,7 +14,13 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import match_target_against_key
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sft.quantization import is_quantized, needs_kbit_preparation, prepare_kbit
+from sft.quantization import (
+    HALF_PRECISIONS,
+    is_kbit,
+    is_quantized,
+    needs_kbit_preparation,
+    prepare_model_for_kbit_training,
+)
 from sft.token_rows import embedding_name, head_name, is_tied, names_module, train_token_rows, untrained_token_ids
 
 if TYPE_CHECKING:
@@ -92,7 +98,7 @@ def wrap_adapter(
             adapter; new tokens that this kind of adapter can't train.
     """
     checkpointing = {
-        "gradient_checkpointing": gradient_checkpointing,
+        "use_gradient_checkpointing": gradient_checkpointing,
         "gradient_checkpointing_kwargs": gradient_checkpointing_kwargs,
     }
     if isinstance(model, PeftModel):
@@ -162,7 +168,7 @@ def _continue_adapter(model: PeftModel, peft_config: PeftConfig | None, checkpoi
     base = model.get_base_model()
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if _is_unprepared(model):
-        prepare_kbit(base, **checkpointing)  # this freezes everything
+        prepare_model_for_kbit_training(base, **checkpointing)  # this freezes everything
         for name in trained:
             model.get_parameter(name).requires_grad_(True)
     # PeftModel.from_pretrained freezes adapters unless is_trainable=True, and training would change nothing
@@ -176,18 +182,11 @@ def _continue_adapter(model: PeftModel, peft_config: PeftConfig | None, checkpoi
 
 
 def _is_unprepared(model: PeftModel) -> bool:
-    """Whether norms and embeddings of a k-bit base are in half precision; unsloth's own kernels want them so."""
-    is_unsloth = hasattr(model, "for_inference")
-    return not is_unsloth and needs_kbit_preparation_below(model)
-
-
-def needs_kbit_preparation_below(model: PeftModel) -> bool:
-    """The same question as `needs_kbit_preparation`, asked of the base below an adapter."""
-    base = model.get_base_model()
-    adapter = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    frozen = [parameter for parameter in base.parameters() if id(parameter) not in adapter]
-    half = (torch.float16, torch.bfloat16)
-    return is_quantized(base) and any(parameter.dtype in half for parameter in frozen)
+    """Whether norms and embeddings below the adapter of a k-bit base are in half precision."""
+    if hasattr(model, "for_inference"):  # unsloth's own kernels want them so
+        return False
+    frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    return is_kbit(model.get_base_model()) and any(parameter.dtype in HALF_PRECISIONS for parameter in frozen)
 
 
 def _check_trainable_base(model: PreTrainedModel) -> None:
@@ -217,7 +216,7 @@ def _add_adapter(
         # otherwise head and embeddings part ways: one of two equal rows is trained
         config.ensure_weight_tying = True
     if needs_kbit_preparation(model):
-        prepare_kbit(model, **checkpointing)
+        prepare_model_for_kbit_training(model, **checkpointing)
     return get_peft_model(model, config)
 
 

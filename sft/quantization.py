@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import peft
 import torch
 from accelerate import PartialState
-from peft import prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sft.models import parse_dtype
@@ -87,24 +87,27 @@ def needs_kbit_preparation(model: PreTrainedModel) -> bool:
     return any(parameter.requires_grad or parameter.dtype in HALF_PRECISIONS for parameter in model.parameters())
 
 
-def prepare_kbit(
+def prepare_model_for_kbit_training(
     model: PreTrainedModel,
-    *,
-    gradient_checkpointing: bool = True,
+    use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Freeze a k-bit base, hold its norms, embeddings and head in float32, and turn checkpointing on.
 
+    This is peft's function of the same name with one other default: `use_reentrant` is False unless stated, since the
+    reentrant variant finds no gradient path where all inputs of a block are frozen.
+
     Args:
         model: A base without adapters, loaded in 4 or 8 bits.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        gradient_checkpointing_kwargs: As of `torch.utils.checkpoint`. `use_reentrant` is False unless stated: the
-            reentrant variant finds no gradient path where all inputs of a block are frozen.
+        use_gradient_checkpointing: Recompute activations in the backward pass.
+        gradient_checkpointing_kwargs: As of `torch.utils.checkpoint`.
 
     Returns:
         The same model.
     """
-    kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})} if gradient_checkpointing else None
-    return prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=gradient_checkpointing, gradient_checkpointing_kwargs=kwargs
+    kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+    return peft.prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=use_gradient_checkpointing,
+        gradient_checkpointing_kwargs=kwargs if use_gradient_checkpointing else None,
     )

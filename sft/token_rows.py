@@ -53,8 +53,9 @@ def untrained_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     beyond = sorted(token for token, index in added.items() if index >= weight.shape[0])
     if beyond:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model {weight.shape[0]} rows of embeddings: {beyond[0]!r} "
-            f"has none. Resize first: sft.setup_chat_format(model, tokenizer), or model.resize_token_embeddings."
+            f"The tokenizer has {len(tokenizer)} tokens and the model {weight.shape[0]} rows of embeddings: "
+            f"{beyond[0]!r} has none. Resize first: sft.setup_chat_format(model, tokenizer), or "
+            f"model.resize_token_embeddings(len(tokenizer))."
         )
     known = checkpoint_tokens(model)
     new = {index for token, index in added.items() if known is not None and token not in known}

@@ -1,0 +1,121 @@
+"""4- and 8-bit bases on whatever device there is: configuration, preparation, and one real step of LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from sft.adapters import wrap_adapter
+from sft.config import ModelConfig
+from sft.models import load_model
+from sft.quantization import (
+    get_kbit_device_map,
+    get_quantization_config,
+    is_kbit,
+    needs_kbit_preparation,
+    prepare_model_for_kbit_training,
+)
+from tests.tiny import tiny_model
+
+FOUR_BIT = {"load_in_4bit": True, "use_bnb_nested_quant": True}
+EIGHT_BIT = {"load_in_8bit": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(path)
+    return path
+
+
+def load_kbit(folder: Path, dtype: str = "float32", **options: bool) -> PreTrainedModel:
+    config = get_quantization_config(ModelConfig(dtype=dtype, **options))
+    return load_model(folder, dtype=dtype, quantization_config=config, device_map=get_kbit_device_map())
+
+
+def test_neither_width_means_no_configuration() -> None:
+    assert get_quantization_config(ModelConfig()) is None
+
+
+def test_four_bit_options_reach_bitsandbytes() -> None:
+    config = get_quantization_config(
+        ModelConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", use_bnb_nested_quant=True, dtype="bfloat16")
+    )
+    assert config is not None
+    assert (config.load_in_4bit, config.load_in_8bit) == (True, False)
+    assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("fp4", True)
+    assert config.bnb_4bit_compute_dtype is torch.bfloat16
+
+
+def test_compute_dtype_of_its_own_wins_over_the_models() -> None:
+    config = get_quantization_config(ModelConfig(load_in_4bit=True, dtype="bfloat16", bnb_4bit_compute_dtype="float16"))
+    assert config is not None
+    assert config.bnb_4bit_compute_dtype is torch.float16
+
+
+def test_unknown_four_bit_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="bnb_4bit_quant_type='nf8' does not exist: use nf4 or fp4"):
+        get_quantization_config(ModelConfig(load_in_4bit=True, bnb_4bit_quant_type="nf8"))
+
+
+def test_both_widths_at_once_are_refused() -> None:
+    config = ModelConfig(load_in_4bit=True)
+    config.load_in_8bit = True
+    with pytest.raises(ValueError, match="held in one of them"):
+        get_quantization_config(config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
+def test_without_an_accelerator_there_is_no_device_map() -> None:
+    assert get_kbit_device_map() is None
+
+
+def test_each_process_takes_its_own_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert get_kbit_device_map() == {"": 0}
+
+
+@pytest.mark.parametrize("options", [FOUR_BIT, EIGHT_BIT], ids=["4 bit", "8 bit"])
+def test_fresh_base_needs_preparation_and_a_prepared_one_does_not(folder: Path, options: dict[str, bool]) -> None:
+    model = load_kbit(folder, dtype="bfloat16", **options)
+    assert needs_kbit_preparation(model)
+    prepare_model_for_kbit_training(model)
+    assert not needs_kbit_preparation(model)
+    assert model.is_gradient_checkpointing
+    assert model.get_input_embeddings().weight.dtype is torch.float32
+
+
+def test_preparation_by_peft_itself_is_recognised(folder: Path) -> None:
+    assert not needs_kbit_preparation(peft.prepare_model_for_kbit_training(load_kbit(folder, **EIGHT_BIT)))
+
+
+def test_plain_base_needs_no_preparation(folder: Path) -> None:
+    assert not needs_kbit_preparation(load_model(folder, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("options", [FOUR_BIT, EIGHT_BIT], ids=["4 bit", "8 bit"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_on_a_kbit_base_learns(folder: Path, options: dict[str, bool], checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    base = load_kbit(folder, **options)
+    assert is_kbit(base)
+    frozen = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = wrap_adapter(base, lora, gradient_checkpointing=checkpointing).train()
+    assert base.is_gradient_checkpointing is checkpointing
+    ids = torch.randint(5, 300, (2, 24))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert torch.equal(base.model.layers[0].self_attn.q_proj.base_layer.weight, frozen)
