@@ -21,6 +21,8 @@ WEIGHTS_PATTERN = "*.safetensors"
 # Everything that changes what a model computes or how text becomes tokens; readmes and pickled weights do not count.
 MODEL_PATTERNS = (WEIGHTS_PATTERN, "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 WAY_OUT = "To take the model as it is now: dvc repro -f load"
+# Copies of the weights in other layouts, which would be downloaded and never read.
+HUB_IGNORED = ("*/*", "consolidated*", "*.gguf")
 FETCH = "To get it: dvc repro -f load"
 
 
@@ -159,15 +161,28 @@ def _find(record: dict[str, Any], root: Path) -> Path:
         return embedded_folder(name)
     if record["resolved"] == name:
         return (root / Path(name).expanduser()).resolve()
-    return _hub_snapshot(name, record["resolved"])
+    return _recorded_snapshot(name, record["resolved"])
 
 
-def _hub_snapshot(repo_id: str, commit: str) -> Path:
+def hub_snapshot(repo_id: str, revision: str | None, local_files_only: bool = False) -> Path:
+    """Folder of the hub cache that holds a revision's model files; downloads what is missing unless told not to."""
     from huggingface_hub import snapshot_download  # only hub models need it, and it imports slowly
+
+    folder = snapshot_download(
+        repo_id,
+        revision=revision,
+        allow_patterns=list(MODEL_PATTERNS),
+        ignore_patterns=list(HUB_IGNORED),
+        local_files_only=local_files_only,
+    )
+    return Path(folder)
+
+
+def _recorded_snapshot(repo_id: str, commit: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, revision=commit, local_files_only=True))
+        return hub_snapshot(repo_id, commit, local_files_only=True)
     except LocalEntryNotFoundError:
         raise ValueError(
             f"Commit {commit[:12]} of the base model {repo_id!r} is no longer in the hub cache. {FETCH}"

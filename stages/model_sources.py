@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelInfo, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -21,10 +21,10 @@ from huggingface_hub.errors import (
 from stages.artifacts import read_json
 from stages.base_model import (
     EMBEDDED_PREFIX,
-    MODEL_PATTERNS,
     WEIGHTS_PATTERN,
     BaseModel,
     folder_digest,
+    hub_snapshot,
     installed_digest,
 )
 from stages.embedded_model import EMBEDDED_MODELS, install_embedded
@@ -33,8 +33,6 @@ from stages.params import ModelSection
 KEY = "params.yaml, model.name_or_path"
 WAYS_OUT = f"Use a hub id such as org/name, a folder that holds the model, or {EMBEDDED_PREFIX}smollm2-135m-instruct."
 HUB_TIMEOUT_S = 15
-# Copies of the weights in other layouts, which would be downloaded and never read.
-HUB_IGNORED = ("*/*", "consolidated*", "*.gguf")
 # The hub client has changed its HTTP library; what its own errors derive from is the base of that library's errors.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
 
@@ -126,10 +124,9 @@ def _look_up(name: str, revision: str | None) -> ModelInfo | None:
 def _download(model: ModelSection, info: ModelInfo) -> Path:
     name = model.name_or_path
     _check_space(info)
-    allowed, ignored = list(MODEL_PATTERNS), list(HUB_IGNORED)
     try:
         # By the revision as it was asked for: the cache then knows it by that name too, when the hub is out of reach.
-        return Path(snapshot_download(name, revision=model.revision, allow_patterns=allowed, ignore_patterns=ignored))
+        return hub_snapshot(name, model.revision)
     except NETWORK_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -140,7 +137,7 @@ def _download(model: ModelSection, info: ModelInfo) -> Path:
 def _cached_snapshot(name: str, revision: str | None) -> Path:
     """What an earlier download left, for machines that are offline."""
     try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        folder = hub_snapshot(name, revision, local_files_only=True)
     except LocalEntryNotFoundError:
         offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub can't be reached"
         raise ValueError(
