@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -44,8 +45,17 @@ def fail(error: Exception, code: int) -> int:
     return code
 
 
+class _AboutTorchao(logging.Filter):
+    """Drops what importing torchao makes torch say about torchao's own code; a level would be reset by torch."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "natively supported by torch.compile" not in record.getMessage()
+
+
 def quiet_tools() -> None:
-    """Switch telemetry off and keep progress bars of libraries out of the log; a value set by the user wins."""
+    """Switch telemetry off and keep other packages' chatter out of the log; a value set by the user wins."""
+    logging.getLogger("torch.utils._pytree").addFilter(_AboutTorchao())
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # kernels for GPUs that are not there
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",

@@ -1,0 +1,181 @@
+"""Options of a training: `SFTConfig` (what and how), `ModelConfig` (which model and adapter)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+DEFAULT_MAX_LENGTH = 1024
+PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
+LOSS_TYPES = ("nll", "dft")
+
+
+@dataclass
+class SFTConfig(TrainingArguments):
+    """All of `transformers.TrainingArguments`, and what supervised fine-tuning adds.
+
+    Args:
+        model_init_kwargs: Arguments of `from_pretrained`, used when the model is given as a name.
+        chat_template_path: Jinja file, or folder or hub id of a tokenizer whose chat template replaces the model's.
+        dataset_text_field: Column that holds plain text.
+        dataset_kwargs: `skip_prepare_dataset`, `add_special_tokens`, `append_concat_token`.
+        dataset_num_proc: Processes that prepare the data; None = one.
+        dataset_batch_size: Rows prepared at a time.
+        eos_token: Token put at the end of texts in place of the tokenizer's eos.
+        pad_token: Token that fills batches in place of the tokenizer's pad.
+        max_length: Longest sequence in tokens; None = the smaller of 1024 and the tokenizer's limit.
+        max_seq_length: Former name of `max_length`; give one of them.
+        packing: Put several documents into one row; they never attend to each other.
+        packing_strategy: `bfd`, `bfd_split` or `wrapped`.
+        eval_packing: The same for evaluation; None = as `packing`.
+        padding_free: Join a batch's rows into one row without padding.
+        pad_to_multiple_of: Padded length is a multiple of this.
+        completion_only_loss: Train only on completions; None = yes when rows have prompt and completion.
+        assistant_only_loss: Train only on assistant turns of conversations.
+        loss_type: `nll`, or `dft` (Wu et al., arXiv:2508.05629).
+        log_entropy: Log the mean entropy of predictions; costs a pass over the logits.
+        activation_offloading: Keep activations in host memory until the backward pass needs them.
+        num_of_sequences: For `ConstantLengthDataset`: sequences in a buffer.
+        chars_per_token: For `ConstantLengthDataset`: used to size the buffer.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
+    include_num_input_tokens_seen: str | bool = field(
+        default="non_padding", metadata={"help": "Count tokens seen: no, all or non_padding."}
+    )
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained for a model given as a name."}
+    )
+    chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file or tokenizer to take it from."})
+
+    dataset_text_field: str = field(default="text", metadata={"help": "Column that holds plain text."})
+    dataset_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "Options of the preparation."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    dataset_batch_size: int = field(default=1000, metadata={"help": "Rows prepared at a time."})
+    eos_token: str | None = field(default=None, metadata={"help": "Token at the end of texts."})
+    pad_token: str | None = field(default=None, metadata={"help": "Token that fills batches."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest sequence in tokens."})
+    max_seq_length: int | None = field(default=None, metadata={"help": "Former name of max_length."})
+    packing: bool = field(default=False, metadata={"help": "Several documents in a row."})
+    packing_strategy: str = field(default="bfd", metadata={"help": "bfd, bfd_split or wrapped."})
+    eval_packing: bool | None = field(default=None, metadata={"help": "Packing of evaluation rows."})
+    padding_free: bool = field(default=False, metadata={"help": "Batches as one row without padding."})
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Padded length is a multiple of this."})
+    num_of_sequences: int = field(default=1024, metadata={"help": "ConstantLengthDataset: sequences in a buffer."})
+    chars_per_token: float = field(default=3.6, metadata={"help": "ConstantLengthDataset: sizes the buffer."})
+
+    completion_only_loss: bool | None = field(default=None, metadata={"help": "Train only on completions."})
+    assistant_only_loss: bool = field(default=False, metadata={"help": "Train only on assistant turns."})
+    loss_type: str = field(default="nll", metadata={"help": "nll or dft."})
+    log_entropy: bool = field(default=False, metadata={"help": "Log the mean entropy of predictions."})
+    activation_offloading: bool = field(default=False, metadata={"help": "Activations wait in host memory."})
+
+    def __post_init__(self) -> None:
+        self._settle_lengths()
+        self._check_choices()
+        self._settle_checkpointing()
+        super().__post_init__()
+
+    def _settle_checkpointing(self) -> None:
+        # Upstream renamed gradient_* to activation_* and mirrors the new names into the old ones; users know the old.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
+        given = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
+        self.gradient_checkpointing_kwargs = None
+        if self.activation_checkpointing:
+            # the reentrant variant loses gradients where all inputs of a block are frozen, as under LoRA
+            self.activation_checkpointing_kwargs = {"use_reentrant": False, **given}
+
+    def _settle_lengths(self) -> None:
+        if self.max_length is not None and self.max_seq_length not in (None, self.max_length):
+            raise ValueError(
+                f"max_length={self.max_length} and max_seq_length={self.max_seq_length} are two names of one option; "
+                "give max_length alone"
+            )
+        self.max_length = self.max_length if self.max_length is not None else self.max_seq_length
+        self.max_seq_length = None
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length}: a sequence needs at least 2 tokens to predict one")
+
+    def _check_choices(self) -> None:
+        for name, value, choices in (
+            ("packing_strategy", self.packing_strategy, PACKING_STRATEGIES),
+            ("loss_type", self.loss_type, LOSS_TYPES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
+        known = {"skip_prepare_dataset", "add_special_tokens", "append_concat_token"}
+        unknown = set(self.dataset_kwargs or {}) - known
+        if unknown:
+            raise ValueError(f"dataset_kwargs has unknown keys {sorted(unknown)}; known: {sorted(known)}")
+
+    @property
+    def skip_prepare_dataset(self) -> bool:
+        """Whether the data set goes to the collator as it is."""
+        return bool((self.dataset_kwargs or {}).get("skip_prepare_dataset", False))
+
+
+@dataclass
+class ModelConfig:
+    """Which model is loaded, and which adapter is put on it.
+
+    Args:
+        model_name_or_path: Hub id or folder.
+        model_revision: Branch, tag or commit.
+        dtype: `auto`, `bfloat16`, `float16` or `float32`; None = float32.
+        torch_dtype: Former name of `dtype`; give one of them.
+        trust_remote_code: Run Python code that comes with the model.
+        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, `flash_attention_3`, `flex_attention`, `kernels-...`.
+        use_peft: Put a LoRA adapter on the model.
+        lora_r: Rank.
+        lora_alpha: The update is scaled by `lora_alpha / lora_r`.
+        lora_dropout: Dropout before the LoRA matrices.
+        lora_target_modules: Names of the layers; None = all linear layers but the head.
+        lora_modules_to_save: Modules that are trained in full and saved with the adapter.
+        lora_task_type: Task type of peft.
+        use_rslora: Scale by `lora_alpha / sqrt(lora_r)` (arXiv:2312.03732).
+        use_dora: Weight-decomposed LoRA (arXiv:2402.09353).
+        load_in_8bit: Base weights in LLM.int8 (bitsandbytes).
+        load_in_4bit: Base weights in 4 bits (bitsandbytes), with LoRA: QLoRA, arXiv:2305.14314.
+        bnb_4bit_quant_type: `nf4` or `fp4`.
+        use_bnb_nested_quant: Quantize the quantization constants too.
+        bnb_4bit_compute_dtype: dtype of the products; None = `dtype`.
+    """
+
+    model_name_or_path: str | None = None
+    model_revision: str = "main"
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    use_peft: bool = False
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_target_modules: list[str] | str | None = None
+    lora_modules_to_save: list[str] | None = None
+    lora_task_type: str = "CAUSAL_LM"
+    use_rslora: bool = False
+    use_dora: bool = False
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    bnb_4bit_quant_type: str = "nf4"
+    use_bnb_nested_quant: bool = False
+    bnb_4bit_compute_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_8bit and load_in_4bit exclude each other; set one of them")
+        if self.dtype is not None and self.torch_dtype not in (None, self.dtype):
+            raise ValueError(
+                f"dtype={self.dtype!r} and torch_dtype={self.torch_dtype!r} are two names of one option; give dtype"
+            )
+        self.dtype = self.dtype if self.dtype is not None else self.torch_dtype
+        self.torch_dtype = self.dtype
+        if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
+            # a command line can only give a list, and "all-linear" is a word of its own
+            self.lora_target_modules = self.lora_target_modules[0]

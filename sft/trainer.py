@@ -1,0 +1,213 @@
+"""`SFTTrainer`: wires model, adapter, data, attention and loss into `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    BaseImageProcessor,
+    DataCollator,
+    EvalPrediction,
+    FeatureExtractionMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from sft.adapters import count_parameters, wrap_adapter
+from sft.attention import document_layout
+from sft.config import SFTConfig
+from sft.loss import LossOptions, TokenTotals, num_targets, supervised_loss
+from sft.neftune import embedding_noise
+from sft.preparation import FormattingFunc, prepare_dataset
+from sft.wiring import (
+    choose_collator,
+    choose_packing,
+    resolve_config,
+    resolve_model,
+    resolve_processor,
+    settle_attention,
+    tokenizer_of,
+)
+
+logger = logging.getLogger(__name__)
+
+TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", "completion_mask", "assistant_masks")
+
+
+class SFTTrainer(Trainer):
+    """Supervised fine-tuning of a causal language model.
+
+    After construction `train_dataset` holds `input_ids` and `labels` (and `seq_lengths` when packed), so that anyone
+    can look at what is trained, e.g. with `sft.preview_masks`.
+
+    Args:
+        model: Hub id, folder, model, or `PeftModel` to continue.
+        args: `SFTConfig`; plain `TrainingArguments` are taken over into one.
+        data_collator: None = chosen from the options.
+        train_dataset: Rows of any shape that `sft.preparation.prepare_dataset` knows.
+        eval_dataset: The same, or a dict of them.
+        processing_class: Tokenizer or processor; None = the one that belongs to the model.
+        compute_loss_func: `(outputs, labels, num_items_in_batch) -> loss` in place of this trainer's own.
+        compute_metrics: Called with the logits of the evaluation rows.
+        callbacks: Added to the default ones.
+        optimizers: Optimizer and scheduler in place of those that `args` states.
+        optimizer_cls_and_kwargs: Optimizer class in place of the one that `args` states.
+        preprocess_logits_for_metrics: Applied to logits before they are gathered.
+        peft_config: Adapter to put on the model.
+        formatting_func: Example (or batch) to text (or texts).
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase
+        | BaseImageProcessor
+        | FeatureExtractionMixin
+        | ProcessorMixin
+        | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        peft_config: Any = None,
+        formatting_func: FormattingFunc | None = None,
+    ) -> None:
+        config = resolve_config(args, model)
+        processing_class = resolve_processor(processing_class, model, config)
+        tokenizer = tokenizer_of(processing_class)
+        model = resolve_model(model, config)
+        model = wrap_adapter(
+            model,
+            peft_config,
+            tokenizer,
+            gradient_checkpointing=bool(config.activation_checkpointing),
+            gradient_checkpointing_kwargs=config.activation_checkpointing_kwargs,
+        )
+        packing = choose_packing(config, model, data_collator, train_dataset)
+        train_dataset, eval_dataset = (
+            prepare_all(dataset, tokenizer, config, packing=packed, formatting_func=formatting_func, name=name)
+            for dataset, packed, name in (
+                (train_dataset, packing.train, "train"),
+                (eval_dataset, packing.eval, "eval"),
+            )
+        )
+        data_collator = data_collator or choose_collator(config, processing_class, packing)
+        self.attention = settle_attention(model, config, packing)
+        self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)
+        self._totals = {"train": TokenTotals(), "eval": TokenTotals()}
+        super().__init__(
+            model=model,
+            args=config,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self.neftune_noise_alpha = None  # upstream scales the noise by the whole row's length; see `train`
+        self.loss_is_scaled_for_ga = True
+        counts = count_parameters(self.model)
+        logger.info("training %s of %s parameters; %s", counts.num_trainable, counts.num_total, self.attention)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `transformers.Trainer.train` does, with NEFTune's noise on the embeddings while it lasts."""
+        with embedding_noise(self.model, self.args.neftune_noise_alpha):
+            return super().train(*args, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One forward and backward pass; the documents' borders hold for both, as checkpointing recomputes in the latter."""
+        with document_layout(inputs.get("seq_lengths")):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Loss of a batch: the sum over its targets divided by the targets of the whole accumulated batch."""
+        if self.compute_loss_func is not None:
+            inputs = {name: value for name, value in inputs.items() if name not in ("seq_lengths", "loss_weights")}
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        keep_logits = return_outputs and self.compute_metrics is not None
+        result = supervised_loss(model, inputs, num_items_in_batch, self._loss_options, keep_logits=keep_logits)
+        self._totals["train" if model.training else "eval"].add(result)
+        loss = result.loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None and model.training:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, targets were summed
+        return (loss, {"logits": result.logits}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """One evaluation batch, with its documents' borders."""
+        with document_layout(inputs.get("seq_lengths")):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate; the loss is a mean over tokens, whatever the batch size and the packing."""
+        self._totals["eval"] = TokenTotals()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.compute_loss_func is None:
+            figures = self._totals["eval"].means(self.accelerator.gather)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add token accuracy (and entropy when asked) to training logs."""
+        if "loss" in logs and self.compute_loss_func is None:
+            figures = self._totals["train"].means(self.accelerator.gather)
+            logs.update({name: value for name, value in figures.items() if name != "loss"})
+            self._totals["train"] = TokenTotals()
+        super().log(logs, start_time)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
+        """Targets (or their weights) in all batches of one update, over all processes."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        count = sum(num_targets(batch) for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1 and self.model.training:
+            count = self.accelerator.gather(count).sum()
+        return count
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that collators and loss read, though no model's forward names them."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += [name for name in TOKEN_COLUMNS if name not in self._signature_columns]
+
+
+def prepare_all(dataset: Any, *args: Any, name: str, **kwargs: Any) -> Any:
+    """`prepare_dataset` for one data set, for each of a dict of them, or for none."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {key: prepare_dataset(rows, *args, name=f"{name} {key}", **kwargs) for key, rows in dataset.items()}
+    return prepare_dataset(dataset, *args, name=name, **kwargs)

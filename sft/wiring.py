@@ -1,0 +1,165 @@
+"""The decisions that `SFTTrainer` makes before training, each a function that can be tested alone."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+from transformers.training_args import ParallelMode
+
+from sft.attention import choose_packed_attention, probe_isolation
+from sft.chat_formats import clone_chat_template
+from sft.collators import DataCollatorForSFT
+from sft.config import SFTConfig
+from sft.models import load_model, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which data sets are packed, and whether batches are one flat row without padding."""
+
+    train: bool
+    eval: bool
+    flat: bool
+
+
+def resolve_config(args: TrainingArguments | None, model: Any) -> SFTConfig:
+    """The options, with defaults for what was not given.
+
+    Raises:
+        ValueError: Options that would be ignored, or several GPUs without a launcher.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+        args = SFTConfig(output_dir=f"{Path(name).name}-SFT")
+    elif not isinstance(args, SFTConfig):
+        given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
+        args = SFTConfig(**given)
+    if not isinstance(model, str) and args.model_init_kwargs:
+        raise ValueError(
+            f"model_init_kwargs={args.model_init_kwargs} would be ignored: the model is an object already; give them "
+            "to its from_pretrained, or give the model's name"
+        )
+    if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which would mean torch's DataParallel; start the script with "
+            f"`accelerate launch --num_processes {args.n_gpu}`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return args
+
+
+def resolve_model(model: Any, config: SFTConfig) -> Any:
+    """Load a model given as a name, with `model_init_kwargs`; pass an object through."""
+    if not isinstance(model, str):
+        return model
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None
+    return load_model(model, mixed_precision=precision, **(config.model_init_kwargs or {}))
+
+
+def resolve_processor(processing_class: Any, model: Any, config: SFTConfig) -> Any:
+    """The tokenizer or processor: as given, else the one that belongs to the model; eos and pad set as asked.
+
+    Raises:
+        ValueError: None can be found, or a token that the options name is not in the vocabulary.
+    """
+    if processing_class is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        if not name:
+            raise ValueError("processing_class is needed: the model was made in memory and names no tokenizer")
+        revision = (config.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        processing_class = load_tokenizer(name, revision=revision)
+    tokenizer = tokenizer_of(processing_class)
+    for option in ("eos_token", "pad_token"):
+        token = getattr(config, option)
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise ValueError(f"{option}={token!r} is not in the tokenizer's vocabulary; add it, or name one that is")
+        setattr(tokenizer, option, token)
+    if tokenizer.pad_token is None:
+        # labels are masked by place, so eos as padding is never trained away
+        tokenizer.pad_token = tokenizer.eos_token
+    return processing_class
+
+
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a processor, or the tokenizer itself."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def apply_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> Any:
+    """Put the template of `chat_template_path` on the tokenizer; returns the model, resized for tokens that came along.
+
+    Raises:
+        ValueError: The file is empty or does not exist.
+    """
+    path = config.chat_template_path
+    if path is None:
+        return model
+    if path.endswith((".jinja", ".jinja2", ".j2")):
+        try:
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"chat_template_path={path!r} can't be read: {error.strerror}") from error
+        return model
+    return clone_chat_template(model, tokenizer, path)[0]
+
+
+def choose_packing(config: SFTConfig, data_collator: Any, datasets: list[Any]) -> Packing:
+    """Decide which data sets are packed and whether batches are flat.
+
+    Args:
+        config: `packing`, `eval_packing`, `padding_free`.
+        data_collator: The user's own, or None.
+        datasets: All data sets; rows that are packed already make batches flat.
+
+    Raises:
+        ValueError: The collator can't work on packed rows.
+    """
+    eval_packing = config.packing if config.eval_packing is None else config.eval_packing
+    packed = config.packing or eval_packing
+    if packed and getattr(data_collator, "needs_single_documents", False):
+        raise ValueError(
+            f"packing=True puts several documents into a row, where {type(data_collator).__name__} would look for one "
+            "answer; use packing=False, or completion_only_loss / assistant_only_loss without this collator"
+        )
+    already = any("seq_lengths" in (getattr(dataset, "column_names", None) or ()) for dataset in datasets)
+    flat = packed or already or config.padding_free or getattr(data_collator, "padding_free", False)
+    return Packing(config.packing, eval_packing, flat)
+
+
+def choose_collator(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, packing: Packing) -> DataCollatorForSFT:
+    """The collator for token rows: flat batches where rows are packed or padding is unwanted, else padded ones."""
+    return DataCollatorForSFT(
+        pad_token_id=tokenizer.pad_token_id,
+        padding_free=packing.flat,
+        pad_to_multiple_of=config.pad_to_multiple_of,
+    )
+
+
+def settle_attention(model: Any, config: SFTConfig, packing: Packing) -> str:
+    """Choose and set the attention for flat batches, and prove that documents do not see each other.
+
+    Returns:
+        One line that says what was chosen and why.
+
+    Raises:
+        ValueError: The model or its attention can't keep the documents of a row apart.
+    """
+    current = model.config._attn_implementation
+    if not packing.flat:
+        if config.force_flash_sdp:
+            raise ValueError("force_flash_sdp=True needs packing=True or padding_free=True: that kernel takes no mask")
+        return f"attention {current} on padded batches"
+    # both are transformers' defaults, depending on the family; anything else was asked for
+    requested = "auto" if current in ("sdpa", "eager") else current
+    choice = choose_packed_attention(model, requested)
+    if choice.implementation != current:
+        model.set_attn_implementation(choice.implementation)
+    probe_isolation(model)
+    return f"attention {choice.implementation}: {choice.reason}"

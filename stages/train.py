@@ -1,0 +1,193 @@
+"""`train`: packed rows and the base model -> an adapter or full weights."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import load_from_disk
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from sft.adapters import count_parameters, get_peft_config
+from sft.config import ModelConfig, SFTConfig
+from sft.models import load_model
+from sft.quantization import get_quantization_config
+from sft.trainer import SFTTrainer
+from stages.artifacts import fresh_folder, progress, write_json, write_text
+from stages.base_model import read_base_model
+from stages.checkpoints import TrainingState
+from stages.params import ModelSection, Params, TrainSection
+from stages.paths import Paths
+
+CURVE_COLUMNS = (
+    "step",
+    "loss",
+    "eval_loss",
+    "learning_rate",
+    "grad_norm",
+    "mean_token_accuracy",
+    "eval_mean_token_accuracy",
+    "num_input_tokens_seen",
+)
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Write outs/train/model, the curve and the figures; resume from .state when an earlier run was cut short."""
+    state = TrainingState.open(params, paths)
+    tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
+    model_config = make_model_config(params)
+    model = load_base(params.model, model_config, tokenizer, paths)
+    trainer = SFTTrainer(
+        model,
+        args=make_sft_config(params.train, state.folder),
+        train_dataset=load_from_disk(str(paths.out("pack", "train"))),
+        eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_config),
+        callbacks=[ProgressLines()],
+    )
+    checkpoint = state.last_checkpoint()
+    if checkpoint is not None:
+        print(f"resuming from {checkpoint.name}", flush=True)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    save_results(trainer, tokenizer, paths, seconds=time.monotonic() - started)
+    state.mark_finished()
+
+
+def make_model_config(params: Params) -> ModelConfig:
+    """The base model and the adapter, as the library's options."""
+    section = params.train
+    return ModelConfig(
+        model_name_or_path=params.model.name_or_path,
+        dtype=params.model.dtype,
+        attn_implementation=params.model.attn_implementation,
+        trust_remote_code=params.model.trust_remote_code,
+        use_peft=section.method != "full",
+        lora_r=section.lora_r,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
+        lora_target_modules=section.lora_target_modules,
+        load_in_4bit=section.method == "qlora",
+        use_bnb_nested_quant=section.method == "qlora",
+    )
+
+
+def load_base(
+    section: ModelSection, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, paths: Paths
+) -> PreTrainedModel:
+    """Load the base model that `load` recorded, with rows for every token of the tokenizer."""
+    base = read_base_model(paths.out("load", "base_model.json"))
+    model = load_model(
+        base.path,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        quantization_config=get_quantization_config(config),
+        trust_remote_code=section.trust_remote_code,
+    )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
+    """The section as the library's options; checkpoints go to `folder`."""
+    return SFTConfig(
+        output_dir=str(folder),
+        learning_rate=section.learning_rate,
+        num_train_epochs=section.num_train_epochs,
+        max_steps=section.max_steps,
+        per_device_train_batch_size=section.per_device_train_batch_size,
+        per_device_eval_batch_size=section.per_device_train_batch_size,
+        gradient_accumulation_steps=section.gradient_accumulation_steps,
+        lr_scheduler_type=section.lr_scheduler_type,
+        warmup_steps=section.warmup_ratio,
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        neftune_noise_alpha=section.neftune_noise_alpha,
+        loss_type=section.loss_type,
+        gradient_checkpointing=section.gradient_checkpointing,
+        use_liger_kernel=section.use_liger_kernel,
+        logging_steps=section.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=section.eval_steps,
+        save_strategy="steps",
+        save_steps=section.save_steps,
+        save_total_limit=2,
+        padding_free=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        report_to=[],
+        disable_tqdm=True,
+        seed=section.seed,
+    )
+
+
+class ProgressLines(TrainerCallback):
+    """A progress line at every point of the curve, with the loss and the time left."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock; a resumed training does not begin at step 0."""
+        self.started, self.first_step = time.monotonic(), state.global_step
+        progress(state.global_step, state.max_steps, "training")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Say where training is."""
+        if not logs or not ({"loss", "eval_loss"} & set(logs)):
+            return
+        done = state.global_step - self.first_step
+        left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step) if done else math.nan
+        figures = " ".join(f"{name} {logs[name]:.4f}" for name in ("loss", "eval_loss") if name in logs)
+        progress(state.global_step, state.max_steps, f"{figures}, {left:.0f} s left")
+
+
+def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths: Paths, seconds: float) -> None:
+    """Write the model, the curve, and the figures that are the same at every run; times go to a file of their own.
+
+    Raises:
+        ValueError: The loss is not a number any more.
+    """
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    if not losses or not math.isfinite(losses[-1]):
+        last = losses[-1] if losses else "nothing"
+        raise ValueError(f"training ended with loss {last}; lower train.learning_rate, or look at the data")
+    folder = fresh_folder(paths.out("train", "model"))
+    trainer.save_model(str(folder))
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that holds this machine's paths
+    tokenizer.save_pretrained(folder)
+    write_text(paths.out("train", "curve.csv"), curve_csv(history))
+    counts = count_parameters(trainer.model)
+    metrics = {
+        "loss": losses[-1],
+        "eval_loss": next(entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry),
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "tokens_seen": trainer.state.num_input_tokens_seen,
+        "trainable_parameters": counts.num_trainable,
+        "parameters": counts.num_total,
+    }
+    write_json(paths.metrics("train"), metrics)
+    write_json(paths.timings("train"), {"seconds": seconds, "tokens_per_second": metrics["tokens_seen"] / seconds})
+
+
+def curve_csv(history: list[dict[str, Any]]) -> str:
+    """The log as CSV, one row a step, empty where a figure was not taken at that step."""
+    steps: dict[int, dict[str, Any]] = {}
+    for entry in history:
+        steps.setdefault(entry["step"], {}).update(entry)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, CURVE_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(steps[step] for step in sorted(steps) if {"loss", "eval_loss"} & set(steps[step]))
+    return file.getvalue()
