@@ -37,7 +37,6 @@ class GPTQSettings:
         desc_act: quantize the columns of large activations first; slower to run, mostly better at 2 and 3 bit.
         damp_percent: share of the mean Hessian diagonal that is added to it.
         damp_auto_increment: step by which the damping grows, up to 1, while a Hessian has no Cholesky factor.
-        true_sequential: calibrate the parts of a block one after the other, each seeing the errors of those before.
         device: "auto" (a GPU if there is one), "cpu", "cuda:0", ...
     """
 
@@ -47,7 +46,6 @@ class GPTQSettings:
     desc_act: bool = False
     damp_percent: float = 0.05
     damp_auto_increment: float = 0.01
-    true_sequential: bool = True
     device: str = "auto"
 
 
@@ -182,7 +180,6 @@ def _run_gptqmodel(
             desc_act=settings.desc_act,
             damp_percent=settings.damp_percent,
             damp_auto_increment=settings.damp_auto_increment,
-            true_sequential=settings.true_sequential,
             device=device,
             act_group_aware=settings.group_size != -1 and not settings.desc_act,
             # Format 1 stores zero points minus one and so cannot hold a zero point of 0, which only asymmetric weights

@@ -1,0 +1,154 @@
+"""Small line charts and heat strips as inline SVG, without scripts; colours come from the page's CSS variables.
+
+Drawn 360 units wide, so that they are shown at about their own size on a phone and beside each other on a desk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 360, 200
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 26
+MAX_TICKS = 5
+CELL = 11
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named line; `css` is the class that colours it; `points` are (x, y), those that are not finite are left out."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    css: str = "a"
+
+
+def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> Markup:
+    """Lines over a common x axis, with nice ticks and the last value of each line in the legend.
+
+    Returns:
+        A `<figure>` element; one that says so when there is nothing to draw.
+    """
+    drawn = [Series(s.name, [p for p in s.points if all(map(math.isfinite, p))], s.css) for s in series]
+    drawn = [s for s in drawn if s.points]
+    if not drawn:
+        return Markup('<figure class="chart"><figcaption>{}: nothing was recorded</figcaption></figure>').format(title)
+    x_ticks = nice_ticks([x for s in drawn for x, _ in s.points])
+    y_ticks = nice_ticks([y for s in drawn for _, y in s.points])
+    frame = _Frame((min(x_ticks[0], drawn[0].points[0][0]), x_ticks[-1]), (y_ticks[0], y_ticks[-1]))
+    grid = Markup("").join(
+        Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/><text x="{}" y="{}" class="y">{}</text>').format(
+            LEFT, WIDTH - RIGHT, LEFT - 6, frame.y(tick) + 3.5, format_tick(tick), y=frame.y(tick)
+        )
+        for tick in y_ticks
+    )
+    labels = Markup("").join(
+        Markup('<text x="{}" y="{}" class="x">{}</text>').format(frame.x(tick), HEIGHT - BOTTOM + 15, format_tick(tick))
+        for tick in x_ticks
+    )
+    lines = Markup("").join(_line(s, frame) for s in drawn)
+    legend = Markup(" ").join(
+        Markup('<span class="key {}">{} <b>{}</b></span>').format(s.css, s.name, format_value(s.points[-1][1]))
+        for s in drawn
+    )
+    return Markup(
+        '<figure class="chart"><figcaption><span class="title">{}</span> {}</figcaption>'
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}{}</svg></figure>'
+    ).format(title, legend, WIDTH, HEIGHT, f"{title} over {x_label}s", grid, labels, lines)
+
+
+def heat_strip(title: str, rows: Sequence[str], columns: Sequence[str], values: dict[tuple[str, str], float]) -> Markup:
+    """A grid of cells, the larger the value the stronger the colour, each with its value as a tooltip.
+
+    Args:
+        title: Of the figure.
+        rows: Names down the left side.
+        columns: Names along the bottom, shown every fifth.
+        values: (row, column) -> value >= 0; cells without one stay empty.
+    """
+    if not values:
+        return Markup("")
+    largest = max(values.values()) or 1.0
+    left = 7 * max(map(len, rows)) + 8
+    width, height = left + CELL * len(columns) + 4, CELL * len(rows) + 22
+    cells = Markup("").join(
+        Markup(
+            '<rect class="cell" x="{}" y="{}" width="{s}" height="{s}" fill-opacity="{:.3f}"><title>{}</title></rect>'
+        ).format(
+            left + CELL * column,
+            CELL * row,
+            0.06 + 0.94 * values[(name, block)] / largest,
+            f"block {block} {name}: {values[(name, block)]:.4f}",
+            s=CELL - 1.5,
+        )
+        for row, name in enumerate(rows)
+        for column, block in enumerate(columns)
+        if (name, block) in values
+    )
+    names = Markup("").join(
+        Markup('<text class="y" x="{}" y="{}">{}</text>').format(left - 6, CELL * row + 8.5, name)
+        for row, name in enumerate(rows)
+    )
+    ticks = Markup("").join(
+        Markup('<text class="x" x="{}" y="{}">{}</text>').format(left + CELL * (column + 0.5), height - 8, block)
+        for column, block in enumerate(columns)
+        if column % 5 == 0
+    )
+    return Markup(
+        '<figure class="chart heat"><figcaption><span class="title">{}</span></figcaption>'
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}" style="max-width:{}px">{}{}{}</svg></figure>'
+    ).format(title, width, height, title, round(width * 1.5), cells, names, ticks)
+
+
+def nice_ticks(values: Sequence[float]) -> list[float]:
+    """At most a handful of round numbers that enclose the values."""
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = (low - abs(low) * 0.5, high + abs(high) * 0.5) if low else (0.0, 1.0)
+    rough = (high - low) / (MAX_TICKS - 1)
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * 0.999)
+    first, last = math.floor(low / step), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def format_tick(value: float) -> str:
+    """A tick's label: short, without a needless decimal point."""
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:g}"
+
+
+def format_value(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.1e}"
+
+
+@dataclass(frozen=True)
+class _Frame:
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        share = (value - self.x_range[0]) / ((self.x_range[1] - self.x_range[0]) or 1)
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, value: float) -> float:
+        share = (value - self.y_range[0]) / (self.y_range[1] - self.y_range[0])
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
+
+
+def _line(series: Series, frame: _Frame) -> Markup:
+    points = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in series.points)
+    dots = series.points if len(series.points) <= 12 else series.points[-1:]
+    circles = Markup("").join(
+        Markup('<circle class="dot {}" cx="{}" cy="{}" r="2.2"><title>{}</title></circle>').format(
+            series.css, frame.x(x), frame.y(y), f"{series.name} {format_value(y)} at {x:g}"
+        )
+        for x, y in dots
+    )
+    return Markup('<polyline class="line {}" points="{}"/>{}').format(escape(series.css), points, circles)

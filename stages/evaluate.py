@@ -1,0 +1,199 @@
+"""`evaluate`: base, tuned, merged and quantized on the held-out rows -> figures, generations, report, gate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from datasets import load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+from sft.evaluation import evaluate_model
+from sft.gate import GateRow, check_gate, parse_gate
+from sft.generation import Generation, generate_batch
+from sft.metrics import TASKS, Task, bootstrap_interval, mean_scores
+from sft.models import load_tokenizer
+from stages.artifacts import progress, read_json, read_jsonl, write_json, write_jsonl
+from stages.params import EvaluateSection, Params
+from stages.paths import Paths
+from stages.report import write_report
+from stages.variants import Variant, find_variants, load_variant, size_mb
+
+LIKELIHOOD = ("loss", "perplexity", "token_accuracy")
+TOKENS_PER_BATCH = 2048
+
+
+@dataclass
+class HeldOut:
+    """What all models are measured on."""
+
+    rows: list[dict[str, Any]]
+    prompts: list[dict[str, Any]]
+    token_ids: list[list[int]]
+
+
+@dataclass
+class Measured:
+    """What one model did: figures, intervals of those that are means over rows, answers and their scores, seconds."""
+
+    figures: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    answers: list[Generation] = field(default_factory=list)
+    scores: list[dict[str, float]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Meter:
+    """Progress over all models: counts rows evaluated and prompts answered."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.offset, self.model = total, 0, ""
+
+    def __call__(self, done: int, of: int, text: str) -> None:
+        """Report progress of one part of the work."""
+        progress(self.offset + done, self.total, f"{self.model}: {done}/{of} {text}")
+        self.offset += of if done == of else 0
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Write outs/evaluate, reports/report.html and the figures; a failed gate is a result, not an error."""
+    section = params.evaluate
+    task = TASKS[section.task]
+    tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
+    held_out = read_held_out(section, task, paths, tokenizer)
+    variants = find_variants(paths)
+    conditions = parse_gate(section.gate, metric_names(variants, task, held_out))
+    num_documents = sum(len(row.get("seq_lengths") or [0]) for row in held_out.rows)
+    meter = Meter(sum(num_documents + len(held_out.prompts) * generates(variant) for variant in variants))
+    measured = {}
+    for variant in variants:
+        meter.model = variant.name
+        model = load_variant(variant, params.model, len(tokenizer))
+        measured[variant.name] = measure(model, tokenizer, variant, held_out, section, meter)
+        del model
+    gate = check_gate(conditions, {name: result.figures for name, result in measured.items()})
+    write_outputs(paths, section, held_out, measured, gate)
+    write_report(params, paths)
+    print(summary(measured, gate, paths), flush=True)
+
+
+def read_held_out(section: EvaluateSection, task: Task, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    """Read packed held-out rows and prompts, and check every reference before any model is loaded.
+
+    Raises:
+        ValueError: There is no prompt, or a reference that the task can't be scored against; names the row.
+    """
+    prompts = list(read_jsonl(paths.out("format", "prompts.jsonl")))[: section.num_rows]
+    if not prompts:
+        raise ValueError(
+            "no held-out row has a turn to answer: evaluate needs conversations or prompts with completions"
+        )
+    for prompt in prompts:
+        try:
+            task.check_reference(prompt["reference"])
+        except ValueError as error:
+            raise ValueError(f"held-out row {prompt['id']}: {error}") from None
+    token_ids = [tokenizer(prompt["prompt"], add_special_tokens=False)["input_ids"] for prompt in prompts]
+    return HeldOut(load_from_disk(str(paths.out("pack", "eval"))).to_list(), prompts, token_ids)
+
+
+def generates(variant: Variant) -> bool:
+    """Whether a model answers the prompts: not the merged one, its logits are proved to be the tuned one's."""
+    return variant.name != "merged"
+
+
+def metric_names(variants: list[Variant], task: Task, held_out: HeldOut) -> set[str]:
+    """Every `model.metric` that will be measured."""
+    reference = held_out.prompts[0]["reference"]
+    generated = [*task.score(reference, reference), *task.summarize([reference], [reference]), "stop_rate"]
+    return {
+        f"{variant.name}.{metric}"
+        for variant in variants
+        for metric in [*LIKELIHOOD, "size_mb", *(generated if generates(variant) else [])]
+    }
+
+
+def measure(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    variant: Variant,
+    held_out: HeldOut,
+    section: EvaluateSection,
+    meter: Meter,
+) -> Measured:
+    """Everything about one model."""
+    started = time.monotonic()
+    likelihood = evaluate_model(model, held_out.rows, TOKENS_PER_BATCH, on_progress=meter)
+    result = Measured({name: likelihood[name] for name in LIKELIHOOD} | {"size_mb": size_mb(variant)})
+    result.seconds["likelihood"] = time.monotonic() - started
+    if generates(variant):
+        started = time.monotonic()
+        result.answers = generate_batch(
+            model, tokenizer, held_out.token_ids, section.max_new_tokens, section.batch_size, on_progress=meter
+        )
+        result.seconds["generation"] = time.monotonic() - started
+        score_answers(result, TASKS[section.task], [prompt["reference"] for prompt in held_out.prompts])
+    return result
+
+
+def score_answers(result: Measured, task: Task, references: list[str]) -> None:
+    """Add task metrics, stop rate and their intervals to a result that has answers."""
+    texts = [answer.text for answer in result.answers]
+    result.scores = [task.score(text, reference) for text, reference in zip(texts, references, strict=True)]
+    stops = [{"stop_rate": float(answer.stopped)} for answer in result.answers]
+    result.figures |= mean_scores(result.scores) | task.summarize(texts, references) | mean_scores(stops)
+    for rows in (result.scores, stops):
+        result.intervals |= {name: bootstrap_interval([row[name] for row in rows]) for name in rows[0]}
+
+
+def write_outputs(
+    paths: Paths, section: EvaluateSection, held_out: HeldOut, measured: dict[str, Measured], gate: list[GateRow]
+) -> None:
+    """Write results, generations, DVC metrics and timings."""
+    passed = all(row.passed for row in gate)
+    figures = {name: result.figures for name, result in measured.items()}
+    results = {
+        "task": section.task,
+        "num_prompts": len(held_out.prompts),
+        "max_new_tokens": section.max_new_tokens,
+        "models": figures,
+        "intervals": {name: result.intervals for name, result in measured.items() if result.intervals},
+        "not_generated": {"merged": merge_note(paths)},
+        "gate": [asdict(row) for row in gate],
+        "passed": passed,
+    }
+    write_json(paths.out("evaluate", "results.json"), results)
+    write_jsonl(paths.out("evaluate", "generations.jsonl"), generation_rows(held_out, measured))
+    write_json(paths.metrics("evaluate"), {**figures, "gate_passed": int(passed)})
+    seconds = {name: {part: round(s, 1) for part, s in result.seconds.items()} for name, result in measured.items()}
+    write_json(paths.timings("evaluate"), seconds)
+
+
+def merge_note(paths: Paths) -> str:
+    """Why the merged model has no generations of its own."""
+    note = "not generated: the stage `merge` has proved that its logits are those of the tuned model"
+    metrics = paths.metrics("merge")
+    difference = read_json(metrics).get("max_logit_diff") if metrics.exists() else None
+    return note if difference is None else f"{note} (largest difference {difference:.2g})"
+
+
+def generation_rows(held_out: HeldOut, measured: dict[str, Measured]) -> list[dict[str, Any]]:
+    """One row a prompt: id, prompt, reference, and what each model answered."""
+    rows = []
+    for index, prompt in enumerate(held_out.prompts):
+        answers = {
+            name: {**asdict(result.answers[index]), "scores": result.scores[index]}
+            for name, result in measured.items()
+            if result.answers
+        }
+        rows.append({**prompt, "answers": answers})
+    return rows
+
+
+def summary(measured: dict[str, Measured], gate: list[GateRow], paths: Paths) -> str:
+    """A few lines about the result."""
+    lines = [f"  {name:<10} " + "  ".join(f"{k} {v:.4g}" for k, v in r.figures.items()) for name, r in measured.items()]
+    lines += [f"  {'holds' if row.passed else 'FAILS'}  {row.condition}  ({row.reason})" for row in gate]
+    verdict = "gate passed" if all(row.passed for row in gate) else "gate FAILED: the champion will not be replaced"
+    return "\n".join([*lines, verdict, f"report: {paths.report}"])

@@ -1,0 +1,144 @@
+"""`publish`: all figures and artifacts -> one complete MLflow run and a version in its model registry.
+
+The run is built from the outputs of the other stages alone, so that it is as complete when they came from the cache.
+One result is one run: it is found again by a digest of params and results, and logged anew only when the store lacks
+it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from stages import lineage
+from stages.artifacts import progress, read_json, write_json, write_text
+from stages.mlflow_run import Tracking, open_tracking
+from stages.params import Params
+from stages.paths import Paths
+
+DIGEST_TAG = "sft.result_digest"
+MEASURED_STAGES = ("load", "pack", "train", "merge", "quantize", "evaluate")
+CANDIDATE, CHAMPION = "candidate", "champion"
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Log the result, register the model, move the aliases, and write outs/publish/run.json last.
+
+    Raises:
+        ValueError: The tracking store can't be used.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    digest = lineage.result_digest(params, paths, result_files(paths))
+    results = read_json(paths.out("evaluate", "results.json"))
+    tracking = open_tracking(params.publish, lineage.main_checkout(paths.root))
+    run_id = tracking.find_run(DIGEST_TAG, digest)
+    if run_id is None:
+        progress(1, 3, f"logging a new run to {tracking.uri}")
+        run_id = log_run(tracking, params, paths, digest, passed=results["passed"])
+    else:
+        progress(1, 3, f"this result is already run {run_id}")
+    progress(2, 3, f"registering {params.publish.registered_model}")
+    version = register(tracking, params, paths, run_id, digest, results)
+    write_json(
+        paths.out("publish", "run.json"),
+        {
+            "experiment": params.publish.experiment,
+            "run_id": run_id,
+            "result_digest": digest,
+            "registered_model": params.publish.registered_model,
+            "version": version,
+            "gate_passed": results["passed"],
+        },
+    )
+    progress(3, 3, f"run {run_id}, model version {version}: {alias_text(results['passed'])}")
+
+
+def alias_text(passed: bool) -> str:
+    """What happened to the aliases."""
+    if passed:
+        return f"`{CANDIDATE}` and `{CHAMPION}`, the gate is open"
+    return f"`{CANDIDATE}` only, the gate is closed and `{CHAMPION}` stays where it was"
+
+
+def result_files(paths: Paths) -> list[Path]:
+    """The files that a result consists of: none of them holds a wall time, a commit or a path of this machine."""
+    outs = [
+        paths.out("load", "base_model.json"),
+        paths.out("load", "card.json"),
+        paths.out("train", "curve.csv"),
+        paths.out("evaluate", "results.json"),
+        paths.out("evaluate", "generations.jsonl"),
+    ]
+    return [*outs, *(path for stage in MEASURED_STAGES if (path := paths.metrics(stage)).exists())]
+
+
+def log_run(tracking: Tracking, params: Params, paths: Paths, digest: str, passed: bool) -> str:
+    """Log params, figures, the curve, lineage and files as one finished run; a failure leaves none that is finished."""
+    base = lineage.base_model(paths)
+    git = lineage.git_state(paths.root)
+    tags = {
+        "mlflow.source.name": "python -m stages publish",
+        "sft.gate": "passed" if passed else "failed",
+        "sft.base_model": base["resolved"],
+        "sft.base_model_digest": base["digest"],
+        "git.commit": git.commit if git else "none",
+        "git.dirty": str(bool(git and git.dirty)).lower(),
+        **{f"version.{name}": value for name, value in lineage.versions().items()},
+        **{f"dvc.{path}": value for path, value in lineage.dvc_hashes(paths.root).items() if not path.endswith(".py")},
+    }
+    name = f"{base['name_or_path'].rpartition('/')[2].removeprefix('embedded:')}-{digest[:8]}"
+    with tracking.new_run(name, tags) as run:
+        run.log_params(lineage.result_params(params))
+        run.log_metrics(figures(paths))
+        run.log_curve(paths.out("train", "curve.csv"))
+        run.log_data(lineage.data_digests(paths))
+        for path in [paths.report, *result_files(paths), paths.out("quantize", "report.json")]:
+            run.log_file(path, folder=path.parent.relative_to(paths.root).as_posix())
+        for file in ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock"):
+            if (paths.root / file).exists():
+                run.log_file(paths.root / file, folder="lineage")
+        if git and git.dirty:
+            log_patch(run, paths.root)
+        # Last, so that a run that was cut short is never taken for a whole one.
+        run.set_tag(DIGEST_TAG, digest)
+    return run.run_id
+
+
+def log_patch(run: Any, root: Path) -> None:
+    """The uncommitted changes, without which the commit would not reproduce the result."""
+    with tempfile.TemporaryDirectory() as folder:
+        patch = Path(folder) / "uncommitted.patch"
+        write_text(patch, lineage.git_diff(root))
+        run.log_file(patch, folder="lineage")
+
+
+def figures(paths: Paths) -> dict[str, float]:
+    """`<stage>.<metric>` -> value, of every stage that has figures."""
+    flat: dict[str, Any] = {}
+    for stage in MEASURED_STAGES:
+        path = paths.metrics(stage)
+        if path.exists():
+            flat |= lineage.flatten(read_json(path), f"{stage}.")
+    return {name: float(value) for name, value in flat.items() if isinstance(value, (int, float))}
+
+
+def register(
+    tracking: Tracking, params: Params, paths: Paths, run_id: str, digest: str, results: dict[str, Any]
+) -> str:
+    """One model version a result, weights left where DVC keeps them; returns the version's number."""
+    shipped = "quantized" if "quantized" in results["models"] else "merged"
+    folder = "outs/quantize/model" if shipped == "quantized" else "outs/merge/model"
+    tags = {
+        DIGEST_TAG: digest,
+        "sft.gate": "passed" if results["passed"] else "failed",
+        "sft.weights": folder,
+        "sft.weights_dvc": lineage.dvc_hashes(paths.root).get(folder, "not in dvc.lock"),
+    }
+    metrics = {f"{shipped}.{name}": value for name, value in results["models"][shipped].items()}
+    version = tracking.register(params.publish.registered_model, run_id, tags, metrics, DIGEST_TAG)
+    tracking.set_alias(params.publish.registered_model, CANDIDATE, version)
+    if results["passed"]:
+        tracking.set_alias(params.publish.registered_model, CHAMPION, version)
+    return version

@@ -1,0 +1,276 @@
+"""reports/report.html: one self-contained page that says first whether the model is good, then why."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from stages import lineage
+from stages.artifacts import read_json, read_jsonl, write_text
+from stages.charts import Series, heat_strip, line_chart
+from stages.differences import mark_differences, shared_beginning
+from stages.params import Params
+from stages.paths import Paths
+
+TEMPLATE = "report_template.html.jinja"
+MAX_GENERATIONS = 200
+MAX_LEDGER_IDS = 5
+# (label, format, +1 when more is better): the order of the table.
+METRICS: dict[str, tuple[str, str, int]] = {
+    "exact_match": ("Exact match", "percent", 1),
+    "json_valid": ("Valid JSON", "percent", 1),
+    "field_f1": ("Field F1, mean over rows", "percent", 1),
+    "field_f1_micro": ("Field F1, all fields pooled", "percent", 1),
+    "word_f1": ("Word F1", "percent", 1),
+    "stop_rate": ("Ends by itself", "percent", 1),
+    "loss": ("Loss, nats a token", "number", -1),
+    "perplexity": ("Perplexity", "number", -1),
+    "token_accuracy": ("Token accuracy", "percent", 1),
+    "size_mb": ("Size on disk", "megabytes", -1),
+}
+
+
+def write_report(params: Params, paths: Paths) -> None:
+    """Build the page from the outs of all stages and write it."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    write_text(paths.report, environment.get_template(TEMPLATE).render(context(params, paths)))
+
+
+def context(params: Params, paths: Paths) -> dict[str, Any]:
+    """Everything the template shows."""
+    results = read_json(paths.out("evaluate", "results.json"))
+    quantization = read_json(paths.out("quantize", "report.json"))
+    base = lineage.base_model(paths)
+    return {
+        "title": str(base["name_or_path"]).removeprefix("embedded:"),
+        "method": params.train.method,
+        "verdict": verdict(results),
+        "results": results,
+        "table": comparison(results),
+        "curves": curves(paths.out("train", "curve.csv")),
+        "generations": generations(paths),
+        "data_card": card_rows(read_json(paths.out("load", "card.json"))),
+        "ledger": ledger_summary(paths),
+        "quantization": quantization_section(quantization),
+        "lineage": lineage_section(params, paths, base),
+        "percent": percent,
+    }
+
+
+def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Headline, one sentence of figures, and the gate."""
+    failed = [row for row in results["gate"] if not row["passed"]]
+    total = len(results["gate"])
+    if not total:
+        headline = "Measured, with no gate to pass"
+    elif failed:
+        headline = (
+            f"The gate is closed: {len(failed)} of {total} conditions {'does' if len(failed) == 1 else 'do'} not hold"
+        )
+    else:
+        headline = "The gate is open: every condition holds" if total > 1 else "The gate is open: its condition holds"
+    models = results["models"]
+    scores = [f"{name} {percent(models[name]['exact_match'])}" for name in models if "exact_match" in models[name]]
+    sentence = f"Exact match on {results['num_prompts']} held-out rows: {', '.join(scores)}."
+    if "quantized" in models:
+        ratio = models["quantized"]["size_mb"] / models["merged"]["size_mb"]
+        sentence += f" The quantized checkpoint has {percent(ratio)} of the merged one's size."
+    return {"passed": not failed, "headline": headline, "sentence": sentence}
+
+
+def comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The before/after table: one row a metric, one cell a model."""
+    models = results["models"]
+    present = {name for figures in models.values() for name in figures}
+    ordered = [name for name in METRICS if name in present] + sorted(present - METRICS.keys())
+    rows = []
+    for metric in ordered:
+        label, kind, direction = METRICS.get(metric, (metric, "number", 0))
+        values = {name: figures[metric] for name, figures in models.items() if metric in figures}
+        best = max(values.values(), key=lambda value: direction * value) if direction else None
+        cells = [
+            comparison_cell(values.get(name), results["intervals"].get(name, {}).get(metric), kind, best)
+            for name in models
+        ]
+        rows.append({"label": label, "cells": cells, "better": {1: "more", -1: "less"}.get(direction, "")})
+    return rows
+
+
+def comparison_cell(
+    value: float | None, interval: Sequence[float] | None, kind: str, best: float | None
+) -> dict[str, Any]:
+    """One value as text, its interval in small print, and whether no other model is better."""
+    if value is None:
+        return {"text": "–", "interval": "", "best": False}
+    small = f"{show(interval[0], kind)} to {show(interval[1], kind)}" if interval else ""
+    return {"text": show(value, kind), "interval": small, "best": best is not None and math.isclose(value, best)}
+
+
+def show(value: float, kind: str) -> str:
+    """A figure as people read it."""
+    if kind == "percent":
+        return percent(value)
+    if kind == "megabytes":
+        return f"{value:,.0f} MB" if value >= 10 else f"{value:.2g} MB"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with one decimal, none where it is exact."""
+    text = f"{100 * value:.1f}"
+    return f"{text.removesuffix('.0')} %"
+
+
+def curves(path: Path) -> list[Markup]:
+    """Loss, accuracy, learning rate and gradient norm over the steps, those that were recorded."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    charts = [
+        ("Loss", [("train", "loss", "a"), ("held-out", "eval_loss", "b")]),
+        ("Token accuracy", [("train", "mean_token_accuracy", "a"), ("held-out", "eval_mean_token_accuracy", "b")]),
+        ("Learning rate", [("", "learning_rate", "a")]),
+        ("Gradient norm", [("", "grad_norm", "a")]),
+    ]
+    drawn = []
+    for title, lines in charts:
+        series = [Series(name, points(rows, column), css) for name, column, css in lines]
+        if any(s.points for s in series):
+            drawn.append(line_chart(title, series))
+    return drawn
+
+
+def points(rows: Iterable[Mapping[str, str]], column: str) -> list[tuple[float, float]]:
+    """(step, value) of the rows in which a column of the curve is filled."""
+    return [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
+
+
+def generations(paths: Paths) -> dict[str, Any]:
+    """Prompts with every model's answer, differences to the reference marked; the tuned model's mistakes come first."""
+    rows = list(read_jsonl(paths.out("evaluate", "generations.jsonl")))
+    start = shared_beginning([row["prompt"] for row in rows])
+    shown = [generation(row, len(start)) for row in rows]
+    shown.sort(key=lambda row: (row["tuned_right"], row["quantized_same"]))
+    return {
+        "shared": start.strip(),
+        "rows": shown[:MAX_GENERATIONS],
+        "num_rows": len(shown),
+        "num_wrong": sum(not row["tuned_right"] for row in shown),
+        "num_changed": sum(not row["quantized_same"] for row in shown),
+    }
+
+
+def generation(row: Mapping[str, Any], num_shared: int) -> dict[str, Any]:
+    """One prompt and its answers."""
+    answers = row["answers"]
+    cells = [
+        {
+            "model": name,
+            "right": answer["scores"].get("exact_match") == 1.0,
+            "stopped": answer["stopped"],
+            "text": mark_differences(answer["text"], row["reference"]),
+        }
+        for name, answer in answers.items()
+    ]
+    quantized = answers.get("quantized", answers["tuned"])
+    return {
+        "id": row["id"],
+        "prompt": row["prompt"][num_shared:].strip(),
+        "reference": row["reference"],
+        "answers": cells,
+        "tuned_right": answers["tuned"]["scores"].get("exact_match") == 1.0,
+        "quantized_same": quantized["text"] == answers["tuned"]["text"],
+    }
+
+
+def card_rows(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The data card as (name, text): figures first, then each source by number; what is not stated is left out."""
+    sources = {f"source {number}": source for number, source in enumerate(card.get("sources", []), start=1)}
+    figures = {name: value for name, value in card.items() if name != "sources"}
+    flat = lineage.flatten(figures) | lineage.flatten(sources)
+    return [
+        (name.replace("_", " ").replace(".", ", "), as_text(value)) for name, value in flat.items() if value is not None
+    ]
+
+
+def as_text(value: Any) -> str:
+    """A value of params or a card as a reader expects it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(as_text(item) for item in value) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {as_text(item)}" for key, item in value.items())
+    return str(value)
+
+
+def ledger_summary(paths: Paths) -> list[dict[str, Any]]:
+    """Rows that were dropped or cut, counted by stage and reason, with the first ids."""
+    counts: Counter[tuple[str, str]] = Counter()
+    ids: dict[tuple[str, str], list[str]] = {}
+    for stage in ("load", "format", "pack"):
+        path = paths.out(stage, "ledger.jsonl")
+        for entry in read_jsonl(path) if path.exists() else ():
+            key = (entry["stage"], entry["reason"])
+            counts[key] += 1
+            ids.setdefault(key, []).append(str(entry["id"]))
+    return [
+        {"stage": key[0], "reason": key[1].replace("_", " "), "count": count, "ids": ids[key][:MAX_LEDGER_IDS]}
+        for key, count in counts.most_common()
+    ]
+
+
+def quantization_section(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Error of every quantized layer, as a strip of cells and as a table, the worst first."""
+    if report["method"] == "none":
+        return {"skipped": report["reason"]}
+    modules = report["modules"]
+    names = sorted({module["module"] for module in modules})
+    blocks = sorted({module["layer"] for module in modules})
+    values = {(module["module"], str(module["layer"])): module["relative_error"] for module in modules}
+    settings = report["settings"]
+    return {
+        "skipped": "",
+        "summary": (
+            f"{settings['bits']} bit in groups of {settings['group_size']}, calibrated on "
+            f"{report['num_tokens']:,} tokens in {report['num_rows']} training rows: "
+            f"{report['source_bytes'] / 1e6:,.0f} MB became {report['quantized_bytes'] / 1e6:,.0f} MB."
+        ),
+        "strip": heat_strip("|W − Wq| / |W| by block", names, [str(block) for block in blocks], values),
+        "modules": sorted(modules, key=lambda module: -module["relative_error"]),
+        "mean": report["mean_relative_error"],
+        "num_retries": report["num_damping_retries"],
+    }
+
+
+def lineage_section(params: Params, paths: Paths, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Commit, digests, versions and params."""
+    git = lineage.git_state(paths.root)
+    return {
+        "commit": git.commit if git else "not in git",
+        "changed": list(git.changed) if git else [],
+        "base": [(key.replace("_", " "), as_text(value)) for key, value in base.items()],
+        "hashes": [
+            (path, digest) for path, digest in lineage.dvc_hashes(paths.root).items() if not path.endswith(".py")
+        ],
+        "versions": list(lineage.versions().items()),
+        "params": [(name, as_text(value)) for name, value in lineage.result_params(params).items()],
+    }

@@ -1,0 +1,70 @@
+"""The four models of a run (base, tuned, merged, quantized): where each lies, how it is loaded, what it weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft.models import load_model
+from stages.base_model import read_base_model
+from stages.params import ModelSection
+from stages.paths import Paths
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model: a checkpoint folder, and an adapter on top of it or none."""
+
+    name: str
+    checkpoint: Path
+    adapter: Path | None = None
+
+
+def find_variants(paths: Paths) -> list[Variant]:
+    """The models that the stages before have written: base, tuned, merged, and quantized where there is one.
+
+    Raises:
+        ValueError: The training has left neither an adapter nor weights.
+    """
+    base = Variant("base", Path(read_base_model(paths.out("load", "base_model.json")).path))
+    trained, quantized = paths.out("train", "model"), paths.out("quantize", "model")
+    if (trained / "adapter_config.json").exists():
+        tuned = Variant("tuned", base.checkpoint, trained)
+    elif (trained / "config.json").exists():
+        tuned = Variant("tuned", trained)
+    else:
+        raise ValueError(f"{trained} holds neither an adapter nor a model: run the stage `train` again")
+    found = [base, tuned, Variant("merged", paths.out("merge", "model"))]
+    if (quantized / "config.json").exists():
+        found.append(Variant("quantized", quantized))
+    return found
+
+
+def load_variant(variant: Variant, section: ModelSection, num_tokens: int) -> Any:
+    """Load one model for inference.
+
+    Args:
+        variant: Which one.
+        section: dtype, attention and trust of the base model.
+        num_tokens: Size of the tokenizer; embeddings are grown to it, as training did, where the base has fewer.
+    """
+    model = load_model(
+        variant.checkpoint,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+    )
+    if model.get_input_embeddings().num_embeddings < num_tokens:
+        model.resize_token_embeddings(num_tokens)
+    if variant.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, variant.adapter)
+    return model.eval()
+
+
+def size_mb(variant: Variant) -> float:
+    """Megabytes (10^6 bytes) of weight files that must be kept to run the model, an adapter's base included."""
+    folders = [variant.checkpoint, *([variant.adapter] if variant.adapter else [])]
+    return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors")) / 1e6

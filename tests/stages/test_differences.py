@@ -1,0 +1,28 @@
+"""Marks in answers: what is wrong, what is missing, and never markup of the answer's own."""
+
+from __future__ import annotations
+
+from stages.differences import mark_differences, shared_beginning
+
+
+def test_wrong_words_are_struck_and_missing_ones_shown() -> None:
+    marked = mark_differences('{"city": "Rom", "n": 2}', '{"city": "Rome", "n": 2}')
+    assert marked == "{&#34;city&#34;: &#34;<del>Rom</del><ins>Rome</ins>&#34;, &#34;n&#34;: 2}"
+
+
+def test_equal_and_utterly_different_answers_carry_no_marks() -> None:
+    assert mark_differences("a <b>", "a <b>") == "a &lt;b&gt;"
+    assert mark_differences("I am sorry, I can not", '{"a": 1}') == "I am sorry, I can not"
+
+
+def test_markup_in_an_answer_is_escaped_inside_marks_too() -> None:
+    marked = mark_differences("one two three <script>", "one two three four")
+    assert "<script>" not in marked
+    assert "<ins>four</ins>" in marked
+
+
+def test_shared_beginning_ends_with_a_whole_line() -> None:
+    assert shared_beginning(["system\nuser Ada", "system\nuser Bob", "system\nuser Ada and Bob"]) == "system\n"
+    assert shared_beginning(["same\nx", "same\nx"]) == "same\n"
+    assert shared_beginning(["only\none"]) == ""
+    assert shared_beginning(["a", "b"]) == ""

@@ -1,0 +1,147 @@
+"""`evaluate` on a tiny model: figures, files, the gate's verdict, and a page that shows them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages import evaluate
+from stages.artifacts import read_json, read_jsonl, write_jsonl
+from stages.paths import Paths
+from tests.stages.tiny_run import tiny_params, write_tiny_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Paths, str]:
+    paths = write_tiny_run(tmp_path_factory.mktemp("evaluate"))
+    evaluate.run(tiny_params(), paths)
+    return paths, (paths.report).read_text(encoding="utf-8")
+
+
+def test_every_model_is_measured_side_by_side(finished: tuple[Paths, str]) -> None:
+    results = read_json(finished[0].out("evaluate", "results.json"))
+    assert list(results["models"]) == ["base", "tuned", "merged"]
+    generated = {"exact_match", "json_valid", "field_f1", "field_f1_micro", "stop_rate"}
+    always = {"loss", "perplexity", "token_accuracy", "size_mb"}
+    assert {name: set(figures) for name, figures in results["models"].items()} == {
+        "base": always | generated,
+        "tuned": always | generated,
+        "merged": always,
+    }
+    assert results["num_prompts"] == 3
+    assert "1.2e-06" in results["not_generated"]["merged"]
+
+
+def test_merged_model_has_the_tuned_loss_and_base_has_another(finished: tuple[Paths, str]) -> None:
+    models = read_json(finished[0].out("evaluate", "results.json"))["models"]
+    assert models["merged"]["loss"] == pytest.approx(models["tuned"]["loss"], rel=1e-5)
+    assert models["base"]["loss"] != pytest.approx(models["tuned"]["loss"], rel=1e-3)
+
+
+def test_failed_gate_is_recorded_and_does_not_fail_the_stage(finished: tuple[Paths, str]) -> None:
+    results = read_json(finished[0].out("evaluate", "results.json"))
+    assert [(row["condition"], row["passed"]) for row in results["gate"]] == [
+        ("tuned.loss <= 2 * base.loss", True),
+        ("tuned.exact_match >= 0.5", False),
+    ]
+    assert results["passed"] is False
+    assert read_json(finished[0].metrics("evaluate"))["gate_passed"] == 0
+
+
+def test_generations_hold_prompt_reference_and_answers_with_scores(finished: tuple[Paths, str]) -> None:
+    rows = list(read_jsonl(finished[0].out("evaluate", "generations.jsonl")))
+    assert [row["id"] for row in rows] == ["tiny.jsonl:1", "tiny.jsonl:2", "tiny.jsonl:3"]
+    assert set(rows[0]) == {"id", "prompt", "reference", "answers"}
+    assert set(rows[0]["answers"]) == {"base", "tuned"}
+    assert set(rows[0]["answers"]["tuned"]) == {"text", "stopped", "num_tokens", "scores"}
+
+
+def test_results_hold_no_wall_times_and_are_the_same_at_every_run(finished: tuple[Paths, str]) -> None:
+    paths = finished[0]
+    files = [
+        paths.out("evaluate", "results.json"),
+        paths.out("evaluate", "generations.jsonl"),
+        paths.metrics("evaluate"),
+    ]
+    before = [path.read_bytes() for path in files]
+    assert b"second" not in b"".join(before)
+    evaluate.run(tiny_params(), paths)
+    assert [path.read_bytes() for path in files] == before
+    assert set(read_json(paths.timings("evaluate"))["tuned"]) == {"likelihood", "generation"}
+
+
+def test_page_says_the_verdict_first_and_escapes_what_the_data_holds(finished: tuple[Paths, str]) -> None:
+    page = finished[1]
+    assert "The gate is closed: 1 of 2 conditions does not hold" in page.split("</h1>")[0]
+    assert "&lt;b&gt;Rome&lt;/b&gt;" in page
+    assert "<b>Rome" not in page
+
+
+def test_progress_ends_at_its_total(finished: tuple[Paths, str], capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.run(tiny_params(evaluate={"num_rows": 2, "max_new_tokens": 2, "batch_size": 2, "gate": []}), finished[0])
+    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PROGRESS")][-1]
+    # 3 documents for each of 3 models, 2 prompts for base and tuned
+    assert last.startswith("PROGRESS 13/13 ")
+
+
+def test_full_weights_are_evaluated_in_place_of_an_adapter(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    for file in paths.out("train", "model").iterdir():
+        file.unlink()
+    for file in paths.out("merge", "model").iterdir():
+        (paths.out("train", "model") / file.name).write_bytes(file.read_bytes())
+    evaluate.run(tiny_params(), paths)
+    models = read_json(paths.out("evaluate", "results.json"))["models"]
+    assert models["merged"]["loss"] == pytest.approx(models["tuned"]["loss"], rel=1e-6)
+    assert models["tuned"]["size_mb"] == models["merged"]["size_mb"]
+
+
+def test_tokens_that_the_base_does_not_have_get_rows_as_in_training(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    paths = write_tiny_run(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
+    tokenizer.add_tokens(["<new>"], special_tokens=True)
+    from stages.variants import find_variants, load_variant
+
+    base = load_variant(find_variants(paths)[0], tiny_params().model, len(tokenizer))
+    assert base.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert torch.isfinite(base(torch.tensor([[len(tokenizer) - 1]])).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (["tuned.exact_mach >= 0.5"], "did you mean tuned.exact_match"),
+        (["merged.exact_match >= 0.5"], "nothing is called merged.exact_match"),
+        (["quantized.loss <= 2"], "nothing is called quantized.loss"),
+    ],
+)
+def test_gate_on_a_figure_that_will_not_exist_stops_before_any_model_is_loaded(
+    finished: tuple[Paths, str], gate: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(evaluate, "load_variant")
+    with pytest.raises(ValueError, match=message):
+        evaluate.run(tiny_params(evaluate={"gate": gate}), finished[0])
+
+
+def test_reference_that_does_not_fit_the_task_is_named_by_its_row(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    rows = list(read_jsonl(paths.out("format", "prompts.jsonl")))
+    write_jsonl(paths.out("format", "prompts.jsonl"), [rows[0], {**rows[1], "reference": "Dear Ada"}])
+    with pytest.raises(ValueError, match=r"held-out row tiny.jsonl:2: the reference is not JSON"):
+        evaluate.run(tiny_params(), paths)
+    write_jsonl(paths.out("format", "prompts.jsonl"), [])
+    with pytest.raises(ValueError, match="no held-out row has a turn to answer"):
+        evaluate.run(tiny_params(), paths)
+
+
+def test_text_task_scores_words(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    evaluate.run(tiny_params(evaluate={"task": "text", "gate": ["tuned.word_f1 >= 0"]}), paths)
+    results = json.loads(paths.out("evaluate", "results.json").read_text())
+    assert results["passed"] is True
+    assert "word_f1" in results["models"]["tuned"]

@@ -1,0 +1,166 @@
+"""`publish`: one run a result, complete without any other record, found again rather than logged twice."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from stages import evaluate, publish
+from stages.artifacts import read_json, write_json
+from stages.paths import Paths
+from tests.stages.tiny_run import tiny_params, write_tiny_run
+
+OPEN, CLOSED = ["tuned.loss <= 2 * base.loss"], ["tuned.exact_match >= 0.5"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with everything up to `evaluate`, the gate open, committed to git."""
+    root = tmp_path_factory.mktemp("publish") / "checkout"
+    paths = write_tiny_run(root)
+    evaluate.run(tiny_params(evaluate={"gate": OPEN}), paths)
+    (root / "code.py").write_text("x = 1\n")
+    git(root, "init", "-q")
+    git(root, "add", "code.py")
+    git(root, "commit", "-q", "-m", "first")
+    return root
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with its tables made, which takes MLflow several seconds."""
+    store(tmp_path_factory.mktemp("store")).search_experiments()
+    return tmp_path_factory.getbasetemp() / "store0" / "mlflow.db"
+
+
+@pytest.fixture
+def checkout(evaluated: Path, tmp_path: Path, empty_store: Path) -> Paths:
+    shutil.copytree(evaluated, tmp_path / "checkout")
+    shutil.copy(empty_store, tmp_path / "checkout" / "mlflow.db")
+    return Paths(tmp_path / "checkout")
+
+
+def git(root: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    return subprocess.run(["git", *identity, *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
+
+
+def store(root: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{root / 'mlflow.db'}", f"sqlite:///{root / 'mlflow.db'}")
+
+
+def runs(root: Path) -> list[Run]:
+    client = store(root)
+    experiment = client.get_experiment_by_name("sft")
+    return client.search_runs([experiment.experiment_id]) if experiment else []
+
+
+def close_gate(paths: Paths) -> None:
+    results = read_json(paths.out("evaluate", "results.json"))
+    write_json(paths.out("evaluate", "results.json"), {**results, "passed": False})
+
+
+def test_run_alone_tells_params_metrics_curve_data_and_lineage(checkout: Paths) -> None:
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    (run,) = runs(checkout.root)
+    assert run.info.status == "FINISHED"
+    assert {"train.learning_rate", "pack.max_length", "model.name_or_path"} <= set(run.data.params)
+    assert run.data.params["evaluate.gate"] == '["tuned.loss <= 2 * base.loss"]'
+    assert {"train.loss", "evaluate.tuned.loss", "evaluate.base.exact_match", "pack.train.fill"} <= set(
+        run.data.metrics
+    )
+    curve = store(checkout.root).get_metric_history(run.info.run_id, "curve.loss")
+    assert [(point.step, point.value) for point in curve] == [(1, 2.5), (2, 1.5), (3, 0.5)]
+    assert run.data.tags["git.commit"] == git(checkout.root, "rev-parse", "HEAD").strip()
+    assert run.data.tags["git.dirty"] == "false"
+    assert run.data.tags["version.torch"]
+    (data,) = run.inputs.dataset_inputs
+    assert data.dataset.name == "tiny.jsonl"
+    names = {item.path for item in store(checkout.root).list_artifacts(run.info.run_id, "reports")}
+    assert "reports/report.html" in names
+
+
+def test_same_result_is_the_same_run_and_the_same_version(checkout: Paths) -> None:
+    params = tiny_params(evaluate={"gate": OPEN})
+    publish.run(params, checkout)
+    first = read_json(checkout.out("publish", "run.json"))
+    publish.run(params, checkout)
+    assert read_json(checkout.out("publish", "run.json")) == first
+    assert len(runs(checkout.root)) == 1
+    assert len(store(checkout.root).search_model_versions("name = 'shop-extractor'")) == 1
+
+
+def test_changed_param_or_result_is_another_run(checkout: Paths) -> None:
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    publish.run(tiny_params(evaluate={"gate": OPEN}, train={"seed": 7}), checkout)
+    write_json(checkout.metrics("train"), {"loss": 0.4})
+    publish.run(tiny_params(evaluate={"gate": OPEN}, train={"seed": 7}), checkout)
+    assert len(runs(checkout.root)) == 3
+
+
+def test_result_that_the_store_lacks_is_logged_anew(checkout: Paths, tmp_path: Path, empty_store: Path) -> None:
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    first = read_json(checkout.out("publish", "run.json"))
+    # As after deleting mlflow.db; MLflow keeps a store open while its process lives, so that the file can't just go.
+    shutil.copytree(checkout.root, tmp_path / "other", ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    other = Paths(tmp_path / "other")
+    shutil.copy(empty_store, other.root / "mlflow.db")
+    publish.run(tiny_params(evaluate={"gate": OPEN}), other)
+    second = read_json(other.out("publish", "run.json"))
+    assert [run.info.run_id for run in runs(other.root)] == [second["run_id"]]
+    assert second["run_id"] != first["run_id"]
+    assert second["result_digest"] == first["result_digest"]
+
+
+def test_champion_moves_only_when_the_gate_is_open(checkout: Paths) -> None:
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    close_gate(checkout)
+    publish.run(tiny_params(evaluate={"gate": CLOSED}), checkout)
+    client = store(checkout.root)
+    assert client.get_model_version_by_alias("shop-extractor", "champion").version == 1
+    candidate = client.get_model_version_by_alias("shop-extractor", "candidate")
+    assert candidate.version == 2
+    assert candidate.tags["sft.gate"] == "failed"
+    assert candidate.tags["sft.weights"] == "outs/merge/model"
+
+
+def test_run_that_was_cut_short_is_not_taken_for_the_result(checkout: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout.report.rename(checkout.root / "away.html")
+    with pytest.raises(OSError, match=r"report.html"):
+        publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    assert not checkout.out("publish", "run.json").exists()
+    (checkout.root / "away.html").rename(checkout.report)
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    assert sorted(run.info.status for run in runs(checkout.root)) == ["FAILED", "FINISHED"]
+
+
+def test_uncommitted_changes_are_named_and_kept_as_a_patch(checkout: Paths) -> None:
+    (checkout.root / "code.py").write_text("x = 2\n")
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    (run,) = runs(checkout.root)
+    assert run.data.tags["git.dirty"] == "true"
+    folder = Path(store(checkout.root).download_artifacts(run.info.run_id, "lineage"))
+    assert "+x = 2" in (folder / "uncommitted.patch").read_text()
+
+
+def test_worktree_records_into_the_main_checkout(checkout: Paths, tmp_path: Path) -> None:
+    worktree = tmp_path / "elsewhere"
+    git(checkout.root, "worktree", "add", "-q", "--detach", str(worktree))
+    for folder in ("outs", "reports", "models"):
+        shutil.copytree(checkout.root / folder, worktree / folder)
+    publish.run(tiny_params(evaluate={"gate": OPEN}), Paths(worktree))
+    (run,) = runs(checkout.root)
+    assert run.info.artifact_uri.startswith((checkout.root / "mlartifacts" / "sft").as_uri())
+    assert not (worktree / "mlflow.db").exists()
+
+
+def test_store_that_can_not_be_used_is_one_clear_error(checkout: Paths) -> None:
+    params = tiny_params(evaluate={"gate": OPEN}, publish={"tracking_uri": "sqlite:////proc/nowhere/mlflow.db"})
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        publish.run(params, checkout)
+    assert not checkout.out("publish", "run.json").exists()

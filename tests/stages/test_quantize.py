@@ -1,0 +1,51 @@
+"""`quantize` on a tiny model: real GPTQ, calibrated on packed training rows, or a stated skip."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from stages import quantize
+from stages.artifacts import read_json
+from stages.paths import Paths
+from tests.stages.tiny_run import tiny_params, write_tiny_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Paths:
+    paths = write_tiny_run(tmp_path_factory.mktemp("quantize"))
+    quantize.run(tiny_params(), paths)
+    return paths
+
+
+def test_checkpoint_report_and_figures_are_written(finished: Paths) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished.out("quantize", "model"))
+    assert model.config.quantization_config.bits == 4
+    report = read_json(finished.out("quantize", "report.json"))
+    assert len(report["modules"]) == 14
+    figures = read_json(finished.metrics("quantize"))
+    assert figures["size_ratio"] == pytest.approx(figures["quantized_mb"] / figures["source_mb"])
+    # two packed rows of which one is longer than the calibration length of 32
+    assert (figures["num_calibration_rows"], figures["num_calibration_tokens"]) == (2, 64)
+
+
+def test_seed_chooses_the_calibration_rows_among_the_packed_training_rows(finished: Paths) -> None:
+    chosen = [
+        quantize.calibration_rows(tiny_params(quantize={"seed": seed, "num_calibration_rows": 1}).quantize, finished)
+        for seed in (0, 0, 1, 2, 3)
+    ]
+    assert chosen[0] == chosen[1]
+    assert len({str(rows) for rows in chosen}) == 2
+
+
+def test_method_none_states_why_there_is_no_checkpoint(finished: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+    quantize.run(tiny_params(quantize={"method": "none"}), finished)
+    assert list(finished.out("quantize", "model").iterdir()) == []
+    assert read_json(finished.out("quantize", "report.json")) == {"method": "none", "reason": quantize.SKIPPED}
+    assert read_json(finished.metrics("quantize")) == {"method": "none"}
+    assert quantize.SKIPPED in capsys.readouterr().out
+
+
+def test_group_size_that_does_not_fit_is_refused_before_the_work(finished: Paths) -> None:
+    with pytest.raises(ValueError, match="group_size 64 does not divide the width 16"):
+        quantize.run(tiny_params(quantize={"group_size": 64}), finished)
