@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import match_target_against_key
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sft.lazy_gptqmodel import ask_peft_to_wait
 from sft.quantization import (
     HALF_PRECISIONS,
     is_kbit,
@@ -26,6 +27,7 @@ from sft.token_rows import embedding_name, head_name, is_tied, names_module, tra
 if TYPE_CHECKING:
     from sft.config import ModelConfig
 
+ask_peft_to_wait()
 logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"

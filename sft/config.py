@@ -31,6 +31,8 @@ class SFTConfig(TrainingArguments):
         packing_strategy: `bfd`, `bfd_split` or `wrapped`.
         eval_packing: The same for evaluation; None = as `packing`.
         padding_free: Join a batch's rows into one row without padding.
+        force_flash_sdp: Compute attention with torch's own flash kernel alone (Flash Attention 1's route: needs `sdpa`,
+            half precision on a GPU, and packed or padding-free batches, since that kernel takes no mask).
         pad_to_multiple_of: Padded length is a multiple of this.
         completion_only_loss: Train only on completions; None = yes when rows have prompt and completion.
         assistant_only_loss: Train only on assistant turns of conversations.
@@ -65,6 +67,7 @@ class SFTConfig(TrainingArguments):
     eval_packing: bool | None = field(default=None, metadata={"help": "Packing of evaluation rows."})
     padding_free: bool = field(default=False, metadata={"help": "Batches as one row without padding."})
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Padded length is a multiple of this."})
+    force_flash_sdp: bool = field(default=False, metadata={"help": "Attention by torch's flash kernel alone."})
     num_of_sequences: int = field(default=1024, metadata={"help": "ConstantLengthDataset: sequences in a buffer."})
     chars_per_token: float = field(default=3.6, metadata={"help": "ConstantLengthDataset: sizes the buffer."})
 

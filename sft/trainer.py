@@ -29,6 +29,7 @@ from sft.loss import LossOptions, TokenTotals, num_targets, supervised_loss
 from sft.neftune import embedding_noise
 from sft.preparation import FormattingFunc, prepare_dataset
 from sft.wiring import (
+    apply_chat_template,
     choose_collator,
     choose_packing,
     resolve_config,
@@ -90,7 +91,7 @@ class SFTTrainer(Trainer):
         config = resolve_config(args, model)
         processing_class = resolve_processor(processing_class, model, config)
         tokenizer = tokenizer_of(processing_class)
-        model = resolve_model(model, config)
+        model = apply_chat_template(resolve_model(model, config), tokenizer, config)
         model = wrap_adapter(
             model,
             peft_config,
@@ -98,7 +99,7 @@ class SFTTrainer(Trainer):
             gradient_checkpointing=bool(config.activation_checkpointing),
             gradient_checkpointing_kwargs=config.activation_checkpointing_kwargs,
         )
-        packing = choose_packing(config, model, data_collator, train_dataset)
+        packing = choose_packing(config, data_collator, [train_dataset, eval_dataset])
         train_dataset, eval_dataset = (
             prepare_all(dataset, tokenizer, config, packing=packed, formatting_func=formatting_func, name=name)
             for dataset, packed, name in (
@@ -106,7 +107,7 @@ class SFTTrainer(Trainer):
                 (eval_dataset, packing.eval, "eval"),
             )
         )
-        data_collator = data_collator or choose_collator(config, processing_class, packing)
+        data_collator = data_collator or choose_collator(config, tokenizer, packing)
         self.attention = settle_attention(model, config, packing)
         self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)
         self._totals = {"train": TokenTotals(), "eval": TokenTotals()}
@@ -156,7 +157,7 @@ class SFTTrainer(Trainer):
         result = supervised_loss(model, inputs, num_items_in_batch, self._loss_options, keep_logits=keep_logits)
         self._totals["train" if model.training else "eval"].add(result)
         loss = result.loss
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None and model.training:
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, targets were summed
         return (loss, {"logits": result.logits}) if return_outputs else loss
 
@@ -193,7 +194,7 @@ class SFTTrainer(Trainer):
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
         count = sum(num_targets(batch) for batch in batch_samples).to(device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1 and self.model.training:
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count
 
