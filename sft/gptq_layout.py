@@ -2,7 +2,7 @@
 
 Layout (as AutoGPTQ defined it and vLLM and transformers read it), for a layer of `inputs` by `outputs`:
 `qweight` int32 `(inputs * bits / 32, outputs)`, packed down the input axis;
-`qzeros` int32 `(groups, outputs * bits / 32)`, packed along the output axis, less one in format "gptq" but not "gptq_v2";
+`qzeros` int32 `(groups, outputs * bits / 32)`, packed along the outputs, less one in format "gptq" but not "gptq_v2";
 `scales` float16 `(groups, outputs)`; `g_idx` int32 `(inputs,)`, the group of every input column.
 """
 

@@ -38,7 +38,9 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> M
         return Markup('<figure class="chart"><figcaption>{}: nothing was recorded</figcaption></figure>').format(title)
     x_ticks = nice_ticks([x for s in drawn for x, _ in s.points])
     y_ticks = nice_ticks([y for s in drawn for _, y in s.points])
-    frame = _Frame((min(x_ticks[0], drawn[0].points[0][0]), x_ticks[-1]), (y_ticks[0], y_ticks[-1]))
+    last_x = max(x for s in drawn for x, _ in s.points)
+    x_ticks = [tick for tick in x_ticks if tick <= last_x] or x_ticks
+    frame = _Frame((x_ticks[0], max(last_x, x_ticks[-1])), (y_ticks[0], y_ticks[-1]))
     grid = Markup("").join(
         Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/><text x="{}" y="{}" class="y">{}</text>').format(
             LEFT, WIDTH - RIGHT, LEFT - 6, frame.y(tick) + 3.5, format_tick(tick), y=frame.y(tick)
@@ -72,7 +74,7 @@ def heat_strip(title: str, rows: Sequence[str], columns: Sequence[str], values: 
     if not values:
         return Markup("")
     largest = max(values.values()) or 1.0
-    left = 7 * max(map(len, rows)) + 8
+    left = round(5.6 * max(map(len, rows))) + 8
     width, height = left + CELL * len(columns) + 4, CELL * len(rows) + 22
     cells = Markup("").join(
         Markup(

@@ -34,11 +34,28 @@ def mark_differences(answer: str, reference: str) -> Markup:
     return Markup("").join(parts)
 
 
+def soft_breaks(text: str) -> Markup:
+    """Text, or marked text, that may break after punctuation: JSON without spaces would break inside words."""
+    return Markup(re.sub(r"([,:{}\[\]])(?=\S)", r"\1<wbr>", str(Markup("{}").format(text))))
+
+
+def shared_ending(texts: Sequence[str]) -> str:
+    """What all texts end with, from a special token or line break on; nothing when there is only one text."""
+    common = _common([text[::-1] for text in texts])[::-1]
+    start = re.search(r"<\||\n", common)
+    return common[start.start() :] if start else ""
+
+
 def shared_beginning(texts: Sequence[str]) -> str:
     """What all texts begin with, up to the end of its last whole line; nothing when there is only one text."""
+    common = _common(texts)
+    return common[: common.rfind("\n") + 1]
+
+
+def _common(texts: Sequence[str]) -> str:
     if len(texts) < 2:
         return ""
-    first, last = min(texts), max(texts)
     # What the first and the last in order share, all between them share.
+    first, last = min(texts), max(texts)
     length = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
-    return first[: first.rfind("\n", 0, length) + 1]
+    return first[:length]

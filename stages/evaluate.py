@@ -172,7 +172,7 @@ def write_outputs(
 
 def merge_note(paths: Paths) -> str:
     """Why the merged model has no generations of its own."""
-    note = "not generated: the stage `merge` has proved that its logits are those of the tuned model"
+    note = "not generated, as the stage merge has proved that its logits are those of the tuned model"
     metrics = paths.metrics("merge")
     difference = read_json(metrics).get("max_logit_diff") if metrics.exists() else None
     return note if difference is None else f"{note} (largest difference {difference:.2g})"

@@ -15,13 +15,14 @@ from markupsafe import Markup
 from stages import lineage
 from stages.artifacts import read_json, read_jsonl, write_text
 from stages.charts import Series, heat_strip, line_chart
-from stages.differences import mark_differences, shared_beginning
+from stages.differences import mark_differences, shared_beginning, shared_ending, soft_breaks
 from stages.params import Params
 from stages.paths import Paths
 
 TEMPLATE = "report_template.html.jinja"
 MAX_GENERATIONS = 200
 MAX_LEDGER_IDS = 5
+NBSP = "\u00a0"
 # (label, format, +1 when more is better): the order of the table.
 METRICS: dict[str, tuple[str, str, int]] = {
     "exact_match": ("Exact match", "percent", 1),
@@ -46,6 +47,7 @@ def write_report(params: Params, paths: Paths) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["soft_breaks"] = soft_breaks
     write_text(paths.report, environment.get_template(TEMPLATE).render(context(params, paths)))
 
 
@@ -62,8 +64,7 @@ def context(params: Params, paths: Paths) -> dict[str, Any]:
         "table": comparison(results),
         "curves": curves(paths.out("train", "curve.csv")),
         "generations": generations(paths),
-        "data_card": card_rows(read_json(paths.out("load", "card.json"))),
-        "ledger": ledger_summary(paths),
+        "data": data_section(paths),
         "quantization": quantization_section(quantization),
         "lineage": lineage_section(params, paths, base),
         "percent": percent,
@@ -115,7 +116,7 @@ def comparison_cell(
     """One value as text, its interval in small print, and whether no other model is better."""
     if value is None:
         return {"text": "–", "interval": "", "best": False}
-    small = f"{show(interval[0], kind)} to {show(interval[1], kind)}" if interval else ""
+    small = f"{show(interval[0], kind).removesuffix(NBSP + '%')}–{show(interval[1], kind)}" if interval else ""
     return {"text": show(value, kind), "interval": small, "best": best is not None and math.isclose(value, best)}
 
 
@@ -124,14 +125,14 @@ def show(value: float, kind: str) -> str:
     if kind == "percent":
         return percent(value)
     if kind == "megabytes":
-        return f"{value:,.0f} MB" if value >= 10 else f"{value:.2g} MB"
+        return f"{value:,.0f}{NBSP}MB" if value >= 10 else f"{value:.2g}{NBSP}MB"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
 def percent(value: float) -> str:
     """A share as a percentage with one decimal, none where it is exact."""
     text = f"{100 * value:.1f}"
-    return f"{text.removesuffix('.0')} %"
+    return f"{text.removesuffix('.0')}{NBSP}%"
 
 
 def curves(path: Path) -> list[Markup]:
@@ -160,8 +161,9 @@ def points(rows: Iterable[Mapping[str, str]], column: str) -> list[tuple[float, 
 def generations(paths: Paths) -> dict[str, Any]:
     """Prompts with every model's answer, differences to the reference marked; the tuned model's mistakes come first."""
     rows = list(read_jsonl(paths.out("evaluate", "generations.jsonl")))
-    start = shared_beginning([row["prompt"] for row in rows])
-    shown = [generation(row, len(start)) for row in rows]
+    prompts = [row["prompt"] for row in rows]
+    start, end = shared_beginning(prompts), shared_ending(prompts)
+    shown = [generation(row, slice(len(start), len(row["prompt"]) - len(end))) for row in rows]
     shown.sort(key=lambda row: (row["tuned_right"], row["quantized_same"]))
     return {
         "shared": start.strip(),
@@ -172,8 +174,8 @@ def generations(paths: Paths) -> dict[str, Any]:
     }
 
 
-def generation(row: Mapping[str, Any], num_shared: int) -> dict[str, Any]:
-    """One prompt and its answers."""
+def generation(row: Mapping[str, Any], own: slice) -> dict[str, Any]:
+    """One prompt, of which only its own part is shown, and its answers."""
     answers = row["answers"]
     cells = [
         {
@@ -187,7 +189,7 @@ def generation(row: Mapping[str, Any], num_shared: int) -> dict[str, Any]:
     quantized = answers.get("quantized", answers["tuned"])
     return {
         "id": row["id"],
-        "prompt": row["prompt"][num_shared:].strip(),
+        "prompt": row["prompt"][own].strip(),
         "reference": row["reference"],
         "answers": cells,
         "tuned_right": answers["tuned"]["scores"].get("exact_match") == 1.0,
@@ -195,14 +197,29 @@ def generation(row: Mapping[str, Any], num_shared: int) -> dict[str, Any]:
     }
 
 
-def card_rows(card: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The data card as (name, text): figures first, then each source by number; what is not stated is left out."""
-    sources = {f"source {number}": source for number, source in enumerate(card.get("sources", []), start=1)}
-    figures = {name: value for name, value in card.items() if name != "sources"}
-    flat = lineage.flatten(figures) | lineage.flatten(sources)
-    return [
-        (name.replace("_", " ").replace(".", ", "), as_text(value)) for name, value in flat.items() if value is not None
-    ]
+def data_section(paths: Paths) -> dict[str, Any]:
+    """Sources with their digests, what became of their rows, and what was left out."""
+    card, packed = read_json(paths.out("load", "card.json")), read_json(paths.metrics("pack"))["train"]
+    read, train, held_out = (f"{card[name]:,}" for name in ("num_rows_in", "num_train", "num_eval"))
+    documents, rows, tokens, trained = (f"{packed[n]:,}" for n in ("documents", "rows", "tokens", "trained_tokens"))
+    return {
+        "summary": (
+            f"{read} rows were read: {train} to train on, {held_out} held out, {card['num_dropped']:,} left out. "
+            f"The training rows are {documents} documents of {tokens} tokens, {trained} of them trained, "
+            f"packed into {rows} rows that are {percent(packed['fill'])} full."
+        ),
+        "sources": [
+            {
+                "path": source["path"],
+                "purpose": source["purpose"],
+                "kind": source["kind"],
+                "num_rows": f"{source['num_rows']:,}",
+                "digests": list(source["sha256"].items()),
+            }
+            for source in card["sources"]
+        ],
+        "ledger": ledger_summary(paths),
+    }
 
 
 def as_text(value: Any) -> str:
@@ -247,12 +264,13 @@ def quantization_section(report: Mapping[str, Any]) -> dict[str, Any]:
     blocks = sorted({module["layer"] for module in modules})
     values = {(module["module"], str(module["layer"])): module["relative_error"] for module in modules}
     settings = report["settings"]
+    before, after = (show(report[size] / 1e6, "megabytes") for size in ("source_bytes", "quantized_bytes"))
     return {
         "skipped": "",
         "summary": (
             f"{settings['bits']} bit in groups of {settings['group_size']}, calibrated on "
             f"{report['num_tokens']:,} tokens in {report['num_rows']} training rows: "
-            f"{report['source_bytes'] / 1e6:,.0f} MB became {report['quantized_bytes'] / 1e6:,.0f} MB."
+            f"{before} became {after}."
         ),
         "strip": heat_strip("|W − Wq| / |W| by block", names, [str(block) for block in blocks], values),
         "modules": sorted(modules, key=lambda module: -module["relative_error"]),

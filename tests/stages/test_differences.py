@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.differences import mark_differences, shared_beginning
+from stages.differences import mark_differences, shared_beginning, shared_ending, soft_breaks
 
 
 def test_wrong_words_are_struck_and_missing_ones_shown() -> None:
@@ -26,3 +26,17 @@ def test_shared_beginning_ends_with_a_whole_line() -> None:
     assert shared_beginning(["same\nx", "same\nx"]) == "same\n"
     assert shared_beginning(["only\none"]) == ""
     assert shared_beginning(["a", "b"]) == ""
+
+
+def test_shared_ending_starts_at_a_special_token_or_line() -> None:
+    assert shared_ending(["I am Ada.<|im_end|>\n<|im_start|>bot", "I am Bob.<|im_end|>\n<|im_start|>bot"]) == (
+        "<|im_end|>\n<|im_start|>bot"
+    )
+    assert shared_ending(["one.\nanswer:", "none.\nanswer:"]) == "\nanswer:"
+    assert shared_ending(["first.", "second."]) == ""
+
+
+def test_json_breaks_after_punctuation_and_never_inside_an_entity_or_a_tag() -> None:
+    marked = mark_differences('{"a":1,"b":2}', '{"a":1,"b":3}')
+    assert soft_breaks(marked) == "{<wbr>&#34;a&#34;:<wbr>1,<wbr>&#34;b&#34;:<wbr><del>2</del><ins>3</ins>}"
+    assert soft_breaks("<b>, x") == "&lt;b&gt;, x"

@@ -74,7 +74,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
 
 @pytest.fixture(scope="module")
 def page(paths: Paths) -> str:
-    return paths.report.read_text(encoding="utf-8")
+    return paths.report.read_text(encoding="utf-8").replace(report.NBSP, " ")
 
 
 class Structure(HTMLParser):
@@ -131,7 +131,7 @@ def test_table_has_a_cell_a_model_an_interval_and_unknown_metrics_too() -> None:
             "better": "less",
             "cells": [
                 {"text": "2.000", "interval": "", "best": False},
-                {"text": "0.500", "interval": "0.400 to 0.600", "best": True},
+                {"text": "0.500", "interval": "0.400–0.600", "best": True},
             ],
         },
         {
@@ -151,6 +151,12 @@ def test_mistakes_come_first_and_the_shared_beginning_is_shown_once(paths: Paths
     assert (shown["num_rows"], shown["num_wrong"], shown["num_changed"]) == (2, 1, 1)
     assert shown["shared"] == "shared"
     assert shown["rows"][0]["prompt"] == "other"
+
+
+def test_data_section_says_where_rows_come_from_and_went(page: str) -> None:
+    assert "8 rows were read: 4 to train on, 3 held out, 1 left out." in page
+    assert "3 documents of 150 tokens, 70 of them trained, packed into 2 rows that are 90 % full" in page
+    assert 'title="tiny.jsonl: 5e5e' in page
 
 
 def test_ledger_is_counted_by_reason_and_quantization_error_is_drawn(paths: Paths, page: str) -> None:

@@ -24,21 +24,22 @@ CURVE = """step,loss,eval_loss,learning_rate,grad_norm,mean_token_accuracy,eval_
 2,1.5,1.6,0.0005,2.5,0.6,0.55
 3,0.5,0.7,0.0001,1.5,0.9,0.85
 """
+SOURCE = {
+    "purpose": "train",
+    "path": "tiny.jsonl",
+    "kind": "messages",
+    "num_rows": 5,
+    "sha256": {"tiny.jsonl": "5e" * 32},
+}
 CARD = {
-    "sources": [
-        {
-            "purpose": "train",
-            "path": "data/tiny.jsonl",
-            "kind": "messages",
-            "num_rows": 5,
-            "sha256": {"tiny.jsonl": "5e" * 32},
-        }
-    ],
-    "num_rows_in": 5,
+    "sources": [SOURCE],
+    "num_rows_in": 8,
     "num_train": 4,
     "num_eval": 3,
+    "num_dropped": 1,
     "dropped": {"duplicate": 1},
 }
+PACKED = {"documents": 3, "rows": 2, "tokens": 150, "trained_tokens": 70, "fill": 0.9}
 
 
 def tiny_params(**overrides: dict[str, Any]) -> Params:
@@ -83,7 +84,7 @@ def _write_rows(paths: Paths, tokenizer: PreTrainedTokenizerFast) -> None:
         packed = {name: [rows[0][name] + rows[1][name], rows[2][name]] for name in ("input_ids", "labels")}
         packed["seq_lengths"] = [[len(row["input_ids"]) for row in rows[:2]], [len(rows[2]["input_ids"])]]
         Dataset.from_dict(packed).save_to_disk(str(paths.out("pack", split)))
-    write_json(paths.metrics("pack"), {"train": {"rows": 2, "fill": 0.9}})
+    write_json(paths.metrics("pack"), {"train": PACKED})
 
 
 def _write_training(paths: Paths, base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
