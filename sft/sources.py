@@ -63,7 +63,7 @@ def data_files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(item for item in path.rglob("*") if _is_data(item))
     elif any(letter in path.name for letter in "*?["):
-        found = sorted(item for item in path.parent.glob(path.name) if item.is_file())
+        found = sorted(item for item in path.parent.glob(path.name) if _is_data(item))
     else:
         raise SourceError(f"{path} does not exist{_near(path)}")
     if not found:
@@ -217,6 +217,8 @@ def _elements(text: str) -> Iterator[tuple[int, Any]]:
     start = _skip(text, 0)
     if text[start : start + 1] == "[":
         yield from _list_elements(text, start)
+        return
+    if start == len(text):
         return
     value, end = json.JSONDecoder().raw_decode(text, start)
     if not text[end:].strip(_WHITESPACE) and isinstance(value, dict) and len(value) == 1 and value.keys() & _WRAPPERS:

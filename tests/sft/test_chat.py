@@ -132,7 +132,17 @@ def test_a_tool_call_is_an_assistant_turn(style: Any, expected: list[str]) -> No
         {"role": "assistant", "content": "Rain."},
     ]
     tokenizer = tokenizer_for(style.template)
-    assert trained(render({"messages": messages, "tools": TOOLS}, tokenizer)) == expected
+    assert trained(render({"messages": messages}, tokenizer)) == expected
+    if style is QWEN3:
+        assert trained(render({"messages": messages, "tools": TOOLS}, tokenizer)) == expected
+
+
+def test_tools_that_the_template_would_leave_out_are_an_error() -> None:
+    calling = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [WEATHER]}]
+    with pytest.raises(ValueError, match="has tool_calls, and the chat template never prints them"):
+        render({"messages": calling}, tokenizer_for(CHATML.template))
+    with pytest.raises(ValueError, match="has tools, and the chat template never prints them"):
+        render({"messages": CHAT, "tools": TOOLS}, tokenizer_for(CHATML.template))
 
 
 def test_a_tool_call_whose_arguments_spell_the_terminator_ends_after_them() -> None:

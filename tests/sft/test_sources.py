@@ -1,0 +1,156 @@
+"""Every kind of file gives its rows with ids to find them again, and a damaged file says where it is damaged."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict
+
+from sft.sources import Row, SourceError, data_files, read_rows
+
+ROWS = [{"text": "first"}, {"text": "second\nline é 🎉"}, {"text": 'third, "quoted"'}]
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def rows_of(path: Path, **kwargs: Any) -> list[Row]:
+    return [row for file in data_files(path) for row in read_rows(file, **kwargs)]
+
+
+def as_jsonl(rows: list[dict[str, Any]], end: str = "\n") -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_json_lines_with_any_line_end_and_mark(tmp_path: Path, end: str, bom: bytes) -> None:
+    path = written(tmp_path / "a.jsonl", bom + (as_jsonl(ROWS[:2], end) + end + as_jsonl(ROWS[2:], "")).encode())
+    assert rows_of(path) == [Row("a.jsonl:1", ROWS[0]), Row("a.jsonl:2", ROWS[1]), Row("a.jsonl:4", ROWS[2])]
+
+
+def test_compressed_json_lines(tmp_path: Path) -> None:
+    content = as_jsonl(ROWS).encode()
+    written(tmp_path / "a.jsonl.gz", gzip.compress(content))
+    with pa.CompressedOutputStream(str(tmp_path / "b.jsonl.zst"), "zstd") as file:
+        file.write(content)
+    assert [row.columns for row in rows_of(tmp_path / "a.jsonl.gz")] == ROWS
+    assert [row.columns for row in rows_of(tmp_path / "b.jsonl.zst")] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("content", "ids"),
+    [
+        (json.dumps(ROWS, indent=2), ["a.json:2", "a.json:5", "a.json:8"]),
+        (json.dumps(ROWS), ["a.json:1", "a.json:1#2", "a.json:1#3"]),
+        (json.dumps({"data": ROWS}, indent=1), ["a.json:3", "a.json:6", "a.json:9"]),
+        (as_jsonl(ROWS), ["a.json:1", "a.json:2", "a.json:3"]),
+        ("[]", []),
+        ("", []),
+        (json.dumps(ROWS[0], indent=2), ["a.json:1"]),
+    ],
+)
+def test_json_files(tmp_path: Path, content: str, ids: list[str]) -> None:
+    rows = rows_of(written(tmp_path / "a.json", content))
+    assert [row.id for row in rows] == ids
+    assert [row.columns for row in rows] == ROWS[: len(ids)]
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_tables_as_text(tmp_path: Path, suffix: str, delimiter: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["text", "n"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows({**row, "n": 1} for row in ROWS)
+    rows = rows_of(path)
+    assert [row.columns for row in rows] == [{**row, "n": "1"} for row in ROWS]
+    assert [row.id for row in rows] == [f"a.{suffix}:2", f"a.{suffix}:3", f"a.{suffix}:5"]
+
+
+def test_parquet_and_arrow_files(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(str(tmp_path / "b.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pa.ipc.new_stream(str(tmp_path / "c.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "b.arrow", "c.arrow"):
+        expected = [Row(f"{name}:{number}", row, from_arrow=True) for number, row in enumerate(ROWS, start=1)]
+        assert rows_of(tmp_path / name) == expected
+
+
+def test_folders_of_datasets(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "one"))
+    splits = {"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}
+    DatasetDict(splits).save_to_disk(str(tmp_path / "many"))
+    assert [row.columns for row in rows_of(tmp_path / "one")] == ROWS
+    assert [row.columns for row in rows_of(tmp_path / "many", split="test")] == ROWS[:1]
+    with pytest.raises(SourceError, match=r"no split 'dev', only \['test', 'train'\]"):
+        rows_of(tmp_path / "many", split="dev")
+
+
+def test_a_folder_and_a_pattern_give_all_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    written(tmp_path / "b.jsonl", as_jsonl(ROWS[:1]))
+    written(tmp_path / "a.csv", "text\nx\n")
+    written(tmp_path / "sub" / "c.json", json.dumps(ROWS[1:]))
+    written(tmp_path / "README.md", "hello")
+    written(tmp_path / ".hidden.jsonl", "broken")
+    assert [file.name for file in data_files(tmp_path)] == ["a.csv", "b.jsonl", "c.json"]
+    assert [file.name for file in data_files(tmp_path / "*.jsonl")] == ["b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": "y",}\n', r"a\.jsonl:2:14: not JSON: .*property name.*"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "y', r"a\.jsonl:2:10: not JSON: Unterminated string"),
+        ("a.jsonl", '{"text": "x"}\n[1]\n', r"a\.jsonl:2: a row must be a JSON object, not list \[1\]"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9t\xe9"}\n', r"a\.jsonl:2:11: not UTF-8 \(bytes e9 74 e9 22\)"),
+        ("a.json", '[\n {"text": "x"},\n {"text" 1}\n]', r"a\.json:3:10: not JSON: Expecting ':' delimiter"),
+        ("a.json", '[\n {"text": "x"}\n {"text": "y"}\n]', r"a\.json:3:2: not JSON: expected , or \]"),
+        ("a.json", '[\n {"text": "x"},\n', r"a\.json:3:1: not JSON"),
+        ("a.json", "[1, 2]", r"a\.json:1: a row must be a JSON object, not int 1"),
+        ("a.csv", "text,n\nx,1\ny\n", r"a\.csv:3: 1 fields where the header has 2"),
+        ("a.csv", 'text,n\n"x,1\n', r"a\.csv:2: not CSV: unexpected end of data"),
+        ("a.parquet", "not parquet", r"a\.parquet: not a whole Parquet file"),
+        ("a.arrow", "not arrow, not at all", r"a\.arrow: not a whole Arrow file"),
+        ("a.xlsx", "", r"a\.xlsx is of an unknown kind; readable are \.arrow, \.csv"),
+    ],
+)
+def test_damage_is_named_with_its_place(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        rows_of(written(tmp_path / name, content))
+
+
+def test_a_truncated_archive_is_an_error(tmp_path: Path) -> None:
+    content = gzip.compress(as_jsonl(ROWS * 1000).encode())
+    with pytest.raises(SourceError, match=r"a\.jsonl\.gz:\d+: the compressed data is damaged or ends too early"):
+        rows_of(written(tmp_path / "a.jsonl.gz", content[: len(content) // 2]))
+    with pytest.raises(SourceError, match=r"b\.jsonl\.gz:1: the compressed data is damaged"):
+        rows_of(written(tmp_path / "b.jsonl.gz", b"plain text"))
+
+
+def test_what_is_not_there_says_what_is(tmp_path: Path) -> None:
+    written(tmp_path / "train.jsonl", "")
+    with pytest.raises(SourceError, match=r"trian\.jsonl does not exist; .* holds train\.jsonl"):
+        data_files(tmp_path / "trian.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="empty holds no data file"):
+        data_files(tmp_path / "empty")
+
+
+def test_a_row_of_ten_megabytes_is_read(tmp_path: Path) -> None:
+    row = {"text": "x" * 10_000_000}
+    assert rows_of(written(tmp_path / "a.jsonl", as_jsonl([row]))) == [Row("a.jsonl:1", row)]
+    assert rows_of(written(tmp_path / "a.csv", "text\n" + row["text"] + "\n")) == [Row("a.csv:2", row)]
