@@ -1,0 +1,86 @@
+"""Stage `merge`: base and adapter to one plain checkpoint, with the proof that its logits are the adapter's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import load_from_disk
+
+from sft.merge import MergeReport, copy_checkpoint, merge_adapter
+from sft.models import load_tokenizer
+from stages.artifacts import progress, write_json
+from stages.base_model import read_base_model
+from stages.outfolder import replacing_folder
+from stages.params import Params
+from stages.paths import Paths
+
+ADAPTER_CONFIG = "adapter_config.json"
+NUM_STEPS = 2
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Write outs/merge/model and how far its logits are from what was trained.
+
+    Raises:
+        ValueError: They are further away than merge.tolerance; the earlier result, if any, stays.
+    """
+    started = time.monotonic()
+    trained = paths.out("train", "model")
+    has_adapter = (trained / ADAPTER_CONFIG).is_file()
+    options: dict[str, Any] = {
+        "sample_input_ids": sample_rows(paths, params.merge.num_sample_rows),
+        "tolerance": params.merge.tolerance,
+        "dtype": params.merge.dtype,
+        "tokenizer": load_tokenizer(paths.out("format", "tokenizer")),
+        "trust_remote_code": params.model.trust_remote_code,
+    }
+    progress(0, NUM_STEPS, "merging the adapter into its base" if has_adapter else "copying the weights")
+    with replacing_folder(paths.out("merge", "model")) as folder:
+        if has_adapter:
+            base = read_base_model(paths.out("load", "base_model.json"))
+            report = merge_adapter(base.path, trained, folder, **options)
+        else:
+            report = copy_checkpoint(trained, folder, **options)
+    progress(NUM_STEPS, NUM_STEPS, summary(report))
+    write_json(paths.metrics("merge"), {"merged": has_adapter, **report.to_dict(), "size_mb": size_mb(paths)})
+    write_json(paths.timings("merge"), {"seconds": time.monotonic() - started})
+
+
+def sample_rows(paths: Paths, num_rows: int) -> list[list[int]]:
+    """Documents of the first packed eval rows; each is compared by itself, as it will be used.
+
+    Raises:
+        ValueError: There are no eval rows.
+    """
+    rows = load_from_disk(str(paths.out("pack", "eval")))
+    documents = [document for row in islice(rows, num_rows) for document in split_row(row)]
+    if not documents:
+        raise ValueError(f"{paths.out('pack', 'eval')} has no rows, and the merged logits must be compared on some.")
+    return documents
+
+
+def split_row(row: dict[str, Any]) -> Iterator[list[int]]:
+    """The documents of a packed row; a row without `seq_lengths` is one document."""
+    ids: list[int] = row["input_ids"]
+    start = 0
+    for length in row.get("seq_lengths") or [len(ids)]:
+        yield ids[start : start + length]
+        start += length
+
+
+def summary(report: MergeReport) -> str:
+    """One line about the result."""
+    proof = f"logits differ by at most {report.max_logit_diff:.2g} over {report.num_positions} positions"
+    if report.num_adapted_modules == 0:
+        return f"trained in full, so there was nothing to merge: a copy; {proof}"
+    return f"merged {report.num_adapted_modules} modules into the unquantized base; {proof}"
+
+
+def size_mb(paths: Paths) -> float:
+    """Megabytes (10^6 bytes) of the checkpoint's weights."""
+    folder: Path = paths.out("merge", "model")
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
