@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,8 +34,8 @@ class _StageChoice:
     """Shows a stage's name as a choice among those of dvc.yaml in the working directory."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        names = stage_names(Path.cwd())
-        return {"type": "string", "enum": names} if names else {"type": "string"}
+        # The form sends null for an empty choice.
+        return {"enum": [*stage_names(Path.cwd()), None]}
 
 
 StageName = Annotated[str | None, _StageChoice()]
@@ -42,11 +43,16 @@ StageName = Annotated[str | None, _StageChoice()]
 
 def stage_names(root: Path) -> list[str]:
     """The stages that dvc.yaml states, in its order; none where there is no readable dvc.yaml."""
+    return list(_read_mapping(root / "dvc.yaml").get("stages", {}))
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping; empty when there is none to read, which the run itself will complain of."""
     try:
-        content = YAML(typ="safe").load((root / "dvc.yaml").read_text(encoding="utf-8"))
+        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except (OSError, YAMLError):
-        return []
-    return list(content.get("stages", {})) if isinstance(content, dict) else []
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class Partial(BaseModel):
@@ -59,40 +65,52 @@ class Partial(BaseModel):
         return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
 
 
-def partial_model(model: type[BaseModel], suffix: str = "Overrides") -> type[Partial]:
+def partial_model(model: type[BaseModel], stated: dict[str, Any], suffix: str = "Overrides") -> type[Partial]:
     """The same model with every field optional, nested sections included.
 
     A field that is left out is not overridden; null overrides where the type allows it. The fields' own limits
     still hold, those between fields are checked once params.yaml and the overrides are one.
+
+    Args:
+        model: A section of params.yaml, or the whole.
+        stated: The values it has there, which the form shows beside the descriptions.
+        suffix: What the names of the derived models end in.
     """
-    fields: dict[str, Any] = {name: _optional(field, suffix) for name, field in model.model_fields.items()}
+    fields: dict[str, Any] = {
+        name: _optional(name, field, stated.get(name), suffix) for name, field in model.model_fields.items()
+    }
     name = model.__name__.removesuffix("Section") + suffix
     return create_model(name, __base__=Partial, __doc__=model.__doc__, __module__=__name__, **fields)
 
 
-def _optional(field: FieldInfo, suffix: str) -> tuple[Any, FieldInfo]:
+def _optional(name: str, field: FieldInfo, stated: Any, suffix: str) -> tuple[Any, FieldInfo]:
     annotation: Any = field.annotation
     changed = copy.copy(field)
+    changed.title = name
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        annotation = partial_model(annotation, suffix)
+        annotation = partial_model(annotation, stated if isinstance(stated, dict) else {}, suffix)
         changed.annotation = annotation
         changed.description = field.description or annotation.__doc__
         changed.default_factory = annotation
     else:
         changed.default = None
-    # A default in the schema is filled in by the form, and would then count as an override.
-    changed.json_schema_extra = _drop_default
+        changed.description = f"{field.description} (params.yaml when deployed: `{json.dumps(stated)}`)"
+    changed.json_schema_extra = _shape_for_form
     return annotation, changed
 
 
-def _drop_default(schema: dict[str, Any]) -> None:
+def _shape_for_form(schema: dict[str, Any]) -> None:
+    """Let the form send nothing for what nobody has filled in; it sends defaults, and `false` for a switch."""
     schema.pop("default", None)
+    if schema.get("type") == "boolean":
+        del schema["type"]
+        schema["enum"] = [True, False]
 
 
 if TYPE_CHECKING:
     Overrides = Partial
 else:
-    Overrides = partial_model(Params)
+    Overrides = partial_model(Params, _read_mapping(Path.cwd() / "params.yaml"))
 
 
 def overridden(overrides: Partial) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def describe_run() -> str:
     """Name of a flow run: what is special about it."""
     asked = runtime.flow_run.parameters
     stages = [asked.get("from_stage"), asked.get("to_stage")]
-    span = " to ".join(name or "end" for name in stages) if any(stages) else "all stages"
+    span = f"{stages[0] or 'start'} to {stages[1] or 'end'}" if any(stages) else "all stages"
     overrides = asked.get("overrides") or {}
     values = overrides if isinstance(overrides, dict) else overridden(overrides)
     changes = ", ".join(f"{name}={json.dumps(value)}" for name, value in flatten(values).items())
@@ -103,16 +104,10 @@ def pipeline(
             works on a copy of the last commit and shares the cache.
         force: Run every stage, also when its result is known.
     """
-    root = Path.cwd().resolve()
-    values = overridden(overrides)
-    report = RunReport(flatten(values))
+    report = RunReport(flatten(overridden(overrides)))
     try:
-        whole = read_plan(root)
-        plan = whole.between(from_stage, to_stage)
-        if not values:
-            problem = run_plan(root, plan, force, report, {})
-        else:
-            problem = run_isolated(root, plan, plan.inputs_from_outside(whole), values, force, report)
+        asked = ask(Path.cwd().resolve(), from_stage, to_stage, overrides)
+        problem = run_asked(asked, force, report)
     except (RunRefused, ParamsError) as refusal:
         return Failed(message=str(refusal))
     report.publish(problem)
@@ -120,14 +115,49 @@ def pipeline(
     return Failed(message=problem) if problem else Completed(message=report.summary())
 
 
-def run_isolated(
-    root: Path, plan: Plan, given: list[str], values: dict[str, Any], force: bool, report: RunReport
-) -> str | None:
-    """Run a plan with overridden params in a worktree; returns what `run_plan` returns."""
+@dataclass(frozen=True)
+class Asked:
+    """A run that can be started.
+
+    Args:
+        root: The checkout.
+        plan: The stages to run.
+        given: Stages before them whose outs are taken as they are.
+        params_text: params.yaml with the overrides in it; None when there are none.
+    """
+
+    root: Path
+    plan: Plan
+    given: list[str]
+    params_text: str | None
+
+
+def ask(root: Path, from_stage: str | None, to_stage: str | None, overrides: Overrides) -> Asked:
+    """Check what a run is asked for, before anything is started.
+
+    Raises:
+        RunRefused: A stage is unknown, an override has no effect, or code for an isolated run is not committed.
+        ParamsError: The overrides don't go together.
+    """
+    whole = read_plan(root)
+    plan = whole.between(from_stage, to_stage)
+    given = plan.inputs_from_outside(whole)
+    values = overridden(overrides)
+    if not values:
+        return Asked(root, plan, given, None)
     refuse_overrides_without_effect(values, plan)
-    params_text = apply_overrides((root / "params.yaml").read_text(encoding="utf-8"), values)
-    with worktree.isolated_checkout(root, str(runtime.flow_run.id), params_text, plan, given) as copy:
-        return run_plan(copy, plan, force, report, {"SFT_STATE_DIR": str(root / ".state")})
+    worktree.refuse_uncommitted(root, plan)
+    return Asked(root, plan, given, apply_overrides((root / "params.yaml").read_text(encoding="utf-8"), values))
+
+
+def run_asked(asked: Asked, force: bool, report: RunReport) -> str | None:
+    """Run in the checkout, or in a worktree when params are overridden; returns what `run_plan` returns."""
+    if asked.params_text is None:
+        return run_plan(asked.root, asked.plan, force, report, {})
+    name = str(runtime.flow_run.id)
+    variables = {"SFT_STATE_DIR": str(asked.root / ".state")}
+    with worktree.isolated_checkout(asked.root, name, asked.params_text, asked.plan, asked.given) as copy:
+        return run_plan(copy, asked.plan, force, report, variables)
 
 
 def run_plan(root: Path, plan: Plan, force: bool, report: RunReport, variables: dict[str, str]) -> str | None:
@@ -149,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the flow in this terminal, with the server of `make ui` when there is one, else with one of its own.
 
     Returns:
-        0 on success, 1 when a stage failed or the run was refused, 2 when the call is wrong.
+        0 on success, 1 when a stage failed, 2 when the run can't be started as asked.
     """
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=pipeline.description)
     parser.add_argument("--from-stage", metavar="STAGE", help="start here; what lies before is taken as it is")
@@ -161,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         overrides = parse_assignments(args.set)
-    except RunRefused as refusal:
+        ask(Path.cwd().resolve(), args.from_stage, args.to_stage, overrides)
+    except (RunRefused, ParamsError) as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 2
     state = pipeline(args.from_stage, args.to_stage, overrides, args.force, return_state=True)
