@@ -1,0 +1,199 @@
+"""Records become text with the trained characters marked, and a tokenizer that fits the template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from stages import format, load
+from stages.artifacts import read_json
+from tests.sft.template_styles import PLAIN, QWEN3
+from tests.stages.data_root import ROWS, DataRoot, turn
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataRoot:
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    return DataRoot(tmp_path / "checkout")
+
+
+def run(root: DataRoot, rows: list[dict[str, Any]] | None = None, **section: Any) -> dict[str, Any]:
+    """Load rows (the last one is held out) and format them."""
+    rows = ROWS[:4] if rows is None else rows
+    root.write("train.jsonl", rows[:-1])
+    root.write("eval.jsonl", rows[-1:])
+    held_out = {"path": "data/eval.jsonl", "fraction": None}
+    params = root.params(load={"eval": held_out, "require_alternation": False}, format=section)
+    load.run(params, root.paths)
+    format.run(params, root.paths)
+    return read_json(root.paths.metrics("format"))
+
+
+def trained(row: dict[str, Any]) -> list[str]:
+    return [row["text"][start:end] for start, end, _ in row["spans"]]
+
+
+def test_rows_are_rendered_with_the_models_own_template(root: DataRoot) -> None:
+    figures = run(root)
+    assert root.rows("format", "train.jsonl")[0] == {
+        "id": "train.jsonl:1",
+        "text": "<|im_start|>user\nQuestion 0?<|im_end|>\n<|im_start|>assistant\nAnswer 0.<|im_end|>\n",
+        "spans": [[61, 80, 1.0]],
+        "add_special_tokens": False,
+        "append_eos": False,
+    }
+    assert root.rows("format", "prompts.jsonl") == [
+        {
+            "id": "eval.jsonl:1",
+            "prompt": "<|im_start|>user\nQuestion 3?<|im_end|>\n<|im_start|>assistant\n",
+            "reference": "Answer 3.",
+            "add_special_tokens": False,
+        }
+    ]
+    assert root.rows("format", "ledger.jsonl") == []
+    assert figures == {
+        "num_train": 3,
+        "num_eval": 1,
+        "trained_characters_train": round(19 / 81, 6),
+        "trained_characters_eval": round(19 / 81, 6),
+        "num_dropped": 0,
+        "dropped": {},
+        "num_new_tokens": 0,
+    }
+    assert sorted(path.name for path in root.paths.out("format").iterdir()) == [
+        "eval.jsonl", "ledger.jsonl", "prompts.jsonl", "summary.json", "tokenizer", "train.jsonl"
+    ]  # fmt: skip
+
+
+def test_a_system_message_is_put_where_there_is_none(root: DataRoot) -> None:
+    own = {"messages": [{"role": "system", "content": "Mine."}, *turn("a", "b")["messages"]]}
+    pair = {"prompt": "Once", "completion": " upon"}
+    run(root, [ROWS[0], own, ROWS[1]], system_message="Be brief.")
+    texts = [row["text"] for row in root.rows("format", "train.jsonl")]
+    assert texts[0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQuestion 0?")
+    assert texts[1].startswith("<|im_start|>system\nMine.<|im_end|>\n")
+    assert format.with_system_message(pair, "Be brief.") == pair
+
+
+def test_a_named_format_brings_its_tokens(root: DataRoot) -> None:
+    run(root, chat_template="gemma")
+    tokenizer = AutoTokenizer.from_pretrained(root.paths.out("format", "tokenizer"))
+    summary = read_json(root.paths.out("format", "summary.json"))
+    new = [tokenizer.decode(token) for token in summary["new_token_ids"]]
+    assert new == ["<end_of_turn>", "<start_of_turn>"]
+    assert tokenizer.eos_token == summary["new_eos_token"] == "<end_of_turn>"
+    assert "<end_of_turn>" in summary["stop_tokens"]
+    assert trained(root.rows("format", "train.jsonl")[0]) == ["Answer 0.<end_of_turn>"]
+    text = root.rows("format", "train.jsonl")[0]["text"]
+    assert tokenizer.apply_chat_template(ROWS[0]["messages"], tokenize=False) == text
+
+
+def test_a_jinja_file_inside_data_is_a_template(root: DataRoot) -> None:
+    (root.paths.data / "mine.jinja").write_text(QWEN3.template)
+    run(root, chat_template="data/mine.jinja")
+    assert trained(root.rows("format", "train.jsonl")[0]) == ["<think>\n\n</think>\n\nAnswer 0.<|im_end|>"]
+
+
+def test_added_tokens_are_in_the_saved_tokenizer(root: DataRoot) -> None:
+    figures = run(root, [turn("Call <|tool|> now", "Yes"), *ROWS[:2]], add_special_tokens=["<|tool|>", "<|eot|>"])
+    tokenizer = AutoTokenizer.from_pretrained(root.paths.out("format", "tokenizer"))
+    summary = read_json(root.paths.out("format", "summary.json"))
+    assert tokenizer.convert_tokens_to_ids(["<|tool|>", "<|eot|>"]) == summary["new_token_ids"]
+    assert figures["num_new_tokens"] == 2
+    assert summary["new_token_ids"][0] in tokenizer("a<|tool|>b")["input_ids"]
+
+
+def test_rows_in_which_nothing_is_trained_are_in_the_ledger(root: DataRoot) -> None:
+    silent = {"messages": [ROWS[1]["messages"][0], {**ROWS[1]["messages"][1], "train": False}]}
+    figures = run(root, [ROWS[0], silent, ROWS[2]])
+    assert [row["id"] for row in root.rows("format", "train.jsonl")] == ["train.jsonl:1"]
+    assert [(row["id"], row["reason"]) for row in root.rows("format", "ledger.jsonl")] == [
+        ("train.jsonl:2", "nothing_trained")
+    ]
+    assert figures["dropped"] == {"nothing_trained": 1}
+
+
+@pytest.mark.parametrize(
+    ("train_on", "expected"),
+    [
+        ("assistant", ["b<|im_end|>", "d<|im_end|>"]),
+        ("last_assistant", ["d<|im_end|>"]),
+    ],
+)
+def test_train_on_chooses_the_turns(root: DataRoot, train_on: str, expected: list[str]) -> None:
+    chat = {"messages": [*turn("a", "b")["messages"], *turn("c", "d")["messages"]]}
+    run(root, [chat, ROWS[0]], train_on=train_on)
+    assert trained(root.rows("format", "train.jsonl")[0]) == expected
+
+
+def test_text_rows_are_trained_whole_and_have_no_prompts(root: DataRoot) -> None:
+    run(root, [{"text": "Once upon"}, {"text": "a time"}], train_on="all")
+    assert root.rows("format", "train.jsonl") == [
+        {
+            "id": "train.jsonl:1",
+            "text": "Once upon",
+            "spans": [[0, 9, 1.0]],
+            "add_special_tokens": True,
+            "append_eos": True,
+        }
+    ]
+    assert root.rows("format", "prompts.jsonl") == []
+
+
+def test_prompts_of_text_pairs_end_where_the_completion_begins(root: DataRoot) -> None:
+    run(root, [{"prompt": "1+1=", "completion": "2"}, {"prompt": "2+2=", "completion": "4"}], train_on="completion")
+    assert root.rows("format", "prompts.jsonl") == [
+        {"id": "eval.jsonl:1", "prompt": "2+2=", "reference": "4", "add_special_tokens": True}
+    ]
+
+
+def test_eos_follows_the_template_where_generation_would_not_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    root = DataRoot(tmp_path / "checkout", eos_token="<|endoftext|>")
+    (root.model / "generation_config.json").write_text('{"eos_token_id": 0}')
+    run(root)
+    summary = read_json(root.paths.out("format", "summary.json"))
+    assert summary["new_eos_token"] == "<|im_end|>"
+    assert summary["stop_tokens"] == ["<|im_end|>", "<|endoftext|>"]
+    (root.model / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    run(root)
+    assert read_json(root.paths.out("format", "summary.json"))["new_eos_token"] is None
+
+
+SILENT = [{"messages": [row["messages"][0], {**row["messages"][1], "train": False}]} for row in ROWS[:3]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "section", "message"),
+    [
+        (SILENT, {}, r"no token of the 2 train rows would be trained .*nothing_trained 3 times, first train\.jsonl:1"),
+        (
+            None,
+            {"chat_template": "data/plain.jinja"},
+            r"would never learn to stop: train\.jsonl:1 ends in ' Answer 0\.'",
+        ),
+        (None, {"chat_template": "chatlm"}, r"format\.chat_template: 'chatlm' is neither a chat format \(chatml, "),
+        (None, {"chat_template": "outside.jinja"}, r"move 'outside\.jinja' into data/"),
+        (None, {"add_special_tokens": ["<pad>"]}, r"format\.add_special_tokens: \['<pad>'\] are tokens already"),
+        (None, {"train_on": "completion"}, r"row train\.jsonl:1: train_on completion needs prompt and completion"),
+        ([{"text": "x"}, {"text": "y"}], {}, r"row train\.jsonl:1: plain text has no assistant part"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_everything_as_it_was(
+    root: DataRoot, rows: list[dict[str, Any]] | None, section: dict[str, Any], message: str
+) -> None:
+    (root.paths.data / "plain.jinja").write_text(PLAIN.template)
+    (root.paths.root / "outside.jinja").write_text(PLAIN.template)
+    earlier = root.paths.out("format", "train.jsonl")
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("earlier result\n")
+    with pytest.raises(ValueError, match=message):
+        run(root, rows, **section)
+    assert earlier.read_text() == "earlier result\n"
+    assert sorted(path.name for path in root.paths.root.joinpath("outs").iterdir()) == ["format", "load"]
+    assert not root.paths.metrics("format").exists()

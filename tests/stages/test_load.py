@@ -1,0 +1,210 @@
+"""Every row that goes into the pipeline comes out, or stands in the ledger with a reason; nothing half-done is left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages import load
+from stages.artifacts import read_json
+from tests.stages.data_root import ROWS, DataRoot, turn
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataRoot:
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    return DataRoot(tmp_path / "checkout")
+
+
+def run(root: DataRoot, **section: Any) -> dict[str, Any]:
+    load.run(root.params(load=section), root.paths)
+    return read_json(root.paths.metrics("load"))
+
+
+def test_records_keep_their_place_and_content(root: DataRoot) -> None:
+    root.write("train.jsonl", ROWS)
+    root.write("eval.jsonl", [turn("Held out?", "Yes.")])
+    figures = run(root, eval={"path": "data/eval.jsonl", "fraction": None})
+    assert root.rows("load", "train.jsonl") == [
+        {"id": f"train.jsonl:{number}", **row} for number, row in enumerate(ROWS, start=1)
+    ]
+    assert root.rows("load", "eval.jsonl") == [{"id": "eval.jsonl:1", **turn("Held out?", "Yes.")}]
+    assert root.rows("load", "ledger.jsonl") == []
+    assert figures == {
+        "num_rows_in": 21, "num_train": 20, "num_eval": 1, "num_dropped": 0, "dropped_fraction": 0.0, "dropped": {}
+    }  # fmt: skip
+    base_model = read_json(root.paths.out("load", "base_model.json"))
+    assert base_model["name_or_path"] == str(root.model)
+    assert len(base_model["digest"]) == 64
+
+
+def test_every_bad_row_stands_in_the_ledger_with_its_reason(root: DataRoot) -> None:
+    bad = [
+        turn("Empty?", " "),
+        {"messages": [{"role": "wizard", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]},
+        {"messages": None},
+        ROWS[3],
+        turn("Held out?", "Yes."),
+        {"messages": [*turn("a", "b")["messages"], {"role": "assistant", "content": "c"}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\ud83d"}]},
+    ]
+    root.write("train.jsonl", ROWS + bad)
+    root.write("eval.jsonl", [turn("Held out?", "Yes."), turn("Held out?", "Yes.")])
+    section = {"eval": {"path": "data/eval.jsonl", "fraction": None}, "max_dropped_fraction": 0.5}
+    figures = run(root, **section)
+    ledger = root.rows("load", "ledger.jsonl")
+    assert [(entry["id"], entry["reason"]) for entry in ledger] == [
+        ("eval.jsonl:2", "duplicate"),
+        ("train.jsonl:21", "empty_answer"),
+        ("train.jsonl:22", "unknown_role"),
+        ("train.jsonl:23", "no_answer"),
+        ("train.jsonl:24", "missing_column"),
+        ("train.jsonl:25", "duplicate"),
+        ("train.jsonl:26", "in_eval"),
+        ("train.jsonl:27", "wrong_order"),
+        ("train.jsonl:28", "bad_unicode"),
+    ]
+    assert ledger[5] == {
+        "id": "train.jsonl:25", "stage": "load", "reason": "duplicate", "detail": "the same as train.jsonl:4"
+    }  # fmt: skip
+    assert figures["num_rows_in"] == figures["num_train"] + figures["num_eval"] + figures["num_dropped"] == 30
+    assert figures["dropped"]["duplicate"] == 2
+    card = read_json(root.paths.out("load", "card.json"))
+    assert [source["dropped"].get("duplicate") for source in card["sources"]] == [1, 1]
+    relaxed = run(root, **section, require_alternation=False)
+    assert "wrong_order" not in relaxed["dropped"]
+
+
+def test_too_many_dropped_rows_stop_and_say_which(root: DataRoot) -> None:
+    root.write("train.jsonl", [*ROWS, *[turn(f"Empty {i}", "") for i in range(4)], ROWS[0]])
+    with pytest.raises(
+        ValueError,
+        match=r"5 of 25 train rows \(20\.0%\).*max_dropped_fraction 0\.1 .*empty_answer 4 times, first train\.jsonl:21 "
+        r".*train\.jsonl:23 .*duplicate 1 times, first train\.jsonl:25",
+    ):
+        run(root, max_dropped_fraction=0.1)
+
+
+def test_held_out_rows_stay_the_same_when_rows_are_appended(root: DataRoot) -> None:
+    root.write("train.jsonl", ROWS)
+    run(root)
+    before = root.rows("load", "eval.jsonl")
+    assert 0 < len(before) < len(ROWS)
+    root.write("train.jsonl", [*ROWS, *[turn(f"New {number}?", "Yes.") for number in range(20)]])
+    run(root)
+    after = root.rows("load", "eval.jsonl")
+    assert after[: len(before)] == before
+    assert len(after) > len(before)
+    run(root, seed=1)
+    assert root.rows("load", "eval.jsonl") != after
+
+
+def test_sources_of_different_kinds_are_mixed(root: DataRoot) -> None:
+    root.write("a.jsonl", [{"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}] + [
+        {"conversations": [{"from": "human", "value": f"x{i}"}, {"from": "gpt", "value": "y"}]} for i in range(9)
+    ])  # fmt: skip
+    table = [{"instruction": f"Add {i}", "input": "1" if i else None, "output": "2"} for i in range(10)]
+    pq.write_table(pa.Table.from_pylist(table), root.paths.data / "b.parquet")
+    (root.paths.data / "c.csv").write_text("prompt,completion\n" + "".join(f"q{i},a\n" for i in range(10)))
+    (root.paths.data / "sub").mkdir()
+    (root.paths.data / "sub" / "d.json").write_text(json.dumps([{"text": f"once {i}"} for i in range(10)]))
+    figures = run(root, sources=[{"path": f"data/{name}"} for name in ("a.jsonl", "b.parquet", "c.csv", "sub")])
+    assert figures["num_train"] + figures["num_eval"] == 40
+    rows = {row["id"]: row for split in ("train", "eval") for row in root.rows("load", f"{split}.jsonl")}
+    assert rows["b.parquet:1"]["messages"][0]["content"] == "Add 0"
+    assert rows["b.parquet:2"]["messages"][0]["content"] == "Add 1\n\n1"
+    assert rows["c.csv:2"] == {"id": "c.csv:2", "prompt": "q0", "completion": "a"}
+    assert rows["sub/d.json:1"] == {"id": "sub/d.json:1", "text": "once 0"}
+    card = read_json(root.paths.out("load", "card.json"))
+    assert [source["kind"] for source in card["sources"]] == ["messages", "messages", "prompt_completion", "text"]
+    assert set(card["sources"][3]["sha256"]) == {"sub/d.json"}
+
+
+def test_a_linked_file_is_read(root: DataRoot, tmp_path: Path) -> None:
+    root.write("../elsewhere.jsonl", ROWS)
+    (root.paths.data / "train.jsonl").symlink_to(root.paths.root / "elsewhere.jsonl")
+    assert run(root)["num_rows_in"] == 20
+
+
+def broken_line(root: DataRoot) -> None:
+    (root.paths.data / "train.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"messages": [}\n')
+
+
+def no_rows(root: DataRoot) -> None:
+    root.write("train.jsonl", [])
+
+
+def unknown_columns(root: DataRoot) -> None:
+    root.write("train.jsonl", [{"title": "x", "body": "y"}])
+
+
+def token_ids(root: DataRoot) -> None:
+    root.write("train.jsonl", [{"input_ids": [1, 2]}])
+
+
+def nothing(root: DataRoot) -> None:
+    root.write("trian.jsonl", ROWS)
+
+
+def one_row(root: DataRoot) -> None:
+    root.write("train.jsonl", ROWS[:1])
+
+
+@pytest.mark.parametrize(
+    ("prepare", "section", "message"),
+    [
+        (broken_line, {}, r"data/train\.jsonl:2:15: not JSON"),
+        (no_rows, {}, r"load\.sources\[0\]\.path: data/train\.jsonl holds no row"),
+        (unknown_columns, {}, r"load\.sources\[0\]\.path: data/train\.jsonl: columns \['body', 'title'\] are none of"),
+        (token_ids, {}, r"holds token ids"),
+        (nothing, {}, r"load\.sources\[0\]\.path: .*data/train\.jsonl does not exist; .* holds trian\.jsonl"),
+        (
+            one_row,
+            {"eval": {"path": "data/none.jsonl", "fraction": None}},
+            r"load\.eval\.path: .*none\.jsonl does not exist",
+        ),
+        (one_row, {}, r"no row is left for (train|eval); load\.eval\.fraction 0\.3 of 1 rows"),
+        (one_row, {"sources": [{"path": "../x.jsonl"}]}, r"'\.\./x\.jsonl' lies outside data/.*dvc import-url"),
+        (one_row, {"sources": [{"path": "data/train.jsonl", "split": "test"}]}, r"\['split'\] would be ignored"),
+        (one_row, {"sources": [{"path": "data/train.jsonl", "config": "x"}]}, r"\['config'\] would be ignored"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_everything_as_it_was(
+    root: DataRoot, prepare: Callable[[DataRoot], None], section: dict[str, Any], message: str
+) -> None:
+    earlier = root.paths.out("load", "train.jsonl")
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("earlier result\n")
+    prepare(root)
+    with pytest.raises(ValueError, match=message):
+        run(root, **section)
+    assert earlier.read_text() == "earlier result\n"
+    assert sorted(path.name for path in root.paths.root.joinpath("outs").iterdir()) == ["load"]
+    assert not root.paths.metrics("load").exists()
+
+
+def test_a_base_model_that_does_not_exist_stops_before_anything_is_written(root: DataRoot) -> None:
+    root.write("train.jsonl", ROWS)
+    params = root.params()
+    params = params.model_copy(update={"model": params.model.model_copy(update={"name_or_path": "./nowhere"})})
+    with pytest.raises(ValueError, match="nowhere"):
+        load.run(params, root.paths)
+    assert not root.paths.root.joinpath("outs").exists()
+
+
+def test_the_same_input_gives_the_same_bytes(root: DataRoot) -> None:
+    root.write("train.jsonl", ROWS)
+    contents = []
+    for _ in range(2):
+        run(root)
+        folder = root.paths.out("load")
+        contents.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+    assert contents[0] == contents[1]
+    assert set(contents[0]) == {"base_model.json", "card.json", "eval.jsonl", "ledger.jsonl", "train.jsonl"}
