@@ -9,12 +9,12 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.chat import Rendered
 from sft.encoding import Encoder
 from sft.labels import IGNORE_INDEX
-from sft.models import load_tokenizer
+
 from sft.packing import OverflowReport, apply_overflow, pack_with_plan
 from sft.preview import preview_masks
 from stages.artifacts import progress, read_jsonl, write_json, write_jsonl, write_text
@@ -29,7 +29,7 @@ TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
 
 def run(params: Params, paths: Paths) -> None:
     """Write outs/pack/{train,eval}, the index from packed row to record ids, a preview of the masks, and the figures."""
-    tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     metrics: dict[str, Any] = {}
     ledger: list[dict[str, Any]] = []
     with replacing_folder(paths.out("pack")) as folder, tempfile.TemporaryDirectory() as scratch:
