@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from sft.document_attention import document_attention_forward, document_attention_mask
 from sft.layout import DocumentLayout, current_layout, document_layout
+from sft.unwrapping import causal_lm, evaluating
 
 __all__ = [
     "SFT_DOCUMENTS",
@@ -87,7 +89,9 @@ def check_attention_request(requested: str, dtype: torch.dtype, hardware: Hardwa
         if hardware.device_type != "cuda":
             problems.append(f"it trains on CUDA devices only, and the model is on {hardware.device_type!r}")
         if is_flash and dtype not in HALF_PRECISIONS:
-            problems.append(f"it takes float16 or bfloat16, and the model computes in {dtype} (set bf16=True or a dtype)")
+            problems.append(
+                f"it takes float16 or bfloat16, and the model computes in {dtype} (set bf16=True or a dtype)"
+            )
     if hardware.device_type == "cuda" and is_flash:
         needed = (9, 0) if requested == "flash_attention_3" else (8, 0)
         if hardware.capability < needed:
@@ -96,7 +100,9 @@ def check_attention_request(requested: str, dtype: torch.dtype, hardware: Hardwa
     if package is not None and not hardware.packages & {package, "kernels"}:
         problems.append(f"the package that provides it is not installed (pip install {_pip_name(package)})")
     if problems:
-        raise ValueError(f"attn_implementation={requested!r} cannot be used: {'; '.join(problems)}. Use 'sdpa' or 'auto'.")
+        raise ValueError(
+            f"attn_implementation={requested!r} cannot be used: {'; '.join(problems)}. Use 'sdpa' or 'auto'."
+        )
 
 
 def _dotted(hardware: Hardware) -> str:
@@ -124,20 +130,6 @@ def refuse_packing_reason(model: torch.nn.Module) -> str | None:
     if not base._can_set_attn_implementation():
         return "it computes attention in its own layers, which transformers' attention interface does not reach"
     return None
-
-
-def causal_lm(model: torch.nn.Module) -> Any:
-    """The transformers model inside wrappers such as DDP's, torch.compile's and PEFT's."""
-    inner: Any = model
-    while True:
-        if hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-        elif not hasattr(inner, "config") and hasattr(inner, "module"):
-            inner = inner.module
-        else:
-            return inner
 
 
 def choose_packed_attention(
@@ -212,12 +204,8 @@ def probe_isolation(model: torch.nn.Module) -> IsolationReport:
         ValueError: a document sees its neighbour, or packing changes its logits.
     """
     base = causal_lm(model)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         report = _measure_isolation(model, base)
-    finally:
-        model.train(was_training)
     name = f"{base.config.model_type} with attn_implementation={base.config._attn_implementation!r}"
     if report.neighbour_effect > report.tolerance:
         raise ValueError(
@@ -264,7 +252,7 @@ def _probe_document(vocab_size: int, length: int, seed: int) -> list[int]:
 def _flat_logits(model: torch.nn.Module, base: Any, documents: list[list[int]]) -> torch.Tensor:
     """Logits `(num_tokens, vocab)` in fp32 of documents run in one flat row."""
     layout = DocumentLayout(tuple(len(document) for document in documents))
-    input_ids = torch.tensor([sum(documents, [])], device=base.device)
+    input_ids = torch.tensor([list(chain.from_iterable(documents))], device=base.device)
     position_ids = torch.tensor([[place for length in layout.lengths for place in range(length)]], device=base.device)
     with document_layout(layout):
         logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits

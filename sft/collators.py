@@ -25,8 +25,8 @@ class DataCollatorForSFT:
     `(batch, longest)`, padded on the right, labels on padding ignored.
 
     Flat (`padding_free=True`, or packed rows): ONE row of all documents. `input_ids`, `labels`, `position_ids`, each
-    `(1, total)`; positions restart at 0 with each document; `seq_lengths` `(num_documents,)`; no attention mask, because
-    the lengths say it all. Each document's first label is ignored: after the shift by one it would be predicted
+    `(1, total)`; positions restart at 0 with each document; `seq_lengths` `(num_documents,)`; no attention mask, as the
+    lengths say it all. Each document's first label is ignored: after the shift by one it would be predicted
     from its neighbour's last token.
 
     `loss_weights` (float32, shaped like the labels) are in the batch when a row has them.
@@ -67,7 +67,7 @@ def read_row(row: Row, place: int) -> TokenRow:
     """Turn one row of a data set into arrays, its token masks applied to its labels.
 
     Raises:
-        ValueError: the row is empty, or a column differs in length from `input_ids`; names the row's place in the batch.
+        ValueError: the row is empty, or a column differs in length from `input_ids`; tells its place in the batch.
     """
     if "input_ids" not in row:
         raise ValueError(f"row {place} of the batch has no 'input_ids', only {sorted(row)}; is the data set tokenized?")
@@ -109,8 +109,8 @@ def document_lengths(row: Row, place: int) -> Array:
     lengths = _array(row["seq_lengths"], np.int64)
     if lengths.sum() != num_tokens or (lengths < 1).any():
         raise ValueError(
-            f"'seq_lengths' of row {place} of the batch are {lengths.tolist()} for {num_tokens} input_ids; they must be "
-            "positive and add up to it"
+            f"'seq_lengths' of row {place} of the batch are {lengths.tolist()} for {num_tokens} input_ids; "
+            "they must be positive and add up to it"
         )
     return lengths
 
@@ -165,7 +165,7 @@ def padded_batch(rows: Sequence[TokenRow], settings: DataCollatorForSFT) -> dict
 
 
 def _padded(values: Sequence[Array], width: int, fill: int, dtype: type) -> Array:
-    output = np.full((len(values), width), fill, dtype=dtype)
+    output: Array = np.full((len(values), width), fill, dtype=dtype)
     for row, array in zip(output, values, strict=True):
         row[: len(array)] = array
     return output

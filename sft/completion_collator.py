@@ -42,7 +42,9 @@ class TemplateFinder:
             self.ids = [int(token) for token in template]
             self.text = self._decode(self.ids)
         if not self.ids or not self.text.strip():
-            raise ValueError(f"{name}={template!r} is empty, so it stands nowhere; give the text that precedes an answer")
+            raise ValueError(
+                f"{name}={template!r} is empty, so it stands nowhere; give the text that precedes an answer"
+            )
         self._has_special_tokens = bool(set(self.ids) & set(tokenizer.all_special_ids))
 
     def find(self, document: Array) -> list[Match]:
@@ -94,8 +96,8 @@ class TemplateFinder:
         found = ids[self._tokens_within(ids, place) : self._tokens_covering(ids, place + len(bare))]
         raise ValueError(
             f"{self.name} {self.text!r} is not in the text, but {bare!r} is. The template is tokenized as "
-            f"{self._spelled(self.ids)}, the text as {self._spelled(found)}. Pass the text as it stands there, or these "
-            f"ids: {self.name}={found}"
+            f"{self._spelled(self.ids)}, the text as {self._spelled(found)}. Pass the text as it stands there, "
+            f"or these ids: {self.name}={found}"
         )
 
     def _spelled(self, ids: list[int]) -> str:
@@ -133,7 +135,7 @@ class DataCollatorForCompletionOnlyLM:
             pad_to_multiple_of: see `DataCollatorForSFT`.
 
         Raises:
-            ValueError: `mlm`, no tokenizer, a tokenizer without a padding token (if padding is needed), an empty template.
+            ValueError: `mlm`, no tokenizer, no padding token where padding is needed, an empty template.
         """
         if mlm:
             raise ValueError("mlm=True is not supported: completions are predicted from left to right; leave it False")
@@ -204,7 +206,7 @@ class DataCollatorForCompletionOnlyLM:
         self._num_warned_of = self.num_rows_without_template
         names = [repr(finder.text) for finder in (self.response, self.instruction) if finder is not None]
         warnings.warn(
-            f"{without} of {num_in_batch} rows of this batch ({self.num_rows_without_template} of {self.num_rows} so far) "
-            f"lack {' or '.join(names)}, and are not trained where they do; a cut at max_length can take it away",
+            f"{without} of {num_in_batch} rows of this batch ({self.num_rows_without_template} of {self.num_rows} "
+            f"so far) lack {' or '.join(names)}, and are not trained where they do; a cut at max_length can take it away",
             stacklevel=3,
         )

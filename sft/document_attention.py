@@ -94,9 +94,9 @@ def _check_flat(
     rows, length, key_length = query.shape[0], query.shape[2], key.shape[2]
     if rows != 1 or length != layout.num_tokens or key_length != length:
         raise ValueError(
-            f"the document layout describes one row of {layout.num_tokens} tokens ({len(layout.lengths)} documents), but "
-            f"attention got {rows} rows of {length} queries and {key_length} keys; give the model the flat batch that the "
-            "layout came from, without a cache"
+            f"the document layout describes one row of {layout.num_tokens} tokens ({len(layout.lengths)} documents), "
+            f"but attention got {rows} rows of {length} queries and {key_length} keys; give the model the flat batch "
+            "that the layout came from, without a cache"
         )
     if attention_mask is not None:
         raise ValueError(
@@ -104,7 +104,9 @@ def _check_flat(
             "what may be seen; leave attention_mask out of flat batches"
         )
     if kwargs.get("position_bias") is not None:
-        raise ValueError("this model adds a position bias to its attention, which packed rows do not support: use packing=False")
+        raise ValueError(
+            "this model adds a position bias to its attention, which packed rows do not support: use packing=False"
+        )
 
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DocumentLayout, AttentionOptions], torch.Tensor]
@@ -194,7 +196,7 @@ def _scaled_dot_product(
 
 
 def _grouped_kernel(query: torch.Tensor) -> bool:
-    """Whether a fused kernel takes fewer key heads than query heads: on CUDA only the half-precision flash kernel does."""
+    """Whether a fused kernel takes fewer key than query heads: on CUDA only the half-precision flash kernel does."""
     return not query.is_cuda or (query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256)
 
 

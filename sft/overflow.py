@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -84,7 +83,7 @@ class OverflowReport:
 
 def cut_pieces(lengths: Integers, max_length: int, policy: Overflow) -> Pieces:
     """Stretches of documents that stay, each at most `max_length` long (`error` is not handled here)."""
-    documents = np.arange(len(lengths))
+    documents: Integers = np.arange(len(lengths))
     if policy is Overflow.DROP:
         documents = documents[lengths <= max_length]
     kept = lengths[documents]
@@ -124,7 +123,7 @@ def apply_overflow(dataset: Dataset, max_length: int, policy: str = "truncate") 
     report = _report(chosen, max_length, lengths, pieces[trained])
     if len(pieces) == len(dataset) and bool(trained.all()) and not report.truncated:
         return dataset, report
-    others = dataset.remove_columns([name for name in columns]).select(report.source_rows)
+    others = dataset.remove_columns(list(columns)).select(report.source_rows)
     plan = RowPlan(pieces[trained], np.arange(1, int(trained.sum()) + 1))
     return materialize(dataset, plan, carry=others), report
 
@@ -180,5 +179,3 @@ def truncate_dataset(dataset: Dataset | IterableDataset, max_length: int) -> Dat
 
 def _truncate_batch(batch: dict[str, list[Any]], max_length: int) -> dict[str, list[Any]]:
     return {name: [row[:max_length] for row in batch[name]] for name in TOKEN_COLUMNS if name in batch}
-
-

@@ -61,7 +61,8 @@ def plan_bfd(lengths: Sequence[int] | Integers, seq_length: int) -> list[list[in
     if len(unfit):
         first = int(unfit[0])
         raise ValueError(
-            f"{len(unfit)} documents do not fit rows of {seq_length} tokens; the first is number {first} with {sizes[first]}"
+            f"{len(unfit)} documents do not fit rows of {seq_length} tokens; the first is number {first} "
+            f"with {sizes[first]}"
         )
     order = np.argsort(-sizes, kind="stable")
     rows: list[list[int]] = []

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from datasets import Dataset
 from datasets.fingerprint import Hasher, get_temporary_cache_files_directory
@@ -27,7 +28,7 @@ COLUMN_TYPES = {"completion_mask": np.int8, "assistant_masks": np.int8, "loss_we
 
 TOKENS_PER_BATCH = 1 << 22
 
-Integers = np.ndarray[Any, np.dtype[np.int64]]
+Integers = npt.NDArray[np.int64]
 
 
 def ranges(starts: Integers, lengths: Integers) -> Integers:
@@ -132,7 +133,8 @@ def token_columns(dataset: Dataset) -> dict[str, RaggedColumn]:
         if len(wrong):
             row = int(wrong[0])
             raise ValueError(
-                f"row {row}: {name!r} has {column.lengths()[row]} values for {expected[row]} input_ids; they must be equal"
+                f"row {row}: {name!r} has {column.lengths()[row]} values for {expected[row]} input_ids; "
+                "they must be equal"
             )
     return columns
 

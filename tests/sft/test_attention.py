@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import tiny_model
 
 from sft.attention import (
     SFT_DOCUMENTS,
@@ -19,6 +18,7 @@ from sft.attention import (
     refuse_packing_reason,
 )
 from sft.layout import DocumentLayout, current_layout, document_layout
+from tests.tiny import tiny_model
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt2", "opt", "phi", "gpt_neox"]
 LENGTHS = (11, 4, 4, 1, 17)
@@ -173,7 +173,7 @@ def test_probe_passes_for_every_offered_family(family: str) -> None:
 
 def test_probe_refuses_a_backend_that_leaks_and_leaves_the_mode_as_it_was() -> None:
     model = make("opt", "sdpa").train()
-    with pytest.raises(ValueError, match="see each other in opt with attn_implementation='sdpa'.*packing=False"):
+    with pytest.raises(ValueError, match=r"see each other in opt with attn_implementation='sdpa'.*packing=False"):
         probe_isolation(model)
     assert model.training
 

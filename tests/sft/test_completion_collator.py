@@ -6,12 +6,12 @@ import warnings
 from typing import Any
 
 import pytest
-from tests.tiny import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from sft.completion_collator import DataCollatorForCompletionOnlyLM
 from sft.labels import IGNORE_INDEX
+from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 RESPONSE, QUESTION = " ### Response:", "Question:"
@@ -28,7 +28,7 @@ def trained_text(batch: Any, tokenizer: Any = TOKENIZER) -> list[str]:
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Words are one token each, but ':\\n' is one token too, and so is '\\n#': templates change where text touches them."""
+    """Letters are tokens, but ':\\n' is one too, and so is '\\n#': templates change where text touches them."""
     tokens = ["#", "A", "I", ":", "\n", ":\n", "\n#", "x", "y", "z", " ", "<pad>"]
     merges = [(":", "\n"), ("\n", "#")]
     model = models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
@@ -68,7 +68,10 @@ def test_token_ids_serve_as_templates() -> None:
 def test_padding_is_masked_but_an_end_token_that_doubles_as_padding_is_trained() -> None:
     tokenizer = tiny_tokenizer(pad_token="<|im_end|>")
     end = tokenizer.eos_token_id
-    rows = [{"input_ids": [*encode("a ### Response: one"), end]}, {"input_ids": encode("a ### Response: a longer one.")}]
+    rows = [
+        {"input_ids": [*encode("a ### Response: one"), end]},
+        {"input_ids": encode("a ### Response: a longer one.")},
+    ]
     labels = DataCollatorForCompletionOnlyLM(RESPONSE, tokenizer=tokenizer)(rows)["labels"]
     first = labels[0][labels[0] != IGNORE_INDEX].tolist()
     assert first == [*encode(" one"), end]

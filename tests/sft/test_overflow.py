@@ -28,9 +28,7 @@ def test_truncate_cuts_and_leaves_out_rows_that_train_nothing() -> None:
     assert report.row_indices == {"truncated": [1], "split": [], "dropped": [], "masked": [2, 3, 4, 5]}
     assert (report.num_rows, report.num_truncated, report.num_dropped, report.num_tokens_lost) == (6, 1, 4, 9)
     assert report.source_rows == [0, 1]
-    assert report.summary() == (
-        "limit of 3 tokens: 1 truncated (first: row 1), 4 masked (first: row 2); 9 tokens lost"
-    )
+    assert report.summary() == ("limit of 3 tokens: 1 truncated (first: row 1), 4 masked (first: row 2); 9 tokens lost")
 
 
 def test_split_makes_documents_of_the_rest() -> None:
@@ -49,7 +47,9 @@ def test_drop_leaves_out_whole_documents() -> None:
 
 
 def test_error_names_the_first_row_the_longest_and_the_ways_out() -> None:
-    with pytest.raises(ValueError, match=r"2 rows are longer than 3 .* row 1 \(id 'long'\) with 5, the longest has 5\. Raise"):
+    with pytest.raises(
+        ValueError, match=r"2 rows are longer than 3 .* row 1 \(id 'long'\) with 5, the longest has 5\. Raise"
+    ):
         apply_overflow(source(), max_length=3, policy="error")
 
 

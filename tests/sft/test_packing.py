@@ -111,7 +111,12 @@ def test_splitting_strategies_lose_no_token(lengths: list[int], seq_length: int,
 
 def test_labels_default_to_the_tokens_and_other_token_columns_travel_along() -> None:
     source = Dataset.from_dict(
-        {"input_ids": [[1, 2], [3]], "loss_weights": [[0.0, 0.5], [1.0]], "completion_mask": [[0, 1], [1]], "name": ["a", "b"]}
+        {
+            "input_ids": [[1, 2], [3]],
+            "loss_weights": [[0.0, 0.5], [1.0]],
+            "completion_mask": [[0, 1], [1]],
+            "name": ["a", "b"],
+        }
     )
     packed = pack_dataset(source, 4)
     assert packed.to_dict() == {
@@ -132,7 +137,9 @@ def test_data_sets_of_several_chunks_and_batches_are_packed_alike(monkeypatch: p
     from datasets import concatenate_datasets
 
     source = rows(3, 4, 2, 5, 1, 6)
-    chunks = concatenate_datasets([source.select(range(2)).flatten_indices(), source.select(range(2, 6)).flatten_indices()])
+    chunks = concatenate_datasets(
+        [source.select(range(2)).flatten_indices(), source.select(range(2, 6)).flatten_indices()]
+    )
     expected = pack_dataset(source, 7).to_dict()
     monkeypatch.setattr(ragged, "TOKENS_PER_BATCH", 7)
     assert pack_dataset(chunks, 7).to_dict() == expected
