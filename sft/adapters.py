@@ -174,7 +174,10 @@ def _continue_adapter(model: PeftModel, peft_config: PeftConfig | None, checkpoi
         for name in trained:
             model.get_parameter(name).requires_grad_(True)
     # PeftModel.from_pretrained freezes adapters unless is_trainable=True, and training would change nothing
-    model.set_requires_grad(model.active_adapters, requires_grad=True)
+    if model.active_peft_config.is_prompt_learning:
+        model.prompt_encoder[model.active_adapter].requires_grad_(True)
+    else:
+        model.set_requires_grad(model.active_adapters, requires_grad=True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"No parameter of the adapter {model.active_adapter!r} can be trained. Load it with "

@@ -102,7 +102,7 @@ def count_adapted_modules(peft_model: PeftModel) -> int:
 
 
 def _is_whole_weight(key: str) -> bool:
-    """Whether a key of an adapter's file belongs to embeddings or a module trained whole, and not to an adapted layer."""
+    """Whether a key of an adapter's file belongs to embeddings or a module trained whole, not to an adapted layer."""
     return (key.endswith((".weight", ".bias")) and "lora_" not in key) or ".token_adapter." in key
 
 
