@@ -210,7 +210,10 @@ def _check_tools(template: ChatTemplate, record: Mapping[str, Any]) -> None:
     calls = any(message.get("tool_calls") for message in _messages(record))
     for name, is_there in (("tools", bool(record.get("tools"))), ("tool_calls", calls)):
         if is_there and name not in template.source:
-            raise ValueError(f"the record has {name}, and the chat template never prints them; use one that does")
+            raise ValueError(
+                f"the record has {name}, and the chat template never prints them; use one that does, "
+                "as the named format chatml"
+            )
 
 
 def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:

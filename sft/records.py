@@ -225,8 +225,9 @@ def _extras(row: Mapping[str, Any], kind: Kind, prune_nulls: bool) -> dict[str, 
     """The columns that a chat template reads besides the conversation, as JSON text."""
     extras: dict[str, Any] = {}
     if kind in (Kind.MESSAGES, Kind.PROMPT_COMPLETION):
-        if row.get("tools"):
-            extras["tools"] = tools_text(row["tools"], prune_nulls=prune_nulls)
+        tools = tools_text(row["tools"], prune_nulls=prune_nulls) if row.get("tools") else "[]"
+        if tools != "[]":
+            extras["tools"] = tools
         if row.get("chat_template_kwargs"):
             value = row["chat_template_kwargs"]
             extras["chat_template_kwargs"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from functools import lru_cache
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sft.chat import ChatRenderer, Rendered, Span, TrainOn, render
@@ -45,9 +48,11 @@ def turns_by_prefix(
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-            # a template may strip the end of the last prompt: the common beginning is what counts
             assert whole.startswith(prompt)
-            answer = whole.index(message["content"].strip(), len(prompt)) + len(message["content"].strip())
+            content = message["content"]
+            if whole.find(content, len(prompt), len(prompt) + 1 + len(content)) < 0:
+                content = content.strip()
+            answer = whole.index(content, len(prompt)) + len(content)
             spans.append((len(prompt), whole.index(stop, answer) + len(stop)))
     return spans
 
@@ -66,6 +71,41 @@ def test_spans_equal_those_of_prefix_rendering(name: str, with_system: bool) -> 
     assert len(expected) == 3
     assert not rendered.add_special_tokens
     assert not rendered.append_eos
+
+
+NASTY = st.lists(
+    st.sampled_from(
+        ["a", " ", "\n", "é🎉", "<|im_end|>", "<|im_start|>assistant\n", "[/INST]", "<|eot_id|>", "assistant",
+         "Assistant: ", "<|assistant|>\n", "</think>", "\U000f0001", "{{ x }}", "User: "]
+    ), min_size=1, max_size=6,
+).map("".join).filter(str.strip)  # fmt: skip
+SLOW_TO_LEARN = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("name", [name for name in STYLES if name not in ("qwen3", "zephyr")])
+@SLOW_TO_LEARN
+@given(st.lists(st.tuples(NASTY, NASTY), min_size=1, max_size=3))
+def test_no_content_leads_a_span_astray(name: str, pairs: list[tuple[str, str]]) -> None:
+    tokenizer = style_tokenizer(name)
+    messages = [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    rendered = style_renderer(name).render({"messages": messages})
+    assert [(span.start, span.end) for span in rendered.spans] == turns_by_prefix(
+        tokenizer, messages, STYLES[name].stop
+    )
+
+
+@lru_cache
+def style_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    return tokenizer_for(STYLES[name].template)
+
+
+@lru_cache
+def style_renderer(name: str) -> ChatRenderer:
+    return ChatRenderer(style_tokenizer(name))
 
 
 @pytest.mark.parametrize(
