@@ -207,6 +207,6 @@ class DataCollatorForCompletionOnlyLM:
         names = [repr(finder.text) for finder in (self.response, self.instruction) if finder is not None]
         warnings.warn(
             f"{without} of {num_in_batch} rows of this batch ({self.num_rows_without_template} of {self.num_rows} "
-            f"so far) lack {' or '.join(names)}, and are not trained where they do; a cut at max_length can take it away",
+            f"so far) lack {' or '.join(names)}, and are not trained where they do; a cut at max_length may be why",
             stacklevel=3,
         )

@@ -1,0 +1,188 @@
+"""A stream of rows of exactly `seq_length` tokens, made from texts (or token ids) on the fly."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+logger = logging.getLogger(__name__)
+
+Example = Mapping[str, Any]
+
+
+class ConstantLengthDataset(IterableDataset):
+    """Joins documents, each followed by a concatenation token, and cuts the result into rows of equal length.
+
+    Documents are read into a buffer of about `seq_length * num_of_sequences` tokens, shuffled, joined and cut; rows are
+    shuffled again. What is left of a buffer goes on into the next one, so that a pass loses at most `seq_length - 1`
+    tokens. A document that is cut goes on in another row as another document: each row's `seq_lengths` say where its
+    documents end, and attention respects that. Shuffling uses Python's `random`, as `transformers.set_seed` seeds it.
+
+    Items are dicts of int64 tensors: `input_ids` and `labels` `(seq_length,)`, `seq_lengths` `(num_documents,)`.
+
+    Attributes:
+        concat_token_id: what follows each document: the tokenizer's end token, or else `eos_token_id`.
+        max_buffer_size: where a buffer is full, in characters (tokens when the data set is tokenized).
+        current_size: rows given out so far.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        dataset: Iterable[Example],
+        dataset_text_field: str | None = None,
+        formatting_func: Callable[[Any], Any] | None = None,
+        infinite: bool = False,
+        seq_length: int = 1024,
+        num_of_sequences: int = 1024,
+        chars_per_token: float = 3.6,
+        eos_token_id: int = 0,
+        shuffle: bool = True,
+        append_concat_token: bool = True,
+        add_special_tokens: bool = True,
+    ) -> None:
+        """Set the stream up; nothing is read yet.
+
+        Args:
+            tokenizer: turns texts into ids.
+            dataset: examples with a text column, with what `formatting_func` reads, or with `input_ids`.
+            dataset_text_field: the text column; `text` when neither this nor `formatting_func` is given.
+            formatting_func: makes a text (or a list of texts) of an example.
+            infinite: begin again at the end instead of stopping.
+            seq_length: tokens of a row.
+            num_of_sequences: rows that a buffer is made for.
+            chars_per_token: characters a token is taken to have when a buffer is filled.
+            eos_token_id: concatenation token when the tokenizer has no end token.
+            shuffle: shuffle the documents of each buffer and its rows.
+            append_concat_token: whether the concatenation token follows each document.
+            add_special_tokens: passed to the tokenizer.
+
+        Raises:
+            ValueError: both ways to get a text are given, or a size is below 1.
+        """
+        if dataset_text_field is not None and formatting_func is not None:
+            raise ValueError(
+                f"dataset_text_field={dataset_text_field!r} and formatting_func are both given; choose one"
+            )
+        if min(seq_length, num_of_sequences) < 1 or chars_per_token <= 0:
+            raise ValueError(
+                f"seq_length ({seq_length}), num_of_sequences ({num_of_sequences}) and chars_per_token "
+                f"({chars_per_token}) must be positive"
+            )
+        self.tokenizer = tokenizer
+        self.dataset = dataset
+        self.formatting_func = formatting_func
+        self.text_field = dataset_text_field or "text"
+        self.pretokenized = "input_ids" in (getattr(dataset, "column_names", None) or [])
+        self.infinite = infinite
+        self.seq_length = seq_length
+        self.max_buffer_size = seq_length * num_of_sequences * (1 if self.pretokenized else chars_per_token)
+        self.concat_token_id = eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        self.shuffle = shuffle
+        self.append_concat_token = append_concat_token
+        self.add_special_tokens = add_special_tokens
+        self.current_size = 0
+        self._length: int | None = None
+
+    def __len__(self) -> int:
+        """Rows of one pass, exactly; the first call tokenizes the data set once. A stream has no length: TypeError."""
+        if self._length is None:
+            len(self.dataset)  # type: ignore[arg-type]  # a stream must raise TypeError here, before it is read
+            num_tokens = sum(len(ids) for buffer in self._buffers(self.dataset) for ids in self._tokenized(buffer))
+            self._length = num_tokens // self.seq_length
+        return self._length
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Rows, without end when `infinite`; each worker of a loader takes its share of the documents."""
+        worker = get_worker_info()
+        share = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        open_row = _OpenRow(self.seq_length)
+        while True:
+            num_rows_before = self.current_size
+            for buffer in self._buffers(islice(iter(self.dataset), share[0], None, share[1])):
+                yield from self._rows(buffer, open_row)
+            if not self.infinite:
+                break
+            if self.current_size == num_rows_before and not open_row.num_tokens:
+                raise ValueError("the data set is empty, so an infinite stream of it cannot be made")
+        if open_row.num_tokens:
+            logger.info("the last %d tokens do not fill a row of %d", open_row.num_tokens, self.seq_length)
+
+    def _rows(self, buffer: list[Any], open_row: _OpenRow) -> Iterator[dict[str, torch.Tensor]]:
+        if self.shuffle:
+            random.shuffle(buffer)
+        rows = [row for ids in self._tokenized(buffer) for row in open_row.add(ids)]
+        if self.shuffle:
+            random.shuffle(rows)
+        for row in rows:
+            self.current_size += 1
+            yield row
+
+    def _buffers(self, examples: Iterable[Example]) -> Iterator[list[Any]]:
+        """Lists of documents (texts, or token ids) that fill a buffer; the last one may not."""
+        buffer: list[Any] = []
+        size = 0
+        for example in examples:
+            for document in self._documents(example):
+                buffer.append(document)
+                size += len(document)
+            if size >= self.max_buffer_size:
+                yield buffer
+                buffer, size = [], 0
+        if buffer:
+            yield buffer
+
+    def _documents(self, example: Example) -> list[Any]:
+        if self.pretokenized:
+            return [list(example["input_ids"])]
+        if self.formatting_func is not None:
+            made = self.formatting_func(example)
+            return list(made) if isinstance(made, list | tuple) else [made]
+        if self.text_field not in example:
+            raise ValueError(
+                f"the data set has no column {self.text_field!r}, only {sorted(example)}; name the text column with "
+                "dataset_text_field, or give formatting_func"
+            )
+        return [example[self.text_field]]
+
+    def _tokenized(self, buffer: list[Any]) -> Iterator[list[int]]:
+        documents = buffer
+        if not self.pretokenized:
+            documents = self.tokenizer(buffer, add_special_tokens=self.add_special_tokens, truncation=False)[
+                "input_ids"
+            ]
+        end = [self.concat_token_id] if self.append_concat_token else []
+        for ids in documents:
+            yield [*ids, *end]
+
+
+class _OpenRow:
+    """A row being filled, across documents and buffers."""
+
+    def __init__(self, seq_length: int) -> None:
+        self.seq_length = seq_length
+        self.tokens: list[int] = []
+        self.lengths: list[int] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    def add(self, ids: list[int]) -> Iterator[dict[str, torch.Tensor]]:
+        """Take a document in and give out every row that it completes."""
+        start = 0
+        while start < len(ids):
+            piece = ids[start : start + self.seq_length - len(self.tokens)]
+            start += len(piece)
+            self.tokens += piece
+            self.lengths.append(len(piece))
+            if len(self.tokens) == self.seq_length:
+                tokens = torch.tensor(self.tokens)
+                yield {"input_ids": tokens, "labels": tokens.clone(), "seq_lengths": torch.tensor(self.lengths)}
+                self.tokens, self.lengths = [], []
