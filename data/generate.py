@@ -5,6 +5,7 @@ A row is a short message from a customer to a shop and, as the answer, the JSON 
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,12 @@ def say_items(items: Sequence[tuple[str, int]], rng: Random) -> str:
     return ", ".join(said[:-1]) + joint + said[-1]
 
 
+def vary(template: str, rng: Random) -> str:
+    """Return the template with one alternative of each [group|like this]."""
+    parts = re.split(r"\[([^\]]*)\]", template)
+    return "".join(pick(part.split("|"), rng) if i % 2 else part for i, part in enumerate(parts))
+
+
 def join_sentences(sentences: Sequence[str]) -> str:
     """Return the sentences as one message, with a new line after "Dear shop," and the like."""
     capitalised = [sentence[:1].upper() + sentence[1:] for sentence in sentences]
@@ -166,8 +173,8 @@ def arrange(side: Side, intent: str, urgency: str) -> list[str]:
     """Return the templates of one message, in order."""
     rng = side.rng
     cue = [side.cues[urgency].deal()] if urgency != "normal" else []
-    opener = [side.openers.deal()] if rng.random() < 0.4 else []
-    filler = [side.fillers.deal()] if rng.random() < (0.2 if cue else 0.5) else []
+    opener = [side.openers.deal()] if rng.random() < 0.25 else []
+    filler = [side.fillers.deal()] if rng.random() < (0.1 if cue else 0.4) else []
     extras = sorted_randomly(cue + filler, rng)
     if rng.random() < 0.2:
         whole = side.whole[intent].deal()
@@ -194,9 +201,9 @@ def make_row(side: Side) -> tuple[str, dict[str, object]]:
     first, last = side.first_names.deal(), side.last_names.deal()
     name = first if rng.random() < 0.12 else f"{first} {last}"
     city, intent, urgency = side.cities.deal(), side.intents.deal(), side.urgencies.deal()
-    items = [(side.products.deal(), pick_quantity(rng)) for _ in range(pick((1, 1, 1, 2, 2, 3), rng))]
+    items = [(side.products.deal(), pick_quantity(rng)) for _ in range(pick((1, 1, 1, 1, 1, 2, 2, 3), rng))]
     slots = {"name": name, "city": city, "items": say_items(items, rng)}
-    message = join_sentences([template.format(**slots) for template in arrange(side, intent, urgency)])
+    message = join_sentences([vary(template, rng).format(**slots) for template in arrange(side, intent, urgency)])
     record: dict[str, object] = {
         "intent": intent,
         "customer": name,
@@ -227,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write shop_train.jsonl and shop_eval.jsonl."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--num-train", type=int, default=900)
+    parser.add_argument("--num-train", type=int, default=560)
     parser.add_argument("--num-eval", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
