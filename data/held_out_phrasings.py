@@ -62,7 +62,7 @@ HELD_OUT = Phrasings(
             "Would you be so kind as to cancel {items} for me?",
         ),
         "status": (
-            "I was wondering where my order of {items} might be.",
+            "I was wondering where {items} might be by now.",
             "What day should {items} get here?",
             "Can you find out whether {items} went out?",
             "Do you know when the delivery of {items} is due?",
