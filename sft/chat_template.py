@@ -17,8 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 GENERATION_MARK = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
-# Two words that no template treats specially, and that occur in none.
+# Words that no template treats specially, and that occur in none.
 PROBE_QUESTION, PROBE_ANSWER = "Zyquestionprobe", "Zyanswerprobe"
+_QUESTION, _ANSWER = {"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}
+_SECOND_QUESTION = {"role": "user", "content": "Zysecondquestion"}
+_SECOND_ANSWER = {"role": "assistant", "content": "Zysecondanswer"}
 _TRAINING_FLAGS = ("train", "weight")
 
 Messages = Sequence[Mapping[str, Any]]
@@ -107,7 +110,7 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None
 
 @dataclass(frozen=True)
 class TemplateProfile:
-    """What a probe conversation shows of a template.
+    """What a few probe conversations show of a template.
 
     Args:
         generation_prompt: The text that `add_generation_prompt` adds, e.g. `<|im_start|>assistant\\n`; empty when the
@@ -115,21 +118,22 @@ class TemplateProfile:
         after_question: All text between the last question and the point where generation begins.
         lead: Text between that point and the answer, e.g. the space in `[/INST] answer`.
         tail: All text after a final answer.
-        terminator: The tail through its first special token, e.g. `<|im_end|>`; the whole tail when it has none.
-        stop_token: The special token that the terminator ends in; None when it has none.
+        terminators: What closes an answer, e.g. `<|im_end|>`: after a final answer, and after an inner one where that
+            is another text. A final answer of a template without special tokens is closed by its whole tail.
+        stop_token: The special token that closes a final answer; None when there is none.
     """
 
     generation_prompt: str
     after_question: str
     lead: str
     tail: str
-    terminator: str
+    terminators: tuple[str, ...]
     stop_token: str | None
 
     @property
-    def has_stop_token(self) -> bool:
-        """Whether a special token ends a turn."""
-        return self.stop_token is not None
+    def terminator(self) -> str:
+        """What closes a final answer."""
+        return self.terminators[0]
 
     @classmethod
     def probe(cls, template: ChatTemplate, special_tokens: Sequence[str]) -> TemplateProfile:
@@ -137,38 +141,83 @@ class TemplateProfile:
 
         Args:
             template: The template.
-            special_tokens: Texts of all added tokens of the tokenizer.
+            special_tokens: Texts of all tokens that the tokenizer never splits.
 
         Raises:
             ValueError: The template does not render a plain question and answer.
         """
-        question = [{"role": "user", "content": PROBE_QUESTION}]
-        asked, answered = template.render([question, [*question, {"role": "assistant", "content": PROBE_ANSWER}]])
-        prompt = template.render([question], add_generation_prompt=True)[0]
-        at_answer = answered.find(PROBE_ANSWER)
-        if PROBE_QUESTION not in prompt or at_answer < 0:
+        asked, answered = template.render([[_QUESTION], [_QUESTION, _ANSWER]])
+        prompt = template.render([[_QUESTION]], add_generation_prompt=True)[0]
+        if PROBE_QUESTION not in prompt or PROBE_ANSWER not in answered:
             raise ValueError(f"the chat template does not print a plain question and its answer, but {answered!r:.200}")
-        tail = answered[at_answer + len(PROBE_ANSWER) :]
-        stop, token = _first_special_token(tail, special_tokens)
+        before, _, tail = answered.partition(PROBE_ANSWER)
+        terminators, stop_token = _terminators(tail, _inner_tail(template), special_tokens)
         return cls(
             generation_prompt=prompt[len(asked) :] if prompt.startswith(asked) else "",
             after_question=prompt[prompt.rfind(PROBE_QUESTION) + len(PROBE_QUESTION) :],
-            lead=answered[len(prompt) : at_answer] if answered.startswith(prompt) else "",
+            lead=before[len(prompt) :] if before.startswith(prompt) else "",
             tail=tail,
-            terminator=tail[:stop] if token else tail,
-            stop_token=token,
+            terminators=terminators,
+            stop_token=stop_token,
         )
 
 
-def _first_special_token(tail: str, special_tokens: Sequence[str]) -> tuple[int, str | None]:
-    """End and text of the first special token in a tail, the longest of those that begin there."""
-    found = [(tail.find(token), -len(token), token) for token in special_tokens if token and token in tail]
-    if not found:
-        return 0, None
-    start, _, token = min(found)
-    return start + len(token), token
+def _inner_tail(template: ChatTemplate) -> tuple[str, bool]:
+    """What follows an answer inside a conversation, whoever speaks next; and whether that is certain.
+
+    What a question and another answer are both preceded by belongs to the answer before them. Where a template refuses
+    two answers in a row, the text before a question is all there is, and its end may announce the question.
+    """
+    try:
+        text = template.render([[_QUESTION, _ANSWER, _SECOND_QUESTION, _SECOND_ANSWER]])[0]
+    except ValueError:
+        return "", False
+    before_question = text.partition(PROBE_ANSWER)[2].partition(_SECOND_QUESTION["content"])[0]
+    try:
+        text = template.render([[_QUESTION, _ANSWER, _SECOND_ANSWER]])[0]
+    except ValueError:
+        return before_question, False
+    before_answer = text.partition(PROBE_ANSWER)[2].partition(_SECOND_ANSWER["content"])[0]
+    return before_question[: common_length(before_question, before_answer)], True
+
+
+def _terminators(
+    tail: str, inner: tuple[str, bool], special_tokens: Sequence[str]
+) -> tuple[tuple[str, ...], str | None]:
+    """What closes a final and an inner answer, and the special token that closes a final one."""
+    inner_tail, is_certain = inner
+    shared = _special_tokens_in(tail[: common_length(tail, inner_tail)], special_tokens)
+    own = _special_tokens_in(tail, special_tokens)
+    if shared:
+        # several may close a turn together, and what a final answer has besides ends the conversation
+        end, token = shared[-1]
+        return (tail[:end],), token
+    inside = _special_tokens_in(inner_tail, special_tokens) if is_certain else []
+    inner_terminator = (inner_tail[: inside[0][0]],) if inside else ()
+    if own:
+        end, token = own[0]
+        return (tail[:end], *inner_terminator), token
+    return (tail, *inner_terminator), None
+
+
+def _special_tokens_in(text: str, special_tokens: Sequence[str]) -> list[tuple[int, str]]:
+    """End and text of all special tokens in a text, in order; the longest where several begin at one place."""
+    if not special_tokens:
+        return []
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    return [(match.end(), match.group()) for match in re.finditer("|".join(map(re.escape, longest_first)), text)]
+
+
+def common_length(left: str, right: str) -> int:
+    """How many characters two texts share from their beginning."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle - 1)
+    return low
 
 
 def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Texts of all tokens that a tokenizer never splits."""
-    return sorted({str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens))
+    """Texts of all tokens that a tokenizer never splits, runs of whitespace left out."""
+    texts = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    return sorted(text for text in texts if text.strip())

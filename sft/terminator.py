@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from transformers import PreTrainedTokenizerBase
 
 from sft.chat import Rendered
+from sft.chat_template import special_token_texts
 
 NUM_EXAMPLES = 3
 
@@ -27,18 +28,21 @@ class TerminatorCheck:
         tokens = tokenizer.convert_ids_to_tokens(sorted(set(stop_token_ids)))
         own = [str(tokenizer.eos_token)] if tokenizer.eos_token is not None else []
         self.stop_texts = tuple(dict.fromkeys([*own, *(token for token in tokens if token)]))
+        self._special_tokens = tuple(special_token_texts(tokenizer))
         self.num_spans = 0
         self.num_open = 0
         self._examples: list[str] = []
 
     def add(self, row_id: str, rendered: Rendered) -> None:
         """Look at one row."""
-        for span in rendered.spans:
-            self.num_spans += 1
+        for number, span in enumerate(rendered.spans, start=1):
+            # an inner turn may be closed by a token of its own, as long as the last one stops generation
+            closing = self.stop_texts if number == len(rendered.spans) else self._special_tokens
             closed = rendered.append_eos and span.end == len(rendered.text)
             # a template may print a line break after the stop token, which does no harm
             trained = rendered.text[span.start : span.end].rstrip()
-            if not closed and not trained.endswith(self.stop_texts or ("\0",)):
+            self.num_spans += 1
+            if not closed and not trained.endswith(closing or ("\0",)):
                 self.num_open += 1
                 if len(self._examples) < NUM_EXAMPLES:
                     self._examples.append(f"{row_id} ends in {trained[-24:]!r}")

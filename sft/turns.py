@@ -30,14 +30,14 @@ class Marked:
     """Where the contents of messages landed in a rendered chat.
 
     Args:
-        starts: Message index -> character at which its content begins, leading whitespace excluded.
-        ends: Message index -> character at which it ends, trailing whitespace excluded.
-        places: Message index and place of every mark, in the order of the text.
+        places: Characters at which marks lie, in order.
+        starts: Message index -> which of the places is the start of its content, leading whitespace excluded.
+        ends: Message index -> which of the places is its end, trailing whitespace excluded.
     """
 
-    starts: Mapping[int, int]
-    ends: Mapping[int, int]
-    places: list[tuple[int, int]]
+    places: list[int]
+    starts: dict[int, int]
+    ends: dict[int, int]
 
 
 def assistant_turns(
@@ -97,6 +97,8 @@ def _turns_by_content_marks(
     if _MARKS.search(plain) or _MARKS.sub("", marked) != plain:
         return plain, None
     marks = _find_marks(marked)
+    if marks is None:
+        return plain, None
     turns = [_turn(plain, index, messages[index], marks, profile) for index in assistant_indices(messages)]
     found = [turn for turn in turns if turn is not None]
     ordered = all(before.end <= after.start for before, after in itertools.pairwise(found))
@@ -142,34 +144,35 @@ def _mark_parts(parts: list[Any], start: str, end: str) -> list[Any]:
     return marked
 
 
-def _find_marks(marked: str) -> Marked:
-    starts: dict[int, int] = {}
-    ends: dict[int, int] = {}
-    places = []
+def _find_marks(marked: str) -> Marked | None:
+    """All marks of a text; nothing when a content is printed twice, since it has no one place then."""
+    marks = Marked([], {}, {})
     for count, match in enumerate(_MARKS.finditer(marked)):
         index, is_end = divmod(ord(match.group()) - _FIRST_MARK, 2)
-        place = match.start() - count
-        places.append((index, place))
-        known = ends if is_end else starts
-        # a content that the template prints twice has no one place
-        known[index] = -1 if index in known else place
-    return Marked(starts, ends, places)
+        known = marks.ends if is_end else marks.starts
+        if index in known:
+            return None
+        known[index] = count
+        marks.places.append(match.start() - count)
+    return marks
 
 
 def _turn(text: str, index: int, message: Mapping[str, Any], marks: Marked, profile: TemplateProfile) -> Turn | None:
     """The turn of one assistant message, or nothing when its marks do not tell where it is."""
-    start, end = marks.starts.get(index), marks.ends.get(index, -1)
-    if end < 0 or (start is not None and not 0 <= start <= end):
+    if index not in marks.ends or marks.starts.get(index, -1) > marks.ends[index]:
         return None
-    own = start if start is not None else end
-    before = max((place for other, place in marks.places if other != index and place <= own), default=0)
-    after = min((place for other, place in marks.places if other != index and place >= end), default=len(text))
-    if start is None:
-        first = _start_without_content(text, before, end, profile)
+    last_mark = marks.ends[index]
+    first_mark = marks.starts.get(index, last_mark)
+    end = marks.places[last_mark]
+    after = marks.places[last_mark + 1] if last_mark + 1 < len(marks.places) else len(text)
+    before = marks.places[first_mark - 1] if first_mark else 0
+    first: int | None
+    if index in marks.starts:
+        first = _start_before_content(text, before, marks.places[first_mark], message, profile)
     else:
-        first = _start_before_content(text, before, start, message, profile)
-    last = _end_of_turn(text, end, after, message, profile)
-    return None if first is None or last is None else Turn(index, first, last)
+        first = _start_without_content(text, before, end, profile)
+    stop = _end_of_turn(text, end, after, message, profile)
+    return None if first is None or stop is None else Turn(index, first, stop)
 
 
 def _start_before_content(
@@ -190,16 +193,19 @@ def _start_without_content(text: str, before: int, end: int, profile: TemplatePr
 
 
 def _end_of_turn(text: str, end: int, after: int, message: Mapping[str, Any], profile: TemplateProfile) -> int | None:
-    at = text.find(profile.terminator, end, after) if profile.has_stop_token else -1
-    if at >= 0:
-        stop = at + len(profile.terminator)
-        # after tool calls come arguments that may spell the terminator out
-        return None if message.get("tool_calls") and profile.terminator in text[stop:after] else stop
-    if message.get("tool_calls"):
+    found = [(at, terminator) for terminator in profile.terminators if (at := text.find(terminator, end, after)) >= 0]
+    calls = bool(message.get("tool_calls"))
+    if profile.stop_token is not None and found:
+        at, terminator = min(found)
+        stop = at + len(terminator)
+        # after the name of a function come arguments, which may spell the terminator out
+        return None if calls and terminator in text[stop:after] else stop
+    if calls:
         return None
     trailing = _outer_whitespace(message)[1]
     end += len(trailing) if text.startswith(trailing, end) else 0
-    return end + (len(profile.tail) if not profile.has_stop_token and text.startswith(profile.tail, end) else 0)
+    closed = profile.stop_token is None and text.startswith(profile.tail, end)
+    return end + len(profile.tail) if closed else end
 
 
 def _outer_whitespace(message: Mapping[str, Any]) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sft.chat_template import PROBE_ANSWER, ChatTemplate, Messages, TemplateProfile
+from sft.chat_template import PROBE_ANSWER, ChatTemplate, Messages, TemplateProfile, common_length
 
 
 class Turn(NamedTuple):
@@ -69,7 +69,7 @@ def _cut_tail(through: str, start: int, profile: TemplateProfile) -> int:
     """Where the terminator ends in a text that ends with a whole turn."""
     if through.endswith(profile.tail, start):
         return len(through) - len(profile.tail) + len(profile.terminator)
-    at = through.rfind(profile.terminator, start) if profile.has_stop_token else -1
+    at = through.rfind(profile.terminator, start) if profile.stop_token is not None else -1
     return at + len(profile.terminator) if at >= 0 else len(through)
 
 
@@ -81,7 +81,7 @@ def _turn_by_replacement(chat: _Chat, index: int, previous_end: int) -> Turn | N
     other = chat.render([*chat.messages[:index], replaced, *chat.messages[index + 1 :]])
     at = other.find(PROBE_ANSWER)
     rest = other[at + len(PROBE_ANSWER) :]
-    same = _common_length(chat.text, other[: max(at, 0)])
+    same = common_length(chat.text, other[: max(at, 0)])
     end = len(chat.text) - len(rest)
     anchor = chat.profile.generation_prompt or chat.profile.after_question
     start = (
@@ -92,26 +92,13 @@ def _turn_by_replacement(chat: _Chat, index: int, previous_end: int) -> Turn | N
     return Turn(index, start, end + _terminator_length(rest, chat.profile))
 
 
-def _common_length(left: str, right: str) -> int:
-    """How many characters two texts share from their beginning."""
-    low, high = 0, min(len(left), len(right))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle - 1)
-    return low
-
-
 def _terminator_length(rest: str, profile: TemplateProfile) -> int:
-    if not profile.has_stop_token:
-        return len(profile.tail) if rest.startswith(profile.tail) else 0
-    before_stop = profile.tail.index(profile.terminator)
-    at = rest.find(profile.terminator)
-    return at + len(profile.terminator) if at == before_stop else 0
+    return max((len(terminator) for terminator in profile.terminators if rest.startswith(terminator)), default=0)
 
 
 def _not_found(chat: _Chat, index: int) -> str:
     prefix = chat.render(chat.messages[: index + 1])
-    same = _common_length(chat.text, prefix)
+    same = common_length(chat.text, prefix)
     near = slice(max(0, same - 40), same + 40)
     return (
         f"the assistant's turn in message {index} cannot be located: the template prints the messages up to it "

@@ -90,6 +90,23 @@ MARKED = Style(
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "<|im_end|>",
 )
+# Three more ways to close a turn: an inner one otherwise than the last; with two tokens; after a prompt that history lacks.
+HARMONY = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>final:{{ m['content'] }}"
+    "{% if loop.last and not add_generation_prompt %}<|im_end|>{% else %}<|end|>{% endif %}"
+    "{% else %}<|user|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+COMMAND = (
+    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}{% if m['role'] == 'assistant' %}[INST]{{ m['content'] }}[/INST]"
+    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant{% endif %}"
+)
+DEEPSEEK = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "{% set content = m['content'].split('</think>')[-1] if '</think>' in m['content'] else m['content'] %}"
+    "<|assistant|>{{ content }}<|im_end|>{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
 STYLES = {
     "chatml": CHATML,
     "llama2": LLAMA2,

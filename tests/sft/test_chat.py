@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sft.chat import ChatRenderer, Rendered, Span, TrainOn, render
-from tests.sft.template_styles import CHATML, EXTRA_TOKENS, MARKED, MISTRAL, PLAIN, QWEN3, STYLES
+from sft.terminator import check_terminator
+from tests.sft.template_styles import (
+    CHATML,
+    COMMAND,
+    DEEPSEEK,
+    EXTRA_TOKENS,
+    HARMONY,
+    MARKED,
+    MISTRAL,
+    PLAIN,
+    QWEN3,
+    STYLES,
+)
 from tests.tiny import tiny_tokenizer
 
 CHAT = [
@@ -221,6 +233,39 @@ def test_an_answer_that_the_template_prints_differently_at_the_end_of_a_chat_is_
         "6:Paris.<|im_end|>",
         "LAST 20:\n Lima 🎉, naïve é.  <|im_end|>",
     ]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (HARMONY, ["final:Paris.<|end|>", "final:\n Lima 🎉, naïve é.  <|end|>", "final:You are welcome.<|im_end|>"]),
+        (
+            COMMAND,
+            ["[INST]Paris.[/INST]<|im_end|>", "[INST]\n Lima 🎉, naïve é.  [/INST]<|im_end|>",
+             "[INST]You are welcome.[/INST]<|im_end|>"],
+        ),
+        (DEEPSEEK, ["Paris.<|im_end|>", "\n Lima 🎉, naïve é.  <|im_end|>", "You are welcome.<|im_end|>"]),
+    ],
+)  # fmt: skip
+def test_turns_close_as_the_template_closes_them(template: str, expected: list[str]) -> None:
+    tokenizer = tokenizer_for(template)
+    rendered = render({"messages": CHAT}, tokenizer)
+    assert trained(rendered) == expected
+    check_terminator([("row", rendered)], tokenizer)
+
+
+def test_a_chat_may_begin_with_the_assistant() -> None:
+    messages = [{"role": "assistant", "content": "How can I help?"}, *CHAT[:2]]
+    rendered = render({"messages": messages}, tokenizer_for(CHATML.template))
+    assert trained(rendered) == ["How can I help?<|im_end|>", "Paris.<|im_end|>"]
+
+
+def test_runs_of_whitespace_that_are_tokens_close_no_turn() -> None:
+    tokenizer = tokenizer_for(PLAIN.template)
+    tokenizer.add_tokens(["\n\n", "  "])
+    profile = ChatRenderer(tokenizer).profile({"messages": CHAT})[1]
+    assert profile.stop_token is None
+    assert profile.terminators == ("\n\n",)
 
 
 def test_a_turn_that_cannot_be_located_names_row_and_turn() -> None:
