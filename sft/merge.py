@@ -40,7 +40,8 @@ class MergeReport:
         mean_logit_diff: Mean absolute difference.
         top_token_agreement: Share of positions with the same most likely token.
         num_positions: Positions compared.
-        adapter_effect: Largest absolute change of a logit that the adapter makes to the base; 0 without adapter.
+        adapter_effect: Largest absolute change of a logit that the adapter makes to the base, over the first row; 0
+            without adapter.
         num_adapted_modules: Modules that carried adapter weights; 0 without adapter.
         dtype: Data type of the checkpoint.
         tied_embeddings: Whether head and embeddings are one tensor in it.
@@ -201,10 +202,10 @@ def _check_plain(base: str | Path, trust_remote_code: bool) -> None:
 
 def _adapter_effect(peft_model: PeftModel, rows: Rows, reference: list[torch.Tensor]) -> float:
     with peft_model.disable_adapter():
-        effect = compare_logits(reference, logits_of(peft_model, rows)).largest
+        effect = compare_logits(reference[:1], logits_of(peft_model, rows[:1])).largest
     if effect == 0.0:
         raise ValueError(
-            "The adapter changes no logit of the sample rows: it was not trained, or its weights were not loaded. A "
+            "The adapter changes no logit of the first sample row: it was not trained, or its weights were not loaded. A "
             "merge would give back the base."
         )
     return effect

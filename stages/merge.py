@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def sample_rows(paths: Paths, num_rows: int) -> list[list[int]]:
         ValueError: There are no eval rows.
     """
     rows = load_from_disk(str(paths.out("pack", "eval")))
-    documents = [document for row in islice(rows, num_rows) for document in split_row(row)]
+    documents = [document for index in range(min(num_rows, len(rows))) for document in split_row(rows[index])]
     if not documents:
         raise ValueError(f"{paths.out('pack', 'eval')} has no rows, and the merged logits must be compared on some.")
     return documents

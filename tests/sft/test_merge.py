@@ -172,7 +172,7 @@ def test_quantized_base_on_disk_is_refused(tmp_path: Path) -> None:
 def test_adapter_that_was_never_trained_is_refused(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     train_adapter(load_model(base), lora(), tmp_path / "adapter", steps=0)
-    with pytest.raises(ValueError, match="changes no logit of the sample rows"):
+    with pytest.raises(ValueError, match="changes no logit of the first sample row"):
         merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS)
 
 
