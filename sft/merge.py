@@ -205,8 +205,8 @@ def _adapter_effect(peft_model: PeftModel, rows: Rows, reference: list[torch.Ten
         effect = compare_logits(reference[:1], logits_of(peft_model, rows[:1])).largest
     if effect == 0.0:
         raise ValueError(
-            "The adapter changes no logit of the first sample row: it was not trained, or its weights were not loaded. A "
-            "merge would give back the base."
+            "The adapter changes no logit of the first sample row: it was not trained, or its weights were not loaded. "
+            "A merge would give back the base."
         )
     return effect
 

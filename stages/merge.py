@@ -58,7 +58,9 @@ def sample_rows(paths: Paths, num_rows: int) -> list[list[int]]:
     rows = load_from_disk(str(paths.out("pack", "eval")))
     documents = [document for index in range(min(num_rows, len(rows))) for document in split_row(rows[index])]
     if not documents:
-        raise ValueError(f"{paths.out('pack', 'eval')} has no rows, and the merged logits must be compared on some.")
+        raise ValueError(
+            f"{paths.out('pack', 'eval')} holds no documents, and the merged logits must be compared on some."
+        )
     return documents
 
 
@@ -66,7 +68,7 @@ def split_row(row: dict[str, Any]) -> Iterator[list[int]]:
     """The documents of a packed row; a row without `seq_lengths` is one document."""
     ids: list[int] = row["input_ids"]
     start = 0
-    for length in row.get("seq_lengths") or [len(ids)]:
+    for length in row.get("seq_lengths", [len(ids)]):
         yield ids[start : start + length]
         start += length
 

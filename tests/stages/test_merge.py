@@ -109,7 +109,9 @@ def test_changed_base_is_noticed_before_anything_is_merged(paths: Paths) -> None
 
 def test_no_rows_to_compare_on_is_an_error(paths: Paths) -> None:
     shutil.rmtree(paths.out("pack", "eval"))
-    Dataset.from_dict({"input_ids": [], "labels": []}).save_to_disk(str(paths.out("pack", "eval")))
+    Dataset.from_dict({"input_ids": [[]], "labels": [[]], "seq_lengths": [[]]}).save_to_disk(
+        str(paths.out("pack", "eval"))
+    )
     with pytest.raises(ValueError, match="must be compared on some"):
         run(tiny_params(), paths)
 
