@@ -283,7 +283,7 @@ TRAIN = Phrasings(
             "[No|There's no|I have no] deadline [on my side|here|for this].",
             "Don't [stress|worry] about the [timing|date|time].",
             "[I have|We have|You have] [lots of|enough|all the] time[.| in the world.]",
-            "[I am|We are|I'm] not [pressed for time|in need of a fast answer|in any haste].",
+            "[I am|We are|I'm] not [pressed for time|under pressure|hurried].",
             "Feel free to do [mine last|others first|this later].",
             "It doesn't matter when[.| you do it.]",
             "[It's okay|It is fine|No problem] if it takes [a while|long|some weeks].",
