@@ -34,7 +34,7 @@ def run(params: Params, paths: Paths) -> None:
         "sample_input_ids": sample_rows(paths, params.merge.num_sample_rows),
         "tolerance": params.merge.tolerance,
         "dtype": params.merge.dtype,
-        "tokenizer": load_tokenizer(paths.out("format", "tokenizer")),
+        "tokenizer": load_tokenizer(trained),
         "trust_remote_code": params.model.trust_remote_code,
     }
     progress(0, NUM_STEPS, "merging the adapter into its base" if has_adapter else "copying the weights")

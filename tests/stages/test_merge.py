@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from stages.merge import run, split_row
 from stages.paths import Paths
 from tests.stages.tiny_run import tiny_params, write_tiny_run
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -23,6 +23,7 @@ def paths(tmp_path: Path) -> Paths:
     paths = write_tiny_run(tmp_path)
     shutil.rmtree(paths.out("merge"))
     paths.metrics("merge").unlink()
+    tiny_tokenizer().save_pretrained(paths.out("train", "model"))  # as the stage `train` does
     return paths
 
 
@@ -77,6 +78,7 @@ def test_wall_time_is_kept_out_of_the_metrics(paths: Paths) -> None:
 def test_weights_trained_in_full_are_copied_and_it_is_said(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(paths.out("train", "model"))
     tiny_model().save_pretrained(paths.out("train", "model"))
+    tiny_tokenizer().save_pretrained(paths.out("train", "model"))
     run(tiny_params(train={"method": "full"}), paths)
     assert figures(paths)["merged"] is False
     assert figures(paths)["max_logit_diff"] == 0.0
