@@ -21,9 +21,12 @@ from sft.chat_template import (
     chat_template_of,
     special_token_texts,
     template_messages,
+    wants_text_arguments,
 )
 from sft.turns import assistant_turns
 from sft.turns_by_rendering import Turn
+
+_USE_ANOTHER = "use one that does, as the named format chatml"
 
 
 class TrainOn(StrEnum):
@@ -83,7 +86,7 @@ class ChatRenderer:
     """Renders records with one tokenizer's chat template.
 
     Args:
-        tokenizer: Its template, special tokens and end-of-sequence token are used.
+        tokenizer: Its template and special tokens are used, as they are when a kind of record first comes up.
         train_on: What the spans cover. `assistant` and `last_assistant` mean the completion for prompt and completion
             as text, and turns of the completion only when they are messages.
     """
@@ -92,7 +95,8 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.train_on = TrainOn(train_on)
         self._special_tokens = special_token_texts(tokenizer)
-        self._profiles: dict[tuple[str, str], TemplateProfile] = {}
+        self._templates: dict[tuple[bool, str], ChatTemplate] = {}
+        self._profiles: dict[tuple[bool, str], TemplateProfile] = {}
 
     def render(self, record: Mapping[str, Any]) -> Rendered:
         """Render a record and find what is trained of it.
@@ -130,15 +134,20 @@ class ChatRenderer:
         answer = text[last[0].start : last[-1].end]
         return LastTurn(text[: last[0].start], answer.removesuffix(profile.terminator), False)
 
-    def profile(self, record: Mapping[str, Any]) -> tuple[ChatTemplate, TemplateProfile]:
-        """The template that a record uses (its tools and variables may change it), and what probing it showed."""
-        template = chat_template_of(self.tokenizer, _tools(record))
-        variables = record.get("chat_template_kwargs") or "{}"
-        template = ChatTemplate(template.source, {**template.variables, **json.loads(variables)})
-        key = (template.source, variables)
+    def template(self, record: Mapping[str, Any]) -> ChatTemplate:
+        """The template that a record uses: its tools may choose another one, and it may bring variables of its own."""
+        key = _template_key(record)
+        if key not in self._templates:
+            template = chat_template_of(self.tokenizer, _tools(record))
+            self._templates[key] = ChatTemplate(template.source, {**template.variables, **json.loads(key[1])})
+        return self._templates[key]
+
+    def profile(self, record: Mapping[str, Any]) -> TemplateProfile:
+        """What probing the template of a record showed; every template is probed once."""
+        key = _template_key(record)
         if key not in self._profiles:
-            self._profiles[key] = TemplateProfile.probe(template, self._special_tokens)
-        return template, self._profiles[key]
+            self._profiles[key] = TemplateProfile.probe(self.template(record), self._special_tokens)
+        return self._profiles[key]
 
     def _render_text(self, text: str) -> Rendered:
         if self.train_on is not TrainOn.ALL:
@@ -157,18 +166,18 @@ class ChatRenderer:
         return bool(bos) and text.startswith(str(bos))
 
     def _turns(self, record: Mapping[str, Any]) -> tuple[str, list[Turn], TemplateProfile]:
-        template, profile = self.profile(record)
-        _check_tools(template, record)
-        text, turns = assistant_turns(template, profile, template_messages(_messages(record)), _tools(record))
+        template, profile = self.template(record), self.profile(record)
+        text, turns = assistant_turns(template, profile, _prepared(template, record), _tools(record))
+        _check_calls(text, record)
         return text, turns, profile
 
     def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
         messages = _messages(record)
         _check_flags(messages, self.train_on)
         if self.train_on is TrainOn.ALL:
-            template = self.profile(record)[0]
-            _check_tools(template, record)
-            text = template.render([template_messages(messages)], _tools(record))[0]
+            template = self.template(record)
+            text = template.render([_prepared(template, record)], _tools(record))[0]
+            _check_calls(text, record)
             return Rendered(text, [Span(0, len(text))])
         text, turns, _ = self._turns(record)
         first_trained = len(record["prompt"]) if "prompt" in record else 0
@@ -205,15 +214,32 @@ def _check_flags(messages: Sequence[Mapping[str, Any]], train_on: TrainOn) -> No
             raise ValueError(f"message {index} by {message['role']} asks to be trained; only assistant turns can be")
 
 
-def _check_tools(template: ChatTemplate, record: Mapping[str, Any]) -> None:
-    """Refuse a template that would leave out what the record is about."""
-    calls = any(message.get("tool_calls") for message in _messages(record))
-    for name, is_there in (("tools", bool(record.get("tools"))), ("tool_calls", calls)):
-        if is_there and name not in template.source:
-            raise ValueError(
-                f"the record has {name}, and the chat template never prints them; use one that does, "
-                "as the named format chatml"
-            )
+def _prepared(template: ChatTemplate, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Messages as the template expects them.
+
+    Raises:
+        ValueError: The template would leave out the tools.
+    """
+    if record.get("tools") and "tools" not in template.source:
+        raise ValueError(f"the record has tools, and the chat template never prints them; {_USE_ANOTHER}")
+    messages = _messages(record)
+    has_calls = any(message.get("tool_calls") for message in messages)
+    return template_messages(messages, arguments_as_text=has_calls and wants_text_arguments(template.source))
+
+
+def _check_calls(text: str, record: Mapping[str, Any]) -> None:
+    """Refuse a template that leaves out the calls that the record is about."""
+    for index, message in enumerate(_messages(record)):
+        for call in message.get("tool_calls") or ():
+            if call["function"]["name"] not in text:
+                name = call["function"]["name"]
+                raise ValueError(
+                    f"message {index} calls {name!r}, and the chat template does not print the call; {_USE_ANOTHER}"
+                )
+
+
+def _template_key(record: Mapping[str, Any]) -> tuple[bool, str]:
+    return bool(record.get("tools")), record.get("chat_template_kwargs") or "{}"
 
 
 def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ and how an assistant turn is closed; both are then looked for in every rendered 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -27,28 +28,39 @@ _TRAINING_FLAGS = ("train", "weight")
 Messages = Sequence[Mapping[str, Any]]
 
 
-def template_messages(messages: Messages) -> list[dict[str, Any]]:
-    """Messages as a template expects them: no training flags, no nulls, tool-call arguments as objects."""
+def template_messages(messages: Messages, *, arguments_as_text: bool = False) -> list[dict[str, Any]]:
+    """Messages as a template expects them: no training flags, no nulls, tool calls complete.
+
+    Args:
+        messages: Messages as `sft.records.normalize` returns them.
+        arguments_as_text: Leave tool-call arguments the JSON text that they are; most templates expect an object.
+    """
     result = []
+    ids: list[str] = []
     for message in messages:
         plain = {key: item for key, item in message.items() if item is not None and key not in _TRAINING_FLAGS}
         if "tool_calls" in plain:
-            plain["tool_calls"] = [_tool_call(call) for call in plain["tool_calls"]]
+            calls = [_tool_call(call, number, arguments_as_text) for number, call in enumerate(plain["tool_calls"])]
+            ids = [call["id"] for call in calls]
+            plain["tool_calls"] = calls
+        elif plain["role"] == "tool" and ids:
+            answered = ids.pop(0)
+            plain.setdefault("tool_call_id", answered)
         result.append(plain)
     return result
 
 
-def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments, kept as JSON text, are an object again; text that is no JSON object stays text."""
+def _tool_call(call: Mapping[str, Any], number: int, arguments_as_text: bool) -> dict[str, Any]:
+    """A tool call with an id (nine letters and digits, all that some templates accept) and arguments as asked."""
     function = dict(call["function"])
-    if isinstance(function.get("arguments"), str):
+    if isinstance(function.get("arguments"), str) and not arguments_as_text:
         try:
             arguments = json.loads(function["arguments"])
         except json.JSONDecodeError:
             arguments = None
         if isinstance(arguments, dict):
             function["arguments"] = arguments
-    return {**call, "function": function}
+    return {"id": f"call{number:05d}", **call, "function": function}
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,23 @@ class ChatTemplate:
             raise ValueError(f"the chat template refused the conversation: {error}") from error
 
 
+@functools.lru_cache(maxsize=64)
+def wants_text_arguments(source: str) -> bool:
+    """Whether a template joins tool-call arguments to text, and so refuses the object that most templates print."""
+    template = ChatTemplate(source, {"bos_token": "", "eos_token": ""})
+    call = {"type": "function", "function": {"name": PROBE_ANSWER, "arguments": '{"x": 1}'}}
+    chat: Messages = [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    accepted = []
+    for as_text in (False, True):
+        try:
+            template.render([template_messages(chat, arguments_as_text=as_text)])
+        except ValueError:
+            accepted.append(False)
+        else:
+            accepted.append(True)
+    return accepted == [False, True]
+
+
 def chat_template_of(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> ChatTemplate:
     """The template that a tokenizer uses for a chat with or without tools.
 
@@ -116,6 +145,8 @@ class TemplateProfile:
         generation_prompt: The text that `add_generation_prompt` adds, e.g. `<|im_start|>assistant\\n`; empty when the
             template adds nothing.
         after_question: All text between the last question and the point where generation begins.
+        header: What a conversation has of the generation prompt before an answer; less than all of it where the prompt
+            begins the answer too, as with `<think>`.
         lead: Text between that point and the answer, e.g. the space in `[/INST] answer`.
         tail: All text after a final answer.
         terminators: What closes an answer, e.g. `<|im_end|>`: after a final answer, and after an inner one where that
@@ -125,6 +156,7 @@ class TemplateProfile:
 
     generation_prompt: str
     after_question: str
+    header: str
     lead: str
     tail: str
     terminators: tuple[str, ...]
@@ -155,6 +187,7 @@ class TemplateProfile:
         return cls(
             generation_prompt=prompt[len(asked) :] if prompt.startswith(asked) else "",
             after_question=prompt[prompt.rfind(PROBE_QUESTION) + len(PROBE_QUESTION) :],
+            header=before[len(asked) : common_length(prompt, before)] if prompt.startswith(asked) else "",
             lead=before[len(prompt) :] if before.startswith(prompt) else "",
             tail=tail,
             terminators=terminators,

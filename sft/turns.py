@@ -11,7 +11,6 @@ quadratic, but only for those rows.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,8 +59,8 @@ def assistant_turns(
     """
     if template.marks_generation:
         return _turns_by_generation_marks(template, profile, messages, tools)
-    text, turns = _turns_by_content_marks(template, profile, messages, tools)
-    return text, turns if turns is not None else turns_by_rendering(template, profile, messages, tools, text)
+    text, known = _turns_by_content_marks(template, profile, messages, tools)
+    return text, turns_by_rendering(template, profile, messages, tools, text, known)
 
 
 def _turns_by_generation_marks(
@@ -71,8 +70,8 @@ def _turns_by_generation_marks(
     indices = assistant_indices(messages)
     if len(ranges) == len(indices):
         return text, [Turn(index, start, end) for index, (start, end) in zip(indices, ranges, strict=True)]
-    plain, turns = _turns_by_content_marks(template, profile, messages, tools)
-    turns = turns if turns is not None else turns_by_rendering(template, profile, messages, tools, plain)
+    plain, known = _turns_by_content_marks(template, profile, messages, tools)
+    turns = turns_by_rendering(template, profile, messages, tools, plain, known)
     marked = [
         Turn(turn.message, start, end)
         for turn in turns
@@ -89,20 +88,18 @@ def _turns_by_generation_marks(
 
 def _turns_by_content_marks(
     template: ChatTemplate, profile: TemplateProfile, messages: Messages, tools: list[Any] | None
-) -> tuple[str, list[Turn] | None]:
-    """The rendered text, and the turns unless the template does not carry the marks through."""
-    if len(messages) > _MAX_MARKED // 2:
-        return template.render([messages], tools)[0], None
-    plain, marked = template.render([messages, _with_marks(messages)], tools)
-    if _MARKS.search(plain) or _MARKS.sub("", marked) != plain:
-        return plain, None
+) -> tuple[str, dict[int, Turn]]:
+    """The rendered text, and the turns of all messages whose marks the template carries through."""
+    plain = template.render([messages], tools)[0]
+    try:
+        marked = template.render([_with_marks(messages)], tools)[0] if len(messages) <= _MAX_MARKED // 2 else ""
+    except ValueError:  # the template inspects what is marked, and accepts the chat itself
+        marked = ""
     marks = _find_marks(marked)
-    if marks is None:
-        return plain, None
+    if _MARKS.search(plain) or _MARKS.sub("", marked) != plain:
+        return plain, {}
     turns = [_turn(plain, index, messages[index], marks, profile) for index in assistant_indices(messages)]
-    found = [turn for turn in turns if turn is not None]
-    ordered = all(before.end <= after.start for before, after in itertools.pairwise(found))
-    return plain, found if ordered and len(found) == len(turns) else None
+    return plain, {turn.message: turn for turn in turns if turn is not None}
 
 
 def _with_marks(messages: Messages) -> list[dict[str, Any]]:
@@ -144,16 +141,19 @@ def _mark_parts(parts: list[Any], start: str, end: str) -> list[Any]:
     return marked
 
 
-def _find_marks(marked: str) -> Marked | None:
-    """All marks of a text; nothing when a content is printed twice, since it has no one place then."""
+def _find_marks(marked: str) -> Marked:
+    """All marks of a text; a content that is printed twice has no one place and counts as not found."""
     marks = Marked([], {}, {})
+    twice = set()
     for count, match in enumerate(_MARKS.finditer(marked)):
         index, is_end = divmod(ord(match.group()) - _FIRST_MARK, 2)
         known = marks.ends if is_end else marks.starts
         if index in known:
-            return None
+            twice.add(index)
         known[index] = count
         marks.places.append(match.start() - count)
+    for index in twice:
+        marks.ends.pop(index, None)
     return marks
 
 
@@ -178,7 +178,7 @@ def _turn(text: str, index: int, message: Mapping[str, Any], marks: Marked, prof
 def _start_before_content(
     text: str, before: int, start: int, message: Mapping[str, Any], profile: TemplateProfile
 ) -> int:
-    for anchor in (profile.generation_prompt, profile.after_question):
+    for anchor in (profile.generation_prompt, profile.after_question, profile.header):
         at = text.rfind(anchor, before, start) if anchor else -1
         if at >= 0:
             return at + len(anchor)

@@ -6,6 +6,7 @@ messages change how earlier ones are printed, the chat with only that turn's con
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,14 +34,34 @@ class _Chat:
     tools: list[Any] | None
     text: str
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        return self.template.render([messages], self.tools, add_generation_prompt=add_generation_prompt)[0]
+    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str | None:
+        """Render a variant of the chat, which the template may refuse although it accepts the chat itself."""
+        try:
+            return self.template.render([messages], self.tools, add_generation_prompt=add_generation_prompt)[0]
+        except ValueError:
+            return None
 
 
 def turns_by_rendering(
-    template: ChatTemplate, profile: TemplateProfile, messages: Messages, tools: list[Any] | None, text: str
+    template: ChatTemplate,
+    profile: TemplateProfile,
+    messages: Messages,
+    tools: list[Any] | None,
+    text: str,
+    known: Mapping[int, Turn],
 ) -> list[Turn]:
-    """Find the assistant turns of a rendered chat; quadratic in the number of turns.
+    """Find assistant turns of a rendered chat; quadratic in the number of turns that are not known already.
+
+    Args:
+        template: The template.
+        profile: What `TemplateProfile.probe` found about it.
+        messages: Messages as `template_messages` returns them.
+        tools: Tool schemas.
+        text: The rendered chat.
+        known: Message index -> its turn, where it was found by other means.
+
+    Returns:
+        The turns of all assistant messages, in order.
 
     Raises:
         ValueError: Neither method explains the text; names the turn and shows where the texts part.
@@ -48,21 +69,31 @@ def turns_by_rendering(
     chat = _Chat(template, profile, messages, tools, text)
     turns: list[Turn] = []
     for index in assistant_indices(messages):
-        turn = _turn_by_prefixes(chat, index) or _turn_by_replacement(chat, index, turns[-1].end if turns else 0)
-        if turn is None:
+        previous_end = turns[-1].end if turns else 0
+        turn = known.get(index) or _turn_by_prefixes(chat, index) or _turn_by_replacement(chat, index, previous_end)
+        if turn is None or turn.start < previous_end:
             raise ValueError(_not_found(chat, index))
         turns.append(turn)
     return turns
 
 
 def _turn_by_prefixes(chat: _Chat, index: int) -> Turn | None:
-    if index == 0:
-        return None
-    before = chat.render(chat.messages[:index], add_generation_prompt=True)
     through = chat.render(chat.messages[: index + 1])
-    if not (chat.text.startswith(through) and through.startswith(before)):
+    if index == 0 or through is None or not chat.text.startswith(through):
         return None
-    return Turn(index, len(before), _cut_tail(through, len(before), chat.profile))
+    start = _end_of_prompt(chat, chat.messages[:index], through)
+    return None if start is None else Turn(index, start, _cut_tail(through, start, chat.profile))
+
+
+def _end_of_prompt(chat: _Chat, messages: Messages, through: str) -> int | None:
+    """Where generation begins after some messages: after the generation prompt, or what the history has of it."""
+    prompt = chat.render(messages, add_generation_prompt=True)
+    if prompt is not None and through.startswith(prompt):
+        return len(prompt)
+    before = chat.render(messages)
+    if before is not None and through.startswith(before + chat.profile.header):
+        return len(before) + len(chat.profile.header)
+    return None
 
 
 def _cut_tail(through: str, start: int, profile: TemplateProfile) -> int:
@@ -75,19 +106,17 @@ def _cut_tail(through: str, start: int, profile: TemplateProfile) -> int:
 
 def _turn_by_replacement(chat: _Chat, index: int, previous_end: int) -> Turn | None:
     """The turn between the texts that stay the same when its content is another word."""
-    if chat.messages[index].get("tool_calls"):
-        return None
     replaced = {"role": "assistant", "content": PROBE_ANSWER}
     other = chat.render([*chat.messages[:index], replaced, *chat.messages[index + 1 :]])
-    at = other.find(PROBE_ANSWER)
-    rest = other[at + len(PROBE_ANSWER) :]
-    same = common_length(chat.text, other[: max(at, 0)])
-    end = len(chat.text) - len(rest)
+    if chat.messages[index].get("tool_calls") or other is None or PROBE_ANSWER not in other:
+        return None
+    before, _, rest = other.partition(PROBE_ANSWER)
+    same, end = common_length(chat.text, before), len(chat.text) - len(rest)
     anchor = chat.profile.generation_prompt or chat.profile.after_question
-    start = (
-        chat.text.rfind(anchor, previous_end, same) + len(anchor) if anchor in chat.text[previous_end:same] else same
-    )
-    if at < 0 or not chat.text.endswith(rest) or not (anchor or same == at) or end < start:
+    at = chat.text.rfind(anchor, previous_end, same) if anchor else -1
+    start = at + len(anchor) if at >= 0 else same
+    certain = at >= 0 or same == len(before)
+    if not certain or not chat.text.endswith(rest) or end < start:
         return None
     return Turn(index, start, end + _terminator_length(rest, chat.profile))
 
@@ -97,7 +126,7 @@ def _terminator_length(rest: str, profile: TemplateProfile) -> int:
 
 
 def _not_found(chat: _Chat, index: int) -> str:
-    prefix = chat.render(chat.messages[: index + 1])
+    prefix = chat.render(chat.messages[: index + 1]) or ""
     same = common_length(chat.text, prefix)
     near = slice(max(0, same - 40), same + 40)
     return (

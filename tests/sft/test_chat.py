@@ -191,10 +191,30 @@ def test_a_tool_call_is_an_assistant_turn(style: Any, expected: list[str]) -> No
 
 def test_tools_that_the_template_would_leave_out_are_an_error() -> None:
     calling = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [WEATHER]}]
-    with pytest.raises(ValueError, match="has tool_calls, and the chat template never prints them"):
+    with pytest.raises(ValueError, match="message 1 calls 'weather', and the chat template does not print the call"):
         render({"messages": calling}, tokenizer_for(CHATML.template))
     with pytest.raises(ValueError, match="has tools, and the chat template never prints them"):
         render({"messages": CHAT, "tools": TOOLS}, tokenizer_for(CHATML.template))
+
+
+def test_arguments_are_text_for_a_template_that_joins_them_to_text() -> None:
+    template = CHATML.template.replace(
+        "{{ m['content'] }}",
+        "{% for c in m['tool_calls'] or [] %}{{ c['id'] + ':' + c['function']['name'] + c['function']['arguments'] }}"
+        "{% endfor %}{{ (m['tool_call_id'] or '') + m['content'] }}",
+    )
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [WEATHER, {**WEATHER, "id": "mine"}]},
+        {"role": "tool", "content": "=rain"},
+        {"role": "tool", "content": "=rain"},
+        {"role": "assistant", "content": "Rain."},
+    ]
+    rendered = render({"messages": messages}, tokenizer_for(template))
+    call = 'weather{"city": "Lima"}'
+    assert trained(rendered) == [f"call00000:{call}mine:{call}<|im_end|>", "Rain.<|im_end|>"]
+    assert "call00000=rain" in rendered.text
+    assert "mine=rain" in rendered.text
 
 
 def test_a_tool_call_whose_arguments_spell_the_terminator_ends_after_them() -> None:
@@ -254,6 +274,31 @@ def test_turns_close_as_the_template_closes_them(template: str, expected: list[s
     check_terminator([("row", rendered)], tokenizer)
 
 
+def test_a_tool_call_is_found_though_history_lacks_the_prompt_and_the_terminator_comes_twice() -> None:
+    template = DEEPSEEK.replace(
+        "{% set content",
+        "{% for c in m['tool_calls'] or [] %}"
+        "<|assistant|>{{ c['function']['name'] + c['function']['arguments'] }}<|im_end|>"
+        "{% endfor %}{% set content",
+    )
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [WEATHER]},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "<think>hm</think>Rain."},
+    ]
+    call = 'weather{"city": "Lima"}<|im_end|><|assistant|><|im_end|>'
+    assert trained(render({"messages": messages}, tokenizer_for(template))) == [call, "Rain.<|im_end|>"]
+
+
+def test_a_template_that_refuses_marks_is_rendered_by_prefixes() -> None:
+    known = "m['content'] in ['Hi', 'Hello'] or 'Zy' in m['content']"
+    check = "{% if not (" + known + ") %}{{ raise_exception('?') }}{% endif %}"
+    template = CHATML.template.replace("<|im_start|>{{ m", check + "<|im_start|>{{ m")
+    messages = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Hello"))] * 2
+    assert trained(render({"messages": messages}, tokenizer_for(template))) == ["Hello<|im_end|>", "Hello<|im_end|>"]
+
+
 def test_a_chat_may_begin_with_the_assistant() -> None:
     messages = [{"role": "assistant", "content": "How can I help?"}, *CHAT[:2]]
     rendered = render({"messages": messages}, tokenizer_for(CHATML.template))
@@ -263,7 +308,7 @@ def test_a_chat_may_begin_with_the_assistant() -> None:
 def test_runs_of_whitespace_that_are_tokens_close_no_turn() -> None:
     tokenizer = tokenizer_for(PLAIN.template)
     tokenizer.add_tokens(["\n\n", "  "])
-    profile = ChatRenderer(tokenizer).profile({"messages": CHAT})[1]
+    profile = ChatRenderer(tokenizer).profile({"messages": CHAT})
     assert profile.stop_token is None
     assert profile.terminators == ("\n\n",)
 
