@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sft.labels import IGNORE_INDEX
+from sft.prefix import SharedPrefix, forward_parameters, share_prefix
 
 Progress = Callable[[int, int, str], None]
 
@@ -36,7 +36,8 @@ def evaluate_model(
     """Loss, perplexity and token accuracy of a causal model on supervised tokens.
 
     Packed rows are taken apart into their documents, so that nothing depends on how they were packed or on the
-    attention that packed rows need. Documents of like length share a padded batch; the head runs on positions that have
+    attention that packed rows need. Documents of like length share a padded batch; what all of them begin with is
+    computed once; the head runs on positions that have
     a label.
 
     Args:
@@ -59,8 +60,10 @@ def evaluate_model(
     model.eval()
     losses, hits, num_tokens, done = 0.0, 0, 0, 0
     try:
-        for batch in _batches(documents, tokens_per_batch):
-            logits, targets = _supervised_logits(model, batch)
+        limit = min(map(_first_supervised, documents)) - 1
+        prefix = share_prefix(model, [document.input_ids for document in documents], limit)
+        for batch in _batches(documents, tokens_per_batch, prefix.length):
+            logits, targets = _supervised_logits(model, batch, prefix)
             losses += float(cross_entropy(logits, targets, reduction="sum"))
             hits += int((logits.argmax(-1) == targets).sum())
             num_tokens += targets.numel()
@@ -101,11 +104,11 @@ def split_documents(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Document]:
                 index += 1
 
 
-def _batches(documents: Sequence[_Document], tokens_per_batch: int) -> Iterator[list[_Document]]:
+def _batches(documents: Sequence[_Document], tokens_per_batch: int, num_shared: int) -> Iterator[list[_Document]]:
     batch: list[_Document] = []
     for document in sorted(documents, key=_length, reverse=True):
         # Longest first: the first document of a batch sets its padded width.
-        if batch and len(batch[0].input_ids) * (len(batch) + 1) > tokens_per_batch:
+        if batch and (_length(batch[0]) - num_shared) * (len(batch) + 1) > tokens_per_batch:
             yield batch
             batch = []
         batch.append(document)
@@ -117,30 +120,40 @@ def _length(document: _Document) -> int:
     return len(document.input_ids)
 
 
-def _supervised_logits(model: nn.Module, batch: Sequence[_Document]) -> tuple[torch.Tensor, torch.Tensor]:
+def _first_supervised(document: _Document) -> int:
+    return next(p for p, label in enumerate(document.labels) if label != IGNORE_INDEX and p > 0)
+
+
+def _supervised_logits(
+    model: nn.Module, batch: Sequence[_Document], prefix: SharedPrefix
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 logits `(num_supervised, vocabulary)` and targets `(num_supervised,)` of a padded batch."""
     device = next(model.parameters()).device
-    width = len(batch[0].input_ids)
-    input_ids = torch.zeros(len(batch), width, dtype=torch.long)
-    targets = torch.full((len(batch), width), IGNORE_INDEX)
-    mask = torch.zeros(len(batch), width, dtype=torch.long)
-    for row, document in enumerate(batch):
-        length = len(document.input_ids)
-        input_ids[row, :length] = torch.tensor(document.input_ids)
-        mask[row, :length] = 1
-        # Position p predicts token p + 1.
-        targets[row, : length - 1] = torch.tensor(document.labels[1:])
+    input_ids, mask, targets = (tensor.to(device) for tensor in _pad(batch, prefix.length))
     positions = (targets != IGNORE_INDEX).any(0).nonzero().squeeze(1)
-    inputs = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-    if _takes_logits_to_keep(model):
-        logits = model(**inputs, logits_to_keep=positions.to(device)).logits
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": prefix.mask(mask), "use_cache": False}
+    parameters = forward_parameters(model)
+    if prefix.length:
+        inputs |= {"past_key_values": prefix.rows(len(batch)), "use_cache": True}
+        inputs["position_ids"] = torch.arange(prefix.length, prefix.length + input_ids.shape[1], device=device)[None]
+    if "logits_to_keep" in parameters:
+        logits = model(**inputs, logits_to_keep=positions).logits
     else:
         logits = model(**inputs).logits[:, positions]
-    targets = targets[:, positions].to(device)
+    targets = targets[:, positions]
     supervised = targets != IGNORE_INDEX
     return logits[supervised].float(), targets[supervised]
 
 
-def _takes_logits_to_keep(model: nn.Module) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+def _pad(batch: Sequence[_Document], num_shared: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input ids, attention mask and next-token targets `(batch, longest)` of what follows the shared prefix."""
+    width = _length(batch[0]) - num_shared
+    input_ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask, targets = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORE_INDEX)
+    for row, document in enumerate(batch):
+        length = _length(document) - num_shared
+        input_ids[row, :length] = torch.tensor(document.input_ids[num_shared:])
+        mask[row, :length] = 1
+        # Position p predicts token p + 1.
+        targets[row, : length - 1] = torch.tensor(document.labels[num_shared + 1 :])
+    return input_ids, mask, targets

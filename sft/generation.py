@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+
+from sft.prefix import SharedPrefix, forward_parameters, share_prefix
 
 Progress = Callable[[int, int, str], None]
 
@@ -60,9 +61,12 @@ def generate_batch(
     training = model.training
     model.eval()
     try:
+        prefix = share_prefix(model, prompts, limit=min(map(len, prompts), default=0) - 1)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            tokens = _continue(model, [prompts[index] for index in chosen], stop_ids, max_new_tokens)
+            tokens = _continue(
+                model, [prompts[index][prefix.length :] for index in chosen], prefix, stop_ids, max_new_tokens
+            )
             answers.update(zip(chosen, tokens, strict=True))
             if on_progress is not None:
                 on_progress(len(answers), len(prompts), "prompts answered")
@@ -91,20 +95,14 @@ def _as_list(value: int | Iterable[int] | None) -> list[int]:
 
 
 def _continue(
-    model: nn.Module, prompts: list[Sequence[int]], stop_ids: list[int], max_new_tokens: int
+    model: nn.Module, rests: list[Sequence[int]], prefix: SharedPrefix, stop_ids: list[int], max_new_tokens: int
 ) -> list[list[int]]:
-    """Greedy continuations, each up to and with its stop token."""
-    device = next(model.parameters()).device
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask[row, width - len(prompt) :] = 1
-    answers: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))
-    stops = torch.tensor(stop_ids, device=device)
-    cache = None
+    """Greedy continuations of prefix and rest, each up to and with its stop token."""
+    input_ids, mask = _left_pad(rests, next(model.parameters()).device)
+    mask, cache = prefix.mask(mask), prefix.rows(len(rests))
+    answers: list[list[int]] = [[] for _ in rests]
+    active = list(range(len(rests)))
+    stops = torch.tensor(stop_ids, device=mask.device)
     for _ in range(max_new_tokens):
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
         output = _step(model, input_ids, mask, positions, cache)
@@ -125,19 +123,25 @@ def _continue(
     return answers
 
 
+def _left_pad(rows: list[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and attention mask `(batch, longest)`, rows flush right so that all go on at the same place."""
+    width = max(len(row) for row in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
+    mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        input_ids[index, width - len(row) :] = torch.tensor(row, device=device)
+        mask[index, width - len(row) :] = 1
+    return input_ids, mask
+
+
 def _step(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> Any:
     inputs = {"input_ids": input_ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
-    accepted = _forward_parameters(model)
+    accepted = forward_parameters(model)
     if "position_ids" in accepted:
         inputs["position_ids"] = positions
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = 1
     return model(**inputs)
-
-
-def _forward_parameters(model: Any) -> set[str]:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(inner.forward).parameters)
 
 
 def _generation(tokens: list[int], stop_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:

@@ -20,6 +20,8 @@ from stages.params import PublishSection
 
 SQLITE = "sqlite:///"
 BATCH = 100
+# Makes the page show the runs as trainings rather than as evaluations of a prompt.
+KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
 def open_tracking(section: PublishSection, home: Path) -> Tracking:
@@ -47,7 +49,7 @@ def open_tracking(section: PublishSection, home: Path) -> Tracking:
         experiment_id = (
             experiment.experiment_id
             if experiment is not None
-            else client.create_experiment(section.experiment, artifact_location=location)
+            else client.create_experiment(section.experiment, artifact_location=location, tags=KIND)
         )
     except MlflowException as error:
         raise ValueError(f"publish.tracking_uri {section.tracking_uri!r} ({uri}) can't be used: {error}") from error

@@ -15,12 +15,13 @@ from sft.labels import IGNORE_INDEX
 from tests.tiny import tiny_model
 
 
-def make_rows(num_rows: int = 7) -> list[dict[str, Any]]:
+def make_rows(num_rows: int = 7, num_shared: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(0)
+    shared = [rng.randrange(4, 300) for _ in range(num_shared)]
     rows = []
     for _ in range(num_rows):
-        ids = [rng.randrange(4, 300) for _ in range(rng.randrange(5, 40))]
-        start = rng.randrange(1, len(ids))
+        ids = shared + [rng.randrange(4, 300) for _ in range(rng.randrange(5, 40))]
+        start = rng.randrange(num_shared + 1, len(ids))
         rows.append({"input_ids": ids, "labels": [IGNORE_INDEX] * start + ids[start:]})
     return rows
 
@@ -48,6 +49,20 @@ def plain_figures(model: torch.nn.Module, rows: list[dict[str, Any]]) -> dict[st
 def test_figures_equal_the_definition_at_any_batch_size(family: str, tokens_per_batch: int) -> None:
     model, rows = tiny_model(family), make_rows()
     assert evaluate_model(model, rows, tokens_per_batch) == pytest.approx(plain_figures(model, rows), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "qwen3", "gemma2", "phi", "gpt_neox"])
+@pytest.mark.parametrize("tokens_per_batch", [1, 100])
+def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(family: str, tokens_per_batch: int) -> None:
+    model, rows = tiny_model(family), make_rows(num_shared=20)
+    assert evaluate_model(model, rows, tokens_per_batch) == pytest.approx(plain_figures(model, rows), rel=1e-5)
+
+
+def test_shared_beginning_ends_before_the_first_supervised_token() -> None:
+    model = tiny_model()
+    ids = list(range(5, 30))
+    rows = [{"input_ids": [*ids, last], "labels": [IGNORE_INDEX] * 10 + ids[10:] + [last]} for last in (40, 41)]
+    assert evaluate_model(model, rows) == pytest.approx(plain_figures(model, rows), rel=1e-5)
 
 
 def test_packed_rows_give_the_figures_of_their_documents() -> None:

@@ -11,21 +11,21 @@ from sft.generation import generate_batch, stop_token_ids
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
-def make_prompts() -> list[list[int]]:
+def make_prompts(num_shared: int = 0) -> list[list[int]]:
     rng = random.Random(1)
-    return [[rng.randrange(4, 300) for _ in range(rng.randrange(2, 15))] for _ in range(9)]
+    shared = [rng.randrange(4, 300) for _ in range(num_shared)]
+    return [shared + [rng.randrange(4, 300) for _ in range(rng.randrange(2, 15))] for _ in range(9)]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
-def test_answers_equal_those_of_generate_one_prompt_at_a_time(family: str) -> None:
-    model, tokenizer = tiny_model(family), tiny_tokenizer()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "qwen3", "gemma2", "phi", "gpt_neox"])
+@pytest.mark.parametrize("num_shared", [0, 20])
+def test_answers_equal_those_of_generate_one_prompt_at_a_time(family: str, num_shared: int) -> None:
+    model, tokenizer, prompts = tiny_model(family), tiny_tokenizer(), make_prompts(num_shared)
     # A token these random weights like: so that some answers stop early and leave the batch.
-    likely = model.generate(torch.tensor([make_prompts()[0]]), max_new_tokens=4, do_sample=False, eos_token_id=-1)[
-        0, -1
-    ]
+    likely = model.generate(torch.tensor([prompts[0]]), max_new_tokens=4, do_sample=False, eos_token_id=-1)[0, -1]
     model.generation_config.eos_token_id = [int(likely), tokenizer.eos_token_id]
-    answers = generate_batch(model, tokenizer, make_prompts(), max_new_tokens=12, batch_size=4)
-    for prompt, answer in zip(make_prompts(), answers, strict=True):
+    answers = generate_batch(model, tokenizer, prompts, max_new_tokens=12, batch_size=4)
+    for prompt, answer in zip(prompts, answers, strict=True):
         tokens = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=3)[
             0, len(prompt) :
         ].tolist()
