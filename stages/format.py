@@ -73,10 +73,16 @@ def prepare_tokenizer(
     tokenizer.add_tokens(section.add_special_tokens, special_tokens=True)
     if section.chat_template is not None:
         apply_chat_format(tokenizer, find_format(_format_name(section.chat_template, paths)))
-    if tokenizer.chat_template:
+    if tokenizer.chat_template and _holds_chats(paths):
         align_eos_with_template(tokenizer, stop_token_ids)
     ensure_pad_token(tokenizer, may_add=False)
     return str(tokenizer.eos_token) if tokenizer.eos_token != before else None
+
+
+def _holds_chats(paths: Paths) -> bool:
+    """Whether any training record goes through the chat template; text is closed by the tokenizer's own token."""
+    records = read_jsonl(paths.out("load", "train.jsonl"))
+    return any("messages" in record or isinstance(record.get("prompt"), list) for record in records)
 
 
 def _format_name(name: str, paths: Paths) -> str | Path:

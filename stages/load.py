@@ -56,7 +56,7 @@ class Intake(ExitStack):
         self._section = section
         self._ledger = self.enter_context(Ledger(folder / "ledger.jsonl", "load"))
         self._writers = {name: self.enter_context(JsonlWriter(folder / f"{name}.jsonl")) for name in ("train", "eval")}
-        self._seen: dict[str, tuple[str, str]] = {}
+        self._seen: dict[str, dict[bytes, str]] = {"train": {}, "eval": {}}
         self._num_rows: Counter[str] = Counter()
         self._num_dropped: Counter[str] = Counter()
         self.cards: list[dict[str, Any]] = []
@@ -95,11 +95,11 @@ class Intake(ExitStack):
         fraction = self._section.eval.fraction
         held_out = fraction is not None and _position(digest, self._section.seed) < fraction
         target = "eval" if held_out else purpose
-        if digest in self._seen:
-            first, first_target = self._seen[digest]
-            reason = "duplicate" if first_target == target else "in_eval"
-            raise RowError(reason, f"the same as {first}")
-        self._seen[digest] = (row_id, target)
+        key = bytes.fromhex(digest)
+        for split, reason in ((target, "duplicate"), ("eval", "in_eval")):
+            if key in self._seen[split]:
+                raise RowError(reason, f"the same as {self._seen[split][key]}")
+        self._seen[target][key] = row_id
         return target
 
     def close_accounts(self) -> dict[str, Any]:

@@ -98,6 +98,16 @@ def test_model_and_tokenizer_agree(name: str) -> None:
     assert out.logits.shape[-1] == rows
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma2", "phi", "gpt_neox", "gpt2", "opt", "bloom"])
+def test_every_family_gets_room_for_the_new_tokens(family: str) -> None:
+    model, tokenizer = tiny_model(family), base_tokenizer()
+    setup_chat_format(model, tokenizer, "llama3")
+    tokens = tokenizer("<|eot_id|>Hi", return_tensors="pt", return_token_type_ids=False)
+    logits = model(**tokens).logits
+    assert logits.shape[-1] == model.get_input_embeddings().weight.shape[0] >= len(tokenizer)
+    assert torch.isfinite(logits).all()
+
+
 def test_special_tokens_are_one_token_each() -> None:
     tokenizer = base_tokenizer()
     added = apply_chat_format(tokenizer, FORMATS["llama3"])

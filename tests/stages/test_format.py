@@ -165,6 +165,13 @@ def test_eos_follows_the_template_where_generation_would_not_stop(
     assert read_json(root.paths.out("format", "summary.json"))["new_eos_token"] is None
 
 
+def test_eos_of_plain_text_stays_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    root = DataRoot(tmp_path / "checkout", eos_token="<|endoftext|>")
+    run(root, [{"text": "Once upon"}, {"text": "a time"}], train_on="all")
+    assert read_json(root.paths.out("format", "summary.json"))["new_eos_token"] is None
+
+
 SILENT = [{"messages": [row["messages"][0], {**row["messages"][1], "train": False}]} for row in ROWS[:3]]
 
 
