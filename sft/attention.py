@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -17,7 +16,9 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sft.document_attention import document_attention_forward, document_attention_mask
+from sft.hardware import Hardware, current_hardware
 from sft.layout import DocumentLayout, current_layout, document_layout
+from sft.packed_kernels import HALF_PRECISIONS
 from sft.unwrapping import causal_lm, evaluating
 
 __all__ = [
@@ -41,8 +42,6 @@ SFT_DOCUMENTS = "sft_documents"
 AttentionInterface.register(SFT_DOCUMENTS, document_attention_forward)
 AttentionMaskInterface.register(SFT_DOCUMENTS, document_attention_mask)
 
-HALF_PRECISIONS = (torch.float16, torch.bfloat16)
-
 
 @dataclass(frozen=True)
 class AttentionChoice:
@@ -50,26 +49,6 @@ class AttentionChoice:
 
     implementation: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What the device and the installed packages can do; tests make their own."""
-
-    device_type: str
-    capability: tuple[int, int] = (0, 0)
-    packages: frozenset[str] = frozenset()
-
-
-def current_hardware(device: torch.device) -> Hardware:
-    """Look at a device: its type, its CUDA capability, and which attention packages are installed."""
-    on_cuda = device.type == "cuda"
-    names = ("flash_attn", "flash_attn_interface", "kernels")
-    return Hardware(
-        device_type=device.type,
-        capability=torch.cuda.get_device_capability(device) if on_cuda else (0, 0),
-        packages=frozenset(name for name in names if find_spec(name) is not None),
-    )
 
 
 def check_attention_request(requested: str, dtype: torch.dtype, hardware: Hardware) -> None:

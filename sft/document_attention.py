@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from sft.attention_math import AttentionOptions, explicit_attention
+from sft.hardware import current_hardware
 from sft.layout import DocumentLayout, current_layout
-
-
-@dataclass(frozen=True)
-class AttentionOptions:
-    """What a layer asks of its attention besides query, key and value."""
-
-    scaling: float
-    dropout: float
-    is_causal: bool
-    sliding_window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
-
-    def plain_for(self, length: int) -> bool:
-        """Whether `scaled_dot_product_attention` alone gives the answer for a document of this length."""
-        windowed = self.sliding_window is not None and self.sliding_window < length
-        return self.softcap is None and self.sinks is None and not windowed
+from sft.packed_kernels import ATTEND, choose_kernel
 
 
 def document_attention_forward(
@@ -62,9 +44,11 @@ def document_attention_forward(
         if options.softcap is None and options.sinks is None:
             kwargs.pop("softcap", None)
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return _explicit(query, key, value, options, attention_mask), None
+        return explicit_attention(query, key, value, options, attention_mask), None
     _check_flat(layout, query, key, attention_mask, kwargs)
-    return _kernel_for(query, value, options)(query, key, value, layout, options), None
+    dims = query.shape[-1], value.shape[-1]
+    kernel = choose_kernel(current_hardware(query.device), query.dtype, dims, options, layout.longest)
+    return ATTEND[kernel](query, key, value, layout, options), None
 
 
 def document_attention_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -107,133 +91,3 @@ def _check_flat(
         raise ValueError(
             "this model adds a position bias to its attention, which packed rows do not support: use packing=False"
         )
-
-
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DocumentLayout, AttentionOptions], torch.Tensor]
-
-
-def _kernel_for(query: torch.Tensor, value: torch.Tensor, options: AttentionOptions) -> Kernel:
-    if varlen_supported(query, value, options):
-        return _varlen
-    return _by_document
-
-
-def varlen_supported(query: torch.Tensor, value: torch.Tensor, options: AttentionOptions) -> bool:
-    """Whether torch's variable-length flash kernel can do this: half precision on CUDA, nothing but causal windows."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and query.shape[-1] == value.shape[-1]
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 256
-        and options.softcap is None
-        and options.sinks is None
-        and options.dropout == 0.0
-        and find_spec("torch.nn.attention.varlen") is not None
-        and torch.cuda.get_device_capability(query.device)[0] >= 8
-    )
-
-
-def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DocumentLayout, options: AttentionOptions
-) -> torch.Tensor:
-    """One kernel launch for the whole row; the kernel itself stops at the document boundaries."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    window_left = -1 if options.sliding_window is None else options.sliding_window - 1
-    boundaries = layout.boundaries(query.device)
-    output = varlen_attn(
-        *(states.squeeze(0).transpose(0, 1) for states in (query, key, value)),
-        boundaries,
-        boundaries,
-        layout.longest,
-        layout.longest,
-        scale=options.scaling,
-        window_size=(window_left, 0 if options.is_causal else -1),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return output.unsqueeze(0)
-
-
-def _by_document(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DocumentLayout, options: AttentionOptions
-) -> torch.Tensor:
-    """One call a document (or run of equally long documents); `split` so that backward joins the pieces only once."""
-    sizes = [count * length for count, length in layout.runs]
-    pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
-    outputs = []
-    for (count, length), piece in zip(layout.runs, pieces, strict=True):
-        batch = [_as_batch(states, count, length) for states in piece]
-        attend = _scaled_dot_product if options.plain_for(length) else _explicit
-        outputs.append(attend(batch[0], batch[1], batch[2], options).reshape(1, count * length, query.shape[1], -1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-
-def _as_batch(states: torch.Tensor, count: int, length: int) -> torch.Tensor:
-    """`(1, heads, count * length, dim)` to `(count, heads, length, dim)`."""
-    if count == 1:
-        return states
-    return states.squeeze(0).unflatten(1, (count, length)).transpose(0, 1)
-
-
-def _scaled_dot_product(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
-) -> torch.Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and not _grouped_kernel(query):
-        groups = query.shape[1] // key.shape[1]
-        key, value, grouped = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        dropout_p=options.dropout,
-        scale=options.scaling,
-        is_causal=options.is_causal,
-        enable_gqa=grouped,
-    )
-    return output.transpose(1, 2)
-
-
-def _grouped_kernel(query: torch.Tensor) -> bool:
-    """Whether a fused kernel takes fewer key than query heads: on CUDA only the half-precision flash kernel does."""
-    return not query.is_cuda or (query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256)
-
-
-def _explicit(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    options: AttentionOptions,
-    attention_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention written out, for what `scaled_dot_product_attention` lacks: soft caps, windows and attention sinks."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(-1, -2) * options.scaling
-    if options.softcap is not None:
-        scores = torch.tanh(scores / options.softcap) * options.softcap
-    scores = _masked(scores, options, attention_mask).float()
-    if options.sinks is not None:
-        sinks = options.sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, sinks.to(scores.dtype)], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    weights = F.dropout(weights.to(value.dtype), options.dropout)
-    return (weights @ value).transpose(1, 2).contiguous()
-
-
-def _masked(scores: torch.Tensor, options: AttentionOptions, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Hide what a query may not see: by the given mask, or by causality and window counted from the last query."""
-    if attention_mask is not None:
-        hidden = ~attention_mask if attention_mask.dtype == torch.bool else None
-        return scores + attention_mask if hidden is None else scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    num_queries, num_keys = scores.shape[-2:]
-    places = torch.arange(num_keys, device=scores.device)
-    distance = places[num_keys - num_queries :, None] - places[None, :]
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
-    if options.is_causal:
-        hidden |= distance < 0
-    if options.sliding_window is not None:
-        hidden |= distance.abs() >= options.sliding_window
-    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min)

@@ -25,10 +25,13 @@ import torch
 
 @dataclass(frozen=True)
 class DocumentLayout:
-    """Lengths of the documents of one flat row, in order; every length is at least 1."""
+    """Lengths of the documents of one flat row, in order; every length is at least 1.
+
+    `cache` holds what is made of them once for all layers.
+    """
 
     lengths: tuple[int, ...]
-    _device_cache: dict[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.lengths:
@@ -63,19 +66,19 @@ class DocumentLayout:
     def boundaries(self, device: torch.device) -> torch.Tensor:
         """Cumulative lengths from 0, int32 `(num_documents + 1,)`: the `cu_seqlens` of variable-length kernels."""
         key = f"boundaries:{device}"
-        if key not in self._device_cache:
+        if key not in self.cache:
             ends = torch.tensor((0, *self.lengths)).cumsum(0)
-            self._device_cache[key] = ends.to(device=device, dtype=torch.int32)
-        return self._device_cache[key]
+            self.cache[key] = ends.to(device=device, dtype=torch.int32)
+        return self.cache[key]
 
     def document_ids(self, device: torch.device) -> torch.Tensor:
         """Number of the document each token belongs to, int64 `(num_tokens,)`."""
         key = f"document_ids:{device}"
-        if key not in self._device_cache:
+        if key not in self.cache:
             lengths = torch.tensor(self.lengths)
             ids = torch.repeat_interleave(torch.arange(len(self.lengths)), lengths)
-            self._device_cache[key] = ids.to(device)
-        return self._device_cache[key]
+            self.cache[key] = ids.to(device)
+        return self.cache[key]
 
 
 class _Current:
