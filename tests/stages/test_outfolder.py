@@ -25,7 +25,7 @@ def test_a_failed_run_leaves_the_earlier_folder(tmp_path: Path, error: type[Base
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("old")
     (tmp_path / ".out.partial").mkdir()
-    with pytest.raises(error), replacing_folder(tmp_path / "out") as folder:
+    with pytest.raises(error), replacing_folder(tmp_path / "out") as folder:  # noqa: PT012
         (folder / "new.txt").write_text("new")
         raise error
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
