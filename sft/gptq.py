@@ -19,6 +19,7 @@ from typing import Any
 
 from sft.gptq_checks import check_calibration, check_layers_fit, check_weights_finite
 from sft.gptq_layout import finish_checkpoint, weight_errors, weights_size_bytes
+from sft.gptq_loading import loading_deviation
 
 Progress = Callable[[int, int, str], None]
 
@@ -67,7 +68,7 @@ class ModuleError:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """Result of `quantize_gptq`; sizes are of the weight files."""
+    """Result of `quantize_gptq`; sizes are of the weight files, `loading_deviation` is that of `sft.gptq_loading`."""
 
     settings: GPTQSettings
     num_rows: int
@@ -76,6 +77,7 @@ class QuantizeReport:
     quantized_bytes: int
     modules: tuple[ModuleError, ...]
     kept_full_precision: tuple[str, ...]
+    loading_deviation: float
 
     @property
     def size_ratio(self) -> float:
@@ -133,7 +135,8 @@ def quantize_gptq(
     """
     model_dir, output_dir = Path(model_dir).resolve(), Path(output_dir).resolve()
     settings = settings or GPTQSettings()
-    check_layers_fit(model_dir, settings.bits, settings.group_size)
+    device = _device(settings.device)
+    check_layers_fit(model_dir, settings.bits, settings.group_size, device)
     check_calibration(model_dir, calibration)
     check_weights_finite(model_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +145,8 @@ def quantize_gptq(
         rows = _run_gptqmodel(model_dir, raw_dir, calibration, settings, on_progress)
         kept = finish_checkpoint(model_dir, raw_dir)
         errors = weight_errors(model_dir, raw_dir)
+        with _kept_out_of_the_way(Path(work)):
+            deviation = loading_deviation(raw_dir, calibration[0])
         report = QuantizeReport(
             settings=settings,
             num_rows=len(calibration),
@@ -150,6 +155,7 @@ def quantize_gptq(
             quantized_bytes=weights_size_bytes(raw_dir),
             modules=tuple(_module_error(row, errors) for row in rows),
             kept_full_precision=tuple(kept),
+            loading_deviation=deviation,
         )
         shutil.rmtree(output_dir, ignore_errors=True)
         raw_dir.rename(output_dir)
@@ -170,9 +176,7 @@ def _run_gptqmodel(
         import torch
         from gptqmodel import GPTQModel, QuantizeConfig
 
-        device = settings.device
-        if device == "auto":
-            device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        device = _device(settings.device)
         config = QuantizeConfig(
             bits=settings.bits,
             group_size=settings.group_size,
@@ -200,11 +204,19 @@ def _run_gptqmodel(
     return _solved_rows(log)
 
 
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
 @contextlib.contextmanager
 def _kept_out_of_the_way(work: Path) -> Iterator[None]:
     """Run in `work`, where GPTQModel writes its `logs/`, with its banner, bars and tables in a file there too."""
     with (
-        (work / "gptqmodel.log").open("w", encoding="utf-8") as log,
+        (work / "gptqmodel.log").open("a", encoding="utf-8") as log,
         contextlib.chdir(work),
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),

@@ -10,7 +10,9 @@ from pathlib import Path
 VALUES_PER_WORD = {2: 16, 3: 32, 4: 8, 8: 4}
 """Weights that fill whole 32-bit words, by bits; 3-bit weights only come out even after 32 of them (three words)."""
 
-GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+GROUP_SIZES = (32, 64, 128)
+"""What all readers take (besides -1): torch's packed CPU kernel refuses 16, vLLM everything above 128."""
+CPU_GROUPS = (32, 64, 128, 256)
 MIN_ROW_TOKENS = 2
 
 
@@ -76,7 +78,7 @@ def check_weights_finite(model_dir: Path) -> None:
         raise ValueError(f"{model_dir} has NaN or Inf in {len(broken)} tensors: {'; '.join(broken[:5])}")
 
 
-def check_layers_fit(model_dir: Path, bits: int, group_size: int) -> None:
+def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = "cpu") -> None:
     """Refuse bits and group sizes that some linear layer's width does not allow.
 
     GPTQModel itself would write such a checkpoint, with a last group that standard readers misplace.
@@ -91,12 +93,12 @@ def check_layers_fit(model_dir: Path, bits: int, group_size: int) -> None:
         raise ValueError(f"{model_dir} has no linear layer to quantize")
     if group_size != -1 and group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}, readers know -1 and {', '.join(map(str, GROUP_SIZES))}")
-    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width, _ in widths.values())]
     for name, (width, outputs) in widths.items():
-        if group_size != -1 and width % group_size:
-            sizes = ", ".join(map(str, fitting)) or "only -1 (one group a row)"
+        problem = _group_problem(width, bits, group_size, device)
+        if problem:
+            fitting = [str(size) for size in GROUP_SIZES if all(inputs % size == 0 for inputs, _ in widths.values())]
             raise ValueError(
-                f"group_size {group_size} does not divide the width {width} of {name}; sizes that fit: {sizes}"
+                f"{problem} of {name}; sizes that fit: {', '.join(fitting) or 'none, quantize on a GPU with -1'}"
             )
         for what, size in (("input", width), ("output", outputs)):
             if size % VALUES_PER_WORD[bits]:
@@ -104,6 +106,15 @@ def check_layers_fit(model_dir: Path, bits: int, group_size: int) -> None:
                     f"{bits}-bit weights are packed by {VALUES_PER_WORD[bits]}, which does not divide the {what} "
                     f"width {size} of {name}; try other bits"
                 )
+
+
+def _group_problem(width: int, bits: int, group_size: int, device: str) -> str:
+    if group_size != -1 and width % group_size:
+        return f"group_size {group_size} does not divide the width {width}"
+    if group_size == -1 and bits == 4 and device == "cpu" and width not in CPU_GROUPS:
+        known = ", ".join(map(str, CPU_GROUPS))
+        return f"torch runs 4-bit groups of {known} on a CPU, and group_size -1 makes one of the whole width {width}"
+    return ""
 
 
 def linear_widths(model_dir: Path) -> dict[str, tuple[int, int]]:

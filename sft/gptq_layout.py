@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sft.gptq_checks import weight_files
 
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
@@ -67,7 +67,7 @@ def weight_errors(model_dir: Path, quantized_dir: Path) -> dict[str, float]:
     Raises:
         ValueError: a quantized layer has a scale that is NaN or Inf.
     """
-    sources = {name: path for path in weight_files(model_dir) for name in _names(path)}
+    sources = {name: path for path in weight_files(model_dir) for name in tensor_names(path)}
     config = json.loads((quantized_dir / "quantize_config.json").read_text(encoding="utf-8"))
     errors = {}
     for name, packed in packed_layers(quantized_dir):
@@ -75,7 +75,7 @@ def weight_errors(model_dir: Path, quantized_dir: Path) -> dict[str, float]:
             raise ValueError(
                 f"quantized layer {name} has scales beyond float16's range; its weights are too large for GPTQ"
             )
-        weight = _read(sources[f"{name}.weight"], f"{name}.weight").float()
+        weight = read_tensor(sources[f"{name}.weight"], f"{name}.weight").float()
         restored = dequantize(packed, config["bits"], zeros_minus_one=config["checkpoint_format"] == "gptq")
         # Conv1D layers keep their weight as (inputs, outputs) already.
         reference = weight if weight.shape == restored.shape and weight.shape[0] != weight.shape[1] else weight.T
@@ -85,12 +85,11 @@ def weight_errors(model_dir: Path, quantized_dir: Path) -> dict[str, float]:
 
 def packed_layers(quantized_dir: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Name and packed tensors (`qweight`, `qzeros`, `scales`, `g_idx`) of each quantized layer, one layer at a time."""
-    places = {name: path for path in weight_files(quantized_dir) for name in _names(path)}
+    places = {name: path for path in weight_files(quantized_dir) for name in tensor_names(path)}
     for name in places:
         if name.endswith(".qweight"):
             layer = name.removesuffix(".qweight")
-            parts = ("qweight", "qzeros", "scales", "g_idx")
-            yield layer, {part: _read(places[f"{layer}.{part}"], f"{layer}.{part}") for part in parts}
+            yield layer, {part: read_tensor(places[f"{layer}.{part}"], f"{layer}.{part}") for part in PARTS}
 
 
 def dequantize(packed: dict[str, torch.Tensor], bits: int, zeros_minus_one: bool = True) -> torch.Tensor:
@@ -99,35 +98,6 @@ def dequantize(packed: dict[str, torch.Tensor], bits: int, zeros_minus_one: bool
     zeros = _unpack(packed["qzeros"], bits) + int(zeros_minus_one)
     group = packed["g_idx"].long()
     return packed["scales"].float()[group] * (levels - zeros[group]).float()
-
-
-def load_dequantized(quantized_dir: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a GPTQ checkpoint with its quantized weights written out as plain ones.
-
-    The weights are exactly those that the checkpoint stands for, but matrix products run at full speed on a CPU, where
-    the packed kernel takes four times as long. For evaluation, not for saving memory.
-    """
-    config = AutoConfig.from_pretrained(quantized_dir)
-    packing = config.quantization_config
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    weights = {}
-    for name, packed in packed_layers(quantized_dir):
-        weight = dequantize(packed, packing["bits"], zeros_minus_one=packing["checkpoint_format"] == "gptq")
-        is_linear = isinstance(model.get_submodule(name), torch.nn.Linear)
-        weights[f"{name}.weight"] = (weight.T if is_linear else weight).to(dtype).contiguous()
-    packed_names = tuple(f"{name.removesuffix('.weight')}." for name in weights)
-    for path in weight_files(quantized_dir):
-        for name in _names(path):
-            if not name.startswith(packed_names) or name.endswith(".bias"):
-                weights[name] = _read(path, name).to(dtype)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    model.tie_weights()
-    tied = set(model.all_tied_weights_keys or ())
-    assert not unexpected and set(missing) <= tied, f"missing {set(missing) - tied}, unexpected {unexpected}"
-    if (quantized_dir / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(quantized_dir)
-    return model.eval()
 
 
 def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -143,7 +113,7 @@ def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _halve_file(path: Path) -> list[str]:
-    tensors = {name: _read(path, name) for name in _names(path)}
+    tensors = {name: read_tensor(path, name) for name in tensor_names(path)}
     kept = []
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.dtype == torch.float16:
@@ -164,12 +134,14 @@ def _stable_quantization_config(quantized_dir: Path) -> dict[str, Any]:
     return config
 
 
-def _names(path: Path) -> list[str]:
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
     with safe_open(path, framework="pt") as handle:
         return sorted(handle.keys())
 
 
-def _read(path: Path, name: str) -> torch.Tensor:
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file."""
     with safe_open(path, framework="pt") as handle:
         return handle.get_tensor(name)
 

@@ -19,7 +19,7 @@ from stages.params import Params
 from stages.paths import Paths
 
 DIGEST_TAG = "sft.result_digest"
-MEASURED_STAGES = ("load", "pack", "train", "merge", "quantize", "evaluate")
+MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate")
 CANDIDATE, CHAMPION = "candidate", "champion"
 
 

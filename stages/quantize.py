@@ -64,6 +64,7 @@ def figures(report: QuantizeReport) -> dict[str, float | int | str]:
         "mean_relative_error": report.mean_relative_error,
         "max_relative_error": report.worst.relative_error,
         "num_damping_retries": report.num_damping_retries,
+        "loading_deviation": report.loading_deviation,
         "num_calibration_rows": report.num_rows,
         "num_calibration_tokens": report.num_tokens,
     }

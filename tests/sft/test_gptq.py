@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft.gptq import GPTQSettings, QuantizeReport, quantize_gptq
 from sft.gptq_checks import check_calibration, check_layers_fit, check_weights_finite, select_calibration
 from sft.gptq_layout import dequantize, packed_layers
+from sft.gptq_loading import load_dequantized, loading_deviation
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [[random.Random(seed).randrange(4, 380) for _ in range(64)] for seed in range(8)]
@@ -53,6 +55,32 @@ def test_checkpoint_loads_plainly_and_computes_what_its_files_say(
     with torch.no_grad():
         difference = (loaded(input_ids=ids).logits - rebuilt(input_ids=ids).logits).abs().max()
     assert difference < 5e-3
+
+
+def test_dequantized_model_computes_what_the_packed_one_does_and_keeps_its_ties(
+    quantized: tuple[Path, QuantizeReport],
+) -> None:
+    plain = load_dequantized(quantized[0])
+    packed = AutoModelForCausalLM.from_pretrained(quantized[0], dtype=torch.float32)
+    ids = torch.tensor(ROWS[:2])
+    with torch.no_grad():
+        assert (plain(input_ids=ids).logits - packed(input_ids=ids).logits).abs().max() < 5e-3
+    assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
+    assert plain.generation_config.eos_token_id == packed.generation_config.eos_token_id
+    assert 0 < quantized[1].loading_deviation < 0.05
+
+
+def test_checkpoint_that_loads_as_something_else_is_refused(
+    quantized: tuple[Path, QuantizeReport], tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(quantized[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    # transformers now takes zero points as they are, where the weights hold them less one.
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="computes something else than its weights say"):
+        loading_deviation(folder, ROWS[0])
 
 
 def test_checkpoint_is_small_and_keeps_tokenizer_and_generation_config(
@@ -124,7 +152,7 @@ def test_second_run_writes_the_same_bytes_and_reports_progress(
 @pytest.mark.parametrize(
     ("bits", "group_size", "sym", "desc_act", "worst"),
     [
-        pytest.param(2, 16, False, True, 0.6, marks=pytest.mark.slow),
+        pytest.param(2, 32, False, True, 0.6, marks=pytest.mark.slow),
         pytest.param(3, 32, True, False, 0.3, marks=pytest.mark.slow),
         (8, -1, True, False, 0.01),
     ],
@@ -145,21 +173,30 @@ def test_other_widths_load_and_err_as_much_as_their_bits_allow(
 
 
 def test_group_size_that_does_not_divide_names_layer_width_and_sizes_that_fit(source: Path) -> None:
-    expected = r"group_size 64 does not divide the width 96 of model.layers.0.mlp.down_proj; sizes that fit: 16, 32"
+    expected = r"group_size 64 does not divide the width 96 of model.layers.0.mlp.down_proj; sizes that fit: 32"
     with pytest.raises(ValueError, match=expected):
         check_layers_fit(source, bits=4, group_size=64)
 
 
+def test_four_bit_rows_without_groups_are_refused_where_no_kernel_runs_them(source: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"one of the whole width 96 of model.layers.0.mlp.down_proj; sizes that fit: 32"
+    ):
+        check_layers_fit(source, bits=4, group_size=-1, device="cpu")
+    check_layers_fit(source, bits=4, group_size=-1, device="cuda:0")
+    check_layers_fit(source, bits=8, group_size=-1, device="cpu")
+
+
 def test_bits_that_do_not_pack_into_a_layer_name_it(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
-    check_layers_fit(folder, bits=4, group_size=16)
+    check_layers_fit(folder, bits=4, group_size=-1, device="cuda:0")
     with pytest.raises(
         ValueError, match=r"2-bit weights are packed by 16, .* output width 8 of model.layers.0.self_attn.k"
     ):
-        check_layers_fit(folder, bits=2, group_size=16)
+        check_layers_fit(folder, bits=2, group_size=-1)
     with pytest.raises(ValueError, match="bits is 5, GPTQ checkpoints come in 2, 3, 4, 8"):
-        check_layers_fit(folder, bits=5, group_size=16)
-    with pytest.raises(ValueError, match="group_size is 24, readers know -1 and 16"):
+        check_layers_fit(folder, bits=5, group_size=-1)
+    with pytest.raises(ValueError, match="group_size is 24, readers know -1 and 32"):
         check_layers_fit(folder, bits=4, group_size=24)
 
 

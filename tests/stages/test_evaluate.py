@@ -112,20 +112,12 @@ def test_tokens_that_the_base_does_not_have_get_rows_as_in_training(tmp_path: Pa
     assert torch.isfinite(base(torch.tensor([[len(tokenizer) - 1]])).logits).all()
 
 
-@pytest.mark.parametrize(
-    ("gate", "message"),
-    [
-        (["tuned.exact_mach >= 0.5"], "did you mean tuned.exact_match"),
-        (["merged.exact_match >= 0.5"], "nothing is called merged.exact_match"),
-        (["quantized.loss <= 2"], "nothing is called quantized.loss"),
-    ],
-)
-def test_gate_on_a_figure_that_will_not_exist_stops_before_any_model_is_loaded(
-    finished: tuple[Paths, str], gate: list[str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(evaluate, "load_variant")
-    with pytest.raises(ValueError, match=message):
-        evaluate.run(tiny_params(evaluate={"gate": gate}), finished[0])
+def test_gate_on_a_model_that_there_is_not_fails_and_says_so(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    evaluate.run(tiny_params(evaluate={"gate": ["quantized.loss <= 2"]}), paths)
+    results = read_json(paths.out("evaluate", "results.json"))
+    assert results["gate"][0]["reason"] == "quantized.loss was not measured"
+    assert results["passed"] is False
 
 
 def test_reference_that_does_not_fit_the_task_is_named_by_its_row(tmp_path: Path) -> None:

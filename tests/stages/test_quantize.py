@@ -47,5 +47,5 @@ def test_method_none_states_why_there_is_no_checkpoint(finished: Paths, capsys: 
 
 
 def test_group_size_that_does_not_fit_is_refused_before_the_work(finished: Paths) -> None:
-    with pytest.raises(ValueError, match="group_size 64 does not divide the width 16"):
+    with pytest.raises(ValueError, match="group_size 64 does not divide the width 32"):
         quantize.run(tiny_params(quantize={"group_size": 64}), finished)

@@ -19,6 +19,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 REPO = Path(__file__).resolve().parents[2]
 GATE = ["tuned.loss <= 2 * base.loss", "tuned.exact_match >= 0.5"]
+# GPTQ packs no layer narrower than its smallest group.
+WIDE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 CURVE = """step,loss,eval_loss,learning_rate,grad_norm,mean_token_accuracy,eval_mean_token_accuracy
 1,2.5,,0.0001,3.5,0.4,
 2,1.5,1.6,0.0005,2.5,0.6,0.55
@@ -46,7 +48,7 @@ def tiny_params(**overrides: dict[str, Any]) -> Params:
     """The repository's own params with the sections' values that a tiny run needs, and `section={...}` on top."""
     values = load_params(REPO / "params.yaml").model_dump()
     values["model"] |= {"name_or_path": "models/base"}
-    values["quantize"] |= {"group_size": 16, "num_calibration_rows": 4, "calibration_length": 32}
+    values["quantize"] |= {"group_size": 32, "num_calibration_rows": 4, "calibration_length": 32}
     values["evaluate"] |= {"max_new_tokens": 4, "batch_size": 2, "gate": GATE}
     for section, changes in overrides.items():
         values[section] |= changes
@@ -56,7 +58,7 @@ def tiny_params(**overrides: dict[str, Any]) -> Params:
 def write_tiny_run(root: Path) -> Paths:
     """Write outs of load, format, pack, train and merge below `root`."""
     paths, tokenizer = Paths(root), tiny_tokenizer()
-    base = tiny_model()
+    base = tiny_model(**WIDE)
     _save(base, tokenizer, root / "models" / "base")
     record = {"name_or_path": "models/base", "revision": None, "resolved": "models/base"}
     write_json(paths.out("load", "base_model.json"), {**record, "digest": folder_digest(root / "models" / "base")})
@@ -92,7 +94,7 @@ def _write_training(paths: Paths, base: PreTrainedModel, tokenizer: PreTrainedTo
     adapter.save_pretrained(paths.out("train", "model"))
     write_text(paths.out("train", "curve.csv"), CURVE)
     write_json(paths.metrics("train"), {"loss": 0.5, "eval_loss": 0.7, "steps": 3})
-    merged = PeftModel.from_pretrained(tiny_model(), paths.out("train", "model")).merge_and_unload()
+    merged = PeftModel.from_pretrained(tiny_model(**WIDE), paths.out("train", "model")).merge_and_unload()
     _save(merged, tokenizer, paths.out("merge", "model"))
     write_json(paths.metrics("merge"), {"max_logit_diff": 1.2e-6})
     write_json(paths.out("quantize", "report.json"), {"method": "none", "reason": "not quantized in this test"})
