@@ -84,10 +84,28 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return project
 
 
+@pytest.fixture(scope="session")
+def ran_template(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    project = tmp_path_factory.mktemp("ran") / "project"
+    shutil.copytree(template, project, symlinks=True)
+    run(project, sys.executable, "-m", "dvc", "repro", "--quiet")
+    (project / "ran.log").unlink()
+    commit(project)
+    return project
+
+
 @pytest.fixture
 def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh copy of the project, which is also the working directory."""
     shutil.copytree(template, tmp_path / "project", symlinks=True)
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def ran_project(ran_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same with every stage up to date, and dvc.lock committed."""
+    shutil.copytree(ran_template, tmp_path / "project", symlinks=True)
     monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "project"
 

@@ -36,7 +36,7 @@ def wait_until_running(project: Path) -> None:
         time.sleep(0.02)
 
 
-def test_outcome_is_completed_then_unchanged_then_restored(project: Path) -> None:
+def test_outcome_is_completed_or_unchanged_or_restored(project: Path) -> None:
     heard = Heard()
 
     first = run_stage(project, "load", heard.listener)
@@ -53,19 +53,15 @@ def test_outcome_is_completed_then_unchanged_then_restored(project: Path) -> Non
     ]
 
 
-def test_force_runs_a_stage_whose_result_is_known(project: Path) -> None:
-    run_stage(project, "load", Heard().listener)
-
-    assert run_stage(project, "load", Heard().listener, force=True) is Outcome.COMPLETED
+def test_force_runs_a_stage_whose_result_is_known(ran_project: Path) -> None:
+    assert run_stage(ran_project, "load", Heard().listener, force=True) is Outcome.COMPLETED
 
 
-def test_progress_lines_become_progress_and_the_last_state_of_a_bar_a_line(project: Path) -> None:
+def test_progress_lines_become_progress_and_the_last_state_of_a_bar_a_line(ran_project: Path) -> None:
     script = r"""printf ' 10%%\r 50%%\rdone\n'; echo "PROGRESS 3/4 loss 1.5"; echo x > outs/pack.txt"""
-    (project / "pack.sh").write_text(script)
+    (ran_project / "pack.sh").write_text(script)
     heard = Heard()
-    run_stage(project, "load", heard.listener)
-
-    run_stage(project, "pack", heard.listener)
+    run_stage(ran_project, "pack", heard.listener)
 
     assert heard.progress == [Progress(3, 4, "loss 1.5")]
     assert heard.lines[-1] == "done"
@@ -119,29 +115,26 @@ def test_missing_input_is_told_in_the_words_of_dvc(project: Path) -> None:
         run_stage(project, "pack", Heard().listener)
 
 
-def test_edit_during_the_run_is_not_recorded(project: Path) -> None:
-    run_stage(project, "load", Heard().listener)
-    lock_before = YAML().load(project / "dvc.lock")
+def test_edit_during_the_run_is_not_recorded(ran_project: Path) -> None:
     script = "sed -i 's/max_length: 512/max_length: 256/' params.yaml; echo old > outs/pack.txt"
-    (project / "pack.sh").write_text(script)
+    (ran_project / "pack.sh").write_text(script)
 
     with pytest.raises(StageFailed, match="pack: pack changed while it ran, nothing was recorded; run it again"):
-        run_stage(project, "pack", Heard().listener)
+        run_stage(ran_project, "pack", Heard().listener)
 
-    assert YAML().load(project / "dvc.lock") == lock_before
-    # neither the state that was edited into being nor the first one is served from the cache
-    assert run_stage(project, "pack", Heard().listener) is Outcome.COMPLETED
+    assert sorted(YAML().load(ran_project / "dvc.lock")["stages"]) == ["load", "train"]
+    # the state that was edited into being is not served from the cache either
+    assert run_stage(ran_project, "pack", Heard().listener) is Outcome.COMPLETED
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_whatever_ends_the_wait_ends_the_whole_tree(project: Path, error: type[BaseException]) -> None:
-    (project / "pack.sh").write_text("setsid sleep 300 & touch started; echo go; sleep 300")
-    run_stage(project, "load", Heard().listener)
+def test_whatever_ends_the_wait_ends_the_whole_tree(ran_project: Path, error: type[BaseException]) -> None:
+    (ran_project / "pack.sh").write_text("setsid sleep 300 & touch started; echo go; sleep 300")
     before = descendants()
     started = time.monotonic()
 
     with pytest.raises(error):
-        run_stage(project, "pack", Listener(Stopper(error).hear, Heard().progress.append))
+        run_stage(ran_project, "pack", Listener(Stopper(error).hear, Heard().progress.append))
 
     assert descendants() == before
     assert time.monotonic() - started < 5
@@ -158,15 +151,14 @@ class Stopper:
             raise self._error
 
 
-def test_tree_ends_with_a_flow_that_is_killed(project: Path) -> None:
-    run_stage(project, "load", Heard().listener)
-    (project / "pack.sh").write_text("setsid sleep 301 & touch started; sleep 301")
+def test_tree_ends_with_a_flow_that_is_killed(ran_project: Path) -> None:
+    (ran_project / "pack.sh").write_text("setsid sleep 301 & touch started; sleep 301")
     code = (
         "from pathlib import Path; from flows.dvc_stage import *\nrun_stage(Path.cwd(), 'pack', Listener(print, print))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    flow = subprocess.Popen([sys.executable, "-c", code], cwd=project, env=environment, stdout=subprocess.DEVNULL)
-    wait_until_running(project)
+    flow = subprocess.Popen([sys.executable, "-c", code], cwd=ran_project, env=environment, stdout=subprocess.DEVNULL)
+    wait_until_running(ran_project)
     tree = psutil.Process(flow.pid).children(recursive=True)
     assert len(tree) >= 4
 
@@ -176,14 +168,13 @@ def test_tree_ends_with_a_flow_that_is_killed(project: Path) -> None:
     assert psutil.wait_procs(tree, timeout=5)[1] == []
 
 
-def test_second_run_in_the_same_checkout_is_told_who_is_at_work(project: Path) -> None:
-    run_stage(project, "load", Heard().listener)
-    (project / "pack.sh").write_text("touch started; until test -e go; do sleep 0.1; done; echo x > outs/pack.txt")
-    first = threading.Thread(target=run, args=(project, sys.executable, "-m", "dvc", "repro", "-s", "pack"))
+def test_second_run_in_the_same_checkout_is_told_who_is_at_work(ran_project: Path) -> None:
+    (ran_project / "pack.sh").write_text("touch started; until test -e go; do sleep 0.1; done; echo x > outs/pack.txt")
+    first = threading.Thread(target=run, args=(ran_project, sys.executable, "-m", "dvc", "repro", "-s", "pack"))
     first.start()
-    wait_until_running(project)
+    wait_until_running(ran_project)
 
     with pytest.raises(StageFailed, match="is busy, it is being blocked by"):
-        run_stage(project, "pack", Heard().listener)
-    (project / "go").touch()
+        run_stage(ran_project, "pack", Heard().listener)
+    (ran_project / "go").touch()
     first.join()

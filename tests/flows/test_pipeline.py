@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from prefect import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import State
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.exceptions import ObjectAlreadyExists, PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL
+
+from flows import pipeline as module
+from flows.dvc_stage import Listener, Outcome, run_stage
+from flows.forms import parse_assignments
+from flows.pipeline import main, pipeline
+from tests.flows.conftest import commit, run
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def outcomes(printed: str) -> list[tuple[str, str]]:
+    """The first two columns of the closing table."""
+    lines = printed.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("stage "))
+    rows = [line.split("  ") for line in lines[start + 1 :] if line.startswith(("load", "pack", "train"))]
+    return [(cells[0].strip(), next(cell for cell in cells[1:] if cell).strip()) for cells in rows]
+
+
+def artifacts(state: State[Any]) -> dict[str, Any]:
+    with get_client(sync_client=True) as client:
+        of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
+        return {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=of_run)}
+
+
+def replace_param(project: Path, old: str, new: str) -> None:
+    params = (project / "params.yaml").read_text()
+    assert old in params
+    (project / "params.yaml").write_text(params.replace(old, new))
+
+
+def test_outcomes_progress_and_closing_table(ran_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    replace_param(ran_project, "max_length: 512", "max_length: 256")
+    first = pipeline(return_state=True)
+
+    assert (first.type, first.message) == ("COMPLETED", "1 completed, 2 unchanged")
+    assert outcomes(capsys.readouterr().out) == [("load", "Unchanged"), ("pack", "Completed"), ("train", "Unchanged")]
+    found = artifacts(first)
+    assert (found["progress-pack"].data, found["progress-pack"].description) == (100.0, "pack: 2 of 2 whole")
+    table = json.loads(found["pipeline-stages"].data)
+    assert [(row["stage"], row["outcome"], row["figures"]) for row in table] == [
+        ("load", "Unchanged", ""),
+        ("pack", "Completed", ""),
+        ("train", "Unchanged", "loss 1.25, rows.train 2"),
+    ]
+    assert "| pack | Completed |" in found["pipeline-report"].data
+
+    replace_param(ran_project, "max_length: 256", "max_length: 512")
+    assert pipeline(from_stage="pack", to_stage="pack", return_state=True).message == "1 restored"
+
+
+def test_mistake_ends_the_run_with_one_line_no_traceback_and_no_retry(
+    ran_project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (ran_project / "pack.sh").write_text("echo try >> ran.log; echo 'error: rows.jsonl:7: no role' >&2; exit 1")
+
+    code = main(["--from-stage", "pack"])
+
+    out, err = capfd.readouterr()
+    assert code == 1
+    assert outcomes(out) == [("pack", "Failed"), ("train", "Not run")]
+    assert err.splitlines()[-1] == "error: pack: rows.jsonl:7: no role"
+    assert "Traceback" not in out + err
+    assert (ran_project / "ran.log").read_text().split() == ["try"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to-stage", "pakc"], "error: no stage 'pakc' in dvc.yaml; did you mean 'pack'?"),
+        (["--set", "train.lora_r=0"], "error: overrides: train.lora_r: Input should be greater than or equal to 1"),
+        (["--set", "merge.tolerance=1"], "error: merge.tolerance: no stage of this run reads it"),
+    ],
+)
+def test_run_that_makes_no_sense_is_refused_before_it_exists(
+    project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_overrides_leave_the_checkout_as_it_was(ran_project: Path) -> None:
+    before = {path: path.read_bytes() for path in ran_project.rglob("*") if path.is_file() and path.suffix != ".db"}
+
+    state = pipeline(overrides=parse_assignments(["train.learning_rate=5e-4"]), return_state=True)
+
+    assert state.message == "1 completed, 2 restored"
+    assert "| `train.learning_rate` | `0.0005` |" in artifacts(state)["pipeline-report"].data
+    changed = [path for path in before if path.exists() and path.read_bytes() != before[path]]
+    assert [path for path in changed if not {".git", ".dvc"} & set(path.parts)] == []
+    assert run(ran_project, "git", "status", "--porcelain") == ""
+    assert list((ran_project / ".worktrees").iterdir()) == []
+
+    # what was computed there is not computed again when the checkout adopts the value
+    replace_param(ran_project, "learning_rate: 1.0e-3", "learning_rate: 0.0005")
+    assert run_stage(ran_project, "train", Listener(print, print)) is Outcome.RESTORED
+    assert "learning_rate: 0.0005" in (ran_project / "outs" / "train.txt").read_text()
+
+
+def test_killed_stage_is_tried_again(ran_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "stage_task", module.stage_task.with_options(retry_delay_seconds=0))
+    script = "echo try >> ran.log; cp outs/load.txt outs/pack.txt; test $(wc -l < ran.log) -gt 1 || kill -9 $$"
+    (ran_project / "pack.sh").write_text(script)
+
+    state = pipeline(from_stage="pack", to_stage="pack", return_state=True)
+
+    assert state.message == "1 completed"
+    assert (ran_project / "ran.log").read_text().split() == ["try", "try"]
+
+
+@pytest.mark.slow
+def test_terminated_flow_ends_its_tree_and_its_worktree(project: Path) -> None:
+    (project / "pack.sh").write_text(f"touch {project}/started; setsid sleep 302 & sleep 302")
+    commit(project)
+    command = [sys.executable, "-m", "flows.pipeline", "--set", "pack.max_length=256"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PREFECT_API_URL": PREFECT_API_URL.value(),
+    }
+    flow = subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while not (project / "started").exists():
+        assert flow.poll() is None, flow.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    tree = psutil.Process(flow.pid).children(recursive=True)
+    assert len(list((project / ".worktrees").iterdir())) == 2
+
+    flow.send_signal(signal.SIGINT)
+
+    assert psutil.wait_procs(tree, timeout=5)[1] == []
+    flow.communicate(timeout=30)
+    assert list((project / ".worktrees").iterdir()) == []
+
+
+def deploy(name: str) -> Any:
+    with get_client(sync_client=True) as client:
+        return client.create_deployment(
+            flow_id=client.create_flow(pipeline),
+            name=name,
+            parameter_openapi_schema=pipeline.parameters.model_dump_for_openapi(),
+            enforce_parameter_schema=True,
+        )
+
+
+def test_cron_schedule_creates_runs(project: Path) -> None:
+    deployment = deploy("nightly")
+    with get_client(sync_client=True) as client:
+        client.create_deployment_schedules(deployment, [(CronSchedule(cron="0 2 * * *", timezone="UTC"), True)])
+        client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment})
+
+        runs = [run for run in client.read_flow_runs() if run.deployment_id == deployment]
+
+    assert runs
+    assert {run.state_name for run in runs} == {"Scheduled"}
+    assert {run.next_scheduled_start_time.hour for run in runs} == {2}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"overrides": {"train": {"learning_rate": "fast"}}}, {"overrides": {"train": {"learning_rat": 0.1}}}],
+)
+def test_server_refuses_a_wrong_value_before_a_run_exists(project: Path, parameters: dict[str, Any]) -> None:
+    deployment = deploy("form")
+    with get_client(sync_client=True) as client:
+        with pytest.raises((PrefectHTTPStatusError, ObjectAlreadyExists)) as caught:
+            client.create_flow_run_from_deployment(deployment, parameters=parameters)
+
+        assert not [run for run in client.read_flow_runs() if run.deployment_id == deployment]
+    assert "learning_rat" in str(caught.value.response.text)
