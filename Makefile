@@ -34,7 +34,8 @@ $(READY): requirements.lock
 	@touch $@
 
 repro: $(READY) ## run the pipeline: what is up to date is not run again
-	@$(RUN)/python -m stages repro
+	@$(RUN)/dvc repro
+	@$(RUN)/python -m stages summary
 
 test: $(READY) ## style, types and tests
 	@$(RUN)/ruff check .

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArgume
 from transformers.training_args import ParallelMode
 
 from sft.attention import choose_packed_attention, probe_isolation
-from sft.chat_formats import clone_chat_template
+from sft.chat_formats import FORMATS, clone_chat_template, ensure_pad_token, setup_chat_format
 from sft.collators import DataCollatorForSFT
 from sft.config import SFTConfig
 from sft.models import load_model, load_tokenizer
@@ -45,6 +45,8 @@ def resolve_config(args: TrainingArguments | None, model: Any) -> SFTConfig:
             f"model_init_kwargs={args.model_init_kwargs} would be ignored: the model is an object already; give them "
             "to its from_pretrained, or give the model's name"
         )
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns at every data loader
     if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process, which would mean torch's DataParallel; start the script with "
@@ -82,8 +84,7 @@ def resolve_processor(processing_class: Any, model: Any, config: SFTConfig) -> A
             raise ValueError(f"{option}={token!r} is not in the tokenizer's vocabulary; add it, or name one that is")
         setattr(tokenizer, option, token)
     if tokenizer.pad_token is None:
-        # labels are masked by place, so eos as padding is never trained away
-        tokenizer.pad_token = tokenizer.eos_token
+        ensure_pad_token(tokenizer, may_add=False)  # labels are masked by place, so eos may serve
     return processing_class
 
 
@@ -93,21 +94,22 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
 
 
 def apply_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> Any:
-    """Put the template of `chat_template_path` on the tokenizer; returns the model, resized for tokens that came along.
+    """Put the format of `chat_template_path` on tokenizer and model.
+
+    Args:
+        model: Resized where the format brings new tokens.
+        tokenizer: Gets the template and the special tokens.
+        config: `chat_template_path`: a named format, a Jinja file, or a folder or hub id whose tokenizer has a template.
 
     Raises:
-        ValueError: The file is empty or does not exist.
+        ValueError: It is none of these.
     """
     path = config.chat_template_path
     if path is None:
         return model
-    if path.endswith((".jinja", ".jinja2", ".j2")):
-        try:
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"chat_template_path={path!r} can't be read: {error.strerror}") from error
-        return model
-    return clone_chat_template(model, tokenizer, path)[0]
+    if path in FORMATS or Path(path).suffix in (".jinja", ".jinja2", ".j2"):
+        return setup_chat_format(model, tokenizer, path, resize_to_multiple_of=None)[0]
+    return clone_chat_template(model, tokenizer, path, resize_to_multiple_of=None)[0]
 
 
 def choose_packing(config: SFTConfig, data_collator: Any, datasets: list[Any]) -> Packing:

@@ -7,12 +7,14 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from stages.params import ParamsError, load_params
 from stages.paths import Paths
 
 STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
+TOOLS = ("summary",)
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
@@ -23,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         0 on success, 1 when the work failed for a reason a user can mend, 2 when params.yaml or the call is wrong.
     """
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
-    parser.add_argument("name", choices=STAGES, metavar="NAME", help=", ".join(STAGES))
+    names = (*STAGES, *TOOLS)
+    parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
     args = parser.parse_args(argv)
     quiet_tools()
@@ -55,6 +58,8 @@ class _AboutTorchao(logging.Filter):
 def quiet_tools() -> None:
     """Switch telemetry off and keep other packages' chatter out of the log; a value set by the user wins."""
     logging.getLogger("torch.utils._pytree").addFilter(_AboutTorchao())
+    # what libraries tell each other about their next versions
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
     logging.getLogger("torchao").setLevel(logging.ERROR)  # kernels for GPUs that are not there
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -15,12 +15,12 @@ from sft.generation import Generation, generate_batch
 from sft.metrics import TASKS, Task, bootstrap_interval, mean_scores
 from sft.models import load_tokenizer
 from stages.artifacts import progress, read_json, read_jsonl, write_json, write_jsonl
+from stages.measured import ANSWERING, LIKELIHOOD
 from stages.params import EvaluateSection, Params
 from stages.paths import Paths
 from stages.report import write_report
 from stages.variants import Variant, find_variants, load_variant, size_mb
 
-LIKELIHOOD = ("loss", "perplexity", "token_accuracy")
 TOKENS_PER_BATCH = 2048
 
 
@@ -63,9 +63,9 @@ def run(params: Params, paths: Paths) -> None:
     tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
     held_out = read_held_out(section, task, paths, tokenizer)
     variants = find_variants(paths)
-    conditions = parse_gate(section.gate, metric_names(variants, task, held_out))
+    conditions = parse_gate(section.gate)  # the names in it were checked with params.yaml
     num_documents = sum(len(row.get("seq_lengths") or [0]) for row in held_out.rows)
-    meter = Meter(sum(num_documents + len(held_out.prompts) * generates(variant) for variant in variants))
+    meter = Meter(sum(num_documents + len(held_out.prompts) * (variant.name in ANSWERING) for variant in variants))
     measured = {}
     for variant in variants:
         meter.model = variant.name
@@ -94,24 +94,8 @@ def read_held_out(section: EvaluateSection, task: Task, paths: Paths, tokenizer:
             task.check_reference(prompt["reference"])
         except ValueError as error:
             raise ValueError(f"held-out row {prompt['id']}: {error}") from None
-    token_ids = [tokenizer(prompt["prompt"], add_special_tokens=False)["input_ids"] for prompt in prompts]
+    token_ids = [tokenizer(prompt["prompt"], add_special_tokens=prompt["add_special_tokens"])["input_ids"] for prompt in prompts]
     return HeldOut(load_from_disk(str(paths.out("pack", "eval"))).to_list(), prompts, token_ids)
-
-
-def generates(variant: Variant) -> bool:
-    """Whether a model answers the prompts: not the merged one, its logits are proved to be the tuned one's."""
-    return variant.name != "merged"
-
-
-def metric_names(variants: list[Variant], task: Task, held_out: HeldOut) -> set[str]:
-    """Every `model.metric` that will be measured."""
-    reference = held_out.prompts[0]["reference"]
-    generated = [*task.score(reference, reference), *task.summarize([reference], [reference]), "stop_rate"]
-    return {
-        f"{variant.name}.{metric}"
-        for variant in variants
-        for metric in [*LIKELIHOOD, "size_mb", *(generated if generates(variant) else [])]
-    }
 
 
 def measure(
@@ -127,7 +111,7 @@ def measure(
     likelihood = evaluate_model(model, held_out.rows, TOKENS_PER_BATCH, on_progress=meter)
     result = Measured({name: likelihood[name] for name in LIKELIHOOD} | {"size_mb": size_mb(variant)})
     result.seconds["likelihood"] = time.monotonic() - started
-    if generates(variant):
+    if variant.name in ANSWERING:
         started = time.monotonic()
         result.answers = generate_batch(
             model, tokenizer, held_out.token_ids, section.max_new_tokens, section.batch_size, on_progress=meter

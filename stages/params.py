@@ -14,6 +14,9 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from sft.gate import parse_gate
+from stages.measured import metric_names
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -179,6 +182,15 @@ class Params(Section):
     evaluate: EvaluateSection
     publish: PublishSection
 
+    @model_validator(mode="after")
+    def _gate_speaks_of_what_is_measured(self) -> Params:
+        available = metric_names(self.evaluate.task, with_quantized=self.quantize.method != "none")
+        try:
+            parse_gate(self.evaluate.gate, available)
+        except ValueError as error:
+            raise ValueError(f"evaluate.gate: {error}") from None
+        return self
+
 
 class ParamsError(ValueError):
     """params.yaml can't be used; the message lists every problem."""
@@ -236,6 +248,8 @@ def describe_problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
     if detail["type"] == "missing":
         return f"{place}: missing; the file must state it"
     message = detail["msg"].removeprefix("Value error, ")
+    if not place:
+        return message
     if isinstance(detail["input"], (dict, BaseModel)):
         return f"{place}: {message}"
     return f"{place}: {message}, found {detail['input']!r}"

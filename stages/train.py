@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from sft.adapters import count_parameters, get_peft_config
+from sft.chat_formats import resize_embeddings
 from sft.config import ModelConfig, SFTConfig
 from sft.models import load_model
 from sft.quantization import get_quantization_config
 from sft.trainer import SFTTrainer
-from stages.artifacts import fresh_folder, progress, write_json, write_text
+from stages.artifacts import fresh_folder, progress, read_json, write_json, write_text
 from stages.base_model import read_base_model
 from stages.checkpoints import TrainingState
 from stages.params import ModelSection, Params, TrainSection
@@ -51,6 +52,7 @@ def run(params: Params, paths: Paths) -> None:
         peft_config=get_peft_config(model_config),
         callbacks=[ProgressLines()],
     )
+    trainer.remove_callback(PrinterCallback)  # `ProgressLines` says it more briefly
     checkpoint = state.last_checkpoint()
     if checkpoint is not None:
         print(f"resuming from {checkpoint.name}", flush=True)
@@ -90,8 +92,8 @@ def load_base(
         quantization_config=get_quantization_config(config),
         trust_remote_code=section.trust_remote_code,
     )
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
+    new_token_ids = read_json(paths.out("format", "summary.json"))["new_token_ids"]
+    resize_embeddings(model, len(tokenizer), new_token_ids)
     return model
 
 
