@@ -26,6 +26,32 @@ if TYPE_CHECKING:
     from sft.quantization import get_kbit_device_map, get_quantization_config, prepare_model_for_kbit_training
     from sft.trainer import SFTTrainer
 
+__all__ = [
+    "IGNORE_INDEX",
+    "ConstantLengthDataset",
+    "DataCollatorForCompletionOnlyLM",
+    "DataCollatorForSFT",
+    "ModelConfig",
+    "SFTConfig",
+    "SFTTrainer",
+    "clone_chat_template",
+    "document_layout",
+    "evaluate_model",
+    "get_kbit_device_map",
+    "get_peft_config",
+    "get_quantization_config",
+    "load_model",
+    "load_tokenizer",
+    "merge_adapter",
+    "pack_dataset",
+    "prepare_model_for_kbit_training",
+    "preview_masks",
+    "probe_isolation",
+    "quantize_gptq",
+    "setup_chat_format",
+    "truncate_dataset",
+]
+
 _HOMES = {
     "ConstantLengthDataset": "constant_length",
     "DataCollatorForCompletionOnlyLM": "completion_collator",
@@ -52,14 +78,12 @@ _HOMES = {
     "truncate_dataset": "packing",
 }
 
-__all__ = list(_HOMES)  # noqa: PLE0604
-
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"sft.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'sft' has no attribute {name!r}; it offers {', '.join(sorted(_HOMES))}")
+    raise AttributeError(f"module 'sft' has no attribute {name!r}; it offers {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:
-    return sorted(_HOMES)
+    return sorted(__all__)

@@ -43,6 +43,14 @@ class SFTConfig(TrainingArguments):
         chars_per_token: For `ConstantLengthDataset`: used to size the buffer.
     """
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "dataset_kwargs"]  # JSON texts
+
+    # stated again so that the type checker, which does not follow upstream, knows them
+    gradient_checkpointing: bool | None = None
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    activation_checkpointing: bool | None = None
+    activation_checkpointing_kwargs: dict[str, Any] | None = None
+
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     include_num_input_tokens_seen: str | bool = field(

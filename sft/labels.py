@@ -1,4 +1,4 @@
 """The label value that the loss ignores."""
 
 IGNORE_INDEX = -100
-"""Label of a position that is not trained: the default `ignore_index` of torch's cross entropy, which transformers uses too."""
+"""Label of a position that is not trained: the default `ignore_index` of torch's cross entropy."""

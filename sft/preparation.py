@@ -290,7 +290,7 @@ def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bo
         logger.warning("%s data: %s", name, report.summary())
     if len(kept) == 0:
         raise ValueError(
-            f"no trainable token in any of the {len(dataset)} {name} rows at max_length={max_length}: look at the masks "
-            "with sft.preview_masks, raise max_length, or check completion_only_loss and assistant_only_loss"
+            f"no trainable token in any of the {len(dataset)} {name} rows at max_length={max_length}: look at the "
+            "masks with sft.preview_masks, raise max_length, or check completion_only_loss and assistant_only_loss"
         )
     return pack_dataset(kept, max_length, config.packing_strategy) if packing else kept

@@ -67,6 +67,8 @@ class SFTTrainer(Trainer):
         formatting_func: Example (or batch) to text (or texts).
     """
 
+    _signature_columns: list[str] | None
+
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
@@ -138,7 +140,7 @@ class SFTTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """One forward and backward pass; the documents' borders hold for both, as checkpointing recomputes in the latter."""
+        """One forward and backward pass; the documents' borders hold for both, as checkpointing computes twice."""
         with document_layout(inputs.get("seq_lengths")):
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -202,7 +204,7 @@ class SFTTrainer(Trainer):
         """Keep the columns that collators and loss read, though no model's forward names them."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns += [name for name in TOKEN_COLUMNS if name not in self._signature_columns]
+            self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *TOKEN_COLUMNS]))
 
 
 def prepare_all(dataset: Any, *args: Any, name: str, **kwargs: Any) -> Any:

@@ -49,10 +49,15 @@ def resolve_config(args: TrainingArguments | None, model: Any) -> SFTConfig:
         args.dataloader_pin_memory = False  # there is nothing to pin for, and torch warns at every data loader
     if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, which would mean torch's DataParallel; start the script with "
-            f"`accelerate launch --num_processes {args.n_gpu}`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+            f"{args.n_gpu} GPUs are visible to one process, which would mean torch's DataParallel; start the script "
+            f"with `accelerate launch --num_processes {args.n_gpu}`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
     return args
+
+
+def model_arguments(config: SFTConfig) -> dict[str, Any]:
+    """`model_init_kwargs`, which a command line gives as JSON text and upstream parses."""
+    return config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
 
 
 def resolve_model(model: Any, config: SFTConfig) -> Any:
@@ -60,7 +65,7 @@ def resolve_model(model: Any, config: SFTConfig) -> Any:
     if not isinstance(model, str):
         return model
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None
-    return load_model(model, mixed_precision=precision, **(config.model_init_kwargs or {}))
+    return load_model(model, mixed_precision=precision, **model_arguments(config))
 
 
 def resolve_processor(processing_class: Any, model: Any, config: SFTConfig) -> Any:
@@ -73,7 +78,7 @@ def resolve_processor(processing_class: Any, model: Any, config: SFTConfig) -> A
         name = model if isinstance(model, str) else model.config._name_or_path
         if not name:
             raise ValueError("processing_class is needed: the model was made in memory and names no tokenizer")
-        revision = (config.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        revision = model_arguments(config).get("revision") if isinstance(model, str) else None
         processing_class = load_tokenizer(name, revision=revision)
     tokenizer = tokenizer_of(processing_class)
     for option in ("eos_token", "pad_token"):
@@ -99,7 +104,7 @@ def apply_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, config: 
     Args:
         model: Resized where the format brings new tokens.
         tokenizer: Gets the template and the special tokens.
-        config: `chat_template_path`: a named format, a Jinja file, or a folder or hub id whose tokenizer has a template.
+        config: `chat_template_path`: a named format, a Jinja file, or a tokenizer's folder or hub id.
 
     Raises:
         ValueError: It is none of these.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -34,9 +33,10 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     partial = path.with_name(f".{path.name}.partial")
     num_rows = 0
     with partial.open("w", encoding="utf-8") as file:
-        for num_rows, row in enumerate(rows, start=1):
+        for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+            num_rows += 1
+    partial.replace(path)
     return num_rows
 
 

@@ -27,7 +27,7 @@ class TrainingState:
 
     @classmethod
     def open(cls, params: Params, paths: Paths) -> TrainingState:
-        """The folder for exactly these params, packed rows, base model and code; clears away finished ones of others."""
+        """The folder for exactly these params, rows, base model and code; finished ones of others are removed."""
         digest = hashlib.sha256()
         digest.update(json.dumps([params.model.model_dump(), params.train.model_dump()], sort_keys=True).encode())
         for path in fingerprint_files(paths):

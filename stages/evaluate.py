@@ -94,7 +94,9 @@ def read_held_out(section: EvaluateSection, task: Task, paths: Paths, tokenizer:
             task.check_reference(prompt["reference"])
         except ValueError as error:
             raise ValueError(f"held-out row {prompt['id']}: {error}") from None
-    token_ids = [tokenizer(prompt["prompt"], add_special_tokens=prompt["add_special_tokens"])["input_ids"] for prompt in prompts]
+    token_ids = [
+        tokenizer(prompt["prompt"], add_special_tokens=prompt["add_special_tokens"])["input_ids"] for prompt in prompts
+    ]
     return HeldOut(load_from_disk(str(paths.out("pack", "eval"))).to_list(), prompts, token_ids)
 
 

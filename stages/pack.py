@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sft.chat import Rendered
 from sft.encoding import Encoder
 from sft.labels import IGNORE_INDEX
-
 from sft.packing import OverflowReport, apply_overflow, pack_with_plan
 from sft.preview import preview_masks
 from stages.artifacts import progress, read_jsonl, write_json, write_jsonl, write_text
@@ -28,7 +27,7 @@ TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write outs/pack/{train,eval}, the index from packed row to record ids, a preview of the masks, and the figures."""
+    """Write outs/pack: packed rows, an index from them to record ids, a preview of the masks; and the figures."""
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     metrics: dict[str, Any] = {}
     ledger: list[dict[str, Any]] = []

@@ -63,10 +63,18 @@ FAMILY_OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma2": {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8},
     "phi": {},
     "gpt_neox": {},
-    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 2048, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt2": {
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 2048,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
     "opt": {"word_embed_proj_dim": 16, "ffn_dim": 32, "dropout": 0.0},
     "bloom": {"n_layer": 2, "n_head": 2},
-}  # fmt: skip
+}
 
 
 def tiny_model(family: str = "llama", vocab_size: int | None = None, **overrides: Any) -> PreTrainedModel:

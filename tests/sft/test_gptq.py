@@ -152,8 +152,8 @@ def test_second_run_writes_the_same_bytes_and_reports_progress(
 @pytest.mark.parametrize(
     ("bits", "group_size", "sym", "desc_act", "worst"),
     [
-        pytest.param(2, 32, False, True, 0.6, marks=pytest.mark.slow),
-        pytest.param(3, 32, True, False, 0.3, marks=pytest.mark.slow),
+        (2, 32, False, True, 0.6),
+        (3, 32, True, False, 0.3),
         (8, -1, True, False, 0.01),
     ],
 )
@@ -163,13 +163,13 @@ def test_other_widths_load_and_err_as_much_as_their_bits_allow(
     settings = GPTQSettings(bits=bits, group_size=group_size, sym=sym, desc_act=desc_act)
     report = quantize_gptq(source, tmp_path / "q", ROWS, settings)
     assert report.worst.relative_error < worst
-    rebuilt = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    for name, packed in packed_layers(tmp_path / "q"):
-        rebuilt.get_submodule(name).weight.data = dequantize(packed, bits, zeros_minus_one=sym).T.contiguous()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
-    ids = torch.tensor(ROWS[:2])
-    with torch.no_grad():
-        assert (loaded(input_ids=ids).logits - rebuilt(input_ids=ids).logits).abs().max() < 5e-3
+    # What transformers loads is what the files say, and what they say is near the source.
+    assert report.loading_deviation < 0.01
+    weight = load_file(source / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    restored = load_dequantized(tmp_path / "q").get_submodule("model.layers.0.mlp.up_proj").weight
+    assert (weight - restored).norm() / weight.norm() == pytest.approx(
+        next(m.relative_error for m in report.modules if (m.layer, m.module) == (0, "mlp.up_proj")), rel=1e-4
+    )
 
 
 def test_group_size_that_does_not_divide_names_layer_width_and_sizes_that_fit(source: Path) -> None:
