@@ -34,7 +34,8 @@ def figures(paths: Paths) -> dict[str, float]:
 def test_adapter_is_merged_and_the_figures_say_so(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
     run(tiny_params(), paths)
     merged = AutoModelForCausalLM.from_pretrained(paths.out("merge", "model"))
-    adapted = PeftModel.from_pretrained(tiny_model(), paths.out("train", "model")).eval()
+    base = AutoModelForCausalLM.from_pretrained(paths.root / "models" / "base")
+    adapted = PeftModel.from_pretrained(base, paths.out("train", "model")).eval()
     ids = torch.arange(5, 45)[None]
     torch.testing.assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, atol=1e-5, rtol=0)
     found = figures(paths)
