@@ -38,6 +38,7 @@ def prepare_prefect(root: Path = ROOT) -> None:
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", str(EPHEMERAL_STARTUP_TIMEOUT_S))
     if "PREFECT_API_URL" in os.environ or "PREFECT_HOME" in os.environ:
         return
+    prefect_home(root).mkdir(parents=True, exist_ok=True)
     os.environ["PREFECT_HOME"] = str(prefect_home(root))
     api_url = UiLock(root).holder().get("api_url")
     if api_url:

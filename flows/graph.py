@@ -110,7 +110,8 @@ def _planned(stage: PipelineStage, upstream: list[Stage], root: Path) -> Planned
     for dependency in stage.deps:
         path = Path(dependency.fs_path)
         if isinstance(dependency, ParamsDependency):
-            params.extend(dependency.params)
+            # Who depends on the whole file records it; what it acts on is the section of its own name.
+            params.extend(dependency.params or [stage.name])
         elif not any(path == out or out in path.parents for out in made):
             sources.append(str(path.relative_to(root)) if path.is_relative_to(root) else str(path))
     names = frozenset(other.name for other in upstream if isinstance(other, PipelineStage))

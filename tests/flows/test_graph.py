@@ -15,6 +15,13 @@ def test_plan_is_the_topological_order_of_dvc_yaml(project: Path) -> None:
     assert [stage.params for stage in plan.stages] == [("load",), ("pack",), ("train",)]
 
 
+def test_stage_that_records_the_whole_file_acts_on_its_own_section(project: Path) -> None:
+    text = (project / "dvc.yaml").read_text()
+    (project / "dvc.yaml").write_text(text.replace("params: [train]", "params: [params.yaml: ]"))
+
+    assert read_plan(project).stages[-1].params == ("train",)
+
+
 def test_sources_are_what_no_stage_writes(project: Path) -> None:
     assert [stage.sources for stage in read_plan(project).stages] == [("data",), ("pack.sh",), ("train.sh",)]
 
