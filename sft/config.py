@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -43,7 +43,11 @@ class SFTConfig(TrainingArguments):
         chars_per_token: For `ConstantLengthDataset`: used to size the buffer.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "dataset_kwargs"]  # JSON texts
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "dataset_kwargs",
+    ]  # JSON texts
 
     # stated again so that the type checker, which does not follow upstream, knows them
     gradient_checkpointing: bool | None = None

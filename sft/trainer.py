@@ -41,6 +41,7 @@ from sft.wiring import (
 
 logger = logging.getLogger(__name__)
 
+Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", "completion_mask", "assistant_masks")
 
 
@@ -76,11 +77,7 @@ class SFTTrainer(Trainer):
         data_collator: DataCollator | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase
-        | BaseImageProcessor
-        | FeatureExtractionMixin
-        | ProcessorMixin
-        | None = None,
+        processing_class: Processor | None = None,
         compute_loss_func: Callable | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
