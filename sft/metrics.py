@@ -1,4 +1,4 @@
-"""Generation metrics on strings: exact match, valid JSON, field F1; per row, averaged, and with bootstrap intervals.
+"""Generation metrics on strings: exact match, valid JSON, field F1; per row, averaged, and with intervals.
 
 Every metric is a mean of row scores between 0 and 1, so that an interval can be drawn for it. The one exception is
 `field_f1_micro`, which counts fields over all rows.
@@ -7,6 +7,7 @@ Every metric is a mean of row scores between 0 and 1, so that an interval can be
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 NUM_RESAMPLES = 2000
+Z95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -90,18 +92,31 @@ def word_f1(prediction: str, reference: str) -> float:
     return _f1((left & right).total(), left.total() + right.total())
 
 
-def bootstrap_interval(scores: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of row scores, drawn with the same seed every time.
+def mean_interval(scores: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of row scores: how far it would move with other rows of the same kind.
+
+    Shares (all scores 0 or 1) get the Wilson score interval, which stays honest where every row is right or none is;
+    other scores get the percentile bootstrap, drawn with the same seed every time.
 
     Raises:
         ValueError: there are no scores.
     """
     if not scores:
         raise ValueError("an interval needs at least one score")
+    if all(score in (0.0, 1.0) for score in scores):
+        return _wilson(sum(scores), len(scores))
     rng = random.Random(seed)
     means = sorted(sum(rng.choices(scores, k=len(scores))) / len(scores) for _ in range(NUM_RESAMPLES))
-    tail = int(NUM_RESAMPLES * (1 - level) / 2)
+    tail = int(NUM_RESAMPLES * 0.025)
     return means[tail], means[-1 - tail]
+
+
+def _wilson(num_right: float, num_rows: int) -> tuple[float, float]:
+    """Wilson's interval (J. Am. Stat. Assoc. 22, 1927) of a share at 95 %."""
+    share, spread = num_right / num_rows, Z95**2 / num_rows
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z95 * math.sqrt(share * (1 - share) / num_rows + spread / (4 * num_rows)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:

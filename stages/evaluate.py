@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sft.evaluation import evaluate_model
 from sft.gate import GateRow, check_gate, parse_gate
 from sft.generation import Generation, generate_batch
-from sft.metrics import TASKS, Task, bootstrap_interval, mean_scores
+from sft.metrics import TASKS, Task, mean_interval, mean_scores
 from sft.models import load_tokenizer
 from stages.artifacts import progress, read_json, read_jsonl, write_json, write_jsonl
 from stages.measured import ANSWERING, LIKELIHOOD
@@ -130,7 +130,7 @@ def score_answers(result: Measured, task: Task, references: list[str]) -> None:
     stops = [{"stop_rate": float(answer.stopped)} for answer in result.answers]
     result.figures |= mean_scores(result.scores) | task.summarize(texts, references) | mean_scores(stops)
     for rows in (result.scores, stops):
-        result.intervals |= {name: bootstrap_interval([row[name] for row in rows]) for name in rows[0]}
+        result.intervals |= {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
 
 
 def write_outputs(
@@ -173,7 +173,7 @@ def generation_rows(held_out: HeldOut, measured: dict[str, Measured]) -> list[di
             for name, result in measured.items()
             if result.answers
         }
-        rows.append({**prompt, "answers": answers})
+        rows.append({**{name: prompt[name] for name in ("id", "prompt", "reference")}, "answers": answers})
     return rows
 
 

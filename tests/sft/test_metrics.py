@@ -6,11 +6,11 @@ import pytest
 
 from sft.metrics import (
     TASKS,
-    bootstrap_interval,
     exact_match,
     json_field_f1,
     json_fields,
     json_valid,
+    mean_interval,
     mean_scores,
     word_f1,
 )
@@ -96,10 +96,21 @@ def test_reference_that_is_not_json_is_named() -> None:
         TASKS["json"].check_reference("Dear customer")
 
 
-def test_interval_holds_the_mean_shrinks_with_more_rows_and_repeats_itself() -> None:
-    few, many = [1.0, 0.0] * 10, [1.0, 0.0] * 200
-    low, high = bootstrap_interval(few)
-    assert (low, high) == bootstrap_interval(few)
+def test_interval_of_a_share_is_wilsons_and_honest_at_its_ends() -> None:
+    assert mean_interval([1.0] * 10) == (pytest.approx(0.7225, abs=1e-4), 1.0)
+    assert mean_interval([0.0] * 100) == (0.0, pytest.approx(0.0370, abs=1e-4))
+    assert mean_interval([1.0] * 81 + [0.0] * 19) == (pytest.approx(0.7222, abs=1e-4), pytest.approx(0.8749, abs=1e-4))
+
+
+def test_interval_of_other_scores_is_bootstrapped_and_repeats_itself() -> None:
+    few, many = [0.2, 0.8] * 10, [0.2, 0.8] * 200
+    low, high = mean_interval(few)
+    assert (low, high) == mean_interval(few)
     assert low < 0.5 < high
-    assert bootstrap_interval(many)[1] - bootstrap_interval(many)[0] < (high - low) / 2
-    assert bootstrap_interval([1.0] * 5) == (1.0, 1.0)
+    assert mean_interval(many)[1] - mean_interval(many)[0] < (high - low) / 2
+    assert mean_interval([0.3] * 5) == (pytest.approx(0.3), pytest.approx(0.3))
+
+
+def test_interval_needs_a_score() -> None:
+    with pytest.raises(ValueError, match="at least one score"):
+        mean_interval([])

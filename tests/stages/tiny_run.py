@@ -76,7 +76,9 @@ def _write_rows(paths: Paths, tokenizer: PreTrainedTokenizerFast) -> None:
     for number, city in enumerate(("London", "Paris", "<b>Rome</b>")):
         answer = json.dumps({"city": city, "items": [{"quantity": number}]})
         prompt = f"<|im_start|>system\nJSON!<|im_end|>\n<|im_start|>user\n{city}?<|im_end|>\n<|im_start|>assistant\n"
-        prompts.append({"id": f"tiny.jsonl:{number + 1}", "prompt": prompt, "reference": answer})
+        prompts.append(
+            {"id": f"tiny.jsonl:{number + 1}", "prompt": prompt, "reference": answer, "add_special_tokens": False}
+        )
         before, after = (
             tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f"{answer}<|im_end|>")
         )
