@@ -97,8 +97,8 @@ def test_reference_that_is_not_json_is_named() -> None:
 
 
 def test_interval_of_a_share_is_wilsons_and_honest_at_its_ends() -> None:
-    assert mean_interval([1.0] * 10) == (pytest.approx(0.7225, abs=1e-4), 1.0)
-    assert mean_interval([0.0] * 100) == (0.0, pytest.approx(0.0370, abs=1e-4))
+    assert mean_interval([1.0] * 10) == (pytest.approx(0.7225, abs=1e-4), pytest.approx(1.0))
+    assert mean_interval([0.0] * 100) == (pytest.approx(0.0, abs=1e-9), pytest.approx(0.0370, abs=1e-4))
     assert mean_interval([1.0] * 81 + [0.0] * 19) == (pytest.approx(0.7222, abs=1e-4), pytest.approx(0.8749, abs=1e-4))
 
 
