@@ -8,8 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from sft.attention import check_attention_request, current_hardware
 
@@ -52,7 +65,7 @@ def load_model(
     mixed_precision: str | None = None,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a causal language model from safetensors, after checks that name what is wrong.
+    """Load a language model, or a vision-language model, from safetensors, after checks that name what is wrong.
 
     Args:
         name_or_path: Hub id or folder.
@@ -64,7 +77,8 @@ def load_model(
         trust_remote_code: Run Python code that comes with the model.
         device_map: Placement as accelerate understands it; None = the CPU, from where a trainer moves it.
         mixed_precision: `bf16` or `fp16` when training runs under autocast: attention then computes in it.
-        from_pretrained_kwargs: Any further argument of `from_pretrained`; `torch_dtype` is taken as `dtype`.
+        from_pretrained_kwargs: Any further argument of `from_pretrained`; `torch_dtype` is taken as `dtype`, and
+            `load_in_8bit` or `load_in_4bit` as a `quantization_config`.
 
     Returns:
         The model in eval mode, as `from_pretrained` leaves it.
@@ -74,6 +88,7 @@ def load_model(
             that can't be found.
     """
     parsed = _one_dtype(dtype, from_pretrained_kwargs)
+    quantization_config = _one_quantization(quantization_config, from_pretrained_kwargs, parsed)
     _check_weight_format(name_or_path, from_pretrained_kwargs)
     # "main" is the hub's word for no choice, and a folder has no revisions
     source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
@@ -90,7 +105,8 @@ def load_model(
         if attention is not None:
             computed = _compute_dtype(name_or_path, parsed, quantization_config, mixed_precision, source)
             check_attention(attention, computed, device_map)
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **arguments)
+        loader = _auto_class(from_pretrained_kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **source))
+        return loader.from_pretrained(name_or_path, **arguments)
     except OSError as error:
         raise ValueError(explain_load_error(name_or_path, error)) from error
 
@@ -168,6 +184,27 @@ def _one_dtype(dtype: str | torch.dtype, kwargs: dict[str, Any]) -> torch.dtype 
     if dtype != "float32" and parse_dtype(dtype) != parsed:
         raise ValueError(f"dtype={dtype!r} and torch_dtype={old!r} are two names of one option: give dtype.")
     return parsed
+
+
+def _one_quantization(given: Any | None, kwargs: dict[str, Any], dtype: torch.dtype | str) -> Any | None:
+    """The quantization under either of its names: transformers 5 no longer takes `load_in_8bit` by itself."""
+    switches = {name: kwargs.pop(name, False) for name in ("load_in_8bit", "load_in_4bit")}
+    if not any(switches.values()):
+        return given
+    if given is not None or all(switches.values()):
+        named = [name for name, is_on in switches.items() if is_on] + ["quantization_config"] * (given is not None)
+        raise ValueError(f"{' and '.join(named)} are given together: a base is quantized in one way.")
+    if switches["load_in_4bit"] and isinstance(dtype, torch.dtype):
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(**switches)
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """The factory that builds the class which the checkpoint was saved from: with its image tower, or text alone."""
+    saved_as = (getattr(config, "architectures", None) or [None])[0]
+    with_images = saved_as in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    text_alone = saved_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return AutoModelForImageTextToText if with_images and not text_alone else AutoModelForCausalLM
 
 
 def _check_weight_format(name_or_path: str | Path, kwargs: dict[str, Any]) -> None:

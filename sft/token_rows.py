@@ -22,6 +22,7 @@ UNTRAINED_DISTANCE = 0.05
 """A row nearer to the mean row than this part of the usual distance was initialised there and never trained."""
 UNTRAINED_NORM = 1e-3
 """A row shorter than this part of the usual length is one that pre-training left at zero."""
+SAMPLE_ROWS = 4096
 
 PROBE = (
     {"role": "user", "content": "a"},
@@ -59,7 +60,10 @@ def untrained_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         )
     known = checkpoint_tokens(model)
     new = {index for token, index in added.items() if known is not None and token not in known}
-    return sorted(new | set(rows_as_initialised(weight, template_token_ids(tokenizer))))
+    found = new | set(rows_as_initialised(weight, template_token_ids(tokenizer)))
+    if tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        found.discard(tokenizer.pad_token_id)  # a token that only pads is neither read nor written
+    return sorted(found)
 
 
 def checkpoint_tokens(model: PreTrainedModel) -> set[str] | None:
@@ -97,16 +101,17 @@ def rows_as_initialised(weight: torch.Tensor, token_ids: list[int]) -> list[int]
         weight: Embeddings (num_tokens, width).
         token_ids: Rows to look at.
     """
-    table = weight.detach().float()
-    mean = table.mean(dim=0)
-    usual_distance = (table - mean).norm(dim=1).median()
-    usual_norm = table.norm(dim=1).median()
+    mean = weight.mean(dim=0, dtype=torch.float32)
+    # what is usual shows in a sample, and a table of 100,000s of rows need not be copied to float32
+    sample = weight[:: max(1, len(weight) // SAMPLE_ROWS)].float()
+    usual_distance = (sample - mean).norm(dim=1).median()
+    usual_norm = sample.norm(dim=1).median()
     found = []
     for index in token_ids:
-        row = table[index]
+        row = weight[index].float()
         is_mean = (row - mean).norm() < UNTRAINED_DISTANCE * usual_distance
         is_zero = row.norm() < UNTRAINED_NORM * usual_norm
-        is_copy = int((table == row).all(dim=1).sum()) > 1
+        is_copy = int((weight == weight[index]).all(dim=1).sum()) > 1
         if is_mean or is_zero or is_copy:
             found.append(index)
     return found

@@ -61,6 +61,20 @@ def embedded_folder(name: str) -> Path:
     return cache_folder() / "models" / name.removeprefix(EMBEDDED_PREFIX)
 
 
+def local_folder(name: str, root: Path) -> Path:
+    """The folder that a name in params.yaml means; it need not exist.
+
+    A run with overrides works in a git worktree, which holds what is committed and no models: there, a relative name
+    means the folder in the main checkout.
+    """
+    folder = (root / Path(name).expanduser()).resolve()
+    pointer = root / ".git"
+    if folder.is_dir() or not pointer.is_file():
+        return folder
+    git_folder = Path(pointer.read_text(encoding="utf-8").removeprefix("gitdir:").strip())  # MAIN/.git/worktrees/NAME
+    return (git_folder.parents[2] / Path(name).expanduser()).resolve()
+
+
 def read_base_model(record_file: Path) -> BaseModel:
     """Read outs/load/base_model.json and find the model's files, unchanged, on this machine.
 
@@ -160,7 +174,7 @@ def _find(record: dict[str, Any], root: Path) -> Path:
     if name.startswith(EMBEDDED_PREFIX):
         return embedded_folder(name)
     if record["resolved"] == name:
-        return (root / Path(name).expanduser()).resolve()
+        return local_folder(name, root)
     return _recorded_snapshot(name, record["resolved"])
 
 

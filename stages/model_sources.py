@@ -26,6 +26,7 @@ from stages.base_model import (
     folder_digest,
     hub_snapshot,
     installed_digest,
+    local_folder,
 )
 from stages.embedded_model import EMBEDDED_MODELS, install_embedded
 from stages.params import ModelSection
@@ -50,7 +51,7 @@ def resolve_base_model(model: ModelSection, root: Path | None = None) -> BaseMod
     name = model.name_or_path
     if name.startswith(EMBEDDED_PREFIX):
         return _resolve_embedded(model)
-    folder = ((root or Path()) / Path(name).expanduser()).resolve()
+    folder = local_folder(name, root or Path())
     if folder.is_dir():
         return _resolve_folder(model, folder)
     if _looks_like_path(name):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sft.models import load_model, load_tokenizer, parse_dtype, training_device
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -53,6 +54,33 @@ def test_further_arguments_reach_from_pretrained(folder: Path) -> None:
     model = load_model(folder, attn_implementation="eager", use_cache=False)
     assert model.config._attn_implementation == "eager"
     assert model.config.use_cache is False
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_switches_of_the_old_days_quantize(tmp_path: Path, width: int) -> None:
+    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    model = load_model(tmp_path, **{f"load_in_{width}bit": True})
+    assert getattr(model, f"is_loaded_in_{width}bit")
+
+
+def test_two_quantizations_at_once_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="load_in_8bit and load_in_4bit are given together"):
+        load_model(folder, load_in_8bit=True, load_in_4bit=True)
+    with pytest.raises(ValueError, match="load_in_8bit and quantization_config are given together"):
+        load_model(folder, load_in_8bit=True, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+
+
+def test_vision_language_checkpoint_keeps_its_image_tower(tmp_path: Path) -> None:
+    config = LlavaConfig(
+        text_config=tiny_model().config,
+        vision_config=CLIPVisionConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+        ),
+        image_token_index=5,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert type(model) is LlavaForConditionalGeneration
 
 
 def test_auto_attention_is_the_choice_of_transformers(folder: Path) -> None:

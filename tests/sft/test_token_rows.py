@@ -53,6 +53,15 @@ def test_added_token_that_is_in_no_template_is_found_by_the_checkpoints_tokenize
     assert untrained_token_ids(model, tokenizer) == [len(tokenizer) - 1]
 
 
+def test_token_that_only_pads_needs_no_training(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_model(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    assert untrained_token_ids(model, tokenizer) == []
+
+
 def test_reserved_token_that_pre_training_left_alone_is_found_by_its_row() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])

@@ -254,6 +254,19 @@ def test_record_of_a_relative_folder_starts_from_the_root(folder: Path) -> None:
     assert read_base_model(root / "outs" / "load" / "base_model.json") == base
 
 
+def test_relative_folder_is_found_from_a_worktree(folder: Path) -> None:
+    root = folder.parent
+    git = ["git", "-C", str(root), "-c", "user.name=me", "-c", "user.email=me@localhost"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "start"], check=True)
+    worktree = root / ".worktrees" / "run"
+    subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(worktree)], check=True)
+    base = resolve_base_model(section("mine"), root=worktree)
+    assert base.path == str(folder)
+    write_json(worktree / "outs" / "load" / "base_model.json", base.record())
+    assert read_base_model(worktree / "outs" / "load" / "base_model.json") == base
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "~/no/such/folder", "a/b/c"])
 def test_missing_folder_is_named_with_the_key_and_the_ways_out(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"params.yaml, model.name_or_path: the folder .* does not exist. Use a"):
