@@ -199,7 +199,7 @@ def _run_gptqmodel(
         model = GPTQModel.load(str(model_dir), config, dtype=dtype)
         model.layer_callback = _LayerProgress(on_progress, model.model.config.num_hidden_layers)
         rows = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in calibration]
-        log = model.quantize(rows, batch_size=1, calibration_data_min_length=1)
+        log = model.quantize(rows, batch_size=1)
         model.save(str(raw_dir))
     return _solved_rows(log)
 

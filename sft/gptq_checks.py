@@ -13,7 +13,8 @@ VALUES_PER_WORD = {2: 16, 3: 32, 4: 8, 8: 4}
 GROUP_SIZES = (32, 64, 128)
 """What all readers take (besides -1): torch's packed CPU kernel refuses 16, vLLM everything above 128."""
 CPU_GROUPS = (32, 64, 128, 256)
-MIN_ROW_TOKENS = 2
+MIN_ROW_TOKENS = 11
+"""GPTQModel leaves out rows of ten tokens or fewer without a word."""
 
 
 def select_calibration(rows: Sequence[Sequence[int]], num_rows: int, length: int, seed: int) -> list[list[int]]:
@@ -34,7 +35,9 @@ def select_calibration(rows: Sequence[Sequence[int]], num_rows: int, length: int
         )
     usable = [index for index, row in enumerate(rows) if len(row) >= MIN_ROW_TOKENS]
     if not usable:
-        raise ValueError(f"none of the {len(rows)} training rows has {MIN_ROW_TOKENS} tokens to calibrate on")
+        raise ValueError(
+            f"none of the {len(rows)} training rows has the {MIN_ROW_TOKENS} tokens that a calibration row needs"
+        )
     chosen = random.Random(seed).sample(usable, min(num_rows, len(usable)))
     return [list(rows[index][:length]) for index in chosen]
 

@@ -210,12 +210,13 @@ def test_weights_with_nan_are_named(tmp_path: Path) -> None:
 
 
 def test_poisoned_calibration_is_named(source: Path) -> None:
+    row = list(range(4, 20))
     with pytest.raises(
         ValueError, match="calibration row 1 holds token id 384 at position 2, the model knows 0 to 383"
     ):
-        check_calibration(source, [[1, 2, 3], [1, 2, 384]])
-    with pytest.raises(ValueError, match="calibration row 0 has 1 tokens, at least 2"):
-        check_calibration(source, [[1]])
+        check_calibration(source, [row, [1, 2, 384, *row]])
+    with pytest.raises(ValueError, match="calibration row 0 has 10 tokens, at least 11"):
+        check_calibration(source, [row[:10]])
     with pytest.raises(ValueError, match="calibration is empty"):
         check_calibration(source, [])
 
@@ -224,17 +225,37 @@ def test_failed_run_leaves_the_old_checkpoint_alone(source: Path, tmp_path: Path
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "old").write_text("kept")
     with pytest.raises(ValueError, match="calibration row 0"):
-        quantize_gptq(source, tmp_path / "q", [[9999, 1]], GPTQSettings(group_size=32))
+        quantize_gptq(source, tmp_path / "q", [[9999] * 20], GPTQSettings(group_size=32))
     assert (tmp_path / "q" / "old").read_text() == "kept"
 
 
+def test_damping_grows_until_the_hessian_has_an_inverse_and_is_reported(source: Path, tmp_path: Path) -> None:
+    settings = GPTQSettings(group_size=32, damp_percent=1e-9)
+    report = quantize_gptq(source, tmp_path / "q", [list(range(5, 17))], settings)
+    assert report.num_damping_retries == 14
+    assert {module.damp for module in report.modules} == {0.01}
+
+
+def test_activations_that_overflow_are_an_error_and_no_round_to_nearest(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"].fill_(1e25)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    expected = "7 of 14 layers could not be quantized, their Hessian has no inverse at any damping: layer 1 self_attn"
+    with pytest.raises(ValueError, match=expected):
+        quantize_gptq(folder, tmp_path / "q", ROWS[:2], GPTQSettings(group_size=32))
+    assert not (tmp_path / "q").exists()
+
+
 def test_calibration_rows_are_chosen_by_seed_and_cut_to_length() -> None:
-    rows = [[index] * (index % 5) for index in range(40)]
-    chosen = select_calibration(rows, num_rows=6, length=3, seed=3)
-    assert chosen == select_calibration(rows, num_rows=6, length=3, seed=3)
-    assert chosen != select_calibration(rows, num_rows=6, length=3, seed=4)
+    rows = [[index] * (8 + index % 5) for index in range(40)]
+    chosen = select_calibration(rows, num_rows=6, length=11, seed=3)
+    assert chosen == select_calibration(rows, num_rows=6, length=11, seed=3)
+    assert chosen != select_calibration(rows, num_rows=6, length=11, seed=4)
     assert len({row[0] for row in chosen}) == 6
-    assert {len(row) for row in chosen} <= {2, 3}
-    assert len(select_calibration(rows, num_rows=1000, length=3, seed=0)) == 24
+    assert {len(row) for row in chosen} == {11}
+    assert len(select_calibration(rows, num_rows=1000, length=99, seed=0)) == 16
     with pytest.raises(ValueError, match="none of the 2 training rows"):
-        select_calibration([[1], []], num_rows=1, length=8, seed=0)
+        select_calibration([[1], []], num_rows=1, length=11, seed=0)
+    with pytest.raises(ValueError, match="at least one row of 11 tokens, got 1 rows of 8"):
+        select_calibration(rows, num_rows=1, length=8, seed=0)
