@@ -41,6 +41,7 @@ from stages.params import ParamsError  # noqa: E402
 
 NUM_RETRIES = 2
 RETRY_DELAY_S = 5
+EXIT_INTERRUPTED = 130
 
 
 def may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:
@@ -170,7 +171,7 @@ def run_plan(root: Path, plan: Plan, force: bool, report: RunReport, variables: 
         started = time.monotonic()
         state: State[Any] = stage_task(root, name, force, variables, return_state=True)
         outcome = next((known for known in Outcome if known == state.name), Outcome.FAILED)
-        problem = state.message if state.is_failed() else None
+        problem = None if state.is_completed() else state.message or "no reason given"
         report.rows.append(Row(name, outcome, time.monotonic() - started, read_headline(root, name)))
     return problem
 
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the flow in this terminal, with the server of `make ui` when there is one, else with one of its own.
 
     Returns:
-        0 on success, 1 when a stage failed, 2 when the run can't be started as asked.
+        0 on success, 1 when a stage failed, 2 when the run can't be started as asked, 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=pipeline.description)
     parser.add_argument("--from-stage", metavar="STAGE", help="start here; what lies before is taken as it is")
@@ -195,7 +196,11 @@ def main(argv: list[str] | None = None) -> int:
     except (RunRefused, ParamsError) as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 2
-    state = pipeline(args.from_stage, args.to_stage, overrides, args.force, return_state=True)
+    try:
+        state = pipeline(args.from_stage, args.to_stage, overrides, args.force, return_state=True)
+    except KeyboardInterrupt:
+        print("error: interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if state.is_completed():
         return 0
     print(f"error: {state.message}", file=sys.stderr)

@@ -148,7 +148,10 @@ def test_terminated_flow_ends_its_tree_and_its_worktree(project: Path) -> None:
     flow.send_signal(signal.SIGINT)
 
     assert psutil.wait_procs(tree, timeout=5)[1] == []
-    flow.communicate(timeout=30)
+    printed, _ = flow.communicate(timeout=30)
+    assert flow.returncode == 130
+    assert b"error: interrupted" in printed
+    assert b"Traceback" not in printed
     assert list((project / ".worktrees").iterdir()) == []
 
 
