@@ -19,6 +19,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -90,6 +91,7 @@ class SFTTrainer(Trainer):
         config = resolve_config(args, model)
         processing_class = resolve_processor(processing_class, model, config)
         tokenizer = tokenizer_of(processing_class)
+        set_seed(config.seed)  # the adapter and new tokens' rows are drawn before upstream seeds anything
         model = apply_chat_template(resolve_model(model, config), tokenizer, config)
         model = wrap_adapter(
             model,

@@ -22,7 +22,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 CHANGES: dict[str, dict[str, Any]] = {
     "load": {"max_dropped_fraction": 0.5},
-    "pack": {"max_length": 256},
+    "pack": {"max_length": 1024},
     "train": {"learning_rate": 5e-3, "max_steps": 12, "logging_steps": 2, "eval_steps": 12, "save_steps": 2},
     "quantize": {"group_size": 32, "num_calibration_rows": 2, "calibration_length": 64},
     "evaluate": {"num_rows": 3, "batch_size": 3, "max_new_tokens": 8, "gate": ["tuned.loss <= base.loss"]},
@@ -55,6 +55,17 @@ def change_params(project: Path, changes: dict[str, dict[str, Any]]) -> None:
         yaml.dump(values, stream)
 
 
+def order(number: int) -> dict[str, Any]:
+    """A row of the kind that the embedded data set has, shorter, and of this file's own: golden losses hang on it."""
+    product, city = ("lamp", "chair", "dog")[number % 3], ("London", "Paris")[number % 2]
+    return {
+        "messages": [
+            {"role": "user", "content": f"I would like to order {number + 2} {product}s, please. Ada, {city}"},
+            {"role": "assistant", "content": json.dumps({"city": city, "items": {product: number + 2}})},
+        ]
+    }
+
+
 def make_project(folder: Path) -> Path:
     """A checkout of this repository's code and graph, with a tiny base model and a few rows."""
     folder.mkdir()
@@ -63,9 +74,9 @@ def make_project(folder: Path) -> Path:
     for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
         shutil.copyfile(ROOT / name, folder / name)
     (folder / "data").mkdir()
-    for split, num_rows in (("train", 24), ("eval", 6)):
-        rows = (ROOT / "data" / f"shop_{split}.jsonl").read_text(encoding="utf-8").splitlines()[:num_rows]
-        (folder / "data" / f"shop_{split}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    for split, numbers in (("train", range(24)), ("eval", range(24, 30))):
+        lines = [json.dumps(order(number)) + "\n" for number in numbers]
+        (folder / "data" / f"shop_{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     base = folder / "base"
     tiny_model(hidden_size=32, intermediate_size=96).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
@@ -85,8 +96,17 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def would_run(project: Path) -> list[str]:
-    """Stages that `dvc repro` would run, in order."""
-    return re.findall(r"Running stage '(\w+)'", call(project, "dvc", "repro", "--dry"))
+    """Stages that `dvc repro` would run: those whose own inputs changed, and those that read what these write."""
+    changed = re.findall(r"Running stage '(\w+)'", call(project, "dvc", "repro", "--dry"))
+    stages = YAML(typ="safe", pure=True).load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    written: set[str] = set()
+    for name, stage in stages.items():
+        reads = any(dep == out or dep.startswith(f"{out}/") for dep in stage["deps"] for out in written)
+        if reads and name not in changed:
+            changed.append(name)
+        if name in changed:
+            written |= set(stage["outs"])
+    return changed
 
 
 def files_below(folder: Path) -> list[str]:
@@ -145,7 +165,7 @@ def test_a_second_repro_runs_nothing_and_touches_nothing(project: Path) -> None:
     [
         ({"train": {"learning_rate": 1e-3}}, "train"),
         ({"format": {"chat_template": "zephyr"}}, "format"),
-        ({"pack": {"max_length": 128}}, "pack"),
+        ({"pack": {"max_length": 512}}, "pack"),
         ({"quantize": {"bits": 8}}, "quantize"),
         ({"evaluate": {"max_new_tokens": 9}}, "evaluate"),
         ({"publish": {"experiment": "other"}}, "publish"),
@@ -157,7 +177,7 @@ def test_a_changed_value_runs_only_what_depends_on_it(
     kept = (project / "params.yaml").read_text(encoding="utf-8")
     try:
         change_params(project, changes)
-        assert would_run(project) == list(STAGES[STAGES.index(first) :])
+        assert sorted(would_run(project)) == sorted(STAGES[STAGES.index(first) :])
     finally:
         (project / "params.yaml").write_text(kept, encoding="utf-8")
 
@@ -169,16 +189,16 @@ def test_a_changed_row_runs_everything_and_a_note_beside_the_data_nothing(projec
         (project / "data" / "NOTES.md").write_text("a note\n", encoding="utf-8")
         assert would_run(project) == []
         rows.write_text("".join(kept.splitlines(keepends=True)[:-1]), encoding="utf-8")
-        assert would_run(project) == list(STAGES)
+        assert sorted(would_run(project)) == sorted(STAGES)
     finally:
         rows.write_text(kept, encoding="utf-8")
 
 
 def test_training_killed_and_resumed_ends_with_the_same_bytes(project: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(
-        project, copy, ignore=shutil.ignore_patterns(".dvc", ".git", ".state", "merge", "quantize", "train")
-    )
+    shutil.copytree(project, copy, ignore=shutil.ignore_patterns(".dvc", ".git", ".state"))
+    for stage in ("train", "merge", "quantize", "evaluate"):
+        shutil.rmtree(copy / "outs" / stage)
     command = [sys.executable, "-m", "stages", "train"]
     process = subprocess.Popen(command, cwd=copy, env=environment(), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
