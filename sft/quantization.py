@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -14,8 +15,27 @@ from sft.models import parse_dtype
 if TYPE_CHECKING:
     from sft.config import ModelConfig
 
+CAST_LOGGER = "bitsandbytes.autograd._functions"
 QUANT_TYPES = ("nf4", "fp4")
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+
+
+class OncePerMessage(logging.Filter):
+    """Lets each message of a logger through once: bitsandbytes says at every product that it casts the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is new."""
+        message = record.getMessage()
+        is_new = message not in self._seen
+        self._seen.add(message)
+        return is_new
+
+
+logging.getLogger(CAST_LOGGER).addFilter(OncePerMessage())
 
 
 def get_quantization_config(model_config: ModelConfig) -> BitsAndBytesConfig | None:

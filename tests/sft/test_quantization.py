@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import peft
@@ -14,6 +15,7 @@ from sft.adapters import wrap_adapter
 from sft.config import ModelConfig
 from sft.models import load_model
 from sft.quantization import (
+    CAST_LOGGER,
     get_kbit_device_map,
     get_quantization_config,
     is_kbit,
@@ -96,6 +98,12 @@ def test_preparation_by_peft_itself_is_recognised(folder: Path) -> None:
 
 def test_plain_base_needs_no_preparation(folder: Path) -> None:
     assert not needs_kbit_preparation(load_model(folder, dtype="bfloat16"))
+
+
+def test_log_says_once_that_inputs_are_cast(caplog: pytest.LogCaptureFixture) -> None:
+    for number in (8, 8, 8, 4):
+        logging.getLogger(CAST_LOGGER).warning("cast to %s in this test", number)
+    assert caplog.messages == ["cast to 8 in this test", "cast to 4 in this test"]
 
 
 @pytest.mark.parametrize("options", [FOUR_BIT, EIGHT_BIT], ids=["4 bit", "8 bit"])
