@@ -61,7 +61,8 @@ class Side:
     first_names: Deck[str]
     last_names: Deck[str]
     cities: Deck[str]
-    products: Deck[str]
+    nouns: Deck[tuple[str, vocabulary.Words]]
+    styles: Deck[str]
     openers: Deck[str]
     introductions: Deck[str]
     signatures: Deck[str]
@@ -73,49 +74,46 @@ class Side:
     cues: dict[str, Deck[str]]
 
 
-def all_products(shelves: Sequence[vocabulary.Shelf]) -> list[str]:
-    """Return every noun alone and with each modifier of its shelf, in the singular."""
-    pairs = [(modifier, noun) for nouns, modifiers in shelves for noun in nouns for modifier in ("", *modifiers)]
-    return [f"{modifier} {noun}".strip() for modifier, noun in pairs]
-
-
-def make_side(
-    words: phrasings.Phrasings,
-    names: tuple[Sequence[str], Sequence[str]],
-    cities: Sequence[str],
-    shelves: Sequence[vocabulary.Shelf],
-    seed: int,
-) -> Side:
-    """Shuffle one side's phrasings and words into decks."""
+def make_side(words: vocabulary.Vocabulary, lines: phrasings.Phrasings, seed: int) -> Side:
+    """Shuffle one side's words and phrasings into decks."""
     rng = Random(seed)
     return Side(
         rng=rng,
-        first_names=Deck(names[0], rng),
-        last_names=Deck(names[1], rng),
-        cities=Deck(cities, rng),
-        products=Deck(all_products(shelves), rng),
-        openers=Deck(words.openers, rng),
-        introductions=Deck(words.introductions, rng),
-        signatures=Deck(words.signatures, rng),
-        fillers=Deck(words.fillers, rng),
+        first_names=Deck(words.first_names, rng),
+        last_names=Deck(words.last_names, rng),
+        cities=Deck(words.cities, rng),
+        nouns=Deck(words.nouns(), rng),
+        styles=Deck(words.styles, rng),
+        openers=Deck(lines.openers, rng),
+        introductions=Deck(lines.introductions, rng),
+        signatures=Deck(lines.signatures, rng),
+        fillers=Deck(lines.fillers, rng),
         intents=Deck(INTENTS, rng),
         urgencies=Deck(URGENCIES, rng),
-        bodies={intent: Deck(words.bodies[intent], rng) for intent in INTENTS},
-        whole={intent: Deck(words.whole[intent], rng) for intent in INTENTS},
-        cues={urgency: Deck(words.urgency[urgency], rng) for urgency in URGENCIES},
+        bodies={intent: Deck(lines.bodies[intent], rng) for intent in INTENTS},
+        whole={intent: Deck(lines.whole[intent], rng) for intent in INTENTS},
+        cues={urgency: Deck(lines.urgency[urgency], rng) for urgency in URGENCIES},
     )
 
 
 def train_side(seed: int) -> Side:
     """Return the decks of the training rows."""
-    names = (vocabulary.TRAIN_FIRST_NAMES, vocabulary.TRAIN_LAST_NAMES)
-    return make_side(phrasings.TRAIN, names, vocabulary.TRAIN_CITIES, vocabulary.TRAIN_SHELVES, seed)
+    return make_side(vocabulary.TRAIN, phrasings.TRAIN, seed)
 
 
 def held_out_side(seed: int) -> Side:
     """Return the decks of the held-out rows, which share no name, city, product or phrasing with the training rows."""
-    names = (vocabulary.HELD_OUT_FIRST_NAMES, vocabulary.HELD_OUT_LAST_NAMES)
-    return make_side(held_out_phrasings.HELD_OUT, names, vocabulary.HELD_OUT_CITIES, vocabulary.HELD_OUT_SHELVES, seed)
+    return make_side(vocabulary.HELD_OUT, held_out_phrasings.HELD_OUT, seed)
+
+
+def pick_product(side: Side) -> str:
+    """Return a product in the singular, with or without a modifier."""
+    noun, own_modifiers = side.nouns.deal()
+    chance = side.rng.random()
+    if chance < 0.45:
+        return noun
+    modifier = side.styles.deal() if chance < 0.8 else pick(own_modifiers, side.rng)
+    return f"{modifier} {noun}"
 
 
 def plural(product: str) -> str:
@@ -201,7 +199,7 @@ def make_row(side: Side) -> tuple[str, dict[str, object]]:
     first, last = side.first_names.deal(), side.last_names.deal()
     name = first if rng.random() < 0.12 else f"{first} {last}"
     city, intent, urgency = side.cities.deal(), side.intents.deal(), side.urgencies.deal()
-    items = [(side.products.deal(), pick_quantity(rng)) for _ in range(pick((1, 1, 1, 1, 1, 2, 2, 3), rng))]
+    items = [(pick_product(side), pick_quantity(rng)) for _ in range(pick((1, 1, 1, 1, 1, 2, 2, 3), rng))]
     slots = {"name": name, "city": city, "items": say_items(items, rng)}
     message = join_sentences([vary(template, rng).format(**slots) for template in arrange(side, intent, urgency)])
     record: dict[str, object] = {

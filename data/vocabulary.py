@@ -4,18 +4,17 @@ The two sides share no word (tests/test_data.py holds that), so a held-out answe
 copies it out of the message.
 """
 
+from dataclasses import dataclass
 
-def _words(text: str) -> tuple[str, ...]:
+Words = tuple[str, ...]
+
+
+def _words(text: str) -> Words:
     return tuple(part.strip() for part in " ".join(text.split()).split(","))
 
 
-def _hold_out(words: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the words for training, and every fifth one, held out: by position, so that nobody picks easy ones."""
-    return tuple(word for i, word in enumerate(words) if i % 5), words[::5]
-
-
 # A category's modifiers go with its nouns only, so that no "striped hammer" is on offer: (nouns, modifiers).
-Shelf = tuple[tuple[str, ...], tuple[str, ...]]
+Shelf = tuple[Words, Words]
 
 FIRST_NAMES = _words("""
     Aaron, Abigail, Adam, Agnes, Aisha, Alan, Albert, Alejandro, Alice, Alistair, Amanda, Amara, Amir, Amy, Anders,
@@ -88,83 +87,123 @@ CITIES = _words("""
     Vancouver, Venice, Verona, Vienna, Vigo, Vilnius, Warsaw, Washington, Wellington, Wichita, Winnipeg, Wroclaw,
     Yerevan, Zagreb, Zaragoza, Zurich""")
 
-TRAIN_FIRST_NAMES, HELD_OUT_FIRST_NAMES = _hold_out(FIRST_NAMES)
-TRAIN_LAST_NAMES, HELD_OUT_LAST_NAMES = _hold_out(LAST_NAMES)
-TRAIN_CITIES, HELD_OUT_CITIES = _hold_out(CITIES)
+# Modifiers that go with every noun.
+STYLES = _words("""
+    acrylic, alpine, amber, aqua, automatic, baroque, basic, battery-powered, beige, big, birch, braided, branded,
+    breathable, bright, bronze, burgundy, cane, canvas-covered, cardboard,  celestial, charcoal, cheap,
+    cherry, childproof, chrome, clay, cobalt, collapsible, concrete, contemporary, coral, corduroy, cork, crimson,
+    crocheted, crystal, cubic, curved, cute, Danish, decorative, deep, delicate, deluxe, denim, detachable,
+    dishwasher-safe, disposable, dotted, durable, embossed, emerald, engraved, exotic, extendable, fancy, festive,
+    fireproof, flat, floral, fragile, freestanding, French, fringed, frosted, funny, gas-powered, glossy, golden,
+    gothic, granite, handy, hexagonal, hollow, huge, hypoallergenic, imperial, indigo, Italian, jade, Japanese,
+    khaki, lavender, left-handed, lilac, lime, little, lockable,  lunar, luxurious, magenta, mahogany, maple,
+    matte, mauve, mechanical, medium, metallic, microwaveable, minimalist, mint, multicoloured, mustard, narrow,
+    natural, nautical, neon, nickel, non-slip, old-fashioned, olive, ordinary, organic, ornate, oversized, padded,
+    pale,  pastel, peach, pearl, personalised, pewter, pine, playful, plum, pointed, polished, popular,
+    practical, premium, quaint,  rainbow, rare, rattan, refillable, refurbished, removable, replacement,
+    reusable, ribbed, robust, rounded, royal, rubber, ruby, ruffled, salmon, sapphire, satin, scarlet, scented,
+    Scottish, second-hand, serious,  silk, simple, slate, sleek, sliding, solar-powered, soundproof, spare,
+    sparkling, special, spherical, spotted, stackable, stone, stretchy, stylish, suede, Swedish, swivel, tan,
+    tapered, tartan, teal, thick-walled, thin, tinted, tiny, traditional, transparent, trendy, triangular, tropical,
+    two-tone, unbreakable, upright, varnished, velour, violet, wall-mounted, walnut, washable, whimsical, wicker,
+    wide, windproof""")
 
 TRAIN_SHELVES: tuple[Shelf, ...] = (
     (
         _words("""
             mug, bowl, plate, teapot, jug, tray, cup, butter dish, pitcher, coaster, salt shaker, egg cup, cake
-            stand, mixing bowl, coffee pot, biscuit tin, sugar bowl, serving dish, soup plate"""),
+            stand, mixing bowl, coffee pot, biscuit tin, sugar bowl, serving dish, soup plate, saucer, goblet,
+            platter, gravy boat, tumbler, beaker, decanter, tureen, teacup, dinner plate, champagne flute,
+            candlestick, cookie jar, fruit bowl, punch bowl"""),
         _words("ceramic, enamel, blue, large, porcelain, stoneware, small, handmade"),
     ),
     (
         _words("""
             kettle, saucepan, ladle, whisk, colander, rolling pin, grater, spatula, wok, peeler, cutting board,
             breadboard, corkscrew, bread box, frying pan, cake tin, teaspoon, carafe, ramekin, garlic press,
-            espresso maker"""),
+            espresso maker, strainer, funnel, skewer, cleaver, bottle opener, can opener, potato masher, pastry
+            brush, measuring cup, baking sheet, muffin tin, pressure cooker, steamer, apple corer, nutcracker, ice
+            bucket, cocktail shaker"""),
         _words("copper, steel, wooden, shiny, lidded"),
     ),
     (
         _words("""
             towel, cushion, blanket, apron, curtain, tablecloth, napkin, pillow, bath mat, tea towel, rug, bedsheet,
             duvet, doormat, oven glove, pot holder, bathrobe, mattress, table runner, seat cover, face cloth,
-            tapestry"""),
+            tapestry, bolster, comforter, shawl, dishcloth, ribbon, placemat, washcloth, mosquito net, sleeping
+            mask, floor cushion, canopy"""),
         _words("linen, cotton, woollen, striped, checked, grey, soft, green, patterned, thick"),
     ),
     (
         _words("""
             rake, trowel, planter, watering can, spade, hose, flower pot, bird feeder, wheelbarrow, garden chair,
             parasol, hammock, lantern, seed tray, bucket, sprinkler, garden gnome, hedge trimmer, window box, fence
-            panel, trellis, birdbath"""),
+            panel, trellis, birdbath, pitchfork, hoe, weeder, gazebo, fountain, sundial, pergola, rain gauge, patio
+            heater, barbecue, swing, picnic table, deck chair, nesting box, beehive, log basket, fire pit"""),
         _words("galvanised, terracotta, plastic, sturdy, weatherproof, black, dark green"),
     ),
     (
         _words("""
             notebook, pencil, envelope, folder, stapler, ruler, eraser, sketchbook, calendar, diary, binder,
-            fountain         pen, marker, postcard, sticker, desk lamp, whiteboard, paper clip, ink cartridge, wall
-            map, gift card, pencil case, highlighter"""),
+            fountain pen, marker, postcard, sticker, desk lamp, whiteboard, paper clip, ink cartridge, wall map,
+            gift card, pencil case, highlighter, pen, notepad, letter opener, hole punch, paperweight, atlas,
+            journal, planner, ledger, rubber stamp, easel, canvas, chalkboard, bulletin board, label maker,
+            protractor, birthday card, poster, scrapbook, address book"""),
         _words("leather, slim, recycled, yellow, pocket, classic, ivory"),
     ),
     (
         _words("""
             hammer, drill, screwdriver, wrench, saw, ladder, toolbox, tape measure, paintbrush, clamp, chisel,
-            spirit         level, torch, extension cord, padlock, wire brush, work light, paint roller, hand saw,
-            pocket knife, hacksaw, sander"""),
+            spirit level, torch, extension cord, padlock, wire brush, work light, paint roller, hand saw, pocket
+            knife, hacksaw, sander, spanner, axe, anvil, jack, winch, pulley, bolt, bracket, rasp, scraper, tile
+            cutter, workbench, dust mask, mousetrap, crate, trestle, vice"""),
         _words("cordless, heavy, adjustable, electric, compact, magnetic, professional"),
     ),
     (
         _words("""
             puzzle, teddy bear, kite, board game, doll, spinning top, train set, toy car, puppet, building block,
-            balloon, model plane, card game, drum, music box, toy boat, frisbee, xylophone"""),
+            balloon, model plane, card game, drum, music box, toy boat, frisbee, xylophone, marionette, tricycle,
+            dollhouse, pinwheel, harmonica, tambourine, chessboard, dartboard, water pistol, rubber duck, paddling
+            pool, playhouse, magic wand, telescope, hula hoop, model ship, kaleidoscope"""),
         _words("colourful, painted, giant, vintage, educational"),
     ),
     (
         _words("""
             lamp, candle, vase, picture frame, mirror, clock, bookshelf, stool, basket, coat rack, laundry bag,
-            alarm         clock, light bulb, door handle, side table, wall hook, storage box, photo album, armchair,
-            lampshade, soap         dish, ottoman, nightstand, footrest, shoehorn"""),
+            alarm clock, light bulb, door handle, side table, wall hook, storage box, photo album, armchair,
+            lampshade, soap dish, ottoman, nightstand, footrest, shoehorn, chest, dresser, cupboard, cabinet,
+            doorstop, bookend, headboard, umbrella stand, key rack, bar stool, magazine rack, jewellery box, night
+            light, barometer, piggy bank, hanger, dustpan, broom, mop, feather duster, ironing board, towel rail,
+            chair"""),
         _words("round, white, antique, modern, tall, cream, square"),
     ),
     (
         _words("""
             tent, backpack, sleeping bag, compass, water bottle, helmet, raincoat, camping stove, headlamp, bike
             pump, bike lock, walking pole, yoga mat, thermos, lunchbox, tennis ball, skipping rope, picnic blanket,
-            cool box, football, tennis racket, snorkel, canteen, dumbbell"""),
+            cool box, football, tennis racket, snorkel, canteen, dumbbell, rucksack, canoe, paddle, oar, surfboard,
+            snowboard, sled, carabiner, hip flask, mess tin, golf club, cricket bat, punching bag, barbell,
+            kettlebell, treadmill, exercise bike, wetsuit, saddle, headband, knee pad, basketball, baseball cap,
+            lifejacket"""),
         _words("waterproof, lightweight, orange, insulated, foldable"),
     ),
     (
         _words("""
             charger, cable, adapter, keyboard, headset, speaker, webcam, battery, phone case, power bank, mouse pad,
             memory card, radio, monitor, laptop sleeve, remote control, desk fan, toothbrush, toaster, blender,
-            tripod, smart plug"""),
+            tripod, smart plug, earphone, laptop, tablet, phone, modem, scanner, amplifier, turntable, drone,
+            smartwatch, stopwatch, hair dryer, shaver, vacuum cleaner, humidifier, heater, coffee grinder, rice
+            cooker, waffle maker, egg timer, kitchen scale, sewing machine, light switch, joystick, games console,
+            smoke alarm"""),
         _words("wireless, portable, silver, rechargeable, mini"),
     ),
     (
         _words("""
             hat, sweater, sock, belt, shirt, jacket, umbrella, beanie, slipper, summer dress, winter coat, glove,
-            wallet, handbag, shoe rack, T-shirt, poncho, mitten"""),
+            wallet, handbag, shoe rack, T-shirt, poncho, mitten, blouse, cape, coat, vest, hoodie, jumper, kilt,
+            sandal, boot, trainer, loafer, brooch, bracelet, necklace, earring, purse, suitcase, briefcase, bandana,
+            bonnet, gown, tunic, nightgown, shoelace, cufflink, sunhat, visor, veil, wig, blazer, parka, anorak,
+            turtleneck, hairband"""),
         _words("knitted, red, warm, plain, navy, brown"),
     ),
 )
@@ -220,4 +259,48 @@ HELD_OUT_SHELVES: tuple[Shelf, ...] = (
             cardigan, necktie, swimsuit, waistcoat, skirt"""),
         _words("tweed, maroon"),
     ),
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One side (training or held-out) of what fills a message."""
+
+    first_names: Words
+    last_names: Words
+    cities: Words
+    styles: Words
+    shelves: tuple[Shelf, ...]
+
+    def nouns(self) -> list[tuple[str, Words]]:
+        """Return every product without a modifier, with the modifiers that suit its shelf."""
+        return [(noun, modifiers) for nouns, modifiers in self.shelves for noun in nouns]
+
+    def products(self) -> set[str]:
+        """Return every product in the singular: each noun alone, and with each modifier that goes with it."""
+        return {f"{modifier} {noun}".strip() for noun, own in self.nouns() for modifier in ("", *own, *self.styles)}
+
+
+def _kept(words: Words) -> Words:
+    return tuple(word for i, word in enumerate(words) if i % 5)
+
+
+def _held_out(words: Words) -> Words:
+    """Return every fifth word: by position, so that nobody picks easy ones."""
+    return words[::5]
+
+
+TRAIN = Vocabulary(
+    first_names=_kept(FIRST_NAMES),
+    last_names=_kept(LAST_NAMES),
+    cities=_kept(CITIES),
+    styles=_kept(STYLES),
+    shelves=TRAIN_SHELVES,
+)
+HELD_OUT = Vocabulary(
+    first_names=_held_out(FIRST_NAMES),
+    last_names=_held_out(LAST_NAMES),
+    cities=_held_out(CITIES),
+    styles=_held_out(STYLES),
+    shelves=HELD_OUT_SHELVES,
 )
