@@ -66,7 +66,11 @@ def read_headline(root: Path, stage: str) -> str:
         return ""
     figures = flatten(json.loads(path.read_text(encoding="utf-8")))
     numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
-    return ", ".join(f"{name} {value:.4g}" for name, value in list(numbers.items())[:NUM_HEADLINES])
+    return ", ".join(f"{name} {_figure(value)}" for name, value in list(numbers.items())[:NUM_HEADLINES])
+
+
+def _figure(value: int | float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 @dataclass
