@@ -18,7 +18,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(RUN):$(PATH)
 
-.PHONY: help setup repro test test-long lint ui pipeline bench clean
+.PHONY: help setup repro test test-long lint ui pipeline clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -55,9 +55,6 @@ pipeline: $(READY) ## the same pipeline as a Prefect flow, in this terminal
 
 ui: $(READY) ## Prefect and MLflow pages on loopback, with the pipeline ready to start
 	@$(RUN)/python -m flows.ui
-
-bench: $(READY) ## speed and memory, side by side with what one would use instead
-	@$(RUN)/python -m benchmarks
 
 clean: ## remove results and checkpoints (not the DVC cache, not MLflow's record)
 	rm -rf outs reports/report.html reports/timings .state
