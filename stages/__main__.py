@@ -61,6 +61,8 @@ def quiet_tools() -> None:
     # what libraries tell each other about their next versions
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
     logging.getLogger("torchao").setLevel(logging.ERROR)  # kernels for GPUs that are not there
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar in a log is a line a tick
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",

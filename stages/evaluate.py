@@ -66,10 +66,11 @@ def run(params: Params, paths: Paths) -> None:
     conditions = parse_gate(section.gate)  # the names in it were checked with params.yaml
     num_documents = sum(len(row.get("seq_lengths") or [0]) for row in held_out.rows)
     meter = Meter(sum(num_documents + len(held_out.prompts) * (variant.name in ANSWERING) for variant in variants))
+    new_token_ids = read_json(paths.out("format", "summary.json"))["new_token_ids"]
     measured = {}
     for variant in variants:
         meter.model = variant.name
-        model = load_variant(variant, params.model, len(tokenizer))
+        model = load_variant(variant, params.model, len(tokenizer), new_token_ids)
         measured[variant.name] = measure(model, tokenizer, variant, held_out, section, meter)
         del model
     gate = check_gate(conditions, {name: result.figures for name, result in measured.items()})

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sft.chat_formats import resize_embeddings
 from sft.gptq_loading import load_dequantized
 from sft.models import load_model
 from stages.base_model import read_base_model
@@ -44,13 +45,14 @@ def find_variants(paths: Paths) -> list[Variant]:
     return found
 
 
-def load_variant(variant: Variant, section: ModelSection, num_tokens: int) -> Any:
+def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_token_ids: list[int]) -> Any:
     """Load one model for inference.
 
     Args:
         variant: Which one.
         section: dtype, attention and trust of the base model.
-        num_tokens: Size of the tokenizer; embeddings are grown to it, as training did, where the base has fewer.
+        num_tokens: Size of the tokenizer.
+        new_token_ids: Tokens that `format` added: their rows are made in the base as `train` made them.
     """
     if variant.name == "quantized" and not torch.cuda.is_available():
         # The packed kernel is four times slower here; `quantize` has proved that it computes the same.
@@ -61,8 +63,8 @@ def load_variant(variant: Variant, section: ModelSection, num_tokens: int) -> An
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
     )
-    if model.get_input_embeddings().num_embeddings < num_tokens:
-        model.resize_token_embeddings(num_tokens)
+    if variant.name == "base" or variant.adapter is not None:
+        resize_embeddings(model, num_tokens, new_token_ids)
     if variant.adapter is not None:
         from peft import PeftModel
 

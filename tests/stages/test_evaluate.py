@@ -107,7 +107,7 @@ def test_tokens_that_the_base_does_not_have_get_rows_as_in_training(tmp_path: Pa
     tokenizer.add_tokens(["<new>"], special_tokens=True)
     from stages.variants import find_variants, load_variant
 
-    base = load_variant(find_variants(paths)[0], tiny_params().model, len(tokenizer))
+    base = load_variant(find_variants(paths)[0], tiny_params().model, len(tokenizer), [])
     assert base.get_input_embeddings().num_embeddings == len(tokenizer)
     assert torch.isfinite(base(torch.tensor([[len(tokenizer) - 1]])).logits).all()
 

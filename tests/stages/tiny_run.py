@@ -66,6 +66,7 @@ def write_tiny_run(root: Path) -> Paths:
     write_jsonl(paths.out("load", "ledger.jsonl"), [{"id": "tiny.jsonl:5", "stage": "load", "reason": "duplicate"}])
     write_json(paths.metrics("load"), {"num_train": 4, "num_eval": 3})
     tokenizer.save_pretrained(paths.out("format", "tokenizer"))
+    write_json(paths.out("format", "summary.json"), {"new_token_ids": []})
     _write_rows(paths, tokenizer)
     _write_training(paths, base, tokenizer)
     return paths
