@@ -161,7 +161,8 @@ class IsolationReport:
 
     neighbour_effect: float
     packing_error: float
-    tolerance: float
+    neighbour_tolerance: float
+    packing_tolerance: float
 
 
 PROBE_LENGTHS = (13, 10)
@@ -186,16 +187,18 @@ def probe_isolation(model: torch.nn.Module) -> IsolationReport:
     with evaluating(model):
         report = _measure_isolation(model, base)
     name = f"{base.config.model_type} with attn_implementation={base.config._attn_implementation!r}"
-    if report.neighbour_effect > report.tolerance:
+    way_out = "Use packing=False."
+    if base.config._attn_implementation != SFT_DOCUMENTS:
+        way_out = "Use attn_implementation='auto', or packing=False."
+    if report.neighbour_effect > report.neighbour_tolerance:
         raise ValueError(
             f"documents packed into one row see each other in {name}: changing one moved its neighbour's logits by "
-            f"{report.neighbour_effect:.1e} of their size (limit {report.tolerance:.1e}). Use packing=False, or "
-            "attn_implementation='auto'."
+            f"{report.neighbour_effect:.1e} of their size (limit {report.neighbour_tolerance:.1e}). {way_out}"
         )
-    if report.packing_error > report.tolerance:
+    if report.packing_error > report.packing_tolerance:
         raise ValueError(
             f"packing changes what {name} computes: logits differ by {report.packing_error:.1e} of their size from the "
-            f"unpacked ones (limit {report.tolerance:.1e}). Use packing=False, or attn_implementation='auto'."
+            f"unpacked ones (limit {report.packing_tolerance:.1e}). {way_out}"
         )
     return report
 
@@ -209,18 +212,24 @@ def _measure_isolation(model: torch.nn.Module, base: Any) -> IsolationReport:
     alone = torch.cat([_flat_logits(model, base, [first]), _flat_logits(model, base, [second])])
     scale = alone.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     start_of_second = PROBE_LENGTHS[0]
+    neighbour_tolerance, packing_tolerance = _tolerances(base)
     return IsolationReport(
         neighbour_effect=((packed - perturbed)[start_of_second:].abs().max() / scale).item(),
         packing_error=((packed - alone).abs().max() / scale).item(),
-        tolerance=_tolerance(base),
+        neighbour_tolerance=neighbour_tolerance,
+        packing_tolerance=packing_tolerance,
     )
 
 
-def _tolerance(base: Any) -> float:
-    """Rounding alone stays well below this; a leak of one document into another lies well above."""
-    if base.dtype == torch.float32 and not torch.is_autocast_enabled(base.device.type):
-        return 1e-4
-    return 5e-2
+def _tolerances(base: Any) -> tuple[float, float]:
+    """Limits for a neighbour's effect and for packing's; rounding alone stays well below, leaks lie well above.
+
+    The former compares runs of equal shape, which round alike; the latter does not, and TF32 products round more.
+    """
+    device_type = base.device.type
+    if base.dtype != torch.float32 or torch.is_autocast_enabled(device_type):
+        return 5e-2, 5e-2
+    return 1e-5, 1e-4 if device_type == "cpu" else 1e-2
 
 
 def _probe_document(vocab_size: int, length: int, seed: int) -> list[int]:
