@@ -23,6 +23,7 @@ from sft.gptq_loading import loading_deviation
 
 Progress = Callable[[int, int, str], None]
 
+TOKENS_PER_BATCH = 2048
 UNSOLVED_LOSS = 1e8
 """GPTQModel reports 999999999 as the loss of a module whose Hessian it could not invert at any damping."""
 
@@ -38,6 +39,8 @@ class GPTQSettings:
         desc_act: quantize the columns of large activations first; slower to run, mostly better at 2 and 3 bit.
         damp_percent: share of the mean Hessian diagonal that is added to it.
         damp_auto_increment: step by which the damping grows, up to 1, while a Hessian has no Cholesky factor.
+        true_sequential: calibrate the parts of a block one after the other, each seeing the errors of those before, at
+            two and a half times the forward passes; at 4 bit the errors came out the same without (0.134 either way).
         device: "auto" (a GPU if there is one), "cpu", "cuda:0", ...
     """
 
@@ -47,6 +50,7 @@ class GPTQSettings:
     desc_act: bool = False
     damp_percent: float = 0.05
     damp_auto_increment: float = 0.01
+    true_sequential: bool = False
     device: str = "auto"
 
 
@@ -184,6 +188,7 @@ def _run_gptqmodel(
             desc_act=settings.desc_act,
             damp_percent=settings.damp_percent,
             damp_auto_increment=settings.damp_auto_increment,
+            true_sequential=settings.true_sequential,
             device=device,
             act_group_aware=settings.group_size != -1 and not settings.desc_act,
             # Format 1 stores zero points minus one and so cannot hold a zero point of 0, which only asymmetric weights
@@ -199,7 +204,7 @@ def _run_gptqmodel(
         model = GPTQModel.load(str(model_dir), config, dtype=dtype)
         model.layer_callback = _LayerProgress(on_progress, model.model.config.num_hidden_layers)
         rows = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in calibration]
-        log = model.quantize(rows, batch_size=1)
+        log = model.quantize(rows, batch_size=max(1, TOKENS_PER_BATCH // max(map(len, calibration))))
         model.save(str(raw_dir))
     return _solved_rows(log)
 
