@@ -111,6 +111,7 @@ class TrainSection(Section):
         Literal["linear", "cosine", "constant", "constant_with_warmup"], Field(description="Learning rate schedule")
     ]
     warmup_ratio: Annotated[Fraction, Field(description="Part of the steps in which the rate rises")]
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0, description="Memory of AdamW's squared gradients")]
     weight_decay: Annotated[float, Field(ge=0.0, description="Decoupled weight decay")]
     max_grad_norm: Annotated[float, Field(gt=0.0, description="Gradients are scaled down to this norm")]
     neftune_noise_alpha: Annotated[float | None, Field(gt=0.0, description="NEFTune noise, arXiv:2310.05914")]

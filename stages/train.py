@@ -58,6 +58,9 @@ def run(params: Params, paths: Paths) -> None:
         print(f"resuming from {checkpoint.name}", flush=True)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
+    if not any("eval_loss" in entry for entry in last):
+        trainer.evaluate()  # the last step fell between two evaluations
     save_results(trainer, tokenizer, paths, seconds=time.monotonic() - started)
     state.mark_finished()
 
@@ -110,6 +113,7 @@ def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
         lr_scheduler_type=section.lr_scheduler_type,
         warmup_steps=section.warmup_ratio,
         weight_decay=section.weight_decay,
+        adam_beta2=section.adam_beta2,
         max_grad_norm=section.max_grad_norm,
         neftune_noise_alpha=section.neftune_noise_alpha,
         loss_type=section.loss_type,
