@@ -65,7 +65,7 @@ def read_headline(root: Path, stage: str) -> str:
     if not path.exists():
         return ""
     figures = flatten(json.loads(path.read_text(encoding="utf-8")))
-    numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
+    numbers = {name: value for name, value in figures.items() if type(value) in (int, float)}
     return ", ".join(f"{name} {_figure(value)}" for name, value in list(numbers.items())[:NUM_HEADLINES])
 
 
