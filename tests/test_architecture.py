@@ -269,3 +269,18 @@ def test_a_stage_reads_only_what_earlier_stages_wrote(verb: str) -> None:
         }
     inputs = [dep for dep in dvc_stages()[verb]["deps"] if dep.startswith(("outs/", "reports/"))]
     assert [dep for dep in inputs if not any(dep == out or dep.startswith(out + "/") for out in earlier)] == []
+
+
+def test_the_map_in_the_readme_names_every_module_and_nothing_else() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("## Map")[1].split("```")[1]
+    listed, folder = set(), ""
+    for line in tree.strip().splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+        assert (ROOT / folder / name if line.startswith(" ") else ROOT / name).exists(), f"{folder}{name} is not there"
+        listed.add(f"{folder}{name}" if line.startswith(" ") else name)
+    modules_here = {path.relative_to(ROOT).as_posix() for path in modules(*FLOORS).values() if path.stat().st_size}
+    empty_or_obvious = {"stages/__init__.py", "flows/__init__.py"}
+    assert modules_here - empty_or_obvious - listed == set()
