@@ -18,10 +18,7 @@ T = TypeVar("T")
 
 INTENTS = ("order", "return", "cancel", "status", "complaint")
 URGENCIES = ("low", "normal", "high")
-SYSTEM_PROMPT = (
-    "Extract JSON: intent (order, return, cancel, status, complaint), customer, city, "
-    "items (product in singular, quantity), urgency (low, normal, high)."
-)
+SYSTEM_PROMPT = "Message to JSON: intent, customer, city, items, urgency."
 NUMBER_WORDS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 SHORTHAND = (("please", "pls"), ("Please", "Pls"), ("Thanks", "Thx"), ("I'm", "Im"), ("n't", "nt"), (" and ", " & "))
 
@@ -199,14 +196,17 @@ def make_row(side: Side) -> tuple[str, dict[str, object]]:
     first, last = side.first_names.deal(), side.last_names.deal()
     name = first if rng.random() < 0.12 else f"{first} {last}"
     city, intent, urgency = side.cities.deal(), side.intents.deal(), side.urgencies.deal()
-    items = [(pick_product(side), pick_quantity(rng)) for _ in range(pick((1, 1, 1, 1, 1, 2, 2, 3), rng))]
+    items = [(pick_product(side), pick_quantity(rng)) for _ in range(pick((1, 1, 1, 2), rng))]
     slots = {"name": name, "city": city, "items": say_items(items, rng)}
     message = join_sentences([vary(template, rng).format(**slots) for template in arrange(side, intent, urgency)])
     record: dict[str, object] = {
         "intent": intent,
         "customer": name,
         "city": city,
-        "items": [{"product": product, "quantity": quantity} for product, quantity in items],
+        "items": [
+            {"product": product if quantity == 1 else plural(product), "quantity": quantity}
+            for product, quantity in items
+        ],
         "urgency": urgency,
     }
     return roughen(message, rng), record
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write shop_train.jsonl and shop_eval.jsonl."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--num-train", type=int, default=560)
+    parser.add_argument("--num-train", type=int, default=760)
     parser.add_argument("--num-eval", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)

@@ -28,7 +28,7 @@ HELD_OUT = Phrasings(
         "Respectfully, {name}, resident of {city}",
         "All the best, {name} @ {city}",
         "Many greetings out of {city}, {name}",
-        "Cheers, {name} in sunny {city}",
+        "Cheers, {name} in {city}",
     ),
     bodies={
         "order": (
@@ -106,7 +106,7 @@ HELD_OUT = Phrasings(
     },
     urgency={
         "high": (
-            "I must have this sorted before noon today.",
+            "This needs sorting before noon today.",
             "Speed matters here, be fast.",
             "Please act at once, it's urgent.",
             "Quite urgent!",
@@ -132,13 +132,10 @@ HELD_OUT = Phrasings(
         "normal": (),
     },
     fillers=(
-        "Cheers.",
         "Much appreciated.",
         "Kindly acknowledge this.",
-        "Wishing you a pleasant week.",
         "I pay by bank transfer.",
         "My details haven't changed.",
-        "Your staff were friendly last spring.",
         "Looking forward to your reply.",
     ),
 )

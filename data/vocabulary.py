@@ -17,25 +17,19 @@ def _words(text: str) -> Words:
 Shelf = tuple[Words, Words]
 
 FIRST_NAMES = _words("""
-    Aaron, Abigail, Adam, Agnes, Aisha, Alan, Albert, Alejandro, Alice, Alistair, Amanda, Amara, Amir, Amy, Anders,
-    Andrea, Andrew, Angela, Anika, Anna, Anthony, Antonio, Arjun, Arthur, Astrid, Ayesha, Barbara, Beatrice,
-    Beatriz, Ben, Bianca, Bogdan, Boris, Brenda, Brian, Bridget, Bruno, Callum, Camille, Carla, Carlos, Carmen,
-    Caroline, Catherine, Cecilia, Cedric, Chen, Chidi, Chloe, Christian, Clara, Claudia, Colin, Connor, Cristina,
-    Dagmar, Daniel, Daria, David, Deborah, Delia, Desmond, Diana, Diego, Dmitri, Dominic, Dora, Edith, Eduardo,
-    Edward, Eleanor, Elena, Elias, Eliza, Elsa, Emeka, Emily, Emma, Enrique, Eric, Esther, Eva, Ewa, Fabio, Farah,
-    Fatima, Felix, Fergus, Fernando, Fiona, Flora, Frank, Freya, Gabriel, Gareth, George, Gerald, Gita, Giulia,
-    Gloria, Grace, Graham, Greta, Gustav, Hamid, Hannah, Hans, Harold, Harriet, Hassan, Heather, Hector, Helen,
-    Henry, Hilda, Hiroshi, Hugo, Ian, Ibrahim, Imogen, Ines, Ingrid, Irene, Isabel, Ismail, Ivan, Jack, Jacob,
-    James, Jana, Jasper, Javier, Jean, Jessica, Joanna, Joel, Johan, John, Jolanta, Jonas, Joseph, José, Joyce,
-    Julia, Julian, Kamal, Karen, Karim, Kate, Keiko, Kenji, Kenneth, Kevin, Khadija, Kirsten, Klara, Kofi, Lars,
-    Laura, Leila, Lena, Leo, Liam, Lorenzo, Lucas, Lucy, Luis, Lukas, Lydia, Magda, Malik, Manuel, Marco, Marek,
-    Margaret, Maria, Marta, Martin, Mary, Matilda, Matteo, Maureen, Max, Megan, Mei, Michael, Miguel, Mina, Mirela,
-    Mohammed, Monika, Nadia, Naomi, Natalie, Nathan, Niamh, Nicola, Nigel, Nina, Noah, Nora, Oksana, Olga, Oliver,
-    Omar, Oscar, Otto, Pablo, Patricia, Paul, Pavel, Pedro, Penelope, Peter, Petra, Philip, Priya, Quentin, Rachel,
-    Rafael, Rahul, Raj, Ramona, Rebecca, Renata, Richard, Rita, Robert, Rosa, Rosalind, Ruth, Salma, Samuel, Sandra,
-    Sanjay, Sarah, Sean, Sibyl, Simon, Sofia, Stefan, Stella, Susan, Sven, Takeshi, Tanya, Tariq, Teresa, Thomas,
-    Tim, Tobias, Tomas, Ulrika, Ursula, Valentina, Vera, Vernon, Victor, Vikram, Walter, Wanda, Wei, William,
-    Winston, Xavier, Yara, Yolanda, Yuki, Yusuf, Zara, Zoltan, Zoë""")
+    Aaron, Abigail, Adam, Aisha, Alan, Albert, Alice, Amanda, Amir, Amy, Anders, Andrea, Andrew, Angela, Anika,
+    Anna, Anthony, Arjun, Arthur, Barbara, Ben, Boris, Brian, Callum, Camille, Carla, Carlos, Caroline, Catherine,
+    Chen, Chidi, Christian, Clara, Colin, Connor, Daniel, Daria, David, Deborah, Delia, Desmond, Diana, Diego,
+    Dominic, Dora, Edith, Edward, Eleanor, Eliza, Emily, Emma, Eric, Esther, Eva, Ewa, Farah, Fatima, Fiona, Flora,
+    Frank, Freya, Gareth, George, Gerald, Gita, Grace, Graham, Hamid, Hannah, Hans, Harold, Harriet, Hassan,
+    Heather, Hector, Helen, Henry, Hilda, Ian, Ibrahim, Imogen, Ines, Ingrid, Irene, Isabel, Ismail, Ivan, Jack,
+    Jacob, James, Jana, Jasper, Javier, Jean, Joanna, Joel, Johan, John, Jonas, Joseph, Julia, Julian, Karen, Kate,
+    Keiko, Kenji, Kenneth, Kevin, Kofi, Lars, Laura, Leila, Lena, Leo, Liam, Lucas, Lucy, Luis, Lydia, Magda, Malik,
+    Manuel, Marco, Margaret, Maria, Marta, Martin, Mary, Matilda, Max, Megan, Mei, Michael, Miguel, Mina, Monika,
+    Nadia, Naomi, Nathan, Nicola, Nina, Noah, Nora, Olga, Oliver, Omar, Oscar, Pablo, Patricia, Paul, Pavel,
+    Penelope, Peter, Petra, Philip, Quentin, Rachel, Raj, Ramona, Rebecca, Renata, Richard, Rita, Robert, Rosa,
+    Ruth, Salma, Samuel, Sandra, Sarah, Sean, Simon, Stefan, Stella, Susan, Sven, Tanya, Teresa, Thomas, Tim,
+    Tobias, Tomas, Vera, Victor, Walter, Wanda, Wei, William, Winston, Xavier, Yara, Yuki, Zara""")
 
 LAST_NAMES = _words("""
     Abbott, Achebe, Adams, Ahmed, Ali, Almeida, Alvarez, Andersen, Andrews, Armstrong, Bailey, Baker, Bakker,
@@ -61,149 +55,119 @@ LAST_NAMES = _words("""
     Zhang, Zielinski, Zimmer""")
 
 CITIES = _words("""
-    Aarhus, Aberdeen, Abu Dhabi, Accra, Addis Ababa, Adelaide, Albany, Albuquerque, Aleppo, Algiers, Almaty, Amman,
-    Amsterdam, Ankara, Antwerp, Athens, Atlanta, Auckland, Austin, Baghdad, Baku, Baltimore, Bamako, Bangkok,
-    Barcelona, Bari, Basel, Baton Rouge, Beirut, Belfast, Belgrade, Bergen, Berlin, Bern, Biarritz, Bilbao,
-    Birmingham, Bogotá, Bologna, Bordeaux, Boston, Bradford, Bratislava, Bremen, Brest, Brighton, Brisbane, Bristol,
-    Brno, Brussels, Bucharest, Budapest, Buenos     Aires, Buffalo, Bursa, Cairo, Calgary, Cambridge, Canberra, Cape
-    Town, Cardiff, Casablanca, Cedar Rapids, Charlotte, Chattanooga, Chennai, Chicago, Cincinnati, Cleveland,
-    Cologne, Columbus, Copenhagen, Cork, Coventry, Cádiz, Córdoba, Dakar, Dallas, Damascus, Darwin, Delft, Delhi,
-    Denver, Derby, Detroit, Dhaka, Dijon, Doha, Dortmund, Dresden, Dubai, Dublin, Dundee, Dunkirk, Durban,
-    Düsseldorf, Edinburgh, Eindhoven, El Paso, Exeter, Fargo, Freetown, Fresno, Galway, Gdansk, Geneva, Genoa,
-    Ghent, Glasgow, Gothenburg, Granada, Graz, Grenoble, Groningen, Halifax, Hamburg, Hanoi, Hanover, Harare,
-    Havana, Helsinki, Hiroshima, Hobart, Hong Kong, Houston, Hull, Innsbruck, Inverness, Istanbul, Izmir, Jaipur,
-    Jakarta, Kampala, Karachi, Kathmandu, Kigali, Krakow, Kuala Lumpur, Kyoto, La Paz, Lagos, Lahore, Lancaster, Las
-    Vegas, Lausanne, Leeds, Leicester, Leipzig, Leuven, Lille, Lima, Limerick, Linz, Lisbon, Liverpool, London, Long
-    Beach, Los Angeles, Louisville, Lublin, Lugano, Lusaka, Luxembourg, Lyon, Maastricht, Madison, Madrid, Malaga,
-    Malmö, Manchester, Manila, Marseille, Melbourne, Memphis, Miami, Milan, Minsk, Mombasa, Montevideo, Montpellier,
-    Montreal, Moscow, Mumbai, Munich, Nagoya, Nairobi, Nantes, Naples, Nashville, New York,
-    Newcastle, Nicosia, Norwich, Nottingham, Oakland, Odense, Omaha, Osaka, Oslo, Ottawa, Oxford, Padua, Palermo,
-    Palm Springs, Paris, Parma, Perth, Philadelphia, Phoenix, Pisa, Pittsburgh, Plymouth, Portland, Porto,
-    Portsmouth, Poznan, Prague, Pretoria, Quito, Rennes, Reykjavik, Riga, Rio de Janeiro, Riyadh, Rome, Rosario,
-    Rotterdam, Rouen, Sacramento, Salem, Salzburg, San Diego, Sarajevo, Seattle, Seoul, Seville, Shanghai,
-    Sheffield, Sibiu, Siena, Singapore, Skopje, Sofia, Southampton, St Albans, Stockholm, Strasbourg, Stuttgart,
-    Swansea, Sydney, São Paulo, Tacoma, Taipei, Tallinn, Tampa, Tampere, Tbilisi, Tehran, Thessaloniki, Tirana,
-    Tokyo, Toledo, Topeka, Toronto, Toulouse, Trento, Trieste, Tromsø, Tunis, Turin, Uppsala, Utrecht, Valencia,
-    Vancouver, Venice, Verona, Vienna, Vigo, Vilnius, Warsaw, Washington, Wellington, Wichita, Winnipeg, Wroclaw,
-    Yerevan, Zagreb, Zaragoza, Zurich""")
+    Abu Dhabi, Accra, Addis Ababa, Albuquerque, Algiers, Amman, Amsterdam, Athens, Auckland, Austin, Baku, Bari,
+    Basel, Baton Rouge, Belgrade, Berlin, Bern, Birmingham, Bologna, Boston, Brest, Brno, Brussels, Budapest, Buenos
+    Aires, Cairo, Calgary, Cambridge, Canberra, Cape     Town, Cardiff, Cedar Rapids, Charlotte, Chicago,
+    Cincinnati, Cleveland, Cologne, Columbus, Copenhagen, Cork, Coventry, Dallas, Damascus, Darwin, Delhi, Denver,
+    Derby, Detroit, Doha, Durban, Edinburgh, El Paso, Exeter, Fargo, Galway, Geneva, Genoa, Ghent, Glasgow, Graz,
+    Halifax, Hamburg, Hanover, Harare, Hong Kong, Hull, Istanbul, La Paz, Lagos, Las     Vegas, Leeds, Leipzig,
+    Lille, Lima, Linz, London, Long     Beach, Los Angeles, Louisville, Lyon, Madison, Madrid, Malaga, Manila,
+    Melbourne, Memphis, Miami, Milan, Montreal, Moscow, Mumbai, Nairobi, Nantes, Naples, New York,
+    Norwich, Nottingham, Odense, Omaha, Osaka, Oslo, Oxford, Padua, Palermo, Palm Springs, Paris, Parma, Perth,
+    Philadelphia, Pisa, Portland, Porto, Rennes, Riga, Rio de Janeiro, Rome, Rosario, Salem, Salzburg, San Diego,
+    Seattle, Seoul, Seville, Sheffield, Singapore, Southampton, St Albans, Stockholm, São Paulo, Tampa, Tampere,
+    Tokyo, Toronto, Turin, Utrecht, Valencia, Vancouver, Venice, Verona, Vienna, Vigo, Washington, Wellington""")
 
 # Modifiers that go with every noun.
 STYLES = _words("""
-    acrylic, alpine, amber, aqua, automatic, baroque, basic, battery-powered, beige, big, birch, braided, branded,
-    breathable, bright, bronze, burgundy, cane, canvas-covered, cardboard,  celestial, charcoal, cheap,
-    cherry, childproof, chrome, clay, cobalt, collapsible, concrete, contemporary, coral, corduroy, cork, crimson,
-    crocheted, crystal, cubic, curved, cute, Danish, decorative, deep, delicate, deluxe, denim, detachable,
-    dishwasher-safe, disposable, dotted, durable, embossed, emerald, engraved, exotic, extendable, fancy, festive,
-    fireproof, flat, floral, fragile, freestanding, French, fringed, frosted, funny, gas-powered, glossy, golden,
-    gothic, granite, handy, hexagonal, hollow, huge, hypoallergenic, imperial, indigo, Italian, jade, Japanese,
-    khaki, lavender, left-handed, lilac, lime, little, lockable,  lunar, luxurious, magenta, mahogany, maple,
-    matte, mauve, mechanical, medium, metallic, microwaveable, minimalist, mint, multicoloured, mustard, narrow,
-    natural, nautical, neon, nickel, non-slip, old-fashioned, olive, ordinary, organic, ornate, oversized, padded,
-    pale,  pastel, peach, pearl, personalised, pewter, pine, playful, plum, pointed, polished, popular,
-    practical, premium, quaint,  rainbow, rare, rattan, refillable, refurbished, removable, replacement,
-    reusable, ribbed, robust, rounded, royal, rubber, ruby, ruffled, salmon, sapphire, satin, scarlet, scented,
-    Scottish, second-hand, serious,  silk, simple, slate, sleek, sliding, solar-powered, soundproof, spare,
-    sparkling, special, spherical, spotted, stackable, stone, stretchy, stylish, suede, Swedish, swivel, tan,
-    tapered, tartan, teal, thick-walled, thin, tinted, tiny, traditional, transparent, trendy, triangular, tropical,
-    two-tone, unbreakable, upright, varnished, velour, violet, wall-mounted, walnut, washable, whimsical, wicker,
-    wide, windproof""")
+    acrylic, alpine, amber, aqua, automatic, baroque, basic, beige, big, braided, branded, bright, burgundy, cane,
+    cardboard, celestial, cheap, cherry, childproof, chrome, clay, cobalt, concrete, contemporary, coral, plush,
+    crystal, cubic, curved, cute, Danish, decorative, deep, delicate, denim, detachable, disposable, dotted,
+    durable, emerald, exotic, extendable, fancy, fireproof, flat, floral, fragile, French, funny, golden, gothic,
+    granite, handy, hexagonal, hollow, huge, imperial, indigo, Italian, jade, Japanese, khaki, lavender, lime,
+    little, lockable, lunar, luxurious, maple, matte, mechanical, medium, metallic, mint, mustard, narrow, natural,
+    nautical, neon, nickel, olive, ordinary, organic, ornate, oversized, padded, pale, pastel, peach, pearl,
+    personalised, pine, playful, plum, pointed, polished, popular, practical, premium, quaint, rainbow, rare,
+    removable, replacement, reusable, ribbed, robust, rounded, royal, rubber, ruby, ruffled, salmon, satin, scarlet,
+    Scottish, serious, silk, simple, slate, sliding, soundproof, spare, special, spherical, spotted, stackable,
+    stone, stylish, Swedish, swivel, tan, teal, thin, tiny, traditional, transparent, triangular, tropical, upright,
+    velour, violet, walnut, washable, wicker, wide, windproof""")
 
 TRAIN_SHELVES: tuple[Shelf, ...] = (
     (
         _words("""
-            mug, bowl, plate, teapot, jug, tray, cup, butter dish, pitcher, coaster, salt shaker, egg cup, cake
-            stand, mixing bowl, coffee pot, biscuit tin, sugar bowl, serving dish, soup plate, saucer, goblet,
-            platter, gravy boat, tumbler, beaker, decanter, tureen, teacup, dinner plate, champagne flute,
-            candlestick, cookie jar, fruit bowl, punch bowl"""),
+            mug, bowl, plate, jug, tray, cup, butter dish, pitcher, coaster, salt shaker, egg cup, cake
+            stand, mixing bowl, sugar bowl, serving dish, soup plate, platter, gravy boat, beaker, dinner plate,
+            cookie jar, fruit bowl, punch bowl"""),
         _words("ceramic, enamel, blue, large, porcelain, stoneware, small, handmade"),
     ),
     (
         _words("""
-            kettle, saucepan, ladle, whisk, colander, rolling pin, grater, spatula, wok, peeler, cutting board,
-            breadboard, corkscrew, bread box, frying pan, cake tin, teaspoon, carafe, ramekin, garlic press,
-            espresso maker, strainer, funnel, skewer, cleaver, bottle opener, can opener, potato masher, pastry
-            brush, measuring cup, baking sheet, muffin tin, pressure cooker, steamer, apple corer, nutcracker, ice
-            bucket, cocktail shaker"""),
-        _words("copper, steel, wooden, shiny, lidded"),
+            kettle, ladle, whisk, colander, rolling pin, grater, wok, peeler, cutting board, breadboard, bread box,
+            frying pan, cake tin, carafe, garlic press, espresso maker, funnel, skewer, cleaver, bottle opener, can
+            opener, potato masher, pastry             brush, measuring cup, baking sheet, pressure cooker, steamer,
+            apple corer, ice             bucket, cocktail shaker"""),
+        _words("copper, steel, wooden, shiny"),
     ),
     (
         _words("""
-            towel, cushion, blanket, apron, curtain, tablecloth, napkin, pillow, bath mat, tea towel, rug, bedsheet,
-            duvet, doormat, oven glove, pot holder, bathrobe, mattress, table runner, seat cover, face cloth,
-            tapestry, bolster, comforter, shawl, dishcloth, ribbon, placemat, washcloth, mosquito net, sleeping
-            mask, floor cushion, canopy"""),
-        _words("linen, cotton, woollen, striped, checked, grey, soft, green, patterned, thick"),
+            towel, blanket, apron, curtain, tablecloth, pillow, bath mat, tea towel, rug, bedsheet, duvet, oven
+            glove, pot holder, bathrobe, table runner, seat cover, face cloth, bolster, shawl, dishcloth, ribbon,
+            placemat, washcloth, sleeping             mask, floor cushion, canopy"""),
+        _words("linen, cotton, striped, checked, grey, soft, green, patterned, thick"),
     ),
     (
         _words("""
-            rake, trowel, planter, watering can, spade, hose, flower pot, bird feeder, wheelbarrow, garden chair,
-            parasol, hammock, lantern, seed tray, bucket, sprinkler, garden gnome, hedge trimmer, window box, fence
-            panel, trellis, birdbath, pitchfork, hoe, weeder, gazebo, fountain, sundial, pergola, rain gauge, patio
-            heater, barbecue, swing, picnic table, deck chair, nesting box, beehive, log basket, fire pit"""),
-        _words("galvanised, terracotta, plastic, sturdy, weatherproof, black, dark green"),
+            rake, planter, watering can, spade, hose, flower pot, bird feeder, garden chair, lantern, seed tray,
+            bucket, garden gnome, hedge trimmer, window box, fence             panel, birdbath, hoe, weeder,
+            fountain, rain gauge, patio             heater, swing, picnic table, deck chair, nesting box, log
+            basket, fire pit"""),
+        _words("plastic, sturdy, weatherproof, black, dark green"),
     ),
     (
         _words("""
-            notebook, pencil, envelope, folder, stapler, ruler, eraser, sketchbook, calendar, diary, binder,
-            fountain pen, marker, postcard, sticker, desk lamp, whiteboard, paper clip, ink cartridge, wall map,
-            gift card, pencil case, highlighter, pen, notepad, letter opener, hole punch, paperweight, atlas,
-            journal, planner, ledger, rubber stamp, easel, canvas, chalkboard, bulletin board, label maker,
-            protractor, birthday card, poster, scrapbook, address book"""),
+            notebook, pencil, folder, stapler, ruler, eraser, calendar, diary, binder, fountain pen, marker,
+            postcard, sticker, desk lamp, whiteboard, paper clip, ink cartridge, wall map, gift card, pencil case,
+            pen, letter opener, hole punch, paperweight, atlas, journal, planner, ledger, rubber stamp, easel,
+            canvas, label maker, birthday card, poster, address book"""),
         _words("leather, slim, recycled, yellow, pocket, classic, ivory"),
     ),
     (
         _words("""
-            hammer, drill, screwdriver, wrench, saw, ladder, toolbox, tape measure, paintbrush, clamp, chisel,
-            spirit level, torch, extension cord, padlock, wire brush, work light, paint roller, hand saw, pocket
-            knife, hacksaw, sander, spanner, axe, anvil, jack, winch, pulley, bolt, bracket, rasp, scraper, tile
-            cutter, workbench, dust mask, mousetrap, crate, trestle, vice"""),
-        _words("cordless, heavy, adjustable, electric, compact, magnetic, professional"),
+            hammer, drill, wrench, saw, ladder, toolbox, tape measure, clamp, spirit level, torch, extension cord,
+            padlock, wire brush, work light, paint roller, hand saw, pocket             knife, sander, spanner, axe,
+            anvil, jack, winch, bolt, rasp, tile             cutter, workbench, dust mask, crate, vice"""),
+        _words("heavy, adjustable, electric, compact, magnetic, professional"),
     ),
     (
         _words("""
-            puzzle, teddy bear, kite, board game, doll, spinning top, train set, toy car, puppet, building block,
-            balloon, model plane, card game, drum, music box, toy boat, frisbee, xylophone, marionette, tricycle,
-            dollhouse, pinwheel, harmonica, tambourine, chessboard, dartboard, water pistol, rubber duck, paddling
-            pool, playhouse, magic wand, telescope, hula hoop, model ship, kaleidoscope"""),
+            puzzle, teddy bear, kite, board game, doll, spinning top, train set, toy car, building block, balloon,
+            model plane, card game, drum, music box, toy boat, pinwheel, water pistol, rubber duck, paddling
+            pool, playhouse, magic wand, telescope, hula hoop, model ship"""),
         _words("colourful, painted, giant, vintage, educational"),
     ),
     (
         _words("""
-            lamp, candle, vase, picture frame, mirror, clock, bookshelf, stool, basket, coat rack, laundry bag,
-            alarm clock, light bulb, door handle, side table, wall hook, storage box, photo album, armchair,
-            lampshade, soap dish, ottoman, nightstand, footrest, shoehorn, chest, dresser, cupboard, cabinet,
-            doorstop, bookend, headboard, umbrella stand, key rack, bar stool, magazine rack, jewellery box, night
-            light, barometer, piggy bank, hanger, dustpan, broom, mop, feather duster, ironing board, towel rail,
-            chair"""),
+            lamp, candle, vase, picture frame, mirror, clock, bookshelf, stool, basket, coat rack, alarm clock,
+            light bulb, door handle, side table, wall hook, storage box, photo album, armchair, soap dish, ottoman,
+            nightstand, footrest, chest, cupboard, doorstop, bookend, headboard, umbrella stand, key rack, bar
+            stool, magazine rack, night             light, barometer, piggy bank, hanger, dustpan, broom, mop,
+            feather duster, ironing board, towel rail, chair"""),
         _words("round, white, antique, modern, tall, cream, square"),
     ),
     (
         _words("""
-            tent, backpack, sleeping bag, compass, water bottle, helmet, raincoat, camping stove, headlamp, bike
-            pump, bike lock, walking pole, yoga mat, thermos, lunchbox, tennis ball, skipping rope, picnic blanket,
-            cool box, football, tennis racket, snorkel, canteen, dumbbell, rucksack, canoe, paddle, oar, surfboard,
-            snowboard, sled, carabiner, hip flask, mess tin, golf club, cricket bat, punching bag, barbell,
-            kettlebell, treadmill, exercise bike, wetsuit, saddle, headband, knee pad, basketball, baseball cap,
-            lifejacket"""),
+            tent, backpack, sleeping bag, compass, water bottle, helmet, raincoat, camping stove, bike
+            pump, bike lock, walking pole, yoga mat, thermos, tennis ball, skipping rope, picnic blanket, cool box,
+            football, tennis racket, canoe, paddle, oar, snowboard, sled, hip flask, mess tin, golf club, punching
+            bag, barbell, exercise bike, saddle, headband, knee pad, baseball cap"""),
         _words("waterproof, lightweight, orange, insulated, foldable"),
     ),
     (
         _words("""
             charger, cable, adapter, keyboard, headset, speaker, webcam, battery, phone case, power bank, mouse pad,
-            memory card, radio, monitor, laptop sleeve, remote control, desk fan, toothbrush, toaster, blender,
-            tripod, smart plug, earphone, laptop, tablet, phone, modem, scanner, amplifier, turntable, drone,
-            smartwatch, stopwatch, hair dryer, shaver, vacuum cleaner, humidifier, heater, coffee grinder, rice
-            cooker, waffle maker, egg timer, kitchen scale, sewing machine, light switch, joystick, games console,
-            smoke alarm"""),
-        _words("wireless, portable, silver, rechargeable, mini"),
+            memory card, radio, monitor, remote control, desk fan, toothbrush, toaster, blender, tripod, smart plug,
+            earphone, tablet, phone, modem, scanner, amplifier, drone, smartwatch, stopwatch, hair dryer, shaver,
+            vacuum cleaner, heater, rice             cooker, egg timer, kitchen scale, sewing machine, light switch,
+            joystick, games console, smoke alarm"""),
+        _words("wireless, portable, silver, mini"),
     ),
     (
         _words("""
-            hat, sweater, sock, belt, shirt, jacket, umbrella, beanie, slipper, summer dress, winter coat, glove,
-            wallet, handbag, shoe rack, T-shirt, poncho, mitten, blouse, cape, coat, vest, hoodie, jumper, kilt,
-            sandal, boot, trainer, loafer, brooch, bracelet, necklace, earring, purse, suitcase, briefcase, bandana,
-            bonnet, gown, tunic, nightgown, shoelace, cufflink, sunhat, visor, veil, wig, blazer, parka, anorak,
-            turtleneck, hairband"""),
+            hat, sweater, sock, belt, shirt, jacket, umbrella, beanie, summer dress, winter coat, glove, wallet,
+            handbag, shoe rack, mitten, blouse, cape, coat, vest, hoodie, jumper, kilt, sandal, boot, trainer,
+            loafer, brooch, earring, purse, briefcase, bandana, bonnet, gown, tunic, sunhat, visor, veil, wig,
+            blazer, parka, hairband"""),
         _words("knitted, red, warm, plain, navy, brown"),
     ),
 )
@@ -211,43 +175,43 @@ TRAIN_SHELVES: tuple[Shelf, ...] = (
 HELD_OUT_SHELVES: tuple[Shelf, ...] = (
     (
         _words("""
-            spoon, fork, skillet, casserole, pepper mill, sieve"""),
+            spoon, fork, skillet, pepper mill, sieve"""),
         _words("bamboo, marble, turquoise"),
     ),
     (
         _words("""
-            quilt, bedspread, pillowcase, handkerchief"""),
-        _words("velvet, purple, embroidered"),
+            quilt, bedspread"""),
+        _words("velvet, purple"),
     ),
     (
         _words("""
-            shovel, bench, greenhouse, lawn mower, compost bin, sun lounger"""),
+            bench, greenhouse, lawn mower, compost bin, sun lounger"""),
         _words("folding, solid"),
     ),
     (
         _words("""
-            crayon, clipboard, globe, bookmark, typewriter, glue stick"""),
-        _words("pink, elegant"),
+            clipboard, globe, bookmark, typewriter, glue stick"""),
+        _words("pink"),
     ),
     (
         _words("""
             crowbar, nail gun, mallet, hinge, soldering iron"""),
-        _words("titanium, rugged"),
+        _words("rugged"),
     ),
     (
         _words("""
-            rocking horse, robot, trampoline, rattle"""),
+            rocking horse, robot, rattle"""),
         _words("fluffy, retro"),
     ),
     (
         _words("""
-            wardrobe, chandelier, doorbell, sofa, carpet"""),
+            wardrobe, doorbell, sofa"""),
         _words("oval, rustic, brass"),
     ),
     (
         _words("""
-            kayak, whistle, fishing rod, bicycle, scooter"""),
-        _words("inflatable, reflective"),
+            whistle, fishing rod, bicycle"""),
+        _words("reflective"),
     ),
     (
         _words("""
@@ -256,7 +220,7 @@ HELD_OUT_SHELVES: tuple[Shelf, ...] = (
     ),
     (
         _words("""
-            cardigan, necktie, swimsuit, waistcoat, skirt"""),
+            cardigan, necktie, skirt"""),
         _words("tweed, maroon"),
     ),
 )

@@ -70,7 +70,7 @@ def test_every_answer_is_compact_json_of_the_schema(name: str) -> None:
         assert answer["urgency"] in generate.URGENCIES
         assert answer["customer"]
         assert answer["city"]
-        assert 1 <= len(answer["items"]) <= 3
+        assert 1 <= len(answer["items"]) <= 2
         for item in answer["items"]:
             assert list(item) == ["product", "quantity"]
             assert type(item["quantity"]) is int
@@ -84,8 +84,7 @@ def test_every_answer_can_be_read_off_its_message(name: str) -> None:
         assert answer["city"] in message
         folded = message.casefold()
         for item in answer["items"]:
-            form = item["product"] if item["quantity"] == 1 else generate.plural(item["product"])
-            assert form in folded or form in message, (message, item)
+            assert item["product"] in message or item["product"] in folded, (message, item)
 
 
 @pytest.mark.parametrize("name", SIDES)
@@ -106,7 +105,7 @@ def test_no_word_of_a_held_out_name_city_or_product_occurs_in_training(kind: str
     products = vocabulary.HELD_OUT.products()
     plurals = {generate.plural(product) for product in products}
     held_out = {"products": products, "plurals": plurals}.get(kind) or getattr(vocabulary.HELD_OUT, kind)
-    assert len(held_out) > 30
+    assert len(held_out) > 25
     assert not words(" ".join(held_out)) & words(training_text())
 
 
@@ -117,7 +116,8 @@ def test_held_out_rows_use_only_held_out_names_cities_and_products() -> None:
         assert first in side.first_names
         assert not last or last in side.last_names
         assert answer["city"] in side.cities
-        assert {item["product"] for item in answer["items"]} <= side.products()
+        products = side.products() | {generate.plural(product) for product in side.products()}
+        assert {item["product"] for item in answer["items"]} <= products
 
 
 def test_no_held_out_phrasing_is_a_training_phrasing() -> None:
