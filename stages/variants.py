@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sft.chat_formats import resize_embeddings
 from sft.gptq_loading import load_dequantized
-from sft.models import load_model
+from sft.models import load_model, training_device
 from stages.base_model import read_base_model
 from stages.params import ModelSection
 from stages.paths import Paths
@@ -54,7 +52,7 @@ def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_t
         num_tokens: Size of the tokenizer.
         new_token_ids: Tokens that `format` added: their rows are made in the base as `train` made them.
     """
-    if variant.name == "quantized" and not torch.cuda.is_available():
+    if variant.name == "quantized" and training_device().type == "cpu":
         # The packed kernel is four times slower here; `quantize` has proved that it computes the same.
         return load_dequantized(variant.checkpoint)
     model = load_model(
@@ -62,6 +60,7 @@ def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_t
         dtype=section.dtype,
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
+        device_map={"": training_device()},
     )
     if variant.name == "base" or variant.adapter is not None:
         resize_embeddings(model, num_tokens, new_token_ids)
