@@ -43,10 +43,10 @@ StageName = Annotated[str | None, _StageChoice()]
 
 def stage_names(root: Path) -> list[str]:
     """The stages that dvc.yaml states, in its order; none where there is no readable dvc.yaml."""
-    return list(_read_mapping(root / "dvc.yaml").get("stages", {}))
+    return list(read_mapping(root / "dvc.yaml").get("stages", {}))
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; empty when there is none to read, which the run itself will complain of."""
     try:
         content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def _shape_for_form(schema: dict[str, Any]) -> None:
 if TYPE_CHECKING:
     Overrides = Partial
 else:
-    Overrides = partial_model(Params, _read_mapping(Path.cwd() / "params.yaml"))
+    Overrides = partial_model(Params, read_mapping(Path.cwd() / "params.yaml"))
 
 
 def overridden(overrides: Partial) -> dict[str, Any]:

@@ -59,12 +59,13 @@ def may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:
 )
 def stage_task(root: Path, stage: str, force: bool, variables: dict[str, str]) -> State[Any]:
     """One stage of dvc.yaml; its state's name tells whether it ran, was restored from the cache, or was unchanged."""
-    listener = Listener(on_line=get_run_logger().info, on_progress=ProgressBar(stage).show)
+    bar = ProgressBar(stage)
+    listener = Listener(on_line=get_run_logger().info, on_progress=bar.show)
     try:
         outcome = run_stage(root, stage, listener, force, **variables)
     except StageFailed as failure:
         return Failed(message=str(failure), name=Outcome.KILLED if failure.killed else Outcome.FAILED)
-    return Completed(name=outcome, message=read_headline(root, stage) or None)
+    return Completed(name=outcome, message=read_headline(root, stage) or bar.text)
 
 
 def describe_run() -> str:
@@ -172,7 +173,8 @@ def run_plan(root: Path, plan: Plan, force: bool, report: RunReport, variables: 
         state: State[Any] = stage_task(root, name, force, variables, return_state=True)
         outcome = next((known for known in Outcome if known == state.name), Outcome.FAILED)
         problem = None if state.is_completed() else state.message or "no reason given"
-        report.rows.append(Row(name, outcome, time.monotonic() - started, read_headline(root, name)))
+        figures = (state.message or "") if problem is None else ""
+        report.rows.append(Row(name, outcome, time.monotonic() - started, figures))
     return problem
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from prefect.artifacts import (
 from prefect.logging import get_run_logger
 
 from flows.dvc_stage import Outcome, Progress
-from flows.forms import flatten
+from flows.forms import flatten, read_mapping
 
 UPDATE_INTERVAL_S = 2.0
 NUM_HEADLINES = 4
@@ -38,6 +39,7 @@ class ProgressBar:
     """One progress artifact for each stage that says how far it is, updated every two seconds at most."""
 
     def __init__(self, stage: str) -> None:
+        self.text = ""
         self._stage = stage
         self._artifact: UUID | None = None
         self._updated = 0.0
@@ -45,6 +47,7 @@ class ProgressBar:
     def show(self, progress: Progress) -> None:
         """Take in one step; the first and the last are always shown."""
         finished = progress.done >= progress.total
+        self.text = progress.text
         if self._artifact is not None and not finished and time.monotonic() - self._updated < UPDATE_INTERVAL_S:
             return
         percent = 100.0 * min(progress.done, progress.total) / max(progress.total, 1)
@@ -60,13 +63,15 @@ class ProgressBar:
 
 
 def read_headline(root: Path, stage: str) -> str:
-    """The first figures of a stage's metrics file, which puts what matters first; empty when it has none."""
+    """A stage's figures that count: those which its params name (a gate does), else the first of its metrics file."""
     path = root / "reports" / "metrics" / f"{stage}.json"
     if not path.exists():
         return ""
     figures = flatten(json.loads(path.read_text(encoding="utf-8")))
     numbers = {name: value for name, value in figures.items() if type(value) in (int, float)}
-    return ", ".join(f"{name} {_figure(value)}" for name, value in list(numbers.items())[:NUM_HEADLINES])
+    params = json.dumps(read_mapping(root / "params.yaml").get(stage, {}))
+    named = [name for name in numbers if "." in name and re.search(rf"\b{re.escape(name)}\b", params)]
+    return ", ".join(f"{name} {_figure(numbers[name])}" for name in (named or list(numbers))[:NUM_HEADLINES])
 
 
 def _figure(value: int | float) -> str:
@@ -115,6 +120,8 @@ class RunReport:
         if self.overrides:
             lines += ["", "### Overrides", "", "| param | value |", "|---|---|"]
             lines += [f"| `{name}` | `{json.dumps(value)}` |" for name, value in self.overrides.items()]
+            lines += ["", "To adopt this result, put these values into params.yaml and run the pipeline again:"]
+            lines += ["everything, reports/report.html included, is then restored from the cache."]
         return "\n".join(lines) + "\n"
 
 

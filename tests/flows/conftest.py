@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 os.environ.setdefault("PREFECT_HOME", tempfile.mkdtemp(prefix="prefect-home-"))
 
 from flows.environment import ROOT, child_environment
+from flows.forms import apply_overrides
 
 DVC_YAML = """\
 stages:
@@ -52,6 +54,26 @@ echo '{"loss": 1.25, "rows": {"train": 2}}' > reports/metrics/train.json
 """
 
 
+KNOWN = {
+    "model": {"revision": None},
+    "load": {"eval": {"path": "data/eval.jsonl", "fraction": None}},
+    "pack": {"max_length": 512},
+    "train": {"lora_r": 16, "learning_rate": 0.001},
+}
+
+
+def known_params() -> str:
+    """The repository's params.yaml with the values that tests change set to what the tests expect."""
+    return apply_overrides((ROOT / "params.yaml").read_text(encoding="utf-8"), KNOWN)
+
+
+def replace_param(project: Path, old: str, new: str) -> None:
+    """Edit params.yaml as a user would."""
+    params = (project / "params.yaml").read_text(encoding="utf-8")
+    assert old in params
+    (project / "params.yaml").write_text(params.replace(old, new), encoding="utf-8")
+
+
 def run(project: Path, *command: str) -> str:
     """Run a tool in the project; a failure shows what it said."""
     result = subprocess.run(command, cwd=project, env=child_environment(), capture_output=True, text=True)
@@ -75,7 +97,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (project / "train.sh").write_text(TRAIN_SH)
     (project / ".gitignore").write_text(".state/\n.worktrees/\n/outs/\n/reports/\nran.log\n")
     (project / ".dvcignore").write_text(".state\n.worktrees\n")
-    shutil.copyfile(ROOT / "params.yaml", project / "params.yaml")
+    (project / "params.yaml").write_text(known_params(), encoding="utf-8")
     run(project, "git", "init", "--quiet")
     run(project, "git", "config", "user.email", "test@localhost")
     run(project, "git", "config", "user.name", "test")
@@ -116,3 +138,5 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
+        # Prefect says good-bye to a stream that pytest has closed.
+        logging.getLogger("prefect").setLevel(logging.CRITICAL)

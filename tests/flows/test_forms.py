@@ -7,7 +7,6 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
-from flows.environment import ROOT
 from flows.forms import (
     Overrides,
     apply_overrides,
@@ -18,16 +17,13 @@ from flows.forms import (
 )
 from flows.graph import RunRefused, read_plan
 from stages.params import Params, ParamsError
+from tests.flows.conftest import known_params
 
 
 def parameter_schema() -> dict[str, Any]:
     from flows.pipeline import pipeline
 
     return pipeline.parameters.model_dump_for_openapi()
-
-
-def params_text() -> str:
-    return (ROOT / "params.yaml").read_text(encoding="utf-8")
 
 
 def test_every_key_of_params_yaml_is_in_the_form_with_title_and_description() -> None:
@@ -108,9 +104,9 @@ def test_wrong_assignment_is_refused_by_name(assignments: list[str], message: st
 
 
 def test_overrides_change_their_lines_of_params_yaml_and_no_others() -> None:
-    before = params_text().splitlines()
+    before = known_params().splitlines()
 
-    after = apply_overrides(params_text(), {"train": {"lora_r": 8}, "model": {"revision": "main"}}).splitlines()
+    after = apply_overrides(known_params(), {"train": {"lora_r": 8}, "model": {"revision": "main"}}).splitlines()
 
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
     assert [(old.split()[:2], new.split()[:2]) for old, new in changed] == [
@@ -121,14 +117,14 @@ def test_overrides_change_their_lines_of_params_yaml_and_no_others() -> None:
 
 
 def test_overridden_list_replaces_the_whole_list() -> None:
-    text = apply_overrides(params_text(), {"load": {"sources": [{"path": "data/mine.csv"}]}})
+    text = apply_overrides(known_params(), {"load": {"sources": [{"path": "data/mine.csv"}]}})
 
     assert YAML(typ="safe").load(text)["load"]["sources"] == [{"path": "data/mine.csv"}]
 
 
 def test_overrides_that_do_not_go_together_are_refused_as_a_whole() -> None:
     with pytest.raises(ParamsError, match=r"params.yaml with overrides: 1 problem\n  load.eval: state either"):
-        apply_overrides(params_text(), {"load": {"eval": {"fraction": 0.1}}})
+        apply_overrides(known_params(), {"load": {"eval": {"fraction": 0.1}}})
 
 
 def test_override_that_no_stage_of_the_run_reads_is_refused(project: Path) -> None:

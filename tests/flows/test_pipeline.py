@@ -22,7 +22,7 @@ from flows import pipeline as module
 from flows.dvc_stage import Listener, Outcome, run_stage
 from flows.forms import parse_assignments
 from flows.pipeline import main, pipeline
-from tests.flows.conftest import commit, run
+from tests.flows.conftest import commit, replace_param, run
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -41,12 +41,6 @@ def artifacts(state: State[Any]) -> dict[str, Any]:
         return {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=of_run)}
 
 
-def replace_param(project: Path, old: str, new: str) -> None:
-    params = (project / "params.yaml").read_text()
-    assert old in params
-    (project / "params.yaml").write_text(params.replace(old, new))
-
-
 def test_outcomes_progress_and_closing_table(ran_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     replace_param(ran_project, "max_length: 512", "max_length: 256")
     first = pipeline(return_state=True)
@@ -58,7 +52,7 @@ def test_outcomes_progress_and_closing_table(ran_project: Path, capsys: pytest.C
     table = json.loads(found["pipeline-stages"].data)
     assert [(row["stage"], row["outcome"], row["figures"]) for row in table] == [
         ("load", "Unchanged", ""),
-        ("pack", "Completed", ""),
+        ("pack", "Completed", "whole"),
         ("train", "Unchanged", "loss 1.25, rows.train 2"),
     ]
     assert "| pack | Completed |" in found["pipeline-report"].data
@@ -110,7 +104,7 @@ def test_overrides_leave_the_checkout_as_it_was(ran_project: Path) -> None:
     assert list((ran_project / ".worktrees").iterdir()) == []
 
     # what was computed there is not computed again when the checkout adopts the value
-    replace_param(ran_project, "learning_rate: 1.0e-3", "learning_rate: 0.0005")
+    replace_param(ran_project, "learning_rate: 0.001", "learning_rate: 0.0005")
     assert run_stage(ran_project, "train", Listener(print, print)) is Outcome.RESTORED
     assert "learning_rate: 0.0005" in (ran_project / "outs" / "train.txt").read_text()
 
