@@ -6,6 +6,7 @@ Everything listens on loopback only and ends with this process, however it ends.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,25 +174,48 @@ def _tool(*command: str) -> list[str]:
 
 
 def _answers(url: str) -> bool:
+    return _get(url) is not None
+
+
+def _get(url: str) -> bytes | None:
+    """The body of a page; None when it is not there, or nobody answers."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
+            return bytes(response.read())
     except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return False
+        return None
 
 
 def _welcome(root: Path, prefect_url: str, mlflow_url: str | None) -> str:
+    publish = load_params(root / "params.yaml").publish
     return "\n".join(
         [
             "",
             f"  Prefect  {prefect_url}",
-            f"           start a run: {prefect_url}/deployments -> pipeline -> Run -> Custom run",
-            f"  MLflow   {mlflow_url or load_params(root / 'params.yaml').publish.tracking_uri}",
+            f"           start a run: {_form_page(prefect_url)}",
+            f"  MLflow   {publish.tracking_uri if mlflow_url is None else _runs_page(mlflow_url, publish.experiment)}",
             f"  logs     {root / '.state' / 'logs'}",
             "",
             "Ctrl-C stops everything.",
         ]
     )
+
+
+def _form_page(prefect_url: str) -> str:
+    deployment = _get(f"{prefect_url}/api/deployments/name/pipeline/pipeline")
+    if deployment is None:
+        return f"{prefect_url}/deployments"
+    return f"{prefect_url}/deployments/deployment/{json.loads(deployment)['id']}/run"
+
+
+def _runs_page(mlflow_url: str, experiment: str) -> str:
+    """The table of runs; MLflow's own front page is that of another kind of use. Before the first run there is none."""
+    query = urllib.parse.urlencode({"experiment_name": experiment})
+    found = _get(f"{mlflow_url}/api/2.0/mlflow/experiments/get-by-name?{query}")
+    if found is None:
+        return mlflow_url
+    number = json.loads(found)["experiment"]["experiment_id"]
+    return f"{mlflow_url}/#/experiments/{number}/runs?workflowType=machine_learning"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
