@@ -250,7 +250,7 @@ def _kept(words: Words) -> Words:
 
 
 def _held_out(words: Words) -> Words:
-    """Return every fifth word: by position, so that nobody picks easy ones."""
+    """Return every fifth word: by position, so that the held-out ones are no easier than the others."""
     return words[::5]
 
 
