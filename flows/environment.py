@@ -78,10 +78,14 @@ class UiLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        self.announce(**facts)
+        return True
+
+    def announce(self, **facts: str) -> None:
+        """Replace what the holder says of itself."""
         self._file.truncate(0)
         json.dump({"pid": str(os.getpid()), **facts}, self._file)
         self._file.flush()
-        return True
 
     def holder(self) -> dict[str, str]:
         """What the present holder wrote; empty when nobody holds the lock."""

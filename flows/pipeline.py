@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from prefect import flow, runtime, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.logging import get_run_logger  # noqa: E402
+from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
 from flows import worktree  # noqa: E402
@@ -37,6 +41,7 @@ from flows.forms import (  # noqa: E402
 )
 from flows.graph import Plan, RunRefused, read_plan  # noqa: E402
 from flows.report import ProgressBar, Row, RunReport, read_headline  # noqa: E402
+from flows.servers import ServerFailed, start_own_prefect_server  # noqa: E402
 from stages.params import ParamsError  # noqa: E402
 
 NUM_RETRIES = 2
@@ -198,15 +203,30 @@ def main(argv: list[str] | None = None) -> int:
     except (RunRefused, ParamsError) as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        state = pipeline(args.from_stage, args.to_stage, overrides, args.force, return_state=True)
+        with api_settings():
+            state = pipeline(args.from_stage, args.to_stage, overrides, args.force, return_state=True)
     except KeyboardInterrupt:
         print("error: interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except ServerFailed as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
     if state.is_completed():
         return 0
     print(f"error: {state.message}", file=sys.stderr)
     return 1
+
+
+@contextmanager
+def api_settings() -> Iterator[None]:
+    """Use the Prefect API that is set up, or a server of this run's own."""
+    if PREFECT_API_URL.value() is not None:
+        yield
+        return
+    with temporary_settings({PREFECT_API_URL: start_own_prefect_server(Path.cwd().resolve())}):
+        yield
 
 
 if __name__ == "__main__":

@@ -9,106 +9,39 @@ import argparse
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from flows.environment import UiLock, child_environment, prefect_home
-from flows.supervised import end_supervised, start_supervised
+from flows.servers import HOST, ServerFailed, Servers, get, prefect_server_command, refuse_busy_port
 from stages.params import ParamsError, load_params
 
-HOST = "127.0.0.1"
 WORK_POOL = "local"
-START_TIMEOUT_S = 180.0
-POLL_S = 0.25
-
-
-class UiFailed(RuntimeError):
-    """The pages can't be shown; the message says why and what to do."""
-
-
-@dataclass
-class Servers:
-    """The processes of the pages, ended in reverse order so that the worker goes before the server it reports to.
-
-    Args:
-        root: The checkout.
-        environment: What every one of them finds in its environment.
-    """
-
-    root: Path
-    environment: dict[str, str]
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
-    def log(self, name: str) -> Path:
-        """Where a process's output goes."""
-        return self.root / ".state" / "logs" / f"{name}.log"
-
-    def start(self, name: str, *command: str) -> None:
-        """Start one process that stays."""
-        self.log(name).parent.mkdir(parents=True, exist_ok=True)
-        with self.log(name).open("wb") as log:
-            self.running[name] = start_supervised(_tool(*command), self.root, self.environment, log)
-
-    def run(self, name: str, *command: str) -> None:
-        """Run one command to its end."""
-        self.start(name, *command)
-        while self.running[name].poll() is None:
-            self.check(except_for=name)
-            time.sleep(POLL_S)
-        if self.running.pop(name).returncode != 0:
-            raise UiFailed(f"{name} failed:\n{self._tail(name)}")
-
-    def wait_for(self, name: str, url: str) -> None:
-        """Wait until a server answers."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _answers(url):
-            self.check()
-            if time.monotonic() > deadline:
-                raise UiFailed(f"{name} did not answer at {url} within {START_TIMEOUT_S:.0f} s; see {self.log(name)}")
-            time.sleep(POLL_S)
-
-    def check(self, except_for: str = "") -> None:
-        """Raise if a process that should stay has ended."""
-        for name, process in self.running.items():
-            if name != except_for and process.poll() is not None:
-                raise UiFailed(f"{name} ended with exit code {process.returncode}:\n{self._tail(name)}")
-
-    def stop(self) -> None:
-        """End all of them, each with everything it started."""
-        while self.running:
-            end_supervised(self.running.popitem()[1])
-
-    def _tail(self, name: str, num_lines: int = 15) -> str:
-        lines = self.log(name).read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(["  " + line for line in lines[-num_lines:]] + [f"  (all of it: {self.log(name)})"])
 
 
 def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
     """Start everything, say where it is, and stay until a signal or a failure.
 
     Raises:
-        UiFailed: A port is taken, a process failed, or the pages of this checkout are open already.
+        ServerFailed: A port is taken, a process failed, or the pages of this checkout are open already.
     """
     tracking_uri = _tracking_uri(root)
-    for port, option in ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port")):
-        refuse_busy_port(port, option)
     prefect_url, mlflow_url = f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}"
     lock = UiLock(root)
-    if not lock.acquire(api_url=f"{prefect_url}/api", prefect=prefect_url, mlflow=mlflow_url):
+    if not lock.acquire(prefect=prefect_url):
         holder = lock.holder()
-        raise UiFailed(f"the pages of this checkout are open: {holder.get('prefect')} (process {holder.get('pid')})")
+        raise ServerFailed(
+            f"the pages of this checkout are open: {holder.get('prefect')} (process {holder.get('pid')})"
+        )
+    for port, option in ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port")):
+        refuse_busy_port(port, option)
     servers = Servers(root, _environment(root, prefect_url))
     try:
         print("starting Prefect and MLflow ...", flush=True)
-        servers.start("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port))
+        servers.start("prefect", *prefect_server_command(prefect_port))
         if tracking_uri is not None:
             servers.start("mlflow", *_mlflow_command(tracking_uri, mlflow_port))
         servers.wait_for("prefect", f"{prefect_url}/api/health")
@@ -117,6 +50,7 @@ def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
         servers.start("worker", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process")
         if tracking_uri is not None:
             servers.wait_for("mlflow", f"{mlflow_url}/health")
+        lock.announce(prefect=prefect_url, api_url=f"{prefect_url}/api")
         print(_welcome(root, prefect_url, mlflow_url if tracking_uri is not None else None), flush=True)
         while True:
             servers.check()
@@ -124,20 +58,6 @@ def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
     finally:
         print("stopping ...", flush=True)
         servers.stop()
-
-
-def refuse_busy_port(port: int, option: str) -> None:
-    """Find out before anything is started whether a port is taken.
-
-    Raises:
-        UiFailed: Names the port and the option that chooses another.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise UiFailed(f"port {port} can't be used ({error.strerror}); choose another with {option}") from None
 
 
 def _tracking_uri(root: Path) -> str | None:
@@ -169,23 +89,6 @@ def _environment(root: Path, prefect_url: str) -> dict[str, str]:
     )
 
 
-def _tool(*command: str) -> list[str]:
-    return [str(Path(sys.executable).parent / command[0]), *command[1:]]
-
-
-def _answers(url: str) -> bool:
-    return _get(url) is not None
-
-
-def _get(url: str) -> bytes | None:
-    """The body of a page; None when it is not there, or nobody answers."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bytes(response.read())
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return None
-
-
 def _welcome(root: Path, prefect_url: str, mlflow_url: str | None) -> str:
     publish = load_params(root / "params.yaml").publish
     return "\n".join(
@@ -202,7 +105,7 @@ def _welcome(root: Path, prefect_url: str, mlflow_url: str | None) -> str:
 
 
 def _form_page(prefect_url: str) -> str:
-    deployment = _get(f"{prefect_url}/api/deployments/name/pipeline/pipeline")
+    deployment = get(f"{prefect_url}/api/deployments/name/pipeline/pipeline")
     if deployment is None:
         return f"{prefect_url}/deployments"
     return f"{prefect_url}/deployments/deployment/{json.loads(deployment)['id']}/run"
@@ -211,7 +114,7 @@ def _form_page(prefect_url: str) -> str:
 def _runs_page(mlflow_url: str, experiment: str) -> str:
     """The table of runs; MLflow's own front page is that of another kind of use. Before the first run there is none."""
     query = urllib.parse.urlencode({"experiment_name": experiment})
-    found = _get(f"{mlflow_url}/api/2.0/mlflow/experiments/get-by-name?{query}")
+    found = get(f"{mlflow_url}/api/2.0/mlflow/experiments/get-by-name?{query}")
     if found is None:
         return mlflow_url
     number = json.loads(found)["experiment"]["experiment_id"]
@@ -233,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         serve(Path.cwd().resolve(), args.prefect_port, args.mlflow_port)
     except KeyboardInterrupt:
         return 0
-    except (UiFailed, ParamsError) as failure:
+    except (ServerFailed, ParamsError) as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     return 0

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,10 +15,11 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 from prefect.client.schemas.objects import State
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectAlreadyExists, PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL
 
 from flows import pipeline as module
+from flows import worktree
 from flows.dvc_stage import Listener, Outcome, run_stage
+from flows.environment import ROOT, child_environment
 from flows.forms import parse_assignments
 from flows.pipeline import main, pipeline
 from tests.flows.conftest import commit, replace_param, run
@@ -121,32 +121,34 @@ def test_killed_stage_is_tried_again(ran_project: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_terminated_flow_ends_its_tree_and_its_worktree(project: Path) -> None:
-    (project / "pack.sh").write_text(f"touch {project}/started; setsid sleep 302 & sleep 302")
-    commit(project)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ended_flow_takes_stage_and_server_with_it(ran_project: Path, number: signal.Signals) -> None:
+    (ran_project / "pack.sh").write_text(f"touch {ran_project}/started; setsid sleep 302 & sleep 302")
+    commit(ran_project)
     command = [sys.executable, "-m", "flows.pipeline", "--set", "pack.max_length=256"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "PREFECT_API_URL": PREFECT_API_URL.value(),
-    }
-    flow = subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 60
-    while not (project / "started").exists():
-        assert flow.poll() is None, flow.stdout.read()
+    environment = {**child_environment(PYTHONPATH=str(ROOT)), "PREFECT_HOME": str(ran_project / "home")}
+    with (ran_project / "printed.log").open("wb") as log:
+        flow = subprocess.Popen(command, cwd=ran_project, env=environment, stdout=log, stderr=log)
+    deadline = time.monotonic() + 120
+    while not (ran_project / "started").exists():
+        assert flow.poll() is None, (ran_project / "printed.log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     tree = psutil.Process(flow.pid).children(recursive=True)
-    assert len(list((project / ".worktrees").iterdir())) == 2
+    assert [process for process in tree if "server" in process.cmdline()]
+    assert len(list((ran_project / ".worktrees").iterdir())) == 2
 
-    flow.send_signal(signal.SIGINT)
+    flow.send_signal(number)
 
-    assert psutil.wait_procs(tree, timeout=5)[1] == []
-    printed, _ = flow.communicate(timeout=30)
-    assert flow.returncode == 130
-    assert b"error: interrupted" in printed
-    assert b"Traceback" not in printed
-    assert list((project / ".worktrees").iterdir()) == []
+    assert psutil.wait_procs(tree, timeout=15)[1] == []
+    flow.wait(timeout=30)
+    worktree.prune(ran_project)
+    assert list((ran_project / ".worktrees").iterdir()) == []
+    if number is not signal.SIGKILL:
+        printed = (ran_project / "printed.log").read_text()
+        assert flow.returncode == 130
+        assert "error: interrupted" in printed
+        assert "Traceback" not in printed
 
 
 def deploy(name: str) -> Any:
