@@ -20,7 +20,7 @@ class SFTConfig(TrainingArguments):
         model_init_kwargs: Arguments of `from_pretrained`, used when the model is given as a name.
         chat_template_path: Jinja file, or folder or hub id of a tokenizer whose chat template replaces the model's.
         dataset_text_field: Column that holds plain text.
-        dataset_kwargs: `skip_prepare_dataset`, `add_special_tokens`, `append_concat_token`.
+        dataset_kwargs: `skip_prepare_dataset`: hand the data set to the collator as it is.
         dataset_num_proc: Processes that prepare the data; None = one.
         dataset_batch_size: Rows prepared at a time.
         eos_token: Token put at the end of texts in place of the tokenizer's eos.
@@ -38,9 +38,6 @@ class SFTConfig(TrainingArguments):
         assistant_only_loss: Train only on assistant turns of conversations.
         loss_type: `nll`, or `dft` (Wu et al., arXiv:2508.05629).
         log_entropy: Log the mean entropy of predictions; costs a pass over the logits.
-        activation_offloading: Keep activations in host memory until the backward pass needs them.
-        num_of_sequences: For `ConstantLengthDataset`: sequences in a buffer.
-        chars_per_token: For `ConstantLengthDataset`: used to size the buffer.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -80,14 +77,11 @@ class SFTConfig(TrainingArguments):
     padding_free: bool = field(default=False, metadata={"help": "Batches as one row without padding."})
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Padded length is a multiple of this."})
     force_flash_sdp: bool = field(default=False, metadata={"help": "Attention by torch's flash kernel alone."})
-    num_of_sequences: int = field(default=1024, metadata={"help": "ConstantLengthDataset: sequences in a buffer."})
-    chars_per_token: float = field(default=3.6, metadata={"help": "ConstantLengthDataset: sizes the buffer."})
 
     completion_only_loss: bool | None = field(default=None, metadata={"help": "Train only on completions."})
     assistant_only_loss: bool = field(default=False, metadata={"help": "Train only on assistant turns."})
     loss_type: str = field(default="nll", metadata={"help": "nll or dft."})
     log_entropy: bool = field(default=False, metadata={"help": "Log the mean entropy of predictions."})
-    activation_offloading: bool = field(default=False, metadata={"help": "Activations wait in host memory."})
 
     def __post_init__(self) -> None:
         self._settle_lengths()
@@ -123,7 +117,7 @@ class SFTConfig(TrainingArguments):
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
-        known = {"skip_prepare_dataset", "add_special_tokens", "append_concat_token"}
+        known = {"skip_prepare_dataset"}
         unknown = set(self.dataset_kwargs or {}) - known
         if unknown:
             raise ValueError(f"dataset_kwargs has unknown keys {sorted(unknown)}; known: {sorted(known)}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -24,7 +25,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from sft.adapters import count_parameters, wrap_adapter
-from sft.attention import document_layout
+from sft.attention import document_layout, flash_sdp_only
 from sft.config import SFTConfig
 from sft.loss import LossOptions, TokenTotals, num_targets, supervised_loss
 from sft.neftune import embedding_noise
@@ -140,7 +141,7 @@ class SFTTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One forward and backward pass; the documents' borders hold for both, as checkpointing computes twice."""
-        with document_layout(inputs.get("seq_lengths")):
+        with attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -170,7 +171,7 @@ class SFTTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """One evaluation batch, with its documents' borders."""
-        with document_layout(inputs.get("seq_lengths")):
+        with attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -204,6 +205,13 @@ class SFTTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *TOKEN_COLUMNS]))
+
+
+@contextmanager
+def attention_context(inputs: dict[str, Any], *, force_flash_sdp: bool) -> Iterator[None]:
+    """What attention needs to know around a step: the documents of a flat batch, and whether only flash will do."""
+    with document_layout(inputs.get("seq_lengths")), flash_sdp_only() if force_flash_sdp else nullcontext():
+        yield
 
 
 def prepare_all(dataset: Any, *args: Any, name: str, **kwargs: Any) -> Any:

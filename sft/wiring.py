@@ -124,17 +124,9 @@ def choose_packing(config: SFTConfig, data_collator: Any, datasets: list[Any]) -
         config: `packing`, `eval_packing`, `padding_free`.
         data_collator: The user's own, or None.
         datasets: All data sets; rows that are packed already make batches flat.
-
-    Raises:
-        ValueError: The collator can't work on packed rows.
     """
     eval_packing = config.packing if config.eval_packing is None else config.eval_packing
     packed = config.packing or eval_packing
-    if packed and getattr(data_collator, "needs_single_documents", False):
-        raise ValueError(
-            f"packing=True puts several documents into a row, where {type(data_collator).__name__} would look for one "
-            "answer; use packing=False, or completion_only_loss / assistant_only_loss without this collator"
-        )
     already = any("seq_lengths" in (getattr(dataset, "column_names", None) or ()) for dataset in datasets)
     flat = packed or already or config.padding_free or getattr(data_collator, "padding_free", False)
     return Packing(config.packing, eval_packing, flat)

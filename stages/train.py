@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from sft.config import ModelConfig, SFTConfig
 from sft.models import load_model
 from sft.quantization import get_quantization_config
 from sft.trainer import SFTTrainer
-from stages.artifacts import fresh_folder, progress, read_json, write_json, write_text
+from stages.artifacts import progress, read_json, write_json, write_text
 from stages.base_model import read_base_model
 from stages.checkpoints import TrainingState
+from stages.outfolder import replacing_folder
 from stages.params import ModelSection, Params, TrainSection
 from stages.paths import Paths
 
@@ -167,11 +167,10 @@ def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths:
     if not losses or not math.isfinite(losses[-1]):
         last = losses[-1] if losses else "nothing"
         raise ValueError(f"training ended with loss {last}; lower train.learning_rate, or look at the data")
-    folder = fresh_folder(paths.out("train", "model"))
-    trainer.save_model(str(folder))
-    shutil.rmtree(folder / "runs", ignore_errors=True)
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that holds this machine's paths
-    tokenizer.save_pretrained(folder)
+    with replacing_folder(paths.out("train", "model")) as folder:
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that holds this machine's paths
+        tokenizer.save_pretrained(folder)
     write_text(paths.out("train", "curve.csv"), curve_csv(history))
     counts = count_parameters(trainer.model)
     metrics = {

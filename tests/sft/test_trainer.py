@@ -1,0 +1,102 @@
+"""The trainer is wiring: what it wires together gives the same numbers however the batch is laid out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from sft.config import SFTConfig
+from sft.trainer import SFTTrainer
+from tests.tiny import tiny_model, tiny_tokenizer
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Hello {number}"},
+            {"role": "assistant", "content": f"answer {number * 7}" * (1 + number % 3)},
+        ]
+    }
+    for number in range(8)
+]
+
+
+def make(folder: Path, **options: Any) -> SFTTrainer:
+    config = SFTConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        max_steps=2,
+        max_length=128,
+        learning_rate=1e-2,
+        assistant_only_loss=True,
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+    rows = Dataset.from_list(ROWS)
+    return SFTTrainer(
+        tiny_model(),
+        args=config,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"packing": True},
+        {"padding_free": True},
+        {"padding_free": True, "force_flash_sdp": True},
+        {"packing": True, "force_flash_sdp": True},
+    ],
+)
+def test_eval_loss_does_not_depend_on_the_layout_of_batches(tmp_path: Path, layout: dict[str, Any]) -> None:
+    padded = make(tmp_path, per_device_eval_batch_size=3).evaluate()["eval_loss"]
+    assert make(tmp_path, per_device_eval_batch_size=2, **layout).evaluate()["eval_loss"] == pytest.approx(
+        padded, abs=1e-5
+    )
+
+
+def test_forced_flash_reaches_the_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(tmp_path, packing=True, force_flash_sdp=True)
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    class Watched:
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            seen.append((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()))
+            return attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", Watched())
+    trainer.train()
+    assert set(seen) == {(True, False)}
+
+
+def test_forced_flash_needs_batches_without_padding(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="force_flash_sdp=True needs packing=True or padding_free=True"):
+        make(tmp_path, force_flash_sdp=True)
+
+
+def test_adapter_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    first, second = make(tmp_path, seed=3), make(tmp_path, seed=3)
+    for (name, left), (_, right) in zip(first.model.named_parameters(), second.model.named_parameters(), strict=True):
+        assert torch.equal(left, right), name
+
+
+def test_train_dataset_shows_what_is_trained(tmp_path: Path) -> None:
+    row = make(tmp_path).train_dataset[0]
+    kept = [token for token in row["labels"] if token >= 0]
+    assert tiny_tokenizer().decode(kept) == "answer 0<|im_end|>"
+
+
+@pytest.mark.parametrize("key", ["add_special_tokens", "append_concat_token", "skip"])
+def test_dataset_kwargs_without_effect_are_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match=f"dataset_kwargs has unknown keys .*{key}"):
+        make(tmp_path, dataset_kwargs={key: True})
