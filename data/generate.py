@@ -17,7 +17,7 @@ from data import held_out_phrasings, phrasings, vocabulary
 T = TypeVar("T")
 
 INTENTS = ("order", "return", "cancel", "status", "complaint")
-URGENCIES = ("low", "normal", "high")
+URGENCIES = ("normal", "high")
 SYSTEM_PROMPT = "Message to JSON: intent, customer, city, items, urgency."
 NUMBER_WORDS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 SHORTHAND = (("please", "pls"), ("Please", "Pls"), ("Thanks", "Thx"), ("I'm", "Im"), ("n't", "nt"), (" and ", " & "))
@@ -159,17 +159,20 @@ def vary(template: str, rng: Random) -> str:
 
 
 def join_sentences(sentences: Sequence[str]) -> str:
-    """Return the sentences as one message, with a new line after "Dear shop," and the like."""
-    capitalised = [sentence[:1].upper() + sentence[1:] for sentence in sentences]
-    return " ".join(capitalised).replace(f"{capitalised[0]} ", f"{capitalised[0]}\n", capitalised[0].endswith(","))
+    """Return the sentences as one message, with line breaks after "Dear shop," and around a signature in lines."""
+    message = ""
+    for sentence in sentences:
+        breaks = message.endswith(",") or "\n" in sentence
+        message += ("\n" if breaks else " ") * bool(message) + sentence[:1].upper() + sentence[1:]
+    return message
 
 
 def arrange(side: Side, intent: str, urgency: str) -> list[str]:
     """Return the templates of one message, in order."""
     rng = side.rng
-    cue = [side.cues[urgency].deal()] if urgency != "normal" else []
+    cue = [side.cues[urgency].deal()] if urgency == "high" or rng.random() < 0.4 else []
     opener = [side.openers.deal()] if rng.random() < 0.25 else []
-    filler = [side.fillers.deal()] if rng.random() < (0.1 if cue else 0.4) else []
+    filler = [side.fillers.deal()] if rng.random() < (0.15 if cue else 0.5) else []
     extras = sorted_randomly(cue + filler, rng)
     if rng.random() < 0.2:
         whole = side.whole[intent].deal()
@@ -203,10 +206,7 @@ def make_row(side: Side) -> tuple[str, dict[str, object]]:
         "intent": intent,
         "customer": name,
         "city": city,
-        "items": [
-            {"product": product if quantity == 1 else plural(product), "quantity": quantity}
-            for product, quantity in items
-        ],
+        "items": [f"{quantity} x {product if quantity == 1 else plural(product)}" for product, quantity in items],
         "urgency": urgency,
     }
     return roughen(message, rng), record
@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write shop_train.jsonl and shop_eval.jsonl."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--num-train", type=int, default=760)
+    parser.add_argument("--num-train", type=int, default=860)
     parser.add_argument("--num-eval", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)

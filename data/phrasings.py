@@ -30,6 +30,8 @@ TRAIN = Phrasings(
         "To whom it may concern:",
         "Dear Sir or Madam,",
         "[Hi there|Hello there|Morning|Hello],",
+        "Dear [sales team|support],",
+        "Ladies and gentlemen,",
     ),
     introductions=(
         "[I'm|I am|This is|It's|It is|Here is] {name} [from|in] {city}.",
@@ -55,6 +57,16 @@ TRAIN = Phrasings(
         "{city} - {name}.",
         "{city}, {name} [here|writing].",
         "[It is|It's] me, {name}, [at home in|over from] {city}.",
+        "Allow me to introduce myself: {name}, resident of {city}.",
+        "You're reading a message from {name} in {city}.",
+        "The undersigned, {name}, lives in {city}.",
+        "Writing to you today from {city}: {name}.",
+        "{name} speaking, I run a household of five in {city}.",
+        "My husband and I live in {city}, and I go by {name}.",
+        "I was born and raised in {city} and my name is {name}.",
+        "For your records: customer {name}, place of residence {city}.",
+        "Over here in {city} everyone knows me as {name}.",
+        "I'm a pensioner from {city}, {name} by name.",
     ),
     signatures=(
         "{name}, {city}",
@@ -62,6 +74,9 @@ TRAIN = Phrasings(
         "[Regards|Best|Thanks|Yours|Best regards|Kind regards|Bye|Thank you|thx], {name} [from|in] {city}",
         "[Best|Thanks|Regards|See you], {name} ({city})",
         "- {name}, {city}",
+        "{name}\n{city}",
+        "[Regards|Best|Thanks|Yours|Best regards|Kind regards|Yours sincerely|Bye|Thank you|thx],\n{name}, {city}",
+        "[Regards|Best|Thanks|Yours|Best regards|Kind regards|Yours sincerely|Thank you],\n{name}\n{city}",
         "[Kind regards|Love|Sunny greetings|Best regards] from {city}, {name}",
         "[Sincerely|Best], {name} / {city}",
         "[Signed|From|Sender]: {name}, {city}",
@@ -71,6 +86,12 @@ TRAIN = Phrasings(
         "{name} [from|in] {city}",
         "Customer: {name}. City: {city}.",
         "{city}, {name}",
+        "[Warmly|Cheers|All the best|Respectfully],\n{name}\n{city}",
+        "[Cheers|All the best|Many greetings|Warm wishes], {name}, {city}",
+        "Yours faithfully,\n{name} ({city})",
+        "Yours truly, {name} of {city}",
+        "{name}\nResident of {city}",
+        "Name: {name}\nCity: {city}",
     ),
     bodies={
         "order": (
@@ -91,6 +112,14 @@ TRAIN = Phrasings(
             "[Please charge my card for|I am ready to pay for|How much is the shipping of] {items}[, I'll buy it|].",
             "Let [me|us] have {items}.",
             "[I hope to|I plan to|I am going to|We intend to|I came here to] [buy|order|purchase] {items}.",
+            "[Please reserve|Kindly set aside] {items} in my name, I'll pay on collection.",
+            "Time to restock our shelves: {items}, please.",
+            "My next purchase from you shall be {items}.",
+            "Would you kindly supply {items} to my home address?",
+            "I've got my eye on {items} and I'm ready to pay.",
+            "I'd be delighted to become the owner of {items}.",
+            "Could I trouble you for {items}? I'll pay in advance.",
+            "We are furnishing a new flat and would like you to deliver {items}.",
         ),
         "return": (
             "[I'd like|I want|I wish|I have|We want|I am going] to [return|send back|give back|bring back] {items}.",
@@ -98,40 +127,58 @@ TRAIN = Phrasings(
             "[I am|We are|I'm] [returning|sending back|giving back|bringing back] {items}.",
             "How [do I|can I|do we] [send {items} back|return {items}|get a refund for {items}]?",
             "[Please give me|I need|Please email me|Where do I get] a return label for {items}.",
-            "I [want|would like|ask for] [my money back|a refund|a full refund] for {items}, [unused|still in "
-            "the box|never worn].",
+            (
+                "I [want|would like|ask for] [my money back|a refund|a full refund] for {items}, [unused|still in "
+                "the box|never worn]."
+            ),
             "{items} did not suit me, I'll [send everything back|return all of it].",
             "Please [pick up|collect] {items} again, I'm [not keeping|returning] that.",
             "[Return, please|Return request|To be returned|Going back to you|A return]: {items}.",
             "[Would|Could|Can] you [take back|take in return|refund] {items}?",
-            "I [bought too much|changed my mind|chose the wrong size] and [want to return|am sending back|will "
-            "return] {items}.",
+            (
+                "I [bought too much|changed my mind|chose the wrong size] and [want to return|am sending back|will "
+                "return] {items}."
+            ),
             "[Wrong size|Wrong colour|Not my style|Too big] for me: {items}. I'd like to [return|send back] that.",
             "We must [send|ship|mail] {items} back to you.",
-            "[My wife|My son|My mother|The boss] [dislikes|does not want] {items}, [may we return it all|so it "
-            "is coming back to you]?",
+            (
+                "[My wife|My son|My mother|The boss] [dislikes|does not want] {items}, [may we return it all|so it "
+                "is coming back to you]?"
+            ),
             "I won't keep {items}, [how can I return that|please refund me|it goes back]?",
             "The return parcel [holds|contains] {items}.",
             "I got {items} as a [gift|present] but want to [give it back for cash|return it].",
             "[Take|I'd be glad if you took] {items} back and [refund me|give me my money].",
             "[It does not fit|They don't fit|We have no use for it], so I [return|am returning|send back] {items}.",
+            "I'd like to swap {items} for a refund, the receipt is enclosed.",
+            (
+                "On second thoughts I don't want to keep {items}, so please arrange for the parcel to be picked up "
+                "from my home."
+            ),
+            "What I got from you, {items}, looks different at home than in the picture and will travel back to you.",
         ),
         "cancel": (
-            "[Please|pls|Kindly|Could you|Can you|You must] [cancel|stop|undo|delete] [my order of|the order "
-            "for|my purchase of|] {items}.",
+            (
+                "[pls|Kindly|Could you|Can you|You must] [cancel|stop|undo|delete] [my order of|the order for|my "
+                "purchase of|] {items}."
+            ),
             "[I want|I'd like|I have|We wish|I need] to cancel [my order of|the order with|] {items}.",
             "Cancel {items}, please.",
             "[I|We] no longer [need|want] {items}, [please cancel|so cancel it|cancel my order].",
-            "Please [don't send|do not ship|don't deliver] {items}, I [changed my mind|have to cancel|found it "
-            "elsewhere].",
+            (
+                "Please [don't send|do not ship|don't deliver] {items}, I [changed my mind|have to cancel|found it "
+                "elsewhere]."
+            ),
             "[Take|Strike|Remove|Delete] {items} [off|from] my order.",
             "I ordered {items} by [mistake|accident], please [cancel that|stop it].",
             "[Is it possible|Is there still time|Am I in time] to cancel {items}?",
             "[Do not ship|Don't send|Please do not dispatch] {items}[ any more|, I cancel].",
             "[Stop|Halt] the [delivery|shipping] of {items}.",
             "We don't want {items} any more, so cancel it.",
-            "I [found it cheaper elsewhere|have no money left|lost my job], so [cancel|I cancel|I must cancel] "
-            "{items}.",
+            (
+                "I [found it cheaper elsewhere|have no money left|lost my job], so [cancel|I cancel|I must cancel] "
+                "{items}."
+            ),
             "[Cancellation|Cancellation of order|Order to cancel|To be cancelled]: {items}.",
             "My order [for|of] {items} [should|must|has to] be cancelled.",
             "[Forget|Ignore|Drop|Withdraw] my order [of|for] {items}.",
@@ -140,6 +187,14 @@ TRAIN = Phrasings(
             "You can cancel {items}, my [husband|sister|neighbour] bought that already.",
             "Please stop {items} before it [goes out|leaves|is shipped], I [cancel|don't want it now].",
             "Yesterday I ordered {items}, [now I want to cancel|please cancel this order].",
+            "Please abort the order for {items}.",
+            "Kindly treat my order for {items} as void.",
+            "I'm backing out of my purchase of {items} before you pack anything.",
+            "Please take no further action on my order for {items}, I don't want it now.",
+            "My plans have changed, so please annul the order of {items}.",
+            "I hereby revoke my order for {items}, which you have not shipped so far.",
+            "I clicked the wrong button: I never meant to order {items}, so please undo that.",
+            "Scratch {items}, I've thought better of ordering that.",
         ),
         "status": (
             "Where is my [order of|parcel with|package with|delivery of] {items}?",
@@ -152,8 +207,10 @@ TRAIN = Phrasings(
             "I'm still [waiting|hoping] for {items}, [where is it|when does it come|any news]?",
             "[Could|Can|Would] you [track|trace|locate] {items} for me?",
             "How long until I [get|receive] {items}?",
-            "I ordered {items} [last week|two weeks ago|a while ago|on Monday], [where is my parcel|has it "
-            "left|when does it come]?",
+            (
+                "I ordered {items} [last week|two weeks ago|a while ago|on Monday], [where is my parcel|has it "
+                "left|when does it come]?"
+            ),
             "Can you tell me where my order of {items} is now?",
             "Did you [send out|ship|post] {items}?",
             "Is my order of {items} [on its way|shipped|sent|in the post]?",
@@ -167,18 +224,29 @@ TRAIN = Phrasings(
             "[How is|How goes] my delivery of {items} [coming along|going]?",
             "Is the order with {items} [out for delivery|packed already|still in your warehouse]?",
             "What [happened to|became of] my shipment of {items}? I have seen no update.",
+            "Do you know the whereabouts of {items} I ordered from you?",
+            "What's the ETA for {items}?",
+            "Which courier has my parcel with {items}?",
+            "I paid for {items} and wonder how far along my order has got.",
+            "On which day should I be at home to receive {items}?",
+            "Has the warehouse handed {items} over to the carrier?",
+            "The postman brought nothing so far, so I'm asking where you have got to with {items}.",
         ),
         "complaint": (
-            "[I received|I got|You sent me|You delivered|We were sent] {items}, [broken|damaged|smashed|in "
-            "pieces|scratched|cracked].",
+            (
+                "[I received|I got|You sent me|You delivered|We were sent] {items}, [broken|damaged|smashed|in "
+                "pieces|scratched|cracked]."
+            ),
             "You sent me {items} in [terrible|awful|poor|shocking] condition.",
             "My [parcel|package|box] with {items} [came|arrived|was] [damaged|broken|crushed|soaked].",
             "[I'm|I am|We are] [very unhappy|not happy|angry|disappointed|not satisfied] [with|about] {items}.",
             "[I want|I have|I'd like|I wish] to complain about {items}.",
             "{items} [arrived|came|turned up|got here] [broken|damaged|cracked|dented|dirty|torn].",
             "The quality of {items} is [awful|terrible|very bad|a joke].",
-            "[I am disappointed|What a shame|Bad surprise|So annoying]: {items} [fell apart|broke|stopped "
-            "working] after one day.",
+            (
+                "[I am disappointed|What a shame|Bad surprise|So annoying]: {items} [fell apart|broke|stopped "
+                "working] after one day."
+            ),
             "{items}: [all of it stopped working|it does not work|everything is broken].",
             "There's a [crack|hole|dent] in what you sent me: {items}.",
             "[Bad|Poor|Terrible] quality! {items} and nothing works.",
@@ -195,6 +263,15 @@ TRAIN = Phrasings(
             "I must complain, {items} came with [cracks|stains|scratches].",
             "We opened the box and found {items} [in pieces|broken|full of cracks].",
             "I expected better: {items}, such poor quality.",
+            "{items} fell to bits in my hands.",
+            "You sold me faulty goods, namely {items}.",
+            "What I got was not what you promised: {items}, and all of it shoddy.",
+            "The wrong colour came when I ordered {items}, and I am not amused.",
+            "I'm writing to express my dissatisfaction with {items}.",
+            "Whoever packed {items} did a miserable job, there was nothing left whole in the box.",
+            "{items} gave up working after a week, which is not acceptable.",
+            "The description on your page was misleading: {items} looked cheap and smelled of paint.",
+            "I have never seen such sloppy workmanship as on {items}.",
         ),
     },
     whole={
@@ -242,17 +319,27 @@ TRAIN = Phrasings(
     },
     urgency={
         "high": (
-            "[It's|It is|This is|The matter is|My request is] [urgent|very urgent|really pressing|an "
-            "emergency|top priority].",
-            "[I need|We need|I must have|I want] [this|it|an answer|a reply|help] [today|now|right away|by "
-            "tonight|by tomorrow|in an hour].",
+            (
+                "[It's|It is|This is|The matter is|My request is] [urgent|very urgent|really pressing|an "
+                "emergency|top priority]."
+            ),
+            (
+                "[I need|We need|I must have|I want] [this|it|an answer|a reply|help] [today|now|right away|by "
+                "tonight|by tomorrow|in an hour]."
+            ),
             "[Please|You have to|Can you] [hurry|be quick|be fast|rush|speed up].",
-            "[As soon as possible|ASAP|asap|Immediately|Right away|Quickly|Fast|At top speed|Today|Express]"
-            + ", please[.|!]",
-            "Please [deal with|look into|handle|sort out|settle|see to] this [immediately|right "
-            "now|today|quickly|first].",
-            "[It has to|It must|This must|This has to] [happen|be done|be settled] [before tonight|today|by "
-            "tomorrow morning|soon].",
+            (
+                "[As soon as possible|ASAP|asap|Immediately|Right away|Quickly|Fast|At top speed|Today|Express], "
+                "please[.|!]"
+            ),
+            (
+                "Please [deal with|look into|handle|sort out|settle|see to] this [immediately|right "
+                "now|today|quickly|first]."
+            ),
+            (
+                "[It has to|It must|This must|This has to] [happen|be done|be settled] [before tonight|today|by "
+                "tomorrow morning|soon]."
+            ),
             "[URGENT|Urgent|Emergency|Hurry|Asap|Quick]!",
             "[I'm|I am|We are] in a [great|big|terrible] hurry.",
             "[I'm|I am|We are] [running out of time|short of time|out of time|under time pressure].",
@@ -265,16 +352,61 @@ TRAIN = Phrasings(
             "Please [answer|reply|act|help] [within the hour|today|fast|quickly|straight away|immediately].",
             "Time is [short|of the essence|running out].",
             "[Today is|Tomorrow is] the last possible day.",
+            "Kindly give this your attention at the soonest possible moment.",
+            "I need the matter settled at your earliest opportunity, not at the end of the week.",
+            "Any delay would cost us [dearly|a fortune|the contract].",
+            "We are racing against the clock here.",
+            "I would appreciate it if you acted promptly.",
+            "Your prompt attention is required.",
+            "This is long overdue, so move it along now.",
+            "Work overnight if you must, but get it done.",
+            "I need this pronto!",
+            "Do it the moment you read this.",
+            "It all has to be sorted before the weekend.",
+            "By Friday noon at the very latest, or it will be useless to me.",
+            "My flight goes [at dawn|in the morning|this evening], and I must know before then.",
+            "The baby is due any day now, so please don't leave this lying around.",
+            "My surgery is the day after tomorrow and I need this solved first.",
+            "Not tomorrow, not next week: now.",
+            "There isn't a moment to lose.",
+            "Please move me to the [front|head] of the queue.",
+            "Chop chop!",
+            "Get a move on, will you?",
+            "Step on it, please.",
+            "Make haste, I beg you.",
+            "I'm counting on you to get back to me before [lunch|noon|closing time].",
+            "Without a quick solution I lose my job.",
+            "After Thursday it's of no use to anybody.",
+            "My patience is at an end: act now.",
+            "I'm on pins and needles and can't bear to wait.",
+            "I'd be grateful for same-day treatment.",
+            "I'll gladly pay extra for the fastest service you have.",
+            "We open to the public on Saturday and everything hangs on this.",
+            "The exhibition starts the day after tomorrow.",
+            "Every second matters to us.",
+            "This simply cannot wait until Monday.",
+            "It's high time something happened, please do it this instant.",
+            "I beg you to expedite the matter.",
+            "Please fast-track my request.",
+            "Speed is everything here.",
+            "Our whole production stands still until you act.",
+            "Someone has to jump on this at once.",
+            "At lightning speed, if you please!",
+            "I am under enormous time pressure and rely on a swift response.",
         ),
-        "low": (
+        "normal": (  # says that there is no hurry; many a message says nothing
             "[No|There's no|There is no|I'm in no|We are in no] [rush|hurry][.| at all.|!]",
             "[Take|Please take|You can take] [your time|all the time you need].",
-            "[It isn't|It's not|This isn't|This is not|Nothing here is] [urgent|pressing|a priority|urgent in "
-            "any way].",
+            (
+                "[It isn't|It's not|This isn't|This is not|Nothing here is] [urgent|pressing|a priority|urgent in "
+                "any way]."
+            ),
             "[Not|Nothing] urgent[.|, really.|!]",
             "[Whenever|Any time] [it suits you|you like|you get round to it|you can|is convenient][.| is fine.]",
-            "[Any time|Any day|Some time|Later] [this month|next month|this summer|this season] [is fine|will "
-            "do|is okay].",
+            (
+                "[Any time|Any day|Some time|Later] [this month|next month|this summer|this season] [is fine|will "
+                "do|is okay]."
+            ),
             "[I can|We can|It can|This can|I don't mind to] wait [a few weeks|a month|for a while|a bit|until later].",
             "[Next month|Next week|Later|Much later] is [early enough|fine|soon enough|good enough].",
             "[No need to|You needn't|You don't have to|Please don't] [hurry|rush|be quick|speed up].",
@@ -290,8 +422,49 @@ TRAIN = Phrasings(
             "Do it when things are [quiet|slow].",
             "[Other customers|Others] can go first.",
             "I don't mind [waiting|a delay].",
+            "Only get to this after everything more important is off your desk.",
+            "It's not in the least pressing.",
+            "I am a patient [man|woman|person].",
+            "Good things take time.",
+            "Slow and steady wins the race.",
+            "I can live with a wait of several months.",
+            "If it happens before the end of the year, I'll be content.",
+            "Sometime in autumn would be perfectly all right.",
+            "There is no pressure whatsoever from my side.",
+            "Please serve everyone else before me.",
+            "Put this at the bottom of your pile.",
+            "My request can go to the end of the queue.",
+            "This is nothing that couldn't wait until after your holidays.",
+            "I'd be the last one to hurry you.",
+            "By no means is haste required.",
+            "Far from urgent, this one.",
+            "Don't drop anything for my sake.",
+            "You may safely leave this until spring.",
+            "No express treatment necessary.",
+            "It needn't be today, it needn't be tomorrow either.",
+            "Nobody here is counting the days.",
+            "I'm in no particular haste.",
+            "The date is entirely up to you.",
+            "As and when it fits your schedule.",
+            "Easy does it, there's plenty of time.",
+            "A month more or less makes no difference to me.",
+            "I'm retired, so I have all day, every day.",
+            "Please treat this with the lowest priority.",
+            "There's no clock ticking on this one.",
+            "Nothing depends on how fast you are.",
+            "Handle it at a pace that is comfortable for you.",
+            "We won't need an answer before the summer.",
+            "Sooner or later is all the same to me.",
+            "I certainly don't expect a reply today.",
+            "You don't have to deal with this immediately.",
+            "ASAP is not needed here.",
+            "I would never call this an emergency.",
+            "Let it sit for a few weeks if you are busy.",
+            "Take it slow, I'm relaxed about it.",
+            "Should you be swamped with work, just postpone mine.",
+            "It's a matter for a rainy day.",
+            "Rome wasn't built in a day, so take as long as you like.",
         ),
-        "normal": (),
     },
     fillers=(
         "[Thanks|Many thanks|Thank you|Thank you very much|thanks|Thanks a lot][.|!]",
@@ -310,5 +483,58 @@ TRAIN = Phrasings(
         "It's for [my office|a friend|my son].",
         "[Sorry for the bother|Thank you for your help|I wrote to you before].",
         "I [await|hope for|expect] your [answer|reply].",
+        "I've shopped here for ten years.",
+        "We met at your stand last spring.",
+        "Your newsletter comes on Fridays.",
+        "My grandmother already bought from you in the eighties.",
+        "What a pretty logo you have.",
+        "Your staff on the phone [was|were] so friendly.",
+        "It has been raining here since Sunday.",
+        "The first snow fell last night.",
+        "The roses in our garden are in bloom.",
+        "Our dog sends his regards.",
+        "My cat is asleep on the keyboard as I type.",
+        "We have just become grandparents.",
+        "My daughter started school in September.",
+        "I turned fifty last month.",
+        "I read your newsletter with great pleasure.",
+        "Please take me off the newsletter list.",
+        "My credit card is still the one you have on file.",
+        "You will find my customer number on the old invoice.",
+        "Kindly make out the invoice to my company.",
+        "The invoice from March was correct, by the way.",
+        "Our street was renamed, but the house number is the same.",
+        "The bell at our door is out of order, just knock.",
+        "Our neighbour takes in parcels for us.",
+        "The entrance is round the back, next to the bakery.",
+        "My mobile number ends in 47.",
+        "You can call me in the evenings.",
+        "I'm best reached by email.",
+        "Your website looks great on my phone.",
+        "The new search box on your page is really handy.",
+        "I logged in with my old password and it worked.",
+        "I have collected quite a few bonus points by now.",
+        "My loyalty card is the blue one.",
+        "Merry Christmas to all of you!",
+        "Happy New Year to the whole team.",
+        "Happy Easter!",
+        "Warm greetings from all of us here.",
+        "Spring has finally come to our valley.",
+        "Autumn is my favourite season.",
+        "I appreciate that you use paper instead of plastic in your packaging.",
+        "I keep your boxes for my children to paint on.",
+        "Are you open on Saturdays?",
+        "I see that you now open at nine.",
+        "Your shop window looked wonderful at Christmas.",
+        "Did you watch the football on Sunday?",
+        "Our local team won the cup this year.",
+        "I go running past your shop every morning.",
+        "My colleague recommended your shop at lunch one day.",
+        "A radio programme mentioned you a few weeks ago.",
+        "I used to work in a shop myself.",
+        "Excuse my English, it's not my first language.",
+        "I hope I've reached the right address with this message.",
+        "Your catalogue has been on our coffee table since January.",
+        "I left you five stars last year.",
     ),
 )

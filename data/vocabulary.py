@@ -1,7 +1,8 @@
 """Names, cities and products: the words that training rows show, and those that only held-out rows show.
 
 The two sides share no word (tests/test_data.py holds that), so a held-out answer can only be right when the model
-copies it out of the message.
+copies it out of the message. First names and cities are such as the default model's tokenizer splits the same way after
+a quote as after a space (data/README.md says why).
 """
 
 from dataclasses import dataclass
@@ -17,19 +18,19 @@ def _words(text: str) -> Words:
 Shelf = tuple[Words, Words]
 
 FIRST_NAMES = _words("""
-    Aaron, Abigail, Adam, Aisha, Alan, Albert, Alice, Amanda, Amir, Amy, Anders, Andrea, Andrew, Angela, Anika,
-    Anna, Anthony, Arjun, Arthur, Barbara, Ben, Boris, Brian, Callum, Camille, Carla, Carlos, Caroline, Catherine,
-    Chen, Chidi, Christian, Clara, Colin, Connor, Daniel, Daria, David, Deborah, Delia, Desmond, Diana, Diego,
-    Dominic, Dora, Edith, Edward, Eleanor, Eliza, Emily, Emma, Eric, Esther, Eva, Ewa, Farah, Fatima, Fiona, Flora,
-    Frank, Freya, Gareth, George, Gerald, Gita, Grace, Graham, Hamid, Hannah, Hans, Harold, Harriet, Hassan,
-    Heather, Hector, Helen, Henry, Hilda, Ian, Ibrahim, Imogen, Ines, Ingrid, Irene, Isabel, Ismail, Ivan, Jack,
-    Jacob, James, Jana, Jasper, Javier, Jean, Joanna, Joel, Johan, John, Jonas, Joseph, Julia, Julian, Karen, Kate,
-    Keiko, Kenji, Kenneth, Kevin, Kofi, Lars, Laura, Leila, Lena, Leo, Liam, Lucas, Lucy, Luis, Lydia, Magda, Malik,
-    Manuel, Marco, Margaret, Maria, Marta, Martin, Mary, Matilda, Max, Megan, Mei, Michael, Miguel, Mina, Monika,
-    Nadia, Naomi, Nathan, Nicola, Nina, Noah, Nora, Olga, Oliver, Omar, Oscar, Pablo, Patricia, Paul, Pavel,
-    Penelope, Peter, Petra, Philip, Quentin, Rachel, Raj, Ramona, Rebecca, Renata, Richard, Rita, Robert, Rosa,
-    Ruth, Salma, Samuel, Sandra, Sarah, Sean, Simon, Stefan, Stella, Susan, Sven, Tanya, Teresa, Thomas, Tim,
-    Tobias, Tomas, Vera, Victor, Walter, Wanda, Wei, William, Winston, Xavier, Yara, Yuki, Zara""")
+    Adam, Aisha, Alex, Alexander, Alice, Alvin, Amir, Anders, Andrew, Angus, Anika, Anita, Ann, Anna, Anne, Archie,
+    Arjun, Arthur, Ash, Astrid, Audrey, Ben, Bob, Bonnie, Callum, Camille, Carl, Carla, Chidi, Chloe, Chris, Clive,
+    Dan, Daniel, Danny, Daria, Darren, David, Desmond, Donald, Donna, Dora, Dylan, Edna, Edward, Eileen, Elizabeth,
+    Elliot, Emil, Emily, Enid, Esme, Evelyn, Ewa, Fatima, Fiona, Frank, Fred, Freya, Frieda, Gareth, Gina, Gita,
+    Greg, Gus, Gwen, Hamid, Hector, Henry, Hilda, Ida, Igor, Imogen, Ines, Ingrid, Ismail, Jack, Jacob, Jamal,
+    James, Jamie, Jan, Jana, Jane, Janice, Jasper, Javier, Jeff, Jim, Joanna, Johan, John, Jonas, Joseph, Josh,
+    Keiko, Ken, Kenji, Kofi, Kyle, Lance, Leila, Lena, Lily, Lois, Lola, Lorna, Louis, Luc, Luke, Lydia, Mabel,
+    Magda, Malik, Marc, Maria, Marie, Marta, Mary, Matilda, Matt, Matthew, Maureen, Maya, Megan, Michael, Michel,
+    Mina, Monika, Myra, Neil, Nick, Nicola, Noel, Olaf, Olga, Paul, Pavel, Penelope, Peter, Petra, Phil, Phoebe,
+    Quentin, Ramona, Ray, Reggie, Renata, Richard, Rita, Rob, Robert, Roman, Rory, Roxanne, Rufus, Salma, Sam,
+    Samuel, Sarah, Shane, Sheila, Silvia, Simon, Sonia, Stan, Stella, Stephen, Sven, Tamara, Tanya, Theo, Thomas,
+    Tim, Tina, Tom, Tomas, Travis, Valerie, Vanessa, Victor, Wanda, Wilfred, William, Xavier, Yara, Yasmin, Yuki,
+    Yvonne, Zara, Zoe""")
 
 LAST_NAMES = _words("""
     Abbott, Achebe, Adams, Ahmed, Ali, Almeida, Alvarez, Andersen, Andrews, Armstrong, Bailey, Baker, Bakker,
@@ -55,18 +56,25 @@ LAST_NAMES = _words("""
     Zhang, Zielinski, Zimmer""")
 
 CITIES = _words("""
-    Abu Dhabi, Accra, Addis Ababa, Albuquerque, Algiers, Amman, Amsterdam, Athens, Auckland, Austin, Baku, Bari,
-    Basel, Baton Rouge, Belgrade, Berlin, Bern, Birmingham, Bologna, Boston, Brest, Brno, Brussels, Budapest, Buenos
-    Aires, Cairo, Calgary, Cambridge, Canberra, Cape     Town, Cardiff, Cedar Rapids, Charlotte, Chicago,
-    Cincinnati, Cleveland, Cologne, Columbus, Copenhagen, Cork, Coventry, Dallas, Damascus, Darwin, Delhi, Denver,
-    Derby, Detroit, Doha, Durban, Edinburgh, El Paso, Exeter, Fargo, Galway, Geneva, Genoa, Ghent, Glasgow, Graz,
-    Halifax, Hamburg, Hanover, Harare, Hong Kong, Hull, Istanbul, La Paz, Lagos, Las     Vegas, Leeds, Leipzig,
-    Lille, Lima, Linz, London, Long     Beach, Los Angeles, Louisville, Lyon, Madison, Madrid, Malaga, Manila,
-    Melbourne, Memphis, Miami, Milan, Montreal, Moscow, Mumbai, Nairobi, Nantes, Naples, New York,
-    Norwich, Nottingham, Odense, Omaha, Osaka, Oslo, Oxford, Padua, Palermo, Palm Springs, Paris, Parma, Perth,
-    Philadelphia, Pisa, Portland, Porto, Rennes, Riga, Rio de Janeiro, Rome, Rosario, Salem, Salzburg, San Diego,
-    Seattle, Seoul, Seville, Sheffield, Singapore, Southampton, St Albans, Stockholm, São Paulo, Tampa, Tampere,
-    Tokyo, Toronto, Turin, Utrecht, Valencia, Vancouver, Venice, Verona, Vienna, Vigo, Washington, Wellington""")
+    Aachen, Abilene, Accra, Akron, Albuquerque, Algiers, Alicante, Almaty, Amman, Ann Arbor, Antwerp, Armagh,
+    Asheville, Aspen, Ayr, Bari, Battle Creek, Beirut, Belgrade, Bern, Bordeaux, Boston, Braga, Bremen, Brest, Brno,
+    Bruges, Burlington, Burnaby, Bursa, Cambridge, Caracas, Carlisle, Casablanca, Chicago, Christchurch, Clifton,
+    Cody, Colchester, Colombo, Corvallis, Coventry, Crewe, Cusco, Da Nang, Dakar, Dar es Salaam, Darlington, Darwin,
+    Davos, Decatur, Delft, Des Moines, Doha, Doncaster, Dordrecht, Dortmund, Durban, Eau Claire, Eindhoven, El Paso,
+    Elgin, Erfurt, Evora, Fairfax, Fargo, Fort Worth, Freiburg, Fremont, Funchal, Galway, Gdansk, Genoa, Ghent,
+    Gijon, Girona, Gisborne, Gothenburg, Grand Rapids, Graz, Greenville, Great Falls, Groningen, Haarlem, Haifa,
+    Hanoi, Hanover, Harare, Harrogate, Hereford, Innsbruck, Inverness, Ipswich, Isfahan, Jena, Joliet, Kandy,
+    Kassel, Key West, Kiel, Kigali, Kobe, Koblenz, Kuala Lumpur, La Paz, Lansing, Laredo, Larnaca, Lausanne, Lille,
+    Limerick, Lincoln, Linz, Little Rock, Ljubljana, London, Long Beach, Los Angeles, Lucerne, Luton, Malaga,
+    Marseille, Medford, Medicine Hat, Melrose, Messina, Metz, Mexico City, Middlesbrough, Modena, Mombasa, Monaco,
+    Montpellier, Moose Jaw, Mount Vernon, Murcia, Muscat, Nantes, Naperville, Nassau, Newark, New York, Newton,
+    Nicosia, Northampton, Norwich, Novi Sad, Odessa, Osaka, Ostrava, Oulu, Oxford, Paderborn, Padua, Palermo,
+    Paphos, Paris, Parma, Pecs, Penrith, Peoria, Perugia, Pisa, Plovdiv, Porto, Prince George, Rabat, Red Deer,
+    Redding, Reims, Rennes, Roanoke, Rockford, Rome, Rosario, Rostock, Rotterdam, Royal Oak, Salamanca, Salzburg,
+    San Diego, Scranton, Siena, Silver Spring, Skopje, Sligo, Solihull, South Bend, Spokane, Stockton, Strasbourg,
+    Stuttgart, Sugar Land, Tampere, Taunton, Tel Aviv, Topeka, Torquay, Trier, Trieste, Tripoli, Turin, Uppsala,
+    Utrecht, Valencia, Varna, Verona, Vigo, Waco, Washington, Waterford, White Plains, Wichita, Wigan, Winter Haven,
+    Woking, Wuppertal, Yonkers, Zadar, Zagreb, Zaragoza""")
 
 # Modifiers that go with every noun.
 STYLES = _words("""
