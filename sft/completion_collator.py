@@ -96,9 +96,13 @@ class TemplateFinder:
         found = ids[self._tokens_within(ids, place) : self._tokens_covering(ids, place + len(bare))]
         raise ValueError(
             f"{self.name} {self.text!r} is not in the text, but {bare!r} is. The template is tokenized as "
-            f"{self._spelled(self.ids)}, the text as {self._spelled(found)}. Pass the text as it stands there, "
+            f"{self.spelled()}, the text as {self._spelled(found)}. Pass the text as it stands there, "
             f"or these ids: {self.name}={found}"
         )
+
+    def spelled(self) -> str:
+        """The template's tokens and their ids."""
+        return self._spelled(self.ids)
 
     def _spelled(self, ids: list[int]) -> str:
         return f"{self.tokenizer.convert_ids_to_tokens(ids)} {ids}"
@@ -183,6 +187,15 @@ class DataCollatorForCompletionOnlyLM:
         turn_starts = sorted(match.start for match in (*responses, *instructions))
         ends = [next((start for start in turn_starts if start >= match.end), len(document)) for match in responses]
         return [Match(match.end, end) for match, end in zip(responses, ends, strict=True)]
+
+    def finds_answer(self, input_ids: Any) -> bool:
+        """Whether something is trained of a document `(length,)`; see `answer_spans` for the errors."""
+        return any(span.start < span.end for span in self.answer_spans(np.asarray(input_ids, dtype=np.int64)))
+
+    def templates(self) -> str:
+        """The templates and how they are tokenized, for messages."""
+        finders = [finder for finder in (self.response, self.instruction) if finder is not None]
+        return " and ".join(f"{finder.name} {finder.text!r} = {finder.spelled()}" for finder in finders)
 
     def _with_labels(self, row: Row, place: int) -> Row:
         tokens = read_row(row, place)

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 DEFAULT_MAX_LENGTH = 1024
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
 LOSS_TYPES = ("nll", "dft")
+DATASET_KWARGS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_token")
 
 
 @dataclass
@@ -20,7 +21,10 @@ class SFTConfig(TrainingArguments):
         model_init_kwargs: Arguments of `from_pretrained`, used when the model is given as a name.
         chat_template_path: Jinja file, or folder or hub id of a tokenizer whose chat template replaces the model's.
         dataset_text_field: Column that holds plain text.
-        dataset_kwargs: `skip_prepare_dataset`: hand the data set to the collator as it is.
+        dataset_kwargs: `skip_prepare_dataset`: hand the data set to the collator as it is. Of plain text (a chat
+            template prints such tokens itself): `add_special_tokens`: let the tokenizer add its own (a text that begins
+            with bos gets no other); `append_concat_token`: put the end-of-sequence token after each document. Both are
+            True unless given.
         dataset_num_proc: Processes that prepare the data; None = one.
         dataset_batch_size: Rows prepared at a time.
         eos_token: Token put at the end of texts in place of the tokenizer's eos.
@@ -30,14 +34,20 @@ class SFTConfig(TrainingArguments):
         packing: Put several documents into one row; they never attend to each other.
         packing_strategy: `bfd`, `bfd_split` or `wrapped`.
         eval_packing: The same for evaluation; None = as `packing`.
+        num_of_sequences: Pack as `ConstantLengthDataset` does, from a shuffled buffer of this many rows, instead of by
+            `packing_strategy`.
+        chars_per_token: The same; characters that a token is taken to have while that buffer is filled.
         padding_free: Join a batch's rows into one row without padding.
         force_flash_sdp: Compute attention with torch's own flash kernel alone (Flash Attention 1's route: needs `sdpa`,
             half precision on a GPU, and packed or padding-free batches, since that kernel takes no mask).
         pad_to_multiple_of: Padded length is a multiple of this.
+        activation_offloading: Keep activations in the host's memory until the backward pass asks for them.
         completion_only_loss: Train only on completions; None = yes when rows have prompt and completion.
         assistant_only_loss: Train only on assistant turns of conversations.
+        last_turn_only_loss: Train only on the last assistant turn of conversations.
         loss_type: `nll`, or `dft` (Wu et al., arXiv:2508.05629).
         log_entropy: Log the mean entropy of predictions; costs a pass over the logits.
+        use_liger: Former name of `use_liger_kernel`; give one of them.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -74,20 +84,36 @@ class SFTConfig(TrainingArguments):
     packing: bool = field(default=False, metadata={"help": "Several documents in a row."})
     packing_strategy: str = field(default="bfd", metadata={"help": "bfd, bfd_split or wrapped."})
     eval_packing: bool | None = field(default=None, metadata={"help": "Packing of evaluation rows."})
+    num_of_sequences: int | None = field(default=None, metadata={"help": "Rows in the buffer of constant lengths."})
+    chars_per_token: float | None = field(default=None, metadata={"help": "Characters a token, for that buffer."})
     padding_free: bool = field(default=False, metadata={"help": "Batches as one row without padding."})
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Padded length is a multiple of this."})
     force_flash_sdp: bool = field(default=False, metadata={"help": "Attention by torch's flash kernel alone."})
 
+    activation_offloading: bool = field(default=False, metadata={"help": "Activations wait in the host's memory."})
+
     completion_only_loss: bool | None = field(default=None, metadata={"help": "Train only on completions."})
     assistant_only_loss: bool = field(default=False, metadata={"help": "Train only on assistant turns."})
+    last_turn_only_loss: bool = field(default=False, metadata={"help": "Train only on the last assistant turn."})
     loss_type: str = field(default="nll", metadata={"help": "nll or dft."})
     log_entropy: bool = field(default=False, metadata={"help": "Log the mean entropy of predictions."})
+    use_liger: bool | None = field(default=None, metadata={"help": "Former name of use_liger_kernel."})
 
     def __post_init__(self) -> None:
-        self._settle_lengths()
-        self._check_choices()
         self._settle_checkpointing()
         super().__post_init__()
+        self.settle()
+
+    def settle(self) -> None:
+        """Bring former names to their present ones and check the choices; again after an option was set by hand.
+
+        Raises:
+            ValueError: Two names of one option disagree, or a value is none of the possible ones.
+        """
+        self._settle_lengths()
+        if self.use_liger is not None:
+            self.use_liger_kernel, self.use_liger = self.use_liger, None
+        self._check_choices()
 
     def _settle_checkpointing(self) -> None:
         # Upstream renamed gradient_* to activation_* and mirrors the new names into the old ones; users know the old.
@@ -117,15 +143,33 @@ class SFTConfig(TrainingArguments):
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
-        known = {"skip_prepare_dataset"}
-        unknown = set(self.dataset_kwargs or {}) - known
+        unknown = set(self.dataset_kwargs or {}) - set(DATASET_KWARGS)
         if unknown:
-            raise ValueError(f"dataset_kwargs has unknown keys {sorted(unknown)}; known: {sorted(known)}")
+            raise ValueError(f"dataset_kwargs has unknown keys {sorted(unknown)}; known: {', '.join(DATASET_KWARGS)}")
+        for name in ("num_of_sequences", "chars_per_token"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(
+                    f"{name}={value}: the buffer of constant lengths must hold something; give more than 0"
+                )
+            if value is not None and not (self.packing or self.eval_packing):
+                raise ValueError(f"{name}={value} says how rows are packed, and would be ignored without packing=True")
+
+    def dataset_option(self, name: str) -> bool | None:
+        """One key of `dataset_kwargs`; None when it is not given."""
+        value = (self.dataset_kwargs or {}).get(name)
+        return None if value is None else bool(value)
 
     @property
     def skip_prepare_dataset(self) -> bool:
         """Whether the data set goes to the collator as it is."""
-        return bool((self.dataset_kwargs or {}).get("skip_prepare_dataset", False))
+        return bool(self.dataset_option("skip_prepare_dataset"))
+
+    @property
+    def constant_length(self) -> dict[str, Any]:
+        """The arguments of `ConstantLengthDataset` that were given; then packing is left to it."""
+        given = {name: getattr(self, name) for name in ("num_of_sequences", "chars_per_token")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass

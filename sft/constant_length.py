@@ -9,7 +9,10 @@ from itertools import islice
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.utils.data import IterableDataset, get_worker_info
+
+from sft.config import SFTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -152,14 +155,22 @@ class ConstantLengthDataset(IterableDataset):
         return [example[self.text_field]]
 
     def _tokenized(self, buffer: list[Any]) -> Iterator[list[int]]:
-        documents = buffer
-        if not self.pretokenized:
-            documents = self.tokenizer(buffer, add_special_tokens=self.add_special_tokens, truncation=False)[
-                "input_ids"
-            ]
+        documents = buffer if self.pretokenized else self._encoded(buffer)
         end = [self.concat_token_id] if self.append_concat_token else []
         for ids in documents:
             yield [*ids, *end]
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts; one that begins with the bos token, as chat templates print it, gets no second one."""
+        bos = self.tokenizer.bos_token
+        has_bos = [bool(bos) and text.startswith(bos) for text in texts]
+        documents: dict[int, list[int]] = {}
+        for flag in set(has_bos):
+            places = [place for place, found in enumerate(has_bos) if found is flag]
+            special = self.add_special_tokens and not flag
+            batch = self.tokenizer([texts[place] for place in places], add_special_tokens=special, truncation=False)
+            documents.update(zip(places, batch["input_ids"], strict=True))
+        return [documents[place] for place in range(len(texts))]
 
 
 class _OpenRow:
@@ -186,3 +197,51 @@ class _OpenRow:
                 tokens = torch.tensor(self.tokens)
                 yield {"input_ids": tokens, "labels": tokens.clone(), "seq_lengths": torch.tensor(self.lengths)}
                 self.tokens, self.lengths = [], []
+
+
+def constant_length_rows(
+    dataset: Any, tokenizer: Any, config: SFTConfig, *, seq_length: int, name: str = "train"
+) -> Dataset | ConstantLengthDataset:
+    """Pack texts as `num_of_sequences` and `chars_per_token` ask: in the old way, from a shuffled buffer.
+
+    Args:
+        dataset: Texts in the column `config.dataset_text_field`, or rows with `input_ids` alone.
+        tokenizer: Turns texts into ids.
+        config: The two options, `dataset_kwargs`, and what is trained, which is everything.
+        seq_length: Tokens of a row.
+        name: What messages call the data set.
+
+    Returns:
+        Rows with `input_ids`, `labels`, `seq_lengths`: a `Dataset`, or for a streamed data set a stream.
+
+    Raises:
+        ValueError: Only a part is to be trained, or the texts do not fill a row.
+    """
+    masks = {"labels", "completion_mask", "assistant_masks"} & set(getattr(dataset, "column_names", None) or ())
+    parts = [
+        option
+        for option in ("completion_only_loss", "assistant_only_loss", "last_turn_only_loss")
+        if getattr(config, option)
+    ]
+    if masks or parts:
+        raise ValueError(
+            f"{' and '.join(config.constant_length)} pack rows in which every token is trained, which contradicts "
+            f"{', '.join([*parts, *sorted(masks)])}; leave out {' and '.join(config.constant_length)}"
+        )
+    given: dict[str, Any] = {
+        option: config.dataset_option(option) for option in ("add_special_tokens", "append_concat_token")
+    }
+    stream = ConstantLengthDataset(
+        tokenizer,
+        dataset,
+        dataset_text_field=config.dataset_text_field,
+        seq_length=seq_length,
+        **config.constant_length,
+        **{option: value for option, value in given.items() if value is not None},
+    )
+    if not isinstance(dataset, Dataset):
+        return stream
+    rows = list(stream)
+    if not rows:
+        raise ValueError(f"the {name} data set does not fill one row of {seq_length} tokens; lower max_length")
+    return Dataset.from_dict({column: [row[column].tolist() for row in rows] for column in rows[0]})

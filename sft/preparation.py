@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,12 @@ from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from sft.chat import ChatRenderer, TrainOn
+from sft.chat import ChatRenderer, Rendered, TrainOn
 from sft.config import DEFAULT_MAX_LENGTH, SFTConfig
 from sft.encoding import Encoder
-from sft.labels import IGNORE_INDEX
-from sft.packing import apply_overflow, pack_dataset, truncate_dataset
+from sft.packing import apply_overflow, pack_dataset
 from sft.records import Kind, Layout, detect_layout, normalize
+from sft.tokenized import MASKS, labels_of_tokens, supervised, warn_of_double_bos
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +27,25 @@ FormattingFunc = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a data set is read and what is trained of it."""
+    """How a data set is read and what is trained of it.
+
+    Args:
+        layout: Which columns hold what.
+        train_on: What the loss is taken on.
+        text_field: Column of plain text.
+        with_weights: Whether rows carry `loss_weights`.
+        add_special_tokens: Whether the tokenizer adds its own to plain text; None = unless the text begins with them.
+        append_eos: Whether the end-of-sequence token follows plain text; None = yes.
+        masks: Columns of tokenized rows that say what is trained.
+    """
 
     layout: Layout
     train_on: TrainOn
     text_field: str = "text"
     with_weights: bool = False
+    add_special_tokens: bool | None = None
+    append_eos: bool | None = None
+    masks: tuple[str, ...] = MASKS
 
 
 def resolve_max_length(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -79,6 +92,8 @@ def prepare_dataset(
         dataset = apply_formatting(dataset, formatting_func, config)
     plan = plan_preparation(dataset, config, formatted=formatting_func is not None)
     encoded = encode_dataset(dataset, tokenizer, plan, config)
+    if plan.layout.kind is Kind.TOKENIZED and isinstance(encoded, Dataset):
+        warn_of_double_bos((batch["input_ids"][0] for batch in encoded.iter(1)), tokenizer.bos_token_id, name)
     return fit_lengths(encoded, resolve_max_length(config, tokenizer), config, packing=packing, name=name)
 
 
@@ -107,40 +122,48 @@ def plan_preparation(dataset: Dataset | IterableDataset, config: SFTConfig, *, f
     else:
         layout = detect_layout(columns)
     weighted = layout.kind in (Kind.MESSAGES, Kind.PROMPT_COMPLETION) and has_key(dataset, "weight")
-    return Plan(layout, what_is_trained(layout.kind, dataset, config), text_field, weighted)
+    return Plan(
+        layout,
+        what_is_trained(layout.kind, dataset, config),
+        text_field,
+        weighted,
+        config.dataset_option("add_special_tokens"),
+        config.dataset_option("append_concat_token"),
+        tuple(mask for mask in MASKS if mask != "completion_mask" or config.completion_only_loss is not False),
+    )
 
 
 def what_is_trained(kind: Kind, dataset: Dataset | IterableDataset, config: SFTConfig) -> TrainOn:
-    """Turn `completion_only_loss` and `assistant_only_loss` into one choice.
+    """Turn `completion_only_loss`, `assistant_only_loss` and `last_turn_only_loss` into one choice.
 
     Raises:
         ValueError: An option asks for a part that this kind of data does not have.
     """
-    if kind is Kind.PROMPT_COMPLETION:
-        if config.assistant_only_loss:
-            return TrainOn.ASSISTANT
-        return TrainOn.ALL if config.completion_only_loss is False else TrainOn.COMPLETION
-    if kind is Kind.MESSAGES:
-        if config.completion_only_loss and not config.assistant_only_loss:
-            raise ValueError(
-                "completion_only_loss=True needs columns prompt and completion, the data has conversations; "
-                "use assistant_only_loss=True"
-            )
-        return TrainOn.ASSISTANT if config.assistant_only_loss else TrainOn.ALL
-    if kind is Kind.TEXT and (config.assistant_only_loss or config.completion_only_loss):
-        option = "assistant_only_loss" if config.assistant_only_loss else "completion_only_loss"
-        raise ValueError(
-            f"{option}=True, but plain text says nothing of who wrote what; give messages or prompt and completion, "
-            "or a DataCollatorForCompletionOnlyLM with the text that begins an answer"
-        )
     if kind is Kind.TOKENIZED:
         check_masks(columns_of(dataset), config)
+        return TrainOn.ALL
+    asked = [name for name in ("last_turn_only_loss", "assistant_only_loss") if getattr(config, name)]
+    if kind is Kind.TEXT and (asked or config.completion_only_loss):
+        raise ValueError(
+            f"{[*asked, 'completion_only_loss'][0]}=True, but plain text says nothing of who wrote what; give messages "
+            "or prompt and completion, or a DataCollatorForCompletionOnlyLM with the text that begins an answer"
+        )
+    if asked:
+        return TrainOn.LAST_ASSISTANT if config.last_turn_only_loss else TrainOn.ASSISTANT
+    if kind is Kind.PROMPT_COMPLETION:
+        return TrainOn.ALL if config.completion_only_loss is False else TrainOn.COMPLETION
+    if config.completion_only_loss:
+        raise ValueError(
+            "completion_only_loss=True needs columns prompt and completion, the data has conversations; "
+            "use assistant_only_loss=True"
+        )
     return TrainOn.ALL
 
 
 def check_masks(columns: list[str], config: SFTConfig) -> None:
     """Refuse an option on tokenized rows that lack the mask it speaks of."""
     for asked, option, mask in (
+        (config.last_turn_only_loss, "last_turn_only_loss", "labels"),
         (config.assistant_only_loss, "assistant_only_loss", "assistant_masks"),
         (config.completion_only_loss, "completion_only_loss", "completion_mask"),
     ):
@@ -197,8 +220,11 @@ def format_batch(batch: dict[str, list[Any]], formatting_func: FormattingFunc, b
         texts = formatting_func(batch)
     else:
         texts = [formatting_func({name: values[row] for name, values in batch.items()}) for row in range(num_rows)]
-    if len(texts) != num_rows:
-        raise ValueError(f"formatting_func returned {len(texts)} texts for {num_rows} examples")
+    if len(texts) < num_rows:  # several texts of an example are as good as one
+        raise ValueError(
+            f"formatting_func returned {len(texts)} texts for a batch of {num_rows} examples; return one for each, or "
+            "write it for a single example"
+        )
     return {"text": texts}
 
 
@@ -210,7 +236,7 @@ def encode_dataset(dataset: Any, tokenizer: PreTrainedTokenizerBase, plan: Plan,
     """
     arguments: dict[str, Any] = {"batched": True, "batch_size": config.dataset_batch_size, "with_indices": True}
     if plan.layout.kind is Kind.TOKENIZED:
-        function: Any = labels_of_tokens
+        function: Any = partial(labels_of_tokens, masks=plan.masks)
     else:
         function = BatchEncoder(tokenizer, plan)
     if isinstance(dataset, Dataset):
@@ -235,10 +261,28 @@ class BatchEncoder:
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Encode a batch (column -> values of its rows)."""
-        rendered = [self.renderer.render(self.record(batch, place, row)) for place, row in enumerate(indices)]
+        rendered = [self.render(self.record(batch, place, row)) for place, row in enumerate(indices)]
         rows = self.encoder.encode(rendered, with_weights=self.plan.with_weights)
         names = ["input_ids", "labels", *(["loss_weights"] if self.plan.with_weights else [])]
         return {name: [row[name] for row in rows] for name in names}  # type: ignore[literal-required]
+
+    def render(self, record: dict[str, Any]) -> Rendered:
+        """Render a record; what the options say of special tokens holds for plain text.
+
+        Raises:
+            ValueError: The options ask for tokens that a chat template is there to print.
+        """
+        rendered = self.renderer.render(record)
+        if rendered.append_eos:  # plain text; where it begins with bos, another one would be one too many
+            add_special_tokens = rendered.add_special_tokens and self.plan.add_special_tokens is not False
+            append_eos = self.plan.append_eos is not False
+            return replace(rendered, add_special_tokens=add_special_tokens, append_eos=append_eos)
+        if self.plan.add_special_tokens or self.plan.append_eos:
+            raise ValueError(
+                "dataset_kwargs asks for add_special_tokens or append_concat_token, but the chat template prints a "
+                "conversation's special tokens itself; leave them out, or set them to False"
+            )
+        return rendered
 
     def record(self, batch: Mapping[str, list[Any]], place: int, row_number: int) -> dict[str, Any]:
         """One row of a batch as a record whose id is the row's number in the data set, or its own."""
@@ -253,25 +297,6 @@ class BatchEncoder:
             raise ValueError(f"row {name}: {error}") from error
 
 
-def labels_of_tokens(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-    """Labels of rows that are tokenized already: their own, or the ids where all masks are 1."""
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    labels = []
-    for row_number, row in zip(indices, rows, strict=True):
-        record = normalize(row, Kind.TOKENIZED)
-        masks = [record[name] for name in ("completion_mask", "assistant_masks") if name in record]
-        if "labels" in record:
-            labels.append(record["labels"])
-        else:
-            keep = [all(marks) for marks in zip(*masks, strict=True)] if masks else [True] * len(record["input_ids"])
-            labels.append(
-                [token if kept else IGNORE_INDEX for token, kept in zip(record["input_ids"], keep, strict=True)]
-            )
-        if not record["input_ids"]:
-            raise ValueError(f"row {row_number} has no input_ids")
-    return {"input_ids": batch["input_ids"], "labels": labels}
-
-
 def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bool, name: str) -> Any:
     """Cut or split what is too long, leave out rows in which nothing is trained, pack; says in the log what was cut.
 
@@ -279,9 +304,10 @@ def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bo
         ValueError: No row with a trained token is left.
     """
     if isinstance(dataset, IterableDataset):
-        if packing:
-            return pack_dataset(dataset, max_length, config.packing_strategy)
-        return truncate_dataset(dataset, max_length)
+        divided = packing and config.packing_strategy in ("bfd_split", "wrapped")
+        limit = StreamLimit(NO_LIMIT if divided else max_length, name)
+        kept = dataset.map(limit, batched=True, batch_size=config.dataset_batch_size)
+        return pack_dataset(kept, max_length, config.packing_strategy) if packing else kept
     wrapped = packing and config.packing_strategy == "wrapped"
     policy = "split" if packing and config.packing_strategy == "bfd_split" else "truncate"
     # wrapping divides documents wherever a row is full, so only rows without trained tokens are left out here
@@ -289,8 +315,58 @@ def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bo
     if report.summary():
         logger.warning("%s data: %s", name, report.summary())
     if len(kept) == 0:
-        raise ValueError(
-            f"no trainable token in any of the {len(dataset)} {name} rows at max_length={max_length}: look at the "
-            "masks with sft.preview_masks, raise max_length, or check completion_only_loss and assistant_only_loss"
-        )
+        raise ValueError(nothing_trained(name, f"the {len(dataset)}", max_length))
     return pack_dataset(kept, max_length, config.packing_strategy) if packing else kept
+
+
+class StreamLimit:
+    """Cuts the rows of a stream, leaves out those in which nothing is trained, and counts both in the log.
+
+    Args:
+        max_length: Longest row in tokens.
+        name: What messages call the data set.
+    """
+
+    def __init__(self, max_length: int, name: str) -> None:
+        self.max_length = max_length
+        self.name = name
+        self.num_rows = self.num_cut = self.num_left_out = 0
+        self._num_logged = 0
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Limit a batch.
+
+        Raises:
+            ValueError: Nothing is trained in any row so far: then options or masks are wrong, not single rows.
+        """
+        cut = {name: [values[: self.max_length] for values in column] for name, column in batch.items()}
+        kept = [place for place, labels in enumerate(cut["labels"]) if supervised(labels)]
+        self.num_rows += len(cut["labels"])
+        self.num_cut += sum(len(ids) > self.max_length for ids in batch["input_ids"])
+        self.num_left_out += len(cut["labels"]) - len(kept)
+        if self.num_left_out == self.num_rows:
+            raise ValueError(nothing_trained(self.name, f"the first {self.num_rows}", self.max_length))
+        self._log()
+        return {name: [column[place] for place in kept] for name, column in cut.items()}
+
+    def _log(self) -> None:
+        """Speak at once, and again whenever the count has doubled: a stream may have millions of rows."""
+        if self.num_cut + self.num_left_out < max(1, 2 * self._num_logged):
+            return
+        self._num_logged = self.num_cut + self.num_left_out
+        logger.warning(
+            "%s data: limit of %d tokens: %d truncated, %d masked and left out, of %d rows so far",
+            self.name,
+            self.max_length,
+            self.num_cut,
+            self.num_left_out,
+            self.num_rows,
+        )
+
+
+def nothing_trained(name: str, rows: str, max_length: int) -> str:
+    """What to tell a user none of whose rows would be trained."""
+    return (
+        f"no trainable token in any of {rows} {name} rows at max_length={max_length}: look at the masks with "
+        "sft.preview_masks, raise max_length, or check completion_only_loss and assistant_only_loss"
+    )

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import (
     BaseImageProcessor,
@@ -27,9 +28,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from sft.adapters import count_parameters, wrap_adapter
 from sft.attention import document_layout, flash_sdp_only
 from sft.config import SFTConfig
+from sft.constant_length import constant_length_rows
+from sft.former_arguments import one_processor
 from sft.loss import LossOptions, TokenTotals, num_targets, supervised_loss
 from sft.neftune import embedding_noise
-from sft.preparation import FormattingFunc, prepare_dataset
+from sft.offloading import check_offloading, offloaded_activations
+from sft.pitfalls import check_collator
+from sft.preparation import FormattingFunc, apply_formatting, prepare_dataset, resolve_max_length
 from sft.wiring import (
     apply_chat_template,
     choose_collator,
@@ -38,6 +43,7 @@ from sft.wiring import (
     resolve_model,
     resolve_processor,
     settle_attention,
+    settle_dispatch,
     tokenizer_of,
 )
 
@@ -68,6 +74,10 @@ class SFTTrainer(Trainer):
         preprocess_logits_for_metrics: Applied to logits before they are gathered.
         peft_config: Adapter to put on the model.
         formatting_func: Example (or batch) to text (or texts).
+        former: Arguments as older scripts give them: `tokenizer` for `processing_class`, options that belong to `args`.
+
+    Raises:
+        ValueError: Arguments that contradict each other, the data or the model; says where and the way out.
     """
 
     _signature_columns: list[str] | None
@@ -88,8 +98,10 @@ class SFTTrainer(Trainer):
         preprocess_logits_for_metrics: Callable | None = None,
         peft_config: Any = None,
         formatting_func: FormattingFunc | None = None,
+        **former: Any,
     ) -> None:
-        config = resolve_config(args, model)
+        processing_class = one_processor(processing_class, former.pop("tokenizer", None))
+        config = resolve_config(args, model, former)
         processing_class = resolve_processor(processing_class, model, config)
         tokenizer = tokenizer_of(processing_class)
         set_seed(config.seed)  # the adapter and new tokens' rows are drawn before upstream seeds anything
@@ -109,6 +121,9 @@ class SFTTrainer(Trainer):
                 (eval_dataset, packing.eval, "eval"),
             )
         )
+        settle_dispatch(config, packing, [train_dataset, eval_dataset])
+        if data_collator is not None:
+            check_collator(data_collator, train_dataset, tokenizer)
         data_collator = data_collator or choose_collator(config, tokenizer, packing)
         self.attention = settle_attention(model, config, packing)
         self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)
@@ -129,6 +144,8 @@ class SFTTrainer(Trainer):
         )
         self.neftune_noise_alpha = None  # upstream scales the noise by the whole row's length; see `train`
         self.loss_is_scaled_for_ga = True
+        if config.activation_offloading:
+            check_offloading(self.args.device)
         counts = count_parameters(self.model)
         logger.info("training %s of %s parameters; %s", counts.num_trainable, counts.num_total, self.attention)
 
@@ -141,7 +158,10 @@ class SFTTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One forward and backward pass; the documents' borders hold for both, as checkpointing computes twice."""
-        with attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp):
+        with (
+            attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp),
+            offloaded_activations(model, enabled=self.args.activation_offloading),
+        ):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -215,9 +235,28 @@ def attention_context(inputs: dict[str, Any], *, force_flash_sdp: bool) -> Itera
 
 
 def prepare_all(dataset: Any, *args: Any, name: str, **kwargs: Any) -> Any:
-    """`prepare_dataset` for one data set, for each of a dict of them, or for none."""
+    """`prepare_rows` for one data set, for each of a dict of them, or for none."""
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {key: prepare_dataset(rows, *args, name=f"{name} {key}", **kwargs) for key, rows in dataset.items()}
-    return prepare_dataset(dataset, *args, name=name, **kwargs)
+        return {key: prepare_rows(rows, *args, name=f"{name} {key}", **kwargs) for key, rows in dataset.items()}
+    return prepare_rows(dataset, *args, name=name, **kwargs)
+
+
+def prepare_rows(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SFTConfig,
+    *,
+    packing: bool,
+    formatting_func: FormattingFunc | None,
+    name: str,
+) -> Any:
+    """Prepare one data set; the options of `ConstantLengthDataset` have it packed in that way."""
+    is_raw = isinstance(dataset, (Dataset, IterableDataset)) and not config.skip_prepare_dataset
+    if not (packing and config.constant_length and is_raw):
+        return prepare_dataset(dataset, tokenizer, config, packing=packing, formatting_func=formatting_func, name=name)
+    if formatting_func is not None:
+        dataset = apply_formatting(dataset, formatting_func, config)
+    seq_length = resolve_max_length(config, tokenizer)
+    return constant_length_rows(dataset, tokenizer, config, seq_length=seq_length, name=name)

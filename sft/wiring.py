@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import datasets
+import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.training_args import ParallelMode
 
@@ -14,6 +17,7 @@ from sft.attention import choose_packed_attention, probe_isolation
 from sft.chat_formats import FORMATS, clone_chat_template, ensure_pad_token, setup_chat_format
 from sft.collators import DataCollatorForSFT
 from sft.config import SFTConfig
+from sft.former_arguments import take_over_arguments
 from sft.models import load_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -28,8 +32,13 @@ class Packing:
     flat: bool
 
 
-def resolve_config(args: TrainingArguments | None, model: Any) -> SFTConfig:
+def resolve_config(args: TrainingArguments | None, model: Any, former: Mapping[str, Any] | None = None) -> SFTConfig:
     """The options, with defaults for what was not given.
+
+    Args:
+        args: As the user gave them.
+        model: A name or an object.
+        former: Options that were given to the trainer itself, as older scripts do.
 
     Raises:
         ValueError: Options that would be ignored, or several GPUs without a launcher.
@@ -40,6 +49,7 @@ def resolve_config(args: TrainingArguments | None, model: Any) -> SFTConfig:
     elif not isinstance(args, SFTConfig):
         given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
         args = SFTConfig(**given)
+    take_over_arguments(args, former or {}, model)
     if not isinstance(model, str) and args.model_init_kwargs:
         raise ValueError(
             f"model_init_kwargs={args.model_init_kwargs} would be ignored: the model is an object already; give them "
@@ -139,6 +149,33 @@ def choose_collator(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, packi
         padding_free=packing.flat,
         pad_to_multiple_of=config.pad_to_multiple_of,
     )
+
+
+def settle_dispatch(config: SFTConfig, packing: Packing, datasets_given: list[Any]) -> None:
+    """On several processes, let each one read its own batches where batches can't be cut into equal parts.
+
+    accelerate would have the first process read streamed batches and hand each process a slice of dimension 0, which
+    in a flat batch is 1, and differs between rows of a stream that are padded batch by batch.
+
+    Args:
+        config: `accelerator_config.dispatch_batches` is set to False where it was left open.
+        packing: Whether batches are flat.
+        datasets_given: All data sets.
+
+    Raises:
+        ValueError: It was set to True, and batches are flat.
+    """
+    streamed = any(
+        isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)) for dataset in datasets_given
+    )
+    accelerator = config.accelerator_config
+    if packing.flat and accelerator.dispatch_batches:
+        raise ValueError(
+            "accelerator_config has dispatch_batches=True, but flat batches (packing, padding_free) are one row and "
+            "can't be divided among processes; leave it out"
+        )
+    if (packing.flat or streamed) and accelerator.dispatch_batches is None:
+        accelerator.dispatch_batches = False
 
 
 def settle_attention(model: Any, config: SFTConfig, packing: Packing) -> str:
