@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from sft.config import SFTConfig
+from sft.offloading import offloaded_activations
 from sft.trainer import SFTTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -25,7 +27,7 @@ ROWS = [
 ]
 
 
-def make(folder: Path, **options: Any) -> SFTTrainer:
+def make(folder: Path, *, streamed: bool = False, **options: Any) -> SFTTrainer:
     config = SFTConfig(
         output_dir=str(folder),
         use_cpu=True,
@@ -41,7 +43,7 @@ def make(folder: Path, **options: Any) -> SFTTrainer:
     return SFTTrainer(
         tiny_model(),
         args=config,
-        train_dataset=rows,
+        train_dataset=rows.to_iterable_dataset() if streamed else rows,
         eval_dataset=rows,
         processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -96,7 +98,21 @@ def test_train_dataset_shows_what_is_trained(tmp_path: Path) -> None:
     assert tiny_tokenizer().decode(kept) == "answer 0<|im_end|>"
 
 
-@pytest.mark.parametrize("key", ["add_special_tokens", "append_concat_token", "skip"])
-def test_dataset_kwargs_without_effect_are_refused(tmp_path: Path, key: str) -> None:
-    with pytest.raises(ValueError, match=f"dataset_kwargs has unknown keys .*{key}"):
-        make(tmp_path, dataset_kwargs={key: True})
+def test_unknown_dataset_kwargs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dataset_kwargs has unknown keys .*skip"):
+        make(tmp_path, dataset_kwargs={"skip": True})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_flat_and_streamed_batches_are_read_by_each_process(tmp_path: Path, streamed: bool) -> None:
+    assert make(tmp_path, packing=not streamed, streamed=streamed).accelerator.dispatch_batches is False
+
+
+def test_offloaded_activations_train_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # from the CPU to the CPU, activations take the way that they would take from an accelerator
+    monkeypatch.setattr("sft.trainer.offloaded_activations", partial(offloaded_activations, devices=("cpu",)))
+    trainers = [make(tmp_path, activation_offloading=offloading) for offloading in (False, True)]
+    for trainer in trainers:
+        trainer.train()
+    plain, offloaded = (dict(trainer.model.named_parameters()) for trainer in trainers)
+    assert all(torch.equal(parameter, offloaded[name]) for name, parameter in plain.items())
