@@ -6,6 +6,7 @@ Importing this module registers `sft_documents` with transformers, so that it ca
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ __all__ = [
     "Hardware",
     "IsolationReport",
     "check_attention_request",
+    "check_flash_sdp",
     "choose_packed_attention",
     "current_hardware",
     "current_layout",
@@ -51,6 +53,22 @@ class AttentionChoice:
     reason: str
 
 
+@dataclass(frozen=True)
+class _FlashPackage:
+    """What a generation of Flash Attention asks of a machine."""
+
+    capability: tuple[int, int]
+    module: str
+    pip_name: str
+
+
+FLASH_PACKAGES = {
+    "2": _FlashPackage((8, 0), "flash_attn", "flash-attn"),
+    "3": _FlashPackage((9, 0), "flash_attn_interface", "flash-attn-3"),
+    "4": _FlashPackage((9, 0), "flash_attn", "flash-attn-4"),
+}
+
+
 def check_attention_request(requested: str, dtype: torch.dtype, hardware: Hardware) -> None:
     """Refuse an `attn_implementation` that this machine cannot run, saying what it lacks.
 
@@ -63,21 +81,21 @@ def check_attention_request(requested: str, dtype: torch.dtype, hardware: Hardwa
         ValueError: names what was asked, what was found and what to use.
     """
     problems = []
-    is_flash = requested.startswith("flash_attention")
-    if is_flash or requested == "flex_attention" or "/" in requested:
-        if hardware.device_type != "cuda":
-            problems.append(f"it trains on CUDA devices only, and the model is on {hardware.device_type!r}")
-        if is_flash and dtype not in HALF_PRECISIONS:
-            problems.append(
-                f"it takes float16 or bfloat16, and the model computes in {dtype} (set bf16=True or a dtype)"
-            )
-    if hardware.device_type == "cuda" and is_flash:
-        needed = (9, 0) if requested == "flash_attention_3" else (8, 0)
-        if hardware.capability < needed:
-            problems.append(f"it needs compute capability {needed[0]}.{needed[1]}, and the GPU has {_dotted(hardware)}")
-    package = _required_package(requested)
-    if package is not None and not hardware.packages & {package, "kernels"}:
-        problems.append(f"the package that provides it is not installed (pip install {_pip_name(package)})")
+    flash, from_hub = _flash_package(requested), "/" in requested
+    if requested.startswith("paged|"):
+        problems.append("it serves generation with a paged cache, and keeps nothing for a backward pass")
+    elif (flash or from_hub or requested == "flex_attention") and hardware.device_type != "cuda":
+        problems.append(f"it trains on CUDA devices only, and the model is on {hardware.device_type!r}")
+    if flash and dtype not in HALF_PRECISIONS:
+        problems.append(f"it takes float16 or bfloat16, and the model computes in {dtype} (set bf16=True or a dtype)")
+    if flash and hardware.device_type == "cuda" and hardware.capability < flash.capability:
+        needed = f"{flash.capability[0]}.{flash.capability[1]}"
+        problems.append(f"it needs compute capability {needed}, and the GPU has {_dotted(hardware)}")
+    # transformers fetches a hub kernel in place of a flash package that is missing, if it has `kernels` to fetch with
+    if from_hub and "kernels" not in hardware.packages:
+        problems.append("the package that fetches it is not installed (pip install kernels)")
+    elif flash and not from_hub and not hardware.packages & {flash.module, "kernels"}:
+        problems.append(f"the package that provides it is not installed (pip install {flash.pip_name})")
     if problems:
         raise ValueError(
             f"attn_implementation={requested!r} cannot be used: {'; '.join(problems)}. Use 'sdpa' or 'auto'."
@@ -88,14 +106,37 @@ def _dotted(hardware: Hardware) -> str:
     return f"{hardware.capability[0]}.{hardware.capability[1]}"
 
 
-def _required_package(requested: str) -> str | None:
-    if "/" in requested:
-        return "kernels"
-    return {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(requested)
+def _flash_package(requested: str) -> _FlashPackage | None:
+    """The generation of Flash Attention behind a name of transformers' or of the hub; 2 where the name is silent."""
+    found = re.search(r"flash[-_]att(?:ention|n)[-_]?(\d?)", requested)
+    return FLASH_PACKAGES.get(found[1] or "2") if found else None
 
 
-def _pip_name(package: str) -> str:
-    return {"flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3"}.get(package, package)
+def check_flash_sdp(attention: str, dtype: torch.dtype, hardware: Hardware, flat: bool) -> None:
+    """Refuse `force_flash_sdp` where torch's own flash kernel would find no way to run, or would not be asked.
+
+    Args:
+        attention: the `attn_implementation` that was settled on.
+        dtype: the precision that attention runs in (the model's, or that of autocast).
+        hardware: see `current_hardware`.
+        flat: whether batches are packed or padding-free.
+
+    Raises:
+        ValueError: lists all that is missing, with the options to set.
+    """
+    problems = []
+    if not flat:
+        problems.append("it needs packing=True or padding_free=True, since the kernel takes no mask for padding")
+    if attention not in ("auto", "sdpa", SFT_DOCUMENTS):
+        problems.append(f"attn_implementation={attention!r} does not use that kernel: set it to 'sdpa'")
+    if hardware.device_type not in ("cpu", "cuda"):
+        problems.append(f"torch has that kernel for CUDA and CPU, and the model is on {hardware.device_type!r}")
+    if hardware.device_type == "cuda" and dtype not in HALF_PRECISIONS:
+        problems.append(f"on a GPU it takes float16 or bfloat16, and the model computes in {dtype} (set bf16=True)")
+    if hardware.device_type == "cuda" and hardware.capability < (8, 0):
+        problems.append(f"it needs compute capability 8.0, and the GPU has {_dotted(hardware)}")
+    if problems:
+        raise ValueError(f"force_flash_sdp=True cannot be used: {'; '.join(problems)}. Or set force_flash_sdp=False.")
 
 
 def refuse_packing_reason(model: torch.nn.Module) -> str | None:
@@ -147,7 +188,7 @@ def choose_packed_attention(
 def flash_sdp_only() -> Iterator[None]:
     """Force the flash kernel of `scaled_dot_product_attention`: Flash Attention 1's route, without another package.
 
-    That kernel takes no mask, so batches must be packed or padding-free; with padding torch finds no kernel and raises.
+    That kernel takes no mask, so batches must be packed or padding-free; `check_flash_sdp` asks for that beforehand.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -35,6 +35,20 @@ class AttentionOptions:
         windowed = self.sliding_window is not None and self.sliding_window < length
         return self.softcap is None and self.sinks is None and not windowed
 
+    def beyond_flash(self) -> str:
+        """What is asked for that torch's kernel does not have."""
+        found = {
+            f"a soft cap of {self.softcap} on its scores": self.softcap is not None,
+            f"a sliding window of {self.sliding_window} tokens": self.sliding_window is not None,
+            "attention sinks": self.sinks is not None,
+        }
+        return " and ".join(name for name, is_asked in found.items() if is_asked)
+
+
+def flash_is_forced() -> bool:
+    """Whether `flash_sdp_only` is in force: torch may use its flash kernel, and not the plain one beside it."""
+    return torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.math_sdp_enabled()
+
 
 def attend_by_document(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DocumentLayout, options: AttentionOptions
@@ -56,6 +70,11 @@ def attend_by_document(
     outputs = []
     for (count, length), piece in zip(layout.runs, pieces, strict=True):
         batch = [_as_batch(states, count, length) for states in piece]
+        if flash_is_forced() and not options.plain_for(length):
+            raise ValueError(
+                f"force_flash_sdp=True, but this layer asks for {options.beyond_flash()}, which torch's flash kernel "
+                "lacks: set force_flash_sdp=False"
+            )
         attend = scaled_dot_product if options.plain_for(length) else explicit_attention
         outputs.append(attend(batch[0], batch[1], batch[2], options).reshape(1, count * length, query.shape[1], -1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

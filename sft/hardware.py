@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-PACKAGES = ("flash_attn", "flash_attn_interface", "kernels", "triton", "torch.nn.attention.varlen")
+PACKAGES = ("flash_attn", "flash_attn_interface", "kernels", "liger_kernel", "triton", "torch.nn.attention.varlen")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -51,12 +52,23 @@ def supervised_logits(model: nn.Module, inputs: Batch) -> SupervisedLogits:
     """
     targets = find_targets(inputs)
     kept = torch.unique(targets.position)
-    if takes_logits_to_keep(model) and len(kept):
+    if takes_positions(model) and len(kept):
         outputs = model(**model_arguments(inputs), logits_to_keep=kept)
-        places = torch.searchsorted(kept, targets.position)
-        return SupervisedLogits(_rows_at(outputs.logits, targets.row, places), targets, outputs)
-    outputs = model(**model_arguments(inputs))
+        if outputs.logits.shape[1] == len(kept):
+            places = torch.searchsorted(kept, targets.position)
+            return SupervisedLogits(_rows_at(outputs.logits, targets.row, places), targets, outputs)
+    else:
+        outputs = model(**model_arguments(inputs))
     return SupervisedLogits(_at_targets(outputs.logits, inputs, targets), targets, outputs)
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the head can be asked for a list of positions.
+
+    unsloth's forward has the argument and its older name `num_logits_to_keep`: earlier versions fail on a list there,
+    later ones ignore it and give all logits.
+    """
+    return takes_logits_to_keep(model) and "num_logits_to_keep" not in signature(causal_lm(model).forward).parameters
 
 
 def _at_targets(logits: torch.Tensor, inputs: Batch, targets: Targets) -> torch.Tensor:
@@ -112,6 +124,8 @@ def supervised_loss(
         keep_logits: return all logits too, which costs a full run of the head.
     """
     options = options or LossOptions()
+    # transformers' evaluation adds this for Liger's own loss, whose place is taken here
+    inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
     logits = None
     head = None if keep_logits else plain_head(model)
     if head is not None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sft.config import ModelConfig
 
 CAST_LOGGER = "bitsandbytes.autograd._functions"
+TRAINER_KEYS = ("offload", "every_n_layers")
 QUANT_TYPES = ("nf4", "fp4")
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 
@@ -120,12 +121,14 @@ def prepare_model_for_kbit_training(
     Args:
         model: A base without adapters, loaded in 4 or 8 bits.
         use_gradient_checkpointing: Recompute activations in the backward pass.
-        gradient_checkpointing_kwargs: As of `torch.utils.checkpoint`.
+        gradient_checkpointing_kwargs: As of `torch.utils.checkpoint`; `offload` and `every_n_layers`, which are
+            transformers' own, wait for the trainer, which sets them as it begins.
 
     Returns:
         The same model.
     """
-    kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+    given = {key: value for key, value in (gradient_checkpointing_kwargs or {}).items() if key not in TRAINER_KEYS}
+    kwargs = {"use_reentrant": False, **given}
     return peft.prepare_model_for_kbit_training(
         model,
         use_gradient_checkpointing=use_gradient_checkpointing,

@@ -12,6 +12,7 @@ from sft.attention import (
     SFT_DOCUMENTS,
     Hardware,
     check_attention_request,
+    check_flash_sdp,
     choose_packed_attention,
     flash_sdp_only,
     probe_isolation,
@@ -23,6 +24,7 @@ from tests.tiny import tiny_model
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt2", "opt", "phi", "gpt_neox"]
 LENGTHS = (11, 4, 4, 1, 17)
 A100 = Hardware("cuda", (8, 0), frozenset({"flash_attn"}))
+HUB = Hardware("cuda", (8, 0), frozenset({"kernels"}))
 
 
 def make(family: str, implementation: str = SFT_DOCUMENTS, **overrides: Any) -> Any:
@@ -229,7 +231,13 @@ def test_another_attention_is_kept_as_requested() -> None:
         ("flash_attention_3", torch.bfloat16, A100, "needs compute capability 9.0"),
         ("flash_attention_2", torch.float16, replace(A100, packages=frozenset()), "pip install flash-attn"),
         ("kernels-community/flash-attn", torch.float16, A100, "pip install kernels"),
+        ("kernels-community/flash-attn2", torch.float32, HUB, "float16 or bfloat16"),
+        ("kernels-community/flash-attn2", torch.float16, replace(HUB, capability=(7, 5)), "capability 8.0, .* 7.5"),
+        ("kernels-community/vllm-flash-attn3", torch.float16, HUB, "capability 9.0, .* 8.0"),
+        ("kernels-community/paged-attention", torch.float16, Hardware("cpu"), "CUDA devices only"),
+        ("flash_attention_4", torch.bfloat16, replace(A100, packages=frozenset()), "9.0, .*pip install flash-attn-4"),
         ("flex_attention", torch.float32, Hardware("cpu"), "CUDA devices only"),
+        ("paged|eager", torch.float32, Hardware("cpu"), "serves generation"),
     ],
 )
 def test_attention_that_this_machine_cannot_run_is_refused(
@@ -237,6 +245,61 @@ def test_attention_that_this_machine_cannot_run_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         check_attention_request(requested, dtype, hardware)
+
+
+@pytest.mark.parametrize(
+    ("requested", "hardware"),
+    [
+        ("flash_attention_2", A100),
+        ("flash_attention_2", HUB),
+        ("flash_attention_3", replace(HUB, capability=(9, 0))),
+        ("kernels-community/flash-attn2", HUB),
+        ("flex_attention", A100),
+        ("sdpa", Hardware("cpu")),
+        ("eager", Hardware("cpu")),
+    ],
+)
+def test_attention_that_this_machine_can_run_passes(requested: str, hardware: Hardware) -> None:
+    check_attention_request(requested, torch.bfloat16, hardware)
+
+
+@pytest.mark.parametrize(
+    ("attention", "dtype", "hardware", "flat", "complaint"),
+    [
+        ("sdpa", torch.float32, Hardware("cpu"), False, "needs packing=True or padding_free=True"),
+        (
+            "sdpa",
+            torch.float32,
+            A100,
+            True,
+            r"float16 or bfloat16, and the model computes in torch.float32 .*bf16=True",
+        ),
+        ("sdpa", torch.float16, replace(A100, capability=(7, 5)), True, "needs compute capability 8.0, .* 7.5"),
+        ("flash_attention_2", torch.float16, A100, True, "'flash_attention_2' does not use that kernel"),
+        ("sdpa", torch.float32, Hardware("mps"), True, "the model is on 'mps'"),
+    ],
+)
+def test_forced_flash_is_refused_where_it_could_not_run(
+    attention: str, dtype: torch.dtype, hardware: Hardware, flat: bool, complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"force_flash_sdp=True cannot be used: .*{complaint}"):
+        check_flash_sdp(attention, dtype, hardware, flat)
+
+
+@pytest.mark.parametrize("hardware", [Hardware("cpu"), A100])
+def test_forced_flash_passes_on_flat_batches_in_half_precision(hardware: Hardware) -> None:
+    check_flash_sdp("sdpa", torch.bfloat16, hardware, flat=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "complaint"),
+    [("gemma2", {}, "a soft cap of 50.0"), ("mistral", {"sliding_window": 5}, "a sliding window of 5 tokens")],
+)
+def test_forced_flash_is_refused_by_layers_that_the_kernel_cannot_serve(
+    family: str, overrides: dict[str, Any], complaint: str
+) -> None:
+    with flash_sdp_only(), pytest.raises(ValueError, match=f"this layer asks for {complaint}.*force_flash_sdp=False"):
+        packed(make(family, **overrides))
 
 
 def test_flash_kernel_can_be_forced_on_packed_rows() -> None:

@@ -279,3 +279,55 @@ def test_totals_are_means_over_tokens_and_over_processes() -> None:
     nothing = TokenTotals()
     nothing.add(supervised_loss(model, batch(flat=False, rows=ROWS[2:])))
     assert nothing.means() == {}
+
+
+def unsloth_like(model: Any, takes_lists: bool) -> Any:
+    """Patches a model's class as unsloth does: both names of one argument, of which lists are ignored or fail."""
+    plain = type(model).forward
+
+    def fast_forward(
+        self: Any,
+        input_ids: Any = None,
+        causal_mask: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        labels: Any = None,
+        num_logits_to_keep: Any = 0,
+        logits_to_keep: Any = 0,
+        **kwargs: Any,
+    ) -> Any:
+        assert labels is None
+        if not takes_lists:
+            max(num_logits_to_keep, logits_to_keep)
+        return plain(self, input_ids, attention_mask, position_ids, **kwargs)
+
+    model.__class__ = type("FastModel", (type(model),), {"forward": fast_forward})
+    model.for_training = model.for_inference = lambda: model
+    return model
+
+
+@pytest.mark.parametrize("takes_lists", [False, True])
+@pytest.mark.parametrize("flat", [False, True], ids=["padded", "flat"])
+@pytest.mark.parametrize("adapted", ["q_proj", "lm_head"])
+def test_model_patched_by_unsloth_passes_through(flat: bool, takes_lists: bool, adapted: str) -> None:
+    """With an adapted head too, which keeps the loss from applying the head itself."""
+
+    def lora() -> LoraConfig:
+        torch.manual_seed(0)
+        return LoraConfig(target_modules=[adapted], init_lora_weights=False)
+
+    expected, expected_gradients = run(get_peft_model(make("qwen2"), lora()), batch(flat))
+    patched = get_peft_model(unsloth_like(make("qwen2"), takes_lists), lora())
+    result, found = run(patched, batch(flat))
+    torch.testing.assert_close(result.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    assert (result.num_correct, result.num_targets) == (expected.num_correct, expected.num_targets)
+    assert_same(found, expected_gradients)
+
+
+def test_logits_of_a_model_that_ignores_the_list_of_positions_are_not_mistaken() -> None:
+    model = make("qwen2")
+    plain = model.forward
+    model.forward = lambda *args, logits_to_keep=0, **kwargs: plain(*args, **kwargs)
+    supervised = supervised_logits(model, batch(flat=False))
+    expected = supervised_logits(make("qwen2"), batch(flat=False))
+    torch.testing.assert_close(supervised.logits, expected.logits, rtol=1e-5, atol=1e-6)
