@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
+from sft import neftune
+from sft.config import SFTConfig
 from sft.layout import document_layout
 from sft.neftune import embedding_noise
-from tests.tiny import tiny_model
+from sft.trainer import SFTTrainer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 ALPHA, WIDTH = 5.0, 16
 
@@ -89,3 +96,37 @@ def test_no_alpha_means_no_noise_and_a_senseless_one_is_refused() -> None:
         assert largest(noise_of(model, input_ids=torch.ones(1, 20, dtype=torch.long))) == 0
     with pytest.raises(ValueError, match="above 0, found -1"), embedding_noise(model, -1):
         pass
+
+
+def test_trainer_adds_noise_in_training_steps_only_and_leaves_no_hook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noisy: list[torch.Tensor] = []
+    lengths_of = neftune.document_length_of_tokens
+
+    def watched(*args: Any) -> torch.Tensor:
+        noisy.append(lengths_of(*args))
+        return noisy[-1]
+
+    monkeypatch.setattr(neftune, "document_length_of_tokens", watched)
+    rows = Dataset.from_dict({"input_ids": [[5] * 6, [7] * 10]})
+    config = SFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        packing=True,
+        max_length=16,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        neftune_noise_alpha=ALPHA,
+    )
+    model = tiny_model()
+    trainer = SFTTrainer(model, args=config, train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer())
+    trainer.train()
+    assert [lengths.tolist() for lengths in noisy] == [[[10.0] * 10 + [6.0] * 6]] * 2
+    assert not model.get_input_embeddings()._forward_hooks
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
+    assert len(noisy) == 2

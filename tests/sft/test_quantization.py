@@ -8,11 +8,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from sft.adapters import wrap_adapter
-from sft.config import ModelConfig
+from sft.config import ModelConfig, SFTConfig
 from sft.models import load_model
 from sft.quantization import (
     CAST_LOGGER,
@@ -22,7 +23,8 @@ from sft.quantization import (
     needs_kbit_preparation,
     prepare_model_for_kbit_training,
 )
-from tests.tiny import tiny_model
+from sft.trainer import SFTTrainer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 FOUR_BIT = {"load_in_4bit": True, "use_bnb_nested_quant": True}
 EIGHT_BIT = {"load_in_8bit": True}
@@ -127,3 +129,47 @@ def test_lora_on_a_kbit_base_learns(folder: Path, options: dict[str, bool], chec
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
     assert torch.equal(base.model.layers[0].self_attn.q_proj.base_layer.weight, frozen)
+
+
+@pytest.mark.parametrize("options", [FOUR_BIT, EIGHT_BIT], ids=["4 bit", "8 bit"])
+def test_trainer_fits_an_adapter_on_a_kbit_base_which_stays_as_it_was(
+    folder: Path, tmp_path: Path, options: dict[str, bool]
+) -> None:
+    rows = Dataset.from_dict({"input_ids": [list(range(5, 25)), list(range(40, 52))]})
+    config = SFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        packing=True,
+        max_length=32,
+        max_steps=8,
+        logging_steps=1,
+        learning_rate=2e-2,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"every_n_layers": 2},
+        model_init_kwargs={"quantization_config": get_quantization_config(ModelConfig(dtype="float32", **options))},
+    )
+    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        str(folder), args=config, train_dataset=rows, processing_class=tiny_tokenizer(), peft_config=lora
+    )
+    base = {name: value.clone() for name, value in trainer.model.named_parameters() if "lora_" not in name}
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.3
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in base.items())
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = peft.PeftModel.from_pretrained(load_kbit(folder, **options), tmp_path / "adapter").eval()
+    ids = torch.tensor([rows[0]["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_trainers_own_keys_of_checkpointing_are_left_to_it(folder: Path) -> None:
+    kwargs = {"offload": True, "every_n_layers": 2}
+    model = prepare_model_for_kbit_training(load_kbit(folder, **EIGHT_BIT), gradient_checkpointing_kwargs=kwargs)
+    model.train()(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+    assert kwargs == {"offload": True, "every_n_layers": 2}
