@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +103,7 @@ def test_train_dataset_shows_what_is_trained(tmp_path: Path) -> None:
 
 
 def test_unknown_dataset_kwargs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="dataset_kwargs has unknown keys .*skip"):
+    with pytest.raises(ValueError, match=r"dataset_kwargs has unknown keys .*skip"):
         make(tmp_path, dataset_kwargs={"skip": True})
 
 
@@ -116,3 +120,38 @@ def test_offloaded_activations_train_the_same_weights(tmp_path: Path, monkeypatc
         trainer.train()
     plain, offloaded = (dict(trainer.model.named_parameters()) for trainer in trainers)
     assert all(torch.equal(parameter, offloaded[name]) for name, parameter in plain.items())
+
+
+TWO_PROCESSES = """
+from datasets import Dataset
+from sft import SFTConfig, SFTTrainer
+from tests.tiny import tiny_model, tiny_tokenizer
+
+rows = Dataset.from_dict({"text": [f"fox number {n} jumps " * (1 + n % 4) for n in range(64)]}).to_iterable_dataset()
+for packing in (True, False):
+    config = SFTConfig(
+        output_dir="out", use_cpu=True, max_steps=2, packing=packing, max_length=64, per_device_train_batch_size=2
+    )
+    trainer = SFTTrainer(tiny_model(), args=config, train_dataset=rows, processing_class=tiny_tokenizer())
+    trainer.train()
+    print("WEIGHTS", packing, float(sum(p.double().sum() for p in trainer.model.parameters())), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_streamed_rows_to_the_same_weights(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    weights = re.findall(r"WEIGHTS (True|False) (\S+)", done.stdout)
+    assert len(weights) == 4
+    assert len(set(weights)) == 2, weights
