@@ -1,0 +1,255 @@
+"""Rows with images as text: what the chat template prints, where the images stand in it, and what is trained.
+
+Templates of vision models differ in what they take: content as parts only (LLaVA, Idefics), as parts or text
+(Qwen2-VL), or text only (a format such as ChatML put on the tokenizer). Probing shows which; messages are brought to
+that form each time they are rendered, so that the search for assistant turns works as it does for text.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from transformers import ProcessorMixin
+from transformers.image_utils import is_valid_image, load_image
+
+from sft.chat import ChatRenderer, Rendered, Span, TrainOn
+from sft.chat_template import PROBE_ANSWER, PROBE_QUESTION, ChatTemplate, chat_template_of
+from sft.messages import is_messages
+
+IMAGE_COLUMNS = ("images", "image")
+_PART_KEYS = ("image", "image_url", "url", "path", "base64")
+
+
+@dataclass(frozen=True)
+class VisionTemplate(ChatTemplate):
+    """A chat template that is given content in the form it takes.
+
+    Args:
+        image_token: Stands for an image where the template takes text only.
+        takes_text: Whether content may be text.
+        takes_parts: Whether content may be a list of parts.
+    """
+
+    image_token: str = ""
+    takes_text: bool = True
+    takes_parts: bool = True
+
+    @classmethod
+    def probe(cls, source: str, variables: Mapping[str, Any], image_token: str) -> VisionTemplate:
+        """Find out what a template takes by rendering a question and an answer in both forms.
+
+        Raises:
+            ValueError: It prints neither.
+        """
+        plain = ChatTemplate(source, variables)
+        texts = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}]
+        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in texts]
+        takes_text, takes_parts = _prints(plain, texts), _prints(plain, parts)
+        if not (takes_text or takes_parts):
+            raise ValueError(
+                "the chat template prints a plain question and its answer neither as text nor as parts; set the "
+                "processor's chat_template to the one that belongs to the model"
+            )
+        return cls(source, variables, image_token, takes_text, takes_parts)
+
+    def _render(self, chats: Iterable[Any], tools: list[Any] | None, **options: bool) -> tuple[list[str], list[Any]]:
+        adapted = [
+            [{**message, "content": self._content(message.get("content"))} for message in chat] for chat in chats
+        ]
+        return super()._render(adapted, tools, **options)
+
+    def _content(self, content: Any) -> Any:
+        if isinstance(content, str) and not self.takes_text:
+            return [{"type": "text", "text": content}] if content else []
+        if is_messages(content) and not self.takes_parts:
+            return "".join(self.image_token if part["type"] == "image" else part["text"] for part in content)
+        return content
+
+
+def _prints(template: ChatTemplate, messages: list[dict[str, Any]]) -> bool:
+    """Whether a template prints these messages, rather than nothing or Python's notation of them."""
+    try:
+        text = template.render([messages])[0]
+    except ValueError:
+        return False
+    return PROBE_QUESTION in text and PROBE_ANSWER in text and "'text'" not in text and '"text"' not in text
+
+
+class VisionRenderer(ChatRenderer):
+    """Renders records with a processor's chat template, else with its tokenizer's.
+
+    Args:
+        processor: Its template goes before the tokenizer's, as in its own `apply_chat_template`.
+        train_on: What the spans cover.
+    """
+
+    def __init__(self, processor: ProcessorMixin, train_on: TrainOn) -> None:
+        super().__init__(processor.tokenizer, train_on)
+        self._processor = processor
+        self._vision_templates: dict[tuple[bool, str], VisionTemplate] = {}
+
+    def template(self, record: Mapping[str, Any]) -> VisionTemplate:
+        """The template that a record uses; every one is probed once."""
+        key = bool(record.get("tools")), record.get("chat_template_kwargs") or "{}"
+        if key not in self._vision_templates:
+            variables = {**self.tokenizer.special_tokens_map, **json.loads(key[1])}
+            source = template_source(self._processor, has_tools=key[0])
+            self._vision_templates[key] = VisionTemplate.probe(source, variables, placeholder(self._processor))
+        return self._vision_templates[key]
+
+
+def template_source(processor: ProcessorMixin, *, has_tools: bool = False) -> str:
+    """Jinja source of the template that a processor uses.
+
+    Raises:
+        ValueError: Neither the processor nor its tokenizer has one.
+    """
+    own = getattr(processor, "chat_template", None)
+    if isinstance(own, Mapping):
+        own = own.get("tool_use" if has_tools and "tool_use" in own else "default")
+    return own or chat_template_of(processor.tokenizer, [{}] if has_tools else None).source
+
+
+def placeholder(processor: ProcessorMixin) -> str:
+    """The text that stands for an image before the processor expands it; empty where the family has none."""
+    return str(getattr(processor, "image_token", None) or "")
+
+
+@dataclass(frozen=True)
+class VisionRow:
+    """One row as text and images.
+
+    Args:
+        name: What messages call the row.
+        rendered: Its text, each image one placeholder, and the characters that are trained.
+        train_on: What those were chosen by.
+        images: Decoded, in the order of their placeholders.
+    """
+
+    name: str
+    rendered: Rendered
+    train_on: TrainOn
+    images: list[Any] = field(default_factory=list)
+
+
+def read_images(value: Any) -> list[Any]:
+    """Decode a column's images: nothing, one, or a list of PIL images, arrays, paths, URLs, `{"bytes", "path"}`.
+
+    Raises:
+        ValueError: A value is no image.
+    """
+    if value is None:
+        return []
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [read_image(item) for item in values if item is not None]
+
+
+def read_image(value: Any) -> Any:
+    """Decode one image, turned upright as its EXIF data says; what is decoded already is left as it is.
+
+    Raises:
+        ValueError: It is none, or can't be read; says where it should come from.
+    """
+    if isinstance(value, Mapping):
+        stored = value.get("bytes") or value.get("path") or value.get("url")
+        return _decode(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
+    if isinstance(value, bytes):
+        return _decode(io.BytesIO(value))
+    if isinstance(value, (str, Path)):
+        return _decode(str(value))
+    if not is_valid_image(value):
+        raise ValueError(
+            f"{type(value).__name__} {value!r:.60} is no image; give PIL images, arrays, paths, or a dict with "
+            "bytes or path"
+        )
+    return value
+
+
+def _decode(source: Any) -> Any:
+    """Open a file, or let transformers fetch a URL or base64 text."""
+    if source is None:
+        raise ValueError("an image has neither bytes nor path; cast the column with datasets.Image() or load it")
+    try:
+        if isinstance(source, str) and not Path(source[:255]).is_file():
+            return load_image(source)
+        return ImageOps.exif_transpose(Image.open(source))
+    except (OSError, ValueError) as error:
+        what = f"{source!r:.120}" if isinstance(source, str) else "the image's bytes"
+        raise ValueError(f"{what} can't be read as an image: {error}") from error
+
+
+def take_images(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any], int]:
+    """Take images out of the parts of messages, leaving bare `{"type": "image"}` parts.
+
+    Returns:
+        The messages, the images found (still encoded), and how many image parts there are.
+
+    Raises:
+        ValueError: A part is neither text nor image.
+    """
+    found: list[Any] = []
+    num_parts = 0
+    result = []
+    for index, message in enumerate(messages):
+        content = message["content"]
+        if is_messages(content):
+            parts = []
+            for part in content:
+                if part["type"] not in ("text", "image", "image_url"):
+                    raise ValueError(
+                        f"message {index} has a part of type {part['type']!r}; only text and image are read"
+                    )
+                is_image = part["type"] != "text"
+                num_parts += is_image
+                found += [_source_of(part)] if is_image and _source_of(part) is not None else []
+                parts.append({"type": "image"} if is_image else {"type": "text", "text": part.get("text", "")})
+            message = {**message, "content": parts}
+        result.append(message)
+    return result, found, num_parts
+
+
+def _source_of(part: Mapping[str, Any]) -> Any:
+    """The image that a part brings with it, under any of the names in use."""
+    return next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
+
+
+def put_images_first(messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
+    """Place images that no message mentions at the beginning of the first question, as templates do by convention.
+
+    Raises:
+        ValueError: No message is by the user.
+    """
+    first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        raise ValueError(f"{num_images} images, and no user message to put them in")
+    text = {"type": "text", "text": messages[first]["content"]}
+    content = [*({"type": "image"} for _ in range(num_images)), text]
+    return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
+
+
+def expand(rendered: Rendered, replacements: list[Mapping[str, Any]]) -> Rendered:
+    """The text that the processor tokenized, with the spans moved to it; what stands for an image is in none of them.
+
+    Args:
+        rendered: Text with one placeholder an image.
+        replacements: What the processor put for each placeholder: `span` in the text, and its `replacement`.
+    """
+    pieces: list[str] = []
+    spans: list[Span] = []
+    last = moved = 0
+    for item in [*replacements, {"span": (len(rendered.text),) * 2, "replacement": ""}]:
+        start, end = item["span"]
+        pieces += [rendered.text[last:start], item["replacement"]]
+        for span in rendered.spans:
+            first, stop = max(span.start, last), min(span.end, start)
+            if first < stop:
+                spans.append(Span(first + moved, stop + moved, span.weight))
+        moved += len(item["replacement"]) - (end - start)
+        last = end
+    return Rendered("".join(pieces), sorted(spans))
