@@ -162,8 +162,8 @@ class ConstantLengthDataset(IterableDataset):
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts; one that begins with the bos token, as chat templates print it, gets no second one."""
-        bos = self.tokenizer.bos_token
-        has_bos = [bool(bos) and text.startswith(bos) for text in texts]
+        bos = str(getattr(self.tokenizer, "bos_token", None) or "")
+        has_bos = [bos != "" and text.startswith(bos) for text in texts]
         documents: dict[int, list[int]] = {}
         for flag in set(has_bos):
             places = [place for place, found in enumerate(has_bos) if found is flag]

@@ -15,18 +15,18 @@ from sft.completion_collator import DataCollatorForCompletionOnlyLM
 NUM_ROWS_LOOKED_AT = 4
 
 
-def check_collator(collator: Callable, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_collator(collator: Callable | None, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Look at what a user's collator trains of a data set.
 
     Args:
-        collator: As it was given to the trainer.
+        collator: As it was given to the trainer; None = its own, which has neither mistake.
         dataset: Prepared rows; only a `Dataset` is looked at, since looking would use up a stream.
         tokenizer: Its eos and pad tokens are compared.
 
     Raises:
         ValueError: Nothing would be trained in any row, or the end-of-sequence token never.
     """
-    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+    if collator is None or not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return
     if isinstance(collator, DataCollatorForCompletionOnlyLM):
         check_templates(collator, (batch["input_ids"][0] for batch in dataset.iter(1)), len(dataset))

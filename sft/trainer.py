@@ -106,13 +106,7 @@ class SFTTrainer(Trainer):
         tokenizer = tokenizer_of(processing_class)
         set_seed(config.seed)  # the adapter and new tokens' rows are drawn before upstream seeds anything
         model = apply_chat_template(resolve_model(model, config), tokenizer, config)
-        model = wrap_adapter(
-            model,
-            peft_config,
-            tokenizer,
-            gradient_checkpointing=bool(config.activation_checkpointing),
-            gradient_checkpointing_kwargs=config.activation_checkpointing_kwargs,
-        )
+        model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))
         packing = choose_packing(config, data_collator, [train_dataset, eval_dataset])
         train_dataset, eval_dataset = (
             prepare_all(dataset, tokenizer, config, packing=packed, formatting_func=formatting_func, name=name)
@@ -122,8 +116,7 @@ class SFTTrainer(Trainer):
             )
         )
         settle_dispatch(config, packing, [train_dataset, eval_dataset])
-        if data_collator is not None:
-            check_collator(data_collator, train_dataset, tokenizer)
+        check_collator(data_collator, train_dataset, tokenizer)
         data_collator = data_collator or choose_collator(config, tokenizer, packing)
         self.attention = settle_attention(model, config, packing)
         self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)
@@ -144,10 +137,13 @@ class SFTTrainer(Trainer):
         )
         self.neftune_noise_alpha = None  # upstream scales the noise by the whole row's length; see `train`
         self.loss_is_scaled_for_ga = True
-        if config.activation_offloading:
-            check_offloading(self.args.device)
+        self._say_what_is_trained()
+
+    def _say_what_is_trained(self) -> None:
         counts = count_parameters(self.model)
         logger.info("training %s of %s parameters; %s", counts.num_trainable, counts.num_total, self.attention)
+        if self.args.activation_offloading:
+            check_offloading(self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `transformers.Trainer.train` does, with NEFTune's noise on the embeddings while it lasts."""
@@ -225,6 +221,14 @@ class SFTTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *TOKEN_COLUMNS]))
+
+
+def checkpointing_arguments(config: SFTConfig) -> dict[str, Any]:
+    """What preparing a k-bit base needs to know of gradient checkpointing."""
+    return {
+        "gradient_checkpointing": bool(config.activation_checkpointing),
+        "gradient_checkpointing_kwargs": config.activation_checkpointing_kwargs,
+    }
 
 
 @contextmanager
