@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 INTENTS = ("order", "return", "cancel", "status", "complaint")
 URGENCIES = ("normal", "high")
-SYSTEM_PROMPT = "Message to JSON: intent, customer, city, items, urgency."
+SYSTEM_PROMPT = "Message to JSON."
 NUMBER_WORDS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 SHORTHAND = (("please", "pls"), ("Please", "Pls"), ("Thanks", "Thx"), ("I'm", "Im"), ("n't", "nt"), (" and ", " & "))
 
