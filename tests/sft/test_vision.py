@@ -24,6 +24,7 @@ from sft.loss import supervised_loss
 from sft.trainer import SFTTrainer
 from sft.vision import DataCollatorForVisionLanguageModeling
 from sft.vision_chat import read_image
+from sft.vision_setup import choose_vision_collator, images_in
 from tests.tiny import CHATML
 from tests.tiny_vision import COLOURS, FAMILIES, square, tiny_processor, tiny_vision_model, vision_tokenizer
 
@@ -434,3 +435,43 @@ def test_the_collate_function_of_the_reference_document_runs(family: str, tmp_pa
     trained_by = trainer(family, tmp_path, collate_fn, 8)
     trained_by.train()
     assert losses(trained_by)[-1] < 0.8 * losses(trained_by)[0]
+
+
+def test_images_choose_the_collator_and_keep_their_columns(tmp_path: Path) -> None:
+    options = {"max_length": 64, "assistant_only_loss": True, "pad_to_multiple_of": 8, "use_cpu": True}
+    config = SFTConfig(output_dir=str(tmp_path), report_to=[], **options)
+    rows = Dataset.from_list(colour_rows())
+    chosen = choose_vision_collator(processor("llava"), config, [rows, None])
+    assert chosen is not None
+    assert (chosen.max_length, chosen.assistant_only_loss, chosen.pad_to_multiple_of) == (64, True, 8)
+    assert config.skip_prepare_dataset
+    assert config.remove_unused_columns is False
+
+
+def test_where_a_data_set_has_images() -> None:
+    parts = Dataset.from_list([{"messages": chat([{"type": "image", "url": "a.png"}], [say("b")])}])
+    columns = Dataset.from_list(colour_rows())
+    assert images_in(columns) == "column images"
+    assert images_in(columns.to_iterable_dataset()) == "column images"
+    assert images_in(parts) == "image parts in messages"
+    assert images_in(Dataset.from_list([{"messages": chat("a", "b")}])) is None
+    assert images_in(Dataset.from_dict({"input_ids": [[1]], "image": ["a.png"]})) is None
+    assert images_in(None) is None
+
+
+def test_images_without_a_processor_or_joined_with_others_are_refused(tmp_path: Path) -> None:
+    rows = {"some": Dataset.from_list(colour_rows())}
+    plain = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match=r"has images \(column images\), and processing_class is a .*Tokenizer"):
+        choose_vision_collator(vision_tokenizer("<image>"), plain, [None, rows])
+    packed = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, packing=True)
+    with pytest.raises(ValueError, match=r"packing=True joins rows"):
+        choose_vision_collator(processor("llava"), packed, [rows, None])
+
+
+def test_a_chat_template_that_was_asked_for_is_the_processors_too(tmp_path: Path) -> None:
+    own = tiny_processor("llava")
+    own.tokenizer.chat_template = CHATML
+    config = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, chat_template_path="chatml")
+    choose_vision_collator(own, config, [Dataset.from_list(colour_rows())])
+    assert own.chat_template == CHATML
