@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from sft.preview import preview_masks
     from sft.quantization import get_kbit_device_map, get_quantization_config, prepare_model_for_kbit_training
     from sft.trainer import SFTTrainer
+    from sft.vision import DataCollatorForVisionLanguageModeling
 
 __all__ = [
     "IGNORE_INDEX",
     "ConstantLengthDataset",
     "DataCollatorForCompletionOnlyLM",
     "DataCollatorForSFT",
+    "DataCollatorForVisionLanguageModeling",
     "ModelConfig",
     "SFTConfig",
     "SFTTrainer",
@@ -56,6 +58,7 @@ _HOMES = {
     "ConstantLengthDataset": "constant_length",
     "DataCollatorForCompletionOnlyLM": "completion_collator",
     "DataCollatorForSFT": "collators",
+    "DataCollatorForVisionLanguageModeling": "vision",
     "IGNORE_INDEX": "labels",
     "ModelConfig": "config",
     "SFTConfig": "config",

@@ -27,29 +27,31 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from sft.adapters import count_parameters, wrap_adapter
 from sft.attention import document_layout, flash_sdp_only
+from sft.attention_setup import settle_attention
+from sft.batching import choose_collator, choose_packing, settle_dispatch
 from sft.config import SFTConfig
 from sft.constant_length import constant_length_rows
 from sft.former_arguments import one_processor
+from sft.lora_linear import fused_lora
 from sft.loss import LossOptions, TokenTotals, num_targets, supervised_loss
 from sft.neftune import embedding_noise
 from sft.offloading import check_offloading, offloaded_activations
 from sft.pitfalls import check_collator
 from sft.preparation import FormattingFunc, apply_formatting, prepare_dataset, resolve_max_length
+from sft.vision_setup import choose_vision_collator
 from sft.wiring import (
     apply_chat_template,
-    choose_collator,
-    choose_packing,
     resolve_config,
     resolve_model,
     resolve_processor,
-    settle_attention,
-    settle_dispatch,
+    settle_liger,
     tokenizer_of,
 )
 
 logger = logging.getLogger(__name__)
 
 Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
+OWN_INPUTS = ("seq_lengths", "loss_weights", "skip_logits")
 TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", "completion_mask", "assistant_masks")
 
 
@@ -107,6 +109,9 @@ class SFTTrainer(Trainer):
         set_seed(config.seed)  # the adapter and new tokens' rows are drawn before upstream seeds anything
         model = apply_chat_template(resolve_model(model, config), tokenizer, config)
         model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))
+        settle_liger(model, config)
+        if data_collator is None and formatting_func is None:
+            data_collator = choose_vision_collator(processing_class, config, [train_dataset, eval_dataset])
         packing = choose_packing(config, data_collator, [train_dataset, eval_dataset])
         train_dataset, eval_dataset = (
             prepare_all(dataset, tokenizer, config, packing=packed, formatting_func=formatting_func, name=name)
@@ -118,7 +123,6 @@ class SFTTrainer(Trainer):
         settle_dispatch(config, packing, [train_dataset, eval_dataset])
         check_collator(data_collator, train_dataset, tokenizer)
         data_collator = data_collator or choose_collator(config, tokenizer, packing)
-        self.attention = settle_attention(model, config, packing)
         self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)
         self._totals = {"train": TokenTotals(), "eval": TokenTotals()}
         super().__init__(
@@ -137,6 +141,8 @@ class SFTTrainer(Trainer):
         )
         self.neftune_noise_alpha = None  # upstream scales the noise by the whole row's length; see `train`
         self.loss_is_scaled_for_ga = True
+        with self.accelerator.autocast():
+            self.attention = settle_attention(self.model, config, flat=packing.flat)
         self._say_what_is_trained()
 
     def _say_what_is_trained(self) -> None:
@@ -146,8 +152,8 @@ class SFTTrainer(Trainer):
             check_offloading(self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `transformers.Trainer.train` does, with NEFTune's noise on the embeddings while it lasts."""
-        with embedding_noise(self.model, self.args.neftune_noise_alpha):
+        """Train as `transformers.Trainer.train` does, with NEFTune's noise and fused LoRA layers while it lasts."""
+        with embedding_noise(self.model, self.args.neftune_noise_alpha), fused_lora(self.model):
             return super().train(*args, **kwargs)
 
     def training_step(
@@ -169,7 +175,7 @@ class SFTTrainer(Trainer):
     ) -> Any:
         """Loss of a batch: the sum over its targets divided by the targets of the whole accumulated batch."""
         if self.compute_loss_func is not None:
-            inputs = {name: value for name, value in inputs.items() if name not in ("seq_lengths", "loss_weights")}
+            inputs = {name: value for name, value in inputs.items() if name not in OWN_INPUTS}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         keep_logits = return_outputs and self.compute_metrics is not None
         result = supervised_loss(model, inputs, num_items_in_batch, self._loss_options, keep_logits=keep_logits)

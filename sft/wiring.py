@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from sft.attention import choose_packed_attention, probe_isolation
 from sft.chat_formats import FORMATS, clone_chat_template, ensure_pad_token, setup_chat_format
-from sft.collators import DataCollatorForSFT
 from sft.config import SFTConfig
 from sft.former_arguments import take_over_arguments
+from sft.hardware import current_hardware
+from sft.liger import check_liger_hardware, liger_kernel_config
 from sft.models import load_model, load_tokenizer
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Which data sets are packed, and whether batches are one flat row without padding."""
-
-    train: bool
-    eval: bool
-    flat: bool
 
 
 def resolve_config(args: TrainingArguments | None, model: Any, former: Mapping[str, Any] | None = None) -> SFTConfig:
@@ -62,6 +48,8 @@ def resolve_config(args: TrainingArguments | None, model: Any, former: Mapping[s
             f"{args.n_gpu} GPUs are visible to one process, which would mean torch's DataParallel; start the script "
             f"with `accelerate launch --num_processes {args.n_gpu}`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
+    if args.use_liger_kernel:
+        check_liger_hardware(current_hardware(args.device))
     return args
 
 
@@ -127,75 +115,7 @@ def apply_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, config: 
     return clone_chat_template(model, tokenizer, path, resize_to_multiple_of=None)[0]
 
 
-def choose_packing(config: SFTConfig, data_collator: Any, datasets: list[Any]) -> Packing:
-    """Decide which data sets are packed and whether batches are flat.
-
-    Args:
-        config: `packing`, `eval_packing`, `padding_free`.
-        data_collator: The user's own, or None.
-        datasets: All data sets; rows that are packed already make batches flat.
-    """
-    eval_packing = config.packing if config.eval_packing is None else config.eval_packing
-    packed = config.packing or eval_packing
-    already = any("seq_lengths" in (getattr(dataset, "column_names", None) or ()) for dataset in datasets)
-    flat = packed or already or config.padding_free or getattr(data_collator, "padding_free", False)
-    return Packing(config.packing, eval_packing, flat)
-
-
-def choose_collator(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, packing: Packing) -> DataCollatorForSFT:
-    """The collator for token rows: flat batches where rows are packed or padding is unwanted, else padded ones."""
-    return DataCollatorForSFT(
-        pad_token_id=tokenizer.pad_token_id,
-        padding_free=packing.flat,
-        pad_to_multiple_of=config.pad_to_multiple_of,
-    )
-
-
-def settle_dispatch(config: SFTConfig, packing: Packing, datasets_given: list[Any]) -> None:
-    """On several processes, let each one read its own batches where batches can't be cut into equal parts.
-
-    accelerate would have the first process read streamed batches and hand each process a slice of dimension 0, which
-    in a flat batch is 1, and differs between rows of a stream that are padded batch by batch.
-
-    Args:
-        config: `accelerator_config.dispatch_batches` is set to False where it was left open.
-        packing: Whether batches are flat.
-        datasets_given: All data sets.
-
-    Raises:
-        ValueError: It was set to True, and batches are flat.
-    """
-    streamed = any(
-        isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)) for dataset in datasets_given
-    )
-    accelerator = config.accelerator_config
-    if packing.flat and accelerator.dispatch_batches:
-        raise ValueError(
-            "accelerator_config has dispatch_batches=True, but flat batches (packing, padding_free) are one row and "
-            "can't be divided among processes; leave it out"
-        )
-    if (packing.flat or streamed) and accelerator.dispatch_batches is None:
-        accelerator.dispatch_batches = False
-
-
-def settle_attention(model: Any, config: SFTConfig, packing: Packing) -> str:
-    """Choose and set the attention for flat batches, and prove that documents do not see each other.
-
-    Returns:
-        One line that says what was chosen and why.
-
-    Raises:
-        ValueError: The model or its attention can't keep the documents of a row apart.
-    """
-    current = model.config._attn_implementation
-    if not packing.flat:
-        if config.force_flash_sdp:
-            raise ValueError("force_flash_sdp=True needs packing=True or padding_free=True: that kernel takes no mask")
-        return f"attention {current} on padded batches"
-    # both are transformers' defaults, depending on the family; anything else was asked for
-    requested = "auto" if current in ("sdpa", "eager") else current
-    choice = choose_packed_attention(model, requested)
-    if choice.implementation != current:
-        model.set_attn_implementation(choice.implementation)
-    probe_isolation(model)
-    return f"attention {choice.implementation}: {choice.reason}"
+def settle_liger(model: Any, config: SFTConfig) -> None:
+    """Choose Liger's kernels for the model where they are asked for; `Trainer` puts them in when training begins."""
+    if config.use_liger_kernel:
+        config.liger_kernel_config = liger_kernel_config(model, config.liger_kernel_config)

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -15,14 +16,16 @@ from stages.paths import Paths
 
 STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
 TOOLS = ("summary",)
-EXIT_FAILED, EXIT_USAGE = 1, 2
+EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
+CLOCK_TICK = 0.1  # file systems take their time from a coarser clock
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line names.
 
     Returns:
-        0 on success, 1 when the work failed for a reason a user can mend, 2 when params.yaml or the call is wrong.
+        0 on success, 1 when the work failed for a reason a user can mend, 2 when params.yaml or the call is wrong, 130
+        when it was interrupted.
     """
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
     names = (*STAGES, *TOOLS)
@@ -30,16 +33,42 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
     args = parser.parse_args(argv)
     quiet_tools()
+    started = time.time()
+    paths = Paths(args.root.resolve())
     try:
         params = load_params(args.root / "params.yaml")
-        importlib.import_module(f"stages.{args.name}").run(params, Paths(args.root.resolve()))
+        if args.name == "train":  # hours may lie between here and the stage that a wrong value belongs to
+            importlib.import_module("stages.preflight").check_later_stages(params, paths)
+        importlib.import_module(f"stages.{args.name}").run(params, paths)
+    except KeyboardInterrupt:
+        print(f"stopped: {args.name}. Type the command again to go on.", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
     except ParamsError as error:
         return fail(error, EXIT_USAGE)
     except (ValueError, OSError) as error:
         if os.environ.get("SFT_TRACEBACK"):
             raise
         return fail(error, EXIT_FAILED)
+    if args.name in STAGES:
+        remove_leftovers(paths.root / "outs" / args.name, started)
     return 0
+
+
+def remove_leftovers(folder: Path, started: float) -> None:
+    """Delete what an earlier run left in a stage's folder and this one did not write.
+
+    dvc.yaml keeps outs until they are replaced, so a file that is only written under some params would stay.
+
+    Args:
+        folder: outs/STAGE.
+        started: When this run began, in seconds of the epoch.
+    """
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()) and path.stat().st_ctime < started - CLOCK_TICK:
+                path.rmdir()
+        elif path.lstat().st_ctime < started - CLOCK_TICK:  # ctime: set by writing, copying, renaming alike
+            path.unlink()
 
 
 def fail(error: Exception, code: int) -> int:

@@ -14,10 +14,11 @@ from sft.gate import GateRow, check_gate, parse_gate
 from sft.generation import Generation, generate_batch
 from sft.metrics import TASKS, Task, mean_interval, mean_scores
 from sft.models import load_tokenizer
-from stages.artifacts import progress, read_json, read_jsonl, write_json, write_jsonl
+from stages.artifacts import progress, read_json, write_json, write_jsonl
 from stages.measured import ANSWERING, LIKELIHOOD
 from stages.params import EvaluateSection, Params
 from stages.paths import Paths
+from stages.references import read_prompts
 from stages.report import write_report
 from stages.variants import Variant, find_variants, load_variant, size_mb
 
@@ -59,9 +60,8 @@ class Meter:
 def run(params: Params, paths: Paths) -> None:
     """Write outs/evaluate, reports/report.html and the figures; a failed gate is a result, not an error."""
     section = params.evaluate
-    task = TASKS[section.task]
     tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
-    held_out = read_held_out(section, task, paths, tokenizer)
+    held_out = read_held_out(section, paths, tokenizer)
     variants = find_variants(paths)
     conditions = parse_gate(section.gate)  # the names in it were checked with params.yaml
     num_documents = sum(len(row.get("seq_lengths") or [0]) for row in held_out.rows)
@@ -79,22 +79,9 @@ def run(params: Params, paths: Paths) -> None:
     print(summary(measured, gate, paths), flush=True)
 
 
-def read_held_out(section: EvaluateSection, task: Task, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
-    """Read packed held-out rows and prompts, and check every reference before any model is loaded.
-
-    Raises:
-        ValueError: There is no prompt, or a reference that the task can't be scored against; names the row.
-    """
-    prompts = list(read_jsonl(paths.out("format", "prompts.jsonl")))[: section.num_rows]
-    if not prompts:
-        raise ValueError(
-            "no held-out row has a turn to answer: evaluate needs conversations or prompts with completions"
-        )
-    for prompt in prompts:
-        try:
-            task.check_reference(prompt["reference"])
-        except ValueError as error:
-            raise ValueError(f"held-out row {prompt['id']}: {error}") from None
+def read_held_out(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    """Read packed held-out rows and prompts; every reference is checked before any model is loaded."""
+    prompts = read_prompts(section, paths)
     token_ids = [
         tokenizer(prompt["prompt"], add_special_tokens=prompt["add_special_tokens"])["input_ids"] for prompt in prompts
     ]

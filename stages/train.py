@@ -50,7 +50,7 @@ def run(params: Params, paths: Paths) -> None:
         eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
-        callbacks=[ProgressLines()],
+        callbacks=[LogLastStep(), ProgressLines()],
     )
     trainer.remove_callback(PrinterCallback)  # `ProgressLines` says it more briefly
     checkpoint = state.last_checkpoint()
@@ -132,6 +132,15 @@ def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
         disable_tqdm=True,
         seed=section.seed,
     )
+
+
+class LogLastStep(TrainerCallback):
+    """Takes the figures of the last step, whatever `logging_steps` is: a short training would have none."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for them."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class ProgressLines(TrainerCallback):

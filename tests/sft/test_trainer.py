@@ -86,7 +86,7 @@ def test_forced_flash_reaches_the_attention(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_forced_flash_needs_batches_without_padding(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="force_flash_sdp=True needs packing=True or padding_free=True"):
+    with pytest.raises(ValueError, match="force_flash_sdp=True cannot be used: it needs packing=True"):
         make(tmp_path, force_flash_sdp=True)
 
 

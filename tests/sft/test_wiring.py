@@ -11,20 +11,11 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from sft.batching import Packing, choose_collator, choose_packing, settle_dispatch
 from sft.collators import DataCollatorForSFT
 from sft.config import SFTConfig
 from sft.models import load_model
-from sft.wiring import (
-    Packing,
-    apply_chat_template,
-    choose_collator,
-    choose_packing,
-    resolve_config,
-    resolve_model,
-    resolve_processor,
-    settle_attention,
-    settle_dispatch,
-)
+from sft.wiring import apply_chat_template, resolve_config, resolve_model, resolve_processor
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PADDED = Packing(train=False, eval=False, flat=False)
@@ -175,12 +166,3 @@ def test_each_process_reads_its_own_flat_or_streamed_batches(
 def test_flat_batches_cannot_be_dispatched() -> None:
     with pytest.raises(ValueError, match="dispatch_batches=True"):
         settle_dispatch(config(accelerator_config={"dispatch_batches": True}), FLAT, [])
-
-
-def test_attention_of_padded_batches_stays_and_flat_ones_are_probed() -> None:
-    model = tiny_model("opt")
-    before = model.config._attn_implementation
-    assert settle_attention(model, config(), PADDED) == f"attention {before} on padded batches"
-    assert model.config._attn_implementation == before
-    settle_attention(model, config(), FLAT)
-    assert model.config._attn_implementation != before  # opt's own lets documents see each other

@@ -1,0 +1,49 @@
+"""The attention of one training: chosen for its device and precision, set on the model, and probed."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from typing import Any
+
+from sft.attention import check_flash_sdp, choose_packed_attention, flash_sdp_only, probe_isolation
+from sft.config import SFTConfig
+from sft.hardware import current_hardware
+from sft.models import MIXED_PRECISIONS
+
+logger = logging.getLogger(__name__)
+
+
+def settle_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
+    """Choose and set the attention for flat batches, and prove that documents do not see each other.
+
+    Args:
+        model: On the device that will train it.
+        config: `force_flash_sdp`, and the precision of the products.
+        flat: Whether batches are one row without padding.
+
+    Returns:
+        One line that says what was chosen and why.
+
+    Raises:
+        ValueError: The device, the model or its attention can't keep the documents of a row apart.
+    """
+    current = model.config._attn_implementation
+    # both are transformers' defaults, depending on the family; anything else was asked for
+    requested = "auto" if current in ("sdpa", "eager") else current
+    hardware = current_hardware(config.device)
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None
+    dtype = MIXED_PRECISIONS[precision] if precision else model.dtype
+    if config.force_flash_sdp:
+        check_flash_sdp(requested, dtype, hardware, flat)
+    if not flat:
+        return f"attention {current} on padded batches"
+    choice = choose_packed_attention(model, requested, hardware, dtype)
+    if choice.implementation != current:
+        model.set_attn_implementation(choice.implementation)
+    if model.device.type != config.device.type:  # FSDP and DeepSpeed move it later, piece by piece
+        logger.warning("the model is not on its device yet: %s is not probed for leaks", choice.implementation)
+    else:
+        with flash_sdp_only() if config.force_flash_sdp else nullcontext():
+            probe_isolation(model)
+    return f"attention {choice.implementation}: {choice.reason}"
