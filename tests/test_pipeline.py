@@ -115,7 +115,7 @@ def would_run(project: Path) -> list[str]:
         if reads and name not in changed:
             changed.append(name)
         if name in changed:
-            written |= set(stage["outs"])
+            written |= {name for out in stage["outs"] for name in out}
     return changed
 
 
@@ -202,6 +202,21 @@ def test_a_changed_row_runs_everything_and_a_note_beside_the_data_nothing(projec
         assert sorted(would_run(project)) == sorted(STAGES)
     finally:
         rows.write_text(kept, encoding="utf-8")
+
+
+def test_a_run_that_fails_keeps_earlier_results(project: Path) -> None:
+    before = {path: path.read_bytes() for path in (project / "outs" / "evaluate").iterdir()}
+    report = (project / "reports" / "report.html").read_bytes()
+    kept = (project / "params.yaml").read_text(encoding="utf-8")
+    try:
+        change_params(project, {"evaluate": {"gate": ["tuned.los <= base.loss"]}})
+        assert "did you mean" in call(project, "dvc", "repro", code=255)
+    finally:
+        (project / "params.yaml").write_text(kept, encoding="utf-8")
+    assert {path: path.read_bytes() for path in (project / "outs" / "evaluate").iterdir()} == before
+    assert (project / "reports" / "report.html").read_bytes() == report
+    assert read_metrics(project, "evaluate")
+    assert would_run(project) == []
 
 
 def test_training_killed_and_resumed_ends_with_the_same_bytes(project: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from stages.__main__ import STAGES, main
+from stages.__main__ import STAGES, main, remove_leftovers
 from tests.stages.data_root import ROOT, ROWS, DataRoot
 
 
@@ -113,3 +113,28 @@ def test_an_unknown_stage_lists_the_known_ones(capsys: pytest.CaptureFixture[str
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert [stage for stage in STAGES if stage not in message] == []
+
+
+def test_an_interrupted_stage_says_so_in_one_line(
+    root: DataRoot, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stages.load.run", interrupted)
+    assert run(root, capsys) == (130, "stopped: load. Type the command again to go on.\n")
+
+
+def test_what_an_earlier_run_left_goes_and_what_this_one_wrote_stays(tmp_path: Path) -> None:
+    old, emptied = tmp_path / "old.json", tmp_path / "emptied"
+    emptied.mkdir()
+    (emptied / "old.txt").write_text("old")
+    old.write_text("old")
+    now = old.stat().st_ctime + 10
+    (tmp_path / "kept").mkdir()
+    new = tmp_path / "kept" / "new.json"
+    new.write_text("new")
+    remove_leftovers(tmp_path, started=new.stat().st_ctime)
+    assert old.exists()  # no older than the run
+    remove_leftovers(tmp_path, started=now)
+    assert not list(tmp_path.rglob("*.*"))
