@@ -8,23 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
 from sft.attention import check_attention_request, current_hardware
+from sft.checkpoint import WAY_OUT, CheckpointError, auto_class, check_loading_info, check_weight_files
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -84,8 +79,8 @@ def load_model(
         The model in eval mode, as `from_pretrained` leaves it.
 
     Raises:
-        ValueError: A dtype or attention that does not exist or can't run here, weights that are pickled, or a model
-            that can't be found.
+        ValueError: A dtype or attention that does not exist or can't run here, weights that are pickled, damaged,
+            missing or of another size than the config asks for, or a model that can't be found.
     """
     parsed = _one_dtype(dtype, from_pretrained_kwargs)
     quantization_config = _one_quantization(quantization_config, from_pretrained_kwargs, parsed)
@@ -93,7 +88,10 @@ def load_model(
     # "main" is the hub's word for no choice, and a folder has no revisions
     source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     attention = None if attn_implementation in (None, "auto") else attn_implementation
+    sizes_may_differ = from_pretrained_kwargs.pop("ignore_mismatched_sizes", False)
     arguments = {**from_pretrained_kwargs, **source, "dtype": parsed, "use_safetensors": True}
+    # transformers would only warn of missing weights, and not say which ones have another size
+    arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     for key, value in (
         ("attn_implementation", attention),
         ("quantization_config", quantization_config),
@@ -105,10 +103,15 @@ def load_model(
         if attention is not None:
             computed = _compute_dtype(name_or_path, parsed, quantization_config, mixed_precision, source)
             check_attention(attention, computed, device_map)
-        loader = _auto_class(from_pretrained_kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **source))
-        return loader.from_pretrained(name_or_path, **arguments)
+        loader = auto_class(from_pretrained_kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **source))
+        model, info = loader.from_pretrained(name_or_path, **arguments)
     except OSError as error:
         raise ValueError(explain_load_error(name_or_path, error)) from error
+    except SafetensorError as error:
+        check_weight_files(Path(name_or_path))  # names the file, where it is one in a folder
+        raise CheckpointError(f"A weight file of {str(name_or_path)!r} is damaged: {error}. {WAY_OUT}") from error
+    check_loading_info(name_or_path, info, sizes_may_differ=sizes_may_differ)
+    return model
 
 
 def check_attention(attn_implementation: str, dtype: torch.dtype, device_map: Any | None = None) -> None:
@@ -197,14 +200,6 @@ def _one_quantization(given: Any | None, kwargs: dict[str, Any], dtype: torch.dt
     if switches["load_in_4bit"] and isinstance(dtype, torch.dtype):
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
     return BitsAndBytesConfig(**switches)
-
-
-def _auto_class(config: PreTrainedConfig) -> Any:
-    """The factory that builds the class which the checkpoint was saved from: with its image tower, or text alone."""
-    saved_as = (getattr(config, "architectures", None) or [None])[0]
-    with_images = saved_as in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
-    text_alone = saved_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return AutoModelForImageTextToText if with_images and not text_alone else AutoModelForCausalLM
 
 
 def _check_weight_format(name_or_path: str | Path, kwargs: dict[str, Any]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +135,48 @@ def test_asking_for_pickled_weights_is_refused(folder: Path) -> None:
 def test_folder_without_weights_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ValueError, match="can't be loaded as a model"):
+        load_model(tmp_path)
+
+
+def changed_config(folder: Path, target: Path, **values: Any) -> Path:
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | values))
+    return target
+
+
+def test_layers_that_the_checkpoint_lacks_are_refused(folder: Path, tmp_path: Path) -> None:
+    place = changed_config(folder, tmp_path, num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"lacks 9 weights .*random: model\.layers\.2\..*save_pretrained") as caught:
+        load_model(place)
+    assert str(place) in str(caught.value)
+
+
+def test_tied_output_layer_may_be_missing(folder: Path) -> None:
+    model = load_model(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_weights_of_another_size_are_named_with_both(folder: Path, tmp_path: Path) -> None:
+    place = changed_config(folder, tmp_path, intermediate_size=48)
+    with pytest.raises(ValueError, match=r"6 weights .*mlp\.down_proj\.weight is \(16, 32\) and should be \(16, 48\)"):
+        load_model(place)
+    assert load_model(place, ignore_mismatched_sizes=True).config.intermediate_size == 48
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, r"model\.safetensors \(\d+ bytes\) is damaged or cut off: .*Download"),
+        (b"garbage, not weights", r"model\.safetensors \(20 bytes\) is damaged or cut off"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS.*git lfs pull"),
+    ],
+)
+def test_damaged_weight_file_is_named(folder: Path, tmp_path: Path, content: bytes | None, words: str) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ValueError, match=words):
         load_model(tmp_path)
 
 

@@ -1,0 +1,126 @@
+"""Whether a checkpoint is whole: files that can be read, and a weight in them for every layer of its config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+LFS_POINTER = b"version https://git-lfs"
+WAY_OUT = "Download or copy the checkpoint again, or write it anew with save_pretrained."
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that training can't start from; the message names the folder, the file or weight, the way out."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that `from_pretrained` reads in a folder.
+
+    Raises:
+        CheckpointError: The index of several files can't be read.
+    """
+    index = folder / INDEX
+    if (folder / SINGLE_FILE).is_file() or not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} can't be read ({type(error).__name__}: {error}). {WAY_OUT}") from error
+
+
+def check_weight_files(folder: Path) -> None:
+    """Read the header of every weight file, which also states how long the file must be.
+
+    Raises:
+        CheckpointError: A file that is cut off, or no safetensors at all.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{file} is not there, and {INDEX} names it. {WAY_OUT}") from error
+        except (SafetensorError, OSError) as error:
+            with file.open("rb") as stream:
+                is_pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
+            if is_pointer:
+                raise CheckpointError(f"{file} is a pointer of Git LFS, no weights. Type: git lfs pull") from error
+            raise CheckpointError(
+                f"{file} ({file.stat().st_size} bytes) is damaged or cut off: {error}. {WAY_OUT}"
+            ) from error
+
+
+def check_loading_info(place: str | Path, info: Mapping[str, Iterable[Any]], *, sizes_may_differ: bool = False) -> None:
+    """Refuse a model of which some weights would be random.
+
+    Args:
+        place: Folder or hub id, for the message.
+        info: What `from_pretrained(..., output_loading_info=True)` returns: tied weights and buffers that no checkpoint
+            holds are not among its missing ones.
+        sizes_may_differ: Leave weights of another size random, as `ignore_mismatched_sizes` asks for.
+
+    Raises:
+        CheckpointError: Weights are missing, or have another size than the config asks for.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        named = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise CheckpointError(
+            f"The checkpoint {str(place)!r} lacks {len(missing)} weights that its config.json asks for, which would "
+            f"be random: {named}. {WAY_OUT} If the weights are right, correct config.json (number of layers, "
+            f"architectures)."
+        )
+    other = [] if sizes_may_differ else sorted(info["mismatched_keys"], key=str)
+    if other:
+        name, found, needed = other[0]
+        raise CheckpointError(
+            f"{len(other)} weights of the checkpoint {str(place)!r} have another size than its config.json asks for: "
+            f"{name} is {tuple(found)} and should be {tuple(needed)}. {WAY_OUT} If the weights are right, correct "
+            f"config.json (sizes of layers and vocabulary)."
+        )
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Compare the weight files of a folder with its config, without reading the weights.
+
+    A model that can't be built without memory is not checked: whether it can be loaded shows where it is loaded.
+
+    Raises:
+        CheckpointError: A file is damaged, or a weight is missing or has another size.
+    """
+    from transformers import AutoConfig, logging  # slow, and a model that is installed does not need it
+
+    check_weight_files(folder)
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        loader = auto_class(AutoConfig.from_pretrained(folder))
+        options = {"device_map": "meta", "use_safetensors": True, "ignore_mismatched_sizes": True}
+        info = loader.from_pretrained(folder, output_loading_info=True, **options)[1]
+    except Exception:
+        return
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
+    check_loading_info(folder, info)
+
+
+def auto_class(config: Any) -> Any:
+    """The factory that builds the class which the checkpoint was saved from: with its image tower, or text alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    saved_as = (getattr(config, "architectures", None) or [None])[0]
+    with_images = saved_as in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    text_alone = saved_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return AutoModelForImageTextToText if with_images and not text_alone else AutoModelForCausalLM
