@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.chat_formats import resize_embeddings
+from sft.lazy_gptqmodel import ask_peft_to_wait
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
         ValueError: It belongs to another base.
     """
     try:
+        ask_peft_to_wait()
         peft_model = PeftModel.from_pretrained(model, adapter).eval()
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]

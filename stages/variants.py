@@ -8,6 +8,7 @@ from typing import Any
 
 from sft.chat_formats import resize_embeddings
 from sft.gptq_loading import load_dequantized
+from sft.lazy_gptqmodel import ask_peft_to_wait
 from sft.models import load_model, training_device
 from stages.base_model import read_base_model
 from stages.params import ModelSection
@@ -67,6 +68,7 @@ def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_t
     if variant.adapter is not None:
         from peft import PeftModel
 
+        ask_peft_to_wait()
         model = PeftModel.from_pretrained(model, variant.adapter)
     return model.eval()
 
