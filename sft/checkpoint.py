@@ -1,14 +1,19 @@
-"""Whether a checkpoint is whole: files that can be read, and a weight in them for every layer of its config."""
+"""Whether a checkpoint is whole: files that can be read, a weight for every layer of its config, a tokenizer."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 LFS_POINTER = b"version https://git-lfs"
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+PROBE = "Hello"
 WAY_OUT = "Download or copy the checkpoint again, or write it anew with save_pretrained."
 
 
@@ -100,8 +105,13 @@ def check_checkpoint(folder: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        loader = auto_class(AutoConfig.from_pretrained(folder))
-        options = {"device_map": "meta", "use_safetensors": True, "ignore_mismatched_sizes": True}
+        loader = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        options = {
+            "trust_remote_code": False,
+            "device_map": "meta",
+            "use_safetensors": True,
+            "ignore_mismatched_sizes": True,
+        }
         info = loader.from_pretrained(folder, output_loading_info=True, **options)[1]
     except Exception:
         return
@@ -124,3 +134,68 @@ def auto_class(config: Any) -> Any:
     with_images = saved_as in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
     text_alone = saved_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return AutoModelForImageTextToText if with_images and not text_alone else AutoModelForCausalLM
+
+
+def load_tokenizer(
+    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that reports character offsets, which the masks of what is trained are made from.
+
+    Raises:
+        ValueError: There is none at this place, its files are damaged or not there, or it has no fast version.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code, **kwargs
+        )
+    except Exception as error:  # damaged files lead to errors of any kind, bare `Exception` included
+        raise CheckpointError(_explain_tokenizer_error(name_or_path, error)) from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"The tokenizer of {str(name_or_path)!r} ({type(tokenizer).__name__}) has no fast version, and only "
+            f"fast ones report which characters a token stands for. Convert it, or use a model with a tokenizer.json."
+        )
+    if not tokenizer(PROBE, add_special_tokens=False)["input_ids"]:
+        # for some families transformers makes an empty one where the files are missing
+        raise CheckpointError(
+            f"The tokenizer of {str(name_or_path)!r} makes no token of {PROBE!r}: its vocabulary is empty. "
+            f"{_tokenizer_way_out(name_or_path)}"
+        )
+    return tokenizer
+
+
+def explain_load_error(name_or_path: str | Path, error: Exception, what: str = "model") -> str:
+    """One message for a model or tokenizer that can't be loaded: where it was looked for, why not, what to do."""
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) <= 300 else reason[:300] + " ..."
+    if Path(name_or_path).exists():
+        return f"The folder {str(name_or_path)!r} can't be loaded as a {what}: {reason}"
+    return (
+        f"{what} {str(name_or_path)!r} was found neither as a folder nor on the hub: {reason} "
+        f"Check the spelling and revision, log in with `hf auth login` if it is private, or give a local folder."
+    )
+
+
+def _explain_tokenizer_error(name_or_path: str | Path, error: Exception) -> str:
+    folder = Path(name_or_path)
+    if not folder.is_dir() and isinstance(error, OSError):
+        return explain_load_error(name_or_path, error, what="tokenizer")
+    way_out = _tokenizer_way_out(name_or_path)
+    for file in sorted(folder.glob("*token*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as damage:
+            return f"{file} is not valid JSON ({damage}), so the tokenizer can't be loaded. {way_out}"
+    if folder.is_dir() and not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
+        return f"The folder {str(folder)!r} holds no tokenizer (tokenizer.json). {way_out}"
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"The tokenizer of {str(name_or_path)!r} can't be loaded ({reason}). {way_out}"
+
+
+def _tokenizer_way_out(name_or_path: str | Path) -> str:
+    return (
+        "Copy the model's tokenizer.json and tokenizer_config.json there again, or write them anew with "
+        f"AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({str(name_or_path)!r})."
+    )

@@ -11,15 +11,21 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sft.attention import check_attention_request, current_hardware
-from sft.checkpoint import WAY_OUT, CheckpointError, auto_class, check_loading_info, check_weight_files
+from sft.checkpoint import (
+    WAY_OUT,
+    CheckpointError,
+    auto_class,
+    check_loading_info,
+    check_weight_files,
+    explain_load_error,
+)
+from sft.checkpoint import load_tokenizer as load_tokenizer
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -142,40 +148,6 @@ def training_device(device_map: Any | None = None) -> torch.device:
     if placed in ("cpu", "cuda", "xpu", "mps"):
         return torch.device(placed)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_tokenizer(
-    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
-) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that reports character offsets, which the masks of what is trained are made from.
-
-    Raises:
-        ValueError: There is none at this place, or it has no fast version.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code, **kwargs
-        )
-    except OSError as error:
-        raise ValueError(explain_load_error(name_or_path, error, what="tokenizer")) from error
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"The tokenizer of {str(name_or_path)!r} ({type(tokenizer).__name__}) has no fast version, and only "
-            f"fast ones report which characters a token stands for. Convert it, or use a model with a tokenizer.json."
-        )
-    return tokenizer
-
-
-def explain_load_error(name_or_path: str | Path, error: Exception, what: str = "model") -> str:
-    """One message for a model or tokenizer that can't be loaded: where it was looked for, why not, what to do."""
-    reason = " ".join(str(error).split())
-    reason = reason if len(reason) <= 300 else reason[:300] + " ..."
-    if Path(name_or_path).exists():
-        return f"The folder {str(name_or_path)!r} can't be loaded as a {what}: {reason}"
-    return (
-        f"{what} {str(name_or_path)!r} was found neither as a folder nor on the hub: {reason} "
-        f"Check the spelling and revision, log in with `hf auth login` if it is private, or give a local folder."
-    )
 
 
 def _one_dtype(dtype: str | torch.dtype, kwargs: dict[str, Any]) -> torch.dtype | str:

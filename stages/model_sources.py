@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from sft.checkpoint import INDEX, WAY_OUT, CheckpointError, check_checkpoint, check_weight_files, load_tokenizer
 from stages.artifacts import read_json
 from stages.base_model import (
     EMBEDDED_PREFIX,
@@ -175,7 +176,7 @@ def check_listing(names: list[str], place: str) -> None:
 
 
 def check_config(folder: Path, trust_remote_code: bool) -> None:
-    """Refuse a config that can't be read, quantized or incomplete weights, and code that may not run."""
+    """Refuse a config that can't be read, quantized, damaged or incomplete weights, and code that may not run."""
     file = folder / "config.json"
     try:
         config: Any = read_json(file)
@@ -195,14 +196,24 @@ def check_config(folder: Path, trust_remote_code: bool) -> None:
             f"{KEY}: the model in {folder} needs Python code that comes with it. Read that code, then set "
             f"model.trust_remote_code: true, or use another model."
         )
+    try:
+        check_weight_files(folder)
+        load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        if "auto_map" not in config:  # a class that comes with the model is built by its own code
+            check_checkpoint(folder)
+    except CheckpointError as error:
+        raise ValueError(f"{KEY}: {error}") from error
 
 
 def check_shards(folder: Path) -> None:
     """Refuse weights in several files of which some are not there."""
-    index_file = folder / "model.safetensors.index.json"
+    index_file = folder / INDEX
     if not index_file.is_file():
         return
-    shards = sorted(set(read_json(index_file)["weight_map"].values()))
+    try:
+        shards = sorted(set(read_json(index_file)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{KEY}: {index_file} is damaged ({type(error).__name__}: {error}). {WAY_OUT}") from None
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise ValueError(

@@ -193,3 +193,33 @@ def test_tokenizer_reports_offsets(folder: Path) -> None:
 def test_tokenizer_that_is_nowhere_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer"):
         load_tokenizer("nobody/nothing", local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        (
+            "tokenizer.json",
+            "{garbage",
+            r"tokenizer\.json is not valid JSON \(Expecting property name.*Copy the model's",
+        ),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json is not valid JSON"),
+        ("tokenizer.json", '{"model": 3}', r"The tokenizer of '.*' can't be loaded \(KeyError: 'added_tokens'\)"),
+        ("tokenizer.json", None, r"holds no tokenizer \(tokenizer\.json\).*save_pretrained"),
+    ],
+)
+def test_damaged_tokenizer_names_the_file(
+    folder: Path, tmp_path: Path, file: str, content: str | None, words: str
+) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    tiny_model("qwen2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its vocabulary is empty"):
+        load_tokenizer(tmp_path)

@@ -313,6 +313,30 @@ def test_folder_that_cannot_be_trained_is_refused(tmp_path: Path, files: dict[st
         resolve_base_model(section(str(place)))
 
 
+def test_weights_that_the_config_asks_for_must_be_there(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"model\.name_or_path: The checkpoint .*mine.* lacks 9 weights.*layers\.2\."):
+        resolve_base_model(section(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors", b"garbage, no weights", r"model\.safetensors \(19 bytes\) is damaged or cut off"),
+        ("model.safetensors.index.json", b"{", r"index\.json is damaged"),
+        ("tokenizer.json", b"{garbage", r"tokenizer\.json is not valid JSON"),
+        ("tokenizer.json", None, "holds no tokenizer"),
+    ],
+)
+def test_damaged_file_is_named_with_the_key(folder: Path, file: str, content: bytes | None, words: str) -> None:
+    (folder / file).unlink(missing_ok=True)
+    if content is not None:
+        (folder / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"params.yaml, model.name_or_path: .*{words}"):
+        resolve_base_model(section(str(folder)))
+
+
 def test_folder_has_no_revisions(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"model.revision: 'v1' is given, and the folder"):
         resolve_base_model(section(str(folder), revision="v1"))
