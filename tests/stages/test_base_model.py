@@ -378,7 +378,7 @@ def resolve_apart(name: str, revision: str = "", **environment: str) -> list | s
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=200,
     ).stdout.splitlines()
     return json.loads(lines[-1])
 
