@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -26,6 +26,17 @@ _SECOND_ANSWER = {"role": "assistant", "content": "Zysecondanswer"}
 _TRAINING_FLAGS = ("train", "weight")
 
 Messages = Sequence[Mapping[str, Any]]
+
+
+class TemplateSourceError(ValueError):
+    """A template that is no valid Jinja, whatever conversation it is given."""
+
+
+def syntax_message(source: str, error: TemplateSyntaxError) -> str:
+    """What is wrong with a template's source, with the number and the text of the line."""
+    lines = source.splitlines()
+    text = lines[error.lineno - 1].strip() if 0 < error.lineno <= len(lines) else ""
+    return f"the chat template is not valid Jinja: line {error.lineno}: {error.message}, in {text!r:.120}"
 
 
 def template_messages(messages: Messages, *, arguments_as_text: bool = False) -> list[dict[str, Any]]:
@@ -86,7 +97,7 @@ class ChatTemplate:
         """Render several chats in transformers' sandbox, exactly as `apply_chat_template` does.
 
         Raises:
-            ValueError: The template refused the chat.
+            ValueError: The template refused the chat, or is no Jinja (`TemplateSourceError`).
         """
         return self._render(chats, tools, add_generation_prompt=add_generation_prompt)[0]
 
@@ -102,6 +113,8 @@ class ChatTemplate:
             return render_jinja_template(
                 conversations=list(chats), tools=tools, chat_template=self.source, **options, **self.variables
             )
+        except TemplateSyntaxError as error:
+            raise TemplateSourceError(syntax_message(self.source, error)) from error
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refused the conversation: {error}") from error
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from sft.chat import ChatRenderer, TrainOn
 from sft.chat_formats import FORMATS, align_eos_with_template, apply_chat_format, ensure_pad_token, find_format
+from sft.chat_template import TemplateSourceError
 from sft.terminator import TerminatorCheck
 from stages.artifacts import progress, read_json, read_jsonl, write_json
 from stages.base_model import read_base_model
@@ -71,10 +72,15 @@ def prepare_tokenizer(
     if known:
         raise ValueError(f"params.yaml, format.add_special_tokens: {known} are tokens already; remove them")
     tokenizer.add_tokens(section.add_special_tokens, special_tokens=True)
-    if section.chat_template is not None:
-        apply_chat_format(tokenizer, find_format(_format_name(section.chat_template, paths)))
-    if tokenizer.chat_template and _holds_chats(paths):
-        align_eos_with_template(tokenizer, stop_token_ids)
+    try:
+        if section.chat_template is not None:
+            apply_chat_format(tokenizer, find_format(_format_name(section.chat_template, paths)))
+        if tokenizer.chat_template and _holds_chats(paths):
+            align_eos_with_template(tokenizer, stop_token_ids)
+    except TemplateSourceError as error:
+        which = section.chat_template or f"null, the base model's own in {tokenizer.name_or_path}"
+        way_out = "Mend the template, or name a format: " + ", ".join(FORMATS)
+        raise ValueError(f"params.yaml, format.chat_template ({which}): {error}. {way_out}") from error
     ensure_pad_token(tokenizer, may_add=False)
     return str(tokenizer.eos_token) if tokenizer.eos_token != before else None
 

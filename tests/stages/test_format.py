@@ -97,6 +97,16 @@ def test_a_jinja_file_inside_data_is_a_template(root: DataRoot) -> None:
     assert trained(root.rows("format", "train.jsonl")[0]) == ["<think>\n\n</think>\n\nAnswer 0.<|im_end|>"]
 
 
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_template_that_is_no_jinja_is_named_with_its_line(root: DataRoot, is_own: bool) -> None:
+    place = root.model / "chat_template.jinja" if is_own else root.paths.data / "mine.jinja"
+    place.write_text("{% for message in messages %}\n{{ message['content'] }\n{% endfor %}")
+    which = rf"null, the base model's own in {root.model}" if is_own else r"data/mine\.jinja"
+    words = rf"params\.yaml, format\.chat_template \({which}\): .*not valid Jinja: line 2: unexpected '}}'.*Mend"
+    with pytest.raises(ValueError, match=words):
+        run(root, chat_template=None if is_own else "data/mine.jinja")
+
+
 def test_added_tokens_are_in_the_saved_tokenizer(root: DataRoot) -> None:
     figures = run(root, [turn("Call <|tool|> now", "Yes"), *ROWS[:2]], add_special_tokens=["<|tool|>", "<|eot|>"])
     tokenizer = AutoTokenizer.from_pretrained(root.paths.out("format", "tokenizer"))
