@@ -9,10 +9,12 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.reader import ReaderError
 
 from sft.gate import parse_gate
 from stages.measured import metric_names
@@ -20,6 +22,15 @@ from stages.measured import metric_names
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+
+def _not_blank(token: str) -> str:
+    if not token.strip():
+        raise ValueError("a token must have a character that is no space; remove it, or write the token")
+    return token
+
+
+Token = Annotated[str, AfterValidator(_not_blank)]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -80,7 +91,7 @@ class FormatSection(Section):
         Literal["assistant", "last_assistant", "completion", "all"], Field(description="What the loss is taken on")
     ]
     system_message: Annotated[str | None, Field(description="Put before conversations that have none")]
-    add_special_tokens: Annotated[list[str], Field(description="Tokens to add to the vocabulary")]
+    add_special_tokens: Annotated[list[Token], Field(description="Tokens to add to the vocabulary")]
 
 
 class PackSection(Section):
@@ -211,7 +222,8 @@ def load_params(path: Path) -> Params:
             problems are listed, each with its place and, for a misspelt key, the nearest name.
     """
     try:
-        values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; run from the repository's root, or give --root") from None
     except UnicodeDecodeError as error:
@@ -219,16 +231,30 @@ def load_params(path: Path) -> Params:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         place = f":{mark.line + 1}:{mark.column + 1}" if mark is not None else ""
-        raise ParamsError(f"{path}{place}: not valid YAML: {error.problem or error.context}") from None
+        raise ParamsError(f"{path}{place}: not valid YAML: {_yaml_problem(error)}") from None
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ParamsError(f"{path}:{line}: not valid YAML: {error.reason} ({error.character!r})") from None
     except YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     return check_params(values, source=str(path))
 
 
+def _yaml_problem(error: MarkedYAMLError) -> str:
+    """What is wrong, in one line."""
+    problem = " ".join(str(error.problem or error.context).split())
+    if isinstance(error, DuplicateKeyError):
+        return f"{problem.partition(' with value')[0]}: this section has it already; remove one of the two"
+    if "\\t" in problem or "\t" in str(error.problem):
+        return "a tab where only spaces may stand; indent with spaces"
+    return problem
+
+
 def check_params(values: Any, source: str = "params.yaml") -> Params:
     """Turn plain values (as YAML gives them) into `Params`; raises `ParamsError` naming `source`."""
     if not isinstance(values, dict):
-        raise ParamsError(f"{source}: expected sections such as `train:`, found {type(values).__name__}")
+        found = "an empty file" if values is None else type(values).__name__
+        raise ParamsError(f"{source}: expected sections such as `train:`, found {found}")
     try:
         return Params.model_validate(values)
     except ValidationError as error:

@@ -73,15 +73,28 @@ def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
 def test_a_key_given_twice_is_an_error_with_its_place(tmp_path: Path) -> None:
     text = SHIPPED.read_text(encoding="utf-8").replace("  lora_r: 16", "  lora_r: 16\n  lora_r: 8")
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ParamsError, match=r"params\.yaml:\d+:\d+: not valid YAML: found duplicate key \"lora_r\""):
+    words = (
+        r"params\.yaml:\d+:\d+: not valid YAML: found duplicate key \"lora_r\": this section has it already; [^\n]*$"
+    )
+    with pytest.raises(ParamsError, match=words) as caught:
         load_params(tmp_path / "params.yaml")
+    assert "http" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["", " ", "\n"])
+def test_a_blank_token_is_refused(values: dict[str, Any], token: str) -> None:
+    values["format"]["add_special_tokens"] = ["<|x|>", token]
+    with pytest.raises(ParamsError, match=r"format\.add_special_tokens\.1: a token must have a character"):
+        check_params(values)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("train: [1, 2", r"params\.yaml:1:\d+: not valid YAML"),
-        ("", "expected sections such as `train:`, found NoneType"),
+        ("train:\n\tlora_r: 1\n", r"params\.yaml:2:1: not valid YAML: a tab where only spaces may stand[^\n]*$"),
+        ("train:\n  lora_r: \x01\n", r"params\.yaml:2: not valid YAML: special characters are not allowed"),
+        ("", "expected sections such as `train:`, found an empty file"),
         ("- a\n- b\n", "expected sections such as `train:`, found list"),
     ],
 )
