@@ -34,6 +34,10 @@ ROLES = {
 }
 
 
+# what a message about an unknown role names; the other names are read too
+MAIN_ROLES = "system, user, assistant or tool"
+
+
 class RowError(ValueError):
     """A row that cannot become a record.
 
@@ -72,7 +76,7 @@ def normalize_messages(value: Any, *, prune_nulls: bool = False) -> list[dict[st
     if isinstance(value, str):
         value = _parse(value, "bad_messages", "the conversation")
     if not is_messages(value) or not all(isinstance(message, Mapping) for message in value):
-        raise RowError("bad_messages", f"a list of messages is needed, not {type(value).__name__} {value!r:.80}")
+        raise RowError("bad_messages", f"a list of messages is needed, not {described(value)}")
     if not value:
         raise RowError("no_messages", "the conversation has no message")
     return [_message(message, index, prune_nulls) for index, message in enumerate(value)]
@@ -89,7 +93,7 @@ def _message(message: Mapping[str, Any], index: int, prune_nulls: bool) -> dict[
     given = message.get("role", message.get("from"))
     role = ROLES.get(given.strip().lower()) if isinstance(given, str) else None
     if role is None:
-        raise RowError("unknown_role", f"message {index} has role {given!r}; known are {sorted(ROLES)}")
+        raise RowError("unknown_role", f"message {index} has {_role_shown(given)}; use {MAIN_ROLES}")
     content = message.get("content", message.get("value"))
     calls = message.get("tool_calls")
     if role == "function_call":
@@ -100,6 +104,15 @@ def _message(message: Mapping[str, Any], index: int, prune_nulls: bool) -> dict[
     if calls:
         result["tool_calls"] = [_tool_call(call, index, prune_nulls) for call in calls]
     return result
+
+
+def _role_shown(given: Any) -> str:
+    return "no role" if given is None else f"role {given!r:.80}"
+
+
+def described(value: Any) -> str:
+    """A value as its type and beginning, for messages; JSON's null by its own name."""
+    return "null" if value is None else f"{type(value).__name__} {value!r:.80}"
 
 
 def _content(content: Any, role: str, index: int, *, has_calls: bool) -> str | list[Any]:
@@ -114,7 +127,10 @@ def _content(content: Any, role: str, index: int, *, has_calls: bool) -> str | l
         if all(part["type"] == "text" for part in parts):
             return "".join(part.get("text", "") for part in parts)
         return parts
-    raise RowError("content_not_text", f"message {index} ({role}) has content {content!r:.80}, text is needed")
+    raise RowError(
+        "content_not_text",
+        f"message {index} ({role}) has content {'null' if content is None else repr(content)[:80]}, text is needed",
+    )
 
 
 def _calls_of_text(content: Any, index: int) -> list[Any]:
@@ -161,7 +177,7 @@ def tools_text(tools: Any, *, prune_nulls: bool = False) -> str:
     if isinstance(tools, Mapping):
         tools = [tools]
     if not is_messages(tools):
-        raise RowError("bad_tools", f"tools must be a list of schemas, not {type(tools).__name__} {tools!r:.80}")
+        raise RowError("bad_tools", f"tools must be a list of schemas, not {described(tools)}")
     return json.dumps([_tool(tool, prune_nulls) for tool in tools], ensure_ascii=False)
 
 

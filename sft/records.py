@@ -21,7 +21,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sft.messages import RowError, is_messages, normalize_messages, tools_text, validate_messages, validate_record
+from sft.messages import (
+    RowError,
+    described,
+    is_messages,
+    normalize_messages,
+    tools_text,
+    validate_messages,
+    validate_record,
+)
 
 __all__ = [
     "Kind",
@@ -115,6 +123,18 @@ def _layout(columns: tuple[str, ...]) -> Layout:
             return Layout(Kind.MESSAGES, (question, answer), context, system, history)
     if "text" in columns:
         return Layout(Kind.TEXT, ("text",))
+    lowered = tuple(sorted({name.strip().lower() for name in columns}))
+    if lowered != columns:
+        try:
+            _layout(lowered)
+        except ValueError:
+            pass
+        else:
+            other = [name for name in columns if name != name.strip().lower()]
+            raise ValueError(
+                f"columns {list(columns)} are known only in lower case and without spaces around them: rename "
+                f"{', '.join(f'{name!r} to {name.strip().lower()!r}' for name in other)}"
+            )
     raise ValueError(
         f"columns {list(columns)} are none of: messages (or conversations); prompt and completion; instruction and "
         "output (or question and answer, query and response); text; input_ids. Rename the columns of the data"
@@ -168,7 +188,7 @@ def _layout_of_row(row: Mapping[str, Any], kind: Kind) -> Layout:
 def _text(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise RowError("not_text", f"column {column!r} holds {type(value).__name__} {value!r:.80}, text is needed")
+        raise RowError("not_text", f"column {column!r} holds {described(value)}, text is needed")
     return value
 
 

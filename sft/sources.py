@@ -177,14 +177,45 @@ def _decode(line: bytes, path: Path, number: int) -> str:
 
 
 def _jsonl_rows(path: Path, name: str) -> Iterator[Row]:
+    is_first = True
     for number, line in _lines(path):
         if line.isspace():
             continue
+        place = f"{path}:{number}"
         try:
-            value = json.loads(line)
+            value = _DECODER.decode(line)
         except json.JSONDecodeError as error:
-            raise SourceError(f"{path}:{number}:{error.colno}: not JSON: {error.msg}, in {_excerpt(error)}") from error
-        yield Row(f"{name}:{number}", _object(value, f"{path}:{number}"))
+            hint = _LIST_HINT if is_first and line.lstrip().startswith("[") else ""
+            raise SourceError(f"{place}:{error.colno}: not JSON: {error.msg}, in {_excerpt(error)}{hint}") from error
+        except RepeatedKeyError as error:
+            raise SourceError(f"{place}: {error}") from error
+        if is_first and isinstance(value, list):
+            raise SourceError(f"{place}: a row must be a JSON object, not {_shown(value)}{_LIST_HINT}")
+        is_first = False
+        yield Row(f"{name}:{number}", _object(value, place))
+
+
+class RepeatedKeyError(ValueError):
+    """A JSON object that states a key twice: which of the two is meant, nobody can tell."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(f"the key {twice!r} stands twice in one object; remove one of the two")
+    return result
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_LIST_HINT = "; a list of all rows is a .json file: rename it to .json, or write one object a line"
+_JSON_NAMES: dict[type, str] = {list: "list", str: "text", bool: "truth value", int: "number", float: "number"}
+
+
+def _shown(value: Any) -> str:
+    """A JSON value as its kind and beginning; null is its own kind."""
+    return "null" if value is None else f"{_JSON_NAMES.get(type(value), type(value).__name__)} {value!r:.60}"
 
 
 def _excerpt(error: json.JSONDecodeError) -> str:
@@ -193,7 +224,7 @@ def _excerpt(error: json.JSONDecodeError) -> str:
 
 def _object(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise SourceError(f"{place}: a row must be a JSON object, not {type(value).__name__} {value!r:.60}")
+        raise SourceError(f"{place}: a row must be a JSON object, not {_shown(value)}")
     return value
 
 
@@ -207,6 +238,8 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
             line, position, on_line = line + passed, at, 1 if passed else on_line + 1
             number = f"{line}" if on_line <= 1 else f"{line}#{on_line}"
             yield Row(f"{name}:{number}", _object(value, f"{path}:{number}"))
+    except RepeatedKeyError as error:
+        raise SourceError(f"{path}: in or after the row at line {line}: {error}") from error
     except json.JSONDecodeError as error:
         place = f"{path}:{error.lineno}:{error.colno}"
         raise SourceError(f"{place}: not JSON: {error.msg}, in {_excerpt(error)}") from error
@@ -220,23 +253,22 @@ def _elements(text: str) -> Iterator[tuple[int, Any]]:
         return
     if start == len(text):
         return
-    value, end = json.JSONDecoder().raw_decode(text, start)
+    value, end = _DECODER.raw_decode(text, start)
     if not text[end:].strip(_WHITESPACE) and isinstance(value, dict) and len(value) == 1 and value.keys() & _WRAPPERS:
         yield from _list_elements(text, text.index("[", start))
         return
     while start < len(text):
-        value, end = json.JSONDecoder().raw_decode(text, start)
+        value, end = _DECODER.raw_decode(text, start)
         yield start, value
         start = _skip(text, end)
 
 
 def _list_elements(text: str, start: int) -> Iterator[tuple[int, Any]]:
-    decoder = json.JSONDecoder()
     at = _skip(text, start + 1)
     if text[at : at + 1] == "]":
         return
     while True:
-        value, end = decoder.raw_decode(text, at)
+        value, end = _DECODER.raw_decode(text, at)
         yield at, value
         end = _skip(text, end)
         if text[end : end + 1] == "]":

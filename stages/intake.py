@@ -16,6 +16,8 @@ from sft.sources import Row, data_files, hub_rows, is_saved_dataset, read_rows
 from stages.params import SourceSection
 from stages.paths import Paths
 
+OFF = (None, "", "0", "false", "False", "FALSE", "no", "NO", "off", "OFF")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -62,7 +64,7 @@ def open_source(section: SourceSection, paths: Paths, key: str) -> Source:
     columns: dict[str, None] = {}
     digest = hashlib.sha256()
     num_rows = 0
-    for row in _rows(section, files, paths.data):
+    for row in _hub_rows(section, key) if section.hub else _rows(section, files, paths.data):
         num_rows += 1
         columns.update(dict.fromkeys(row.columns))
         if section.hub:
@@ -86,6 +88,20 @@ def _rows(section: SourceSection, files: tuple[Path, ...], data: Path) -> Iterat
     if section.hub:
         return hub_rows(section.path, section.config, section.split, section.revision)
     return itertools.chain.from_iterable(read_rows(file, _name(file, data), split=section.split) for file in files)
+
+
+def _hub_rows(section: SourceSection, key: str) -> Iterator[Row]:
+    """Rows of a data set of the hub; what keeps it from being read is named with its key."""
+    try:
+        yield from _rows(section, (), Path())
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        offline = "HF_HUB_OFFLINE is set: unset it, or " if os.environ.get("HF_HUB_OFFLINE") not in OFF else ""
+        raise ValueError(
+            f"params.yaml, {key}: the data set {section.path!r} of the hub can't be read ({reason}). {offline}Check "
+            f"its name, config, split and revision, and the connection; log in with `hf auth login` if it is private; "
+            f"or download it elsewhere, copy its files into data/ and set hub: false"
+        ) from error
 
 
 def _name(file: Path, data: Path) -> str:

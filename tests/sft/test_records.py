@@ -34,6 +34,11 @@ def test_unknown_columns_are_listed() -> None:
         detect_kind(["title", "body"])
 
 
+def test_columns_in_capitals_are_refused_with_their_new_names() -> None:
+    with pytest.raises(ValueError, match=r"rename ' Question' to 'question', 'Answer' to 'answer'"):
+        detect_kind([" Question", "Answer"])
+
+
 def test_kind_is_decided_from_all_rows_not_from_the_first() -> None:
     rows = [{"instruction": "Add", "output": "3"}, {"instruction": "Add", "input": "1 2", "output": "3"}]
     layout = detect_layout({name for row in rows for name in row})
@@ -155,10 +160,14 @@ def test_other_kinds(row: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"messages": None}, "missing_column", r"no value in \['messages'\]"),
         ({"messages": []}, "no_messages", "no message"),
         ({"messages": "hello"}, "bad_messages", "not JSON"),
-        ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown_role", "message 0 has role 'wizard'; known are"),
-        ({"messages": [{"content": "x"}]}, "unknown_role", "role None"),
+        (
+            {"messages": [{"role": "wizard", "content": "x"}]},
+            "unknown_role",
+            "message 0 has role 'wizard'; use system, user, assistant or tool$",
+        ),
+        ({"messages": [{"content": "x"}]}, "unknown_role", "message 0 has no role; use"),
         ({"messages": [{"role": "user", "content": 3}]}, "content_not_text", r"message 0 \(user\) has content 3"),
-        ({"messages": [{"role": "user", "content": None}]}, "content_not_text", "content None"),
+        ({"messages": [{"role": "user", "content": None}]}, "content_not_text", "content null, text"),
         ({"messages": ["x"]}, "bad_messages", "a list of messages is needed"),
         ({"conversations": [{"from": "function_call", "value": "f("}]}, "bad_tool_call", "not JSON"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"x": 1}]}]}, "bad_tool_call", "names no function"),

@@ -199,6 +199,19 @@ def test_a_base_model_that_does_not_exist_stops_before_anything_is_written(root:
     assert not root.paths.root.joinpath("outs").exists()
 
 
+def test_a_data_set_of_the_hub_that_cannot_be_read_names_its_key(
+    root: DataRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach 'org/name' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = r"params\.yaml, load\.sources\[0\]\.path: .*'org/name'.*HF_HUB_OFFLINE is set: unset it.*set hub: false"
+    with pytest.raises(ValueError, match=words):
+        run(root, sources=[{"path": "org/name", "hub": True}])
+
+
 def test_the_same_input_gives_the_same_bytes(root: DataRoot) -> None:
     root.write("train.jsonl", ROWS)
     contents = []
