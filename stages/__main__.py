@@ -7,7 +7,6 @@ import importlib
 import logging
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from stages.paths import Paths
 STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
 TOOLS = ("summary",)
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
-CLOCK_TICK = 0.1  # file systems take their time from a coarser clock
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +31,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
     args = parser.parse_args(argv)
     quiet_tools()
-    started = time.time()
     paths = Paths(args.root.resolve())
     try:
         params = load_params(args.root / "params.yaml")
@@ -49,26 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("SFT_TRACEBACK"):
             raise
         return fail(error, EXIT_FAILED)
-    if args.name in STAGES:
-        remove_leftovers(paths.root / "outs" / args.name, started)
     return 0
-
-
-def remove_leftovers(folder: Path, started: float) -> None:
-    """Delete what an earlier run left in a stage's folder and this one did not write.
-
-    dvc.yaml keeps outs until they are replaced, so a file that is only written under some params would stay.
-
-    Args:
-        folder: outs/STAGE.
-        started: When this run began, in seconds of the epoch.
-    """
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not path.is_symlink():
-            if not any(path.iterdir()) and path.stat().st_ctime < started - CLOCK_TICK:
-                path.rmdir()
-        elif path.lstat().st_ctime < started - CLOCK_TICK:  # ctime: set by writing, copying, renaming alike
-            path.unlink()
 
 
 def fail(error: Exception, code: int) -> int:

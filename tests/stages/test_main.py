@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from stages.__main__ import STAGES, main, remove_leftovers
+from stages.__main__ import STAGES, main
 from tests.stages.data_root import ROOT, ROWS, DataRoot
 
 
@@ -123,18 +123,3 @@ def test_an_interrupted_stage_says_so_in_one_line(
 
     monkeypatch.setattr("stages.load.run", interrupted)
     assert run(root, capsys) == (130, "stopped: load. Type the command again to go on.\n")
-
-
-def test_what_an_earlier_run_left_goes_and_what_this_one_wrote_stays(tmp_path: Path) -> None:
-    old, emptied = tmp_path / "old.json", tmp_path / "emptied"
-    emptied.mkdir()
-    (emptied / "old.txt").write_text("old")
-    old.write_text("old")
-    now = old.stat().st_ctime + 10
-    (tmp_path / "kept").mkdir()
-    new = tmp_path / "kept" / "new.json"
-    new.write_text("new")
-    remove_leftovers(tmp_path, started=new.stat().st_ctime)
-    assert old.exists()  # no older than the run
-    remove_leftovers(tmp_path, started=now)
-    assert not list(tmp_path.rglob("*.*"))
