@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -36,6 +36,30 @@ class TrainOn(StrEnum):
     COMPLETION = "completion"
     ASSISTANT = "assistant"
     LAST_ASSISTANT = "last_assistant"
+
+
+class PartOptions(Protocol):
+    """The options of `SFTConfig` that say which part of a row is trained."""
+
+    completion_only_loss: bool | None
+    assistant_only_loss: bool
+    last_turn_only_loss: bool
+
+
+def asked_part(options: PartOptions, *, has_completion: bool) -> TrainOn | None:
+    """The part that options ask for; None where that is a completion and the rows have none.
+
+    Args:
+        options: What is trained.
+        has_completion: Whether rows are a prompt and its completion.
+    """
+    if options.last_turn_only_loss:
+        return TrainOn.LAST_ASSISTANT
+    if options.assistant_only_loss:
+        return TrainOn.ASSISTANT
+    if has_completion:
+        return TrainOn.ALL if options.completion_only_loss is False else TrainOn.COMPLETION
+    return None if options.completion_only_loss else TrainOn.ALL
 
 
 class Span(NamedTuple):

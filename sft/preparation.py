@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from sft.chat import ChatRenderer, Rendered, TrainOn
+from sft.chat import ChatRenderer, Rendered, TrainOn, asked_part
 from sft.config import DEFAULT_MAX_LENGTH, SFTConfig
 from sft.encoding import Encoder
 from sft.packing import apply_overflow, pack_dataset
@@ -114,10 +114,8 @@ def plan_preparation(dataset: Dataset | IterableDataset, config: SFTConfig, *, f
         ValueError: No known combination of columns, or an option that the data can't follow.
     """
     columns = columns_of(dataset)
-    text_field = "text" if formatted else config.dataset_text_field
-    if formatted:
-        layout = Layout(Kind.TEXT, ("text",))
-    elif text_field != "text" and text_field in columns:
+    text_field = config.dataset_text_field
+    if formatted or (text_field != "text" and text_field in columns):
         layout = Layout(Kind.TEXT, (text_field,))
     else:
         layout = detect_layout(columns)
@@ -148,16 +146,13 @@ def what_is_trained(kind: Kind, dataset: Dataset | IterableDataset, config: SFTC
             f"{[*asked, 'completion_only_loss'][0]}=True, but plain text says nothing of who wrote what; give messages "
             "or prompt and completion, or a DataCollatorForCompletionOnlyLM with the text that begins an answer"
         )
-    if asked:
-        return TrainOn.LAST_ASSISTANT if config.last_turn_only_loss else TrainOn.ASSISTANT
-    if kind is Kind.PROMPT_COMPLETION:
-        return TrainOn.ALL if config.completion_only_loss is False else TrainOn.COMPLETION
-    if config.completion_only_loss:
+    part = asked_part(config, has_completion=kind is Kind.PROMPT_COMPLETION)
+    if part is None:
         raise ValueError(
             "completion_only_loss=True needs columns prompt and completion, the data has conversations; "
             "use assistant_only_loss=True"
         )
-    return TrainOn.ALL
+    return part
 
 
 def check_masks(columns: list[str], config: SFTConfig) -> None:
@@ -179,7 +174,7 @@ def has_key(dataset: Dataset | IterableDataset, key: str) -> bool:
 
 
 def apply_formatting(dataset: Any, formatting_func: FormattingFunc, config: SFTConfig) -> Any:
-    """Turn examples into a column `text`.
+    """Turn examples into a column of texts, `dataset_text_field`.
 
     The function takes one example and returns its text; or it takes a batch (column -> list) and returns a list of
     texts. Which of both is found by calling it with the first example.
@@ -188,7 +183,7 @@ def apply_formatting(dataset: Any, formatting_func: FormattingFunc, config: SFTC
     batched = returns_list(formatting_func, first)
     size = config.dataset_batch_size
     return dataset.map(
-        partial(format_batch, formatting_func=formatting_func, batched=batched),
+        partial(format_batch, formatting_func=formatting_func, batched=batched, column=config.dataset_text_field),
         batched=True,
         batch_size=size,
         remove_columns=columns_of(dataset),
@@ -213,8 +208,10 @@ def returns_list(formatting_func: FormattingFunc, example: dict[str, Any]) -> bo
     return isinstance(result, list)
 
 
-def format_batch(batch: dict[str, list[Any]], formatting_func: FormattingFunc, batched: bool) -> dict[str, list[str]]:
-    """Apply a formatting function of either form to a batch."""
+def format_batch(
+    batch: dict[str, list[Any]], formatting_func: FormattingFunc, batched: bool, column: str
+) -> dict[str, list[str]]:
+    """Apply a formatting function of either form to a batch; its texts become the column."""
     num_rows = len(next(iter(batch.values())))
     if batched:
         texts = formatting_func(batch)
@@ -225,7 +222,7 @@ def format_batch(batch: dict[str, list[Any]], formatting_func: FormattingFunc, b
             f"formatting_func returned {len(texts)} texts for a batch of {num_rows} examples; return one for each, or "
             "write it for a single example"
         )
-    return {"text": texts}
+    return {column: texts}
 
 
 def encode_dataset(dataset: Any, tokenizer: PreTrainedTokenizerBase, plan: Plan, config: SFTConfig) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from sft.chat import Rendered, TrainOn
+from sft.chat import Rendered, TrainOn, asked_part
 from sft.collators import DataCollatorForSFT
 from sft.encoding import Encoder
 from sft.labels import IGNORE_INDEX
@@ -136,16 +136,13 @@ class DataCollatorForVisionLanguageModeling:
         return layout
 
     def _train_on(self, kind: Kind) -> TrainOn:
-        if self.last_turn_only_loss or self.assistant_only_loss:
-            return TrainOn.LAST_ASSISTANT if self.last_turn_only_loss else TrainOn.ASSISTANT
-        if kind is Kind.PROMPT_COMPLETION:
-            return TrainOn.ALL if self.completion_only_loss is False else TrainOn.COMPLETION
-        if self.completion_only_loss:
+        part = asked_part(self, has_completion=kind is Kind.PROMPT_COMPLETION)
+        if part is None:
             raise ValueError(
                 f"completion_only_loss=True needs columns prompt and completion, the row is {kind.value}; use "
                 "assistant_only_loss=True for conversations"
             )
-        return TrainOn.ALL
+        return part
 
     def _renderer(self, train_on: TrainOn) -> VisionRenderer:
         if train_on not in self._renderers:

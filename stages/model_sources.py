@@ -197,10 +197,9 @@ def check_config(folder: Path, trust_remote_code: bool) -> None:
             f"model.trust_remote_code: true, or use another model."
         )
     try:
-        check_weight_files(folder)
+        # a class that comes with the model is built by its own code
+        (check_weight_files if "auto_map" in config else check_checkpoint)(folder)
         load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        if "auto_map" not in config:  # a class that comes with the model is built by its own code
-            check_checkpoint(folder)
     except CheckpointError as error:
         raise ValueError(f"{KEY}: {error}") from error
 

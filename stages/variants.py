@@ -8,7 +8,6 @@ from typing import Any
 
 from sft.chat_formats import resize_embeddings
 from sft.gptq_loading import load_dequantized
-from sft.lazy_gptqmodel import ask_peft_to_wait
 from sft.models import load_model, training_device
 from stages.base_model import read_base_model
 from stages.params import ModelSection
@@ -66,10 +65,9 @@ def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_t
     if variant.name == "base" or variant.adapter is not None:
         resize_embeddings(model, num_tokens, new_token_ids)
     if variant.adapter is not None:
-        from peft import PeftModel
+        from sft.peft_merge import load_adapter  # slow, and the other models need no peft
 
-        ask_peft_to_wait()
-        model = PeftModel.from_pretrained(model, variant.adapter)
+        model = load_adapter(model, variant.adapter)
     return model.eval()
 
 

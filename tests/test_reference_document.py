@@ -354,6 +354,12 @@ def test_options_of_the_constant_length_data_set(opt: str) -> None:
     trainer.train()
 
 
+def test_formatted_texts_are_packed_in_that_way_whatever_their_column_is_called(opt: str) -> None:
+    args = short(packing=True, max_seq_length=16, num_of_sequences=4, dataset_text_field="body")
+    trainer = SFTTrainer(opt, args=args, train_dataset=imdb(), formatting_func=lambda example: example["text"])
+    assert {len(row["input_ids"]) for row in trainer.train_dataset} == {16}
+
+
 # Control over the pretrained model
 
 

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from sft.config import SFTConfig
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -94,3 +96,19 @@ def tiny_model(family: str = "llama", vocab_size: int | None = None, **overrides
     config = CONFIG_MAPPING[family](**{**config_kwargs, **FAMILY_OVERRIDES.get(family, {}), **overrides})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def random_model(family: str, attention: str | None, **overrides: Any) -> PreTrainedModel:
+    """A tiny model whose weights are all moved at random, so that none of its parts hides behind zeros or ones."""
+    model = tiny_model(family, **overrides)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return model
+
+
+def quiet_config(folder: Any, **options: Any) -> SFTConfig:
+    """Options of a short training on the CPU that reports to nobody and draws no bar."""
+    return SFTConfig(output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **options)

@@ -19,7 +19,7 @@ from sft.attention import (
     refuse_packing_reason,
 )
 from sft.layout import DocumentLayout, current_layout, document_layout
-from tests.tiny import tiny_model
+from tests.tiny import random_model, tiny_model
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt2", "opt", "phi", "gpt_neox"]
 LENGTHS = (11, 4, 4, 1, 17)
@@ -28,12 +28,7 @@ HUB = Hardware("cuda", (8, 0), frozenset({"kernels"}))
 
 
 def make(family: str, implementation: str = SFT_DOCUMENTS, **overrides: Any) -> Any:
-    model = tiny_model(family, **overrides)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.set_attn_implementation(implementation)
-    return model
+    return random_model(family, implementation, **overrides)
 
 
 def documents(vocab_size: int = 300, seed: int = 3) -> list[torch.Tensor]:

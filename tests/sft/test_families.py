@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 
 from sft.attention import SFT_DOCUMENTS, document_layout, probe_isolation
-from sft.config import SFTConfig
 from sft.constant_length import ConstantLengthDataset
 from sft.loss import supervised_loss
 from sft.packing import pack_dataset
 from sft.trainer import SFTTrainer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import quiet_config, random_model, tiny_model, tiny_tokenizer
 
 LENGTHS = (19, 3, 11, 26, 7, 14)
 WINDOWED = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
@@ -47,12 +46,7 @@ LEAKING = {"opt"}
 
 def make(name: str, attention: str = "eager") -> Any:
     family, overrides = FAMILIES[name]
-    model = tiny_model(family, **overrides)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.set_attn_implementation(attention)
-    return model
+    return random_model(family, attention, **overrides)
 
 
 def documents() -> list[list[int]]:
@@ -62,7 +56,7 @@ def documents() -> list[list[int]]:
 
 def trainer_for(model: Any, folder: Path, dataset: Any, **options: Any) -> SFTTrainer:
     arguments = {"max_length": 48, "per_device_train_batch_size": 8, "packing": True, "max_steps": 1, **options}
-    config = SFTConfig(output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **arguments)
+    config = quiet_config(folder, **arguments)
     return SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tiny_tokenizer())
 
 

@@ -23,7 +23,7 @@ from sft.loss import (
     supervised_loss,
 )
 from sft.targets import find_targets, model_arguments
-from tests.tiny import tiny_model
+from tests.tiny import random_model
 
 X = IGNORE_INDEX
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt2", "opt", "phi", "gpt_neox", "bloom"]
@@ -36,13 +36,7 @@ ROWS = [
 
 
 def make(family: str, **overrides: Any) -> Any:
-    model = tiny_model(family, **overrides)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    if family != "bloom":
-        model.set_attn_implementation(SFT_DOCUMENTS)
-    return model
+    return random_model(family, SFT_DOCUMENTS if family != "bloom" else None, **overrides)
 
 
 def batch(flat: bool, rows: Any = ROWS) -> dict[str, torch.Tensor]:

@@ -11,11 +11,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from sft import neftune
-from sft.config import SFTConfig
 from sft.layout import document_layout
 from sft.neftune import embedding_noise
 from sft.trainer import SFTTrainer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import quiet_config, tiny_model, tiny_tokenizer
 
 ALPHA, WIDTH = 5.0, 16
 
@@ -110,11 +109,8 @@ def test_trainer_adds_noise_in_training_steps_only_and_leaves_no_hook(
 
     monkeypatch.setattr(neftune, "document_length_of_tokens", watched)
     rows = Dataset.from_dict({"input_ids": [[5] * 6, [7] * 10]})
-    config = SFTConfig(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
+    config = quiet_config(
+        tmp_path,
         save_strategy="no",
         packing=True,
         max_length=16,

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from sft.adapters import wrap_adapter
-from sft.config import ModelConfig, SFTConfig
+from sft.config import ModelConfig
 from sft.models import load_model
 from sft.quantization import (
     CAST_LOGGER,
@@ -24,7 +24,7 @@ from sft.quantization import (
     prepare_model_for_kbit_training,
 )
 from sft.trainer import SFTTrainer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import quiet_config, tiny_model, tiny_tokenizer
 
 FOUR_BIT = {"load_in_4bit": True, "use_bnb_nested_quant": True}
 EIGHT_BIT = {"load_in_8bit": True}
@@ -136,11 +136,8 @@ def test_trainer_fits_an_adapter_on_a_kbit_base_which_stays_as_it_was(
     folder: Path, tmp_path: Path, options: dict[str, bool]
 ) -> None:
     rows = Dataset.from_dict({"input_ids": [list(range(5, 25)), list(range(40, 52))]})
-    config = SFTConfig(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
+    config = quiet_config(
+        tmp_path,
         save_strategy="no",
         packing=True,
         max_length=32,
