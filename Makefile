@@ -34,7 +34,8 @@ $(READY): requirements.lock
 	@touch $@
 
 repro: $(READY) ## run the pipeline: what is up to date is not run again
-	@$(RUN)/dvc repro
+	@$(RUN)/python -m stages check
+	@$(RUN)/dvc repro || { code=$$?; $(RUN)/dvc checkout --quiet --allow-missing; exit $$code; }  # back to what was there
 	@$(RUN)/python -m stages summary
 
 test: $(READY) ## style, types and tests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -143,6 +144,7 @@ def run_stage(root: Path, stage: str, listener: Listener, force: bool = False, *
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage, *(["--force"] if force else [])]
     code = run_supervised(command, root, child_environment(**variables), output.feed)
     if code != 0:
+        restore(root, stage)
         raise output.failure(stage, code)
     if output.outcome is Outcome.COMPLETED:
         recorded = recorded_inputs(root, stage)
@@ -151,6 +153,12 @@ def run_stage(root: Path, stage: str, listener: Listener, force: bool = False, *
             discard_record(root, stage, since=started)
             raise StageFailed(f"{stage}: {', '.join(edited)} changed while it ran, nothing was recorded; run it again")
     return output.outcome
+
+
+def restore(root: Path, stage: str) -> None:
+    """Bring back the outs that DVC removed before a stage that then failed; there are none before its first success."""
+    command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing", stage]
+    subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, check=False)
 
 
 def _signal_number(code: int) -> int | None:

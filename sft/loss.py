@@ -94,6 +94,7 @@ class SupervisedLoss:
         num_targets: targets.
         num_correct: targets with the largest logit.
         entropy: summed entropies of the predictions; None unless asked for.
+        router_loss: what load balancing of a mixture of experts adds to each target's loss; None where it has no part.
         logits: all logits `(batch, length, vocab)` when they were asked for.
     """
 
@@ -103,6 +104,7 @@ class SupervisedLoss:
     num_targets: torch.Tensor
     num_correct: torch.Tensor
     entropy: torch.Tensor | None
+    router_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
 
 
@@ -195,6 +197,7 @@ class _Figures:
             num_targets=torch.tensor(len(self.weights), device=weight.device),
             num_correct=self.sums.num_correct,
             entropy=self.sums.entropy if self.options.entropy else None,
+            router_loss=None if router_loss is None else router_loss.detach(),
             logits=logits,
         )
 
@@ -213,22 +216,30 @@ class TokenTotals:
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, result: SupervisedLoss) -> None:
-        """Take one batch in."""
+    def add(self, result: SupervisedLoss, *, skip_broken: bool = False) -> None:
+        """Take one batch in.
+
+        Args:
+            result: its loss and figures.
+            skip_broken: leave it out when its loss is not finite.
+        """
         figures = {
             "loss": result.loss_sum,
             "weight": result.weight,
             "hits": result.num_correct,
             "targets": result.num_targets,
             "entropy": result.entropy,
+            "router": None if result.router_loss is None else result.router_loss * result.weight,
         }
+        finite = torch.isfinite(result.loss_sum) if skip_broken else None
         for name, value in figures.items():
             if value is not None:
+                value = value if finite is None else torch.where(finite, value, 0)
                 precise = value.double() if value.device.type in ("cpu", "cuda") else value.float()
                 self._sums[name] = self._sums[name] + precise if name in self._sums else precise
 
     def means(self, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, float]:
-        """`loss`, `mean_token_accuracy` and, when it was summed, `entropy`; empty when no target was seen.
+        """`loss`, `mean_token_accuracy` and, where they were summed, `entropy` and `aux_loss`; empty without targets.
 
         Args:
             gather: collects a tensor `(figures,)` from all processes into `(processes * figures,)`.
@@ -244,4 +255,6 @@ class TokenTotals:
         means = {"loss": total["loss"] / total["weight"], "mean_token_accuracy": total["hits"] / total["targets"]}
         if "entropy" in total:
             means["entropy"] = total["entropy"] / total["targets"]
+        if "router" in total:
+            means["aux_loss"] = total["router"] / total["weight"]
         return means

@@ -38,6 +38,7 @@ from sft.neftune import embedding_noise
 from sft.offloading import check_offloading, offloaded_activations
 from sft.pitfalls import check_collator
 from sft.preparation import FormattingFunc, apply_formatting, prepare_dataset, resolve_max_length
+from sft.tokens_seen import TokensSeen
 from sft.vision_setup import choose_vision_collator
 from sft.wiring import (
     apply_chat_template,
@@ -123,8 +124,7 @@ class SFTTrainer(Trainer):
         settle_dispatch(config, packing, [train_dataset, eval_dataset])
         check_collator(data_collator, train_dataset, tokenizer)
         data_collator = data_collator or choose_collator(config, tokenizer, packing)
-        self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)
-        self._totals = {"train": TokenTotals(), "eval": TokenTotals()}
+        self._start_counting(config)
         super().__init__(
             model=model,
             args=config,
@@ -144,6 +144,11 @@ class SFTTrainer(Trainer):
         with self.accelerator.autocast():
             self.attention = settle_attention(self.model, config, flat=packing.flat)
         self._say_what_is_trained()
+
+    def _start_counting(self, config: SFTConfig) -> None:
+        self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)
+        self._totals = {"train": TokenTotals(), "eval": TokenTotals()}
+        self._tokens_seen = TokensSeen(config.device)
 
     def _say_what_is_trained(self) -> None:
         counts = count_parameters(self.model)
@@ -179,7 +184,8 @@ class SFTTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         keep_logits = return_outputs and self.compute_metrics is not None
         result = supervised_loss(model, inputs, num_items_in_batch, self._loss_options, keep_logits=keep_logits)
-        self._totals["train" if model.training else "eval"].add(result)
+        skip_broken = model.training and self.args.logging_nan_inf_filter
+        self._totals["train" if model.training else "eval"].add(result, skip_broken=skip_broken)
         loss = result.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, targets were summed
@@ -206,12 +212,30 @@ class SFTTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add token accuracy (and entropy when asked) to training logs."""
+        """Add tokens seen, token accuracy (and entropy when asked) to training logs; means are over tokens.
+
+        Upstream's loss is a mean over updates, however many targets each had. What a mixture of experts adds for its
+        load balancing is `aux_loss`, apart.
+        """
+        if "loss" in logs:
+            self._count_tokens()
+            logs["num_tokens"] = self.state.num_input_tokens_seen
         if "loss" in logs and self.compute_loss_func is None:
-            figures = self._totals["train"].means(self.accelerator.gather)
-            logs.update({name: value for name, value in figures.items() if name != "loss"})
+            logs.update(self._totals["train"].means(self.accelerator.gather))
             self._totals["train"] = TokenTotals()
         super().log(logs, start_time)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count a batch; upstream would wait for the device at every batch, and takes an EOS used as padding for it."""
+        self._tokens_seen.add(inputs)
+
+    def _count_tokens(self) -> None:
+        self.state.num_input_tokens_seen += self._tokens_seen.take(self.accelerator.gather)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save, with the tokens seen so far, so that a resumed training goes on counting."""
+        self._count_tokens()
+        super()._save_checkpoint(model, trial)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
         """Targets (or their weights) in all batches of one update, over all processes."""

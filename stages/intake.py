@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
+
 from sft.records import Kind, Layout, detect_layout
 from sft.sources import Row, data_files, hub_rows, is_saved_dataset, read_rows
 from stages.params import SourceSection
 from stages.paths import Paths
-
-OFF = (None, "", "0", "false", "False", "FALSE", "no", "NO", "off", "OFF")
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,16 @@ def open_source(section: SourceSection, paths: Paths, key: str) -> Source:
     return Source(section, files, paths.data, layout, num_rows, digests)
 
 
+def data_size(section: SourceSection, paths: Paths, key: str) -> int:
+    """Bytes in the files of a local source.
+
+    Raises:
+        ValueError: It is not there, or lies outside data/.
+    """
+    files = _local_files(section, paths, key)
+    return sum(part.stat().st_size for file in files for part in _parts(file) if part.is_file())
+
+
 def _rows(section: SourceSection, files: tuple[Path, ...], data: Path) -> Iterator[Row]:
     if section.hub:
         return hub_rows(section.path, section.config, section.split, section.revision)
@@ -96,7 +106,7 @@ def _hub_rows(section: SourceSection, key: str) -> Iterator[Row]:
         yield from _rows(section, (), Path())
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        offline = "HF_HUB_OFFLINE is set: unset it, or " if os.environ.get("HF_HUB_OFFLINE") not in OFF else ""
+        offline = "HF_HUB_OFFLINE is set: unset it, or " if is_offline_mode() else ""
         raise ValueError(
             f"params.yaml, {key}: the data set {section.path!r} of the hub can't be read ({reason}). {offline}Check "
             f"its name, config, split and revision, and the connection; log in with `hf auth login` if it is private; "
@@ -132,10 +142,13 @@ def _local_files(section: SourceSection, paths: Paths, key: str) -> tuple[Path, 
 
 
 def _digests(files: tuple[Path, ...], data: Path) -> dict[str, str]:
-    parts = [part for file in files for part in (sorted(file.rglob("*")) if file.is_dir() else [file])]
     digests = {}
-    for part in parts:
+    for part in (part for file in files for part in _parts(file)):
         if part.is_file():
             with part.open("rb") as stream:
                 digests[_name(part, data)] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests
+
+
+def _parts(file: Path) -> list[Path]:
+    return sorted(file.rglob("*")) if file.is_dir() else [file]

