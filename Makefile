@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 VENV := .venv
 RUN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
+# Torch processes that share cores slow each other many times over unless each keeps to one thread.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # No tool phones home.
 export DVC_NO_ANALYTICS := 1
@@ -42,10 +44,10 @@ test: $(READY) ## style, types and tests
 	@$(RUN)/ruff check .
 	@$(RUN)/ruff format --check .
 	@$(RUN)/mypy
-	@HF_HUB_OFFLINE=1 $(RUN)/python -m pytest
+	@$(PYTEST)
 
 test-long: $(READY) ## the slow tests too
-	@HF_HUB_OFFLINE=1 $(RUN)/python -m pytest -m ""
+	@$(PYTEST) -m ""
 
 lint: $(READY) ## mend what ruff can mend
 	@$(RUN)/ruff check --fix .
@@ -58,4 +60,4 @@ ui: $(READY) ## Prefect and MLflow pages on loopback, with the pipeline ready to
 	@$(RUN)/python -m flows.ui
 
 clean: ## remove results and checkpoints (not the DVC cache, not MLflow's record)
-	rm -rf outs reports/report.html reports/timings .state
+	rm -rf outs reports/report.html reports/data.html reports/timings .state

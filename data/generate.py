@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write shop_train.jsonl and shop_eval.jsonl."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--num-train", type=int, default=740)
+    parser.add_argument("--num-train", type=int, default=860)
     parser.add_argument("--num-eval", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)

@@ -52,7 +52,7 @@ def preview_masks(
         For every row a line of figures, then its tokens, parted by a middle dot; every document of a packed row begins
         on a line of its own.
     """
-    chosen = sorted(random.Random(seed).sample(range(len(rows)), min(num_rows, len(rows))))
+    chosen = sample_rows(len(rows), num_rows, seed)
     legend = "trained tokens are coloured" if colour else f"trained tokens stand in {' '.join(TRAINED_MARKS)}"
     parts = [f"{len(chosen)} of {len(rows)} rows; tokens are parted by {TOKEN_BORDER}, {legend}"]
     for number in chosen:
@@ -78,15 +78,26 @@ def _show_record(
 
 def role_characters(record: Mapping[str, Any]) -> Counter[str]:
     """How many characters of content every role contributes to a record."""
-    if "text" in record:
-        return Counter(text=len(record["text"]))
-    if isinstance(record.get("completion"), str):
-        return Counter(prompt=len(record["prompt"]), completion=len(record["completion"]))
     counts: Counter[str] = Counter()
-    for message in record.get("messages") or [*record["prompt"], *record["completion"]]:
-        content = message["content"]
-        counts[message["role"]] += len(content.strip()) if isinstance(content, str) else 0
+    for role, content in role_contents(record):
+        counts[role] += len(content)
     return counts
+
+
+def role_contents(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Who says what in a record, in order: (role, text), without white space around conversation turns."""
+    if "text" in record:
+        return [("text", record["text"])]
+    if isinstance(record.get("completion"), str):
+        return [("prompt", record["prompt"]), ("completion", record["completion"])]
+    messages = record.get("messages") or [*record["prompt"], *record["completion"]]
+    turns = ((message["role"], message["content"]) for message in messages)
+    return [(role, content.strip()) for role, content in turns if isinstance(content, str)]
+
+
+def sample_rows(num_rows: int, num_chosen: int, seed: int) -> list[int]:
+    """Numbers of a seeded sample of rows, in order."""
+    return sorted(random.Random(seed).sample(range(num_rows), min(num_chosen, num_rows)))
 
 
 def _show_row(row: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:

@@ -9,15 +9,15 @@ import torch
 
 
 class TokensSeen:
-    """Counts the tokens of batches, padding left out; nothing is read from the device before `take`."""
+    """Counts the tokens of batches; nothing is read from the device before `take`."""
 
     def __init__(self, device: torch.device) -> None:
         self._count = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, inputs: Mapping[str, Any]) -> None:
-        """Take one batch in; a flat one has no padding, and no attention mask."""
+    def add(self, inputs: Mapping[str, Any], *, padding: bool = False) -> None:
+        """Take one batch in, with its padding or without; a flat one has none, and no attention mask."""
         mask, input_ids = inputs.get("attention_mask"), inputs.get("input_ids")
-        if mask is not None and mask.dim() == 2:
+        if mask is not None and mask.dim() == 2 and not padding:
             self._count += mask.sum()
         elif input_ids is not None:
             self._count += input_ids.numel()

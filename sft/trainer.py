@@ -217,7 +217,7 @@ class SFTTrainer(Trainer):
         Upstream's loss is a mean over updates, however many targets each had. What a mixture of experts adds for its
         load balancing is `aux_loss`, apart.
         """
-        if "loss" in logs:
+        if "loss" in logs and self.args.include_num_input_tokens_seen != "no":
             self._count_tokens()
             logs["num_tokens"] = self.state.num_input_tokens_seen
         if "loss" in logs and self.compute_loss_func is None:
@@ -227,7 +227,8 @@ class SFTTrainer(Trainer):
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Count a batch; upstream would wait for the device at every batch, and takes an EOS used as padding for it."""
-        self._tokens_seen.add(inputs)
+        if self.args.include_num_input_tokens_seen != "no":
+            self._tokens_seen.add(inputs, padding=self.args.include_num_input_tokens_seen == "all")
 
     def _count_tokens(self) -> None:
         self.state.num_input_tokens_seen += self._tokens_seen.take(self.accelerator.gather)

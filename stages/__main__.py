@@ -14,7 +14,7 @@ from stages.params import ParamsError, load_params
 from stages.paths import Paths
 
 STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
-TOOLS = ("check", "summary")
+TOOLS = ("check", "preview", "summary")
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
 
 
@@ -29,14 +29,23 @@ def main(argv: list[str] | None = None) -> int:
     names = (*STAGES, *TOOLS)
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
+    preview = parser.add_argument_group("preview")
+    preview.add_argument("--rows", type=int, metavar="N", help="packed rows to show (default: 3)")
+    preview.add_argument("--seed", type=int, help="which ones (default: 0)")
+    preview.add_argument("--split", choices=("train", "eval"), help="of training or held-out rows (default: train)")
     args = parser.parse_args(argv)
+    options = {name: value for name in ("rows", "seed", "split") if (value := getattr(args, name)) is not None}
+    if args.rows is not None and args.rows < 1:
+        parser.error(f"--rows {args.rows}: at least one row is shown")
+    if options and args.name != "preview":
+        parser.error(f"--{', --'.join(options)} belong to preview, not to {args.name}")
     quiet_tools()
     paths = Paths(args.root.resolve())
     try:
         params = load_params(args.root / "params.yaml")
         if args.name == "train":  # hours may lie between here and the stage that a wrong value belongs to
             importlib.import_module("stages.preflight").check_later_stages(params, paths)
-        importlib.import_module(f"stages.{args.name}").run(params, paths)
+        importlib.import_module(f"stages.{args.name}").run(params, paths, **options)
     except KeyboardInterrupt:
         print(f"stopped: {args.name}. Type the command again to go on.", file=sys.stderr, flush=True)
         return EXIT_STOPPED

@@ -1,11 +1,13 @@
-"""Small line charts and heat strips as inline SVG, without scripts; colours come from the page's CSS variables.
+"""Small line charts, histograms and heat strips as inline SVG, without scripts; colours are the page's CSS variables.
 
 Drawn 360 units wide, so that they are shown at about their own size on a phone and beside each other on a desk.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 26
 MAX_TICKS = 5
+MAX_BARS = 24
 CELL = 11
 
 
@@ -41,16 +44,6 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> M
     last_x = max(x for s in drawn for x, _ in s.points)
     x_ticks = [tick for tick in x_ticks if tick <= last_x] or x_ticks
     frame = _Frame((x_ticks[0], max(last_x, x_ticks[-1])), (y_ticks[0], y_ticks[-1]))
-    grid = Markup("").join(
-        Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/><text x="{}" y="{}" class="y">{}</text>').format(
-            LEFT, WIDTH - RIGHT, LEFT - 6, frame.y(tick) + 3.5, format_tick(tick), y=frame.y(tick)
-        )
-        for tick in y_ticks
-    )
-    labels = Markup("").join(
-        Markup('<text x="{}" y="{}" class="x">{}</text>').format(frame.x(tick), HEIGHT - BOTTOM + 15, format_tick(tick))
-        for tick in x_ticks
-    )
     lines = Markup("").join(_line(s, frame) for s in drawn)
     legend = Markup(" ").join(
         Markup('<span class="key {}">{} <b>{}</b></span>').format(s.css, s.name, format_value(s.points[-1][1]))
@@ -58,8 +51,8 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> M
     )
     return Markup(
         '<figure class="chart"><figcaption><span class="title">{}</span> {}</figcaption>'
-        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}{}</svg></figure>'
-    ).format(title, legend, WIDTH, HEIGHT, f"{title} over {x_label}s", grid, labels, lines)
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg></figure>'
+    ).format(title, legend, WIDTH, HEIGHT, f"{title} over {x_label}s", _axes(frame, x_ticks, y_ticks), lines)
 
 
 def heat_strip(title: str, rows: Sequence[str], columns: Sequence[str], values: dict[tuple[str, str], float]) -> Markup:
@@ -105,12 +98,44 @@ def heat_strip(title: str, rows: Sequence[str], columns: Sequence[str], values: 
     ).format(title, width, height, title, round(width * 1.5), cells, names, ticks)
 
 
-def nice_ticks(values: Sequence[float]) -> list[float]:
-    """At most a handful of round numbers that enclose the values."""
+def histogram(title: str, values: Sequence[float], x_label: str) -> Markup:
+    """How often values occur, in bars between round borders, with median and largest in the legend.
+
+    Returns:
+        A `<figure>` element; one that says so when there are no values.
+    """
+    if not len(values):
+        return Markup('<figure class="chart"><figcaption>{}: nothing to count</figcaption></figure>').format(title)
+    ordered = sorted(values)
+    borders = nice_ticks([0, ordered[-1]], MAX_BARS)
+    counts = [bisect_left(ordered, right) - bisect_left(ordered, left) for left, right in itertools.pairwise(borders)]
+    counts[-1] += len(ordered) - bisect_left(ordered, borders[-1])
+    y_ticks = nice_ticks([0, max(counts)])
+    frame = _Frame((borders[0], borders[-1]), (0, y_ticks[-1]))
+    bars = Markup("").join(
+        Markup('<rect class="bar" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
+            frame.x(left),
+            frame.y(count),
+            round(max(frame.x(right) - frame.x(left) - 1, 0.5), 1),
+            round(frame.y(0) - frame.y(count), 1),
+            f"{left:g} to {right:g} {x_label}: {count:,}",
+        )
+        for (left, right), count in zip(itertools.pairwise(borders), counts, strict=True)
+    )
+    x_ticks = [tick for tick in nice_ticks(borders) if tick <= borders[-1]]
+    legend = f"median {ordered[len(ordered) // 2]:,.4g}, largest {ordered[-1]:,.4g} {x_label}"
+    return Markup(
+        '<figure class="chart"><figcaption><span class="title">{}</span> {}</figcaption>'
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg></figure>'
+    ).format(title, legend, WIDTH, HEIGHT, f"{title}: {legend}", _axes(frame, x_ticks, y_ticks), bars)
+
+
+def nice_ticks(values: Sequence[float], num_ticks: int = MAX_TICKS) -> list[float]:
+    """About `num_ticks` round numbers that enclose the values."""
     low, high = min(values), max(values)
     if low == high:
         low, high = (low - abs(low) * 0.5, high + abs(high) * 0.5) if low else (0.0, 1.0)
-    rough = (high - low) / (MAX_TICKS - 1)
+    rough = (high - low) / (num_ticks - 1)
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * 0.999)
     first, last = math.floor(low / step), math.ceil(high / step - 1e-9)
@@ -142,6 +167,20 @@ class _Frame:
     def y(self, value: float) -> float:
         share = (value - self.y_range[0]) / (self.y_range[1] - self.y_range[0])
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
+
+
+def _axes(frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> Markup:
+    grid = Markup("").join(
+        Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/><text x="{}" y="{}" class="y">{}</text>').format(
+            LEFT, WIDTH - RIGHT, LEFT - 6, frame.y(tick) + 3.5, format_tick(tick), y=frame.y(tick)
+        )
+        for tick in y_ticks
+    )
+    labels = Markup("").join(
+        Markup('<text x="{}" y="{}" class="x">{}</text>').format(frame.x(tick), HEIGHT - BOTTOM + 15, format_tick(tick))
+        for tick in x_ticks
+    )
+    return grid + labels
 
 
 def _line(series: Series, frame: _Frame) -> Markup:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -17,10 +19,12 @@ from sft.labels import IGNORE_INDEX
 from sft.packing import OverflowReport, apply_overflow, pack_with_plan
 from sft.preview import preview_masks
 from stages.artifacts import progress, read_jsonl, write_json, write_jsonl, write_text
+from stages.data_page import SplitFacts, choose_previews, write_data_page
 from stages.outfolder import replacing_folder
 from stages.params import PackSection, Params
 from stages.paths import Paths
 
+Counts = np.ndarray[Any, Any]
 SPLITS = ("train", "eval")
 BATCH_SIZE = 1000
 TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
@@ -29,22 +33,25 @@ TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
 def run(params: Params, paths: Paths) -> None:
     """Write outs/pack: packed rows, an index from them to record ids, a preview of the masks; and the figures."""
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
-    metrics: dict[str, Any] = {}
+    splits: dict[str, SplitFacts] = {}
     ledger: list[dict[str, Any]] = []
     with replacing_folder(paths.out("pack")) as folder, tempfile.TemporaryDirectory() as scratch:
         for number, split in enumerate(SPLITS):
             progress(number, len(SPLITS), f"packing {split}")
             encoded = encode_split(paths.out("format", f"{split}.jsonl"), tokenizer, Path(scratch))
-            packed, metrics[split], entries = pack_split(encoded, params.pack, split, folder)
+            packed, splits[split], entries = pack_split(encoded, params.pack, split, folder)
             ledger += entries
             if split == "train":
+                documents = encoded
                 write_text(folder / "preview.txt", preview_masks(packed, tokenizer, num_rows=3, seed=0))
         write_jsonl(folder / "ledger.jsonl", ledger)
-    write_json(paths.metrics("pack"), metrics)
-    progress(len(SPLITS), len(SPLITS), summary(metrics["train"]))
+        previews = choose_previews(documents, tokenizer)  # before the scratch folder goes
+    write_json(paths.metrics("pack"), {split: facts.figures for split, facts in splits.items()})
+    write_data_page(paths, splits, previews)
+    progress(len(SPLITS), len(SPLITS), summary(splits["train"].figures))
 
 
-def summary(figures: dict[str, Any]) -> str:
+def summary(figures: Mapping[str, Any]) -> str:
     """One line about the training rows."""
     return (
         f"{figures['documents']} documents, {figures['tokens']} tokens ({figures['trained_tokens']} trained) "
@@ -88,13 +95,14 @@ def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 def pack_split(
     encoded: Dataset, section: PackSection, split: str, folder: Path
-) -> tuple[Dataset, dict[str, Any], list[dict[str, Any]]]:
-    """Apply the length limit, pack, save; returns the packed rows, the figures and the ledger's entries.
+) -> tuple[Dataset, SplitFacts, list[dict[str, Any]]]:
+    """Apply the length limit, pack, save; returns the packed rows, what is known of them and the ledger's entries.
 
     Raises:
         ValueError: Nothing trainable is left, or more trained tokens were cut than `max_lost_fraction` allows.
     """
-    before = count_tokens(encoded)
+    lengths, trained = document_tokens(encoded)
+    before = (int(lengths.sum()), int(trained.sum()))
     kept, report = apply_overflow(encoded, section.max_length, section.overflow)
     entries = ledger_entries(encoded["id"], report)
     after = count_tokens(kept)
@@ -103,6 +111,7 @@ def pack_split(
         packed, plan = kept.remove_columns("id"), [[row] for row in range(len(kept))]
     else:
         packed, plan = pack_with_plan(kept.remove_columns("id"), section.max_length, section.strategy)
+    filled = document_tokens(packed)[0]
     assert count_tokens(packed) == after, f"packing changed {after} to {count_tokens(packed)} (tokens, trained tokens)"
     packed.save_to_disk(str(folder / split))
     ids = kept["id"]
@@ -121,17 +130,27 @@ def pack_split(
         "tokens_lost": before[0] - after[0],
         "trained_tokens_lost": before[1] - after[1],
     }
-    return packed, figures, entries
+    return packed, SplitFacts(figures, lengths, trained, filled), entries
 
 
 def count_tokens(dataset: Dataset) -> tuple[int, int]:
     """Tokens, and trained tokens, of a data set."""
-    num_tokens = num_trained = 0
+    lengths, trained = document_tokens(dataset)
+    return int(lengths.sum()), int(trained.sum())
+
+
+def document_tokens(dataset: Dataset) -> tuple[Counts, Counts]:
+    """Tokens, and trained tokens, of every row: two arrays `(num_rows,)`."""
+    lengths, trained = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=10_000):
-        labels = batch["labels"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        num_tokens += len(labels)
-        num_trained += int((labels != IGNORE_INDEX).sum())
-    return num_tokens, num_trained
+        column = batch["labels"].combine_chunks()
+        counts = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
+        supervised = column.flatten().to_numpy(zero_copy_only=False) != IGNORE_INDEX
+        ends = np.cumsum(counts)
+        sums = np.concatenate([[0], np.cumsum(supervised)])
+        lengths.append(counts)
+        trained.append(sums[ends] - sums[ends - counts])
+    return np.concatenate(lengths), np.concatenate(trained)
 
 
 def ledger_entries(ids: list[str], report: OverflowReport) -> list[dict[str, Any]]:

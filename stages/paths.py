@@ -45,6 +45,11 @@ class Paths:
         return self.root / "reports" / "report.html"
 
     @property
+    def data_page(self) -> Path:
+        """The page on what is trained, there before training begins."""
+        return self.root / "reports" / "data.html"
+
+    @property
     def state(self) -> Path:
         """Checkpoints of unfinished trainings: ignored by git and DVC, shared by worktrees through SFT_STATE_DIR."""
         return Path(os.environ.get("SFT_STATE_DIR") or self.root / ".state")

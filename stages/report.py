@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import csv
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from stages import lineage
 from stages.artifacts import read_json, read_jsonl, write_text
 from stages.charts import Series, heat_strip, line_chart
-from stages.differences import mark_differences, shared_beginning, shared_ending, soft_breaks
+from stages.differences import mark_differences, shared_beginning, shared_ending
+from stages.page import NBSP, ledger_summary, percent, render_page
 from stages.params import Params
 from stages.paths import Paths
 
 TEMPLATE = "report_template.html.jinja"
 MAX_GENERATIONS = 200
-MAX_LEDGER_IDS = 5
-NBSP = "\u00a0"
 # (label, format, +1 when more is better): the order of the table.
 METRICS: dict[str, tuple[str, str, int]] = {
     "exact_match": ("Exact match", "percent", 1),
@@ -40,15 +37,7 @@ METRICS: dict[str, tuple[str, str, int]] = {
 
 def write_report(params: Params, paths: Paths) -> None:
     """Build the page from the outs of all stages and write it."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["soft_breaks"] = soft_breaks
-    write_text(paths.report, environment.get_template(TEMPLATE).render(context(params, paths)))
+    write_text(paths.report, render_page(TEMPLATE, context(params, paths)))
 
 
 def context(params: Params, paths: Paths) -> dict[str, Any]:
@@ -129,12 +118,6 @@ def show(value: float, kind: str) -> str:
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
-def percent(value: float) -> str:
-    """A share as a percentage with one decimal, none where it is exact."""
-    text = f"{100 * value:.1f}"
-    return f"{text.removesuffix('.0')}{NBSP}%"
-
-
 def curves(path: Path) -> list[Markup]:
     """Loss, accuracy, learning rate and gradient norm over the steps, those that were recorded."""
     with path.open(encoding="utf-8", newline="") as file:
@@ -208,16 +191,7 @@ def data_section(paths: Paths) -> dict[str, Any]:
             f"The training rows are {documents} documents of {tokens} tokens, {trained} of them trained, "
             f"packed into {rows} rows that are {percent(packed['fill'])} full."
         ),
-        "sources": [
-            {
-                "path": source["path"],
-                "purpose": source["purpose"],
-                "kind": source["kind"],
-                "num_rows": f"{source['num_rows']:,}",
-                "digests": list(source["sha256"].items()),
-            }
-            for source in card["sources"]
-        ],
+        "sources": card["sources"],
         "ledger": ledger_summary(paths),
     }
 
@@ -237,22 +211,6 @@ def as_text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {as_text(item)}" for key, item in value.items())
     return str(value)
-
-
-def ledger_summary(paths: Paths) -> list[dict[str, Any]]:
-    """Rows that were dropped or cut, counted by stage and reason, with the first ids."""
-    counts: Counter[tuple[str, str]] = Counter()
-    ids: dict[tuple[str, str], list[str]] = {}
-    for stage in ("load", "format", "pack"):
-        path = paths.out(stage, "ledger.jsonl")
-        for entry in read_jsonl(path) if path.exists() else ():
-            key = (entry["stage"], entry["reason"])
-            counts[key] += 1
-            ids.setdefault(key, []).append(str(entry["id"]))
-    return [
-        {"stage": key[0], "reason": key[1].replace("_", " "), "count": count, "ids": ids[key][:MAX_LEDGER_IDS]}
-        for key, count in counts.most_common()
-    ]
 
 
 def quantization_section(report: Mapping[str, Any]) -> dict[str, Any]:

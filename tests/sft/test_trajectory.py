@@ -165,6 +165,17 @@ def test_tokens_seen_leave_padding_out_and_go_on_after_a_resume(tmp_path: Path, 
     assert logged(stopped, "num_tokens") == logged(whole, "num_tokens")
 
 
+def test_tokens_are_counted_with_their_padding_or_not_at_all_when_asked(tmp_path: Path) -> None:
+    options = {"per_device_train_batch_size": 8, "max_steps": 1}
+    padded = 8 * max(len(ids) for ids, _ in plain_tokens())
+    counted = make(tmp_path, include_num_input_tokens_seen="all", **options)
+    silent = make(tmp_path, include_num_input_tokens_seen="no", **options)
+    for trainer in (counted, silent):
+        trainer.train()
+    assert logged(counted, "num_tokens") == [padded]
+    assert not any("num_tokens" in entry for entry in silent.state.log_history)
+
+
 def test_accuracy_and_entropy_are_means_over_tokens(tmp_path: Path) -> None:
     entries = []
     for layout in (WHOLE, PARTS, {**WHOLE, "padding_free": True}):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from stages.charts import Series, format_tick, heat_strip, line_chart, nice_ticks
+from stages.charts import Series, format_tick, heat_strip, histogram, line_chart, nice_ticks
 
 
 @pytest.mark.parametrize(
@@ -63,3 +64,16 @@ def test_heat_strip_has_a_cell_a_value_the_largest_the_strongest() -> None:
     )
     cells = strip.findall(".//rect")
     assert [float(cell.get("fill-opacity") or 0) for cell in cells] == [pytest.approx(0.53), pytest.approx(1.0)]
+
+
+def test_histogram_counts_every_value_once() -> None:
+    figure = str(histogram("Lengths", [0, 1, 1, 50, 99, 100], "tokens"))
+    counts = [int(count) for count in re.findall(r"tokens: (\d+)</title>", figure)]
+    assert sum(counts) == 6
+    assert counts[-1] == 2
+    assert "median 50, largest 100 tokens" in figure
+    assert "nothing to count" in histogram("Lengths", [], "tokens")
+
+
+def test_histogram_of_equal_values_has_a_bar() -> None:
+    assert "tokens: 3</title>" in histogram("Lengths", [512, 512, 512], "tokens")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 from sft.labels import IGNORE_INDEX
-from stages import pack
-from stages.artifacts import read_json, read_jsonl, write_jsonl
+from stages import pack, preview
+from stages.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from stages.params import Params, load_params
 from stages.paths import Paths
 from tests.stages.data_root import ROOT
@@ -40,7 +41,18 @@ def paths(tmp_path: Path) -> Paths:
     write_jsonl(paths.out("format", "train.jsonl"), (rendered(number, 1 + number % 4) for number in range(12)))
     write_jsonl(paths.out("format", "eval.jsonl"), (rendered(number, 1) for number in range(2)))
     tiny_tokenizer().save_pretrained(paths.out("format", "tokenizer"))
+    source = {"path": "rows.jsonl", "purpose": "train", "kind": "messages", "columns": ["messages"], "num_rows": 13}
+    counts = {"num_rows_in": 13, "num_train": 12, "num_eval": 2, "num_dropped": 1}
+    write_json(paths.out("load", "card.json"), {"sources": [{**source, "dropped": {"duplicate": 1}}], **counts})
+    write_jsonl(paths.out("load", "train.jsonl"), (record(number, 1 + number % 4) for number in range(13)))
+    write_jsonl(paths.out("load", "ledger.jsonl"), [{"id": "rows.jsonl:99", "stage": "load", "reason": "duplicate"}])
     return paths
+
+
+def record(number: int, repeats: int) -> dict[str, Any]:
+    """What `load` wrote of the same chat."""
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": SENTENCE * repeats}]
+    return {"id": f"rows.jsonl:{number}", "messages": turns}
 
 
 def params(**section: Any) -> Params:
@@ -113,3 +125,49 @@ def test_too_many_lost_tokens_stop_the_stage_with_the_way_out(paths: Paths) -> N
 def test_a_limit_below_every_answer_leaves_nothing_to_train(paths: Paths) -> None:
     with pytest.raises(ValueError, match=r"no trainable token is left in the train rows.*raise pack\.max_length"):
         pack.run(params(max_length=8), paths)
+
+
+def test_tokens_are_counted_document_by_document() -> None:
+    labels = [[1, IGNORE_INDEX, 3], [], [IGNORE_INDEX], [4, 5]]
+    lengths, trained = pack.document_tokens(Dataset.from_dict({"labels": labels}))
+    assert (lengths.tolist(), trained.tolist()) == ([3, 0, 1, 2], [2, 0, 0, 2])
+
+
+def test_the_page_shows_tokens_roles_lengths_and_what_was_left_out(paths: Paths) -> None:
+    pack.run(params(), paths)
+    page = paths.data_page.read_text(encoding="utf-8")
+    assert page.count("<article>") == 5
+    trained = re.sub(
+        r"<[^>]+>", "", "".join(re.findall(r'<span class="t">.*?</span>', page.split("Coloured")[1], re.S))
+    )
+    assert trained.startswith(SENTENCE.strip())
+    assert "Hello" not in trained
+    assert "13 rows were read: 12 to train on, 2 held out, 1 left out." in page
+    roles = re.findall(r'<th scope="row">(\w+)</th><td class="num">(\S+?)\s*%</td><td class="num">(\S+?)\s*%', page)
+    shares = {role: float(trained) for role, _, trained in roles}
+    assert shares["user"] == 0
+    assert shares["assistant"] == 100
+    assert 0 < shares["template"] < 50
+    assert "rows.jsonl:99" in page
+    assert page.count("<svg") == 3
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_what_a_document_says_cannot_break_out_of_the_page(paths: Paths) -> None:
+    evil = rendered(0, 1)
+    evil["text"] = evil["text"].replace("quick", "<script>alert(1)</script>")
+    evil["spans"] = [[0, len(evil["text"]), 1.0]]
+    write_jsonl(paths.out("format", "train.jsonl"), [evil])
+    pack.run(params(), paths)
+    assert "<script" not in paths.data_page.read_text(encoding="utf-8")
+
+
+def test_preview_prints_rows_in_the_terminal(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="dvc repro pack"):
+        preview.run(params(), paths)
+    pack.run(params(), paths)
+    capsys.readouterr()
+    preview.run(params(), paths, rows=2, seed=1)
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 of ")
+    assert "⟦" in printed

@@ -1,0 +1,54 @@
+"""What the pages share: one style, one way to render, and the facts that more than one of them shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from stages.artifacts import read_jsonl
+from stages.differences import soft_breaks
+from stages.paths import Paths
+
+MAX_LEDGER_IDS = 5
+NBSP = "\u00a0"
+
+
+def render_page(template: str, context: Mapping[str, Any]) -> str:
+    """Render one of the templates beside this file; what a page shows is escaped, and a missing value is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["soft_breaks"] = soft_breaks
+    return environment.get_template(template).render(context)
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with one decimal, none where it is exact."""
+    text = f"{100 * value:.1f}"
+    return f"{text.removesuffix('.0')}{NBSP}%"
+
+
+def ledger_summary(paths: Paths) -> list[dict[str, Any]]:
+    """Rows that were dropped or cut, counted by stage and reason, with the first ids."""
+    counts: Counter[tuple[str, str]] = Counter()
+    ids: dict[tuple[str, str], list[str]] = {}
+    for stage in ("load", "format", "pack"):
+        path = paths.out(stage, "ledger.jsonl")
+        for entry in read_jsonl(path) if path.exists() else ():
+            key = (entry["stage"], entry["reason"])
+            counts[key] += 1
+            first = ids.setdefault(key, [])
+            if len(first) < MAX_LEDGER_IDS:
+                first.append(str(entry["id"]))
+    return [
+        {"stage": key[0], "reason": key[1].replace("_", " "), "count": count, "ids": ids[key]}
+        for key, count in counts.most_common()
+    ]
