@@ -9,6 +9,9 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 VENV := .venv
 RUN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
+# DVC removes a stage's outs before the stage can refuse a value: they come back from its cache, and the figures, which
+# it does not cache, from a copy.
+BACK := $(RUN)/dvc checkout --quiet --allow-missing; cp -pn .state/metrics/*.json reports/metrics/
 # Torch processes that share cores slow each other many times over unless each keeps to one thread.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
@@ -20,7 +23,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(RUN):$(PATH)
 
-.PHONY: help setup repro test test-long lint ui pipeline clean
+.PHONY: help setup repro test test-long lint ui pipeline bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,7 +40,8 @@ $(READY): requirements.lock
 
 repro: $(READY) ## run the pipeline: what is up to date is not run again
 	@$(RUN)/python -m stages check
-	@$(RUN)/dvc repro || { code=$$?; $(RUN)/dvc checkout --quiet --allow-missing; exit $$code; }  # back to what was there
+	@rm -rf .state/metrics; mkdir -p .state/metrics reports/metrics; cp -p reports/metrics/*.json .state/metrics/ || true
+	@$(RUN)/dvc repro || { code=$$?; $(BACK); exit $$code; }
 	@$(RUN)/python -m stages summary
 
 test: $(READY) ## style, types and tests
@@ -58,6 +62,15 @@ pipeline: $(READY) ## the same pipeline as a Prefect flow, in this terminal
 
 ui: $(READY) ## Prefect and MLflow pages on loopback, with the pipeline ready to start
 	@$(RUN)/python -m flows.ui
+
+bench: $(READY) benchmarks/.venv-trl/bin/python ## training speed and memory side by side with trl (some 20 minutes)
+	@$(RUN)/python benchmarks/train_speed.py
+
+# trl alone, on top of the packages of .venv, which so remains without it
+benchmarks/.venv-trl/bin/python:
+	@$(RUN)/python -m venv benchmarks/.venv-trl
+	@$(RUN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(benchmarks/.venv-trl/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	@benchmarks/.venv-trl/bin/pip install --quiet --no-deps trl==1.16.0
 
 clean: ## remove results and checkpoints (not the DVC cache, not MLflow's record)
 	rm -rf outs reports/report.html reports/data.html reports/timings .state

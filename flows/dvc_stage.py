@@ -139,12 +139,13 @@ def run_stage(root: Path, stage: str, listener: Listener, force: bool = False, *
         StageFailed: The stage, or DVC, failed; or inputs were edited meanwhile.
     """
     before = present_inputs(root, stage)
+    figures = read_figures(root)
     started = time.time()
     output = StageOutput(listener)
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage, *(["--force"] if force else [])]
     code = run_supervised(command, root, child_environment(**variables), output.feed)
     if code != 0:
-        restore(root, stage)
+        restore(root, stage, figures)
         raise output.failure(stage, code)
     if output.outcome is Outcome.COMPLETED:
         recorded = recorded_inputs(root, stage)
@@ -155,10 +156,18 @@ def run_stage(root: Path, stage: str, listener: Listener, force: bool = False, *
     return output.outcome
 
 
-def restore(root: Path, stage: str) -> None:
+def read_figures(root: Path) -> dict[Path, bytes]:
+    """The metrics files, which DVC does not cache."""
+    return {path: path.read_bytes() for path in (root / "reports" / "metrics").glob("*.json")}
+
+
+def restore(root: Path, stage: str, figures: dict[Path, bytes]) -> None:
     """Bring back the outs that DVC removed before a stage that then failed; there are none before its first success."""
     command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing", stage]
     subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, check=False)
+    for path, content in figures.items():
+        if not path.exists():
+            path.write_bytes(content)
 
 
 def _signal_number(code: int) -> int | None:

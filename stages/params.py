@@ -17,6 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 
 from sft.gate import parse_gate
+from sft.gptq_checks import GROUP_SIZES
 from stages.measured import metric_names
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -148,7 +149,7 @@ class QuantizeSection(Section):
 
     method: Annotated[Literal["gptq", "none"], Field(description="Quantization method")]
     bits: Annotated[Literal[2, 3, 4, 8], Field(description="Bits a weight")]
-    group_size: Annotated[int, Field(ge=-1, description="Weights that share a scale; -1 = a whole row")]
+    group_size: Annotated[int, Field(description="Weights that share a scale; -1 = a whole row")]
     sym: Annotated[bool, Field(description="Symmetric quantization")]
     desc_act: Annotated[bool, Field(description="Columns in order of activation size")]
     damp_percent: Annotated[float, Field(gt=0.0, lt=1.0, description="Damping of the Hessian")]
@@ -158,8 +159,9 @@ class QuantizeSection(Section):
 
     @model_validator(mode="after")
     def _group_size_is_usable(self) -> QuantizeSection:
-        if self.group_size in (0, 1):
-            raise ValueError(f"group_size {self.group_size} is not a group; use 32, 64, 128, or -1 for a whole row")
+        if self.group_size not in (-1, *GROUP_SIZES):
+            known = ", ".join(map(str, GROUP_SIZES))
+            raise ValueError(f"group_size {self.group_size} is none that readers know: {known}, or -1 for a whole row")
         return self
 
 

@@ -68,13 +68,14 @@ def test_progress_lines_become_progress_and_the_last_state_of_a_bar_a_line(ran_p
 
 
 def test_a_stage_that_fails_leaves_what_it_had_written_before(ran_project: Path) -> None:
-    before = (ran_project / "outs" / "pack.txt").read_text()
-    (ran_project / "pack.sh").write_text("echo 'error: data/rows.txt:3: broken'; exit 1")
+    files = [ran_project / "outs" / "train.txt", ran_project / "reports" / "metrics" / "train.json"]
+    before = [file.read_bytes() for file in files]
+    (ran_project / "train.sh").write_text("echo 'error: data/rows.txt:3: broken'; exit 1")
 
     with pytest.raises(StageFailed, match=r"data/rows\.txt:3"):
-        run_stage(ran_project, "pack", Heard().listener)
+        run_stage(ran_project, "train", Heard().listener)
 
-    assert (ran_project / "outs" / "pack.txt").read_text() == before
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_stage_that_was_killed_may_be_tried_again(project: Path) -> None:

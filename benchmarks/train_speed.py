@@ -1,0 +1,123 @@
+"""Training side by side with trl, in one run: `make bench`, or `python benchmarks/train_speed.py --help`.
+
+LoRA (r=16, all linear layers) on the model and the rows that all contenders share. Each contender is its own process,
+one after the other; figures are ratios within this run. trl lives in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from contenders import CONTENDERS
+
+HERE = Path(__file__).resolve().parent
+TRL_PYTHON = HERE / ".venv-trl" / "bin" / "python"
+LORA_RANK = 16
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Run one contender in its own process and environment."""
+    python = TRL_PYTHON if CONTENDERS[name][0] == "trl" else Path(sys.executable)
+    command = [str(python), str(HERE / "contenders.py"), name, "--model", str(args.model), "--data", str(args.data)]
+    command += ["--steps", str(args.steps)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not results:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(results[-1].removeprefix("RESULT "))
+
+
+def matrix_bound(model_dir: Path, num_tokens: int, supervised: float) -> float:
+    """Tokens a second if a LoRA step were nothing but its matrix products, at the speed of bare products right now.
+
+    Forward, and backward through the frozen weights; forward and both backward products of the LoRA matrices; the head
+    forward and backward on supervised tokens.
+
+    Args:
+        model_dir: Folder with the model's config.
+        num_tokens: Tokens of a step.
+        supervised: Share of tokens with a target.
+    """
+    config = AutoConfig.from_pretrained(model_dir)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    layers = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+    layers += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    products = []
+    for width, out in layers:
+        products += [(num_tokens, width, out), (num_tokens, out, width)]
+        products += [(num_tokens, width, LORA_RANK), (num_tokens, LORA_RANK, out)] * 2
+        products += [(LORA_RANK, num_tokens, width), (out, num_tokens, LORA_RANK)]
+    targets = max(1, round(num_tokens * supervised))
+    vocabulary = [(targets, hidden, config.vocab_size), (targets, config.vocab_size, hidden)]
+    seconds = config.num_hidden_layers * sum(map(product_seconds, products)) + sum(map(product_seconds, vocabulary))
+    return num_tokens / seconds
+
+
+def product_seconds(shape: tuple[int, int, int]) -> float:
+    """Best time of one matrix product."""
+    rows, middle, columns = shape
+    left, right = torch.randn(rows, middle), torch.randn(middle, columns)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def table(results: dict[str, list[dict[str, Any]]], bound: float) -> str:
+    """Medians over repeats, and their ratios to trl's two settings."""
+    speed = {name: statistics.median(r["tokens"] / r["seconds"] for r in runs) for name, runs in results.items()}
+    memory = {name: max(r["peak_gb"] for r in runs) for name, runs in results.items()}
+    documented, best = "trl, as documented", "trl, its best setting"
+    lines = ["| contender | tokens/s | to documented | to best | of the matrix bound | peak GB | first and last loss |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for name, runs in results.items():
+        share = f"{speed[name] / bound:.0%}"
+        ratios = [f"{speed[name] / speed[other]:.2f}" if other in speed else "" for other in (documented, best)]
+        losses = runs[0]["losses"]
+        lines.append(
+            f"| {name} | {speed[name]:.0f} | {ratios[0]} | {ratios[1]} | {share} | {memory[name]:.1f} | "
+            f"{losses[0]:.4f}, {losses[-1]:.4f} |"
+        )
+    return "\n".join([*lines, "", f"matrix products alone: {bound:.0f} tokens/s"])
+
+
+def main() -> None:
+    """Measure all contenders and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("~/.cache/sft/models/smollm2-135m-instruct").expanduser())
+    parser.add_argument("--data", type=Path, default=HERE.parent / "data" / "shop_train.jsonl")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each contender")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--supervised", type=float, default=0.6, help="share of supervised tokens, for the bound")
+    args = parser.parse_args()
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in args.only}
+    bounds = []
+    for _ in range(args.repeats):
+        bounds.append(matrix_bound(args.model, 1024, args.supervised))
+        for name in args.only:
+            results[name].append(measure(name, args))
+            latest = results[name][-1]
+            print(f"{name}: {latest['tokens'] / latest['seconds']:.0f} tokens/s", file=sys.stderr, flush=True)
+    print(table(results, max(bounds)))
+
+
+if __name__ == "__main__":
+    main()
