@@ -28,6 +28,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from triton.runtime import interpreter
 
+from sft.attention import SFT_DOCUMENTS
 from sft.collators import DataCollatorForSFT
 from sft.layout import document_layout
 from sft.liger import interpreting, liger_kernel_config
@@ -160,7 +161,7 @@ def models(family: str) -> dict[str, float]:
 
 def model_of(family: str) -> Any:
     model = tiny_model(family)
-    model.set_attn_implementation("sft_documents")
+    model.set_attn_implementation(SFT_DOCUMENTS)
     for number, parameter in enumerate(model.parameters()):
         parameter.data.add_(random(*parameter.shape, seed=number) * 0.2)
     return model
