@@ -49,7 +49,7 @@ class DataCollatorForSFT:
             raise ValueError(f"return_tensors={return_tensors!r} is not supported; batches are PyTorch tensors ('pt')")
         rows = [read_row(row, place) for place, row in enumerate(features)]
         if self.padding_free or any("seq_lengths" in row for row in features):
-            lengths = [document_lengths(row, place) for place, row in enumerate(features)]
+            lengths = [document_lengths(row, len(rows[place].input_ids), place) for place, row in enumerate(features)]
             return flat_batch(rows, np.concatenate(lengths), self.pad_token_id, self.pad_to_multiple_of)
         return padded_batch(rows, self)
 
@@ -83,7 +83,21 @@ def read_row(row: Row, place: int) -> TokenRow:
     weights = row.get("loss_weights")
     if weights is not None:
         weights = _aligned(weights, np.float32, len(input_ids), f"'loss_weights' of row {place}")
-    return TokenRow(input_ids, labels, weights)
+    return _without_padding(TokenRow(input_ids, labels, weights), row, place)
+
+
+def _without_padding(tokens: TokenRow, row: Row, place: int) -> TokenRow:
+    """Take out what the row's own attention mask says is padding; in a packed row, which has borders, untrain it."""
+    if row.get("attention_mask") is None:
+        return tokens
+    name = f"'attention_mask' of row {place}"
+    kept = _aligned(row["attention_mask"], np.int64, len(tokens.input_ids), name).astype(bool)
+    if kept.all() or not kept.any():
+        return tokens
+    if row.get("seq_lengths") is not None:
+        return TokenRow(tokens.input_ids, np.where(kept, tokens.labels, IGNORE_INDEX), tokens.weights)
+    weights = None if tokens.weights is None else tokens.weights[kept]
+    return TokenRow(tokens.input_ids[kept], tokens.labels[kept], weights)
 
 
 def _array(values: Any, dtype: type) -> Array:
@@ -97,13 +111,12 @@ def _aligned(values: Any, dtype: type, length: int, what: str) -> Array:
     return array
 
 
-def document_lengths(row: Row, place: int) -> Array:
-    """Lengths of a row's documents, `(num_documents,)`: its `seq_lengths`, or itself as one document.
+def document_lengths(row: Row, num_tokens: int, place: int) -> Array:
+    """Lengths of a row's documents, `(num_documents,)`: its `seq_lengths`, or itself as one document of `num_tokens`.
 
     Raises:
         ValueError: `seq_lengths` do not add up to the row; names the row's place in the batch.
     """
-    num_tokens = len(row["input_ids"])
     if row.get("seq_lengths") is None:
         return np.array([num_tokens])
     lengths = _array(row["seq_lengths"], np.int64)

@@ -201,7 +201,7 @@ class DataCollatorForCompletionOnlyLM:
         tokens = read_row(row, place)
         trained = np.zeros(len(tokens.input_ids), dtype=bool)
         start, complete = 0, True
-        for length in document_lengths(row, place):
+        for length in document_lengths(row, len(tokens.input_ids), place):
             spans = self.answer_spans(tokens.input_ids[start : start + length])
             complete = complete and bool(spans)
             for span in spans:
@@ -209,7 +209,9 @@ class DataCollatorForCompletionOnlyLM:
             start += length
         self.num_rows += 1
         self.num_rows_without_template += not complete
-        kept = {name: value for name, value in row.items() if name in ("seq_lengths", "loss_weights")}
+        kept = {name: value for name, value in row.items() if name == "seq_lengths"}
+        if tokens.weights is not None:
+            kept["loss_weights"] = tokens.weights
         return {**kept, "input_ids": tokens.input_ids, "labels": np.where(trained, tokens.labels, IGNORE_INDEX)}
 
     def _warn_of_rows_without_template(self, num_in_batch: int) -> None:

@@ -20,10 +20,15 @@ from datasets.table import InMemoryTable, MemoryMappedTable
 
 from sft.labels import IGNORE_INDEX
 
-TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "loss_weights")
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "loss_weights")
 """Columns that hold one value a token and are cut and joined together."""
 
-COLUMN_TYPES = {"completion_mask": np.int8, "assistant_masks": np.int8, "loss_weights": np.float32}
+COLUMN_TYPES = {
+    "attention_mask": np.int8,
+    "completion_mask": np.int8,
+    "assistant_masks": np.int8,
+    "loss_weights": np.float32,
+}
 """Types written; ids and labels are int32."""
 
 TOKENS_PER_BATCH = 1 << 22

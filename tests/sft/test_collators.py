@@ -109,3 +109,22 @@ def test_rows_may_be_lists_arrays_or_tensors(kind: Any) -> None:
 def test_malformed_rows_are_refused_by_their_place(row: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         DataCollatorForSFT(pad_token_id=9)([PACKED[0], row])
+
+
+def test_padding_that_rows_bring_along_is_neither_attended_to_nor_trained() -> None:
+    rows = [
+        {"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1]},
+        {"input_ids": [7, 8, 9, 0], "labels": [7, 8, 9, 0], "attention_mask": [1, 1, 1, 0]},
+    ]
+    padded = DataCollatorForSFT(pad_token_id=0)(rows)
+    assert padded["input_ids"].tolist() == [[5, 6, 0], [7, 8, 9]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert padded["labels"].tolist() == [[5, 6, IGNORE_INDEX], [7, 8, 9]]
+    flat = DataCollatorForSFT(pad_token_id=0, padding_free=True)(rows)
+    assert flat["seq_lengths"].tolist() == [2, 3]
+
+
+def test_padding_inside_a_packed_row_is_not_trained() -> None:
+    row = {"input_ids": [5, 6, 0, 7, 8], "attention_mask": [1, 1, 0, 1, 1], "seq_lengths": [3, 2]}
+    batch = DataCollatorForSFT(pad_token_id=0)([row])
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, IGNORE_INDEX, IGNORE_INDEX, 8]]

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from sft.labels import IGNORE_INDEX
-from sft.packing import apply_overflow
+from sft.packing import apply_overflow, pack_dataset, truncate_dataset
 
 X = IGNORE_INDEX
 
@@ -79,3 +79,19 @@ def test_unknown_policy_and_bad_limit_are_refused() -> None:
         apply_overflow(source(), 3, "cut")
     with pytest.raises(ValueError, match="max_length must be at least 1, found 0"):
         apply_overflow(source(), 0)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_attention_masks_are_cut_with_their_tokens(streamed: bool) -> None:
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6, 7], [8]], "attention_mask": [[0, 1, 1], [1] * 4, [1]]})
+    cut = truncate_dataset(rows.to_iterable_dataset() if streamed else rows, 2)
+    assert [(row["input_ids"], row["attention_mask"]) for row in cut] == [
+        ([1, 2], [0, 1]),
+        ([4, 5], [1, 1]),
+        ([8], [1]),
+    ]
+
+
+def test_attention_masks_are_packed_with_their_tokens() -> None:
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]], "attention_mask": [[1, 1, 1], [0]]})
+    assert pack_dataset(rows, 4, "bfd").to_dict()["attention_mask"] == [[1, 1, 1, 0]]
