@@ -30,12 +30,14 @@ class SplitFacts:
 
     Args:
         figures: Those of the metrics file.
+        documents: Tokenized documents as they are packed, with their ids.
         lengths: `(num_documents,)` tokens of each document before the length limit.
         trained: `(num_documents,)` trained tokens of each.
         filled: `(num_rows,)` tokens of each packed row.
     """
 
     figures: Mapping[str, Any]
+    documents: Dataset
     lengths: np.ndarray[Any, Any]
     trained: np.ndarray[Any, Any]
     filled: np.ndarray[Any, Any]
@@ -99,6 +101,7 @@ def role_table(paths: Paths) -> list[dict[str, Any]]:
     return [
         {"role": role, "share": count / everything, "trained": trained[role] / count}
         for role, count in total.most_common()
+        if count  # plain text has no template around it
     ]
 
 

@@ -42,10 +42,9 @@ def run(params: Params, paths: Paths) -> None:
             packed, splits[split], entries = pack_split(encoded, params.pack, split, folder)
             ledger += entries
             if split == "train":
-                documents = encoded
                 write_text(folder / "preview.txt", preview_masks(packed, tokenizer, num_rows=3, seed=0))
         write_jsonl(folder / "ledger.jsonl", ledger)
-        previews = choose_previews(documents, tokenizer)  # before the scratch folder goes
+        previews = choose_previews(splits["train"].documents, tokenizer)  # before the scratch folder goes
     write_json(paths.metrics("pack"), {split: facts.figures for split, facts in splits.items()})
     write_data_page(paths, splits, previews)
     progress(len(SPLITS), len(SPLITS), summary(splits["train"].figures))
@@ -111,8 +110,9 @@ def pack_split(
         packed, plan = kept.remove_columns("id"), [[row] for row in range(len(kept))]
     else:
         packed, plan = pack_with_plan(kept.remove_columns("id"), section.max_length, section.strategy)
-    filled = document_tokens(packed)[0]
-    assert count_tokens(packed) == after, f"packing changed {after} to {count_tokens(packed)} (tokens, trained tokens)"
+    filled, filled_trained = document_tokens(packed)
+    packed_tokens = (int(filled.sum()), int(filled_trained.sum()))
+    assert packed_tokens == after, f"packing changed {after} to {packed_tokens} (tokens, trained tokens)"
     packed.save_to_disk(str(folder / split))
     ids = kept["id"]
     index = ({"row": row, "ids": [ids[document] for document in documents]} for row, documents in enumerate(plan))
@@ -130,7 +130,7 @@ def pack_split(
         "tokens_lost": before[0] - after[0],
         "trained_tokens_lost": before[1] - after[1],
     }
-    return packed, SplitFacts(figures, lengths, trained, filled), entries
+    return packed, SplitFacts(figures, kept, lengths, trained, filled), entries
 
 
 def count_tokens(dataset: Dataset) -> tuple[int, int]:

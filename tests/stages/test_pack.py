@@ -171,3 +171,22 @@ def test_preview_prints_rows_in_the_terminal(paths: Paths, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert printed.startswith("2 of ")
     assert "⟦" in printed
+
+
+def test_plain_text_has_a_page_too(paths: Paths) -> None:
+    texts = [SENTENCE.strip() for _ in range(12)]
+    write_jsonl(paths.out("load", "train.jsonl"), ({"id": f"t:{n}", "text": text} for n, text in enumerate(texts)))
+    spans = {"spans": [[0, len(texts[0]), 1.0]]}
+    rows = ({**rendered(n, 1), "id": f"t:{n}", "text": text, **spans} for n, text in enumerate(texts))
+    write_jsonl(paths.out("format", "train.jsonl"), rows)
+    pack.run(params(), paths)
+    page = paths.data_page.read_text(encoding="utf-8")
+    assert '<th scope="row">text</th>' in page
+    assert '<th scope="row">template</th>' not in page
+
+
+def test_the_page_shows_documents_as_the_limit_left_them(paths: Paths) -> None:
+    pack.run(params(max_length=64, max_lost_fraction=1.0), paths)
+    shown = re.findall(r", (\d+) tokens</p>", paths.data_page.read_text(encoding="utf-8"))
+    assert shown
+    assert max(map(int, shown)) <= 64
