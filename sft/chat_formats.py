@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.chat_template import ChatTemplate, TemplateProfile, special_token_texts
+
+if TYPE_CHECKING:  # seconds of imports, which those who only format have no use for
+    from transformers import PreTrainedModel
 
 _TEMPLATES = Path(__file__).parent / "templates"
 # Names under which tokenizers already have a token that pads and means nothing else.

@@ -18,12 +18,17 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class _Document:
+class Document:
     """One document, cut behind its last supervised token; `index` is its position in the input."""
 
     index: int
     input_ids: list[int]
     labels: list[int]
+
+    @property
+    def supervised(self) -> list[int]:
+        """Positions that have a label and something before them to be predicted from."""
+        return [p for p, label in enumerate(self.labels) if label != IGNORE_INDEX and p > 0]
 
 
 @torch.inference_mode()
@@ -32,6 +37,7 @@ def evaluate_model(
     rows: Sequence[Mapping[str, Any]],
     tokens_per_batch: int = 2048,
     on_progress: Progress | None = None,
+    on_predictions: Callable[[Document, list[int]], None] | None = None,
 ) -> dict[str, float]:
     """Loss, perplexity and token accuracy of a causal model on supervised tokens.
 
@@ -46,6 +52,7 @@ def evaluate_model(
             `IGNORE_INDEX` where nothing is learned; `seq_lengths` with the documents' lengths where rows are packed.
         tokens_per_batch: most tokens of a padded batch, at least one document.
         on_progress: called with (documents done, of how many, text).
+        on_predictions: called with every document and the likeliest token at each of its supervised positions.
 
     Returns:
         `loss` (mean negative log-likelihood in nats a supervised token), `perplexity`, `token_accuracy`, `num_tokens`.
@@ -65,9 +72,14 @@ def evaluate_model(
         for batch in _batches(documents, tokens_per_batch, prefix.length):
             logits, targets = _supervised_logits(model, batch, prefix)
             losses += float(cross_entropy(logits, targets, reduction="sum"))
-            hits += int((logits.argmax(-1) == targets).sum())
+            predicted = logits.argmax(-1)
+            hits += int((predicted == targets).sum())
             num_tokens += targets.numel()
             done += len(batch)
+            if on_predictions is not None:
+                counts = [len(document.supervised) for document in batch]
+                for document, tokens in zip(batch, predicted.split(counts), strict=True):
+                    on_predictions(document, tokens.tolist())
             if on_progress is not None:
                 on_progress(done, len(documents), "documents evaluated")
     finally:
@@ -78,7 +90,7 @@ def evaluate_model(
     return {"loss": loss, "perplexity": perplexity, "token_accuracy": hits / num_tokens, "num_tokens": num_tokens}
 
 
-def split_documents(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Document]:
+def split_documents(rows: Sequence[Mapping[str, Any]]) -> Iterator[Document]:
     """Take packed rows apart; documents without a supervised token are left out, tokens behind the last one are cut.
 
     Raises:
@@ -100,12 +112,12 @@ def split_documents(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Document]:
             supervised = [p for p, label in enumerate(labels[piece]) if label != IGNORE_INDEX and p > 0]
             if supervised:
                 last = supervised[-1] + 1
-                yield _Document(index, input_ids[piece][:last], labels[piece][:last])
+                yield Document(index, input_ids[piece][:last], labels[piece][:last])
                 index += 1
 
 
-def _batches(documents: Sequence[_Document], tokens_per_batch: int, num_shared: int) -> Iterator[list[_Document]]:
-    batch: list[_Document] = []
+def _batches(documents: Sequence[Document], tokens_per_batch: int, num_shared: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     for document in sorted(documents, key=_length, reverse=True):
         # Longest first: the first document of a batch sets its padded width.
         if batch and (_length(batch[0]) - num_shared) * (len(batch) + 1) > tokens_per_batch:
@@ -116,16 +128,16 @@ def _batches(documents: Sequence[_Document], tokens_per_batch: int, num_shared: 
         yield batch
 
 
-def _length(document: _Document) -> int:
+def _length(document: Document) -> int:
     return len(document.input_ids)
 
 
-def _first_supervised(document: _Document) -> int:
-    return next(p for p, label in enumerate(document.labels) if label != IGNORE_INDEX and p > 0)
+def _first_supervised(document: Document) -> int:
+    return document.supervised[0]
 
 
 def _supervised_logits(
-    model: nn.Module, batch: Sequence[_Document], prefix: SharedPrefix
+    model: nn.Module, batch: Sequence[Document], prefix: SharedPrefix
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 logits `(num_supervised, vocabulary)` and targets `(num_supervised,)` of a padded batch."""
     device = next(model.parameters()).device
@@ -145,7 +157,7 @@ def _supervised_logits(
     return logits[supervised].float(), targets[supervised]
 
 
-def _pad(batch: Sequence[_Document], num_shared: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _pad(batch: Sequence[Document], num_shared: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Input ids, attention mask and next-token targets `(batch, longest)` of what follows the shared prefix."""
     width = _length(batch[0]) - num_shared
     input_ids = torch.zeros(len(batch), width, dtype=torch.long)

@@ -32,6 +32,7 @@ def generate_batch(
     max_new_tokens: int,
     batch_size: int = 32,
     on_progress: Progress | None = None,
+    begun: Sequence[Sequence[int]] | None = None,
 ) -> list[Generation]:
     """Continue every prompt with the likeliest tokens.
 
@@ -45,6 +46,8 @@ def generate_batch(
         max_new_tokens: where an answer is cut that does not stop.
         batch_size: prompts generated together; the answers do not depend on it but for rounding.
         on_progress: called with (prompts done, of how many, text).
+        begun: tokens that each answer is known to begin with, as `sft.begun_answers` finds them; only what follows is
+            computed.
 
     Returns:
         One generation a prompt, in the order of the prompts.
@@ -56,23 +59,32 @@ def generate_batch(
     if empty:
         raise ValueError(f"prompt {empty[0]} is empty: nothing to continue")
     stop_ids = stop_token_ids(model, tokenizer)
-    order = sorted(range(len(prompts)), key=[len(prompt) for prompt in prompts].__getitem__)
-    answers: dict[int, list[int]] = {}
+    stops = [[token] for token in stop_ids]
+    answers = [_answer(tokens, stop_ids, max_new_tokens) for tokens in begun or [[] for _ in prompts]]
+    texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    open_ones = [i for i, answer in enumerate(answers) if len(answer) < max_new_tokens and answer[-1:] not in stops]
+    order = sorted(open_ones, key=[len(text) for text in texts].__getitem__)
+    done = len(prompts) - len(order)
     training = model.training
     model.eval()
     try:
-        prefix = share_prefix(model, prompts, limit=min(map(len, prompts), default=0) - 1)
+        prefix = share_prefix(
+            model, [texts[index] for index in order], limit=min((len(texts[index]) for index in order), default=0) - 1
+        )
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            tokens = _continue(
-                model, [prompts[index][prefix.length :] for index in chosen], prefix, stop_ids, max_new_tokens
-            )
-            answers.update(zip(chosen, tokens, strict=True))
+            longest = max_new_tokens - min(len(answers[index]) for index in chosen)
+            rests = [texts[index][prefix.length :] for index in chosen]
+            for index, tokens in zip(chosen, _continue(model, rests, prefix, stop_ids, longest), strict=True):
+                answers[index] = _answer([*answers[index], *tokens], stop_ids, max_new_tokens)
+            done += len(chosen)
             if on_progress is not None:
-                on_progress(len(answers), len(prompts), "prompts answered")
+                on_progress(done, len(prompts), "prompts answered")
+        if on_progress is not None and not order:
+            on_progress(done, len(prompts), "prompts answered")
     finally:
         model.train(training)
-    return [_generation(answers[index], stop_ids, tokenizer) for index in range(len(prompts))]
+    return [_generation(answer, stop_ids, tokenizer) for answer in answers]
 
 
 def stop_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -94,8 +106,14 @@ def _as_list(value: int | Iterable[int] | None) -> list[int]:
     return [value] if isinstance(value, int) else list(value)
 
 
+def _answer(tokens: Sequence[int], stop_ids: list[int], max_new_tokens: int) -> list[int]:
+    """The tokens up to and with the first stop token, at most `max_new_tokens`."""
+    end = next((place + 1 for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    return list(tokens[: min(end, max_new_tokens)])
+
+
 def _continue(
-    model: nn.Module, rests: list[Sequence[int]], prefix: SharedPrefix, stop_ids: list[int], max_new_tokens: int
+    model: nn.Module, rests: Sequence[Sequence[int]], prefix: SharedPrefix, stop_ids: list[int], max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy continuations of prefix and rest, each up to and with its stop token."""
     input_ids, mask = _left_pad(rests, next(model.parameters()).device)
@@ -123,7 +141,7 @@ def _continue(
     return answers
 
 
-def _left_pad(rows: list[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Input ids and attention mask `(batch, longest)`, rows flush right so that all go on at the same place."""
     width = max(len(row) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)

@@ -48,9 +48,11 @@ def share_prefix(model: nn.Module, sequences: Sequence[Sequence[int]], limit: in
         sequences: token ids, `(num_sequences, length)`, ragged.
         limit: most tokens to share: the tokens whose outputs are needed must stay in the rest.
     """
+    if len(sequences) < 2:
+        return SharedPrefix()
     length = _common_length(sequences, limit)
     parameters = forward_parameters(model)
-    if length < MIN_TOKENS or len(sequences) < 2 or not {"past_key_values", "position_ids"} <= parameters:
+    if length < MIN_TOKENS or not {"past_key_values", "position_ids"} <= parameters:
         return SharedPrefix()
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {

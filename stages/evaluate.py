@@ -9,6 +9,7 @@ from typing import Any
 from datasets import load_from_disk
 from transformers import PreTrainedTokenizerBase
 
+from sft.begun_answers import BegunAnswers
 from sft.evaluation import evaluate_model
 from sft.gate import GateRow, check_gate, parse_gate
 from sft.generation import Generation, generate_batch
@@ -98,13 +99,20 @@ def measure(
 ) -> Measured:
     """Everything about one model."""
     started = time.monotonic()
-    likelihood = evaluate_model(model, held_out.rows, TOKENS_PER_BATCH, on_progress=meter)
+    begun = BegunAnswers(held_out.token_ids)
+    likelihood = evaluate_model(model, held_out.rows, TOKENS_PER_BATCH, on_progress=meter, on_predictions=begun.learn)
     result = Measured({name: likelihood[name] for name in LIKELIHOOD} | {"size_mb": size_mb(variant)})
     result.seconds["likelihood"] = time.monotonic() - started
     if variant.name in ANSWERING:
         started = time.monotonic()
         result.answers = generate_batch(
-            model, tokenizer, held_out.token_ids, section.max_new_tokens, section.batch_size, on_progress=meter
+            model,
+            tokenizer,
+            held_out.token_ids,
+            section.max_new_tokens,
+            section.batch_size,
+            on_progress=meter,
+            begun=begun.tokens(),
         )
         result.seconds["generation"] = time.monotonic() - started
         score_answers(result, TASKS[section.task], [prompt["reference"] for prompt in held_out.prompts])

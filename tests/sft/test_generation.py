@@ -35,6 +35,40 @@ def test_answers_equal_those_of_generate_one_prompt_at_a_time(family: str, num_s
         assert (answer.stopped, answer.num_tokens) == (stopped, len(content))
 
 
+@pytest.mark.parametrize("num_known", [0, 1, 5, 12])
+def test_answers_that_have_begun_end_as_if_generated_whole(num_known: int) -> None:
+    model, tokenizer, prompts = tiny_model(), tiny_tokenizer(), make_prompts()
+    whole = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=-1)[0, len(prompt) :]
+        for prompt in prompts
+    ]
+    model.generation_config.eos_token_id = [int(whole[0][3])]
+    begun = [answer[: num_known if row % 2 else 0].tolist() for row, answer in enumerate(whole)]
+    expected = generate_batch(model, tokenizer, prompts, max_new_tokens=12)
+    calls: list[tuple[int, int, str]] = []
+    answers = generate_batch(
+        model, tokenizer, prompts, 12, batch_size=2, begun=begun, on_progress=lambda *call: calls.append(call)
+    )
+    assert answers == expected
+    assert calls[-1][:2] == (len(prompts), len(prompts))
+
+
+def test_nothing_is_computed_for_answers_that_are_known_to_their_end() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    calls: list[tuple[int, int, str]] = []
+    model.forward = None
+    (answer,) = generate_batch(
+        model,
+        tokenizer,
+        [[5, 6]],
+        max_new_tokens=12,
+        begun=[[9, tokenizer.eos_token_id, 4]],
+        on_progress=lambda *call: calls.append(call),
+    )
+    assert (answer.text, answer.stopped, answer.num_tokens) == (tokenizer.decode([9]), True, 1)
+    assert calls == [(1, 1, "prompts answered")]
+
+
 def test_some_answers_in_that_test_stop_and_some_do_not() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     likely = model.generate(torch.tensor([make_prompts()[0]]), max_new_tokens=4, do_sample=False, eos_token_id=-1)[
