@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stages.intake import data_size, open_source
 from stages.model_sources import check_named
-from stages.params import Params, SourceSection
+from stages.params import Params
 from stages.paths import Paths
 
 LARGEST_READ_BYTES = 100_000_000
@@ -19,8 +19,9 @@ def run(params: Params, paths: Paths) -> None:
     """
     check_named(params.model, paths.root)
     sources = [(part, f"load.sources[{i}].path") for i, part in enumerate(params.load.sources)]
-    if params.load.eval.path is not None:
-        sources.append((SourceSection(path=params.load.eval.path), "load.eval.path"))
+    held_out = params.load.eval.source()
+    if held_out is not None:
+        sources.append((held_out, "load.eval.path"))
     for section, key in sources:
         if not section.hub and data_size(section, paths, key) <= LARGEST_READ_BYTES:
             open_source(section, paths, key)

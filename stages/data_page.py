@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from sft.preview import role_contents, sample_rows, token_pieces
 from stages.artifacts import read_json, read_jsonl, write_text
 from stages.charts import histogram
-from stages.page import ledger_summary, percent, render_page
+from stages.page import ledger_summary, percent, render_page, rows_sentence
 from stages.paths import Paths
 
 TEMPLATE = "data_page.html.jinja"
@@ -70,8 +70,7 @@ def summary(card: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     """One sentence on rows and one on tokens."""
     share = figures["trained_tokens"] / figures["tokens"]
     return (
-        f"{card['num_rows_in']:,} rows were read: {card['num_train']:,} to train on, {card['num_eval']:,} held out, "
-        f"{card['num_dropped']:,} left out. {figures['tokens']:,} tokens go into training, {percent(share)} of them "
+        f"{rows_sentence(card)} {figures['tokens']:,} tokens go into training, {percent(share)} of them "
         f"are trained; they fill {figures['rows']:,} packed rows to {percent(figures['fill'])}."
     )
 

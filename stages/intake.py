@@ -17,6 +17,7 @@ from sft.records import Kind, Layout, detect_layout
 from sft.sources import Row, data_files, hub_rows, is_saved_dataset, read_rows
 from stages.params import SourceSection
 from stages.paths import Paths
+from stages.source_mapping import RowMapping
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Source:
         section: What params.yaml says of it.
         files: Its local files, none for a data set of the hub.
         data: The folder that ids are relative to.
+        mapping: What is done to a row before it is read.
         layout: How its rows are read, decided from the columns of all of them.
         num_rows: How many rows it has.
         digests: SHA-256 of every file by its name, or of the rows of a data set of the hub.
@@ -35,6 +37,7 @@ class Source:
     section: SourceSection
     files: tuple[Path, ...]
     data: Path
+    mapping: RowMapping
     layout: Layout
     num_rows: int
     digests: dict[str, str]
@@ -61,18 +64,18 @@ def open_source(section: SourceSection, paths: Paths, key: str) -> Source:
         ValueError: It is not there, lies outside data/, is damaged, empty, or has no columns that make sense.
     """
     files = () if section.hub else _local_files(section, paths, key)
-    columns: dict[str, None] = {}
+    mapping = RowMapping(section)
     digest = hashlib.sha256()
     num_rows = 0
     for row in _hub_rows(section, key) if section.hub else _rows(section, files, paths.data):
         num_rows += 1
-        columns.update(dict.fromkeys(row.columns))
+        mapping.observe(row.columns)
         if section.hub:
             digest.update(json.dumps(row.columns, sort_keys=True, default=str).encode())
     if num_rows == 0:
         raise ValueError(f"params.yaml, {key}: {section.path} holds no row; give a source that has some")
     try:
-        layout = detect_layout(columns)
+        layout = detect_layout(mapping.columns())
     except ValueError as error:
         raise ValueError(f"params.yaml, {key}: {section.path}: {error}") from error
     if layout.kind is Kind.TOKENIZED:
@@ -81,7 +84,7 @@ def open_source(section: SourceSection, paths: Paths, key: str) -> Source:
             "give messages, prompt and completion, or text (SFTTrainer of the library takes token ids)"
         )
     digests = {section.path: digest.hexdigest()} if section.hub else _digests(files, paths.data)
-    return Source(section, files, paths.data, layout, num_rows, digests)
+    return Source(section, files, paths.data, mapping, layout, num_rows, digests)
 
 
 def data_size(section: SourceSection, paths: Paths, key: str) -> int:

@@ -52,3 +52,17 @@ def ledger_summary(paths: Paths) -> list[dict[str, Any]]:
         {"stage": key[0], "reason": key[1].replace("_", " "), "count": count, "ids": ids[key]}
         for key, count in counts.most_common()
     ]
+
+
+def rows_sentence(card: Mapping[str, Any]) -> str:
+    """What became of the rows of all sources, as `load` counted them in card.json."""
+    parts = [
+        f"{card['num_train']:,} to train on",
+        f"{card['num_eval']:,} held out",
+        f"{card['num_dropped']:,} left out",
+    ]
+    if card["num_omitted"]:
+        parts.append(f"{card['num_omitted']:,} not taken, as max_rows and weight say")
+    if card["num_repeated"]:
+        parts.append(f"{card['num_repeated']:,} of the training rows are repetitions by weight")
+    return f"{card['num_rows_in']:,} rows were read: {', '.join(parts)}."

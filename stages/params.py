@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
+from jinja2 import TemplateSyntaxError
+from jinja2.sandbox import SandboxedEnvironment
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
@@ -51,7 +53,41 @@ class ModelSection(Section):
     trust_remote_code: Annotated[bool, Field(description="Run Python code that comes with the model")]
 
 
-class SourceSection(Section):
+def _template(text: str) -> str:
+    try:
+        SandboxedEnvironment().parse(text)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"not a Jinja template: {error.message}, line {error.lineno}") from error
+    return text
+
+
+Template = Annotated[str, AfterValidator(_template)]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class TemplateSection(Section):
+    """A conversation made of a row's columns, each text a Jinja template such as `{{ title }}: {{ body }}`."""
+
+    system: Annotated[Template | None, Field(description="System message")] = None
+    user: Annotated[Template, Field(description="What the user says")]
+    assistant: Annotated[Template, Field(description="What is to be answered")]
+
+
+class MappedSection(Section):
+    """How rows are read whose columns or roles are not named as usual."""
+
+    columns: Annotated[dict[str, str], Field(description="Column of the data -> the name it is read as")] = {}
+    roles: Annotated[dict[str, Role], Field(description="Role in the data -> system, user, assistant or tool")] = {}
+    template: Annotated[TemplateSection | None, Field(description="Makes a conversation of any columns")] = None
+
+    @model_validator(mode="after")
+    def _template_alone(self) -> Self:
+        if self.template is not None and (self.columns or self.roles):
+            raise ValueError("template reads columns by their own names and makes the roles; remove columns and roles")
+        return self
+
+
+class SourceSection(MappedSection):
     """One source of training rows; only `path` must be stated."""
 
     path: Annotated[str, Field(min_length=1, description="File or folder inside data/, or a hub id when hub is true")]
@@ -59,19 +95,35 @@ class SourceSection(Section):
     config: Annotated[str | None, Field(description="Configuration of the hub data set")] = None
     split: Annotated[str, Field(description="Split of the hub data set")] = "train"
     revision: Annotated[str | None, Field(description="Branch, tag or commit of the hub data set")] = None
+    max_rows: Annotated[int | None, Field(ge=1, description="Take only so many rows, chosen by load.seed")] = None
+    weight: Annotated[
+        float, Field(gt=0.0, le=100.0, description="Times each row is trained on; 0.5 = half of them")
+    ] = 1.0
 
 
-class EvalSection(Section):
-    """Held-out rows: a file, or a fraction of the sources."""
+class EvalSection(MappedSection):
+    """Held-out rows: a file, or a fraction or a number of the sources' rows."""
 
     path: Annotated[str | None, Field(description="File inside data/")]
     fraction: Annotated[float | None, Field(gt=0.0, lt=1.0, description="Part of the sources that is held out")]
+    count: Annotated[int | None, Field(ge=1, description="Rows held out, from every source its share")] = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> EvalSection:
-        if (self.path is None) == (self.fraction is None):
-            raise ValueError(f"state either path or fraction, not path={self.path!r} with fraction={self.fraction!r}")
+    def _one_of_them(self) -> Self:
+        given = {name: getattr(self, name) for name in ("path", "fraction", "count")}
+        stated = {name: value for name, value in given.items() if value is not None}
+        if len(stated) != 1:
+            raise ValueError(f"state one of path, fraction and count, not {stated or 'none'}")
+        mapped = [name for name in MappedSection.model_fields if getattr(self, name)]
+        if self.path is None and mapped:
+            raise ValueError(f"{', '.join(mapped)} belong to the sources here: held-out rows are some of theirs")
         return self
+
+    def source(self) -> SourceSection | None:
+        """The file of held-out rows as a source, when there is one."""
+        if self.path is None:
+            return None
+        return SourceSection(path=self.path, columns=self.columns, roles=self.roles, template=self.template)
 
 
 class LoadSection(Section):

@@ -14,7 +14,7 @@ from stages import lineage
 from stages.artifacts import read_json, read_jsonl, write_text
 from stages.charts import Series, heat_strip, line_chart
 from stages.differences import mark_differences, shared_beginning, shared_ending
-from stages.page import NBSP, ledger_summary, percent, render_page
+from stages.page import NBSP, ledger_summary, percent, render_page, rows_sentence
 from stages.params import Params
 from stages.paths import Paths
 
@@ -183,11 +183,10 @@ def generation(row: Mapping[str, Any], own: slice) -> dict[str, Any]:
 def data_section(paths: Paths) -> dict[str, Any]:
     """Sources with their digests, what became of their rows, and what was left out."""
     card, packed = read_json(paths.out("load", "card.json")), read_json(paths.metrics("pack"))["train"]
-    read, train, held_out = (f"{card[name]:,}" for name in ("num_rows_in", "num_train", "num_eval"))
     documents, rows, tokens, trained = (f"{packed[n]:,}" for n in ("documents", "rows", "tokens", "trained_tokens"))
     return {
         "summary": (
-            f"{read} rows were read: {train} to train on, {held_out} held out, {card['num_dropped']:,} left out. "
+            f"{rows_sentence(card)} "
             f"The training rows are {documents} documents of {tokens} tokens, {trained} of them trained, "
             f"packed into {rows} rows that are {percent(packed['fill'])} full."
         ),

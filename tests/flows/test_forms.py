@@ -123,7 +123,7 @@ def test_overridden_list_replaces_the_whole_list() -> None:
 
 
 def test_overrides_that_do_not_go_together_are_refused_as_a_whole() -> None:
-    with pytest.raises(ParamsError, match=r"params.yaml with overrides: 1 problem\n  load.eval: state either"):
+    with pytest.raises(ParamsError, match=r"params.yaml with overrides: 1 problem\n  load.eval: state one of"):
         apply_overrides(known_params(), {"load": {"eval": {"fraction": 0.1}}})
 
 

@@ -37,7 +37,8 @@ def test_records_keep_their_place_and_content(root: DataRoot) -> None:
     assert root.rows("load", "eval.jsonl") == [{"id": "eval.jsonl:1", **turn("Held out?", "Yes.")}]
     assert root.rows("load", "ledger.jsonl") == []
     assert figures == {
-        "num_rows_in": 21, "num_train": 20, "num_eval": 1, "num_dropped": 0, "dropped_fraction": 0.0, "dropped": {}
+        "num_rows_in": 21, "num_train": 20, "num_eval": 1, "num_repeated": 0, "num_omitted": 0,
+        "num_dropped": 0, "dropped_fraction": 0.0, "dropped": {},
     }  # fmt: skip
     base_model = read_json(root.paths.out("load", "base_model.json"))
     assert base_model["name_or_path"] == str(root.model)
@@ -221,3 +222,59 @@ def test_the_same_input_gives_the_same_bytes(root: DataRoot) -> None:
         contents.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
     assert contents[0] == contents[1]
     assert set(contents[0]) == {"base_model.json", "card.json", "eval.jsonl", "ledger.jsonl", "train.jsonl"}
+
+
+def held_out_ids(root: DataRoot) -> list[str]:
+    return [row["id"] for row in root.rows("load", "eval.jsonl")]
+
+
+def test_count_of_held_out_rows_is_shared_out_among_the_sources(root: DataRoot) -> None:
+    for name, number in (("a", 60), ("b", 30), ("c", 11)):
+        root.write(f"{name}.jsonl", [turn(f"{name}{i}?", "Yes.") for i in range(number)])
+    sources = [{"path": f"data/{name}.jsonl"} for name in "abc"]
+    figures = run(root, sources=sources, eval={"path": None, "fraction": None, "count": 10})
+    assert (figures["num_eval"], figures["num_train"]) == (10, 91)
+    before = held_out_ids(root)
+    assert [sum(name.startswith(letter) for name in before) for letter in "abc"] == [6, 3, 1]
+    root.write("a.jsonl", [turn(f"a{i}?", "Yes.") for i in range(61)])
+    run(root, sources=sources, eval={"path": None, "fraction": None, "count": 10})
+    assert len(set(before) - set(held_out_ids(root))) <= 1
+    with pytest.raises(ValueError, match=r"load\.eval\.count 102 holds out every row: there are 102 good ones"):
+        run(root, sources=sources, eval={"path": None, "fraction": None, "count": 102})
+
+
+def test_max_rows_takes_the_same_rows_again_and_says_what_it_left(root: DataRoot) -> None:
+    root.write("train.jsonl", [*ROWS, ROWS[0], turn("Empty?", "")])
+    root.write("eval.jsonl", [ROWS[5]])
+    section: dict[str, Any] = {
+        "sources": [{"path": "data/train.jsonl", "max_rows": 7}],
+        "eval": {"path": "data/eval.jsonl", "fraction": None},
+        "max_dropped_fraction": 0.2,
+    }
+    figures = run(root, **section)
+    taken = root.rows("load", "train.jsonl")
+    assert len(taken) == figures["num_train"] == 7
+    assert (figures["num_omitted"], figures["num_dropped"]) == (12, 3)
+    assert figures["dropped"] == {"duplicate": 1, "empty_answer": 1, "in_eval": 1}
+    root.write("train.jsonl", [*ROWS, turn("New?", "Yes.")])
+    run(root, **section)
+    assert len({row["id"] for row in taken} - {row["id"] for row in root.rows("load", "train.jsonl")}) <= 1
+    section["sources"][0]["max_rows"] = 500
+    assert run(root, **section)["num_omitted"] == 0
+
+
+def test_weight_repeats_rows_or_takes_a_part_of_them_but_never_of_those_held_out(root: DataRoot) -> None:
+    for name in ("a", "b"):
+        root.write(f"{name}.jsonl", [turn(f"{name}{i}?", "Yes.") for i in range(200)])
+    figures = run(root, sources=[{"path": "data/a.jsonl", "weight": 2.5}, {"path": "data/b.jsonl", "weight": 0.25}])
+    train = [row["id"] for row in root.rows("load", "train.jsonl")]
+    assert len(set(train)) == len(train)
+    num = {name: sum(row.startswith(name) for row in train) for name in ("a", "b")}
+    held = {name: sum(row.startswith(name) for row in held_out_ids(root)) for name in ("a", "b")}
+    assert num["a"] == pytest.approx(2.5 * (200 - held["a"]), rel=0.1)
+    assert num["b"] == pytest.approx(0.25 * (200 - held["b"]), rel=0.4)
+    assert len(set(held_out_ids(root))) == sum(held.values())
+    assert figures["num_rows_in"] + figures["num_repeated"] == (
+        figures["num_train"] + figures["num_eval"] + figures["num_omitted"]
+    )
+    assert {entry["reason"] for entry in root.rows("load", "ledger.jsonl")} == {"weight"}

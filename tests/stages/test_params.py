@@ -111,7 +111,7 @@ def test_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
 
 def test_eval_needs_exactly_one_of_path_and_fraction(values: dict[str, Any]) -> None:
     values["load"]["eval"] = {"path": "data/x.jsonl", "fraction": 0.1}
-    with pytest.raises(ParamsError, match=r"load\.eval: state either path or fraction"):
+    with pytest.raises(ParamsError, match=r"load\.eval: state one of path, fraction and count"):
         check_params(values)
 
 

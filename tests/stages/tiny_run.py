@@ -38,6 +38,8 @@ CARD = {
     "num_rows_in": 8,
     "num_train": 4,
     "num_eval": 3,
+    "num_repeated": 0,
+    "num_omitted": 0,
     "num_dropped": 1,
     "dropped": {"duplicate": 1},
 }

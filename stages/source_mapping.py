@@ -1,0 +1,109 @@
+"""Rows as params.yaml says that they are to be read: columns renamed, roles translated, or a template filled in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sft.records import RowError
+from stages.params import MappedSection
+
+ROLE_KEYS = ("role", "from")
+_JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+class RowMapping:
+    """Turns rows of a source into rows whose columns and roles are known, and finds what the section names in vain.
+
+    Args:
+        section: `columns`, `roles` and `template` of a source in params.yaml.
+    """
+
+    def __init__(self, section: MappedSection) -> None:
+        self._columns = section.columns
+        self._roles = {tag.strip().lower(): role for tag, role in section.roles.items()}
+        texts = section.template.model_dump(exclude_none=True) if section.template else {}
+        self._templates = {role: _JINJA.from_string(text) for role, text in texts.items()}
+        self._fields = {name for text in texts.values() for name in meta.find_undeclared_variables(_JINJA.parse(text))}
+        self._seen_columns: dict[str, None] = {}
+        self._seen_roles: dict[str, None] = {}
+
+    def observe(self, row: Mapping[str, Any]) -> None:
+        """Take note of a row's columns and roles."""
+        self._seen_columns.update(dict.fromkeys(row))
+        if self._roles:
+            self._seen_roles.update(dict.fromkeys(str(message[key]) for message, key in _tagged(row.values())))
+
+    def columns(self) -> tuple[str, ...]:
+        """The columns of all rows observed, as they are after mapping.
+
+        Raises:
+            ValueError: A column, a field or a role of the mapping is in none of the rows, or two columns get one name.
+        """
+        seen = tuple(self._seen_columns)
+        self._check_named("columns", self._columns, seen, "column")
+        self._check_named("template", self._fields, seen, "column")
+        roles = {role.strip().lower() for role in self._seen_roles}
+        self._check_named("roles", self._roles, tuple(roles), "role")
+        if self._templates:
+            return ("messages",)
+        renamed: dict[str, str] = {}
+        for name in seen:
+            target = self._columns.get(name, name)
+            if target in renamed:
+                raise ValueError(
+                    f"columns {renamed[target]!r} and {name!r} would both be {target!r}; rename one of them away"
+                )
+            renamed[target] = name
+        return tuple(renamed)
+
+    def _check_named(self, key: str, named: Iterable[str], seen: tuple[str, ...], what: str) -> None:
+        for name in sorted(set(named) - set(seen)):
+            near = difflib.get_close_matches(name, seen, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{key} names {name!r}, a {what} that no row has; there are {sorted(seen)[:20]}{hint}")
+
+    def apply(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """One row, mapped.
+
+        Raises:
+            RowError: The template can't be filled in from it.
+        """
+        if self._templates:
+            return {"messages": [{"role": role, "content": self._fill(role, row)} for role in self._templates]}
+        renamed = {self._columns.get(name, name): value for name, value in row.items()}
+        if not self._roles:
+            return renamed
+        return {name: self._translated(value) for name, value in renamed.items()}
+
+    def _fill(self, role: str, row: Mapping[str, Any]) -> str:
+        try:
+            return self._templates[role].render({name: "" if value is None else value for name, value in row.items()})
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise RowError("template", f"the template of {role} can't be filled in: {error}") from error
+
+    def _translated(self, value: Any) -> Any:
+        tagged = [id(message) for message, _ in _tagged([value])]
+        if not tagged:
+            return value
+        return [
+            {name: self._role(part) if name in ROLE_KEYS else part for name, part in message.items()}
+            if id(message) in tagged
+            else message
+            for message in value
+        ]
+
+    def _role(self, tag: Any) -> Any:
+        return self._roles.get(tag.strip().lower(), tag) if isinstance(tag, str) else tag
+
+
+def _tagged(values: Iterable[Any]) -> Iterable[tuple[Mapping[str, Any], str]]:
+    """Messages with the key of their role, out of all columns that hold lists of messages."""
+    for value in values:
+        for message in value if isinstance(value, list) else ():
+            if isinstance(message, dict):
+                yield from ((message, key) for key in ROLE_KEYS if key in message)
