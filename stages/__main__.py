@@ -9,12 +9,13 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from stages.params import ParamsError, load_params
 from stages.paths import Paths
 
 STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
-TOOLS = ("check", "preview", "summary")
+TOOLS = ("check", "compare", "preview", "summary")
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
 
 
@@ -28,17 +29,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
     names = (*STAGES, *TOOLS)
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="compare: two recorded runs, by id, name or alias")
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
     preview = parser.add_argument_group("preview")
     preview.add_argument("--rows", type=int, metavar="N", help="packed rows to show (default: 3)")
     preview.add_argument("--seed", type=int, help="which ones (default: 0)")
     preview.add_argument("--split", choices=("train", "eval"), help="of training or held-out rows (default: train)")
     args = parser.parse_args(argv)
-    options = {name: value for name in ("rows", "seed", "split") if (value := getattr(args, name)) is not None}
+    options: dict[str, Any] = {
+        name: value for name in ("rows", "seed", "split") if (value := getattr(args, name)) is not None
+    }
     if args.rows is not None and args.rows < 1:
         parser.error(f"--rows {args.rows}: at least one row is shown")
     if options and args.name != "preview":
         parser.error(f"--{', --'.join(options)} belong to preview, not to {args.name}")
+    if len(args.runs) != (2 if args.name == "compare" else 0):
+        parser.error("compare takes two runs: their ids, names or aliases; the other names take none")
+    if args.runs:
+        options["runs"] = args.runs
     quiet_tools()
     paths = Paths(args.root.resolve())
     try:

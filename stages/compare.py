@@ -1,0 +1,174 @@
+"""`python -m stages compare A B`: what differs between two recorded runs, in words, and what it did to the figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from stages.lineage import main_checkout
+from stages.mlflow_run import SQLITE, Tracking, absolute_uri, open_tracking
+from stages.params import Params
+from stages.paths import Paths
+from stages.publish import DIGEST_TAG
+
+LOWER_IS_BETTER = ("loss", "perplexity", "size_mb", "relative_error", "dropped", "lost")
+VERSION, COMMIT, DIRTY, BASE = "version.", "git.commit", "git.dirty", "sft.base_model"
+MAX_VALUE = 60
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that two runs do not have in common; None where a run lacks it."""
+
+    name: str
+    before: Any
+    after: Any
+
+
+def run(params: Params, paths: Paths, *, runs: list[str]) -> None:
+    """Print the comparison.
+
+    Args:
+        params: Where runs are recorded.
+        paths: The checkout.
+        runs: Two runs: ids or their beginnings, names, or aliases of the registered model such as `champion`.
+
+    Raises:
+        ValueError: There is no such run, or several are meant.
+    """
+    home = main_checkout(paths.root)
+    uri = absolute_uri(params.publish.tracking_uri, home)
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        raise ValueError(f"nothing is recorded yet at {uri}: `make repro` ends with a recorded run")
+    tracking = open_tracking(params.publish, home)
+    first, second = (find_run(tracking, name, params.publish.registered_model) for name in runs)
+    print("\n".join(report(first, second)), flush=True)
+
+
+def find_run(tracking: Tracking, name: str, model: str) -> Run:
+    """The finished run that a user means.
+
+    Raises:
+        ValueError: There is none, or the name fits several.
+    """
+    finished = tracking.client.search_runs([tracking.experiment_id], "attributes.status = 'FINISHED'")
+    try:
+        aliased = tracking.client.get_model_version_by_alias(model, name).run_id
+    except MlflowException:
+        aliased = None
+    found = [r for r in finished if name in (r.info.run_id, r.info.run_name) or r.info.run_id == aliased]
+    found = found or [r for r in finished if r.info.run_id.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    shown = "\n".join(f"  {r.info.run_id[:12]}  {r.info.run_name}" for r in (found or finished)[:20])
+    what = f"{len(found)} runs are called" if found else "no finished run is called"
+    raise ValueError(f"{what} {name!r}; give the beginning of an id, a name, or an alias such as champion:\n{shown}")
+
+
+def report(first: Run, second: Run) -> list[str]:
+    """The comparison as lines of text: who, what differs, what it did."""
+    lines = [f"A  {title(first)}", f"B  {title(second)}", ""]
+    if first.info.run_id == second.info.run_id:
+        return [*lines, "These are the same run."]
+    causes = {
+        "params": sorted(differences(first.data.params, second.data.params), key=name_of),
+        "data": differences(data_of(first), data_of(second)),
+        "base model": tagged(first, second, lambda name: name.startswith(BASE)),
+        "code": tagged(first, second, lambda name: name in (COMMIT, DIRTY)),
+        "versions": tagged(first, second, lambda name: name.startswith(VERSION)),
+    }
+    for cause, found in causes.items():
+        lines += [f"{cause}: {len(found) or 'no'} difference{'s' if len(found) != 1 else ''}", *map(shown, found)]
+    effects = differences(metrics_of(first), metrics_of(second))
+    lines += ["", f"figures: {len(effects) or 'no'} difference{'s' if len(effects) != 1 else ''}"]
+    lines += [effect_shown(effect) for effect in effects]
+    return [*lines, "", verdict(first, second, {name for name, found in causes.items() if found}, effects)]
+
+
+def title(run: Run) -> str:
+    """A run on one line."""
+    tags = run.data.tags
+    commit = tags.get(COMMIT, "none")[:10] + (" with uncommitted changes" if tags.get(DIRTY) == "true" else "")
+    return f"{run.info.run_name} (run {run.info.run_id[:12]}, commit {commit}, gate {tags.get('sft.gate', 'unknown')})"
+
+
+def name_of(difference: Difference) -> str:
+    """To sort by."""
+    return difference.name
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
+    """What two mappings do not have in common, by name."""
+    names = [*before, *(name for name in after if name not in before)]
+    return [
+        Difference(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)
+    ]
+
+
+def data_of(run: Run) -> dict[str, str]:
+    """Data file -> SHA-256."""
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    return {item.dataset.name: json.loads(item.dataset.source)["sha256"] for item in inputs}
+
+
+def metrics_of(run: Run) -> dict[str, float]:
+    """Figures: those of the evaluation first; points of curves are left out."""
+    metrics = {name: value for name, value in sorted(run.data.metrics.items()) if "." in name}
+    stage_metrics = {name: value for name, value in metrics.items() if not name.startswith("curve.")}
+    ranked = sorted(stage_metrics, key=lambda name: (not name.startswith("evaluate."), name))
+    return {name: stage_metrics[name] for name in ranked}
+
+
+def tagged(first: Run, second: Run, wanted: Any) -> list[Difference]:
+    """Tags of one kind that differ."""
+    chosen: Iterable[dict[str, str]] = (
+        {name: value for name, value in sorted(run.data.tags.items()) if wanted(name)} for run in (first, second)
+    )
+    return differences(*chosen)
+
+
+def shown(difference: Difference) -> str:
+    """One cause on one line."""
+    before, after = (cut("-" if value is None else str(value)) for value in (difference.before, difference.after))
+    return f"  {difference.name}: {before} -> {after}"
+
+
+def cut(text: str) -> str:
+    """A value that fits on a line; of digests the beginning is enough."""
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
+
+
+def effect_shown(effect: Difference) -> str:
+    """One figure on one line, with how much it changed and whether that is good."""
+    if effect.before is None or effect.after is None:
+        return shown(effect)
+    change = effect.after - effect.before
+    return f"  {effect.name}: {effect.before:.6g} -> {effect.after:.6g} ({change:+.3g}{quality(effect.name, change)})"
+
+
+def quality(name: str, change: float) -> str:
+    """`, better` or `, worse` for the figures of the evaluation, nothing for the others."""
+    if not name.startswith("evaluate.") or name == "evaluate.gate_passed":
+        return ""
+    lower = any(name.endswith(ending) for ending in LOWER_IS_BETTER)
+    return ", better" if (change < 0) == lower else ", worse"
+
+
+def verdict(first: Run, second: Run, causes: set[str], effects: list[Difference]) -> str:
+    """The comparison in a sentence or two."""
+    if first.data.tags.get(DIGEST_TAG) == second.data.tags.get(DIGEST_TAG):
+        return "Same params, same result to the last digit."
+    if not causes:
+        return "No recorded cause, but the results differ: another processor, or something that is not recorded."
+    reasons = ", ".join(sorted(causes))
+    evaluated = [effect for effect in effects if effect.before is not None and effect.after is not None]
+    words = [quality(effect.name, effect.after - effect.before) for effect in evaluated]
+    better, worse = words.count(", better"), words.count(", worse")
+    alone = "That is all that differs, so it is the reason." if len(causes) == 1 else "They can't be told apart here."
+    return f"B differs from A in {reasons}; {better} figures of the evaluation are better in B, {worse} worse. {alone}"
