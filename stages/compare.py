@@ -15,7 +15,7 @@ from stages.lineage import main_checkout
 from stages.mlflow_run import SQLITE, Tracking, absolute_uri, open_tracking
 from stages.params import Params
 from stages.paths import Paths
-from stages.publish import DIGEST_TAG
+from stages.publish import DIGEST_TAG, MEASURED_STAGES
 
 LOWER_IS_BETTER = ("loss", "perplexity", "size_mb", "relative_error", "dropped", "lost")
 VERSION, COMMIT, DIRTY, BASE = "version.", "git.commit", "git.dirty", "sft.base_model"
@@ -118,11 +118,9 @@ def data_of(run: Run) -> dict[str, str]:
 
 
 def metrics_of(run: Run) -> dict[str, float]:
-    """Figures: those of the evaluation first; points of curves are left out."""
-    metrics = {name: value for name, value in sorted(run.data.metrics.items()) if "." in name}
-    stage_metrics = {name: value for name, value in metrics.items() if not name.startswith("curve.")}
-    ranked = sorted(stage_metrics, key=lambda name: (not name.startswith("evaluate."), name))
-    return {name: stage_metrics[name] for name in ranked}
+    """Figures of the stages, those of the evaluation first; curves and the model version's copies are left out."""
+    figures = {name: value for name, value in run.data.metrics.items() if name.partition(".")[0] in MEASURED_STAGES}
+    return {name: figures[name] for name in sorted(figures, key=lambda name: (not name.startswith("evaluate."), name))}
 
 
 def tagged(first: Run, second: Run, wanted: Any) -> list[Difference]:
@@ -171,4 +169,6 @@ def verdict(first: Run, second: Run, causes: set[str], effects: list[Difference]
     words = [quality(effect.name, effect.after - effect.before) for effect in evaluated]
     better, worse = words.count(", better"), words.count(", worse")
     alone = "That is all that differs, so it is the reason." if len(causes) == 1 else "They can't be told apart here."
+    if "data" in causes:
+        alone += " The data differ: the figures may be of different rows."
     return f"B differs from A in {reasons}; {better} figures of the evaluation are better in B, {worse} worse. {alone}"
