@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,53 +68,65 @@ def weight_errors(model_dir: Path, quantized_dir: Path) -> dict[str, float]:
     Raises:
         ValueError: a quantized layer has a scale that is NaN or Inf.
     """
-    sources = {name: path for path in weight_files(model_dir) for name in tensor_names(path)}
     config = json.loads((quantized_dir / "quantize_config.json").read_text(encoding="utf-8"))
     errors = {}
-    for name, packed in packed_layers(quantized_dir):
-        if not packed["scales"].isfinite().all():
-            raise ValueError(
-                f"quantized layer {name} has scales beyond float16's range; its weights are too large for GPTQ"
-            )
-        weight = read_tensor(sources[f"{name}.weight"], f"{name}.weight").float()
-        restored = dequantize(packed, config["bits"], zeros_minus_one=config["checkpoint_format"] == "gptq")
-        # Conv1D layers keep their weight as (inputs, outputs) already.
-        reference = weight if weight.shape == restored.shape and weight.shape[0] != weight.shape[1] else weight.T
-        errors[name] = float((reference - restored).norm() / reference.norm().clamp_min(1e-12))
+    with open_tensors(model_dir) as sources:
+        for name, packed in packed_layers(quantized_dir):
+            if not packed["scales"].isfinite().all():
+                raise ValueError(
+                    f"quantized layer {name} has scales beyond float16's range; its weights are too large for GPTQ"
+                )
+            weight = sources[f"{name}.weight"].get_tensor(f"{name}.weight").float()
+            restored = dequantize(packed, config["bits"], zeros_minus_one=config["checkpoint_format"] == "gptq")
+            # Conv1D layers keep their weight as (inputs, outputs) already.
+            reference = weight if weight.shape == restored.shape and weight.shape[0] != weight.shape[1] else weight.T
+            errors[name] = float((reference - restored).norm() / reference.norm().clamp_min(1e-12))
     return errors
 
 
 def packed_layers(quantized_dir: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Name and packed tensors (`qweight`, `qzeros`, `scales`, `g_idx`) of each quantized layer, one layer at a time."""
-    places = {name: path for path in weight_files(quantized_dir) for name in tensor_names(path)}
-    for name in places:
-        if name.endswith(".qweight"):
-            layer = name.removesuffix(".qweight")
-            yield layer, {part: read_tensor(places[f"{layer}.{part}"], f"{layer}.{part}") for part in PARTS}
+    with open_tensors(quantized_dir) as places:
+        for name in places:
+            if name.endswith(".qweight"):
+                layer = name.removesuffix(".qweight")
+                tensors = {part: places[f"{layer}.{part}"].get_tensor(f"{layer}.{part}") for part in PARTS}
+                yield layer, tensors
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """Tensor name -> the open safetensors file that holds it: opening costs more than reading a small tensor."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
+        yield {name: file for file in files for name in sorted(file.keys())}
 
 
 def dequantize(packed: dict[str, torch.Tensor], bits: int, zeros_minus_one: bool = True) -> torch.Tensor:
     """The weight `(inputs, outputs)` in float32 that a packed layer stands for."""
-    levels = _unpack(packed["qweight"].T.contiguous(), bits).T
-    zeros = _unpack(packed["qzeros"], bits) + int(zeros_minus_one)
+    levels = _unpack(packed["qweight"], bits, axis=0)
+    zeros = _unpack(packed["qzeros"], bits, axis=1) + int(zeros_minus_one)
     group = packed["g_idx"].long()
-    return packed["scales"].float()[group] * (levels - zeros[group]).float()
+    return (levels - zeros[group]).float().mul_(packed["scales"].float()[group])
 
 
-def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integers of `bits` bits out of int32 words, little end first, along the last axis."""
-    wide = words.to(torch.int64) & 0xFFFFFFFF
+def _unpack(words: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
+    """Integers of `bits` bits out of a matrix of int32 words, little end first, along one axis."""
     if 32 % bits == 0:
-        shifts = torch.arange(0, 32, bits)
-        return ((wide.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+        # The sign that an arithmetic shift draws in from the left is masked away.
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+        shifts = shifts.view(-1, 1) if axis == 0 else shifts
+        return ((words.unsqueeze(axis + 1) >> shifts) & (2**bits - 1)).flatten(axis, axis + 1)
     # Three-bit values cross word borders: take the bits one by one.
+    wide = words.movedim(axis, -1).to(torch.int64) & 0xFFFFFFFF
     stream = ((wide.unsqueeze(-1) >> torch.arange(32)) & 1).flatten(-2)
     fields = stream.unflatten(-1, (-1, bits))
-    return (fields << torch.arange(bits)).sum(-1)
+    return (fields << torch.arange(bits)).sum(-1).movedim(-1, axis)
 
 
 def _halve_file(path: Path) -> list[str]:
-    tensors = {name: read_tensor(path, name) for name in tensor_names(path)}
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     kept = []
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.dtype == torch.float16:
@@ -132,18 +145,6 @@ def _stable_quantization_config(quantized_dir: Path) -> dict[str, Any]:
     meta = config.get("meta", {})
     config["meta"] = {key: value for key, value in meta.items() if "offload" not in key and "device" not in key}
     return config
-
-
-def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors in a safetensors file."""
-    with safe_open(path, framework="pt") as handle:
-        return sorted(handle.keys())
-
-
-def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """One tensor of a safetensors file."""
-    with safe_open(path, framework="pt") as handle:
-        return handle.get_tensor(name)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

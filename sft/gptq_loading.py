@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
-from sft.gptq_checks import weight_files
-from sft.gptq_layout import PARTS, dequantize, packed_layers, read_tensor, tensor_names
+from sft.gptq_layout import PARTS, dequantize, open_tensors, packed_layers
 
 MAX_TOKENS = 64
 MAX_DEVIATION = 0.25
@@ -26,17 +26,18 @@ def load_dequantized(quantized_dir: Path, dtype: torch.dtype = torch.float32) ->
     # The file that vLLM reads; transformers reads the section in config.json.
     packing = json.loads((quantized_dir / "quantize_config.json").read_text(encoding="utf-8"))
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with no_init_weights():  # all of them are read below
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     weights = {}
     for name, packed in packed_layers(quantized_dir):
         weight = dequantize(packed, packing["bits"], zeros_minus_one=packing["checkpoint_format"] == "gptq")
         is_linear = isinstance(model.get_submodule(name), torch.nn.Linear)
         weights[f"{name}.weight"] = (weight.T if is_linear else weight).to(dtype).contiguous()
     packed_parts = {name.removesuffix("weight") + part for name in weights for part in PARTS}
-    for path in weight_files(quantized_dir):
-        for name in tensor_names(path):
+    with open_tensors(quantized_dir) as places:
+        for name, file in places.items():
             if name not in packed_parts:
-                weights[name] = read_tensor(path, name).to(dtype)
+                weights[name] = file.get_tensor(name).to(dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     model.tie_weights()
     unknown = [*(set(missing) - set(model.all_tied_weights_keys or ())), *unexpected]
