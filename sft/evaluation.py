@@ -108,8 +108,7 @@ def split_documents(rows: Sequence[Mapping[str, Any]]) -> Iterator[Document]:
         for length in lengths:
             piece = slice(start, start + length)
             start += length
-            # A document's first token has nothing before it to be predicted from.
-            supervised = [p for p, label in enumerate(labels[piece]) if label != IGNORE_INDEX and p > 0]
+            supervised = Document(index, input_ids[piece], labels[piece]).supervised
             if supervised:
                 last = supervised[-1] + 1
                 yield Document(index, input_ids[piece][:last], labels[piece][:last])

@@ -59,10 +59,11 @@ def generate_batch(
     if empty:
         raise ValueError(f"prompt {empty[0]} is empty: nothing to continue")
     stop_ids = stop_token_ids(model, tokenizer)
-    stops = [[token] for token in stop_ids]
     answers = [_answer(tokens, stop_ids, max_new_tokens) for tokens in begun or [[] for _ in prompts]]
     texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    open_ones = [i for i, answer in enumerate(answers) if len(answer) < max_new_tokens and answer[-1:] not in stops]
+    open_ones = [
+        i for i, tokens in enumerate(answers) if len(tokens) < max_new_tokens and not _stopped(tokens, stop_ids)
+    ]
     order = sorted(open_ones, key=[len(text) for text in texts].__getitem__)
     done = len(prompts) - len(order)
     training = model.training
@@ -110,6 +111,10 @@ def _answer(tokens: Sequence[int], stop_ids: list[int], max_new_tokens: int) -> 
     """The tokens up to and with the first stop token, at most `max_new_tokens`."""
     end = next((place + 1 for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
     return list(tokens[: min(end, max_new_tokens)])
+
+
+def _stopped(answer: Sequence[int], stop_ids: list[int]) -> bool:
+    return bool(answer) and answer[-1] in stop_ids
 
 
 def _continue(
@@ -163,6 +168,6 @@ def _step(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor, positio
 
 
 def _generation(tokens: list[int], stop_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
-    stopped = bool(tokens) and tokens[-1] in stop_ids
+    stopped = _stopped(tokens, stop_ids)
     content = tokens[:-1] if stopped else tokens
     return Generation(tokenizer.decode(content, skip_special_tokens=True), stopped, len(content))

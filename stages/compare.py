@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from stages.mlflow_run import SQLITE, Tracking, absolute_uri, open_tracking
 from stages.params import Params
 from stages.paths import Paths
 from stages.publish import DIGEST_TAG, MEASURED_STAGES
+from stages.report import METRICS
 
-LOWER_IS_BETTER = ("loss", "perplexity", "size_mb", "relative_error", "dropped", "lost")
 VERSION, COMMIT, DIRTY, BASE = "version.", "git.commit", "git.dirty", "sft.base_model"
 MAX_VALUE = 60
 
@@ -84,11 +84,15 @@ def report(first: Run, second: Run) -> list[str]:
         "versions": tagged(first, second, lambda name: name.startswith(VERSION)),
     }
     for cause, found in causes.items():
-        lines += [f"{cause}: {len(found) or 'no'} difference{'s' if len(found) != 1 else ''}", *map(shown, found)]
+        lines += [heading(cause, found), *map(shown, found)]
     effects = differences(metrics_of(first), metrics_of(second))
-    lines += ["", f"figures: {len(effects) or 'no'} difference{'s' if len(effects) != 1 else ''}"]
-    lines += [effect_shown(effect) for effect in effects]
+    lines += ["", heading("figures", effects), *map(effect_shown, effects)]
     return [*lines, "", verdict(first, second, {name for name, found in causes.items() if found}, effects)]
+
+
+def heading(what: str, found: list[Difference]) -> str:
+    """How many differences of one kind there are."""
+    return f"{what}: {len(found) or 'no'} difference{'s' if len(found) != 1 else ''}"
 
 
 def title(run: Run) -> str:
@@ -123,12 +127,12 @@ def metrics_of(run: Run) -> dict[str, float]:
     return {name: figures[name] for name in sorted(figures, key=lambda name: (not name.startswith("evaluate."), name))}
 
 
-def tagged(first: Run, second: Run, wanted: Any) -> list[Difference]:
+def tagged(first: Run, second: Run, wanted: Callable[[str], bool]) -> list[Difference]:
     """Tags of one kind that differ."""
-    chosen: Iterable[dict[str, str]] = (
+    before, after = (
         {name: value for name, value in sorted(run.data.tags.items()) if wanted(name)} for run in (first, second)
     )
-    return differences(*chosen)
+    return differences(before, after)
 
 
 def shown(difference: Difference) -> str:
@@ -152,10 +156,11 @@ def effect_shown(effect: Difference) -> str:
 
 def quality(name: str, change: float) -> str:
     """`, better` or `, worse` for the figures of the evaluation, nothing for the others."""
-    if not name.startswith("evaluate.") or name == "evaluate.gate_passed":
+    stage, _, metric = name.partition(".")
+    direction = METRICS.get(metric.rpartition(".")[2], ("", "", 0))[2] if stage == "evaluate" else 0
+    if direction == 0:
         return ""
-    lower = any(name.endswith(ending) for ending in LOWER_IS_BETTER)
-    return ", better" if (change < 0) == lower else ", worse"
+    return ", better" if change * direction > 0 else ", worse"
 
 
 def verdict(first: Run, second: Run, causes: set[str], effects: list[Difference]) -> str:

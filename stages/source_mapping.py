@@ -12,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sft.records import RowError
 from stages.params import MappedSection
 
-ROLE_KEYS = ("role", "from")
+ROLE_KEYS = {"role", "from"}
 _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
@@ -30,13 +30,17 @@ class RowMapping:
         self._templates = {role: _JINJA.from_string(text) for role, text in texts.items()}
         self._fields = {name for text in texts.values() for name in meta.find_undeclared_variables(_JINJA.parse(text))}
         self._seen_columns: dict[str, None] = {}
-        self._seen_roles: dict[str, None] = {}
+        self._seen_roles: set[str] = set()
 
     def observe(self, row: Mapping[str, Any]) -> None:
         """Take note of a row's columns and roles."""
         self._seen_columns.update(dict.fromkeys(row))
         if self._roles:
-            self._seen_roles.update(dict.fromkeys(str(message[key]) for message, key in _tagged(row.values())))
+            messages = (message for value in row.values() if isinstance(value, list) for message in value)
+            tags = (
+                message[key] for message in messages if isinstance(message, dict) for key in ROLE_KEYS & message.keys()
+            )
+            self._seen_roles.update(str(tag).strip().lower() for tag in tags)
 
     def columns(self) -> tuple[str, ...]:
         """The columns of all rows observed, as they are after mapping.
@@ -47,8 +51,7 @@ class RowMapping:
         seen = tuple(self._seen_columns)
         self._check_named("columns", self._columns, seen, "column")
         self._check_named("template", self._fields, seen, "column")
-        roles = {role.strip().lower() for role in self._seen_roles}
-        self._check_named("roles", self._roles, tuple(roles), "role")
+        self._check_named("roles", self._roles, tuple(self._seen_roles), "role")
         if self._templates:
             return ("messages",)
         renamed: dict[str, str] = {}
@@ -87,23 +90,13 @@ class RowMapping:
             raise RowError("template", f"the template of {role} can't be filled in: {error}") from error
 
     def _translated(self, value: Any) -> Any:
-        tagged = [id(message) for message, _ in _tagged([value])]
-        if not tagged:
+        """A column; where it holds messages, with their roles translated."""
+        if not isinstance(value, list):
             return value
-        return [
-            {name: self._role(part) if name in ROLE_KEYS else part for name, part in message.items()}
-            if id(message) in tagged
-            else message
-            for message in value
-        ]
+        return [self._with_role(message) if isinstance(message, dict) else message for message in value]
 
-    def _role(self, tag: Any) -> Any:
-        return self._roles.get(tag.strip().lower(), tag) if isinstance(tag, str) else tag
-
-
-def _tagged(values: Iterable[Any]) -> Iterable[tuple[Mapping[str, Any], str]]:
-    """Messages with the key of their role, out of all columns that hold lists of messages."""
-    for value in values:
-        for message in value if isinstance(value, list) else ():
-            if isinstance(message, dict):
-                yield from ((message, key) for key in ROLE_KEYS if key in message)
+    def _with_role(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: self._roles.get(part.strip().lower(), part) if name in ROLE_KEYS and isinstance(part, str) else part
+            for name, part in message.items()
+        }
