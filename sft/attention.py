@@ -36,6 +36,7 @@ __all__ = [
     "flash_sdp_only",
     "probe_isolation",
     "refuse_packing_reason",
+    "rounding_tolerances",
 ]
 
 SFT_DOCUMENTS = "sft_documents"
@@ -253,7 +254,7 @@ def _measure_isolation(model: torch.nn.Module, base: Any) -> IsolationReport:
     alone = torch.cat([_flat_logits(model, base, [first]), _flat_logits(model, base, [second])])
     scale = alone.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     start_of_second = PROBE_LENGTHS[0]
-    neighbour_tolerance, packing_tolerance = _tolerances(base)
+    neighbour_tolerance, packing_tolerance = rounding_tolerances(base)
     return IsolationReport(
         neighbour_effect=((packed - perturbed)[start_of_second:].abs().max() / scale).item(),
         packing_error=((packed - alone).abs().max() / scale).item(),
@@ -262,7 +263,7 @@ def _measure_isolation(model: torch.nn.Module, base: Any) -> IsolationReport:
     )
 
 
-def _tolerances(base: Any) -> tuple[float, float]:
+def rounding_tolerances(base: Any) -> tuple[float, float]:
     """Limits for a neighbour's effect and for packing's; rounding alone stays well below, leaks lie well above.
 
     The former compares runs of equal shape, which round alike; the latter does not, and TF32 products round more.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sft.labels import IGNORE_INDEX
+from sft.shared_tokens import share_tokens
 
 Array = np.ndarray[Any, Any]
 Row = Mapping[str, Any]
@@ -36,12 +37,15 @@ class DataCollatorForSFT:
         padding_free: join the rows instead of padding them.
         pad_to_multiple_of: fill up to a multiple of this many tokens; in a flat row by one more, untrained document.
         return_position_ids: give `position_ids` with padded batches too (flat ones always have them).
+        share_tokens: with flat batches, also say which tokens need not be computed, in the columns of
+            `sft.shared_tokens.SharedTokens`; not where rows are filled up to a multiple.
     """
 
     pad_token_id: int
     padding_free: bool = False
     pad_to_multiple_of: int | None = None
     return_position_ids: bool = False
+    share_tokens: bool = False
 
     def __call__(self, features: Sequence[Row], return_tensors: str = "pt") -> dict[str, torch.Tensor]:
         """Collate rows with `input_ids` and perhaps `labels`, `seq_lengths`, `loss_weights`, token masks."""
@@ -50,7 +54,8 @@ class DataCollatorForSFT:
         rows = [read_row(row, place) for place, row in enumerate(features)]
         if self.padding_free or any("seq_lengths" in row for row in features):
             lengths = [document_lengths(row, len(rows[place].input_ids), place) for place, row in enumerate(features)]
-            return flat_batch(rows, np.concatenate(lengths), self.pad_token_id, self.pad_to_multiple_of)
+            flat = join_rows(rows, np.concatenate(lengths), self.pad_token_id, self.pad_to_multiple_of)
+            return flat_batch(flat, shared=self.share_tokens and self.pad_to_multiple_of is None)
         return padded_batch(rows, self)
 
 
@@ -128,10 +133,18 @@ def document_lengths(row: Row, num_tokens: int, place: int) -> Array:
     return lengths
 
 
-def flat_batch(
+@dataclass(frozen=True)
+class FlatRow:
+    """Documents one after another, `lengths` `(num_documents,)` their lengths; no document's first label counts."""
+
+    tokens: TokenRow
+    lengths: Array
+
+
+def join_rows(
     rows: Sequence[TokenRow], lengths: Array, pad_token_id: int, pad_to_multiple_of: int | None = None
-) -> dict[str, torch.Tensor]:
-    """Join rows into one; see `DataCollatorForSFT` for what comes out.
+) -> FlatRow:
+    """Join rows into one.
 
     Args:
         rows: the tokens.
@@ -143,18 +156,28 @@ def flat_batch(
     if fill:
         padding = TokenRow(np.full(fill, pad_token_id), np.full(fill, IGNORE_INDEX), None)
         rows, lengths = [*rows, padding], np.append(lengths, fill)
-    starts = np.cumsum(lengths) - lengths
     labels = np.concatenate([row.labels for row in rows])
-    labels[starts] = IGNORE_INDEX
+    labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX
+    weighted = any(row.weights is not None for row in rows)
+    weights = np.concatenate([_weights(row) for row in rows]) if weighted else None
+    return FlatRow(TokenRow(np.concatenate([row.input_ids for row in rows]), labels, weights), lengths)
+
+
+def flat_batch(flat: FlatRow, *, shared: bool = False) -> dict[str, torch.Tensor]:
+    """The batch of one flat row; see `DataCollatorForSFT` for what comes out."""
+    tokens, lengths = flat.tokens, flat.lengths.astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
     arrays = {
-        "input_ids": np.concatenate([row.input_ids for row in rows]),
-        "labels": labels,
-        "position_ids": np.arange(len(labels)) - np.repeat(starts, lengths),
+        "input_ids": tokens.input_ids,
+        "labels": tokens.labels,
+        "position_ids": np.arange(len(tokens.labels)) - np.repeat(starts, lengths),
     }
-    if any(row.weights is not None for row in rows):
-        arrays["loss_weights"] = np.concatenate([_weights(row) for row in rows])
+    if tokens.weights is not None:
+        arrays["loss_weights"] = tokens.weights
     batch = {name: torch.from_numpy(values)[None] for name, values in arrays.items()}
-    return {**batch, "seq_lengths": torch.from_numpy(lengths.astype(np.int64))}
+    batch["seq_lengths"] = torch.from_numpy(lengths)
+    plan = share_tokens(tokens.input_ids, tokens.labels, lengths, tokens.weights) if shared else None
+    return batch if plan is None else {**batch, **plan.to_batch()}
 
 
 def _weights(row: TokenRow) -> Array:

@@ -38,6 +38,11 @@ class SFTConfig(TrainingArguments):
             `packing_strategy`.
         chars_per_token: The same; characters that a token is taken to have while that buffer is filled.
         padding_free: Join a batch's rows into one row without padding.
+        share_tokens: In packed and padding-free batches, compute what documents of a row begin with alike once, and
+            nothing behind a document's last target: same losses and gradients in less time. Left aside where a model or
+            an option draws noise for each token, or logits of all tokens are asked for.
+        fused_lora: Run plain LoRA layers as one autograd step each (`sft.lora_linear`).
+        fused_layers: The same for RMS norms and SwiGLU layers in float32 (`sft.fused_layers`).
         force_flash_sdp: Compute attention with torch's own flash kernel alone (Flash Attention 1's route: needs `sdpa`,
             half precision on a GPU, and packed or padding-free batches, since that kernel takes no mask).
         pad_to_multiple_of: Padded length is a multiple of this.
@@ -87,6 +92,9 @@ class SFTConfig(TrainingArguments):
     num_of_sequences: int | None = field(default=None, metadata={"help": "Rows in the buffer of constant lengths."})
     chars_per_token: float | None = field(default=None, metadata={"help": "Characters a token, for that buffer."})
     padding_free: bool = field(default=False, metadata={"help": "Batches as one row without padding."})
+    share_tokens: bool = field(default=True, metadata={"help": "Compute what documents begin with alike once."})
+    fused_lora: bool = field(default=True, metadata={"help": "LoRA layers as one autograd step each."})
+    fused_layers: bool = field(default=True, metadata={"help": "Norms and SwiGLU as one autograd step each."})
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Padded length is a multiple of this."})
     force_flash_sdp: bool = field(default=False, metadata={"help": "Attention by torch's flash kernel alone."})
 

@@ -48,7 +48,10 @@ def document_attention_forward(
     _check_flat(layout, query, key, attention_mask, kwargs)
     dims = query.shape[-1], value.shape[-1]
     kernel = choose_kernel(current_hardware(query.device), query.dtype, dims, options, layout.longest)
-    return ATTEND[kernel](query, key, value, layout, options), None
+    if layout.sharing is None:
+        return ATTEND[kernel](query, key, value, layout, options), None
+    query, key, value = (layout.sharing.whole(states) for states in (query, key, value))
+    return layout.sharing.once(ATTEND[kernel](query, key, value, layout, options)), None
 
 
 def document_attention_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -76,9 +79,9 @@ def _check_flat(
     kwargs: dict[str, Any],
 ) -> None:
     rows, length, key_length = query.shape[0], query.shape[2], key.shape[2]
-    if rows != 1 or length != layout.num_tokens or key_length != length:
+    if rows != 1 or length != layout.num_computed or key_length != length:
         raise ValueError(
-            f"the document layout describes one row of {layout.num_tokens} tokens ({len(layout.lengths)} documents), "
+            f"the document layout describes one row of {layout.num_computed} tokens ({len(layout.lengths)} documents), "
             f"but attention got {rows} rows of {length} queries and {key_length} keys; give the model the flat batch "
             "that the layout came from, without a cache"
         )

@@ -14,7 +14,7 @@ attend to these positions only (`x`), and nothing of the row's other pairs is ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,15 +22,19 @@ from typing import Any
 
 import torch
 
+from sft.shared_tokens import Sharing, sharing_of
+
 
 @dataclass(frozen=True)
 class DocumentLayout:
     """Lengths of the documents of one flat row, in order; every length is at least 1.
 
-    `cache` holds what is made of them once for all layers.
+    `sharing` says which tokens the layers compute, where that is not all of them; `cache` holds what is made of the
+    lengths once for all layers.
     """
 
     lengths: tuple[int, ...]
+    sharing: Sharing | None = field(default=None, compare=False, repr=False)
     cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -43,6 +47,11 @@ class DocumentLayout:
     def num_tokens(self) -> int:
         """Tokens of the whole row."""
         return sum(self.lengths)
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens that the layers compute: those of the row, beginnings that documents share counted once."""
+        return self.num_tokens if self.sharing is None else self.sharing.num_computed
 
     @cached_property
     def longest(self) -> int:
@@ -93,6 +102,14 @@ def as_layout(seq_lengths: Sequence[int] | torch.Tensor | DocumentLayout) -> Doc
         return seq_lengths
     values: Any = seq_lengths.reshape(-1).tolist() if isinstance(seq_lengths, torch.Tensor) else seq_lengths
     return DocumentLayout(tuple(int(length) for length in values))
+
+
+def batch_layout(batch: Mapping[str, Any]) -> DocumentLayout | None:
+    """The layout of a collator's batch: its `seq_lengths`, or what its `SharedTokens` leave of them; None if padded."""
+    if "attended_lengths" in batch:
+        return DocumentLayout(tuple(batch["attended_lengths"].tolist()), sharing_of(batch))
+    lengths = batch.get("seq_lengths")
+    return None if lengths is None else as_layout(lengths)
 
 
 def current_layout() -> DocumentLayout | None:

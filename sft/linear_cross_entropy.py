@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from sft.products import back_through_linear, linear
 from sft.token_loss import LossOptions, SumOfScores, TokenSums, gradient_of_chunk, row_chunks, score_chunk
 
 
@@ -35,7 +35,7 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits `(rows, vocab)` of hidden states `(rows, hidden)`."""
-        logits = F.linear(hidden, self.weight, self.bias).float()
+        logits = linear(hidden, self.weight, self.bias).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
@@ -57,7 +57,7 @@ class _Gradients:
             self.bias += gradient.sum(dim=0)
         gradient = gradient.to(hidden.dtype)
         if self.hidden is not None:
-            torch.mm(gradient, head.weight, out=self.hidden[rows])
+            self.hidden[rows] = back_through_linear(gradient, head.weight)
         if self.weight is not None and self.weight.dtype == hidden.dtype:
             self.weight.addmm_(gradient.T, hidden[rows])
         elif self.weight is not None:

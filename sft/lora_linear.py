@@ -16,6 +16,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
+from sft.products import back_through_linear, linear
+
 
 class _LoraProduct(torch.autograd.Function):
     """`x @ W.T + bias + scaling * (x @ A.T) @ B.T` with W and bias frozen."""
@@ -32,7 +34,7 @@ class _LoraProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         inner = flat @ down.t()
-        output = nn.functional.linear(flat, weight, bias)
+        output = linear(flat, weight, bias)
         output.addmm_(inner, up.t(), alpha=scaling)
         ctx.save_for_backward(flat, weight, down, up, inner)
         ctx.scaling, ctx.shape = scaling, x.shape
@@ -45,7 +47,7 @@ class _LoraProduct(torch.autograd.Function):
         grad_inner = (grad @ up).mul_(ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
+            grad_x = back_through_linear(grad, weight)
             grad_x = grad_x.addmm_(grad_inner, down).view(ctx.shape)
         grad_down = grad_inner.t() @ flat if ctx.needs_input_grad[3] else None
         # transposed so that the small product reads the wide gradient row by row

@@ -56,7 +56,7 @@ def supervised_logits(model: nn.Module, inputs: Batch) -> SupervisedLogits:
         outputs = model(**model_arguments(inputs), logits_to_keep=kept)
         if outputs.logits.shape[1] == len(kept):
             places = torch.searchsorted(kept, targets.position)
-            return SupervisedLogits(_rows_at(outputs.logits, targets.row, places), targets, outputs)
+            return SupervisedLogits(_rows_at(outputs.logits, targets, places), targets, outputs)
     else:
         outputs = model(**model_arguments(inputs))
     return SupervisedLogits(_at_targets(outputs.logits, inputs, targets), targets, outputs)
@@ -72,15 +72,16 @@ def takes_positions(model: nn.Module) -> bool:
 
 
 def _at_targets(logits: torch.Tensor, inputs: Batch, targets: Targets) -> torch.Tensor:
-    """Pick the targets' rows out of all logits, which prompt tuning makes longer than the batch."""
-    return _rows_at(logits, targets.row, targets.position + logits.shape[1] - inputs["labels"].shape[1])
+    """Pick the targets' rows out of all logits, which prompt tuning makes longer than what the model was given."""
+    given = len(inputs["computed"]) if "computed" in inputs else inputs["labels"].shape[1]
+    return _rows_at(logits, targets, targets.position + logits.shape[1] - given)
 
 
-def _rows_at(states: torch.Tensor, row: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Pick `(n, width)` out of `(batch, length, width)`, without a copy when all of a flat batch is meant."""
-    if states.shape[0] == 1 and len(place) == states.shape[1]:
+def _rows_at(states: torch.Tensor, targets: Targets, place: torch.Tensor) -> torch.Tensor:
+    """Pick `(num_targets, width)` out of `(batch, length, width)`, without a copy when that is a whole flat batch."""
+    if states.shape[0] == 1 and len(place) == states.shape[1] and targets.in_order:
         return states[0]
-    return states[row, place]
+    return states[targets.row, place]
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def supervised_loss(
     if head is not None:
         targets = find_targets(inputs)
         hidden, outputs = states_before_head(model, inputs)
-        states = _rows_at(hidden, targets.row, targets.position)
+        states = _rows_at(hidden, targets, targets.position)
         sums = linear_cross_entropy_sums(states, head, targets.token, targets.weight, options)
     elif keep_logits:
         targets, outputs = find_targets(inputs), model(**model_arguments(inputs))

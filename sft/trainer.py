@@ -32,12 +32,16 @@ from sft.batching import choose_collator, choose_packing, settle_dispatch
 from sft.config import SFTConfig
 from sft.constant_length import constant_length_rows
 from sft.former_arguments import one_processor
+from sft.fused_layers import fused_layers
+from sft.layout import batch_layout
 from sft.lora_linear import fused_lora
 from sft.loss import LossOptions, TokenTotals, num_targets, supervised_loss
 from sft.neftune import embedding_noise
 from sft.offloading import check_offloading, offloaded_activations
 from sft.pitfalls import check_collator
 from sft.preparation import FormattingFunc, apply_formatting, prepare_dataset, resolve_max_length
+from sft.shared_tokens import without_sharing
+from sft.sharing_setup import settle_sharing
 from sft.tokens_seen import TokensSeen
 from sft.vision_setup import choose_vision_collator
 from sft.wiring import (
@@ -143,6 +147,7 @@ class SFTTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         with self.accelerator.autocast():
             self.attention = settle_attention(self.model, config, flat=packing.flat)
+            self.sharing = self._settle_sharing(config)
         self._say_what_is_trained()
 
     def _start_counting(self, config: SFTConfig) -> None:
@@ -152,13 +157,23 @@ class SFTTrainer(Trainer):
 
     def _say_what_is_trained(self) -> None:
         counts = count_parameters(self.model)
-        logger.info("training %s of %s parameters; %s", counts.num_trainable, counts.num_total, self.attention)
+        figures = (counts.num_trainable, counts.num_total, self.attention, self.sharing)
+        logger.info("training %s of %s parameters; %s; %s", *figures)
         if self.args.activation_offloading:
             check_offloading(self.args.device)
 
+    def _settle_sharing(self, config: SFTConfig) -> str:
+        if self.compute_loss_func is not None:
+            return "every token is computed: compute_loss_func is given the outputs of all"
+        return settle_sharing(self.model, config, self.data_collator)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `transformers.Trainer.train` does, with NEFTune's noise and fused LoRA layers while it lasts."""
-        with embedding_noise(self.model, self.args.neftune_noise_alpha), fused_lora(self.model):
+        """Train as `transformers.Trainer.train` does, with NEFTune's noise and fused layers while it lasts."""
+        with (
+            embedding_noise(self.model, self.args.neftune_noise_alpha),
+            fused_lora(self.model) if self.args.fused_lora else nullcontext(),
+            fused_layers(self.model) if self.args.fused_layers else nullcontext(),
+        ):
             return super().train(*args, **kwargs)
 
     def training_step(
@@ -198,7 +213,9 @@ class SFTTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """One evaluation batch, with its documents' borders."""
+        """One evaluation batch, with its documents' borders; `compute_metrics` needs the logits of every token."""
+        if self.compute_metrics is not None:
+            inputs = without_sharing(inputs)
         with attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
@@ -265,7 +282,7 @@ def checkpointing_arguments(config: SFTConfig) -> dict[str, Any]:
 @contextmanager
 def attention_context(inputs: dict[str, Any], *, force_flash_sdp: bool) -> Iterator[None]:
     """What attention needs to know around a step: the documents of a flat batch, and whether only flash will do."""
-    with document_layout(inputs.get("seq_lengths")), flash_sdp_only() if force_flash_sdp else nullcontext():
+    with document_layout(batch_layout(inputs)), flash_sdp_only() if force_flash_sdp else nullcontext():
         yield
 
 

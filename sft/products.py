@@ -1,0 +1,50 @@
+"""Matrix products with a weight, by the library of those at hand that is fastest on this processor.
+
+On x86 processors with AVX-512 torch leaves float32 products to MKL, where oneDNN's are some 10 % faster (a head's wide
+ones 30 %). Both round as float32 products do.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch.nn import functional as F
+
+MIN_ROWS = 32
+"""Below this many rows, choosing costs more than it gains."""
+
+
+@lru_cache(maxsize=1)
+def _onednn_for_float32() -> bool:
+    """Whether oneDNN is there and multiplies float32 faster on this processor; the same at every run."""
+    has_operator = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has_operator and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def uses_onednn(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a product of `(num_rows, in)` with a weight is left to oneDNN."""
+    plain = rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32 and rows.dim() == 2
+    return plain and rows.shape[0] >= MIN_ROWS and torch.backends.mkldnn.enabled and _onednn_for_float32()
+
+
+def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`rows @ weight.T + bias`, without a gradient of its own.
+
+    Args:
+        rows: `(num_rows, in)`.
+        weight: `(out, in)`.
+        bias: `(out,)` or None.
+    """
+    if not uses_onednn(rows, weight):
+        return F.linear(rows, weight, bias)
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return output
+
+
+def back_through_linear(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`gradient @ weight`: from a linear layer's output `(num_rows, out)` to its input `(num_rows, in)`."""
+    if not uses_onednn(gradient, weight):
+        return gradient @ weight
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(gradient, weight.t(), None, "none", [], "")
+    return output
