@@ -17,21 +17,30 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
 ROOT = Path(__file__).resolve().parent.parent
 WARMUP_STEPS = 2
+METHODS = ("lora", "full", "qlora")
+TRL_BEST = {"per_device_train_batch_size": 1, "packing": True, "max_length": 1400, "gradient_checkpointing": False}
+PACKED = {"per_device_train_batch_size": 1, "packing": True, "max_length": 1400}
 # Per contender: which library, and its options besides those that all share.
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "trl, as documented": ("trl", {"per_device_train_batch_size": 8}),
-    "trl, its best setting": (
-        "trl",
-        {"per_device_train_batch_size": 1, "packing": True, "max_length": 1400, "gradient_checkpointing": False},
-    ),
+    "trl, its best setting": ("trl", TRL_BEST),
     "sft, same batches": ("sft", {"per_device_train_batch_size": 8, "padding_free": True}),
     "sft, padded": ("sft", {"per_device_train_batch_size": 8}),
     "sft, packed": ("sft", {"per_device_train_batch_size": 1, "packing": True}),
-    "sft, same rows packed": ("sft", {"per_device_train_batch_size": 1, "packing": True, "max_length": 1400}),
+    "sft, same rows packed": ("sft", PACKED),
+}
+# One trick less each, on the same packed rows.
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "without shared tokens": ("sft", {**PACKED, "share_tokens": False}),
+    "without fused LoRA": ("sft", {**PACKED, "fused_lora": False}),
+    "without fused norms and SwiGLU": ("sft", {**PACKED, "fused_layers": False}),
+    "without oneDNN's products": ("sft", {**PACKED, "without": "onednn"}),
+    "without the head on targets alone": ("sft", {**PACKED, "without": "head on targets"}),
+    "without attention by document": ("sft", {**PACKED, "without": "attention by document"}),
 }
 
 
@@ -61,11 +70,13 @@ class CountedCollator:
     """Counts the tokens of batches that are not padding, as the wrapped collator makes them."""
 
     def __init__(self, collator: Callable[..., Any]) -> None:
-        self.collator, self.counts = collator, list[int]()
+        self.collator, self.counts, self.num_supervised = collator, list[int](), 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         self.counts.append(sum(len(row["input_ids"]) for row in rows))
-        return self.collator(rows)
+        batch = self.collator(rows)
+        self.num_supervised += int((batch["labels"] >= 0).sum())
+        return batch
 
 
 def read_rows(path: Path) -> Dataset:
@@ -87,20 +98,52 @@ def read_rows(path: Path) -> Dataset:
     return Dataset.from_list(pairs)
 
 
-def run(name: str, model_dir: Path, data: Path, num_steps: int) -> dict[str, Any]:
-    """Train `num_steps` timed steps behind the warm-up, and measure."""
-    library, options = CONTENDERS[name]
+def full_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """The loss as it is usually computed: logits of all tokens, then cross entropy on all of them."""
+    logits = outputs.logits[:, :-1].reshape(-1, outputs.logits.shape[-1])
+    loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
+    return loss / num_items_in_batch
+
+
+def switch_off(trick: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Do without what no option of the trainer switches off; returns further arguments of the trainer."""
+    if trick == "onednn":
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    if trick == "head on targets":
+        return {"compute_loss_func": full_loss}
+    if trick == "attention by document":
+        from sft import attention_setup
+        from sft.attention import AttentionChoice
+
+        attention_setup.choose_packed_attention = lambda *_: AttentionChoice("sdpa", "for comparison")
+    return {}
+
+
+def load_model(model_dir: Path, method: str) -> Any:
+    """The base model in float32, or in 4 bits for QLoRA."""
+    options = {}
+    if method == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, **options)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train `steps` timed steps behind the warm-up, and measure."""
+    library, options = {**CONTENDERS, **ABLATIONS}[args.name]
+    options = {"max_length": args.max_length, **options}
     if library == "sft":
         sys.path.insert(0, str(ROOT))
     package = __import__(library, fromlist=["SFTTrainer", "SFTConfig"])
     torch.manual_seed(0)
+    further = switch_off(options.pop("without", None), options)
     config = package.SFTConfig(
         **{
             "output_dir": "/tmp/bench",
-            "max_length": 512,
-            "learning_rate": 1e-4,
+            "learning_rate": 1e-4 if args.method != "full" else 1e-5,
             "lr_scheduler_type": "constant",
-            "max_steps": WARMUP_STEPS + num_steps,
+            "max_steps": WARMUP_STEPS + args.steps,
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": [],
@@ -111,20 +154,23 @@ def run(name: str, model_dir: Path, data: Path, num_steps: int) -> dict[str, Any
             **options,
         }
     )
+    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = package.SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32),
+        load_model(args.model, args.method),
         args=config,
-        train_dataset=read_rows(data),
-        processing_class=AutoTokenizer.from_pretrained(model_dir),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        train_dataset=read_rows(args.data),
+        processing_class=AutoTokenizer.from_pretrained(args.model),
+        peft_config=None if args.method == "full" else lora,
+        **further,
     )
     clock, collator = Clock(), CountedCollator(trainer.data_collator)
     trainer.data_collator = collator
     trainer.add_callback(clock)
     trainer.train()
     return {
-        "name": name,
-        "tokens": sum(collator.counts[WARMUP_STEPS : WARMUP_STEPS + num_steps]),
+        "name": args.name,
+        "tokens": sum(collator.counts[WARMUP_STEPS : WARMUP_STEPS + args.steps]),
+        "supervised": collator.num_supervised / sum(collator.counts),
         "seconds": clock.seconds,
         "losses": clock.losses,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
@@ -134,12 +180,14 @@ def run(name: str, model_dir: Path, data: Path, num_steps: int) -> dict[str, Any
 def main() -> None:
     """Run the contender that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=CONTENDERS)
+    parser.add_argument("name", choices={**CONTENDERS, **ABLATIONS})
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6)
-    args = parser.parse_args()
-    print("RESULT " + json.dumps(run(args.name, args.model, args.data, args.steps)), flush=True)
+    parser.add_argument("--method", choices=METHODS, default="lora")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=16)
+    print("RESULT " + json.dumps(run(parser.parse_args())), flush=True)
 
 
 if __name__ == "__main__":

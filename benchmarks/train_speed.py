@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-from contenders import CONTENDERS
+from contenders import ABLATIONS, CONTENDERS, METHODS
 
 HERE = Path(__file__).resolve().parent
 TRL_PYTHON = HERE / ".venv-trl" / "bin" / "python"
@@ -29,9 +29,9 @@ LORA_RANK = 16
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Run one contender in its own process and environment."""
-    python = TRL_PYTHON if CONTENDERS[name][0] == "trl" else Path(sys.executable)
+    python = TRL_PYTHON if name.startswith("trl") else Path(sys.executable)
     command = [str(python), str(HERE / "contenders.py"), name, "--model", str(args.model), "--data", str(args.data)]
-    command += ["--steps", str(args.steps)]
+    command += ["--steps", str(args.steps), "--method", args.method, "--max-length", str(args.max_length)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -40,14 +40,15 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(results[-1].removeprefix("RESULT "))
 
 
-def matrix_bound(model_dir: Path, num_tokens: int, supervised: float) -> float:
-    """Tokens a second if a LoRA step were nothing but its matrix products, at the speed of bare products right now.
+def matrix_bound(model_dir: Path, method: str, num_tokens: int, supervised: float) -> float:
+    """Tokens a second if a step were nothing but its matrix products, at the speed of torch's bare products right now.
 
-    Forward, and backward through the frozen weights; forward and both backward products of the LoRA matrices; the head
-    forward and backward on supervised tokens.
+    Forward, and backward through the weights; forward and both backward products of the LoRA matrices, or the
+    gradients of the weights where these are trained; the head forward and backward on supervised tokens.
 
     Args:
         model_dir: Folder with the model's config.
+        method: How is trained.
         num_tokens: Tokens of a step.
         supervised: Share of tokens with a target.
     """
@@ -60,10 +61,14 @@ def matrix_bound(model_dir: Path, num_tokens: int, supervised: float) -> float:
     products = []
     for width, out in layers:
         products += [(num_tokens, width, out), (num_tokens, out, width)]
+        if method == "full":
+            products.append((out, num_tokens, width))
+            continue
         products += [(num_tokens, width, LORA_RANK), (num_tokens, LORA_RANK, out)] * 2
         products += [(LORA_RANK, num_tokens, width), (out, num_tokens, LORA_RANK)]
     targets = max(1, round(num_tokens * supervised))
     vocabulary = [(targets, hidden, config.vocab_size), (targets, config.vocab_size, hidden)]
+    vocabulary += [(config.vocab_size, targets, hidden)] * (method == "full")
     seconds = config.num_hidden_layers * sum(map(product_seconds, products)) + sum(map(product_seconds, vocabulary))
     return num_tokens / seconds
 
@@ -105,18 +110,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=HERE.parent / "data" / "shop_train.jsonl")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each contender")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--supervised", type=float, default=0.6, help="share of supervised tokens, for the bound")
+    parser.add_argument("--method", choices=METHODS, default="lora")
+    parser.add_argument("--max-length", type=int, default=512, help="of rows that are not packed to 1400")
+    parser.add_argument("--only", nargs="*", choices={**CONTENDERS, **ABLATIONS}, default=list(CONTENDERS))
+    parser.add_argument("--ablate", action="store_true", help="also do without one trick at a time")
     args = parser.parse_args()
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in args.only}
-    bounds = []
+    names = [*args.only, *(name for name in ABLATIONS if args.ablate)]
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(args.repeats):
-        bounds.append(matrix_bound(args.model, 1024, args.supervised))
-        for name in args.only:
+        for name in names:
             results[name].append(measure(name, args))
             latest = results[name][-1]
             print(f"{name}: {latest['tokens'] / latest['seconds']:.0f} tokens/s", file=sys.stderr, flush=True)
-    print(table(results, max(bounds)))
+    supervised = statistics.mean(run["supervised"] for runs in results.values() for run in runs)
+    print(table(results, matrix_bound(args.model, args.method, 1024, supervised)))
 
 
 if __name__ == "__main__":

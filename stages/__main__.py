@@ -15,7 +15,7 @@ from stages.params import ParamsError, load_params
 from stages.paths import Paths
 
 STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
-TOOLS = ("check", "compare", "preview", "summary")
+TOOLS = ("check", "compare", "estimate", "preview", "summary")
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
 
 
