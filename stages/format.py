@@ -12,10 +12,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from sft.chat import ChatRenderer, TrainOn
 from sft.chat_formats import FORMATS, align_eos_with_template, apply_chat_format, ensure_pad_token, find_format
 from sft.chat_template import TemplateSourceError
+from sft.special_text import SpecialText
 from sft.terminator import TerminatorCheck
 from stages.artifacts import progress, read_json, read_jsonl, write_json
 from stages.base_model import read_base_model
-from stages.outfolder import JsonlWriter, Ledger, replacing_folder
+from stages.outfolder import Action, JsonlWriter, Ledger, replacing_folder
 from stages.params import FormatSection, Params
 from stages.paths import Paths
 
@@ -136,6 +137,7 @@ class Formatter:
         self._section = section
         self._renderer = ChatRenderer(tokenizer, TrainOn(section.train_on))
         self._check = TerminatorCheck(tokenizer, stop_token_ids)
+        self._special_text = SpecialText(tokenizer, allowed=section.add_special_tokens)
         self._ledger = Ledger(folder / "ledger.jsonl", "format")
         self._prompts = JsonlWriter(folder / "prompts.jsonl")
         self._writers = {split: JsonlWriter(folder / f"{split}.jsonl") for split in SPLITS}
@@ -160,10 +162,13 @@ class Formatter:
             self._take_record(split, with_system_message(record, self._section.system_message))
         progress(num_rows, num_rows, f"{split} rows")
 
-    def _take_record(self, split: str, record: dict[str, Any]) -> None:
+    def _take_record(self, split: str, given: dict[str, Any]) -> None:
+        record = self._guarded(given)
+        if record is None:
+            return
         rendered = self._renderer.render(record)
         if not rendered.spans:
-            self._ledger.drop(record["id"], "nothing_trained", f"train_on {self._section.train_on} selects nothing")
+            self._ledger.enter(record["id"], "nothing_trained", f"train_on {self._section.train_on} selects nothing")
             return
         if self._section.train_on != TrainOn.ALL:
             self._check.add(record["id"], rendered)
@@ -172,6 +177,21 @@ class Formatter:
         self._num_trained[split] += sum(span.end - span.start for span in rendered.spans)
         if split == "eval":
             self._write_prompt(record)
+
+    def _guarded(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        """The record with special tokens that it spells out treated as params.yaml says; None when it is dropped."""
+        wanted = self._section.special_text
+        problem = None if wanted == "off" else self._special_text.find(record)
+        if problem is None:
+            return record
+        kept: dict[str, Any] | None = record
+        action = Action.REPAIR if wanted == "neutralise" else Action(wanted)
+        if wanted == "neutralise":
+            kept = self._special_text.neutralised(record)
+        if kept is None or action is Action.DROP:
+            kept, action = None, Action.DROP
+        self._ledger.enter(record["id"], problem.reason, problem.detail, action)
+        return kept
 
     def _write_prompt(self, record: Mapping[str, Any]) -> None:
         last = self._renderer.last_turn(record)
@@ -182,22 +202,40 @@ class Formatter:
         """Make sure that every row is accounted for and that something is trained; returns the stage's figures.
 
         Raises:
-            ValueError: Nothing would be trained, or a trained turn does not end in a stop token.
+            ValueError: Nothing would be trained, too many rows were dropped, rows spell out special tokens and that is
+                to stop the pipeline, or a trained turn does not end in a stop token.
         """
         num_out = {split: writer.num_rows for split, writer in self._writers.items()}
-        assert sum(self._num_in.values()) == sum(num_out.values()) + self._ledger.num_rows, "a row got lost"
+        assert sum(self._num_in.values()) == sum(num_out.values()) + self._ledger.num_left_out, "a row got lost"
         for split in SPLITS:
             if num_out[split] == 0:
                 raise ValueError(
                     f"no token of the {self._num_in[split]} {split} rows would be trained with format.train_on "
                     f"{self._section.train_on}: {self._ledger.summary()}. Change train_on or the data"
                 )
+        self._check_dropped()
         self._check.finish()
         figures: dict[str, Any] = {f"num_{split}": num_out[split] for split in SPLITS}
         for split in SPLITS:
             share = self._num_trained[split] / self._num_characters[split]
             figures[f"trained_characters_{split}"] = round(share, 6)
-        return {**figures, "num_dropped": self._ledger.num_rows, "dropped": dict(sorted(self._ledger.counts.items()))}
+        counts = {action: dict(sorted(self._ledger.counts[action].items())) for action in Action}
+        figures |= {"num_dropped": self._ledger.num_left_out, "dropped": counts[Action.DROP]}
+        return {**figures, "repaired": counts[Action.REPAIR], "warned": counts[Action.WARN]}
+
+    def _check_dropped(self) -> None:
+        if self._ledger.counts[Action.FAIL]:
+            found = self._ledger.summary(Action.FAIL)
+            raise ValueError(
+                f"params.yaml, format.special_text: {found}. Mend the data, or state neutralise, warn or drop"
+            )
+        limit, num_in = self._section.max_dropped_fraction, sum(self._num_in.values())
+        dropped = self._ledger.num_left_out
+        if dropped > limit * num_in:
+            raise ValueError(
+                f"{dropped} of {num_in} rows ({dropped / num_in:.1%}) had to be dropped, more than "
+                f"format.max_dropped_fraction {limit} allows: {self._ledger.summary()}. Mend the data, or raise it"
+            )
 
 
 def with_system_message(record: dict[str, Any], system_message: str | None) -> dict[str, Any]:

@@ -1,12 +1,14 @@
-"""A stage's output folder that is replaced as a whole, and the ledger of rows that did not make it."""
+"""A stage's output folder that is replaced as a whole, and the ledger of rows that something was done to."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -33,11 +35,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 class JsonlWriter:
-    """Writes one JSON object a line, as rows come; counts them."""
+    """Writes one JSON object a line, as rows come; counts them, and knows at which byte the next one begins."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.num_rows = 0
-        self._file: IO[str] = path.open("w", encoding="utf-8", newline="\n")
+        self.num_bytes = 0
+        self._file: IO[bytes] = path.open("w+b")
 
     def __enter__(self) -> Self:
         return self
@@ -51,12 +55,46 @@ class JsonlWriter:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row."""
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+        self._file.write(line)
         self.num_rows += 1
+        self.num_bytes += len(line)
+
+    def read(self, offset: int) -> dict[str, Any]:
+        """A row that was written, by the byte at which it begins."""
+        self._file.seek(offset)
+        row = json.loads(self._file.readline())
+        self._file.seek(0, os.SEEK_END)
+        return dict(row)
+
+    def remove(self, rows: Set[int]) -> None:
+        """Take out rows by their numbers, from 0."""
+        self._file.close()
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with self.path.open("rb") as lines, partial.open("wb") as kept:
+            kept.writelines(line for number, line in enumerate(lines) if number not in rows)
+            self.num_bytes = kept.tell()
+        partial.replace(self.path)
+        self.num_rows -= len(rows)
+        self._file = self.path.open("a+b")
+
+
+class Action(StrEnum):
+    """What was done to a row that stands in the ledger."""
+
+    DROP = "drop"
+    OMIT = "omit"
+    """Left out because params.yaml wants fewer rows: nothing is wrong with it."""
+    REPAIR = "repair"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+LEAVES_OUT = (Action.DROP, Action.OMIT)
 
 
 class Ledger(JsonlWriter):
-    """Every row that a stage leaves out, with the reason; counts by reason and remembers the first ids of each.
+    """Every row that a stage leaves out, mends or warns of, with the reason; remembers the first ids of each reason.
 
     Args:
         path: JSON lines file.
@@ -66,25 +104,34 @@ class Ledger(JsonlWriter):
     def __init__(self, path: Path, stage: str) -> None:
         super().__init__(path)
         self._stage = stage
-        self.counts: Counter[str] = Counter()
-        self._examples: defaultdict[str, list[str]] = defaultdict(list)
+        self.counts: defaultdict[Action, Counter[str]] = defaultdict(Counter)
+        self._examples: defaultdict[tuple[Action, str], list[str]] = defaultdict(list)
 
-    def drop(self, row_id: str, reason: str, detail: str) -> None:
-        """Enter one row.
+    def enter(self, row_id: str, reason: str, detail: str, action: Action = Action.DROP) -> None:
+        """Enter one row; it may have several entries, of which one at most leaves it out.
 
         Args:
             row_id: Where the row is, `file:line`.
             reason: Short code.
             detail: What was found.
+            action: What was done.
         """
-        self.write({"id": row_id, "stage": self._stage, "reason": reason, "detail": detail})
-        self.counts[reason] += 1
-        if len(self._examples[reason]) < NUM_EXAMPLES:
-            self._examples[reason].append(f"{row_id} ({detail})")
+        self.write({"id": row_id, "stage": self._stage, "reason": reason, "action": action.value, "detail": detail})
+        self.counts[action][reason] += 1
+        if len(self._examples[action, reason]) < NUM_EXAMPLES:
+            self._examples[action, reason].append(f"{row_id} ({detail})")
 
-    def summary(self) -> str:
-        """Reasons, most frequent first, with the first ids of each."""
+    @property
+    def num_left_out(self) -> int:
+        """How many rows it leaves out."""
+        return sum(self.counts[action].total() for action in LEAVES_OUT)
+
+    def summary(self, *actions: Action) -> str:
+        """Reasons, most frequent first, with the first ids of each; of rows left out, or of some actions."""
+        chosen = [
+            (count, reason, action) for action in actions or LEAVES_OUT for reason, count in self.counts[action].items()
+        ]
         return "; ".join(
-            f"{reason} {count} times, first {', '.join(self._examples[reason])}"
-            for reason, count in self.counts.most_common()
+            f"{reason} {count} times, first {', '.join(self._examples[action, reason])}"
+            for count, reason, action in sorted(chosen, key=lambda item: -item[0])
         )

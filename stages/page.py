@@ -14,6 +14,8 @@ from stages.differences import soft_breaks
 from stages.paths import Paths
 
 MAX_LEDGER_IDS = 5
+# what the ledger calls what was done -> how a page says it; a reason such as "truncated" says it itself
+ACTIONS = {"drop": "left out", "omit": "not taken", "repair": "repaired", "warn": "stays"}
 NBSP = "\u00a0"
 
 
@@ -37,19 +39,19 @@ def percent(value: float) -> str:
 
 
 def ledger_summary(paths: Paths) -> list[dict[str, Any]]:
-    """Rows that were dropped or cut, counted by stage and reason, with the first ids."""
-    counts: Counter[tuple[str, str]] = Counter()
-    ids: dict[tuple[str, str], list[str]] = {}
+    """Rows that were left out, cut, repaired or warned of, counted by stage, reason and action, with the first ids."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    ids: dict[tuple[str, str, str], list[str]] = {}
     for stage in ("load", "format", "pack"):
         path = paths.out(stage, "ledger.jsonl")
         for entry in read_jsonl(path) if path.exists() else ():
-            key = (entry["stage"], entry["reason"])
+            key = (entry["stage"], entry["reason"], ACTIONS.get(entry.get("action", ""), ""))
             counts[key] += 1
             first = ids.setdefault(key, [])
             if len(first) < MAX_LEDGER_IDS:
                 first.append(str(entry["id"]))
     return [
-        {"stage": key[0], "reason": key[1].replace("_", " "), "count": count, "ids": ids[key]}
+        {"stage": key[0], "reason": key[1].replace("_", " "), "action": key[2], "count": count, "ids": ids[key]}
         for key, count in counts.most_common()
     ]
 

@@ -126,12 +126,34 @@ class EvalSection(MappedSection):
         return SourceSection(path=self.path, columns=self.columns, roles=self.roles, template=self.template)
 
 
+Action = Literal["off", "warn", "drop", "fail"]
+MendingAction = Literal["off", "warn", "repair", "drop", "fail"]
+
+
+class ChecksSection(Section):
+    """What rows are looked at for, and what happens to a row that has it."""
+
+    duplicate: Annotated[Action, Field(description="The same as an earlier training row")]
+    in_eval: Annotated[Action, Field(description="The same as a held-out row")]
+    near_duplicate: Annotated[Action, Field(description="Nearly the same as an earlier training row")]
+    near_eval: Annotated[Action, Field(description="Nearly the same as a held-out row")]
+    similarity: Annotated[float, Field(ge=0.3, le=1.0, description="Word triples shared by rows nearly the same")]
+    truncated_answer: Annotated[Action, Field(description="An answer that breaks off")]
+    mojibake: Annotated[MendingAction, Field(description="Text decoded with the wrong encoding")]
+    control_characters: Annotated[MendingAction, Field(description="Characters that nobody sees")]
+    tool_schema: Annotated[Action, Field(description="A tool whose parameters are no JSON Schema")]
+    tool_call: Annotated[Action, Field(description="A call that does not fit the tools offered")]
+    length_outlier: Annotated[Action, Field(description="A row far longer or shorter than the others")]
+    rare_language: Annotated[Action, Field(description="A row in a language of less than 1 % of the rows")]
+
+
 class LoadSection(Section):
     """Sources to validated records."""
 
     sources: Annotated[list[SourceSection], Field(min_length=1, description="Where training rows come from")]
     eval: Annotated[EvalSection, Field(description="Where held-out rows come from")]
     require_alternation: Annotated[bool, Field(description="User and assistant must take turns")]
+    checks: Annotated[ChecksSection, Field(description="What rows are looked at for")]
     max_dropped_fraction: Annotated[Fraction, Field(description="Stop when more rows than this were dropped")]
     seed: Annotated[Seed, Field(description="Seed of the eval split")]
 
@@ -145,6 +167,11 @@ class FormatSection(Section):
     ]
     system_message: Annotated[str | None, Field(description="Put before conversations that have none")]
     add_special_tokens: Annotated[list[Token], Field(description="Tokens to add to the vocabulary")]
+    special_text: Annotated[
+        Literal["off", "warn", "neutralise", "drop", "fail"],
+        Field(description="Special tokens spelled out in messages"),
+    ]
+    max_dropped_fraction: Annotated[Fraction, Field(description="Stop when more rows than this were dropped")]
 
 
 class PackSection(Section):

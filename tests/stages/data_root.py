@@ -44,9 +44,11 @@ class DataRoot:
         """The shipped parameters with other values for load and format; eval rows are a fraction unless given."""
         values = load_params(ROOT / "params.yaml").model_dump()
         values["model"]["name_or_path"] = str(self.model)
+        checks = values["load"]["checks"] | (load or {}).get("checks", {})
         values["load"] |= {"sources": [{"path": "data/train.jsonl"}], "eval": {"path": None, "fraction": 0.3}} | (
             load or {}
         )
+        values["load"]["checks"] = checks
         values["format"] |= format or {}
         return Params.model_validate(values)
 

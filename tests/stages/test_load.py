@@ -38,7 +38,7 @@ def test_records_keep_their_place_and_content(root: DataRoot) -> None:
     assert root.rows("load", "ledger.jsonl") == []
     assert figures == {
         "num_rows_in": 21, "num_train": 20, "num_eval": 1, "num_repeated": 0, "num_omitted": 0,
-        "num_dropped": 0, "dropped_fraction": 0.0, "dropped": {},
+        "num_dropped": 0, "dropped_fraction": 0.0, "dropped": {}, "repaired": {}, "warned": {},
     }  # fmt: skip
     base_model = read_json(root.paths.out("load", "base_model.json"))
     assert base_model["name_or_path"] == str(root.model)
@@ -73,8 +73,12 @@ def test_every_bad_row_stands_in_the_ledger_with_its_reason(root: DataRoot) -> N
         ("train.jsonl:28", "bad_unicode"),
     ]
     assert ledger[5] == {
-        "id": "train.jsonl:25", "stage": "load", "reason": "duplicate", "detail": "the same as train.jsonl:4"
-    }  # fmt: skip
+        "id": "train.jsonl:25",
+        "stage": "load",
+        "reason": "duplicate",
+        "action": "drop",
+        "detail": "the same as train.jsonl:4",
+    }
     assert figures["num_rows_in"] == figures["num_train"] + figures["num_eval"] + figures["num_dropped"] == 30
     assert figures["dropped"]["duplicate"] == 2
     card = read_json(root.paths.out("load", "card.json"))

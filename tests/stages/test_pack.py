@@ -45,7 +45,10 @@ def paths(tmp_path: Path) -> Paths:
     counts = {"num_rows_in": 13, "num_train": 12, "num_eval": 2, "num_repeated": 0, "num_omitted": 0, "num_dropped": 1}
     write_json(paths.out("load", "card.json"), {"sources": [{**source, "dropped": {"duplicate": 1}}], **counts})
     write_jsonl(paths.out("load", "train.jsonl"), (record(number, 1 + number % 4) for number in range(13)))
-    write_jsonl(paths.out("load", "ledger.jsonl"), [{"id": "rows.jsonl:99", "stage": "load", "reason": "duplicate"}])
+    write_jsonl(
+        paths.out("load", "ledger.jsonl"),
+        [{"id": "rows.jsonl:99", "stage": "load", "reason": "duplicate", "action": "drop"}],
+    )
     return paths
 
 

@@ -161,7 +161,7 @@ def test_data_section_says_where_rows_come_from_and_went(page: str) -> None:
 
 def test_ledger_is_counted_by_reason_and_quantization_error_is_drawn(paths: Paths, page: str) -> None:
     assert report.ledger_summary(paths) == [
-        {"stage": "load", "reason": "duplicate", "count": 1, "ids": ["tiny.jsonl:5"]}
+        {"stage": "load", "reason": "duplicate", "action": "left out", "count": 1, "ids": ["tiny.jsonl:5"]}
     ]
     assert page.count('class="cell"') == 4
     assert "1 layers needed more damping" in page

@@ -65,7 +65,10 @@ def write_tiny_run(root: Path) -> Paths:
     record = {"name_or_path": "models/base", "revision": None, "resolved": "models/base"}
     write_json(paths.out("load", "base_model.json"), {**record, "digest": folder_digest(root / "models" / "base")})
     write_json(paths.out("load", "card.json"), CARD)
-    write_jsonl(paths.out("load", "ledger.jsonl"), [{"id": "tiny.jsonl:5", "stage": "load", "reason": "duplicate"}])
+    write_jsonl(
+        paths.out("load", "ledger.jsonl"),
+        [{"id": "tiny.jsonl:5", "stage": "load", "reason": "duplicate", "action": "drop"}],
+    )
     write_json(paths.metrics("load"), {"num_train": 4, "num_eval": 3})
     tokenizer.save_pretrained(paths.out("format", "tokenizer"))
     write_json(paths.out("format", "summary.json"), {"new_token_ids": []})
