@@ -16,8 +16,8 @@ from sft.chat import ChatRenderer, Rendered, TrainOn, asked_part
 from sft.config import DEFAULT_MAX_LENGTH, SFTConfig
 from sft.encoding import Encoder
 from sft.packing import apply_overflow, pack_dataset
-from sft.records import Kind, Layout, detect_layout, normalize
-from sft.tokenized import MASKS, labels_of_tokens, supervised, warn_of_double_bos
+from sft.records import CONVERSATION_COLUMNS, Kind, Layout, detect_layout, normalize
+from sft.tokenized import MASKS, StreamLimit, labels_of_tokens, nothing_trained, warn_of_double_bos
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ def prepare_dataset(
         raise ValueError(f"the {name} data set has no rows")
     if "seq_lengths" in columns_of(dataset) and "input_ids" in columns_of(dataset):
         return dataset  # packed already
+    dataset = as_python_values(dataset)
     if formatting_func is not None:
         dataset = apply_formatting(dataset, formatting_func, config)
     plan = plan_preparation(dataset, config, formatted=formatting_func is not None)
@@ -107,24 +108,25 @@ def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
     return list(first)
 
 
+def as_python_values(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The data set without the format (torch, numpy, ...) that it was set to; a transform of the user's stays."""
+    if isinstance(dataset, Dataset):
+        return dataset if dataset.format["type"] in (None, "custom") else dataset.with_format(None)
+    return dataset.with_format(None)
+
+
 def plan_preparation(dataset: Dataset | IterableDataset, config: SFTConfig, *, formatted: bool = False) -> Plan:
     """Decide from all columns and the options how rows are read and what is trained.
 
     Raises:
         ValueError: No known combination of columns, or an option that the data can't follow.
     """
-    columns = columns_of(dataset)
-    text_field = config.dataset_text_field
-    if formatted or (text_field != "text" and text_field in columns):
-        layout = Layout(Kind.TEXT, (text_field,))
-    else:
-        layout = detect_layout(columns)
-    weighted = layout.kind in (Kind.MESSAGES, Kind.PROMPT_COMPLETION) and has_key(dataset, "weight")
+    layout = choose_layout(columns_of(dataset), config, formatted=formatted)
     return Plan(
         layout,
         what_is_trained(layout.kind, dataset, config),
-        text_field,
-        weighted,
+        config.dataset_text_field,
+        may_be_weighted(dataset, layout),
         config.dataset_option("add_special_tokens"),
         config.dataset_option("append_concat_token"),
         tuple(mask for mask in MASKS if mask != "completion_mask" or config.completion_only_loss is not False),
@@ -166,11 +168,38 @@ def check_masks(columns: list[str], config: SFTConfig) -> None:
             raise ValueError(f"{option}=True needs a column {mask} (or labels) beside input_ids, found {columns}")
 
 
-def has_key(dataset: Dataset | IterableDataset, key: str) -> bool:
-    """Whether messages of this data set may carry a key, going by the schema, else by the first row."""
-    if dataset.features is not None:
-        return f"'{key}'" in repr(dataset.features)
-    return f"'{key}'" in repr(next(iter(dataset), None))
+def choose_layout(columns: list[str], config: SFTConfig, *, formatted: bool = False) -> Layout:
+    """Which columns hold what; texts in `dataset_text_field` go before questions and answers beside them.
+
+    Data sets such as Alpaca's have the text that was made of `instruction` and `output` in a column of its own.
+
+    Raises:
+        ValueError: No known combination of columns, or no column of the name that was asked for.
+    """
+    text_field = config.dataset_text_field
+    as_text = Layout(Kind.TEXT, (text_field,))
+    if formatted or (text_field in columns and text_field not in ("text", *CONVERSATION_COLUMNS)):
+        return as_text
+    layout = detect_layout(columns)
+    if layout.kind is Kind.TEXT and text_field not in columns:
+        raise ValueError(f"dataset_text_field={text_field!r} is no column of the data, which has {columns}")
+    asked = config.completion_only_loss or config.assistant_only_loss or config.last_turn_only_loss
+    if layout.is_question_answer and text_field in columns and not asked:
+        logger.info("column %r is trained; %s are not read", text_field, " and ".join(layout.content))
+        return as_text
+    return layout
+
+
+def may_be_weighted(dataset: Dataset | IterableDataset, layout: Layout) -> bool:
+    """Whether messages of this data set may carry a weight: the schema says, and where there is none, they may."""
+    if layout.is_question_answer or layout.kind not in (Kind.MESSAGES, Kind.PROMPT_COMPLETION):
+        return False
+    if dataset.features is None:
+        first: Any = next(iter(dataset), {})
+        return layout.kind is Kind.MESSAGES or not isinstance(first.get("prompt"), str)
+    schema = " ".join(repr(dataset.features[name]) for name in layout.content)
+    as_json = "Json(" in schema or (layout.kind is Kind.MESSAGES and schema.startswith("Value("))
+    return as_json or "'weight'" in schema
 
 
 def apply_formatting(dataset: Any, formatting_func: FormattingFunc, config: SFTConfig) -> Any:
@@ -314,56 +343,3 @@ def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bo
     if len(kept) == 0:
         raise ValueError(nothing_trained(name, f"the {len(dataset)}", max_length))
     return pack_dataset(kept, max_length, config.packing_strategy) if packing else kept
-
-
-class StreamLimit:
-    """Cuts the rows of a stream, leaves out those in which nothing is trained, and counts both in the log.
-
-    Args:
-        max_length: Longest row in tokens.
-        name: What messages call the data set.
-    """
-
-    def __init__(self, max_length: int, name: str) -> None:
-        self.max_length = max_length
-        self.name = name
-        self.num_rows = self.num_cut = self.num_left_out = 0
-        self._num_logged = 0
-
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Limit a batch.
-
-        Raises:
-            ValueError: Nothing is trained in any row so far: then options or masks are wrong, not single rows.
-        """
-        cut = {name: [values[: self.max_length] for values in column] for name, column in batch.items()}
-        kept = [place for place, labels in enumerate(cut["labels"]) if supervised(labels)]
-        self.num_rows += len(cut["labels"])
-        self.num_cut += sum(len(ids) > self.max_length for ids in batch["input_ids"])
-        self.num_left_out += len(cut["labels"]) - len(kept)
-        if self.num_left_out == self.num_rows:
-            raise ValueError(nothing_trained(self.name, f"the first {self.num_rows}", self.max_length))
-        self._log()
-        return {name: [column[place] for place in kept] for name, column in cut.items()}
-
-    def _log(self) -> None:
-        """Speak at once, and again whenever the count has doubled: a stream may have millions of rows."""
-        if self.num_cut + self.num_left_out < max(1, 2 * self._num_logged):
-            return
-        self._num_logged = self.num_cut + self.num_left_out
-        logger.warning(
-            "%s data: limit of %d tokens: %d truncated, %d masked and left out, of %d rows so far",
-            self.name,
-            self.max_length,
-            self.num_cut,
-            self.num_left_out,
-            self.num_rows,
-        )
-
-
-def nothing_trained(name: str, rows: str, max_length: int) -> str:
-    """What to tell a user none of whose rows would be trained."""
-    return (
-        f"no trainable token in any of {rows} {name} rows at max_length={max_length}: look at the masks with "
-        "sft.preview_masks, raise max_length, or check completion_only_loss and assistant_only_loss"
-    )

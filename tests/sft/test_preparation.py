@@ -76,6 +76,21 @@ def test_what_is_trained_of_each_kind_of_row(row: dict[str, Any], options: dict[
     assert trained(prepare(stream, **options)) == [expected]
 
 
+def test_text_goes_before_the_columns_it_was_made_of_unless_only_answers_are_trained() -> None:
+    row = {"instruction": "One?", "input": "", "output": "1", "text": "Q One? A 1"}
+    assert texts(prepare([row])) == ["Q One? A 1<|im_end|>"]
+    assert trained(prepare([row], assistant_only_loss=True)) == ["1<|im_end|>"]
+
+
+def test_conversations_may_be_named_as_the_text_field() -> None:
+    assert texts(prepare([{"messages": CHAT[:1]}], dataset_text_field="messages"))[0].startswith("<|im_start|>user")
+
+
+def test_missing_text_field_is_named() -> None:
+    with pytest.raises(ValueError, match=r"dataset_text_field='body' is no column of the data, which has \['text'\]"):
+        prepare([{"text": "a"}], dataset_text_field="body")
+
+
 def test_prompt_and_completion_as_messages_show_the_whole_chat() -> None:
     rows = prepare([{"prompt": CHAT[:3], "completion": CHAT[3:]}])
     assert texts(rows) == [TOKENIZER.apply_chat_template(CHAT, tokenize=False)]
@@ -88,6 +103,27 @@ def test_flags_and_weights_of_messages() -> None:
     )
     assert trained(rows) == ["2<|im_end|>"] * 2
     assert sorted(set(rows[0]["loss_weights"])) == [0.0, 0.5]
+
+
+WEIGHTED = [[CHAT[0], CHAT[1]], [CHAT[2], {**CHAT[3], "weight": 0.5}]]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        Dataset.from_list([{"messages": chat} for chat in WEIGHTED]),
+        Dataset.from_list([{"messages": json.dumps(chat)} for chat in WEIGHTED]),
+        Dataset.from_list(
+            [{"messages": WEIGHTED[1]}, {"messages": [{"role": "user", "content": [{"type": "text"}]}, *WEIGHTED[1]]}],
+            on_mixed_types="use_json",
+        ),
+        IterableDataset.from_generator(lambda: ({"messages": chat} for chat in WEIGHTED)),
+    ],
+    ids=["columns", "text", "json", "stream"],
+)
+def test_weights_are_found_whatever_the_schema_says_of_them(rows: Any) -> None:
+    weights = {weight for row in prepare(rows, assistant_only_loss=True) for weight in row["loss_weights"]}
+    assert 0.5 in weights
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -125,6 +161,33 @@ def test_tokenized_rows_are_left_alone() -> None:
 )
 def test_masks_of_tokenized_rows(columns: dict[str, Any], options: dict[str, Any], labels: list[int]) -> None:
     assert prepare([{"input_ids": [5, 6, 7], **columns}], **options)[0]["labels"] == labels
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_tokenized_rows_in_another_format_are_the_same_rows(format: str, streamed: bool) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]], "labels": [[-100, 6, 7], [8, 9]]})
+    formatted: Any = rows.with_format(format)
+    prepared = prepare(formatted.to_iterable_dataset() if streamed else formatted)
+    assert list(prepared) == list(rows)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_padding_of_tokenized_rows_is_taken_out(packing: bool, streamed: bool) -> None:
+    batch = TOKENIZER(["Hello", "fox"], padding="max_length", max_length=12)
+    rows: Any = Dataset.from_dict(
+        {"input_ids": [[3, *batch["input_ids"][0]], [3, *batch["input_ids"][1]]]}
+        | {"attention_mask": [[0, *batch["attention_mask"][0]], [0, *batch["attention_mask"][1]]]}
+    )
+    prepared = prepare(rows.to_iterable_dataset() if streamed else rows, packing=packing)
+    assert "".join(texts(prepared)) == "Hellofox"
+    assert [row["labels"] for row in prepared] == [row["input_ids"] for row in prepared]
+
+
+def test_attention_mask_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"row 0: attention_mask has 3 values for 2 input_ids"):
+        prepare(Dataset.from_dict({"input_ids": [[5, 6]], "attention_mask": [[1, 1, 0]]}))
 
 
 def test_kind_is_decided_for_the_whole_set_and_a_row_that_does_not_fit_is_named() -> None:
