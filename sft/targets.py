@@ -19,6 +19,7 @@ NOT_FOR_THE_MODEL = (
     "completion_mask",
     "assistant_masks",
     "num_items_in_batch",
+    "filler",
 )
 
 
