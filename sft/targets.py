@@ -21,6 +21,7 @@ NOT_FOR_THE_MODEL = (
     "assistant_masks",
     "num_items_in_batch",
     *SHARED_KEYS,
+    "filler",
 )
 
 

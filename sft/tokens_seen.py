@@ -15,7 +15,12 @@ class TokensSeen:
         self._count = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, inputs: Mapping[str, Any], *, padding: bool = False) -> None:
-        """Take one batch in, with its padding or without; a flat one has none, and no attention mask."""
+        """Take one batch in, with its padding or without; a flat one has none, and no attention mask.
+
+        A batch that only fills the step of a process up, as `sft.even_rows` makes it, is none of the training's.
+        """
+        if "filler" in inputs:
+            return
         mask, input_ids = inputs.get("attention_mask"), inputs.get("input_ids")
         if mask is not None and mask.dim() == 2 and not padding:
             self._count += mask.sum()

@@ -31,6 +31,7 @@ from sft.attention_setup import settle_attention
 from sft.batching import choose_collator, choose_packing, settle_dispatch
 from sft.config import SFTConfig
 from sft.constant_length import constant_length_rows
+from sft.even_rows import FILLER, EvenCollator, EvenOrder, EvenRows, can_be_filled
 from sft.former_arguments import one_processor
 from sft.fused_layers import fused_layers
 from sft.layout import batch_layout
@@ -40,6 +41,7 @@ from sft.neftune import embedding_noise
 from sft.offloading import check_offloading, offloaded_activations
 from sft.pitfalls import check_collator
 from sft.preparation import FormattingFunc, apply_formatting, prepare_dataset, resolve_max_length
+from sft.sharding import settle_sharding
 from sft.shared_tokens import without_sharing
 from sft.sharing_setup import settle_sharing
 from sft.tokens_seen import TokensSeen
@@ -56,8 +58,8 @@ from sft.wiring import (
 logger = logging.getLogger(__name__)
 
 Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
-OWN_INPUTS = ("seq_lengths", "loss_weights", "skip_logits")
-TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", "completion_mask", "assistant_masks")
+OWN_INPUTS = ("seq_lengths", "loss_weights", "skip_logits", FILLER)
+TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", "completion_mask", "assistant_masks", FILLER)
 
 
 class SFTTrainer(Trainer):
@@ -88,6 +90,7 @@ class SFTTrainer(Trainer):
     """
 
     _signature_columns: list[str] | None
+    data_collator: Any
 
     def __init__(
         self,
@@ -149,6 +152,11 @@ class SFTTrainer(Trainer):
             self.attention = settle_attention(self.model, config, flat=packing.flat)
             self.sharing = self._settle_sharing(config)
         self._say_what_is_trained()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As upstream, and with FSDP2 where a launcher asked for it on a CPU."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = settle_sharding(self.accelerator) or self.is_fsdp_enabled
 
     def _start_counting(self, config: SFTConfig) -> None:
         self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)
@@ -263,6 +271,24 @@ class SFTTrainer(Trainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count
+
+    def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **options: Any) -> Any:
+        """Share rows out among processes so that none is trained or evaluated twice."""
+        multiple = batch_size * self.accelerator.num_processes
+        rebalanced = self.args.train_sampling_strategy == "batch_rebalance"  # deals rows out itself
+        drop_last = self.args.dataloader_drop_last
+        if multiple == batch_size or rebalanced or not can_be_filled(dataset, drop_last=drop_last):
+            return super()._get_dataloader(dataset, description, batch_size, **options)
+        rows, collator = EvenRows(dataset, multiple), self.data_collator
+        order = options.pop("sampler_fn")(dataset)
+        if order is not None:
+            order = EvenOrder(order, rows, lambda: int(self.state.epoch or 0), self.args.data_seed)
+        logits_are_gathered = self.compute_metrics is not None and not options.get("is_training")
+        self.data_collator = EvenCollator(collator, keep_rows=logits_are_gathered)
+        try:
+            return super()._get_dataloader(rows, description, batch_size, sampler_fn=lambda _: order, **options)
+        finally:
+            self.data_collator = collator
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that collators and loss read, though no model's forward names them."""

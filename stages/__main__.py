@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         options["runs"] = args.runs
     quiet_tools()
     paths = Paths(args.root.resolve())
+    if "LOCAL_RANK" in os.environ:
+        return run_launched(args.name, args.root, paths)
     try:
         params = load_params(args.root / "params.yaml")
         if args.name == "train":  # hours may lie between here and the stage that a wrong value belongs to
@@ -63,6 +65,21 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("SFT_TRACEBACK"):
             raise
         return fail(error, EXIT_FAILED)
+    return 0
+
+
+def run_launched(name: str, root: Path, paths: Paths) -> int:
+    """Run a stage as one of several processes: what goes wrong is left to the launcher, which says it once."""
+    launcher = importlib.import_module("stages.launch")
+    launcher.tie_to_launcher()
+    try:
+        importlib.import_module(f"stages.{name}").run(load_params(root / "params.yaml"), paths)
+    except BaseException as error:
+        launcher.record_failure(error)
+        if os.environ.get("SFT_TRACEBACK"):
+            raise
+        sys.stdout.flush()
+        os._exit(EXIT_FAILED)  # an ordinary exit could wait for the others, who wait for this process
     return 0
 
 

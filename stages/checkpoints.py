@@ -1,18 +1,31 @@
-"""Checkpoints of an unfinished training: found again only by a training of the very same params, data and code."""
+"""Checkpoints of an unfinished training: found again only by a training of the very same params, data and code.
+
+A checkpoint counts once its seal is there: the list of its files with sizes and digests, written when all of them are
+on the disk. A kill at any moment, a full disk or a damaged file leaves the one before it as the last.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from stages.params import Params
+from transformers import TrainerCallback
+
+from stages.artifacts import read_json, write_json
+from stages.params import Params, TrainSection
 from stages.paths import Paths
 
 FINISHED = "finished"
+SEAL = "seal.json"
+PICKLED_ARGUMENTS = "training_args.bin"
 
 
 @dataclass(frozen=True)
@@ -26,45 +39,117 @@ class TrainingState:
     folder: Path
 
     @classmethod
-    def open(cls, params: Params, paths: Paths) -> TrainingState:
-        """The folder for exactly these params, rows, base model and code; finished ones of others are removed."""
+    def of(cls, params: Params, paths: Paths) -> TrainingState:
+        """The folder for exactly these params, rows, base model and code; how many processes share a step is open."""
         digest = hashlib.sha256()
-        digest.update(json.dumps([params.model.model_dump(), params.train.model_dump()], sort_keys=True).encode())
+        values = [params.model.model_dump(), what_counts(params.train)]
+        digest.update(json.dumps(values, sort_keys=True).encode())
         for path in fingerprint_files(paths):
             with path.open("rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-        folder = paths.state / "train" / digest.hexdigest()[:16]
-        for other in folder.parent.glob("*"):
-            if other != folder and (other / FINISHED).exists():
+        return cls(paths.state / "train" / digest.hexdigest()[:16])
+
+    @classmethod
+    def open(cls, params: Params, paths: Paths) -> TrainingState:
+        """The folder, made where it is missing; finished ones of other trainings are removed."""
+        state = cls.of(params, paths)
+        for other in state.folder.parent.glob("*"):
+            if other != state.folder and (other / FINISHED).exists():
                 shutil.rmtree(other)
-        folder.mkdir(parents=True, exist_ok=True)
-        return cls(folder)
+        state.folder.mkdir(parents=True, exist_ok=True)
+        return state
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; half-written ones, left by a kill, are removed."""
-        whole = []
-        for path in self.folder.glob("checkpoint-*"):
-            if is_whole(path):
-                whole.append(path)
-            else:
-                print(f"removing half-written {path.name}", flush=True)
-                shutil.rmtree(path)
-        return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        """The newest whole checkpoint; newer ones that are not, left by a kill or damaged since, are removed."""
+        numbered = [path for path in self.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+        for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+            problem = what_is_wrong(path)
+            if problem is None:
+                return path
+            print(f"removing {path.name}: {problem}", flush=True)
+            shutil.rmtree(path)
+        return None
 
     def mark_finished(self) -> None:
         """Let the next training clear the folder away."""
         (self.folder / FINISHED).touch()
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether every file that a resume reads is there; transformers writes the state last."""
-    if not checkpoint.name.rpartition("-")[2].isdigit():
-        return False
+def what_counts(section: TrainSection) -> dict[str, Any]:
+    """The section as far as it decides the updates: rows an update, not who computes which of them."""
+    values = section.model_dump(exclude={"launch", "per_device_train_batch_size", "gradient_accumulation_steps"})
+    shares = section.gradient_accumulation_steps * section.launch.processes
+    return {**values, "rows_an_update": section.per_device_train_batch_size * shares}
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals each checkpoint as soon as all processes have written their part of it."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wait for the others; the first process seals."""
+        args.distributed_state.wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)  # nothing reads it, and it is a pickle
+            seal(folder)
+
+
+def seal(checkpoint: Path) -> None:
+    """Write down a checkpoint's files, their sizes and digests, when they are safely on the disk."""
+    files = {}
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.relative_to(checkpoint).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
+    write_json(checkpoint / SEAL, files)
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """Why a checkpoint can't be resumed; None when it is as it was sealed."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return (checkpoint / "optimizer.pt").exists() and (checkpoint / "scheduler.pt").exists()
+        files = read_json(checkpoint / SEAL)
+    except OSError:
+        return "it was being written when the training ended"
+    except ValueError:
+        return f"{SEAL} is damaged"
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                return f"{name} is damaged"
+    return None
+
+
+@contextmanager
+def explaining_full_disk(state: TrainingState) -> Iterator[None]:
+    """Turn whatever a full disk raises inside the block into one message; half a checkpoint is removed.
+
+    Raises:
+        ValueError: The disk is full; names the checkpoint to go on from.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        last = state.last_checkpoint()
+        kept = f"{last.name} is whole" if last is not None else "there is no whole checkpoint yet"
+        raise ValueError(
+            f"no space left for a checkpoint in {state.folder}; {kept}. Free some space and type the command again to "
+            "go on"
+        ) from error
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether an error says that there is no space left: Python's own, safetensors' or torch's."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(text in str(error) for text in ("No space left on device", "PytorchStreamWriter failed writing file"))
 
 
 def fingerprint_files(paths: Paths) -> Iterator[Path]:

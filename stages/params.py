@@ -185,6 +185,36 @@ class PackSection(Section):
     max_lost_fraction: Annotated[Fraction, Field(description="Stop when more trained tokens than this are cut")]
 
 
+ENGINES = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
+
+
+class LaunchSection(Section):
+    """The processes of a training."""
+
+    engine: Annotated[
+        str, Field(description="ddp, fsdp2, deepspeed_zero2, deepspeed_zero3, or an accelerate YAML file")
+    ]
+    processes: Annotated[Positive, Field(description="Processes on all machines together, one a GPU")]
+    machines: Annotated[Positive, Field(description="Machines that share them equally")]
+    machine_rank: Annotated[
+        int | None, Field(ge=0, description="This machine's number; null = the environment says it")
+    ]
+    address: Annotated[str | None, Field(description="First machine's name or IP; null = MASTER_ADDR")]
+    port: Annotated[int | None, Field(ge=1, le=65535, description="Free port of the first machine; null = any")]
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if self.engine not in ENGINES and not self.engine.endswith((".yaml", ".yml", ".json")):
+            near = difflib.get_close_matches(self.engine, ENGINES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(ENGINES)} or a YAML file"
+            raise ValueError(f"engine {self.engine!r} is unknown; {hint}")
+        if self.processes % self.machines:
+            raise ValueError(f"{self.processes} processes can't be shared equally by {self.machines} machines")
+        if self.machines == 1 and (self.machine_rank or self.address):
+            raise ValueError("machine_rank and address would be ignored on one machine; set them to null")
+        return self
+
+
 class TrainSection(Section):
     """Packed rows to an adapter or weights."""
 
@@ -213,6 +243,7 @@ class TrainSection(Section):
     eval_steps: Annotated[Positive, Field(description="Steps between evaluations on held-out rows")]
     save_steps: Annotated[Positive, Field(description="Steps between checkpoints")]
     seed: Annotated[Seed, Field(description="Seed of the adapter, the order of rows and dropout")]
+    launch: LaunchSection
 
 
 class MergeSection(Section):

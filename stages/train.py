@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import load_from_disk
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
@@ -20,7 +22,8 @@ from sft.quantization import get_quantization_config
 from sft.trainer import SFTTrainer
 from stages.artifacts import progress, read_json, write_json, write_text
 from stages.base_model import read_base_model
-from stages.checkpoints import TrainingState
+from stages.checkpoints import SealCheckpoints, TrainingState, explaining_full_disk
+from stages.launch import launch, needs_launcher
 from stages.outfolder import replacing_folder
 from stages.params import ModelSection, Params, TrainSection
 from stages.paths import Paths
@@ -39,30 +42,51 @@ CURVE_COLUMNS = (
 
 def run(params: Params, paths: Paths) -> None:
     """Write outs/train/model, the curve and the figures; resume from .state when an earlier run was cut short."""
-    state = TrainingState.open(params, paths)
+    if needs_launcher(params.train.launch):
+        launch("train", params.train.launch, paths)
+    else:
+        train(params, paths)
+
+
+def train(params: Params, paths: Paths) -> None:
+    """Train in this process, perhaps as one of several; the first one alone writes."""
+    state = TrainingState.of(params, paths)
+    config = make_sft_config(params.train, state.folder)  # joins the other processes
+    checkpoint = agree_on_checkpoint(params, paths, config)
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     model_config = make_model_config(params)
-    model = load_base(params.model, model_config, tokenizer, paths)
     trainer = SFTTrainer(
-        model,
-        args=make_sft_config(params.train, state.folder),
+        load_base(params.model, model_config, tokenizer, paths),
+        args=config,
         train_dataset=load_from_disk(str(paths.out("pack", "train"))),
         eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
-        callbacks=[LogLastStep(), ProgressLines()],
+        callbacks=[LogLastStep(), ProgressLines(), SealCheckpoints()],
     )
     trainer.remove_callback(PrinterCallback)  # `ProgressLines` says it more briefly
-    checkpoint = state.last_checkpoint()
-    if checkpoint is not None:
-        print(f"resuming from {checkpoint.name}", flush=True)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    with explaining_full_disk(state):
+        trainer.train(resume_from_checkpoint=checkpoint)
     last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
     if not any("eval_loss" in entry for entry in last):
         trainer.evaluate()  # the last step fell between two evaluations
     save_results(trainer, tokenizer, paths, seconds=time.monotonic() - started)
-    state.mark_finished()
+    if trainer.is_world_process_zero():
+        state.mark_finished()
+    PartialState().destroy_process_group()
+
+
+def agree_on_checkpoint(params: Params, paths: Paths, config: SFTConfig) -> str | None:
+    """The checkpoint to go on from: found, and the folder tidied up, by the first process, which tells the others."""
+    found: list[str | None] = [None]
+    if config.process_index == 0:
+        checkpoint = TrainingState.open(params, paths).last_checkpoint()
+        if checkpoint is not None:
+            print(f"resuming from {checkpoint.name}", flush=True)
+            found = [str(checkpoint)]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def make_model_config(params: Params) -> ModelConfig:
@@ -153,11 +177,13 @@ class ProgressLines(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock; a resumed training does not begin at step 0."""
         self.started, self.first_step = time.monotonic(), state.global_step
+        if not state.is_world_process_zero:
+            return
         progress(state.global_step, state.max_steps, "training")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Say where training is."""
-        if not logs or not ({"loss", "eval_loss"} & set(logs)):
+        if not state.is_world_process_zero or not logs or not ({"loss", "eval_loss"} & set(logs)):
             return
         done = state.global_step - self.first_step
         left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step) if done else math.nan
@@ -176,10 +202,9 @@ def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths:
     if not losses or not math.isfinite(losses[-1]):
         last = losses[-1] if losses else "nothing"
         raise ValueError(f"training ended with loss {last}; lower train.learning_rate, or look at the data")
-    with replacing_folder(paths.out("train", "model")) as folder:
-        trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that holds this machine's paths
-        tokenizer.save_pretrained(folder)
+    save_trained_model(trainer, tokenizer, paths.out("train", "model"))
+    if not trainer.is_world_process_zero():
+        return
     write_text(paths.out("train", "curve.csv"), curve_csv(history))
     counts = count_parameters(trainer.model)
     metrics = {
@@ -193,6 +218,19 @@ def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths:
     }
     write_json(paths.metrics("train"), metrics)
     write_json(paths.timings("train"), {"seconds": seconds, "tokens_per_second": metrics["tokens_seen"] / seconds})
+
+
+def save_trained_model(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    """Write the whole model or adapter: every process gives its part, the first one writes."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    if not trainer.is_world_process_zero():
+        trainer.save_model(str(target))
+        return
+    with replacing_folder(target) as folder:
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that holds this machine's paths
+        tokenizer.save_pretrained(folder)
 
 
 def curve_csv(history: list[dict[str, Any]]) -> str:

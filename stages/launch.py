@@ -1,0 +1,234 @@
+"""A stage in several processes: started through `accelerate launch`, ended together, one message when one fails."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.params import LaunchSection
+from stages.paths import Paths
+
+RANK_VARIABLES = ("SFT_MACHINE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
+"""Who may say which machine this is: the user, Slurm, an indexed Kubernetes job."""
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"distributed_type": "MULTI_GPU"},
+    "fsdp2": {
+        "distributed_type": "FSDP",
+        "fsdp_config": {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_reshard_after_forward": True,
+            "fsdp_offload_params": False,
+            "fsdp_cpu_ram_efficient_loading": False,
+            "fsdp_state_dict_type": "SHARDED_STATE_DICT",  # each process writes its part; any number reads them
+        },
+    },
+    "deepspeed_zero2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
+    "deepspeed_zero3": {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True},
+    },
+}
+PR_SET_PDEATHSIG = 1
+_LOST_PEER = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|DistNetworkError|DistStoreError", re.I
+)
+
+
+def in_launched_process() -> bool:
+    """Whether a launcher (this one, torchrun, Slurm with torchrun, Ray) started this process as one of several."""
+    return "LOCAL_RANK" in os.environ
+
+
+def needs_launcher(section: LaunchSection) -> bool:
+    """Whether the stage has to start itself again in other processes.
+
+    Raises:
+        ValueError: A launcher started another number of processes than the section states.
+    """
+    if not in_launched_process():
+        return section.processes > 1 or section.engine != "ddp"
+    found = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != section.processes:
+        raise ValueError(
+            f"train.launch.processes is {section.processes}, but a launcher started {found} processes; make them "
+            "equal: what a step is depends on it"
+        )
+    return False
+
+
+def launch(stage: str, section: LaunchSection, paths: Paths) -> None:
+    """Run a stage in `section.processes` processes and wait for all of them.
+
+    Args:
+        stage: Its name.
+        section: How many processes, where, and what shares the model among them.
+        paths: The checkout.
+
+    Raises:
+        ValueError: The section can't be used here, or a process failed: says which one, and why.
+        SystemExit: A signal ended this process; the others were ended first.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if not os.environ.get("SFT_TRACEBACK"):
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `describe` says it in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice, once a process
+    print(f"starting {section.processes} processes: {section.engine}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="sft-launch-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        command = [*launch_options(section, paths.root, Path(folder)), "--module", "stages", stage]
+        try:
+            launch_command(launch_command_parser().parse_args([*command, "--root", str(paths.root)]))
+        except ChildFailedError as error:
+            raise ValueError(describe(error.failures, section.processes)) from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            sys.exit(128 + int(error.sigval))
+        except ConnectionError as error:
+            raise ValueError(f"train.launch.port {section.port} is taken: {error}") from None
+
+
+def launch_options(section: LaunchSection, root: Path, folder: Path) -> list[str]:
+    """The section as options of `accelerate launch`; a configuration of a named engine is written to `folder`.
+
+    Raises:
+        ValueError: The configuration file is missing, a package is not installed, or it is not known which machine
+            this is or where the first one listens.
+    """
+    options = {
+        "config_file": str(engine_file(section.engine, root, folder)),
+        "num_processes": str(section.processes),
+        "num_machines": str(section.machines),
+        "machine_rank": "0",
+        "main_process_port": "0" if section.port is None else str(section.port),
+        "mixed_precision": "no",  # params.yaml's model.dtype decides
+        "dynamo_backend": "no",
+    }
+    if section.machines > 1:
+        options["machine_rank"] = str(machine_rank(section, os.environ))
+        options["main_process_ip"] = rendezvous_address(section, os.environ)
+    local = section.processes // section.machines
+    options["num_cpu_threads_per_process"] = os.environ.get(
+        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local))
+    )
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # `accelerate launch --cpu` would start one process
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return [*words, *(["--same_network"] if section.machines > 1 else [])]
+
+
+def engine_file(engine: str, root: Path, folder: Path) -> Path:
+    """The accelerate configuration of an engine: the user's own file, or one written for a named engine."""
+    if engine not in ENGINES:
+        file = root / engine
+        if not file.is_file():
+            known = ", ".join(ENGINES)
+            raise ValueError(f"train.launch.engine: {engine}: no such file, and none of the engines {known}")
+        return file
+    if engine.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError(
+            f"train.launch.engine {engine} needs the package deepspeed, which is not installed; `pip install "
+            "deepspeed`, or use fsdp2, which shares the model out likewise and comes with torch"
+        )
+    file = folder / "accelerate.yaml"
+    values = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", "use_cpu": False, "debug": False}
+    file.write_text(json.dumps({**values, **ENGINES[engine]}), encoding="utf-8")  # JSON is YAML
+    return file
+
+
+def machine_rank(section: LaunchSection, environment: Mapping[str, str]) -> int:
+    """Which machine this is, 0 for the first: as stated, else as the environment says.
+
+    Raises:
+        ValueError: Nobody says it, or there are not so many machines.
+    """
+    rank, source = section.machine_rank, "train.launch.machine_rank"
+    if rank is None:
+        source = next((name for name in RANK_VARIABLES if environment.get(name, "").isdigit()), "")
+        if not source:
+            raise ValueError(
+                f"train.launch.machines is {section.machines}, but which one is this? Set train.launch.machine_rank or "
+                f"one of {', '.join(RANK_VARIABLES)} to 0 on the first machine, 1 on the next"
+            )
+        rank = int(environment[source])
+    if rank >= section.machines:
+        raise ValueError(f"{source} is {rank}, but train.launch.machines {section.machines} are counted from 0")
+    return rank
+
+
+def rendezvous_address(section: LaunchSection, environment: Mapping[str, str]) -> str:
+    """Where the first machine listens: as stated, else `MASTER_ADDR`."""
+    address = section.address or environment.get("MASTER_ADDR")
+    if not address or section.port is None:
+        raise ValueError(
+            f"train.launch.machines is {section.machines}: set train.launch.address (or MASTER_ADDR) to the first "
+            "machine's name or IP and train.launch.port to a free port of it, such as 29500"
+        )
+    return address
+
+
+def describe(failures: Mapping[int, Any], num_processes: int) -> str:
+    """One message on why the processes ended: the cause, not what the others said when they lost it.
+
+    Args:
+        failures: Rank -> `torch.distributed.elastic`'s `ProcessFailure`.
+        num_processes: How many there were.
+    """
+    reported = {rank: text for rank, failure in failures.items() if (text := _message(failure))}
+    causes = [rank for rank, text in reported.items() if not _LOST_PEER.search(text)]
+    killed = [rank for rank, failure in failures.items() if failure.exitcode in (-signal.SIGKILL, -signal.SIGSEGV)]
+    for ranks in (causes, killed, list(reported), list(failures)):
+        if ranks:
+            rank = min(ranks, key=lambda rank: failures[rank].timestamp)
+            break
+    name = f"process {rank} of {num_processes}"
+    if rank in reported:
+        return f"{name}: {reported[rank]}"
+    if failures[rank].exitcode < 0:
+        hint = " (out of memory?)" if failures[rank].exitcode == -signal.SIGKILL else ""
+        return f"{name} was ended by signal {-failures[rank].exitcode}{hint}; type the command again to go on"
+    return f"{name} ended with exit code {failures[rank].exitcode}"
+
+
+def _message(failure: Any) -> str:
+    """What a process recorded before it ended, empty when it could not."""
+    if not isinstance(failure.message, dict):
+        return ""
+    text: str = failure.message.get("message", "")
+    kind, _, rest = text.partition(": ")
+    if os.environ.get("SFT_TRACEBACK"):
+        return str(failure.message.get("extraInfo", {}).get("py_callstack", text))
+    return rest if kind in ("ValueError", "OSError") and rest else text
+
+
+def record_failure(error: BaseException) -> None:
+    """Leave a launched process's error where the launcher looks for it."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
+
+
+def tie_to_launcher() -> None:
+    """Have the kernel end this process when its launcher is gone, however that happened (Linux)."""
+    if sys.platform.startswith("linux"):
+        launcher = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != launcher:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,98 @@
+"""`python -m tests.sft.rank_training FILE ...`: the named tiny trainings, in as many processes as a launcher starts."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import EvalPrediction
+
+from sft.config import SFTConfig
+from sft.labels import IGNORE_INDEX
+from sft.trainer import SFTTrainer
+from tests.tiny import tiny_model, tiny_tokenizer
+
+NUM_STEPS = 20
+FIGURES = ("loss", "grad_norm", "num_tokens", "mean_token_accuracy", "eval_loss", "eval_targets", "eval_hits")
+# 21 rows are two batches of 8 and one of 5, and packed ones leave a process without any row in the last batch
+ROWS = [
+    {"prompt": f"What is {number} and {number}?", "completion": f" It is {2 * number}." * (1 + number % 3)}
+    for number in range(21)
+]
+EVAL_ROWS = ROWS[:5]
+ROUTES: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "measured": {},  # padded, and a metric sees the logits
+    "padding-free": {"padding_free": True},
+    "packed": {"packing": True},
+}
+METHODS = ("full", "lora")
+NAMES = [f"{method} {route}" for method in METHODS for route in ROUTES if (method, route) != ("lora", "measured")]
+
+
+def count_hits(prediction: EvalPrediction) -> dict[str, float]:
+    """Targets that the metric is shown, and how many of them have the largest logit."""
+    targets, guesses = prediction.label_ids[:, 1:], prediction.predictions[:, :-1].argmax(-1)
+    kept = targets != IGNORE_INDEX
+    return {"targets": int(kept.sum()), "hits": int((guesses == targets)[kept].sum())}
+
+
+def train(name: str, per_device: int, accumulation: int, **options: Any) -> dict[str, Any]:
+    """Train 20 steps; what each logged, and all weights."""
+    method, route = name.split(" ")
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(
+            output_dir=folder,
+            use_cpu=True,
+            per_device_train_batch_size=per_device,
+            per_device_eval_batch_size=per_device,
+            gradient_accumulation_steps=accumulation,
+            **{
+                "max_steps": NUM_STEPS,
+                "max_length": 48,
+                "learning_rate": 1e-2,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "eval_strategy": "steps",
+                "eval_steps": 10,
+                "max_grad_norm": 0.15,
+                "report_to": [],
+                "disable_tqdm": True,
+                **ROUTES[route],
+                **options,
+            },
+        )
+        trainer = SFTTrainer(
+            tiny_model(),
+            args=config,
+            train_dataset=Dataset.from_list(ROWS),
+            eval_dataset=Dataset.from_list(EVAL_ROWS),
+            processing_class=tiny_tokenizer(),
+            compute_metrics=count_hits if route == "measured" else None,
+            peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear") if method == "lora" else None,
+        )
+        trainer.train()
+    history = trainer.state.log_history
+    weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    return {**{name: [entry[name] for entry in history if name in entry] for name in FIGURES}, "weights": weights}
+
+
+def main(file: str, per_device: str, accumulation: str, *names: str) -> None:
+    """Train, and let the first process write what came out."""
+    results = {name: train(name, int(per_device), int(accumulation)) for name in names}
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        rank = torch.distributed.get_rank()
+        torch.distributed.destroy_process_group()
+        if rank != 0:
+            return
+    torch.save(results, Path(file))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

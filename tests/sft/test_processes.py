@@ -1,0 +1,92 @@
+"""The same training in one process and in several real ones, which talk over gloo: the same updates and figures."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sft.even_rows import FILLER, EvenCollator, EvenRows
+from tests.sft.rank_training import FIGURES, NAMES, NUM_STEPS, ROWS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run(file: Path, processes: int, per_device: int, accumulation: int) -> dict[str, Any]:
+    """All trainings in so many processes, a thread each."""
+    launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}", "-m"]
+    command = [*(launcher if processes > 1 else []), "tests.sft.rank_training", str(file)]
+    result = subprocess.run(
+        [sys.executable, "-m", *command, str(per_device), str(accumulation), *NAMES],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(file, weights_only=True)
+
+
+@cache
+def whole_batches(folder: Path) -> dict[str, Any]:
+    return run(folder / "whole.pt", processes=1, per_device=8, accumulation=1)
+
+
+LAYOUTS = [
+    pytest.param((1, 1, 8), id="accumulated"),
+    pytest.param((2, 4, 1), id="two processes"),
+    pytest.param((2, 2, 2), id="two processes, accumulated", marks=pytest.mark.slow),
+    pytest.param((4, 2, 1), id="four processes", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_weights_do_not_depend_on_the_number_of_processes(
+    tmp_path_factory: pytest.TempPathFactory, layout: tuple[int, int, int]
+) -> None:
+    expected = whole_batches(tmp_path_factory.getbasetemp())
+    found = run(tmp_path_factory.mktemp("parts") / "parts.pt", *layout)
+    for name in NAMES:
+        assert len(expected[name]["loss"]) == NUM_STEPS
+        assert max(expected[name]["grad_norm"]) > 0.15, "gradients should have been clipped"
+        assert expected[name]["loss"][-1] < expected[name]["loss"][0] - 0.1, "nothing was learnt"
+        for figure in FIGURES:
+            relative = 1e-4 if figure == "grad_norm" else 0.0  # it may be far above 1
+            expectation = pytest.approx(expected[name][figure], abs=1e-5, rel=relative)
+            assert found[name][figure] == expectation, (name, figure)
+        for parameter, value in expected[name]["weights"].items():
+            torch.testing.assert_close(found[name]["weights"][parameter], value, rtol=0, atol=2e-5, msg=parameter)
+    assert expected["full measured"]["eval_targets"][0] > 0
+
+
+def test_fillers_stand_behind_all_rows_and_are_marked() -> None:
+    rows = EvenRows(ROWS, 8)
+    assert len(rows) == 24
+    assert [FILLER in rows[place] for place in range(24)] == [False] * 21 + [True] * 3
+    assert rows[20] == ROWS[20]
+    assert rows.total_dataset_length == 21
+
+
+def test_a_batch_is_joined_without_its_fillers_and_nothing_is_trained_in_a_batch_of_fillers() -> None:
+    rows = EvenRows([{"labels": [number]} for number in (1, 2, 3)], 4)
+    collator = EvenCollator(lambda features: {"labels": torch.tensor([row["labels"] for row in features])})
+    assert collator([rows[0], rows[3]])["labels"].tolist() == [[1]]
+    empty = collator([rows[3], rows[3]])
+    assert empty["labels"].tolist() == [[-100]]
+    assert FILLER in empty
+    kept = EvenCollator(collator.collator, keep_rows=True)([rows[0], rows[3]])
+    assert kept["labels"].tolist() == [[1], [-100]]
