@@ -11,13 +11,13 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from stages.direction import lower_is_better
 from stages.lineage import main_checkout
 from stages.mlflow_run import SQLITE, Tracking, absolute_uri, open_tracking
 from stages.params import Params
 from stages.paths import Paths
 from stages.publish import DIGEST_TAG, MEASURED_STAGES
 
-LOWER_IS_BETTER = ("loss", "perplexity", "size_mb", "relative_error", "dropped", "lost")
 VERSION, COMMIT, DIRTY, BASE = "version.", "git.commit", "git.dirty", "sft.base_model"
 MAX_VALUE = 60
 
@@ -154,8 +154,7 @@ def quality(name: str, change: float) -> str:
     """`, better` or `, worse` for the figures of the evaluation, nothing for the others."""
     if not name.startswith("evaluate.") or name == "evaluate.gate_passed":
         return ""
-    lower = any(name.endswith(ending) for ending in LOWER_IS_BETTER)
-    return ", better" if (change < 0) == lower else ", worse"
+    return ", better" if (change < 0) == lower_is_better(name) else ", worse"
 
 
 def verdict(first: Run, second: Run, causes: set[str], effects: list[Difference]) -> str:
