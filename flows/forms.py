@@ -149,11 +149,32 @@ def parse_assignments(assignments: list[str]) -> Partial:
             target[last] = YAML(typ="safe").load(text)
         except YAMLError:
             raise RunRefused(f"--set {assignment}: {text!r} is not a YAML value") from None
+    return typed_overrides(values)
+
+
+def typed_overrides(values: dict[str, Any]) -> Partial:
+    """Overrides from nested plain values.
+
+    Raises:
+        RunRefused: A key is unknown or a value of the wrong kind; all are listed.
+    """
     try:
         return Overrides.model_validate(values)
     except ValidationError as error:
         problems = [describe_problem(detail, Overrides) for detail in error.errors()]
         raise RunRefused("overrides: " + "; ".join(problems)) from None
+
+
+def with_values(overrides: Partial, flat: dict[str, Any]) -> Partial:
+    """Overrides with some more values, given by their dotted names; raises what `typed_overrides` raises."""
+    values = overridden(overrides)
+    for name, value in flat.items():
+        target = values
+        *parents, last = name.split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = value
+    return typed_overrides(values)
 
 
 def apply_overrides(params_text: str, values: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ from prefect import flow, runtime, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.logging import get_run_logger  # noqa: E402
-from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
 from flows import worktree  # noqa: E402
@@ -41,12 +39,11 @@ from flows.forms import (  # noqa: E402
 )
 from flows.graph import Plan, RunRefused, read_plan  # noqa: E402
 from flows.report import ProgressBar, Row, RunReport, read_headline  # noqa: E402
-from flows.servers import ServerFailed, start_own_prefect_server  # noqa: E402
+from flows.terminal import refuse, run_in_terminal  # noqa: E402
 from stages.params import ParamsError  # noqa: E402
 
 NUM_RETRIES = 2
 RETRY_DELAY_S = 5
-EXIT_INTERRUPTED = 130
 
 
 def may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:
@@ -159,12 +156,19 @@ def ask(root: Path, from_stage: str | None, to_stage: str | None, overrides: Ove
 
 def run_asked(asked: Asked, force: bool, report: RunReport) -> str | None:
     """Run in the checkout, or in a worktree when params are overridden; returns what `run_plan` returns."""
+    with workplace(asked) as (folder, variables):
+        return run_plan(folder, asked.plan, force, report, variables)
+
+
+@contextmanager
+def workplace(asked: Asked) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Where a run works, and what its stages find in their environment; a worktree is gone behind the block."""
     if asked.params_text is None:
-        return run_plan(asked.root, asked.plan, force, report, {})
+        yield asked.root, {}
+        return
     name = str(runtime.flow_run.id)
-    variables = {"SFT_STATE_DIR": str(asked.root / ".state")}
     with worktree.isolated_checkout(asked.root, name, asked.params_text, asked.plan, asked.given) as copy:
-        return run_plan(copy, asked.plan, force, report, variables)
+        yield copy, {"SFT_STATE_DIR": str(asked.root / ".state")}
 
 
 def run_plan(root: Path, plan: Plan, force: bool, report: RunReport, variables: dict[str, str]) -> str | None:
@@ -201,32 +205,8 @@ def main(argv: list[str] | None = None) -> int:
         overrides = parse_assignments(args.set)
         ask(Path.cwd().resolve(), args.from_stage, args.to_stage, overrides)
     except (RunRefused, ParamsError) as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with api_settings():
-            state = pipeline(args.from_stage, args.to_stage, overrides, args.force, return_state=True)
-    except KeyboardInterrupt:
-        print("error: interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except ServerFailed as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
-    if state.is_completed():
-        return 0
-    print(f"error: {state.message}", file=sys.stderr)
-    return 1
-
-
-@contextmanager
-def api_settings() -> Iterator[None]:
-    """Use the Prefect API that is set up, or a server of this run's own."""
-    if PREFECT_API_URL.value() is not None:
-        yield
-        return
-    with temporary_settings({PREFECT_API_URL: start_own_prefect_server(Path.cwd().resolve())}):
-        yield
+        return refuse(refusal)
+    return run_in_terminal(lambda: pipeline(args.from_stage, args.to_stage, overrides, args.force, return_state=True))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,17 @@ class ProgressBar:
             update_progress_artifact(self._artifact, percent, description=text)
 
 
+def read_figures(root: Path, stages: list[str]) -> dict[str, float]:
+    """`<stage>.<metric>` -> value of these stages, as MLflow has them."""
+    figures: dict[str, float] = {}
+    for stage in stages:
+        path = root / "reports" / "metrics" / f"{stage}.json"
+        if path.exists():
+            flat = flatten(json.loads(path.read_text(encoding="utf-8")), f"{stage}.")
+            figures |= {name: float(value) for name, value in flat.items() if isinstance(value, (int, float))}
+    return figures
+
+
 def read_headline(root: Path, stage: str) -> str:
     """A stage's figures that count: those which its params name (a gate does), else the first of its metrics file."""
     path = root / "reports" / "metrics" / f"{stage}.json"

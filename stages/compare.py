@@ -11,12 +11,12 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from stages.direction import lower_is_better
 from stages.lineage import main_checkout
 from stages.mlflow_run import SQLITE, Tracking, absolute_uri, open_tracking
 from stages.params import Params
 from stages.paths import Paths
 from stages.publish import DIGEST_TAG, MEASURED_STAGES
-from stages.report import METRICS
 
 VERSION, COMMIT, DIRTY, BASE = "version.", "git.commit", "git.dirty", "sft.base_model"
 MAX_VALUE = 60
@@ -156,11 +156,9 @@ def effect_shown(effect: Difference) -> str:
 
 def quality(name: str, change: float) -> str:
     """`, better` or `, worse` for the figures of the evaluation, nothing for the others."""
-    stage, _, metric = name.partition(".")
-    direction = METRICS.get(metric.rpartition(".")[2], ("", "", 0))[2] if stage == "evaluate" else 0
-    if direction == 0:
+    if not name.startswith("evaluate.") or name == "evaluate.gate_passed":
         return ""
-    return ", better" if change * direction > 0 else ", worse"
+    return ", better" if (change < 0) == lower_is_better(name) else ", worse"
 
 
 def verdict(first: Run, second: Run, causes: set[str], effects: list[Difference]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,14 @@ def result_files(paths: Paths) -> list[Path]:
     return [*outs, *(path for stage in MEASURED_STAGES if (path := paths.metrics(stage)).exists())]
 
 
-def log_run(tracking: Tracking, params: Params, paths: Paths, digest: str, passed: bool) -> str:
+def log_run(
+    tracking: Tracking,
+    params: Params,
+    paths: Paths,
+    digest: str,
+    passed: bool,
+    more: Mapping[str, str] | None = None,
+) -> str:
     """Log params, figures, the curve, lineage and files as one finished run; a failure leaves none that is finished."""
     base = lineage.base_model(paths)
     git = lineage.git_state(paths.root)
@@ -87,6 +95,7 @@ def log_run(tracking: Tracking, params: Params, paths: Paths, digest: str, passe
         "git.dirty": str(bool(git and git.dirty)).lower(),
         **{f"version.{name}": value for name, value in lineage.versions().items()},
         **{f"dvc.{path}": value for path, value in lineage.dvc_hashes(paths.root).items() if not path.endswith(".py")},
+        **(more or {}),
     }
     name = f"{base['name_or_path'].rpartition('/')[2].removeprefix('embedded:')}-{digest[:8]}"
     with tracking.new_run(name, tags) as run:
