@@ -105,7 +105,7 @@ def full_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None
     return loss / num_items_in_batch
 
 
-def switch_off(trick: str | None, options: dict[str, Any]) -> dict[str, Any]:
+def switch_off(trick: str | None) -> dict[str, Any]:
     """Do without what no option of the trainer switches off; returns further arguments of the trainer."""
     if trick == "onednn":
         torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         sys.path.insert(0, str(ROOT))
     package = __import__(library, fromlist=["SFTTrainer", "SFTConfig"])
     torch.manual_seed(0)
-    further = switch_off(options.pop("without", None), options)
+    further = switch_off(options.pop("without", None))
     config = package.SFTConfig(
         **{
             "output_dir": "/tmp/bench",

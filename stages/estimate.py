@@ -87,7 +87,7 @@ def run(params: Params, paths: Paths) -> None:
 
 def count_work(train: Dataset, held_out: Dataset, section: TrainSection) -> Work:
     """Tokens and updates of the whole training, as `transformers.Trainer` counts them."""
-    batches = math.ceil(len(train) / section.per_device_train_batch_size)
+    batches = math.ceil(len(train) / (section.per_device_train_batch_size * section.launch.processes))
     updates = math.ceil(batches / section.gradient_accumulation_steps)
     num_steps = section.max_steps if section.max_steps > 0 else math.ceil(updates * section.num_train_epochs)
     return Work(
@@ -183,8 +183,10 @@ class Clock(TrainerCallback):
 def report(work: Work, found: Probe, section: TrainSection) -> list[str]:
     """The estimate in lines."""
     evaluations = work.num_steps // section.eval_steps + (work.num_steps % section.eval_steps > 0)
-    training = work.num_tokens * work.num_epochs / found.tokens_per_second
-    evaluation = evaluations * work.num_eval_tokens / found.eval_tokens_per_second
+    processes = section.launch.processes
+    training = work.num_tokens * work.num_epochs / found.tokens_per_second / processes
+    evaluation = evaluations * work.num_eval_tokens / found.eval_tokens_per_second / processes
+    shared = f" if {processes} processes share it without a loss; memory is one's without sharding" * (processes > 1)
     trained = 4 * found.parameters.num_trainable
     rest = found.peak - found.before - found.weights - 3 * trained
     parts = [("weights", found.weights), ("gradients", trained), ("optimizer", 2 * trained)]
@@ -197,7 +199,7 @@ def report(work: Work, found: Probe, section: TrainSection) -> list[str]:
         f"memory      {found.peak / GB:.2f} GB at its peak: "
         + ", ".join(f"{name} {size / GB:.2f}" for name, size in parts if size > 0),
         f"time        {duration(training + evaluation)} at {found.tokens_per_second:.0f} tokens/s, "
-        f"of it {duration(evaluation)} for {evaluations} evaluations",
+        f"of it {duration(evaluation)} for {evaluations} evaluation{'s' * (evaluations != 1)}{shared}",
     ]
 
 
