@@ -58,6 +58,7 @@ QUESTION_ANSWER_COLUMNS = (
     ("input", "output"),
 )
 CONTEXT_COLUMNS = ("input", "context")
+OPTIONAL_COLUMNS = ("tools", "chat_template_kwargs")
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 
@@ -214,7 +215,11 @@ def _question_answer(row: Mapping[str, Any], layout: Layout) -> list[dict[str, A
 
 def _with_system(messages: list[dict[str, Any]], row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]]:
     system = row.get(layout.system) if layout.system else None
-    if not system or messages[0]["role"] == "system":
+    if not system:
+        return messages
+    if messages[0]["role"] == "system":
+        if messages[0]["content"] != system:
+            raise RowError("two_system_messages", f"the conversation has one, and column 'system' holds {system!r:.80}")
         return messages
     return [{"role": "system", "content": _text(row, "system")}, *messages]
 

@@ -160,6 +160,7 @@ class Formatter:
                 progress(number, num_rows, f"{split} rows")
             self._num_in[split] += 1
             self._take_record(split, with_system_message(record, self._section.system_message))
+        assert self._num_in[split] == num_rows, f"load wrote {num_rows} {split} rows, {self._num_in[split]} are there"
         progress(num_rows, num_rows, f"{split} rows")
 
     def _take_record(self, split: str, given: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from huggingface_hub import is_offline_mode
 
 from sft.records import Kind, Layout, detect_layout
 from sft.sources import Row, data_files, hub_rows, is_saved_dataset, read_rows
-from stages.params import SourceSection
+from stages.load_params import SourceSection
 from stages.paths import Paths
 from stages.source_mapping import RowMapping
 
@@ -30,6 +30,7 @@ class Source:
         data: The folder that ids are relative to.
         mapping: What is done to a row before it is read.
         layout: How its rows are read, decided from the columns of all of them.
+        unused: Columns that nothing is read from.
         num_rows: How many rows it has.
         digests: SHA-256 of every file by its name, or of the rows of a data set of the hub.
     """
@@ -39,6 +40,7 @@ class Source:
     data: Path
     mapping: RowMapping
     layout: Layout
+    unused: tuple[str, ...]
     num_rows: int
     digests: dict[str, str]
 
@@ -49,6 +51,7 @@ class Source:
     def card(self) -> dict[str, Any]:
         """What is worth knowing of it later."""
         layout = {"kind": self.layout.kind.value, "columns": list(self.layout.content), "context": self.layout.context}
+        layout["unused"] = list(self.unused)
         return {**self.section.model_dump(), **layout, "num_rows": self.num_rows, "sha256": self.digests}
 
 
@@ -84,7 +87,8 @@ def open_source(section: SourceSection, paths: Paths, key: str) -> Source:
             "give messages, prompt and completion, or text (SFTTrainer of the library takes token ids)"
         )
     digests = {section.path: digest.hexdigest()} if section.hub else _digests(files, paths.data)
-    return Source(section, files, paths.data, mapping, layout, num_rows, digests)
+    unused = mapping.unused(layout)
+    return Source(section, files, paths.data, mapping, layout, unused, num_rows, digests)
 
 
 def data_size(section: SourceSection, paths: Paths, key: str) -> int:

@@ -126,12 +126,19 @@ class Ledger(JsonlWriter):
         """How many rows it leaves out."""
         return sum(self.counts[action].total() for action in LEAVES_OUT)
 
-    def summary(self, *actions: Action) -> str:
-        """Reasons, most frequent first, with the first ids of each; of rows left out, or of some actions."""
+    def count(self, reason: str) -> int:
+        """How many rows have something, whatever was done about it."""
+        return sum(counts[reason] for counts in self.counts.values())
+
+    def summary(self, *actions: Action, reason: str | None = None) -> str:
+        """Reasons, most frequent first, with the first ids of each; of rows left out, of some actions or one reason."""
         chosen = [
-            (count, reason, action) for action in actions or LEAVES_OUT for reason, count in self.counts[action].items()
+            (count, name, action)
+            for action in actions or (LEAVES_OUT if reason is None else Action)
+            for name, count in self.counts[action].items()
+            if reason in (None, name)
         ]
         return "; ".join(
-            f"{reason} {count} times, first {', '.join(self._examples[action, reason])}"
-            for count, reason, action in sorted(chosen, key=lambda item: -item[0])
+            f"{name} {count} times, first {', '.join(self._examples[action, name])}"
+            for count, name, action in sorted(chosen, key=lambda item: -item[0])
         )

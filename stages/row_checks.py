@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from sft.messages import Problem, RowError
 from sft.quality import FINDERS, REPAIRS
 from sft.tool_schemas import tool_call, tool_schema
+from stages.load_params import ChecksSection
 from stages.outfolder import Action
-from stages.params import ChecksSection
 
 ROW_CHECKS = {**FINDERS, "tool_schema": tool_schema, "tool_call": tool_call}
 

@@ -14,8 +14,8 @@ import numpy as np
 from sft.messages import Problem
 from sft.near_duplicates import NearDuplicateIndex, Pair, Triples, compared_text, similarity, triples
 from sft.outliers import language, length_limits, rare_languages
+from stages.load_params import ChecksSection
 from stages.outfolder import Action, JsonlWriter
-from stages.params import ChecksSection
 from stages.row_checks import Note
 
 NUM_CACHED = 4096

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sft.records import RowError
-from stages.params import MappedSection
+from sft.records import OPTIONAL_COLUMNS, Layout, RowError
+from stages.load_params import MappedSection
 
 ROLE_KEYS = {"role", "from"}
 _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
@@ -63,6 +63,13 @@ class RowMapping:
                 )
             renamed[target] = name
         return tuple(renamed)
+
+    def unused(self, layout: Layout) -> tuple[str, ...]:
+        """The columns of the data, by their own names, that go into no record."""
+        used = {*layout.content, layout.context, layout.system, layout.history, *OPTIONAL_COLUMNS}
+        if self._templates:
+            return tuple(name for name in self._seen_columns if name not in self._fields)
+        return tuple(name for name in self._seen_columns if self._columns.get(name, name) not in used)
 
     def _check_named(self, key: str, named: Iterable[str], seen: tuple[str, ...], what: str) -> None:
         for name in sorted(set(named) - set(seen)):

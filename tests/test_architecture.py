@@ -26,7 +26,16 @@ UPSTREAM_SIGNATURES = {
 }
 # Their effect reaches a stage only through values that DVC tracks anyway (params, paths of outs): a new option of one
 # stage must not invalidate the results of the others.
-PLUMBING = {"stages", "stages.__main__", "stages.preflight", "stages.params", "stages.paths", "sft"}
+PLUMBING = {
+    "stages",
+    "stages.__main__",
+    "stages.preflight",
+    "stages.params",
+    "stages.load_params",
+    "stages.section",
+    "stages.paths",
+    "sft",
+}
 
 
 def modules(*floors: str) -> dict[str, Path]:

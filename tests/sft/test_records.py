@@ -244,3 +244,11 @@ def test_digest_depends_on_content_only() -> None:
     assert record_digest({"text": "x"}) != record_digest({"text": "y"})
     with pytest.raises(RowError, match="surrogate"):
         record_digest({"text": "\ud83d"})
+
+
+def test_a_system_column_that_contradicts_the_conversation_is_an_error() -> None:
+    messages = [{"role": "system", "content": "A."}, {"role": "user", "content": "x"}]
+    layout = detect_layout(["messages", "system"])
+    assert normalize({"messages": messages, "system": "A."}, layout) == {"messages": messages}
+    with pytest.raises(RowError, match=r"the conversation has one, and column 'system' holds 'B\.'"):
+        normalize({"messages": messages, "system": "B."}, layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from stages import load
 from stages.artifacts import read_json
+from stages.load_params import REASONS, ChecksSection
 from tests.stages.data_root import ROOT, ROWS, DataRoot, turn
 
 LONG = " ".join(f"word{number}" for number in range(60))
@@ -82,7 +84,7 @@ def test_a_check_does_what_it_is_told(root: DataRoot, check: str) -> None:
 
 
 def test_every_check_of_params_is_tested_above(root: DataRoot) -> None:
-    assert set(root.params().load.checks.model_dump()) == {*FOUND, "rare_language", "similarity"}
+    assert set(root.params().load.checks.model_dump()) == {*FOUND, "rare_language", "similarity", "number"}
 
 
 @pytest.mark.parametrize(
@@ -161,3 +163,45 @@ def test_the_shipped_data_has_nothing_that_a_check_finds(root: DataRoot) -> None
     assert ledger(root) == []
     given = [json.loads(line) for line in (root.paths.data / "train.jsonl").read_text().splitlines()]
     assert [row["messages"] for row in root.rows("load", "train.jsonl")] == [row["messages"] for row in given]
+
+
+def test_numbers_where_text_is_needed_are_repaired_dropped_or_stop(root: DataRoot) -> None:
+    rows = [{"messages": [{"role": "user", "content": "6 x 7?"}, {"role": "assistant", "content": 42}]}]
+    run(root, rows, checks={**OFF, "number": "repair"})
+    assert root.rows("load", "train.jsonl")[-1] == {"id": "train.jsonl:21", **turn("6 x 7?", "42")}
+    assert root.rows("load", "ledger.jsonl")[0]["detail"] == "message 1 has the number 42 as content"
+    run(root, rows, checks={**OFF, "number": "drop"})
+    assert ledger(root) == [("train.jsonl:21", "number", "drop")]
+    assert "load.checks.number: repair" in root.rows("load", "ledger.jsonl")[0]["detail"]
+    with pytest.raises(ValueError, match=r"load\.checks: number 1 times, first train\.jsonl:21"):
+        run(root, rows, checks={**OFF, "number": "fail"})
+
+
+def test_a_reason_has_a_limit_of_its_own(root: DataRoot) -> None:
+    rows = [*FOUND["mojibake"], *FOUND["duplicate"]]
+    limits = {"mojibake": 0.05, "duplicate": 0.05}
+    run(root, rows, checks={**OFF, "mojibake": "warn", "duplicate": "drop"}, max_fractions=limits)
+    words = r"1 of 24 rows \(4\.2%\) have mojibake, more than load\.max_fractions 0\.04 allows: .*train\.jsonl:21"
+    with pytest.raises(ValueError, match=words):
+        run(root, rows, checks={**OFF, "mojibake": "warn"}, max_fractions={"mojibake": 0.04})
+    with pytest.raises(ValueError, match="have duplicate, more than"):
+        run(root, rows, checks={**OFF, "duplicate": "drop"}, max_fractions={"duplicate": 0.0})
+    with pytest.raises(ValueError, match="'duplicat' is no reason that the ledger knows; did you mean 'duplicate'"):
+        root.params(load={"max_fractions": {"duplicat": 0.1}})
+
+
+def test_every_reason_that_the_code_gives_can_have_a_limit() -> None:
+    code = "".join(path.read_text() for floor in ("sft", "stages") for path in sorted((ROOT / floor).glob("*.py")))
+    given = set(re.findall(r"(?:RowError|Problem|OmittedRow)\(\s*\"(\w+)\"", code))
+    given |= set(re.findall(r"_parse\(\w+, \"(\w+)\"", code)) | set(ChecksSection.model_fields) | {"bad_tool_call"}
+    assert len(given) > 30
+    # of other stages, of the library alone, and a number; empty_content stands in a variable
+    elsewhere = {"max_rows", "weight", "special_text", "token_lengths", "other_kind", "similarity"}
+    assert given - elsewhere == set(REASONS) - {"empty_content"}
+    assert elsewhere - {"other_kind"} <= given
+
+
+def test_columns_that_nothing_is_read_from_are_named(root: DataRoot) -> None:
+    root.write("train.jsonl", [{**row, "score": 1, "tools": []} for row in ROWS])
+    load.run(root.params(), root.paths)
+    assert read_json(root.paths.out("load", "card.json"))["sources"][0]["unused"] == ["score"]

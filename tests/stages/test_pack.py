@@ -41,7 +41,8 @@ def paths(tmp_path: Path) -> Paths:
     write_jsonl(paths.out("format", "train.jsonl"), (rendered(number, 1 + number % 4) for number in range(12)))
     write_jsonl(paths.out("format", "eval.jsonl"), (rendered(number, 1) for number in range(2)))
     tiny_tokenizer().save_pretrained(paths.out("format", "tokenizer"))
-    source = {"path": "rows.jsonl", "purpose": "train", "kind": "messages", "columns": ["messages"], "num_rows": 13}
+    source = {"path": "rows.jsonl", "purpose": "train", "kind": "messages", "columns": ["messages"]}
+    source |= {"unused": ["score"], "num_rows": 13}
     counts = {"num_rows_in": 13, "num_train": 12, "num_eval": 2, "num_repeated": 0, "num_omitted": 0, "num_dropped": 1}
     write_json(paths.out("load", "card.json"), {"sources": [{**source, "dropped": {"duplicate": 1}}], **counts})
     write_jsonl(paths.out("load", "train.jsonl"), (record(number, 1 + number % 4) for number in range(13)))
