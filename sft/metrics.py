@@ -1,37 +1,16 @@
-"""Generation metrics on strings: exact match, valid JSON, field F1; per row, averaged, and with intervals.
-
-Every metric is a mean of row scores between 0 and 1, so that an interval can be drawn for it. The one exception is
-`field_f1_micro`, which counts fields over all rows.
-"""
+"""Generation metrics on strings: exact match, valid JSON, field F1, word F1, numbers, patterns."""
 
 from __future__ import annotations
 
 import json
-import math
-import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
-NUM_RESAMPLES = 2000
-Z95 = 1.959964
-
-
-@dataclass(frozen=True)
-class Task:
-    """How generations of one kind are scored.
-
-    Args:
-        score: (prediction, reference) -> row scores, each between 0 and 1.
-        summarize: (predictions, references) -> figures over all rows that are no mean of row scores.
-        check_reference: raises ValueError for a reference that the task can't be scored against.
-    """
-
-    score: Callable[[str, str], dict[str, float]]
-    summarize: Callable[[Sequence[str], Sequence[str]], dict[str, float]]
-    check_reference: Callable[[str], None]
+# A sign counts only where no word stands before it: the 3 of "5-3" is not negative.
+NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?")
 
 
 def json_valid(text: str) -> bool:
@@ -80,80 +59,36 @@ def json_field_f1(predictions: Sequence[str], references: Sequence[str]) -> dict
         raise ValueError(
             f"need as many predictions as references and at least one, got {len(predictions)} and {len(references)}"
         )
-    counts = [_field_counts(*pair) for pair in zip(predictions, references, strict=True)]
+    counts = [field_counts(*pair) for pair in zip(predictions, references, strict=True)]
     right, total = sum(c[0] for c in counts), sum(c[1] for c in counts)
-    rows = [_f1(*c) for c in counts]
-    return {"micro": _f1(right, total), "macro": sum(rows) / len(rows)}
+    rows = [f1(*c) for c in counts]
+    return {"micro": f1(right, total), "macro": sum(rows) / len(rows)}
 
 
 def word_f1(prediction: str, reference: str) -> float:
     """F1 over the bags of lower-case words of two texts, as SQuAD scores answers (arXiv:1606.05250), articles kept."""
     left, right = (Counter(re.findall(r"\w+", text.lower())) for text in (prediction, reference))
-    return _f1((left & right).total(), left.total() + right.total())
+    return f1((left & right).total(), left.total() + right.total())
 
 
-def mean_interval(scores: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of row scores: how far it would move with other rows of the same kind.
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text, None where there is none; `1,234.50` is 1234.5, units and currencies are passed over.
 
-    Shares (all scores 0 or 1) get the Wilson score interval, which stays honest where every row is right or none is;
-    other scores get the percentile bootstrap, drawn with the same seed every time.
-
-    Raises:
-        ValueError: there are no scores.
+    Answers to sums end with the result, as GSM8K's do (arXiv:2110.14168).
     """
-    if not scores:
-        raise ValueError("an interval needs at least one score")
-    if all(score in (0.0, 1.0) for score in scores):
-        return _wilson(sum(scores), len(scores))
-    rng = random.Random(seed)
-    means = sorted(sum(rng.choices(scores, k=len(scores))) / len(scores) for _ in range(NUM_RESAMPLES))
-    tail = int(NUM_RESAMPLES * 0.025)
-    return means[tail], means[-1 - tail]
+    found = NUMBER.findall(text.replace("−", "-"))
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
-def _wilson(num_right: float, num_rows: int) -> tuple[float, float]:
-    """Wilson's interval (J. Am. Stat. Assoc. 22, 1927) of a share at 95 %."""
-    share, spread = num_right / num_rows, Z95**2 / num_rows
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z95 * math.sqrt(share * (1 - share) / num_rows + spread / (4 * num_rows)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+def last_found(pattern: re.Pattern[str], text: str) -> str | None:
+    """What a pattern finds last in a text: its first group, or all of it where it has none; None without a find."""
+    found = list(pattern.finditer(text))
+    return found[-1].group(1 if pattern.groups else 0) if found else None
 
 
 def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """Mean of every score over the rows."""
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
-
-
-def _score_json(prediction: str, reference: str) -> dict[str, float]:
-    return {
-        "exact_match": float(exact_match(prediction, reference)),
-        "json_valid": float(json_valid(prediction)),
-        "field_f1": _f1(*_field_counts(prediction, reference)),
-    }
-
-
-def _summarize_json(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    return {"field_f1_micro": json_field_f1(predictions, references)["micro"]}
-
-
-def _check_json(reference: str) -> None:
-    if not json_valid(reference):
-        raise ValueError(
-            f"the reference is not JSON, which task json needs: {reference[:80]!r}; fix the row or use task text"
-        )
-
-
-def _score_text(prediction: str, reference: str) -> dict[str, float]:
-    return {"exact_match": float(exact_match(prediction, reference)), "word_f1": word_f1(prediction, reference)}
-
-
-def _summarize_text(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    return {}
-
-
-def _check_text(reference: str) -> None:
-    if not reference.strip():
-        raise ValueError("the reference is empty")
 
 
 def _parse(text: str) -> str | None:
@@ -187,16 +122,12 @@ def _leaves(path: str, value: Any) -> list[tuple[str, str]]:
     return [(path, json.dumps(value, ensure_ascii=False))]
 
 
-def _field_counts(prediction: str, reference: str) -> tuple[int, int]:
+def field_counts(prediction: str, reference: str) -> tuple[int, int]:
+    """How many leaves (`json_fields`) are right, and how many there are in both texts together."""
     predicted, expected = json_fields(prediction), json_fields(reference)
     return (predicted & expected).total(), predicted.total() + expected.total()
 
 
-def _f1(right: int, total: int) -> float:
+def f1(right: int, total: int) -> float:
+    """F1 from what is right and what both sides have together; 0 where there is nothing."""
     return 2 * right / total if total else 0.0
-
-
-TASKS = {
-    "json": Task(_score_json, _summarize_json, _check_json),
-    "text": Task(_score_text, _summarize_text, _check_text),
-}

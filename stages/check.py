@@ -1,4 +1,4 @@
-"""`python -m stages check`: params.yaml, the data and the base model's name, before DVC removes any earlier result."""
+"""`python -m stages check`: params.yaml, data, own metrics and the base model's name, before DVC removes any result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from stages.intake import data_size, open_source
 from stages.model_sources import check_named
 from stages.params import Params
 from stages.paths import Paths
+from stages.scoring import load_tasks
 
 LARGEST_READ_BYTES = 100_000_000
 """Larger data are only looked for: reading them at every `make repro` would cost more than it saves."""
@@ -15,9 +16,11 @@ def run(params: Params, paths: Paths) -> None:
     """Look at what `load` is going to read; what lies on the hub is left to it.
 
     Raises:
-        ValueError: A source is missing, damaged or empty, or the base model can't be the one that is named.
+        ValueError: A source is missing, damaged or empty, a task can't be used, or the base model can't be the one
+            that is named.
     """
     check_named(params.model, paths.root)
+    load_tasks(params.evaluate.task, paths.root)
     sources = [(part, f"load.sources[{i}].path") for i, part in enumerate(params.load.sources)]
     held_out = params.load.eval.source()
     if held_out is not None:

@@ -13,14 +13,17 @@ from sft.begun_answers import BegunAnswers
 from sft.evaluation import evaluate_model
 from sft.gate import GateRow, check_gate, parse_gate
 from sft.generation import Generation, generate_batch
-from sft.metrics import TASKS, Task, mean_interval, mean_scores
+from sft.intervals import mean_interval
+from sft.metrics import mean_scores
 from sft.models import load_tokenizer
+from sft.tasks import Task
 from stages.artifacts import progress, read_json, write_json, write_jsonl
 from stages.measured import ANSWERING, LIKELIHOOD
 from stages.params import EvaluateSection, Params
 from stages.paths import Paths
 from stages.references import read_prompts
 from stages.report import write_report
+from stages.scoring import load_tasks, task_names
 from stages.variants import Variant, find_variants, load_variant, size_mb
 
 TOKENS_PER_BATCH = 2048
@@ -33,6 +36,7 @@ class HeldOut:
     rows: list[dict[str, Any]]
     prompts: list[dict[str, Any]]
     token_ids: list[list[int]]
+    task: Task
 
 
 @dataclass
@@ -82,11 +86,12 @@ def run(params: Params, paths: Paths) -> None:
 
 def read_held_out(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
     """Read packed held-out rows and prompts; every reference is checked before any model is loaded."""
-    prompts = read_prompts(section, paths)
+    task = load_tasks(section.task, paths.root)
+    prompts = read_prompts(section, task, paths)
     token_ids = [
         tokenizer(prompt["prompt"], add_special_tokens=prompt["add_special_tokens"])["input_ids"] for prompt in prompts
     ]
-    return HeldOut(load_from_disk(str(paths.out("pack", "eval"))).to_list(), prompts, token_ids)
+    return HeldOut(load_from_disk(str(paths.out("pack", "eval"))).to_list(), prompts, token_ids, task)
 
 
 def measure(
@@ -115,7 +120,7 @@ def measure(
             begun=begun.tokens(),
         )
         result.seconds["generation"] = time.monotonic() - started
-        score_answers(result, TASKS[section.task], [prompt["reference"] for prompt in held_out.prompts])
+        score_answers(result, held_out.task, [prompt["reference"] for prompt in held_out.prompts])
     return result
 
 
@@ -124,7 +129,10 @@ def score_answers(result: Measured, task: Task, references: list[str]) -> None:
     texts = [answer.text for answer in result.answers]
     result.scores = [task.score(text, reference) for text, reference in zip(texts, references, strict=True)]
     stops = [{"stop_rate": float(answer.stopped)} for answer in result.answers]
-    result.figures |= mean_scores(result.scores) | task.summarize(texts, references) | mean_scores(stops)
+    whole = task.summarize(texts, references)
+    figures = mean_scores(result.scores) | {name: figure.value for name, figure in whole.items()} | mean_scores(stops)
+    result.figures |= {name: figures[name] for name in [*task.names, "stop_rate"]}
+    result.intervals |= {name: figure.interval for name, figure in whole.items() if figure.interval is not None}
     for rows in (result.scores, stops):
         result.intervals |= {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
 
@@ -136,7 +144,8 @@ def write_outputs(
     passed = all(row.passed for row in gate)
     figures = {name: result.figures for name, result in measured.items()}
     results = {
-        "task": section.task,
+        "tasks": task_names(section.task),
+        "figures": list(held_out.task.names),
         "num_prompts": len(held_out.prompts),
         "max_new_tokens": section.max_new_tokens,
         "models": figures,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sft.metrics import TASKS
+from stages.scoring import figure_names
 
 LIKELIHOOD = ("loss", "perplexity", "token_accuracy")
 MODELS = ("base", "tuned", "merged", "quantized")
@@ -10,16 +10,17 @@ MODELS = ("base", "tuned", "merged", "quantized")
 ANSWERING = ("base", "tuned", "quantized")
 
 
-def metric_names(task: str, *, with_quantized: bool) -> set[str]:
+def metric_names(task: str | list[str], *, with_quantized: bool) -> set[str]:
     """Every `model.metric` that `evaluate` will measure.
 
     Args:
-        task: A name of `sft.metrics.TASKS`.
+        task: `evaluate.task`.
         with_quantized: Whether `quantize` makes a model.
+
+    Raises:
+        ValueError: A task is unknown.
     """
-    scores = TASKS[task].score("{}", "{}")
-    summary = TASKS[task].summarize(["{}"], ["{}"])
-    answers = [*scores, *summary, "stop_rate"]
+    answers = [*figure_names(task), "stop_rate"]
     return {
         f"{model}.{metric}"
         for model in MODELS

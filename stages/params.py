@@ -20,6 +20,7 @@ from sft.gate import parse_gate
 from sft.gptq_checks import GROUP_SIZES
 from stages.load_params import LoadSection
 from stages.measured import metric_names
+from stages.scoring import figure_names
 from stages.section import Fraction, Positive, Section, Seed
 
 
@@ -160,10 +161,17 @@ class QuantizeSection(Section):
         return self
 
 
+def _known_tasks(value: str | list[str]) -> str | list[str]:
+    figure_names(value)
+    return value
+
+
 class EvaluateSection(Section):
     """Base, tuned, merged and quantized side by side."""
 
-    task: Annotated[Literal["json", "text"], Field(description="Which generation metrics are computed")]
+    task: Annotated[
+        str | list[str], AfterValidator(_known_tasks), Field(description="What answers are scored with, one or several")
+    ]
     num_rows: Annotated[Positive | None, Field(description="null = every held-out row")]
     batch_size: Annotated[Positive, Field(description="Rows generated at a time")]
     max_new_tokens: Annotated[Positive, Field(description="Longest generation")]

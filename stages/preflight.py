@@ -9,6 +9,7 @@ from stages.base_model import read_base_model
 from stages.params import Params
 from stages.paths import Paths
 from stages.references import read_prompts
+from stages.scoring import load_tasks
 
 
 def check_later_stages(params: Params, paths: Paths) -> None:
@@ -23,4 +24,4 @@ def check_later_stages(params: Params, paths: Paths) -> None:
             check_layers_fit(folder, params.quantize.bits, params.quantize.group_size)
         except ValueError as error:
             raise ValueError(f"quantize.bits, quantize.group_size: {error}") from None
-    read_prompts(params.evaluate, paths)
+    read_prompts(params.evaluate, load_tasks(params.evaluate.task, paths.root), paths)

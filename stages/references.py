@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from sft.metrics import TASKS
+from sft.tasks import Task
 from stages.artifacts import read_jsonl
 from stages.params import EvaluateSection
 from stages.paths import Paths
+from stages.scoring import task_names
 
 
-def read_prompts(section: EvaluateSection, paths: Paths) -> list[dict[str, Any]]:
+def read_prompts(section: EvaluateSection, task: Task, paths: Paths) -> list[dict[str, Any]]:
     """Read the first `num_rows` held-out prompts that `format` wrote.
+
+    Args:
+        section: Of params.yaml.
+        task: What the answers will be scored with.
+        paths: Of the checkout.
 
     Raises:
         ValueError: There is no prompt, or a reference that the task can't be scored against; names the row.
@@ -23,7 +29,9 @@ def read_prompts(section: EvaluateSection, paths: Paths) -> list[dict[str, Any]]
         )
     for prompt in prompts:
         try:
-            TASKS[section.task].check_reference(prompt["reference"])
+            task.check_reference(prompt["reference"])
         except ValueError as error:
-            raise ValueError(f"evaluate.task is {section.task}, held-out row {prompt['id']}: {error}") from None
+            raise ValueError(
+                f"evaluate.task is {', '.join(task_names(section.task))}, held-out row {prompt['id']}: {error}"
+            ) from None
     return prompts

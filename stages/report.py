@@ -27,6 +27,14 @@ METRICS: dict[str, tuple[str, str, int]] = {
     "field_f1": ("Field F1, mean over rows", "percent", 1),
     "field_f1_micro": ("Field F1, all fields pooled", "percent", 1),
     "word_f1": ("Word F1", "percent", 1),
+    "number_match": ("Number match", "percent", 1),
+    "regex_match": ("Pattern finds the same", "percent", 1),
+    "regex_found": ("Pattern found", "percent", 1),
+    "rouge1": ("ROUGE-1", "percent", 1),
+    "rouge2": ("ROUGE-2", "percent", 1),
+    "rougeL": ("ROUGE-L", "percent", 1),
+    "bleu": ("BLEU, 0 to 100", "number", 1),
+    "chrf": ("chrF, 0 to 100", "number", 1),
     "stop_rate": ("Ends by itself", "percent", 1),
     "loss": ("Loss, nats a token", "number", -1),
     "perplexity": ("Perplexity", "number", -1),
@@ -73,8 +81,10 @@ def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
     else:
         headline = "The gate is open: every condition holds" if total > 1 else "The gate is open: its condition holds"
     models = results["models"]
-    scores = [f"{name} {percent(models[name]['exact_match'])}" for name in models if "exact_match" in models[name]]
-    sentence = f"Exact match on {results['num_prompts']} held-out rows: {', '.join(scores)}."
+    metric = results["figures"][0]
+    label, kind, _ = METRICS.get(metric, (metric, "number", 0))
+    scores = [f"{name} {show(models[name][metric], kind)}" for name in models if metric in models[name]]
+    sentence = f"{label} on {results['num_prompts']} held-out rows: {', '.join(scores)}."
     if "quantized" in models:
         ratio = models["quantized"]["size_mb"] / models["merged"]["size_mb"]
         sentence += f" The quantized checkpoint has {percent(ratio)} of the merged one's size."
@@ -145,11 +155,13 @@ def generations(paths: Paths) -> dict[str, Any]:
     """Prompts with every model's answer, differences to the reference marked; the tuned model's mistakes come first."""
     rows = list(read_jsonl(paths.out("evaluate", "generations.jsonl")))
     prompts = [row["prompt"] for row in rows]
+    metric = deciding_score(rows)
     start, end = shared_beginning(prompts), shared_ending(prompts)
-    shown = [generation(row, slice(len(start), len(row["prompt"]) - len(end))) for row in rows]
+    shown = [generation(row, slice(len(start), len(row["prompt"]) - len(end)), metric) for row in rows]
     shown.sort(key=lambda row: (row["tuned_right"], row["quantized_same"]))
     return {
         "shared": start.strip(),
+        "decided": metric is not None,
         "rows": shown[:MAX_GENERATIONS],
         "num_rows": len(shown),
         "num_wrong": sum(not row["tuned_right"] for row in shown),
@@ -157,13 +169,20 @@ def generations(paths: Paths) -> dict[str, Any]:
     }
 
 
-def generation(row: Mapping[str, Any], own: slice) -> dict[str, Any]:
-    """One prompt, of which only its own part is shown, and its answers."""
+def deciding_score(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first score that is 0 or 1 everywhere and so tells right from wrong; None where no score does."""
+    scores = [answer["scores"] for row in rows for answer in row["answers"].values()]
+    names = [name for name in scores[0] if all(score[name] in (0.0, 1.0) for score in scores)]
+    return names[0] if names else None
+
+
+def generation(row: Mapping[str, Any], own: slice, metric: str | None) -> dict[str, Any]:
+    """One prompt, of which only its own part is shown, and its answers, right or wrong by a metric."""
     answers = row["answers"]
     cells = [
         {
             "model": name,
-            "right": answer["scores"].get("exact_match") == 1.0,
+            "right": metric is None or answer["scores"][metric] == 1.0,
             "stopped": answer["stopped"],
             "text": mark_differences(answer["text"], row["reference"]),
         }
@@ -175,7 +194,7 @@ def generation(row: Mapping[str, Any], own: slice) -> dict[str, Any]:
         "prompt": row["prompt"][own].strip(),
         "reference": row["reference"],
         "answers": cells,
-        "tuned_right": answers["tuned"]["scores"].get("exact_match") == 1.0,
+        "tuned_right": metric is None or answers["tuned"]["scores"][metric] == 1.0,
         "quantized_same": quantized["text"] == answers["tuned"]["text"],
     }
 

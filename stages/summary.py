@@ -8,8 +8,6 @@ from stages.artifacts import read_json
 from stages.params import Params
 from stages.paths import Paths
 
-COLUMNS = ("loss", "token_accuracy", "exact_match", "field_f1", "json_valid", "size_mb")
-
 
 def run(params: Params, paths: Paths) -> None:
     """Print the figures of every model, the gate, and where report, metrics and pages are.
@@ -21,12 +19,23 @@ def run(params: Params, paths: Paths) -> None:
     if not file.exists():
         raise ValueError(f"{file} is missing: the pipeline has not run here yet; type `make repro`")
     results = read_json(file)
-    print("\n".join(["", *table(results["models"]), "", *gate_lines(results), "", *places(params, paths)]))
+    print(
+        "\n".join(
+            [
+                "",
+                *table(results["models"], ["loss", "token_accuracy", *results["figures"], "size_mb"]),
+                "",
+                *gate_lines(results),
+                "",
+                *places(params, paths),
+            ]
+        )
+    )
 
 
-def table(models: dict[str, dict[str, float]]) -> list[str]:
+def table(models: dict[str, dict[str, float]], columns: list[str]) -> list[str]:
     """One line a model, one column a figure that any of them has."""
-    columns = [name for name in COLUMNS if any(name in figures for figures in models.values())]
+    columns = [name for name in columns if any(name in figures for figures in models.values())]
     lines = ["  " + "model".ljust(10) + "".join(name.rjust(16) for name in columns)]
     for name, figures in models.items():
         cells = [f"{figures[column]:.4g}" if column in figures else "" for column in columns]

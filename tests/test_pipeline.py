@@ -79,7 +79,7 @@ def order(number: int) -> dict[str, Any]:
 def make_project(folder: Path) -> Path:
     """A checkout of this repository's code and graph, with a tiny base model and a few rows."""
     folder.mkdir()
-    for name in ("sft", "stages"):
+    for name in ("sft", "stages", "tasks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
         shutil.copyfile(ROOT / name, folder / name)
@@ -202,6 +202,17 @@ def test_a_changed_row_runs_everything_and_a_note_beside_the_data_nothing(projec
         assert sorted(would_run(project)) == sorted(STAGES)
     finally:
         rows.write_text(kept, encoding="utf-8")
+
+
+def test_a_changed_metric_of_ones_own_evaluates_again_and_trains_nothing(project: Path) -> None:
+    file = project / "tasks" / "shop.py"
+    kept = file.read_text(encoding="utf-8")
+    try:
+        file.write_text(kept + "\n# changed\n", encoding="utf-8")
+        assert sorted(would_run(project)) == ["evaluate", "publish"]
+    finally:
+        file.write_text(kept, encoding="utf-8")
+    assert would_run(project) == []
 
 
 def test_results_come_back_after_a_refused_value(project: Path) -> None:

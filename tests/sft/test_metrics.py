@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
+
 import pytest
 
-from sft.metrics import (
-    TASKS,
-    exact_match,
-    json_field_f1,
-    json_fields,
-    json_valid,
-    mean_interval,
-    mean_scores,
-    word_f1,
-)
+from sft.metrics import exact_match, json_field_f1, json_fields, json_valid, last_found, last_number, word_f1
 
 
 @pytest.mark.parametrize(
@@ -82,35 +76,25 @@ def test_word_f1_is_the_overlap_of_bags_of_words() -> None:
     assert word_f1("", "x") == 0.0
 
 
-def test_json_task_scores_rows_and_their_mean() -> None:
-    rows = [TASKS["json"].score('{"a":1}', '{"a": 1}'), TASKS["json"].score("{", '{"a": 1}')]
-    assert rows == [
-        {"exact_match": 1.0, "json_valid": 1.0, "field_f1": 1.0},
-        {"exact_match": 0.0, "json_valid": 0.0, "field_f1": 0.0},
-    ]
-    assert mean_scores(rows) == {"exact_match": 0.5, "json_valid": 0.5, "field_f1": 0.5}
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("It costs 1,234.50 euros", "1234.5"),
+        ("first 3, then 5-4", "4"),
+        ("down to −7 degrees", "-7"),
+        ("#### 1e3", "1000"),
+        ("12kg", "12"),
+        ("The answer is 42.", "42"),
+        ("1,2", "2"),
+        ("x1", None),
+        ("none", None),
+    ],
+)
+def test_last_number_is_read_as_people_write_it(text: str, number: str | None) -> None:
+    assert last_number(text) == (None if number is None else Decimal(number))
 
 
-def test_reference_that_is_not_json_is_named() -> None:
-    with pytest.raises(ValueError, match=r"not JSON.*'Dear customer'"):
-        TASKS["json"].check_reference("Dear customer")
-
-
-def test_interval_of_a_share_is_wilsons_and_honest_at_its_ends() -> None:
-    assert mean_interval([1.0] * 10) == (pytest.approx(0.7225, abs=1e-4), pytest.approx(1.0))
-    assert mean_interval([0.0] * 100) == (pytest.approx(0.0, abs=1e-9), pytest.approx(0.0370, abs=1e-4))
-    assert mean_interval([1.0] * 81 + [0.0] * 19) == (pytest.approx(0.7222, abs=1e-4), pytest.approx(0.8749, abs=1e-4))
-
-
-def test_interval_of_other_scores_is_bootstrapped_and_repeats_itself() -> None:
-    few, many = [0.2, 0.8] * 10, [0.2, 0.8] * 200
-    low, high = mean_interval(few)
-    assert (low, high) == mean_interval(few)
-    assert low < 0.5 < high
-    assert mean_interval(many)[1] - mean_interval(many)[0] < (high - low) / 2
-    assert mean_interval([0.3] * 5) == (pytest.approx(0.3), pytest.approx(0.3))
-
-
-def test_interval_needs_a_score() -> None:
-    with pytest.raises(ValueError, match="at least one score"):
-        mean_interval([])
+def test_pattern_gives_its_group_or_all_of_it_and_the_last_find() -> None:
+    assert last_found(re.compile(r"#(\d+)"), "#1 #22") == "22"
+    assert last_found(re.compile(r"#\d+"), "#1 #22") == "#22"
+    assert last_found(re.compile(r"#\d+"), "none") is None

@@ -137,3 +137,17 @@ def test_text_task_scores_words(tmp_path: Path) -> None:
     results = json.loads(paths.out("evaluate", "results.json").read_text())
     assert results["passed"] is True
     assert "word_f1" in results["models"]["tuned"]
+
+
+def test_several_tasks_and_an_own_function_are_scored_and_shown(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "faq.py").write_text("def length(answer, reference):\n    return len(answer)\n")
+    evaluate.run(tiny_params(evaluate={"task": ["chrf", "tasks.faq.length"], "gate": ["tuned.length > 0"]}), paths)
+    results = read_json(paths.out("evaluate", "results.json"))
+    assert set(results["models"]["tuned"]) >= {"chrf", "length", "stop_rate"}
+    assert set(results["intervals"]["tuned"]) >= {"chrf", "length", "stop_rate"}
+    assert results["passed"] is True
+    page = paths.report.read_text(encoding="utf-8")
+    assert "chrF, 0 to 100 on 3 held-out rows: base" in page
+    assert "tuned is wrong" not in page  # no score says what is right

@@ -26,7 +26,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     paths = write_tiny_run(tmp_path_factory.mktemp("report"))
     figures = {"loss": 1.0, "size_mb": 538.0, "exact_match": 0.0}
     results = {
-        "task": "json",
+        "figures": ["exact_match"],
         "num_prompts": 2,
         "max_new_tokens": 8,
         "models": {
