@@ -18,6 +18,7 @@ from types import FrameType
 from flows.environment import UiLock, child_environment, prefect_home
 from flows.servers import HOST, ServerFailed, Servers, get, prefect_server_command, refuse_busy_port
 from stages.params import ParamsError, load_params
+from stages.redaction import redact
 
 WORK_POOL = "local"
 
@@ -91,12 +92,13 @@ def _environment(root: Path, prefect_url: str) -> dict[str, str]:
 
 def _welcome(root: Path, prefect_url: str, mlflow_url: str | None) -> str:
     publish = load_params(root / "params.yaml").publish
+    runs = redact(publish.tracking_uri) if mlflow_url is None else _runs_page(mlflow_url, publish.experiment)
     return "\n".join(
         [
             "",
             f"  Prefect  {prefect_url}",
             f"           start a run: {_form_page(prefect_url)}",
-            f"  MLflow   {publish.tracking_uri if mlflow_url is None else _runs_page(mlflow_url, publish.experiment)}",
+            f"  MLflow   {runs}",
             f"  logs     {root / '.state' / 'logs'}",
             "",
             "Ctrl-C stops everything.",

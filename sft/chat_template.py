@@ -17,9 +17,25 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sft.time_limit import TimeLimitError, time_limit
+
 GENERATION_MARK = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
 # Words that no template treats specially, and that occur in none.
 PROBE_QUESTION, PROBE_ANSWER = "Zyquestionprobe", "Zyanswerprobe"
+FIRST_CHAT_S, CHAT_S = 10.0, 0.1
+"""How long a template may take, some thousand times what any needs."""
+MAX_CHARACTERS = 100_000_000
+# What Python raises when a template computes nonsense, besides Jinja's own errors.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 _QUESTION, _ANSWER = {"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}
 _SECOND_QUESTION = {"role": "user", "content": "Zysecondquestion"}
 _SECOND_ANSWER = {"role": "assistant", "content": "Zysecondanswer"}
@@ -109,14 +125,29 @@ class ChatTemplate:
     def _render(
         self, chats: Sequence[Messages], tools: list[Any] | None, **options: bool
     ) -> tuple[list[str], list[Any]]:
+        limit_s = FIRST_CHAT_S + CHAT_S * len(chats)
         try:
-            return render_jinja_template(
-                conversations=list(chats), tools=tools, chat_template=self.source, **options, **self.variables
-            )
+            with time_limit(limit_s):
+                texts, ranges = render_jinja_template(
+                    conversations=list(chats), tools=tools, chat_template=self.source, **options, **self.variables
+                )
         except TemplateSyntaxError as error:
             raise TemplateSourceError(syntax_message(self.source, error)) from error
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refused the conversation: {error}") from error
+        except TimeLimitError:
+            raise ValueError(
+                f"the chat template did not come to an end within {limit_s:g} s for {len(chats)} conversations; look "
+                "for a loop in it that never ends"
+            ) from None
+        except TEMPLATE_ERRORS as error:
+            what = str(error) or type(error).__name__
+            raise ValueError(f"the chat template refused the conversation: {what}") from error
+        longest = max((len(text) for text in texts), default=0)
+        if longest > MAX_CHARACTERS:
+            raise ValueError(
+                f"the chat template made {longest} characters of one conversation, more than {MAX_CHARACTERS}; look "
+                "for what it repeats"
+            )
+        return texts, ranges
 
 
 @functools.lru_cache(maxsize=64)

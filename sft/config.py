@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from sft.loss_policy import check_policy
+
 DEFAULT_MAX_LENGTH = 1024
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
 LOSS_TYPES = ("nll", "dft")
@@ -52,6 +54,9 @@ class SFTConfig(TrainingArguments):
         last_turn_only_loss: Train only on the last assistant turn of conversations.
         loss_type: `nll`, or `dft` (Wu et al., arXiv:2508.05629).
         log_entropy: Log the mean entropy of predictions; costs a pass over the logits.
+        on_bad_loss: What to do, before it is made, with an update whose gradient is no number: `stop`, `skip` it, or
+            `rollback` (weights and optimizer of the last checkpoint, then on with the next rows); None = make it.
+        bad_loss_factor: A loss so many times the median of the last 50 updates is treated likewise; None = any is good.
         use_liger: Former name of `use_liger_kernel`; give one of them.
     """
 
@@ -105,6 +110,12 @@ class SFTConfig(TrainingArguments):
     last_turn_only_loss: bool = field(default=False, metadata={"help": "Train only on the last assistant turn."})
     loss_type: str = field(default="nll", metadata={"help": "nll or dft."})
     log_entropy: bool = field(default=False, metadata={"help": "Log the mean entropy of predictions."})
+    on_bad_loss: str | None = field(
+        default=None, metadata={"help": "stop, skip or rollback when an update's loss is no number or too large."}
+    )
+    bad_loss_factor: float | None = field(
+        default=None, metadata={"help": "A loss so many times the median of the last 50 updates is too large."}
+    )
     use_liger: bool | None = field(default=None, metadata={"help": "Former name of use_liger_kernel."})
 
     def __post_init__(self) -> None:
@@ -151,6 +162,7 @@ class SFTConfig(TrainingArguments):
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
+        check_policy(self.on_bad_loss, self.bad_loss_factor, self.fp16)
         unknown = set(self.dataset_kwargs or {}) - set(DATASET_KWARGS)
         if unknown:
             raise ValueError(f"dataset_kwargs has unknown keys {sorted(unknown)}; known: {', '.join(DATASET_KWARGS)}")

@@ -7,7 +7,7 @@ the batch was cut up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -214,8 +214,8 @@ def _router_loss(model: nn.Module, outputs: Any) -> torch.Tensor | None:
 class TokenTotals:
     """Adds up the figures of batches, so that means are over tokens; nothing is read from the device before `means`."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
+    def __init__(self, sums: Mapping[str, float] | None = None) -> None:
+        self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in (sums or {}).items()}
 
     def add(self, result: SupervisedLoss, *, skip_broken: bool = False) -> None:
         """Take one batch in.
@@ -237,7 +237,22 @@ class TokenTotals:
             if value is not None:
                 value = value if finite is None else torch.where(finite, value, 0)
                 precise = value.double() if value.device.type in ("cpu", "cuda") else value.float()
-                self._sums[name] = self._sums[name] + precise if name in self._sums else precise
+                self._sums[name] = self._sums[name].to(precise) + precise if name in self._sums else precise
+
+    def copy(self) -> TokenTotals:
+        """The same sums, to go back to."""
+        other = TokenTotals()
+        other._sums = dict(self._sums)  # sums are replaced, never changed in place
+        return other
+
+    def sums(self, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, float]:
+        """What was added up so far, over all processes; `gather` as for `means`."""
+        if not self._sums:
+            return {}
+        sums = torch.stack(list(self._sums.values()))
+        if gather is not None:
+            sums = gather(sums).reshape(-1, len(self._sums)).sum(0)
+        return dict(zip(self._sums, sums.tolist(), strict=True))
 
     def means(self, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, float]:
         """`loss`, `mean_token_accuracy` and, where they were summed, `entropy` and `aux_loss`; empty without targets.
@@ -245,13 +260,8 @@ class TokenTotals:
         Args:
             gather: collects a tensor `(figures,)` from all processes into `(processes * figures,)`.
         """
-        if not self._sums:
-            return {}
-        sums = torch.stack(list(self._sums.values()))
-        if gather is not None:
-            sums = gather(sums).reshape(-1, len(self._sums)).sum(0)
-        total = dict(zip(self._sums, sums.tolist(), strict=True))
-        if not total["targets"]:
+        total = self.sums(gather)
+        if not total or not total["targets"]:
             return {}
         means = {"loss": total["loss"] / total["weight"], "mean_token_accuracy": total["hits"] / total["targets"]}
         if "entropy" in total:

@@ -8,6 +8,8 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+from sft.unwrapping import causal_lm
+
 
 def settle_sharding(accelerator: Any) -> bool:
     """Turn FSDP2 on where a launcher asks for it (`ACCELERATE_USE_FSDP`) and accelerate, on a CPU, did not heed it.
@@ -37,3 +39,16 @@ def settle_sharding(accelerator: Any) -> bool:
         state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     return True
+
+
+def without_copies(model: Any, weights: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Weights that were gathered for saving, each tied one once: gathering made copies, which would all be written.
+
+    Args:
+        model: Sharded or not, with or without an adapter.
+        weights: Name -> tensor; None where the model is saved from its own weights.
+    """
+    tied = getattr(causal_lm(model), "all_tied_weights_keys", None) or {}
+    if weights is None:
+        return None
+    return {name: value for name, value in weights.items() if not (name in tied and tied[name] in weights)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -37,14 +37,16 @@ from sft.fused_layers import fused_layers
 from sft.layout import batch_layout
 from sft.lora_linear import fused_lora
 from sft.loss import LossOptions, TokenTotals, num_targets, supervised_loss
+from sft.loss_policy import LossWatch, act_on
 from sft.neftune import embedding_noise
 from sft.offloading import check_offloading, offloaded_activations
 from sft.pitfalls import check_collator
 from sft.preparation import FormattingFunc, apply_formatting, prepare_dataset, resolve_max_length
-from sft.sharding import settle_sharding
+from sft.sharding import settle_sharding, without_copies
 from sft.shared_tokens import without_sharing
 from sft.sharing_setup import settle_sharing
 from sft.tokens_seen import TokensSeen
+from sft.unlogged import UnloggedFigures
 from sft.vision_setup import choose_vision_collator
 from sft.wiring import (
     apply_chat_template,
@@ -58,6 +60,7 @@ from sft.wiring import (
 logger = logging.getLogger(__name__)
 
 Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
+Callback = TypeVar("Callback", bound=TrainerCallback)
 OWN_INPUTS = ("seq_lengths", "loss_weights", "skip_logits", FILLER)
 TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", "completion_mask", "assistant_masks", FILLER)
 
@@ -141,7 +144,7 @@ class SFTTrainer(Trainer):
             processing_class=processing_class,
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
-            callbacks=callbacks,
+            callbacks=[UnloggedFigures(), LossWatch(config.on_bad_loss, config.bad_loss_factor), *(callbacks or [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -162,6 +165,7 @@ class SFTTrainer(Trainer):
         self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)
         self._totals = {"train": TokenTotals(), "eval": TokenTotals()}
         self._tokens_seen = TokensSeen(config.device)
+        self._before_update: TokenTotals | None = None
 
     def _say_what_is_trained(self) -> None:
         counts = count_parameters(self.model)
@@ -188,11 +192,26 @@ class SFTTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One forward and backward pass; the documents' borders hold for both, as checkpointing computes twice."""
+        if self._before_update is None:
+            self._before_update = self._totals["train"].copy()
         with (
             attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp),
             offloaded_activations(model, enabled=self.args.activation_offloading),
         ):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._callback(LossWatch).add(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the gradients, and what `on_bad_loss` says of an update that would do harm."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        watch, before = self._callback(LossWatch), self._before_update
+        self._before_update = None
+        problem = watch.problem(grad_norm, self.accelerator.gather)
+        if problem is not None and before is not None:
+            self._totals["train"] = before
+            act_on(self, watch, problem)
+        return grad_norm
 
     def compute_loss(
         self,
@@ -246,7 +265,10 @@ class SFTTrainer(Trainer):
             self._count_tokens()
             logs["num_tokens"] = self.state.num_input_tokens_seen
         if "loss" in logs and self.compute_loss_func is None:
-            logs.update(self._totals["train"].means(self.accelerator.gather))
+            figures = self._totals["train"].means(self.accelerator.gather)
+            if not figures:
+                del logs["loss"]  # all updates since the last line were skipped
+            logs.update(figures)
             self._totals["train"] = TokenTotals()
         super().log(logs, start_time)
 
@@ -259,9 +281,29 @@ class SFTTrainer(Trainer):
         self.state.num_input_tokens_seen += self._tokens_seen.take(self.accelerator.gather)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save, with the tokens seen so far, so that a resumed training goes on counting."""
+        """Save, with the tokens seen and the figures summed up so far, so that a resumed training goes on counting."""
         self._count_tokens()
+        self._callback(UnloggedFigures).sums = self._totals["train"].sums(self.accelerator.gather)
         super()._save_checkpoint(model, trial)
+
+    def _load_callback_state(self) -> None:
+        """Take over what a checkpoint says of our callbacks, of others only when asked; go on adding up from there."""
+        super()._load_callback_state()
+        for kind in (UnloggedFigures, LossWatch):
+            stored = self.state.stateful_callbacks.setdefault(kind.__name__, {})
+            vars(self._callback(kind)).update((stored[0] if isinstance(stored, list) else stored).get("args", {}))
+        sums = self._callback(UnloggedFigures).sums
+        self._totals["train"] = TokenTotals(sums if self.is_world_process_zero() else None)
+        watch = self._callback(LossWatch)
+        watch.policy, watch.factor = self.args.on_bad_loss, self.args.bad_loss_factor  # as they are now
+
+    def _callback(self, kind: type[Callback]) -> Callback:
+        """Our own callback of a kind; upstream makes new ones when a training is resumed."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the weights; those that were gathered from all processes without copies of tied ones."""
+        super()._save(output_dir, without_copies(self.model, state_dict))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
         """Targets (or their weights) in all batches of one update, over all processes."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from stages.params import ParamsError, load_params
 from stages.paths import Paths
+from stages.redaction import redact
 
 STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
 TOOLS = ("check", "compare", "estimate", "preview", "summary")
@@ -96,7 +97,7 @@ def alone(name: str, root: Path) -> AbstractContextManager[None]:
 
 def fail(error: Exception, code: int) -> int:
     """Print one message instead of a traceback; SFT_TRACEBACK=1 shows where it came from."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
     return code
 
 

@@ -25,6 +25,8 @@ from stages.paths import Paths
 
 FINISHED = "finished"
 SEAL = "seal.json"
+FULL_BYTES = 1_000_000
+"""A disk with less than this is full: whoever could not write has filled it up to the last block."""
 PICKLED_ARGUMENTS = "training_args.bin"
 
 
@@ -77,9 +79,11 @@ class TrainingState:
 
 def what_counts(section: TrainSection) -> dict[str, Any]:
     """The section as far as it decides the updates: rows an update, not who computes which of them."""
-    values = section.model_dump(exclude={"launch", "per_device_train_batch_size", "gradient_accumulation_steps"})
+    shared_out = {"launch", "per_device_train_batch_size", "gradient_accumulation_steps"}
+    values = section.model_dump(exclude={*shared_out, "on_bad_loss", "bad_loss_factor"})  # these may change on the way
     shares = section.gradient_accumulation_steps * section.launch.processes
-    return {**values, "rows_an_update": section.per_device_train_batch_size * shares}
+    rows = section.per_device_train_batch_size * shares
+    return {**values, "rows_an_update": rows, "engine": section.launch.engine}  # each engine has its own files
 
 
 class SealCheckpoints(TrainerCallback):
@@ -112,15 +116,17 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     except OSError:
         return "it was being written when the training ended"
     except ValueError:
+        files = None
+    if not isinstance(files, dict) or not files or not all(isinstance(entry, dict) for entry in files.values()):
         return f"{SEAL} is damaged"
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+        if path.stat().st_size != expected.get("size"):
+            return f"{name} has {path.stat().st_size} bytes instead of {expected.get('size')}"
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected.get("sha256"):
                 return f"{name} is damaged"
     return None
 
@@ -135,7 +141,7 @@ def explaining_full_disk(state: TrainingState) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_full_disk(error):
+        if not is_full_disk(error, state.folder):
             raise
         last = state.last_checkpoint()
         kept = f"{last.name} is whole" if last is not None else "there is no whole checkpoint yet"
@@ -145,11 +151,14 @@ def explaining_full_disk(state: TrainingState) -> Iterator[None]:
         ) from error
 
 
-def is_full_disk(error: Exception) -> bool:
-    """Whether an error says that there is no space left: Python's own, safetensors' or torch's."""
+def is_full_disk(error: Exception, folder: Path) -> bool:
+    """Whether an error means that there is no space left in a folder: Python's own, safetensors' or torch's."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return any(text in str(error) for text in ("No space left on device", "PytorchStreamWriter failed writing file"))
+    if "No space left on device" in str(error):
+        return True
+    # torch.save only says that its stream broke
+    return "inline_container.cc" in str(error) and shutil.disk_usage(folder).free < FULL_BYTES
 
 
 def fingerprint_files(paths: Paths) -> Iterator[Path]:

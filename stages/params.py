@@ -125,6 +125,12 @@ class TrainSection(Section):
     loss_type: Annotated[Literal["nll", "dft"], Field(description="Loss on trained tokens")]
     gradient_checkpointing: Annotated[bool, Field(description="Recompute activations to save memory")]
     use_liger_kernel: Annotated[bool, Field(description="Liger's Triton kernels")]
+    on_bad_loss: Annotated[
+        Literal["stop", "skip", "rollback"], Field(description="What becomes of an update that is no number or a spike")
+    ]
+    bad_loss_factor: Annotated[
+        float | None, Field(gt=1.0, description="A loss so many times the recent median is a spike; null = none is")
+    ]
     logging_steps: Annotated[Positive, Field(description="Steps between points of the curve")]
     eval_steps: Annotated[Positive, Field(description="Steps between evaluations on held-out rows")]
     save_steps: Annotated[Positive, Field(description="Steps between checkpoints")]

@@ -18,6 +18,7 @@ from stages.artifacts import progress, read_json, write_json, write_text
 from stages.mlflow_run import Tracking, open_tracking
 from stages.params import Params
 from stages.paths import Paths
+from stages.redaction import redact
 
 DIGEST_TAG = "sft.result_digest"
 MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate")
@@ -119,7 +120,7 @@ def log_patch(run: Any, root: Path) -> None:
     """The uncommitted changes, without which the commit would not reproduce the result."""
     with tempfile.TemporaryDirectory() as folder:
         patch = Path(folder) / "uncommitted.patch"
-        write_text(patch, lineage.git_diff(root))
+        write_text(patch, redact(lineage.git_diff(root)))
         run.log_file(patch, folder="lineage")
 
 

@@ -17,10 +17,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from sft.adapters import count_parameters, get_peft_config
 from sft.chat_formats import resize_embeddings
 from sft.config import ModelConfig, SFTConfig
+from sft.loss_policy import BAD_UPDATE
 from sft.models import load_model
 from sft.quantization import get_quantization_config
 from sft.trainer import SFTTrainer
-from stages.artifacts import progress, read_json, write_json, write_text
+from stages.artifacts import progress, read_json, write_json, write_jsonl, write_text
 from stages.base_model import read_base_model
 from stages.checkpoints import SealCheckpoints, TrainingState, explaining_full_disk
 from stages.launch import launch, needs_launcher
@@ -143,6 +144,8 @@ def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
         loss_type=section.loss_type,
         gradient_checkpointing=section.gradient_checkpointing,
         use_liger_kernel=section.use_liger_kernel,
+        on_bad_loss=section.on_bad_loss,
+        bad_loss_factor=section.bad_loss_factor,
         logging_steps=section.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
@@ -206,6 +209,8 @@ def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths:
     if not trainer.is_world_process_zero():
         return
     write_text(paths.out("train", "curve.csv"), curve_csv(history))
+    bad_updates = [entry for entry in history if BAD_UPDATE in entry]
+    write_jsonl(paths.out("train", "bad_updates.jsonl"), bad_updates)
     counts = count_parameters(trainer.model)
     metrics = {
         "loss": losses[-1],
@@ -215,6 +220,7 @@ def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths:
         "tokens_seen": trainer.state.num_input_tokens_seen,
         "trainable_parameters": counts.num_trainable,
         "parameters": counts.num_total,
+        "bad_updates": len(bad_updates),
     }
     write_json(paths.metrics("train"), metrics)
     write_json(paths.timings("train"), {"seconds": seconds, "tokens_per_second": metrics["tokens_seen"] / seconds})

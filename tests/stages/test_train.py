@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages import train
-from stages.artifacts import write_json
-from stages.checkpoints import TrainingState, is_whole
 from stages.params import Params, TrainSection, load_params
-from stages.paths import Paths
 from tests.stages.data_root import ROOT
 
 
@@ -53,58 +49,3 @@ def test_curve_has_one_row_a_step_and_leaves_out_wall_times() -> None:
     lines = train.curve_csv(history).splitlines()
     assert lines[0].startswith("step,loss,eval_loss,learning_rate,grad_norm")
     assert lines[1:] == ["5,2.0,,0.1,,,,", "10,1.0,1.5,0.05,,,,"]
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> Paths:
-    paths = Paths(tmp_path)
-    write_json(paths.out("load", "base_model.json"), {"digest": "a"})
-    write_json(paths.out("pack", "train", "data.json"), [1])
-    return paths
-
-
-def checkpoint(state: TrainingState, step: int, *, whole: bool = True) -> Path:
-    folder = state.folder / f"checkpoint-{step}"
-    folder.mkdir()
-    for name in ("optimizer.pt", "scheduler.pt"):
-        (folder / name).touch()
-    text = json.dumps({"global_step": step})
-    (folder / "trainer_state.json").write_text(text if whole else text[:-3])
-    return folder
-
-
-def test_newest_whole_checkpoint_is_resumed_and_half_written_ones_are_removed(paths: Paths) -> None:
-    state = TrainingState.open(params(), paths)
-    checkpoint(state, 20)
-    newest = checkpoint(state, 100)
-    broken = checkpoint(state, 120, whole=False)
-    assert not is_whole(broken)
-    assert state.last_checkpoint() == newest
-    assert not broken.exists()
-
-
-@pytest.mark.parametrize("what", ["rate", "rows", "base"])
-def test_other_params_rows_or_base_do_not_see_the_checkpoints(paths: Paths, what: str) -> None:
-    checkpoint(TrainingState.open(params(), paths), 20)
-    if what == "rows":
-        write_json(paths.out("pack", "train", "data.json"), [2])
-    if what == "base":
-        write_json(paths.out("load", "base_model.json"), {"digest": "b"})
-    changed = params(learning_rate=2e-3) if what == "rate" else params()
-    assert TrainingState.open(changed, paths).last_checkpoint() is None
-
-
-def test_a_finished_training_is_cleared_away_by_the_next_one_not_by_itself(paths: Paths) -> None:
-    first = TrainingState.open(params(), paths)
-    checkpoint(first, 20)
-    first.mark_finished()
-    assert TrainingState.open(params(), paths).last_checkpoint() is not None
-    TrainingState.open(params(seed=1), paths)
-    assert not first.folder.exists()
-
-
-def test_an_unfinished_training_survives_another_one(paths: Paths) -> None:
-    first = TrainingState.open(params(), paths)
-    checkpoint(first, 20)
-    TrainingState.open(params(seed=1), paths)
-    assert TrainingState.open(params(), paths).last_checkpoint() is not None

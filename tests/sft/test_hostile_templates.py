@@ -1,0 +1,114 @@
+"""Chat templates are programs that come with data and models: they may do no harm, and they come to an end."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft import chat_template
+from sft.chat_template import ChatTemplate
+from sft.time_limit import TimeLimitError, time_limit
+
+CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
+LONG = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture
+def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "FIRST_CHAT_S", 0.3)
+
+
+def test_a_template_that_loops_for_ever_is_ended_and_named(short_limit: None) -> None:
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"did not come to an end within 0\.4 s for 1 conversations"):
+        ChatTemplate(LONG, VARIABLES).render([CHAT])
+    assert time.monotonic() - started < 5
+
+
+def test_a_template_that_prints_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_CHARACTERS", 1000)
+    with pytest.raises(ValueError, match="made 2000 characters of one conversation"):
+        ChatTemplate("{{ 'ab' * 1000 }}", VARIABLES).render([CHAT])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 1 // 0 }}",
+        "{{ messages[7]['content'].missing.deeper }}",
+        "{{ range(10 ** 9) }}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ messages.append(1) }}",
+        "{% include '/etc/hostname' %}",
+        "{% import 'os' as os %}",
+    ],
+)
+def test_templates_that_misbehave_are_refused_in_one_message(source: str) -> None:
+    with pytest.raises(ValueError, match="the chat template"):
+        print(ChatTemplate(source, VARIABLES).render([CHAT]))
+
+
+EXPRESSIONS = ["m", "m['content']", "messages", "loop.index", "[0]", "range(3)", "f()", "namespace()", "trim", "tojson"]
+STATEMENTS = ["{% for m in messages %}", "{% endfor %}", "{% if ", "{% endif %}", "{% set x = ", "{% macro f() %}"]
+SIGNS = ["{{ ", " }}", " %}", "{#", "#}", "{%- ", "{% endmacro %}", "{% break %}", *"()+-*/~|'x10\n"]
+PIECES = st.sampled_from([*EXPRESSIONS, *STATEMENTS, *SIGNS])
+SOURCES = st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=12).map("".join))
+
+
+def check_any_template(source: str, contents: list[Any]) -> None:
+    """A template prints texts or is refused with a ValueError."""
+    chat = [{"role": "user", "content": content} for content in contents]
+    message = None
+    try:
+        texts = ChatTemplate(source, VARIABLES).render([chat])
+    except ValueError as error:
+        message = str(error)
+    if message is None:
+        assert [type(text) for text in texts] == [str]
+    else:
+        assert "chat template" in message
+
+
+@settings(max_examples=100, deadline=None)
+@given(SOURCES, st.lists(st.one_of(st.none(), st.text(max_size=9), st.integers()), max_size=3))
+def test_any_template_prints_or_is_refused(source: str, contents: list[Any]) -> None:
+    check_any_template(source, contents)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, deadline=None)
+@given(SOURCES, st.lists(st.one_of(st.none(), st.text(max_size=9), st.integers()), max_size=3))
+def test_any_of_many_templates_prints_or_is_refused(source: str, contents: list[Any]) -> None:
+    check_any_template(source, contents)
+
+
+def count_for_ever() -> None:
+    number = 0
+    while True:
+        number += 1
+
+
+def test_a_limit_lets_an_outer_timer_go_on(tmp_path: Path) -> None:
+    rung: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
+    outer = signal.getitimer(signal.ITIMER_REAL)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.4)
+        with pytest.raises(TimeLimitError), time_limit(0.1):
+            count_for_ever()
+        assert rung == []
+        time.sleep(0.5)
+        assert rung == [signal.SIGALRM]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *outer)

@@ -1,0 +1,34 @@
+"""A long training holds no more memory, files or threads at its end than at its beginning."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_STEPS, SETTLED = 2600, 600
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_memory_files_and_threads_stay_flat_over_two_thousand_steps(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.sft.long_training", str(tmp_path), str(NUM_STEPS)],
+        cwd=ROOT,
+        # freed memory goes back at once, so that what is measured is what is held
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MALLOC_TRIM_THRESHOLD_": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [line.removeprefix("FIGURES ") for line in result.stdout.splitlines() if line.startswith("FIGURES ")]
+    figures = {entry["step"]: entry for entry in map(json.loads, lines)}
+    first, last = figures[SETTLED], figures[NUM_STEPS]
+    assert last["bytes"] < 1.01 * first["bytes"], figures
+    assert last["files"] <= first["files"]
+    assert last["threads"] <= first["threads"]
