@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sft.adapter_mix import AdapterMix
     from sft.adapters import get_peft_config
     from sft.attention import document_layout, probe_isolation
     from sft.chat_formats import clone_chat_template, setup_chat_format
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORE_INDEX",
+    "AdapterMix",
     "ConstantLengthDataset",
     "DataCollatorForCompletionOnlyLM",
     "DataCollatorForSFT",
@@ -55,6 +57,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdapterMix": "adapter_mix",
     "ConstantLengthDataset": "constant_length",
     "DataCollatorForCompletionOnlyLM": "completion_collator",
     "DataCollatorForSFT": "collators",

@@ -54,7 +54,7 @@ def dequantize_gguf(gguf_file: Path, output_dir: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
     )
     _save_plain(quantized, output_dir)
-    _load_gguf_tokenizer(gguf_file, quantized.config.max_position_embeddings).save_pretrained(output_dir)
+    load_gguf_tokenizer(gguf_file, quantized.config.max_position_embeddings).save_pretrained(output_dir)
 
 
 def _check_gguf(gguf_file: Path) -> None:
@@ -97,7 +97,13 @@ def _without_tied_head(model: PreTrainedModel, config: PreTrainedConfig) -> dict
     return state
 
 
-def _load_gguf_tokenizer(gguf_file: Path, max_length: int) -> PreTrainedTokenizerFast:
+def load_gguf_tokenizer(gguf_file: Path, max_length: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of a GGUF file, splitting text as llama.cpp would where transformers does not.
+
+    Args:
+        gguf_file: The file.
+        max_length: Tokens that the model takes.
+    """
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     if _pre_tokenizer_name(gguf_file) in SINGLE_DIGIT_PRE_TOKENIZERS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sft.adapter_mix import AdapterMix, load_mix
 from sft.logit_proof import LogitDifference, check_logits, compare_logits, logits_of
 from sft.models import load_model, parse_dtype
 from sft.peft_merge import (
@@ -63,7 +64,7 @@ class MergeReport:
 
 def merge_adapter(
     base: str | Path,
-    adapter: str | Path,
+    adapter: str | Path | AdapterMix,
     output_dir: str | Path,
     sample_input_ids: Rows,
     tolerance: float = 1e-3,
@@ -78,7 +79,7 @@ def merge_adapter(
 
     Args:
         base: Hub id or folder of the plain base.
-        adapter: Folder that `PeftModel.save_pretrained` wrote.
+        adapter: Folder that `PeftModel.save_pretrained` wrote, or several of them with weights.
         output_dir: New or empty folder; on any failure nothing is left in it.
         sample_input_ids: Rows of token ids to compare on. The reference logits of all rows are held in memory
             (tokens x vocabulary x 4 bytes).
@@ -93,11 +94,17 @@ def merge_adapter(
     """
     output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer)
     output.check(sample_input_ids)
-    check_adapter_folder(Path(adapter))
+    if isinstance(adapter, AdapterMix):
+        adapter.check()
+    else:
+        check_adapter_folder(Path(adapter))
     _check_plain(base, trust_remote_code)
     model = load_model(base, trust_remote_code=trust_remote_code)
-    grow_to_adapter(model, Path(adapter), tokenizer)
-    peft_model = load_adapter(model, Path(adapter))
+    if isinstance(adapter, AdapterMix):
+        peft_model = load_mix(model, adapter)
+    else:
+        grow_to_adapter(model, Path(adapter), tokenizer)
+        peft_model = load_adapter(model, Path(adapter))
     reference = logits_of(peft_model, sample_input_ids)
     effect = _adapter_effect(peft_model, sample_input_ids, reference)
     num_adapted = count_adapted_modules(peft_model)

@@ -48,15 +48,24 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"The adapter in {adapter} does not fit {type(model).__name__}: {reason}") from error
+    check_complete(peft_model, adapter)
+    return peft_model
+
+
+def check_complete(peft_model: PeftModel, adapter: Path, name: str = "default") -> None:
+    """Make sure that every weight of a saved adapter, loaded under a name, found its place.
+
+    Raises:
+        ValueError: It belongs to another base.
+    """
     saved = set(adapter_shapes(adapter))
-    expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    expected = set(get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
     missing, unknown = sorted(expected - saved), sorted(key for key in saved - expected if not _is_whole_weight(key))
     if missing or unknown:
         raise ValueError(
             f"The adapter in {adapter} belongs to another base: {len(missing)} of its weights are missing "
             f"({', '.join(missing[:2])}) and {len(unknown)} have no place ({', '.join(unknown[:2])})."
         )
-    return peft_model
 
 
 def adapter_shapes(adapter: Path) -> dict[str, list[int]]:

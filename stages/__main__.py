@@ -12,12 +12,23 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from stages.measured import MODELS
 from stages.params import ParamsError, load_params
 from stages.paths import Paths
 from stages.redaction import redact
 
 STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
-TOOLS = ("check", "compare", "estimate", "preview", "summary")
+TOOLS = ("chat", "check", "compare", "estimate", "preview", "serve", "summary")
+# option -> the tools that take it
+OPTIONS = {
+    "rows": ("preview",),
+    "seed": ("preview",),
+    "split": ("preview",),
+    "model": ("chat", "serve"),
+    "max_new_tokens": ("chat",),
+    "system": ("chat",),
+    "port": ("serve",),
+}
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
 
 
@@ -28,27 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         0 on success, 1 when the work failed for a reason a user can mend, 2 when params.yaml or the call is wrong, 130
         when it was interrupted.
     """
-    parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
-    names = (*STAGES, *TOOLS)
-    parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="compare: two recorded runs, by id, name or alias")
-    parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
-    preview = parser.add_argument_group("preview")
-    preview.add_argument("--rows", type=int, metavar="N", help="packed rows to show (default: 3)")
-    preview.add_argument("--seed", type=int, help="which ones (default: 0)")
-    preview.add_argument("--split", choices=("train", "eval"), help="of training or held-out rows (default: train)")
-    args = parser.parse_args(argv)
-    options: dict[str, Any] = {
-        name: value for name in ("rows", "seed", "split") if (value := getattr(args, name)) is not None
-    }
-    if args.rows is not None and args.rows < 1:
-        parser.error(f"--rows {args.rows}: at least one row is shown")
-    if options and args.name != "preview":
-        parser.error(f"--{', --'.join(options)} belong to preview, not to {args.name}")
-    if len(args.runs) != (2 if args.name == "compare" else 0):
-        parser.error("compare takes two runs: their ids, names or aliases; the other names take none")
-    if args.runs:
-        options["runs"] = args.runs
+    args, options = read_command(argv)
     quiet_tools()
     paths = Paths(args.root.resolve())
     if "LOCAL_RANK" in os.environ:
@@ -69,6 +60,43 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return fail(error, EXIT_FAILED)
     return 0
+
+
+def read_command(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """What to run, and the options for it; a wrong call ends with a message and code 2."""
+    parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
+    names = (*STAGES, *TOOLS)
+    parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="compare: two recorded runs, by id, name or alias")
+    parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
+    preview = parser.add_argument_group("preview")
+    preview.add_argument("--rows", type=positive, metavar="N", help="packed rows to show (default: 3)")
+    preview.add_argument("--seed", type=int, help="which ones (default: 0)")
+    preview.add_argument("--split", choices=("train", "eval"), help="of training or held-out rows (default: train)")
+    chat = parser.add_argument_group("chat and serve")
+    chat.add_argument("--model", choices=MODELS, help="which of the four models (default: merged)")
+    chat.add_argument("--max-new-tokens", type=positive, metavar="N", help="chat: longest answer (default: 256)")
+    chat.add_argument("--system", metavar="TEXT", help="chat: system message (default: the training rows')")
+    chat.add_argument("--port", type=positive, help="serve: on loopback (default: 8000)")
+    args = parser.parse_args(argv)
+    options: dict[str, Any] = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    foreign = [name for name in options if args.name not in OPTIONS[name]]
+    if foreign:
+        flags = ", --".join(name.replace("_", "-") for name in foreign)
+        owners = sorted({tool for name in foreign for tool in OPTIONS[name]})
+        parser.error(f"--{flags} belong to {' and '.join(owners)}, not to {args.name}")
+    if len(args.runs) != (2 if args.name == "compare" else 0):
+        parser.error("compare takes two runs: their ids, names or aliases; the other names take none")
+    if args.runs:
+        options["runs"] = args.runs
+    return args, options
+
+
+def positive(text: str) -> int:
+    """A number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a number of at least 1 is needed")
+    return int(text)
 
 
 def run_launched(name: str, root: Path, paths: Paths) -> int:
@@ -114,6 +142,7 @@ def quiet_tools() -> None:
     # what libraries tell each other about their next versions
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
     logging.getLogger("torchao").setLevel(logging.ERROR)  # kernels for GPUs that are not there
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional package is missing
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a bar in a log is a line a tick
     for name, value in {

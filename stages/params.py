@@ -149,7 +149,8 @@ class MergeSection(Section):
 class QuantizeSection(Section):
     """Merged checkpoint to a quantized one."""
 
-    method: Annotated[Literal["gptq", "none"], Field(description="Quantization method")]
+    method: Annotated[Literal["gptq", "int8", "nf4", "none"], Field(description="Quantization method")]
+    export_gguf: Annotated[Literal["f16", "q8_0"] | None, Field(description="Merged model as a GGUF file too")]
     bits: Annotated[Literal[2, 3, 4, 8], Field(description="Bits a weight")]
     group_size: Annotated[int, Field(description="Weights that share a scale; -1 = a whole row")]
     sym: Annotated[bool, Field(description="Symmetric quantization")]
@@ -190,6 +191,7 @@ class PublishSection(Section):
     tracking_uri: Annotated[str, Field(min_length=1, description="MLflow tracking URI")]
     experiment: Annotated[str, Field(min_length=1, description="MLflow experiment")]
     registered_model: Annotated[str, Field(min_length=1, description="Name in MLflow's model registry")]
+    push_to_hub: Annotated[str | None, Field(min_length=1, description="Hub repository for the shipped model")]
 
 
 class Params(Section):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sft.gptq_checks import check_layers_fit
 from stages.base_model import read_base_model
-from stages.params import Params
+from stages.params import Params, QuantizeSection
 from stages.paths import Paths
 from stages.references import read_prompts
 from stages.scoring import load_tasks
@@ -18,10 +18,27 @@ def check_later_stages(params: Params, paths: Paths) -> None:
     Raises:
         ValueError: Names the params key, and what does not fit.
     """
-    if params.quantize.method == "gptq":
-        folder = Path(read_base_model(paths.out("load", "base_model.json")).path)
+    folder = Path(read_base_model(paths.out("load", "base_model.json")).path)
+    try:
+        check_quantization(params.quantize, folder)
+    except ValueError as error:
+        key = "bits, quantize.group_size" if params.quantize.method == "gptq" else "method"
+        raise ValueError(f"quantize.{key}: {error}") from None
+    if params.quantize.export_gguf is not None:
+        from sft.gguf_export import check_exportable  # imports slowly, and most runs export nothing
+
         try:
-            check_layers_fit(folder, params.quantize.bits, params.quantize.group_size)
+            check_exportable(folder)
         except ValueError as error:
-            raise ValueError(f"quantize.bits, quantize.group_size: {error}") from None
+            raise ValueError(f"quantize.export_gguf: {error}") from None
     read_prompts(params.evaluate, load_tasks(params.evaluate.task, paths.root), paths)
+
+
+def check_quantization(section: QuantizeSection, folder: Path) -> None:
+    """Whether the method takes the base model's layers; raises ValueError where it does not."""
+    if section.method == "gptq":
+        check_layers_fit(folder, section.bits, section.group_size)
+    elif section.method != "none":
+        from sft.kbit_checkpoint import check_widths  # imports bitsandbytes
+
+        check_widths(folder, section.method)

@@ -1,8 +1,10 @@
-"""`quantize`: the merged checkpoint -> a GPTQ checkpoint, with its error layer by layer."""
+"""`quantize`: the merged checkpoint -> a smaller one (GPTQ, int8, nf4), its error layer by layer; and a GGUF file."""
 
 from __future__ import annotations
 
+import shutil
 import time
+from typing import Any
 
 from datasets import load_from_disk
 
@@ -13,19 +15,43 @@ from stages.params import Params, QuantizeSection
 from stages.paths import Paths
 
 SKIPPED = "quantize.method is none: the merged checkpoint is shipped as it is"
+NUM_COMPARED_ROWS = 4
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write outs/quantize/model, outs/quantize/report.json and the figures; method `none` only says that it skips."""
+    """Write outs/quantize: model, report.json and, where one is asked for, gguf; and the figures.
+
+    Method `none` only says that it skips.
+    """
     section = params.quantize
     started = time.monotonic()
     if section.method == "none":
         fresh_folder(paths.out("quantize", "model"))
-        write_json(paths.out("quantize", "report.json"), {"method": "none", "reason": SKIPPED})
-        write_json(paths.metrics("quantize"), {"method": "none"})
+        report: dict[str, Any] = {"method": "none", "reason": SKIPPED}
+        measured: dict[str, float | int | str] = {"method": "none"}
         progress(1, 1, SKIPPED)
-        return
-    calibration = calibration_rows(section, paths)
+    else:
+        report, measured = quantize(section, paths, calibration_rows(section, paths))
+    shutil.rmtree(paths.out("quantize", "gguf"), ignore_errors=True)
+    if section.export_gguf is not None:
+        measured |= export(section.export_gguf, paths, calibration_rows(section, paths))
+    write_json(paths.out("quantize", "report.json"), report)
+    write_json(paths.metrics("quantize"), measured)
+    if report["method"] != "none":
+        write_json(paths.timings("quantize"), {"seconds": round(time.monotonic() - started, 1)})
+        print(summary(measured), flush=True)
+
+
+def quantize(
+    section: QuantizeSection, paths: Paths, calibration: list[list[int]]
+) -> tuple[dict[str, Any], dict[str, float | int | str]]:
+    """Write outs/quantize/model; returns the report and the figures."""
+    merged, quantized = paths.out("merge", "model"), paths.out("quantize", "model")
+    if section.method != "gptq":
+        from sft.kbit_checkpoint import quantize_kbit  # imports bitsandbytes
+
+        kbit = quantize_kbit(merged, quantized, section.method, calibration[:NUM_COMPARED_ROWS], progress)
+        return kbit.to_dict(), common_figures(kbit.to_dict())
     settings = GPTQSettings(
         bits=section.bits,
         group_size=section.group_size,
@@ -33,12 +59,24 @@ def run(params: Params, paths: Paths) -> None:
         desc_act=section.desc_act,
         damp_percent=section.damp_percent,
     )
-    merged, quantized = paths.out("merge", "model"), paths.out("quantize", "model")
-    report = quantize_gptq(merged, quantized, calibration, settings, on_progress=progress)
-    write_json(paths.out("quantize", "report.json"), {"method": "gptq", **report.to_dict()})
-    write_json(paths.metrics("quantize"), figures(report))
-    write_json(paths.timings("quantize"), {"seconds": round(time.monotonic() - started, 1)})
-    print(summary(report), flush=True)
+    gptq = quantize_gptq(merged, quantized, calibration, settings, on_progress=progress)
+    report = {"method": "gptq", **gptq.to_dict()}
+    return report, figures(report, gptq)
+
+
+def export(precision: str, paths: Paths, rows: list[list[int]]) -> dict[str, float | int | str]:
+    """Write outs/quantize/gguf/model-PRECISION.gguf; returns its figures."""
+    from sft.gguf_export import export_gguf  # imports slowly, and most runs export nothing
+
+    file = paths.out("quantize", "gguf", f"model-{precision}.gguf")
+    report = export_gguf(paths.out("merge", "model"), file, precision, rows[:NUM_COMPARED_ROWS])
+    print(f"{file}: {report.num_bytes / 1e6:.0f} MB, reads back {report.deviation:.4f} deviations off", flush=True)
+    return {
+        "gguf_precision": precision,
+        "gguf_mb": report.num_bytes / 1e6,
+        "gguf_deviation": report.deviation,
+        "gguf_top_token_agreement": report.top_token_agreement,
+    }
 
 
 def calibration_rows(section: QuantizeSection, paths: Paths) -> list[list[int]]:
@@ -46,7 +84,7 @@ def calibration_rows(section: QuantizeSection, paths: Paths) -> list[list[int]]:
     train = load_from_disk(str(paths.out("pack", "train")))
     rows = train["input_ids"][:]
     chosen = select_calibration(rows, section.num_calibration_rows, section.calibration_length, section.seed)
-    if len(chosen) < section.num_calibration_rows:
+    if len(chosen) < section.num_calibration_rows and section.method == "gptq":
         print(
             f"note: {len(chosen)} calibration rows, all there are, instead of {section.num_calibration_rows}",
             flush=True,
@@ -54,27 +92,32 @@ def calibration_rows(section: QuantizeSection, paths: Paths) -> list[list[int]]:
     return chosen
 
 
-def figures(report: QuantizeReport) -> dict[str, float | int | str]:
-    """What DVC and MLflow compare between runs."""
+def common_figures(report: dict[str, Any]) -> dict[str, float | int | str]:
+    """What every method has."""
     return {
-        "method": "gptq",
-        "source_mb": report.source_bytes / 1e6,
-        "quantized_mb": report.quantized_bytes / 1e6,
-        "size_ratio": report.size_ratio,
-        "mean_relative_error": report.mean_relative_error,
-        "max_relative_error": report.worst.relative_error,
-        "num_damping_retries": report.num_damping_retries,
-        "loading_deviation": report.loading_deviation,
-        "num_calibration_rows": report.num_rows,
-        "num_calibration_tokens": report.num_tokens,
+        "method": report["method"],
+        "source_mb": report["source_bytes"] / 1e6,
+        "quantized_mb": report["quantized_bytes"] / 1e6,
+        "size_ratio": report["size_ratio"],
+        "mean_relative_error": report["mean_relative_error"],
+        "max_relative_error": report["max_relative_error"],
+        "loading_deviation": report["loading_deviation"],
     }
 
 
-def summary(report: QuantizeReport) -> str:
+def figures(report: dict[str, Any], gptq: QuantizeReport) -> dict[str, float | int | str]:
+    """What DVC and MLflow compare between runs of GPTQ."""
+    return {
+        **common_figures(report),
+        "num_damping_retries": gptq.num_damping_retries,
+        "num_calibration_rows": gptq.num_rows,
+        "num_calibration_tokens": gptq.num_tokens,
+    }
+
+
+def summary(measured: dict[str, float | int | str]) -> str:
     """One line about the result."""
-    worst = report.worst
     return (
-        f"{report.source_bytes / 1e6:.0f} MB -> {report.quantized_bytes / 1e6:.0f} MB ({report.size_ratio:.1%}), "
-        f"mean relative error {report.mean_relative_error:.3f}, worst {worst.relative_error:.3f} "
-        f"(block {worst.layer} {worst.module})"
+        f"{measured['source_mb']:.0f} MB -> {measured['quantized_mb']:.0f} MB ({measured['size_ratio']:.1%}), "
+        f"mean relative error {measured['mean_relative_error']:.3f}, worst {measured['max_relative_error']:.3f}"
     )

@@ -239,20 +239,27 @@ def quantization_section(report: Mapping[str, Any]) -> dict[str, Any]:
     names = sorted({module["module"] for module in modules})
     blocks = sorted({module["layer"] for module in modules})
     values = {(module["module"], str(module["layer"])): module["relative_error"] for module in modules}
-    settings = report["settings"]
     before, after = (show(report[size] / 1e6, "megabytes") for size in ("source_bytes", "quantized_bytes"))
     return {
         "skipped": "",
-        "summary": (
-            f"{settings['bits']} bit in groups of {settings['group_size']}, calibrated on "
-            f"{report['num_tokens']:,} tokens in {report['num_rows']} training rows: "
-            f"{before} became {after}."
-        ),
+        "summary": f"{quantization_method(report)}: {before} became {after}.",
         "strip": heat_strip("|W − Wq| / |W| by block", names, [str(block) for block in blocks], values),
         "modules": sorted(modules, key=lambda module: -module["relative_error"]),
         "mean": report["mean_relative_error"],
-        "num_retries": report["num_damping_retries"],
+        "calibrated": report["method"] == "gptq",
+        "num_retries": report.get("num_damping_retries", 0),
     }
+
+
+def quantization_method(report: Mapping[str, Any]) -> str:
+    """How it was quantized, in words."""
+    if report["method"] != "gptq":
+        return f"{report['method']} (bitsandbytes), without calibration"
+    settings = report["settings"]
+    return (
+        f"{settings['bits']} bit in groups of {settings['group_size']}, calibrated on "
+        f"{report['num_tokens']:,} tokens in {report['num_rows']} training rows"
+    )
 
 
 def lineage_section(params: Params, paths: Paths, base: Mapping[str, Any]) -> dict[str, Any]:

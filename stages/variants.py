@@ -13,6 +13,14 @@ from stages.base_model import read_base_model
 from stages.params import ModelSection
 from stages.paths import Paths
 
+# model -> the stage that makes it, and where in its outs
+MADE_BY = {
+    "base": ("load", "base_model.json"),
+    "tuned": ("train", "model"),
+    "merged": ("merge", "model"),
+    "quantized": ("quantize", "model"),
+}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -43,6 +51,26 @@ def find_variants(paths: Paths) -> list[Variant]:
     return found
 
 
+def find_variant(paths: Paths, name: str) -> Variant:
+    """One of the four models, by name; those that later stages make need not be there.
+
+    Raises:
+        ValueError: The stage that makes it has not run here yet; the message says what to type.
+    """
+    stage, file = MADE_BY[name]
+    for needed in ("load", "format", stage):
+        made = paths.out(*MADE_BY["base"]) if needed == "load" else paths.out(needed)
+        if not made.exists():
+            raise ValueError(f"{made} is missing, so there is no {name} model yet: type `dvc repro {stage}` first")
+    if name == "base":
+        return Variant("base", Path(read_base_model(paths.out(stage, file)).path))
+    found = {variant.name: variant for variant in find_variants(paths)}
+    if name not in found or not (found[name].checkpoint / "config.json").exists():
+        reason = "quantize.method is none" if name == "quantized" else f"the stage {stage} has left none"
+        raise ValueError(f"{paths.out(stage, file)} holds no model: {reason}; `dvc repro {stage}` makes it")
+    return found[name]
+
+
 def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_token_ids: list[int]) -> Any:
     """Load one model for inference.
 
@@ -52,7 +80,7 @@ def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_t
         num_tokens: Size of the tokenizer.
         new_token_ids: Tokens that `format` added: their rows are made in the base as `train` made them.
     """
-    if variant.name == "quantized" and training_device().type == "cpu":
+    if (variant.checkpoint / "quantize_config.json").exists() and training_device().type == "cpu":
         # The packed kernel is four times slower here; `quantize` has proved that it computes the same.
         return load_dequantized(variant.checkpoint)
     model = load_model(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from transformers import AutoModelForCausalLM
 
-from stages import quantize
+from stages import evaluate, quantize
 from stages.artifacts import read_json
 from stages.paths import Paths
 from tests.stages.tiny_run import tiny_params, write_tiny_run
@@ -44,6 +46,38 @@ def test_method_none_states_why_there_is_no_checkpoint(finished: Paths, capsys: 
     assert read_json(finished.out("quantize", "report.json")) == {"method": "none", "reason": quantize.SKIPPED}
     assert read_json(finished.metrics("quantize")) == {"method": "none"}
     assert quantize.SKIPPED in capsys.readouterr().out
+
+
+def test_bitsandbytes_checkpoints_are_measured_like_the_others_and_evaluated(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    params = tiny_params(quantize={"method": "int8"})
+    quantize.run(params, paths)
+    figures = read_json(paths.metrics("quantize"))
+    assert figures["method"] == "int8"
+    assert figures["size_ratio"] == pytest.approx(figures["quantized_mb"] / figures["source_mb"])
+    assert 0 < figures["mean_relative_error"] <= figures["max_relative_error"] < 0.2
+    assert len(read_json(paths.out("quantize", "report.json"))["modules"]) == 14
+    evaluate.run(params, paths)
+    models = read_json(paths.out("evaluate", "results.json"))["models"]
+    assert models["quantized"]["loss"] == pytest.approx(models["merged"]["loss"], rel=0.05)
+    assert models["quantized"]["loss"] != models["merged"]["loss"]
+    page = paths.report.read_text(encoding="utf-8")
+    assert "int8 (bitsandbytes), without calibration" in page
+
+
+@pytest.mark.parametrize("method", ["gptq", "none"])
+def test_gguf_file_of_the_merged_model_is_written_beside_and_taken_away_again(tmp_path: Path, method: str) -> None:
+    paths = write_tiny_run(tmp_path)
+    quantize.run(tiny_params(quantize={"method": method, "export_gguf": "q8_0"}), paths)
+    folder = paths.out("quantize", "gguf")
+    assert [file.name for file in folder.iterdir()] == ["model-q8_0.gguf"]
+    AutoModelForCausalLM.from_pretrained(folder, gguf_file="model-q8_0.gguf")
+    figures = read_json(paths.metrics("quantize"))
+    assert (figures["method"], figures["gguf_precision"]) == (method, "q8_0")
+    assert figures["gguf_mb"] == (folder / "model-q8_0.gguf").stat().st_size / 1e6
+    assert 0 < figures["gguf_deviation"] < 0.05
+    quantize.run(tiny_params(quantize={"method": "none"}), paths)
+    assert not folder.exists()
 
 
 def test_group_size_that_does_not_fit_is_refused_before_the_work(finished: Paths) -> None:

@@ -1,0 +1,192 @@
+"""Checkpoints in 8 and 4 bits (bitsandbytes): LLM.int8 (arXiv:2208.07339) and NF4 of QLoRA (arXiv:2305.14314).
+
+Neither needs calibration: every block of weights is rounded by itself. Plain `from_pretrained` loads the folder, on a
+CPU too, wherever bitsandbytes is installed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from sft.gptq_checks import check_calibration, check_weights_finite, linear_widths
+from sft.gptq_layout import open_tensors, weights_size_bytes
+from sft.logit_proof import compare_logits, logits_of
+
+METHODS = ("int8", "nf4")
+NF4_BLOCK = 64
+CPU_OUTPUTS = 32
+"""Rows of a weight that bitsandbytes' kernel for CPUs takes at a time."""
+MAX_DEVIATION = 0.05
+NUM_STEPS = 3
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What rounding did to one linear layer: `|W - Wq| / |W|` in the Frobenius norm."""
+
+    layer: int
+    module: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class KbitReport:
+    """Result of `quantize_kbit`; sizes are of the weight files.
+
+    Args:
+        method: int8 or nf4.
+        source_bytes: Size of the plain weights.
+        quantized_bytes: Size of the quantized ones.
+        modules: One error a quantized layer.
+        loading_deviation: Mean difference of the logits of the folder as transformers loads it to those of the model
+            that was saved, over their standard deviation.
+    """
+
+    method: str
+    source_bytes: int
+    quantized_bytes: int
+    modules: tuple[LayerError, ...]
+    loading_deviation: float
+
+    @property
+    def size_ratio(self) -> float:
+        """Quantized size over source size."""
+        return self.quantized_bytes / self.source_bytes
+
+    @property
+    def mean_relative_error(self) -> float:
+        """Mean of `relative_error` over the modules."""
+        return sum(module.relative_error for module in self.modules) / len(self.modules)
+
+    @property
+    def max_relative_error(self) -> float:
+        """The largest `relative_error`."""
+        return max(module.relative_error for module in self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        names = ("size_ratio", "mean_relative_error", "max_relative_error")
+        return {**asdict(self), **{name: getattr(self, name) for name in names}}
+
+
+def quantize_kbit(
+    model_dir: str | Path,
+    output_dir: str | Path,
+    method: str,
+    sample_input_ids: Sequence[Sequence[int]],
+    on_progress: Progress | None = None,
+) -> KbitReport:
+    """Round the linear layers of a plain checkpoint folder and write a folder that plain transformers loads.
+
+    Embeddings, norms and the head stay in half precision.
+
+    Args:
+        model_dir: Folder with `config.json`, safetensors and tokenizer.
+        output_dir: Folder to write; replaced only once everything has succeeded.
+        method: int8, or nf4 in blocks of 64 weights whose scales are quantized too.
+        sample_input_ids: Rows of token ids on which the folder is compared with the model that was saved.
+        on_progress: Called with (done, total, text) after every step.
+
+    Raises:
+        ValueError: Another method, widths that nf4 does not take, NaN or Inf in the weights, ids outside the
+            vocabulary, or a folder that loads as something else than was saved.
+    """
+    model_dir, output_dir = Path(model_dir), Path(output_dir)
+    config = _config(method)
+    check_widths(model_dir, method)
+    check_calibration(model_dir, sample_input_ids)
+    check_weights_finite(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float16, quantization_config=config)
+    _say(on_progress, 1, f"rounded to {method}")
+    with open_tensors(model_dir) as sources:
+        errors = tuple(_layer_errors(model, sources))
+    _say(on_progress, 2, f"errors of {len(errors)} layers measured")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as work:
+        raw_dir = Path(work) / "model"
+        model.save_pretrained(raw_dir)
+        AutoTokenizer.from_pretrained(model_dir).save_pretrained(raw_dir)
+        deviation = _loading_deviation(model, raw_dir, sample_input_ids)
+        shutil.rmtree(output_dir, ignore_errors=True)
+        raw_dir.rename(output_dir)
+    _say(on_progress, 3, "written and read back")
+    return KbitReport(method, weights_size_bytes(model_dir), weights_size_bytes(output_dir), errors, deviation)
+
+
+def check_widths(model_dir: Path, method: str) -> None:
+    """Refuse layers that bitsandbytes would write in nf4 and then fail to run on a CPU.
+
+    Raises:
+        ValueError: Names the first layer, its widths and what they must be multiples of.
+    """
+    if method != "nf4":
+        return
+    for name, (inputs, outputs) in linear_widths(model_dir).items():
+        if inputs % NF4_BLOCK or outputs % CPU_OUTPUTS:
+            raise ValueError(
+                f"{name} has {inputs} inputs and {outputs} outputs; on a CPU nf4 needs multiples of {NF4_BLOCK} and "
+                f"{CPU_OUTPUTS}: use int8 or gptq"
+            )
+
+
+def _config(method: str) -> BitsAndBytesConfig:
+    if method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if method == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            # goes into the folder: what every device computes, and the same file on every machine
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    raise ValueError(f"quantization method {method!r} does not exist here, these do: {', '.join(METHODS)}")
+
+
+def _say(on_progress: Progress | None, done: int, text: str) -> None:
+    if on_progress is not None:
+        on_progress(done, NUM_STEPS, text)
+
+
+def _layer_errors(model: Any, sources: dict[str, Any]) -> Iterator[LayerError]:
+    for name, module in model.named_modules():
+        if not isinstance(module, (Linear4bit, Linear8bitLt)):
+            continue
+        weight = sources[f"{name}.weight"].get_tensor(f"{name}.weight").float()
+        error = float((weight - _restored(module)).norm() / weight.norm().clamp_min(1e-12))
+        place = re.search(r"\.(\d+)\.(.+)$", name)
+        assert place is not None, f"{name} is in no block"
+        yield LayerError(int(place[1]), place[2], error)
+
+
+def _restored(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
+    weight: Any = module.weight
+    if isinstance(module, Linear4bit):
+        return dequantize_4bit(weight.data, weight.quant_state).float().cpu()
+    return int8_vectorwise_dequant(weight.data, weight.SCB).float().cpu()
+
+
+def _loading_deviation(model: Any, folder: Path, rows: Sequence[Sequence[int]]) -> float:
+    expected = logits_of(model, rows)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    difference = compare_logits(expected, logits_of(loaded, rows))
+    deviation = difference.mean / float(torch.cat(expected).std())
+    if not deviation <= MAX_DEVIATION:
+        raise ValueError(
+            f"loaded by transformers, {folder.name} computes something else than was saved: its logits are off by "
+            f"{deviation:.3f} standard deviations, {MAX_DEVIATION} is the limit"
+        )
+    return deviation
