@@ -94,6 +94,7 @@ class SFTTrainer(Trainer):
 
     _signature_columns: list[str] | None
     data_collator: Any
+    is_fsdp_enabled: bool
 
     def __init__(
         self,
