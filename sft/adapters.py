@@ -127,14 +127,14 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
 
 
 def check_module_names(model: PreTrainedModel, peft_config: PeftConfig) -> None:
-    """Refuse entries of `modules_to_save` and `target_modules` that name nothing: peft would leave them out silently.
+    """Refuse entries of peft's lists of modules that name nothing: peft would leave most of them out silently.
 
     Raises:
         ValueError: Lists every such entry with the nearest names of modules.
     """
     names = [name for name, _ in model.named_modules() if name]
     problems = []
-    for option in ("modules_to_save", "target_modules"):
+    for option in ("modules_to_save", "target_modules", "exclude_modules"):
         entries = getattr(peft_config, option, None) or []
         if isinstance(entries, str):
             problems += _expression_problems(option, entries, names)

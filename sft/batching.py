@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, PreTrainedTokenizerBase
 
 from sft.collators import DataCollatorForSFT
 from sft.config import SFTConfig
@@ -20,6 +20,31 @@ class Packing:
     train: bool
     eval: bool
     flat: bool
+
+
+def take_over_collator(collator: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """This library's collator in place of transformers' own ones for token rows; any other one is handed back.
+
+    `DataCollatorForLanguageModeling` fails on rows with labels, and puts its own in their place. A flat row of
+    `DataCollatorWithFlattening` does not say where its documents end.
+
+    Args:
+        collator: As it was given to the trainer.
+        tokenizer: Its padding token fills batches.
+
+    Raises:
+        ValueError: Masked language modelling was asked for.
+    """
+    if type(collator) is DataCollatorWithFlattening:
+        return DataCollatorForSFT(tokenizer.pad_token_id, padding_free=True)
+    if type(collator) is not DataCollatorForLanguageModeling:
+        return collator
+    if collator.mlm:
+        raise ValueError(
+            "DataCollatorForLanguageModeling has mlm=True, which hides tokens for a model that reads in both "
+            "directions; a causal model needs mlm=False, or leave data_collator out"
+        )
+    return DataCollatorForSFT(tokenizer.pad_token_id, pad_to_multiple_of=collator.pad_to_multiple_of)
 
 
 def choose_packing(config: SFTConfig, data_collator: Any, datasets: list[Any]) -> Packing:

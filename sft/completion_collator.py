@@ -155,6 +155,7 @@ class DataCollatorForCompletionOnlyLM:
             if instruction_template is None
             else TemplateFinder("instruction_template", instruction_template, tokenizer)
         )
+        self.padding_free, self.pad_to_multiple_of = padding_free, pad_to_multiple_of
         self.batching = DataCollatorForSFT(tokenizer.pad_token_id, padding_free, pad_to_multiple_of)
         self.num_rows = 0
         self.num_rows_without_template = 0

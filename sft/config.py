@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +13,9 @@ from sft.loss_policy import check_policy
 DEFAULT_MAX_LENGTH = 1024
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
 LOSS_TYPES = ("nll", "dft")
+FLAG = {"help": "Compute activations again in the backward pass.", "nargs": "?", "const": True}
+"""Of an option that a command line may name without a value."""
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 DATASET_KWARGS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_token")
 
 
@@ -58,6 +62,8 @@ class SFTConfig(TrainingArguments):
             `rollback` (weights and optimizer of the last checkpoint, then on with the next rows); None = make it.
         bad_loss_factor: A loss so many times the median of the last 50 updates is treated likewise; None = any is good.
         use_liger: Former name of `use_liger_kernel`; give one of them.
+        warmup_ratio: Former name of `warmup_steps` below 1; give one of them.
+        group_by_length: Former name of `train_sampling_strategy="group_by_length"`.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -67,14 +73,16 @@ class SFTConfig(TrainingArguments):
     ]  # JSON texts
 
     # stated again so that the type checker, which does not follow upstream, knows them
-    gradient_checkpointing: bool | None = None
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    activation_checkpointing: bool | None = None
-    activation_checkpointing_kwargs: dict[str, Any] | None = None
+    gradient_checkpointing: bool | None = field(default=None, metadata=FLAG)
+    gradient_checkpointing_kwargs: dict[str, Any] | str | None = None
+    activation_checkpointing: bool | None = field(default=None, metadata=FLAG)
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = None
 
+    warmup_steps: float = field(default=0, metadata={"help": "Steps of warm-up; below 1, their share of all steps."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
-    include_num_input_tokens_seen: str | bool = field(
+    # upstream's `str | bool` has a command line take the default itself for a yes or no
+    include_num_input_tokens_seen: str = field(
         default="non_padding", metadata={"help": "Count tokens seen: no, all or non_padding."}
     )
 
@@ -84,7 +92,7 @@ class SFTConfig(TrainingArguments):
     chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file or tokenizer to take it from."})
 
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds plain text."})
-    dataset_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "Options of the preparation."})
+    dataset_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Options of the preparation."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
     dataset_batch_size: int = field(default=1000, metadata={"help": "Rows prepared at a time."})
     eos_token: str | None = field(default=None, metadata={"help": "Token at the end of texts."})
@@ -117,10 +125,14 @@ class SFTConfig(TrainingArguments):
         default=None, metadata={"help": "A loss so many times the median of the last 50 updates is too large."}
     )
     use_liger: bool | None = field(default=None, metadata={"help": "Former name of use_liger_kernel."})
+    warmup_ratio: float | None = field(default=None, metadata={"help": "Former name of warmup_steps below 1."})
+    group_by_length: bool = field(default=False, metadata={"help": "Batches of rows of similar length."})
 
     def __post_init__(self) -> None:
         self._settle_checkpointing()
+        self._settle_former_names()
         super().__post_init__()
+        self._checkpointing = self._given_checkpointing()
         self.settle()
 
     def settle(self) -> None:
@@ -129,6 +141,7 @@ class SFTConfig(TrainingArguments):
         Raises:
             ValueError: Two names of one option disagree, or a value is none of the possible ones.
         """
+        self._follow_checkpointing()
         self._settle_lengths()
         if self.use_liger is not None:
             self.use_liger_kernel, self.use_liger = self.use_liger, None
@@ -142,7 +155,38 @@ class SFTConfig(TrainingArguments):
         self.gradient_checkpointing_kwargs = None
         if self.activation_checkpointing:
             # the reentrant variant loses gradients where all inputs of a block are frozen, as under LoRA
-            self.activation_checkpointing_kwargs = {"use_reentrant": False, **given}
+            stated = json.loads(given) if isinstance(given, str) else given
+            self.activation_checkpointing_kwargs = {"use_reentrant": False, **stated}
+
+    def _given_checkpointing(self) -> dict[str, Any]:
+        """Both names of the two options, as they are now."""
+        return {f"{name}{end}": getattr(self, f"{name}{end}") for name in CHECKPOINTING for end in ("", "_kwargs")}
+
+    def _follow_checkpointing(self) -> None:
+        """Take over what was set by hand: upstream reads the new names alone, and the old ones would do nothing."""
+        before, now = self._checkpointing, self._given_checkpointing()
+        if now == before:
+            return
+        for end in ("", "_kwargs"):
+            changed = [name for name in CHECKPOINTING if now[name + end] != before[name + end]]
+            value = now[(changed or CHECKPOINTING)[0] + end]
+            self.activation_checkpointing = value if end == "" else self.activation_checkpointing
+            self.activation_checkpointing_kwargs = value if end else self.activation_checkpointing_kwargs
+        self._settle_checkpointing()
+        self.gradient_checkpointing = self.activation_checkpointing
+        self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
+        self._checkpointing = self._given_checkpointing()
+
+    def _settle_former_names(self) -> None:
+        if self.warmup_ratio is not None:
+            if self.warmup_steps not in (0, self.warmup_ratio):
+                raise ValueError(
+                    f"warmup_ratio={self.warmup_ratio} and warmup_steps={self.warmup_steps} are two names of one "
+                    "option; give warmup_steps alone"
+                )
+            self.warmup_steps, self.warmup_ratio = self.warmup_ratio, None
+        if self.group_by_length:
+            self.train_sampling_strategy = "group_by_length"
 
     def _settle_lengths(self) -> None:
         if self.max_length is not None and self.max_seq_length not in (None, self.max_length):
@@ -163,6 +207,8 @@ class SFTConfig(TrainingArguments):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
         check_policy(self.on_bad_loss, self.bad_loss_factor, self.fp16)
+        if isinstance(self.dataset_kwargs, str):
+            raise ValueError(f'dataset_kwargs={self.dataset_kwargs!r} is no JSON object such as {{"name": true}}')
         unknown = set(self.dataset_kwargs or {}) - set(DATASET_KWARGS)
         if unknown:
             raise ValueError(f"dataset_kwargs has unknown keys {sorted(unknown)}; known: {', '.join(DATASET_KWARGS)}")
@@ -177,7 +223,7 @@ class SFTConfig(TrainingArguments):
 
     def dataset_option(self, name: str) -> bool | None:
         """One key of `dataset_kwargs`; None when it is not given."""
-        value = (self.dataset_kwargs or {}).get(name)
+        value = self.dataset_kwargs.get(name) if isinstance(self.dataset_kwargs, dict) else None
         return None if value is None else bool(value)
 
     @property
@@ -229,7 +275,8 @@ class ModelConfig:
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05
-    lora_target_modules: list[str] | str | None = None
+    # the command line would take one name without `nargs`
+    lora_target_modules: list[str] | str | None = field(default=None, metadata={"nargs": "+"})
     lora_modules_to_save: list[str] | None = None
     lora_task_type: str = "CAUSAL_LM"
     use_rslora: bool = False

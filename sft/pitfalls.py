@@ -7,12 +7,100 @@ from itertools import islice
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from sft.batching import Packing
+from sft.collators import DataCollatorForSFT
 from sft.completion_collator import DataCollatorForCompletionOnlyLM
+from sft.config import SFTConfig
+from sft.constant_length import ConstantLengthDataset
 
 NUM_ROWS_LOOKED_AT = 4
+COLUMN_OF_PART = {
+    "completion_only_loss": "completion_mask",
+    "assistant_only_loss": "assistant_masks",
+    "last_turn_only_loss": "labels",
+}
+
+
+def check_ignored(config: SFTConfig, collator: Callable | None, packing: Packing, train: Any, evaluation: Any) -> None:
+    """Refuse options that would have no effect on these data sets, or with this collator.
+
+    Args:
+        config: The options.
+        collator: As it was given to the trainer; None = its own, which follows all of them.
+        packing: Which of the data sets are to be packed.
+        train: As it was given.
+        evaluation: As it was given, perhaps a dict of data sets.
+
+    Raises:
+        ValueError: Names the option, why it would be ignored, and where it belongs.
+    """
+    if isinstance(train, dict):
+        raise ValueError(f"train_dataset has the splits {sorted(train)}; give one of them, such as dataset['train']")
+    for option in ("padding_free", "pad_to_multiple_of"):
+        asked = getattr(config, option)
+        if collator is not None and asked and getattr(collator, option, None) != asked:
+            raise ValueError(
+                f"{option}={asked} would be ignored: {_name(collator)} makes the batches; give it there, or leave "
+                "data_collator out"
+            )
+    rest = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    named = [
+        ("train", train, packing.train),
+        *((f"eval {key}".strip(), rows, packing.eval) for key, rows in rest.items()),
+    ]
+    for name, dataset, packed in named:
+        ignored = _ignored_in(dataset, config, collator, packed=packed)
+        if ignored is not None:
+            raise ValueError(
+                f"{ignored}=True would be ignored: the {name.strip()} data set goes to the collator as it is "
+                f"({'skip_prepare_dataset' if config.skip_prepare_dataset else type(dataset).__name__}); leave "
+                f"{ignored} out, or prepare the rows so"
+            )
+
+
+def _ignored_in(dataset: Any, config: SFTConfig, collator: Callable | None, *, packed: bool) -> str | None:
+    """An option that a data set which is not prepared would leave without effect."""
+    is_known = isinstance(dataset, (Dataset, IterableDataset))
+    if dataset is None or (is_known and not config.skip_prepare_dataset):
+        return None
+    is_constant = isinstance(dataset, ConstantLengthDataset)  # packed, and every token is trained
+    columns = ["seq_lengths"] if is_constant else getattr(dataset, "column_names", None)
+    if packed and "seq_lengths" not in (columns or ()):
+        return "packing"
+    for option, column in COLUMN_OF_PART.items():
+        followed = columns is None or not {column, "labels"}.isdisjoint(columns) or getattr(collator, option, False)
+        if getattr(config, option) and not followed:
+            return option
+    return None
+
+
+def _name(collator: Callable) -> str:
+    return getattr(collator, "__name__", type(collator).__name__)
+
+
+def check_borders(collator: Callable | None, train: Any, evaluation: Any) -> None:
+    """Refuse a user's collator that forgets where the documents of a packed row end.
+
+    Args:
+        collator: As it was given to the trainer; None = its own.
+        train: Prepared rows.
+        evaluation: Prepared rows, or a dict of them.
+
+    Raises:
+        ValueError: The batch of a row with `seq_lengths` has none, so that its documents would see each other.
+    """
+    if collator is None or isinstance(collator, (DataCollatorForSFT, DataCollatorForCompletionOnlyLM)):
+        return
+    for rows in [train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]:
+        first = next(iter(rows), None) if isinstance(rows, (Dataset, IterableDataset)) else None
+        if first is not None and "seq_lengths" in first and "seq_lengths" not in collator([first]):
+            raise ValueError(
+                f"rows are packed, and {_name(collator)} drops their seq_lengths, so that documents would see each "
+                "other: leave data_collator out, keep that column (as DataCollatorForSFT does), or set packing=False"
+            )
 
 
 def check_collator(collator: Callable | None, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:

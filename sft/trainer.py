@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from sft.adapters import count_parameters, wrap_adapter
 from sft.attention import document_layout, flash_sdp_only
 from sft.attention_setup import settle_attention
-from sft.batching import choose_collator, choose_packing, settle_dispatch
+from sft.batching import choose_collator, choose_packing, settle_dispatch, take_over_collator
 from sft.config import SFTConfig
 from sft.constant_length import constant_length_rows
 from sft.even_rows import FILLER, EvenCollator, EvenOrder, EvenRows, can_be_filled
@@ -40,7 +41,7 @@ from sft.loss import LossOptions, TokenTotals, num_targets, supervised_loss
 from sft.loss_policy import LossWatch, act_on
 from sft.neftune import embedding_noise
 from sft.offloading import check_offloading, offloaded_activations
-from sft.pitfalls import check_collator
+from sft.pitfalls import check_borders, check_collator, check_ignored
 from sft.preparation import FormattingFunc, apply_formatting, prepare_dataset, resolve_max_length
 from sft.sharding import settle_sharding, without_copies
 from sft.shared_tokens import without_sharing
@@ -124,16 +125,15 @@ class SFTTrainer(Trainer):
         settle_liger(model, config)
         if data_collator is None and formatting_func is None:
             data_collator = choose_vision_collator(processing_class, config, [train_dataset, eval_dataset])
+        data_collator = take_over_collator(data_collator, tokenizer)
         packing = choose_packing(config, data_collator, [train_dataset, eval_dataset])
-        train_dataset, eval_dataset = (
-            prepare_all(dataset, tokenizer, config, packing=packed, formatting_func=formatting_func, name=name)
-            for dataset, packed, name in (
-                (train_dataset, packing.train, "train"),
-                (eval_dataset, packing.eval, "eval"),
-            )
-        )
+        check_ignored(config, data_collator, packing, train_dataset, eval_dataset)
+        prepare = partial(prepare_all, tokenizer=tokenizer, config=config, formatting_func=formatting_func)
+        train_dataset = prepare(train_dataset, packing=packing.train, name="train")
+        eval_dataset = prepare(eval_dataset, packing=packing.eval, name="eval")
         settle_dispatch(config, packing, [train_dataset, eval_dataset])
         check_collator(data_collator, train_dataset, tokenizer)
+        check_borders(data_collator, train_dataset, eval_dataset)
         data_collator = data_collator or choose_collator(config, tokenizer, packing)
         self._start_counting(config)
         super().__init__(
@@ -262,9 +262,10 @@ class SFTTrainer(Trainer):
         Upstream's loss is a mean over updates, however many targets each had. What a mixture of experts adds for its
         load balancing is `aux_loss`, apart.
         """
-        if "loss" in logs and self.args.include_num_input_tokens_seen != "no":
+        if self.args.include_num_input_tokens_seen != "no":
             self._count_tokens()
-            logs["num_tokens"] = self.state.num_input_tokens_seen
+            if "loss" in logs:
+                logs["num_tokens"] = self.state.num_input_tokens_seen
         if "loss" in logs and self.compute_loss_func is None:
             figures = self._totals["train"].means(self.accelerator.gather)
             if not figures:
@@ -355,13 +356,13 @@ def attention_context(inputs: dict[str, Any], *, force_flash_sdp: bool) -> Itera
         yield
 
 
-def prepare_all(dataset: Any, *args: Any, name: str, **kwargs: Any) -> Any:
+def prepare_all(dataset: Any, *, name: str, **kwargs: Any) -> Any:
     """`prepare_rows` for one data set, for each of a dict of them, or for none."""
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {key: prepare_rows(rows, *args, name=f"{name} {key}", **kwargs) for key, rows in dataset.items()}
-    return prepare_rows(dataset, *args, name=name, **kwargs)
+        return {key: prepare_rows(rows, name=f"{name} {key}", **kwargs) for key, rows in dataset.items()}
+    return prepare_rows(dataset, name=name, **kwargs)
 
 
 def prepare_rows(

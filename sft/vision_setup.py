@@ -48,7 +48,8 @@ def choose_vision_collator(
     if config.chat_template_path is not None:
         processing_class.chat_template = processing_class.tokenizer.chat_template
     config.remove_unused_columns = False
-    config.dataset_kwargs = {**(config.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    given = config.dataset_kwargs if isinstance(config.dataset_kwargs, dict) else {}
+    config.dataset_kwargs = {**given, "skip_prepare_dataset": True}
     return DataCollatorForVisionLanguageModeling(
         processing_class,
         max_length=config.max_length,

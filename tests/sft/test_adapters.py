@@ -144,6 +144,11 @@ def test_misspelt_module_to_save_names_the_nearest() -> None:
         wrap_adapter(tiny_model(), lora(modules_to_save=["lm_head", "embed_token"]))
 
 
+def test_misspelt_module_to_leave_out_is_named() -> None:
+    with pytest.raises(ValueError, match=r"exclude_modules has 'dwn_proj', did you mean 'down_proj'"):
+        wrap_adapter(tiny_model(), lora(exclude_modules=["dwn_proj"]))
+
+
 def test_every_name_must_mean_something_and_all_problems_are_listed() -> None:
     config = lora(target_modules=["q_proj", "qproj", "c_attn"], modules_to_save=["head"])
     with pytest.raises(ValueError, match="LlamaForCausalLM has no module of that name") as caught:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening
 
-from sft.batching import Packing, choose_collator, choose_packing, settle_dispatch
+from sft.batching import Packing, choose_collator, choose_packing, settle_dispatch, take_over_collator
 from sft.collators import DataCollatorForSFT
 from sft.config import SFTConfig
 from tests.tiny import tiny_tokenizer
@@ -75,3 +76,19 @@ def test_each_process_reads_its_own_flat_or_streamed_batches(
 def test_flat_batches_cannot_be_dispatched() -> None:
     with pytest.raises(ValueError, match="dispatch_batches=True"):
         settle_dispatch(config(accelerator_config={"dispatch_batches": True}), FLAT, [])
+
+
+def test_collators_of_transformers_for_token_rows_are_taken_over() -> None:
+    tokenizer = tiny_tokenizer()
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9]}]
+    padded = take_over_collator(DataCollatorForLanguageModeling(tokenizer, mlm=False, pad_to_multiple_of=4), tokenizer)
+    assert padded(rows)["labels"].tolist() == [[-100, 6, 7, -100], [8, 9, -100, -100]]
+    flat = take_over_collator(DataCollatorWithFlattening(), tokenizer)
+    assert choose_packing(config(), flat, [None]).flat
+    assert flat(rows)["seq_lengths"].tolist() == [3, 2]
+    own = DataCollatorForSFT(0)
+    assert take_over_collator(own, tokenizer) is own
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    masked = DataCollatorForLanguageModeling(tokenizer, mlm=True)
+    with pytest.raises(ValueError, match="has mlm=True"):
+        take_over_collator(masked, tokenizer)

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
+from transformers import DataCollatorWithFlattening
 
 from sft.attention import SFT_DOCUMENTS, document_layout, probe_isolation
+from sft.completion_collator import DataCollatorForCompletionOnlyLM
 from sft.constant_length import ConstantLengthDataset
 from sft.loss import supervised_loss
 from sft.packing import pack_dataset
@@ -183,6 +185,31 @@ def test_constant_length_rows_train_what_their_documents_do(tmp_path: Path) -> N
     pieces = [piece.tolist() for piece in batch["input_ids"][0].split(batch["seq_lengths"].tolist())]
     assert len(pieces) > len(batch["input_ids"][0]) // 20
     assert_same((loss, found), document_by_document(make("opt"), [piece for piece in pieces if len(piece) > 1]))
+
+
+@pytest.mark.parametrize("collator", ["flattening", "completions"])
+def test_flat_batches_of_a_users_collator_train_what_their_documents_do(collator: str, tmp_path: Path) -> None:
+    answers = DataCollatorForCompletionOnlyLM([3], tokenizer=tiny_tokenizer(), padding_free=True)
+    given: Any = DataCollatorWithFlattening() if collator == "flattening" else answers
+    rows = Dataset.from_dict({"input_ids": [[4, 3, *row] for row in documents()]})
+    trainer = SFTTrainer(
+        make("opt", "sdpa"),
+        args=quiet_config(tmp_path, max_length=48, per_device_train_batch_size=8, max_steps=1),
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        data_collator=given,
+    )
+    loss, _, batch = first_step(trainer)
+    assert batch["input_ids"].shape[0] == 1
+    untrained = 2 if collator == "completions" else 1
+    assert loss == pytest.approx(plain_loss(make("opt"), rows["input_ids"][:], untrained), rel=1e-5)
+
+
+def plain_loss(model: Any, rows: list[list[int]], num_untrained: int) -> float:
+    """Mean over all targets, each document alone; its first tokens are none."""
+    targets = [torch.tensor(row[num_untrained:]) for row in rows]
+    logits = [model(input_ids=torch.tensor([row])).logits[0, num_untrained - 1 : -1] for row in rows]
+    return F.cross_entropy(torch.cat(logits), torch.cat(targets)).item()
 
 
 def test_rows_packed_beforehand_are_recognised(tmp_path: Path) -> None:

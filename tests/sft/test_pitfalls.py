@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+import torch
+from datasets import Dataset, DatasetDict
 from transformers import DataCollatorForLanguageModeling
 
 from sft.collators import DataCollatorForSFT
 from sft.completion_collator import DataCollatorForCompletionOnlyLM
+from sft.constant_length import ConstantLengthDataset
 from sft.pitfalls import check_collator
-from tests.tiny import tiny_tokenizer
+from sft.trainer import SFTTrainer
+from tests.tiny import quiet_config, tiny_model, tiny_tokenizer
 
 
 def rows(tokenizer: Any, *texts: str) -> Dataset:
@@ -53,3 +57,70 @@ def test_streams_and_rows_of_other_shapes_are_left_alone() -> None:
     check_collator(collator, rows(tokenizer, "no").to_iterable_dataset(), tokenizer)
     check_collator(collator, Dataset.from_dict({"images": [1]}), tokenizer)
     check_collator(collator, None, tokenizer)
+
+
+TEXTS = Dataset.from_dict({"text": ["Hello", "Hi, you"]})
+TOKENS = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]]})
+SKIP = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+
+
+def make(folder: Path, dataset: Any, collator: Any = None, **options: Any) -> SFTTrainer:
+    config = quiet_config(folder, max_steps=1, max_length=32, **options)
+    tokenizer = tiny_tokenizer()
+    return SFTTrainer(
+        tiny_model(), args=config, train_dataset=dataset, data_collator=collator, processing_class=tokenizer
+    )
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return len(TOKENS)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return TOKENS[index]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "problem"),
+    [
+        (TOKENS, {**SKIP, "packing": True}, r"packing=True would be ignored: the train data set .*skip_prepare"),
+        (Rows(), {"packing": True}, r"packing=True would be ignored: the train data set .*\(Rows\)"),
+        (TOKENS, {**SKIP, "assistant_only_loss": True}, "assistant_only_loss=True would be ignored"),
+        (
+            ConstantLengthDataset(tiny_tokenizer(), TEXTS, seq_length=4),
+            {"completion_only_loss": True},
+            r"completion_only_loss=True would be ignored: .*\(ConstantLengthDataset\)",
+        ),
+        (DatasetDict(train=TEXTS, test=TEXTS), {}, r"the splits \['test', 'train'\]; give one of them"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    dataset: Any, options: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        make(tmp_path, dataset, **options)
+
+
+def test_options_that_rows_follow_by_themselves_pass(tmp_path: Path) -> None:
+    masked = TOKENS.add_column("completion_mask", [[0, 1, 1], [0, 1]])
+    trainer = make(tmp_path, masked, **SKIP, completion_only_loss=True)
+    assert sorted(next(iter(trainer.get_train_dataloader()))["labels"].tolist()) == [[-100, 6, 7], [-100, 9, -100]]
+
+
+@pytest.mark.parametrize("option", [{"padding_free": True}, {"pad_to_multiple_of": 8}])
+def test_options_of_batches_belong_to_the_collator_that_makes_them(option: dict[str, Any], tmp_path: Path) -> None:
+    texts = Dataset.from_dict({"text": ["Question: 1 Answer: 2"]})
+    plain = DataCollatorForCompletionOnlyLM("Answer:", tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match=r"would be ignored: DataCollatorForCompletionOnlyLM makes the batches"):
+        make(tmp_path, texts, plain, **option)
+    make(tmp_path, texts, DataCollatorForCompletionOnlyLM("Answer:", tokenizer=tiny_tokenizer(), **option), **option)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_collator_that_forgets_borders_of_packed_documents_is_refused(streamed: bool, tmp_path: Path) -> None:
+    def stack(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+    dataset: Any = TEXTS.to_iterable_dataset() if streamed else TEXTS
+    with pytest.raises(ValueError, match="rows are packed, and stack drops their seq_lengths"):
+        make(tmp_path, dataset, stack, packing=True)

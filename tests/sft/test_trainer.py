@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,10 @@ def test_forced_flash_reaches_the_attention(tmp_path: Path, monkeypatch: pytest.
             return attention(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", Watched())
-    trainer.train()
-    assert set(seen) == {(True, False)}
+    for run in (trainer.train, trainer.evaluate):
+        seen.clear()
+        run()
+        assert set(seen) == {(True, False)}
 
 
 def test_forced_flash_needs_batches_without_padding(tmp_path: Path) -> None:
@@ -112,14 +116,75 @@ def test_flat_and_streamed_batches_are_read_by_each_process(tmp_path: Path, stre
     assert make(tmp_path, packing=not streamed, streamed=streamed).accelerator.dispatch_batches is False
 
 
+class Watching:
+    """Offloads from the CPU to the CPU, the way that activations take from an accelerator; keeps what was parked."""
+
+    def __init__(self) -> None:
+        self.num_bytes: list[int] = []
+
+    @contextmanager
+    def __call__(self, model: torch.nn.Module, *, enabled: bool) -> Iterator[None]:
+        with offloaded_activations(model, enabled=enabled, devices=("cpu",)) as store:
+            yield
+        self.num_bytes.append(store.num_bytes if store is not None else 0)
+
+
 def test_offloaded_activations_train_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # from the CPU to the CPU, activations take the way that they would take from an accelerator
-    monkeypatch.setattr("sft.trainer.offloaded_activations", partial(offloaded_activations, devices=("cpu",)))
+    watching = Watching()
+    monkeypatch.setattr("sft.trainer.offloaded_activations", watching)
     trainers = [make(tmp_path, activation_offloading=offloading) for offloading in (False, True)]
     for trainer in trainers:
         trainer.train()
-    plain, offloaded = (dict(trainer.model.named_parameters()) for trainer in trainers)
-    assert all(torch.equal(parameter, offloaded[name]) for name, parameter in plain.items())
+    assert [size > 0 for size in watching.num_bytes] == [False, False, True, True]
+    assert_same_weights(*trainers)
+
+
+def assert_same_weights(first: SFTTrainer, second: SFTTrainer) -> None:
+    for (name, left), (_, right) in zip(first.model.named_parameters(), second.model.named_parameters(), strict=True):
+        assert torch.equal(left, right), name
+
+
+class Calls:
+    """A hook that counts the runs of a module while it trains."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, *args: Any) -> None:
+        self.count += args[0].training
+
+
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": True}])
+def test_checkpointed_layers_run_twice_and_train_the_same_adapter(
+    tmp_path: Path, kwargs: dict[str, bool] | None
+) -> None:
+    trainers = [
+        make(tmp_path, gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=kwargs)
+        for checkpointing in (False, True)
+    ]
+    counts = [Calls(), Calls()]
+    for trainer, calls in zip(trainers, counts, strict=True):
+        trainer.model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(calls)
+        trainer.train()
+    assert [calls.count for calls in counts] == [2, 4]
+    assert trainers[1].args.activation_checkpointing_kwargs == (kwargs or {"use_reentrant": False})
+    assert_same_weights(*trainers)
+
+
+def test_tokens_seen_are_whole_at_the_end_though_nothing_was_logged(tmp_path: Path) -> None:
+    trainer = make(tmp_path, per_device_train_batch_size=len(ROWS), logging_strategy="no")
+    num_tokens = 2 * sum(len(row["input_ids"]) for row in trainer.train_dataset)
+    assert trainer.train().metrics["num_input_tokens_seen"] == num_tokens
+
+
+def test_entropy_is_logged_when_asked_for(tmp_path: Path) -> None:
+    logs = []
+    for asked in (False, True):
+        trainer = make(tmp_path, log_entropy=asked, logging_steps=1)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    assert "entropy" not in logs[0]
+    assert 0 < logs[1]["entropy"] <= math.log(384) + 1e-3
 
 
 TWO_PROCESSES = """

@@ -1,0 +1,79 @@
+"""Options from a command line, under former names, and set by hand after construction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser
+
+from sft.adapters import get_peft_config
+from sft.config import ModelConfig, SFTConfig
+
+
+def parsed(*arguments: str) -> tuple[SFTConfig, ModelConfig]:
+    parser: Any = HfArgumentParser((SFTConfig, ModelConfig))
+    return parser.parse_args_into_dataclasses(["--output_dir", "out", "--use_cpu", *arguments])
+
+
+def test_command_line_without_options_gives_the_defaults() -> None:
+    config, model = parsed()
+    default = SFTConfig(output_dir="out", use_cpu=True)
+    same = {name: value for name, value in default.to_dict().items() if name != "logging_dir"}
+    assert {name: value for name, value in config.to_dict().items() if name in same} == same
+    assert model == ModelConfig()
+
+
+def test_command_line_of_the_reference_document() -> None:
+    config, model = parsed(
+        *("--model_name_or_path", "Qwen/Qwen2-0.5B", "--learning_rate", "2.0e-4", "--num_train_epochs", "1"),
+        *("--packing", "--eos_token", "<|im_end|>", "--eval_strategy", "steps", "--eval_steps", "100"),
+        *("--gradient_checkpointing", "--use_peft", "--lora_r", "32", "--lora_alpha", "16"),
+        *("--lora_target_modules", "all-linear", "--torch_dtype", "bfloat16", "--load_in_4bit"),
+    )
+    assert (config.packing, config.eos_token, config.activation_checkpointing) == (True, "<|im_end|>", True)
+    assert config.activation_checkpointing_kwargs == {"use_reentrant": False}
+    assert (model.lora_r, model.lora_target_modules, model.load_in_4bit) == (32, "all-linear", True)
+    assert model.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("names", [["q_proj"], ["q_proj", "v_proj"]])
+def test_names_of_layers_on_a_command_line(names: list[str]) -> None:
+    adapter = get_peft_config(parsed("--use_peft", "--lora_target_modules", *names)[1])
+    assert adapter is not None
+    assert adapter.target_modules == set(names)
+
+
+def test_dicts_are_json_on_a_command_line() -> None:
+    config, _ = parsed(
+        *("--model_init_kwargs", '{"dtype": "bfloat16"}', "--dataset_kwargs", '{"append_concat_token": false}'),
+        *("--gradient_checkpointing", "--gradient_checkpointing_kwargs", '{"use_reentrant": true}'),
+        *("--include_num_input_tokens_seen", "all"),
+    )
+    assert config.model_init_kwargs == {"dtype": "bfloat16"}
+    assert config.dataset_option("append_concat_token") is False
+    assert config.activation_checkpointing_kwargs == {"use_reentrant": True}
+    assert config.include_num_input_tokens_seen == "all"
+    with pytest.raises(ValueError, match="dataset_kwargs='skip' is no JSON object"):
+        parsed("--dataset_kwargs", "skip")
+
+
+def test_checkpointing_set_by_hand_under_either_name_takes_effect() -> None:
+    config = SFTConfig(output_dir="out", use_cpu=True)
+    config.gradient_checkpointing = True
+    config.settle()
+    assert (config.activation_checkpointing, config.activation_checkpointing_kwargs) == (True, {"use_reentrant": False})
+    config.gradient_checkpointing_kwargs = {"use_reentrant": True}
+    config.settle()
+    assert config.activation_checkpointing_kwargs == {"use_reentrant": True}
+    config.activation_checkpointing = False
+    config.settle()
+    assert (config.activation_checkpointing, config.gradient_checkpointing) == (False, False)
+
+
+def test_former_names_of_upstream_options() -> None:
+    config = SFTConfig(output_dir="out", use_cpu=True, warmup_ratio=0.25, group_by_length=True)
+    assert config.get_warmup_steps(100) == 25
+    assert config.train_sampling_strategy == "group_by_length"
+    with pytest.raises(ValueError, match=r"warmup_ratio=0.1 and warmup_steps=5 are two names"):
+        SFTConfig(output_dir="out", use_cpu=True, warmup_ratio=0.1, warmup_steps=5)
