@@ -101,6 +101,8 @@ def _message(message: Mapping[str, Any], index: int, prune_nulls: bool) -> dict[
     result: dict[str, Any] = {"role": role, "content": _content(content, role, index, has_calls=bool(calls))}
     known = ("role", "from", "content", "value", "tool_calls")
     result.update({key: item for key, item in message.items() if key not in known and item is not None})
+    if calls and not isinstance(calls, Sequence):
+        raise RowError("bad_tool_call", f"tool_calls of message {index} are {described(calls)}, a list is needed")
     if calls:
         result["tool_calls"] = [_tool_call(call, index, prune_nulls) for call in calls]
     return result
@@ -124,9 +126,11 @@ def _content(content: Any, role: str, index: int, *, has_calls: bool) -> str | l
         return json.dumps(content, ensure_ascii=False)
     if is_messages(content) and all(isinstance(part, Mapping) and "type" in part for part in content):
         parts = [{key: item for key, item in part.items() if item is not None} for part in content]
-        if all(part["type"] == "text" for part in parts):
-            return "".join(part.get("text", "") for part in parts)
-        return parts
+        if any(part["type"] != "text" for part in parts):
+            return parts
+        texts = [part.get("text", "") for part in parts]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
     raise RowError(
         "content_not_text",
         f"message {index} ({role}) has content {'null' if content is None else repr(content)[:80]}, text is needed",

@@ -205,8 +205,9 @@ def _question_answer(row: Mapping[str, Any], layout: Layout) -> list[dict[str, A
     question, answer = (_text(row, name) for name in layout.content)
     context = _text(row, layout.context) if layout.context and row.get(layout.context) is not None else ""
     messages = []
-    for pair in (row.get(layout.history) if layout.history else None) or []:
-        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+    history = (row.get(layout.history) if layout.history else None) or []
+    for pair in history if is_messages(history) else [history]:
+        if not is_messages(pair) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise RowError("bad_history", f"history holds {pair!r:.80}, pairs of question and answer are needed")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     user = "\n\n".join(part for part in (question, context) if part.strip())
@@ -254,9 +255,18 @@ def _extras(row: Mapping[str, Any], kind: Kind, prune_nulls: bool) -> dict[str, 
         if tools != "[]":
             extras["tools"] = tools
         if row.get("chat_template_kwargs"):
-            value = row["chat_template_kwargs"]
-            extras["chat_template_kwargs"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            extras["chat_template_kwargs"] = _template_variables(row["chat_template_kwargs"])
     return extras
+
+
+def _template_variables(value: Any) -> str:
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except (json.JSONDecodeError, RecursionError):
+        parsed = value
+    if not isinstance(parsed, Mapping):
+        raise RowError("bad_template_kwargs", f"chat_template_kwargs holds {described(value)}, an object is needed")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def record_digest(record: Mapping[str, Any]) -> str:

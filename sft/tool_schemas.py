@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,6 +52,8 @@ def _tools(text: str) -> tuple[dict[str, Any], Problem | None]:
             return {}, Problem("tool_schema", f"two tools are named {name!r:.80}")
         try:
             Draft202012Validator.check_schema(schema)
+        except RecursionError:
+            return {}, Problem("tool_schema", f"parameters of {name!r:.80} lie too deep in one another")
         except SchemaError as error:
             place = "".join(f".{part}" for part in error.absolute_path)
             return {}, Problem("tool_schema", f"parameters{place} of {name!r:.80}: {error.message}"[:300])
@@ -69,4 +72,8 @@ def _misfit(validator: Any, arguments: str) -> str | None:
         return f"the arguments are no JSON ({problem})"
     except Unresolvable as problem:
         return f"its schema refers to what is not in it ({problem})"
+    except RecursionError:
+        return "its schema refers to itself without end"
+    except re.error as problem:
+        return f"a pattern of its schema is no regular expression ({problem})"
     return None if error is None else f"arguments{''.join(f'.{part}' for part in error.absolute_path)}: {error.message}"

@@ -52,7 +52,7 @@ class BaseModel:
 
 
 def cache_folder() -> Path:
-    """Where models are kept outside the repository: $SFT_CACHE, or ~/.cache/sft."""
+    """Where models and copies of data are kept outside the repository: $SFT_CACHE, or ~/.cache/sft."""
     return Path(os.environ.get("SFT_CACHE") or "~/.cache/sft").expanduser().absolute()
 
 

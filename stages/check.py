@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sft.remote import is_url
 from stages.intake import data_size, open_source
 from stages.model_sources import check_named
 from stages.params import Params
@@ -13,7 +14,7 @@ LARGEST_READ_BYTES = 100_000_000
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Look at what `load` is going to read; what lies on the hub is left to it.
+    """Look at what `load` is going to read; what lies on the hub or behind a URL is left to it.
 
     Raises:
         ValueError: A source is missing, damaged or empty, a task can't be used, or the base model can't be the one
@@ -26,5 +27,5 @@ def run(params: Params, paths: Paths) -> None:
     if held_out is not None:
         sources.append((held_out, "load.eval.path"))
     for section, key in sources:
-        if not section.hub and data_size(section, paths, key) <= LARGEST_READ_BYTES:
+        if not (section.hub or is_url(section.path)) and data_size(section, paths, key) <= LARGEST_READ_BYTES:
             open_source(section, paths, key)

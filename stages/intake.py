@@ -9,15 +9,32 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import is_offline_mode
 
 from sft.records import Kind, Layout, detect_layout
-from sft.sources import Row, data_files, hub_rows, is_saved_dataset, read_rows
+from sft.remote import fetch_files, is_url
+from sft.row import Row
+from sft.sources import data_files, hub_rows, is_saved_dataset, read_rows
+from stages.base_model import cache_folder
 from stages.load_params import SourceSection
 from stages.paths import Paths
 from stages.source_mapping import RowMapping
+
+
+class DataFile(NamedTuple):
+    """A file, or a folder of `datasets.save_to_disk`.
+
+    Args:
+        path: Where it lies on this machine.
+        name: What ids call it: its path below data/, or its URL.
+        version: What is known of its version when it came from elsewhere.
+    """
+
+    path: Path
+    name: str
+    version: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -26,8 +43,7 @@ class Source:
 
     Args:
         section: What params.yaml says of it.
-        files: Its local files, none for a data set of the hub.
-        data: The folder that ids are relative to.
+        files: Its files, none for a data set of the hub.
         mapping: What is done to a row before it is read.
         layout: How its rows are read, decided from the columns of all of them.
         unused: Columns that nothing is read from.
@@ -36,8 +52,7 @@ class Source:
     """
 
     section: SourceSection
-    files: tuple[Path, ...]
-    data: Path
+    files: tuple[DataFile, ...]
     mapping: RowMapping
     layout: Layout
     unused: tuple[str, ...]
@@ -46,13 +61,18 @@ class Source:
 
     def rows(self) -> Iterator[Row]:
         """All rows, in the same order at every call."""
-        return _rows(self.section, self.files, self.data)
+        return _rows(self.section, self.files)
 
     def card(self) -> dict[str, Any]:
         """What is worth knowing of it later."""
         layout = {"kind": self.layout.kind.value, "columns": list(self.layout.content), "context": self.layout.context}
-        layout["unused"] = list(self.unused)
-        return {**self.section.model_dump(), **layout, "num_rows": self.num_rows, "sha256": self.digests}
+        found = {
+            "unused": list(self.unused),
+            "num_rows": self.num_rows,
+            "sha256": self.digests,
+            "versions": {file.name: file.version for file in self.files if file.version is not None},
+        }
+        return {**self.section.model_dump(), **layout, **found}
 
 
 def open_source(section: SourceSection, paths: Paths, key: str) -> Source:
@@ -66,11 +86,11 @@ def open_source(section: SourceSection, paths: Paths, key: str) -> Source:
     Raises:
         ValueError: It is not there, lies outside data/, is damaged, empty, or has no columns that make sense.
     """
-    files = () if section.hub else _local_files(section, paths, key)
+    files = () if section.hub else _files(section, paths, key)
     mapping = RowMapping(section)
     digest = hashlib.sha256()
     num_rows = 0
-    for row in _hub_rows(section, key) if section.hub else _rows(section, files, paths.data):
+    for row in _hub_rows(section, key) if section.hub else _rows(section, files):
         num_rows += 1
         mapping.observe(row.columns)
         if section.hub:
@@ -86,31 +106,34 @@ def open_source(section: SourceSection, paths: Paths, key: str) -> Source:
             f"params.yaml, {key}: {section.path} holds token ids, and the pipeline renders and tokenizes text itself; "
             "give messages, prompt and completion, or text (SFTTrainer of the library takes token ids)"
         )
-    digests = {section.path: digest.hexdigest()} if section.hub else _digests(files, paths.data)
+    digests = {section.path: digest.hexdigest()} if section.hub else _digests(files)
     unused = mapping.unused(layout)
-    return Source(section, files, paths.data, mapping, layout, unused, num_rows, digests)
+    return Source(section, files, mapping, layout, unused, num_rows, digests)
 
 
 def data_size(section: SourceSection, paths: Paths, key: str) -> int:
-    """Bytes in the files of a local source.
+    """Bytes in the files of a source that lies in data/.
 
     Raises:
         ValueError: It is not there, or lies outside data/.
     """
     files = _local_files(section, paths, key)
-    return sum(part.stat().st_size for file in files for part in _parts(file) if part.is_file())
+    return sum(part.stat().st_size for file in files for part in _parts(file.path) if part.is_file())
 
 
-def _rows(section: SourceSection, files: tuple[Path, ...], data: Path) -> Iterator[Row]:
-    if section.hub:
-        return hub_rows(section.path, section.config, section.split, section.revision)
-    return itertools.chain.from_iterable(read_rows(file, _name(file, data), split=section.split) for file in files)
+def _rows(section: SourceSection, files: tuple[DataFile, ...]) -> Iterator[Row]:
+    if not section.hub:
+        return itertools.chain.from_iterable(read_rows(file.path, file.name, split=section.split) for file in files)
+    streaming = section.streaming
+    rows = hub_rows(section.path, section.config, section.split, section.revision, streaming=streaming)
+    # a stream may be too long to choose from all of it
+    return itertools.islice(rows, section.max_rows) if streaming else rows
 
 
 def _hub_rows(section: SourceSection, key: str) -> Iterator[Row]:
     """Rows of a data set of the hub; what keeps it from being read is named with its key."""
     try:
-        yield from _rows(section, (), Path())
+        yield from _rows(section, ())
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         offline = "HF_HUB_OFFLINE is set: unset it, or " if is_offline_mode() else ""
@@ -121,39 +144,52 @@ def _hub_rows(section: SourceSection, key: str) -> Iterator[Row]:
         ) from error
 
 
+def _files(section: SourceSection, paths: Paths, key: str) -> tuple[DataFile, ...]:
+    if not is_url(section.path):
+        return _local_files(section, paths, key)
+    _refuse_ignored(section, key, with_split=True)
+    try:
+        found = fetch_files(section.path, cache_folder() / "data")
+    except ValueError as error:
+        raise ValueError(f"params.yaml, {key}: {error}") from error
+    return tuple(DataFile(file.path, file.url, file.version) for file in found)
+
+
 def _name(file: Path, data: Path) -> str:
     return Path.cwd().joinpath(file).relative_to(data).as_posix()
 
 
-def _local_files(section: SourceSection, paths: Paths, key: str) -> tuple[Path, ...]:
+def _local_files(section: SourceSection, paths: Paths, key: str) -> tuple[DataFile, ...]:
     """Files below data/; symbolic links in there may lead anywhere, DVC follows them."""
     path = Path(os.path.normpath(paths.root / section.path))
     if not path.is_relative_to(paths.data):
         raise ValueError(
             f"params.yaml, {key}: {section.path!r} lies outside data/, the only folder whose changes DVC sees. Copy it "
             f"there, link it (ln -s /absolute/{path.name} data/{path.name}), fetch it (dvc import-url URL "
-            f"data/{path.name}), or state hub: true for a data set of the hub"
+            f"data/{path.name}), give its URL, or state hub: true for a data set of the hub"
         )
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     try:
         files = tuple(data_files(shown))
     except ValueError as error:
         raise ValueError(f"params.yaml, {key}: {error}") from error
-    saved = any(is_saved_dataset(file) for file in files)
+    _refuse_ignored(section, key, with_split=not any(is_saved_dataset(file) for file in files))
+    return tuple(DataFile(file, _name(file, paths.data)) for file in files)
+
+
+def _refuse_ignored(section: SourceSection, key: str, *, with_split: bool) -> None:
     ignored = [name for name in ("config", "revision") if getattr(section, name) is not None]
-    if ignored or (section.split != "train" and not saved):
-        raise ValueError(
-            f"params.yaml, {key}: {ignored or ['split']} would be ignored for local {section.path}; remove it"
-        )
-    return files
+    if ignored or (section.split != "train" and with_split):
+        raise ValueError(f"params.yaml, {key}: {ignored or ['split']} would be ignored for {section.path}; remove it")
 
 
-def _digests(files: tuple[Path, ...], data: Path) -> dict[str, str]:
+def _digests(files: tuple[DataFile, ...]) -> dict[str, str]:
     digests = {}
-    for part in (part for file in files for part in _parts(file)):
-        if part.is_file():
+    for file in files:
+        for part in filter(Path.is_file, _parts(file.path)):
+            inside = f"/{part.relative_to(file.path).as_posix()}" if part != file.path else ""
             with part.open("rb") as stream:
-                digests[_name(part, data)] = hashlib.file_digest(stream, "sha256").hexdigest()
+                digests[f"{file.name}{inside}"] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sft.numbers import numbers_as_text
 from sft.records import RowError, normalize, record_digest, validate_record
-from sft.sources import Row
+from sft.row import Row
 from stages.accounts import Accounts
 from stages.artifacts import progress, write_json
 from stages.intake import Source, open_source

@@ -50,15 +50,22 @@ class MappedSection(Section):
 class SourceSection(MappedSection):
     """One source of training rows; only `path` must be stated."""
 
-    path: Annotated[str, Field(min_length=1, description="File or folder inside data/, or a hub id when hub is true")]
+    path: Annotated[str, Field(min_length=1, description="File, folder or pattern in data/, URL, or hub id")]
     hub: Annotated[bool, Field(description="path is a data set id on the hub")] = False
     config: Annotated[str | None, Field(description="Configuration of the hub data set")] = None
     split: Annotated[str, Field(description="Split of the hub data set")] = "train"
     revision: Annotated[str | None, Field(description="Branch, tag or commit of the hub data set")] = None
-    max_rows: Annotated[int | None, Field(ge=1, description="Take only so many rows, chosen by load.seed")] = None
+    streaming: Annotated[bool, Field(description="Read the hub data set as it comes, without a copy on disk")] = False
+    max_rows: Annotated[int | None, Field(ge=1, description="Take so many rows, by load.seed; a stream's first")] = None
     weight: Annotated[
         float, Field(gt=0.0, le=100.0, description="Times each row is trained on; 0.5 = half of them")
     ] = 1.0
+
+    @model_validator(mode="after")
+    def _only_the_hub_streams(self) -> Self:
+        if self.streaming and not self.hub:
+            raise ValueError("streaming is for data sets of the hub; remove it, or state hub: true")
+        return self
 
 
 class EvalSection(MappedSection):
@@ -87,11 +94,12 @@ class EvalSection(MappedSection):
 
 
 REASONS = (
-    *("bad_flag", "bad_history", "bad_messages", "bad_tool_call", "bad_tools", "bad_unicode", "content_not_text"),
-    *("empty_answer", "empty_content", "empty_text", "missing_column", "no_answer", "no_final_answer", "no_messages"),
-    *("not_text", "system_of_text", "template", "two_system_messages", "unknown_role", "wrong_order"),
-    *("control_characters", "duplicate", "in_eval", "length_outlier", "mojibake", "near_duplicate", "near_eval"),
-    *("number", "rare_language", "tool_call", "tool_schema", "truncated_answer"),
+    *("bad_flag", "bad_history", "bad_messages", "bad_template_kwargs", "bad_tool_call", "bad_tools"),
+    *("bad_unicode", "content_not_text", "control_characters", "duplicate", "empty_answer", "empty_content"),
+    *("empty_text", "in_eval", "length_outlier", "missing_column", "mojibake", "near_duplicate", "near_eval"),
+    *("no_answer", "no_final_answer", "no_messages", "not_text", "number", "rare_language", "system_of_text"),
+    *("template", "tool_call", "tool_schema", "truncated_answer", "two_system_messages", "unknown_role"),
+    "wrong_order",
 )
 """What the ledger of `load` gives as a reason, what `max_rows` and `weight` leave out aside."""
 

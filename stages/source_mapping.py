@@ -68,8 +68,11 @@ class RowMapping:
         """The columns of the data, by their own names, that go into no record."""
         used = {*layout.content, layout.context, layout.system, layout.history, *OPTIONAL_COLUMNS}
         if self._templates:
-            return tuple(name for name in self._seen_columns if name not in self._fields)
-        return tuple(name for name in self._seen_columns if self._columns.get(name, name) not in used)
+            unused = [name for name in self._seen_columns if name not in self._fields]
+        else:
+            unused = [name for name in self._seen_columns if self._columns.get(name, name) not in used]
+        # half a surrogate pair can't be written to the data card
+        return tuple(name.encode("utf-8", "backslashreplace").decode() for name in unused)
 
     def _check_named(self, key: str, named: Iterable[str], seen: tuple[str, ...], what: str) -> None:
         for name in sorted(set(named) - set(seen)):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
 
+from sft.contents import contents
 from sft.records import Kind, Layout, RowError, detect_kind, detect_layout, normalize, record_digest, validate_record
 
 ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -252,3 +254,60 @@ def test_a_system_column_that_contradicts_the_conversation_is_an_error() -> None
     assert normalize({"messages": messages, "system": "A."}, layout) == {"messages": messages}
     with pytest.raises(RowError, match=r"the conversation has one, and column 'system' holds 'B\.'"):
         normalize({"messages": messages, "system": "B."}, layout)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "content_not_text"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": 5}]}, "bad_tool_call"),
+        ({"question": "a", "answer": "b", "history": 5}, "bad_history"),
+        ({"question": "a", "answer": "b", "history": [5]}, "bad_history"),
+        ({"question": "a", "answer": "b", "chat_template_kwargs": "no JSON"}, "bad_template_kwargs"),
+        ({"question": "a", "answer": "b", "chat_template_kwargs": [1]}, "bad_template_kwargs"),
+    ],
+)
+def test_values_of_odd_types_are_faults_of_the_row(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError) as error:
+        normalize(row, detect_layout(row))
+    assert error.value.reason == reason
+
+
+def test_rows_of_any_json_become_a_record_or_a_reason() -> None:
+    rng = random.Random(0)
+    odd = [
+        None,
+        True,
+        5,
+        0.5,
+        "x",
+        "[1]",
+        "{}",
+        [],
+        {},
+        [[]],
+        [{}],
+        {"name": "f"},
+        [{"role": "user"}],
+        [{"type": "text"}],
+    ]
+    for _ in range(5000):
+        message = {
+            key: rng.choice(odd) for key in ("role", "content", "tool_calls", "train", "weight", "function_call")
+        }
+        message["role"] = rng.choice(["user", "assistant", "tool", "function_call", message["role"]])
+        row = {name: rng.choice(odd) for name in ("system", "tools", "chat_template_kwargs")}
+        row |= rng.choice(
+            [
+                {"messages": rng.choice([[message], [message] * 2, rng.choice(odd)])},
+                {"prompt": rng.choice([*odd, [message]]), "completion": rng.choice([*odd, [message]])},
+                {"question": rng.choice(odd), "answer": rng.choice(odd), "history": rng.choice([*odd, [["a", "b"]]])},
+                {"text": rng.choice(odd)},
+            ]
+        )
+        try:
+            record = normalize(row, detect_layout(row))
+        except RowError:
+            continue
+        assert all(isinstance(problem.reason, str) for problem in validate_record(record))
+        assert all(isinstance(content.text, str) for content in contents(record))

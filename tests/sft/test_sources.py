@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from sft.sources import Row, SourceError, data_files, read_rows
+from sft.row import Row, SourceError
+from sft.sources import data_files, hub_rows, read_rows
 
 ROWS = [{"text": "first"}, {"text": "second\nline é 🎉"}, {"text": 'third, "quoted"'}]
 
@@ -126,6 +127,18 @@ def test_a_folder_and_a_pattern_give_all_files_in_order(tmp_path: Path) -> None:
         ("a.json", '[\n {"text": "x"}\n {"text": "y"}\n]', r"a\.json:3:2: not JSON: expected , or \]"),
         ("a.json", '[\n {"text": "x"},\n', r"a\.json:3:1: not JSON"),
         ("a.json", "[1, 2]", r"a\.json:1: a row must be a JSON object, not number 1"),
+        ("a.json", '[{"text": "x"}]\n[{"text": "y"}]', r"a\.json:2:1: not JSON: something stands behind the list"),
+        ("a.jsonl", '{"text": "x"}\n{"text": ' + "[" * 100_000, r"a\.jsonl:2: lists or objects lie too deep"),
+        ("a.json", "[" * 100_000, r"a\.json: in or after the row at line 1: lists or objects lie too deep"),
+        ("a.jsonl", '{"text": "x"}\n{"text": ' + "9" * 5000 + "}", r"a\.jsonl:2: a number of 5000 digits"),
+        (
+            "a.json",
+            '[{"text": ' + "9" * 5000 + "}]",
+            r"a\.json: .* line 1: a number of 5000 digits",
+        ),
+        ("a.csv", "text,text\nx,y\n", r"a\.csv:1: two columns are named 'text'"),
+        ("a.csv", "text,n\rx,1\r", r"a\.csv:1: not CSV: a carriage return that ends no line"),
+        ("a.jsonl.zst", "no zstandard", r"a\.jsonl\.zst:1: the compressed data is damaged"),
         ("a.csv", "text,n\nx,1\ny\n", r"a\.csv:3: 1 fields where the header has 2"),
         ("a.csv", 'text,n\n"x,1\n', r"a\.csv:2: not CSV: unexpected end of data"),
         ("a.parquet", "not parquet", r"a\.parquet: not a whole Parquet file"),
@@ -159,3 +172,52 @@ def test_a_row_of_ten_megabytes_is_read(tmp_path: Path) -> None:
     row = {"text": "x" * 10_000_000}
     assert rows_of(written(tmp_path / "a.jsonl", as_jsonl([row]))) == [Row("a.jsonl:1", row)]
     assert rows_of(written(tmp_path / "a.csv", "text\n" + row["text"] + "\n")) == [Row("a.csv:2", row)]
+
+
+@pytest.mark.parametrize("header", ["question;answer", "question\tanswer", "question,answer"])
+def test_the_header_shows_what_separates_columns(tmp_path: Path, header: str) -> None:
+    content = f"\n{header}\n" + header.replace("question", "a").replace("answer", "b") + "\n"
+    assert rows_of(written(tmp_path / "a.csv", content)) == [Row("a.csv:3", {"question": "a", "answer": "b"})]
+
+
+def test_any_part_of_a_pattern_may_be_one(tmp_path: Path) -> None:
+    for name in ("a/x.jsonl", "b/c/x.jsonl", "b/c/y.jsonl", "b/c/x.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        written(tmp_path / name, as_jsonl(ROWS[:1]))
+    found = {
+        pattern: [file.relative_to(tmp_path).as_posix() for file in data_files(tmp_path / pattern)]
+        for pattern in ("*/x.jsonl", "**/x.*", "b/**/[y]*")
+    }
+    assert found == {
+        "*/x.jsonl": ["a/x.jsonl"],
+        "**/x.*": ["a/x.jsonl", "b/c/x.csv", "b/c/x.jsonl"],
+        "b/**/[y]*": ["b/c/y.jsonl"],
+    }
+    written(tmp_path / "x[1].jsonl", as_jsonl(ROWS))
+    assert len(rows_of(tmp_path / "x[1].jsonl")) == 3
+
+
+def test_damage_inside_of_tables_is_named(tmp_path: Path) -> None:
+    texts = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\1\0\0\0\3\0\0\0"), pa.py_buffer(b"x\xff\xfe"))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match=r"a\.parquet:2: a text is not UTF-8 \(bytes ff fe\)"):
+        rows_of(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["x" * 1000] * 1000}), tmp_path / "b.parquet")
+    content = bytearray((tmp_path / "b.parquet").read_bytes())
+    content[10:60] = bytes(50)
+    with pytest.raises(SourceError, match=r"b\.parquet: not a whole Parquet file"):
+        rows_of(written(tmp_path / "b.parquet", bytes(content)))
+
+
+def test_rows_of_a_hub_data_set_can_be_streamed(tmp_path: Path) -> None:
+    written(tmp_path / "train.jsonl", as_jsonl(ROWS))
+    rows = list(hub_rows(str(tmp_path), None, "train", None, streaming=True))
+    assert [row.columns for row in rows] == ROWS
+    assert rows[0].id.endswith("/train:1")
+
+
+def test_a_chat_of_two_hundred_turns_is_one_row(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": f"{number}"} for number in range(100) for role in ("user", "assistant")]
+    assert rows_of(written(tmp_path / "a.jsonl", as_jsonl([{"messages": turns}]))) == [
+        Row("a.jsonl:1", {"messages": turns})
+    ]

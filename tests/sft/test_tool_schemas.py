@@ -34,6 +34,7 @@ def test_a_call_that_fits_its_tool_is_fine() -> None:
     [
         (row({"type": "str"}), "parameters.type of 'weather': 'str' is not valid"),
         (row({"type": "object", "properties": {"a": {"type": "dict"}}}), "parameters.properties.a.type of 'weather'"),
+        (row({"properties": {"city": {"pattern": "("}}}), "parameters.properties.city.pattern of 'weather'"),
         (row(CITY, times=2), "two tools are named 'weather'"),
     ],
 )
@@ -52,6 +53,8 @@ def test_tools_that_are_no_schema_are_found(bad: Any, words: str) -> None:
         (row(CITY, arguments="{}"), "arguments: 'city' is a required property"),
         (row(CITY, arguments='{"city"'), "the arguments are no JSON"),
         (row({"$ref": "http://127.0.0.1:9/x.json"}), "its schema refers to what is not in it"),
+        (row({"$ref": "#"}), "its schema refers to itself without end"),
+        (row({"properties": {"city": {"$ref": "#/x"}}, "x": {"pattern": "("}}), "is no regular expression"),
     ],
 )
 def test_calls_that_do_not_fit_are_found(bad: Any, words: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -282,3 +284,32 @@ def test_weight_repeats_rows_or_takes_a_part_of_them_but_never_of_those_held_out
         figures["num_train"] + figures["num_eval"] + figures["num_omitted"]
     )
     assert {entry["reason"] for entry in root.rows("load", "ledger.jsonl")} == {"weight"}
+
+
+def test_a_source_behind_a_url_is_read_and_its_version_is_in_the_card(root: DataRoot) -> None:
+    content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    system = fsspec.filesystem("memory")
+    system.pipe("/bucket/chats.jsonl", content)
+    try:
+        run(root, sources=[{"path": "memory://bucket/chats.jsonl"}])
+    finally:
+        system.rm("/bucket", recursive=True)
+    (card,) = read_json(root.paths.out("load", "card.json"))["sources"]
+    assert card["sha256"] == {"memory:///bucket/chats.jsonl": hashlib.sha256(content).hexdigest()}
+    assert card["versions"]["memory:///bucket/chats.jsonl"]["size"] == len(content)
+    ids = [row["id"] for split in ("train", "eval") for row in root.rows("load", f"{split}.jsonl")]
+    assert "memory:///bucket/chats.jsonl:1" in ids
+    message = r"load\.sources\[0\]\.path: memory://bucket/chats\.jsonl does not exist"
+    with pytest.raises(ValueError, match=message):
+        run(root, sources=[{"path": "memory://bucket/chats.jsonl"}])
+
+
+def test_of_a_stream_the_first_rows_are_taken(root: DataRoot) -> None:
+    root.write("../hub/train.jsonl", ROWS)
+    source = {"path": str(root.paths.root / "hub"), "hub": True, "streaming": True, "max_rows": 15}
+    figures = run(root, sources=[source])
+    assert figures["num_rows_in"] == 15
+    (card,) = read_json(root.paths.out("load", "card.json"))["sources"]
+    assert (card["num_rows"], card["streaming"]) == (15, True)
+    with pytest.raises(ValueError, match="streaming is for data sets of the hub"):
+        run(root, sources=[{"path": "data/train.jsonl", "streaming": True}])
