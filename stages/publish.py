@@ -1,4 +1,4 @@
-"""`publish`: all figures and artifacts -> one complete MLflow run and a version in its model registry.
+"""`publish`: all figures and artifacts -> one complete MLflow run, a version in its model registry, a model card.
 
 The run is built from the outputs of the other stages alone, so that it is as complete when they came from the cache.
 One result is one run: it is found again by a digest of params and results, and logged anew only when the store lacks
@@ -15,7 +15,9 @@ from typing import Any
 
 from stages import lineage
 from stages.artifacts import progress, read_json, write_json, write_text
+from stages.hub_upload import push
 from stages.mlflow_run import Tracking, open_tracking
+from stages.model_card import write_card
 from stages.params import Params
 from stages.paths import Paths
 from stages.redaction import redact
@@ -26,10 +28,12 @@ CANDIDATE, CHAMPION = "candidate", "champion"
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Log the result, register the model, move the aliases, and write outs/publish/run.json last.
+    """Log the result, register the model, move the aliases, write the card, push where asked.
+
+    outs/publish/run.json is written last.
 
     Raises:
-        ValueError: The tracking store can't be used.
+        ValueError: The tracking store can't be used, or the hub refuses.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     digest = lineage.result_digest(params, paths, result_files(paths))
@@ -43,6 +47,9 @@ def run(params: Params, paths: Paths) -> None:
         progress(1, 3, f"this result is already run {run_id}")
     progress(2, 3, f"registering {params.publish.registered_model}")
     version = register(tracking, params, paths, run_id, digest, results)
+    shipped = shipped_model(results)
+    write_card(paths.out("publish", "README.md"), params, paths, shipped, digest)
+    pushed = push_shipped(params, paths, shipped, digest, results["passed"])
     write_json(
         paths.out("publish", "run.json"),
         {
@@ -52,9 +59,32 @@ def run(params: Params, paths: Paths) -> None:
             "registered_model": params.publish.registered_model,
             "version": version,
             "gate_passed": results["passed"],
+            "pushed": pushed,
         },
     )
     progress(3, 3, f"run {run_id}, model version {version}: {alias_text(results['passed'])}")
+
+
+def shipped_model(results: dict[str, Any]) -> str:
+    """Which of the models is the one to ship."""
+    return "quantized" if "quantized" in results["models"] else "merged"
+
+
+def push_shipped(params: Params, paths: Paths, shipped: str, digest: str, passed: bool) -> str | None:
+    """Push the shipped model and its card where params.yaml names a repository and the gate is open.
+
+    Returns:
+        Address of the commit, None when nothing was pushed.
+    """
+    repo_id = params.publish.push_to_hub
+    if repo_id is None:
+        return None
+    if not passed:
+        print(f"note: the gate is closed, so nothing was pushed to {repo_id}", flush=True)
+        return None
+    progress(2, 3, f"pushing the {shipped} model to {repo_id}")
+    folder = paths.out("quantize" if shipped == "quantized" else "merge", "model")
+    return push(folder, paths.out("publish", "README.md"), repo_id, f"{params.publish.registered_model} {digest[:12]}")
 
 
 def alias_text(passed: bool) -> str:
@@ -138,7 +168,7 @@ def register(
     tracking: Tracking, params: Params, paths: Paths, run_id: str, digest: str, results: dict[str, Any]
 ) -> str:
     """One model version a result, weights left where DVC keeps them; returns the version's number."""
-    shipped = "quantized" if "quantized" in results["models"] else "merged"
+    shipped = shipped_model(results)
     folder = "outs/quantize/model" if shipped == "quantized" else "outs/merge/model"
     tags = {
         DIGEST_TAG: digest,

@@ -217,6 +217,8 @@ def test_poisoned_calibration_is_named(source: Path) -> None:
         check_calibration(source, [row, [1, 2, 384, *row]])
     with pytest.raises(ValueError, match="calibration row 0 has 10 tokens, at least 11"):
         check_calibration(source, [row[:10]])
+    with pytest.raises(ValueError, match="calibration row 1 holds token id nan at position 0"):
+        check_calibration(source, [row, [float("nan"), *row]])
     with pytest.raises(ValueError, match="calibration is empty"):
         check_calibration(source, [])
 

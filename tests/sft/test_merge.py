@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from sft import merge
 from sft.adapters import wrap_adapter
 from sft.chat_formats import setup_chat_format
 from sft.config import ModelConfig
@@ -146,6 +148,30 @@ def test_failed_proof_leaves_nothing(tmp_path: Path) -> None:
     train_adapter(load_model(base), lora(), tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"logits differ by up to .* and the tolerance is 1e-12"):
         merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-12)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("place", ["in memory", "on disk"])
+def test_a_broken_merge_is_caught_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    base = save_base(tmp_path / "base")
+    train_adapter(load_model(base), lora(), tmp_path / "adapter")
+    right = merge.merge_into_base
+
+    def one_weight_is_lost(peft_model: PeftModel) -> PreTrainedModel:
+        merged = right(peft_model)
+        if place == "in memory":
+            merged.model.layers[1].mlp.up_proj.weight.data[0] = 0.0
+        else:
+            state = {name: tensor.clone() for name, tensor in merged.state_dict().items() if name != "lm_head.weight"}
+            state["model.layers.1.mlp.up_proj.weight"][0] = 0.0
+            merged.save_pretrained = functools.partial(type(merged).save_pretrained, merged, state_dict=state)
+        return merged
+
+    monkeypatch.setattr(merge, "merge_into_base", one_weight_is_lost)
+    with pytest.raises(ValueError, match=r"logits differ by up to .* \(mean .*, and the tolerance is 0.0001"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-4)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base"]
 
 
