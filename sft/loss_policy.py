@@ -62,13 +62,13 @@ class LossWatch(TrainerCallback, ExportableState):
         """What is wrong with the update whose gradients are there; None for nothing. All processes say the same.
 
         Args:
-            grad_norm: Norm of the gradients over all processes.
+            grad_norm: Norm of the gradients over all processes; None where an engine does not tell it.
             gather: Collects a tensor from all processes.
         """
         if self.policy is None:
             return None
         loss, self._loss = self._loss, None
-        if not math.isfinite(float(grad_norm)):
+        if grad_norm is not None and not math.isfinite(float(grad_norm)):
             return f"the norm of the gradient is {float(grad_norm)}"
         if self.factor is None or loss is None:
             self.num_in_a_row = 0

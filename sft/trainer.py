@@ -160,7 +160,8 @@ class SFTTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """As upstream, and with FSDP2 where a launcher asked for it on a CPU."""
         super().create_accelerator_and_postprocess()
-        self.is_fsdp_enabled = settle_sharding(self.accelerator) or self.is_fsdp_enabled
+        if settle_sharding(self.accelerator):
+            self.is_fsdp_enabled = True
 
     def _start_counting(self, config: SFTConfig) -> None:
         self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)

@@ -18,6 +18,7 @@ from typing import Any
 
 from stages.params import LaunchSection
 from stages.paths import Paths
+from stages.redaction import redact
 
 RANK_VARIABLES = ("SFT_MACHINE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
 """Who may say which machine this is: the user, Slurm, an indexed Kubernetes job."""
@@ -219,7 +220,11 @@ def _message(failure: Any) -> str:
 
 
 def record_failure(error: BaseException) -> None:
-    """Leave a launched process's error where the launcher looks for it."""
+    """Leave a launched process's error where the launcher looks for it; print it when that one looks nowhere."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        name = f"process {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
+        print(f"error: {name}: {redact(str(error) or type(error).__name__)}", file=sys.stderr, flush=True)
+        return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     get_error_handler().record_exception(error)

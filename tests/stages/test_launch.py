@@ -216,3 +216,5 @@ def test_a_launcher_of_ones_own_must_start_as_many_processes_as_params_state(tmp
     variables = {"LOCAL_RANK": "0", "WORLD_SIZE": "4", "TORCHELASTIC_ERROR_FILE": str(error_file)}
     run_stage(paths, code=1, **variables)
     assert "a launcher started 4 processes" in read_json(error_file)["message"]["message"]
+    output = run_stage(paths, code=1, LOCAL_RANK="0", RANK="3", WORLD_SIZE="4")
+    assert "error: process 3 of 4: train.launch.processes is 1" in output
