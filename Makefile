@@ -23,10 +23,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(RUN):$(PATH)
 
-.PHONY: help setup repro test test-long lint ui pipeline bench clean
+.PHONY: help setup repro test test-long lint ui pipeline bench bench-prepare clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(READY) ## make .venv with the versions in requirements.lock (the other targets call this)
 
@@ -65,6 +65,9 @@ ui: $(READY) ## Prefect and MLflow pages on loopback, with the pipeline ready to
 
 bench: $(READY) benchmarks/.venv-trl/bin/python ## training speed and memory side by side with trl (some 20 minutes)
 	@$(RUN)/python benchmarks/train_speed.py
+
+bench-prepare: $(READY) benchmarks/.venv-trl/bin/python ## preparation speed side by side with trl (some 5 minutes)
+	@$(RUN)/python benchmarks/prepare_speed.py
 
 # trl alone, on top of the packages of .venv, which so remains without it
 benchmarks/.venv-trl/bin/python:

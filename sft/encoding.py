@@ -1,20 +1,27 @@
 """Rendered text to token ids and labels, in one tokenizer call for a whole batch.
 
 A token is trained when the characters it covers overlap a trained span. The tokens that overlap a span are neighbours:
-two look-ups in the tokenizer's own offset table give all of them, without a Python object for every token.
+two look-ups give all of them, without a Python object for every token. Where a tokenizer's tokens are the text's bytes,
+their lengths tell where they lie (`sft.token_bytes`); elsewhere the tokenizer's own offset table does.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from sft.chat import Rendered, Span
 from sft.labels import IGNORE_INDEX
+from sft.ragged import list_array
+from sft.token_bytes import Run, TokenBytes
 
 # Whitespace of every kind that tokenizers report as covering no characters when they trim offsets.
 _TRIM_PROBE = "a b\n\nc  d"
@@ -26,6 +33,46 @@ class Encoded(TypedDict):
     input_ids: list[int]
     labels: list[int]
     loss_weights: NotRequired[list[float]]
+
+
+class Document(NamedTuple):
+    """Token ids of one document, and which of its tokens are trained."""
+
+    ids: list[int]
+    runs: list[Run]
+
+
+class TokenBatch(NamedTuple):
+    """Documents as tokens, one after another.
+
+    Args:
+        lengths: `(num_documents,)` tokens of each, int64.
+        input_ids: `(num_tokens,)` int32.
+        labels: `(num_tokens,)` int32, the id where a token is trained.
+        loss_weights: `(num_tokens,)` float32; None where every trained token weighs 1.
+    """
+
+    lengths: npt.NDArray[np.int64]
+    input_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    loss_weights: npt.NDArray[np.float32] | None
+
+    def columns(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The values of every token column by its name."""
+        columns: dict[str, np.ndarray[Any, Any]] = {"input_ids": self.input_ids, "labels": self.labels}
+        return columns if self.loss_weights is None else {**columns, "loss_weights": self.loss_weights}
+
+    def table(self) -> pa.Table:
+        """One row a document, as an Arrow table."""
+        borders = np.concatenate([[0], np.cumsum(self.lengths)])
+        return pa.table({name: list_array(borders, column) for name, column in self.columns().items()})
+
+    def rows(self) -> list[Encoded]:
+        """One row a document, as lists."""
+        ends = np.cumsum(self.lengths)
+        borders = zip((ends - self.lengths).tolist(), ends.tolist(), strict=True)
+        values = {name: column.tolist() for name, column in self.columns().items()}
+        return [cast(Encoded, {name: column[start:end] for name, column in values.items()}) for start, end in borders]
 
 
 class Encoder:
@@ -45,42 +92,68 @@ class Encoder:
                 "masking needs; convert it to a fast tokenizer (a tokenizer.json)"
             )
         self._rules = _plain_rules(tokenizer)
+        self._bytes = TokenBytes.of(self._rules)
         self._eos = tokenizer.eos_token_id
 
     def encode(self, rendered: Sequence[Rendered], *, with_weights: bool | None = None) -> list[Encoded]:
         """Encode a batch; see `encode_batch`."""
+        return self.encode_flat(rendered, with_weights=with_weights).rows()
+
+    def encode_flat(self, rendered: Sequence[Rendered], *, with_weights: bool | None = None) -> TokenBatch:
+        """Encode a batch into arrays, which takes less time and memory than lists; see `encode_batch`."""
         if with_weights is None:
             with_weights = any(span.weight != 1.0 for item in rendered for span in item.spans)
-        encodings: dict[int, Encoding] = {}
-        for flag in (False, True):
-            chosen = [index for index, item in enumerate(rendered) if item.add_special_tokens is flag]
-            texts = [rendered[index].text for index in chosen]
-            if texts:
-                batch = self._rules.encode_batch(texts, add_special_tokens=flag)
-                encodings.update(zip(chosen, batch, strict=True))
-        return [self._encoded(item, encodings[index], with_weights) for index, item in enumerate(rendered)]
+        documents = self._tokenize(rendered)
+        for item, document in zip(rendered, documents, strict=True):
+            if item.append_eos:
+                self._close(item, document)
+        return _flatten(documents, with_weights)
 
-    def _encoded(self, item: Rendered, encoding: Encoding, with_weights: bool) -> Encoded:
-        ids = encoding.ids
-        runs = [(*token_run(encoding, span, len(item.text)), span.weight) for span in item.spans]
-        if item.append_eos:
-            if self._eos is None:
-                raise ValueError("the tokenizer has no end-of-sequence token to close a text with; set its eos_token")
-            if not ids or ids[-1] != self._eos:
-                ids.append(self._eos)
-            if item.spans and item.spans[-1].end == len(item.text):
-                first, _, weight = runs[-1]
-                runs[-1] = (first, len(ids), weight)
-        labels = [IGNORE_INDEX] * len(ids)
-        for first, last, _ in runs:
-            labels[first:last] = ids[first:last]
-        encoded: Encoded = {"input_ids": ids, "labels": labels}
-        if with_weights:
-            weights = [0.0] * len(ids)
-            for first, last, weight in runs:
-                weights[first:last] = [weight] * (last - first)
-            encoded["loss_weights"] = weights
-        return encoded
+    def _tokenize(self, rendered: Sequence[Rendered]) -> list[Document]:
+        documents: dict[int, Document] = {}
+        if self._bytes is not None:
+            chosen = [index for index, item in enumerate(rendered) if self._bytes.covers(item)]
+            texts = [rendered[index].text for index in chosen]
+            ids = [encoding.ids for encoding in self._rules.encode_batch_fast(texts, add_special_tokens=False)]
+            found = self._bytes.runs([rendered[index] for index in chosen], ids)
+            documents = {
+                index: Document(tokens, runs)
+                for index, tokens, runs in zip(chosen, ids, found, strict=True)
+                if runs is not None
+            }
+        for flag in (False, True):
+            left = [i for i, item in enumerate(rendered) if i not in documents and item.add_special_tokens is flag]
+            texts = [rendered[index].text for index in left]
+            for index, encoding in zip(left, self._rules.encode_batch(texts, add_special_tokens=flag), strict=True):
+                item = rendered[index]
+                runs = [(*token_run(encoding, span, len(item.text)), span.weight) for span in item.spans]
+                documents[index] = Document(encoding.ids, runs)
+        return [documents[index] for index in range(len(rendered))]
+
+    def _close(self, item: Rendered, document: Document) -> None:
+        """Put the end-of-sequence token behind a text; it is trained when the text's end is."""
+        ids, runs = document
+        if self._eos is None:
+            raise ValueError("the tokenizer has no end-of-sequence token to close a text with; set its eos_token")
+        if not ids or ids[-1] != self._eos:
+            ids.append(self._eos)
+        if item.spans and item.spans[-1].end == len(item.text):
+            first, _, weight = runs[-1]
+            runs[-1] = (first, len(ids), weight)
+
+
+def _flatten(documents: Sequence[Document], with_weights: bool) -> TokenBatch:
+    lengths = np.array([len(document.ids) for document in documents], dtype=np.int64)
+    total = int(lengths.sum())
+    ids = np.fromiter(itertools.chain.from_iterable(document.ids for document in documents), np.int32, total)
+    labels = np.full(total, IGNORE_INDEX, dtype=np.int32)
+    weights = np.zeros(total, dtype=np.float32) if with_weights else None
+    for start, document in zip((np.cumsum(lengths) - lengths).tolist(), documents, strict=True):
+        for first, last, weight in document.runs:
+            labels[start + first : start + last] = ids[start + first : start + last]
+            if weights is not None:
+                weights[start + first : start + last] = weight
+    return TokenBatch(lengths, ids, labels, weights)
 
 
 def encode_batch(

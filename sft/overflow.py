@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -10,7 +12,17 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from sft.ragged import TOKEN_COLUMNS, Integers, Pieces, RowPlan, materialize, token_columns
+from sft.ragged import (
+    TOKEN_COLUMNS,
+    Columns,
+    Integers,
+    Pieces,
+    RowPlan,
+    count_trained,
+    materialize,
+    token_columns,
+    whole,
+)
 
 
 class Overflow(StrEnum):
@@ -34,7 +46,8 @@ class OverflowReport:
         split: rows divided into several.
         dropped: rows left out for their length.
         masked: rows left out because nothing in them is trained (any more, after a cut), empty ones among them.
-        num_tokens_lost: tokens that are in no output row.
+        tokens_lost: row -> its tokens that are in no output row, for every row touched.
+        trained_tokens_lost: row -> how many of them are trained.
         source_rows: `(num output rows,)` the row that each output row comes from.
     """
 
@@ -45,8 +58,14 @@ class OverflowReport:
     split: list[int] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
     masked: list[int] = field(default_factory=list)
-    num_tokens_lost: int = 0
+    tokens_lost: dict[int, int] = field(default_factory=dict)
+    trained_tokens_lost: dict[int, int] = field(default_factory=dict)
     source_rows: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens_lost(self) -> int:
+        """Tokens that are in no output row."""
+        return sum(self.tokens_lost.values())
 
     @property
     def num_truncated(self) -> int:
@@ -72,6 +91,11 @@ class OverflowReport:
             "dropped": self.dropped,
             "masked": self.masked,
         }
+
+    @property
+    def touched(self) -> list[int]:
+        """All of them, in order."""
+        return sorted(itertools.chain.from_iterable(self.row_indices.values()))
 
     def summary(self) -> str:
         """One line for the log; empty when nothing was touched."""
@@ -109,23 +133,61 @@ def apply_overflow(dataset: Dataset, max_length: int, policy: str = "truncate") 
     Raises:
         ValueError: the limit is below 1, or the policy is `error` and a document is too long.
     """
+    columns = token_columns(dataset)
+    ids = dataset["id"] if "id" in dataset.column_names else None
+    pieces, report = plan_overflow(columns, max_length, policy, ids)
+    if len(pieces) == len(dataset) and not report.touched:
+        return dataset, report
+    others = dataset.remove_columns(list(columns)).select(report.source_rows)
+    return materialize(dataset, RowPlan(pieces, np.arange(1, len(pieces) + 1)), carry=others), report
+
+
+def plan_overflow(
+    columns: Columns, max_length: int, policy: str = "truncate", ids: Sequence[Any] | None = None
+) -> tuple[Pieces, OverflowReport]:
+    """Decide what `apply_overflow` does, without doing it.
+
+    Args:
+        columns: `input_ids`, and `labels` unless all tokens are trained.
+        max_length: limit in tokens.
+        policy: `truncate`, `split`, `drop` or `error`.
+        ids: `(num_documents,)` what messages call the documents.
+
+    Returns:
+        Stretches of documents that stay, and what was done to the others.
+
+    Raises:
+        ValueError: the limit is below 1, or the policy is `error` and a document is too long.
+    """
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, found {max_length}")
     if policy not in list(Overflow):
         raise ValueError(f"overflow policy {policy!r} is unknown; use one of {', '.join(Overflow)}")
     chosen = Overflow(policy)
-    columns = token_columns(dataset)
     lengths = columns["input_ids"].lengths()
     if chosen is Overflow.ERROR:
-        _refuse_long(dataset, lengths, max_length)
+        _refuse_long(lengths, max_length, ids)
     pieces = cut_pieces(lengths, max_length, chosen)
-    trained = columns["labels"].count_supervised(pieces) > 0 if "labels" in columns else pieces.length > 0
-    report = _report(chosen, max_length, lengths, pieces[trained])
-    if len(pieces) == len(dataset) and bool(trained.all()) and not report.truncated:
-        return dataset, report
-    others = dataset.remove_columns(list(columns)).select(report.source_rows)
-    plan = RowPlan(pieces[trained], np.arange(1, int(trained.sum()) + 1))
-    return materialize(dataset, plan, carry=others), report
+    if "labels" in columns:
+        trained, targets = count_trained(columns["labels"], pieces)
+    else:
+        trained = targets = pieces.length
+    kept = targets > 0
+    report = _report(chosen, max_length, lengths, pieces[kept])
+    _count_losses(report, columns, pieces[kept], trained[kept])
+    return pieces[kept], report
+
+
+def _count_losses(report: OverflowReport, columns: Columns, kept: Pieces, trained: Integers) -> None:
+    """Enter the tokens that each touched row lost."""
+    lengths = columns["input_ids"].lengths()
+    rows = np.array(report.touched, dtype=np.int64)
+    touched = whole(lengths)[rows]
+    before = count_trained(columns["labels"], touched)[0] if "labels" in columns else touched.length
+    after = np.bincount(kept.document, kept.length, len(lengths)).astype(np.int64)[rows]
+    after_trained = np.bincount(kept.document, trained, len(lengths)).astype(np.int64)[rows]
+    report.tokens_lost.update(zip(report.touched, (lengths[rows] - after).tolist(), strict=True))
+    report.trained_tokens_lost.update(zip(report.touched, (before - after_trained).tolist(), strict=True))
 
 
 def _report(policy: Overflow, max_length: int, lengths: Integers, kept: Pieces) -> OverflowReport:
@@ -141,17 +203,16 @@ def _report(policy: Overflow, max_length: int, lengths: Integers, kept: Pieces) 
         split=long_and_kept.tolist() if policy is Overflow.SPLIT else [],
         dropped=dropped.tolist(),
         masked=np.setdiff1d(gone, dropped).tolist(),
-        num_tokens_lost=int(lengths.sum() - kept.length.sum()),
         source_rows=kept.document.tolist(),
     )
 
 
-def _refuse_long(dataset: Dataset, lengths: Integers, max_length: int) -> None:
+def _refuse_long(lengths: Integers, max_length: int, ids: Sequence[Any] | None) -> None:
     too_long = np.flatnonzero(lengths > max_length)
     if not len(too_long):
         return
     row = int(too_long[0])
-    name = f" (id {dataset[row]['id']!r})" if "id" in dataset.column_names else ""
+    name = "" if ids is None else f" (id {str(ids[row])!r})"
     raise ValueError(
         f"{len(too_long)} rows are longer than {max_length} tokens; the first is row {row}{name} with {lengths[row]}, "
         f"the longest has {lengths.max()}. Raise max_length, or choose overflow truncate, split or drop."

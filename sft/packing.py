@@ -17,17 +17,19 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
-from sft.overflow import Overflow, OverflowReport, apply_overflow, cut_pieces, truncate_dataset
-from sft.ragged import TOKEN_COLUMNS, Integers, Pieces, RowPlan, materialize, token_columns
+from sft.overflow import Overflow, OverflowReport, apply_overflow, cut_pieces, plan_overflow, truncate_dataset
+from sft.ragged import TOKEN_COLUMNS, Integers, Pieces, RowPlan, materialize, token_columns, whole
 
 __all__ = [
     "Overflow",
     "OverflowReport",
     "PackingStrategy",
     "apply_overflow",
+    "limit_and_pack",
     "pack_dataset",
     "pack_with_plan",
     "plan_bfd",
+    "plan_rows",
     "truncate_dataset",
 ]
 
@@ -127,10 +129,49 @@ def pack_with_plan(dataset: Dataset, seq_length: int, strategy: str = "bfd") -> 
         The packed data set, and for every row the source rows of its documents, one a document in row order (a source
         row that was divided appears once for each of its pieces).
     """
-    chosen = _checked(seq_length, strategy)
-    plan = _plan_rows(token_columns(dataset)["input_ids"].lengths(), seq_length, chosen)
+    plan = plan_rows(whole(token_columns(dataset)["input_ids"].lengths()), seq_length, strategy)
     members = [part.tolist() for part in np.split(plan.pieces.document, plan.ends[:-1])] if len(plan.ends) else []
     return materialize(dataset, plan), members
+
+
+def limit_and_pack(dataset: Dataset, max_length: int, strategy: str = "bfd") -> tuple[Dataset, OverflowReport]:
+    """Apply the length limit, leave out documents in which nothing is trained, and pack; every token is moved once.
+
+    Args:
+        dataset: tokenized rows.
+        max_length: tokens that a row holds. `bfd` cuts longer documents, `bfd_split` and `wrapped` divide them.
+        strategy: as in `pack_dataset`.
+
+    Returns:
+        The packed data set, and what the limit did to the documents.
+    """
+    chosen = _checked(max_length, strategy)
+    columns = token_columns(dataset)
+    # wrapping divides documents wherever a row is full, so the limit itself leaves them whole
+    longest = int(columns["input_ids"].lengths().max(initial=1))
+    limit = max(longest, max_length) if chosen is PackingStrategy.WRAPPED else max_length
+    policy = Overflow.SPLIT if chosen is PackingStrategy.BFD_SPLIT else Overflow.TRUNCATE
+    pieces, report = plan_overflow(columns, limit, policy)
+    return materialize(dataset, plan_rows(pieces, max_length, chosen)), report
+
+
+def plan_rows(pieces: Pieces, seq_length: int, strategy: str = "bfd") -> RowPlan:
+    """Decide which pieces of documents share a row, without moving a token.
+
+    Args:
+        pieces: stretches of documents, each to be packed as a document of its own.
+        seq_length: tokens that a row holds.
+        strategy: as in `pack_dataset`.
+
+    Raises:
+        ValueError: unknown strategy, or `seq_length` below 1.
+    """
+    chosen = _checked(seq_length, strategy)
+    if chosen is PackingStrategy.WRAPPED:
+        plan = _plan_wrapped(pieces.length, seq_length)
+    else:
+        plan = _plan_best_fit(pieces.length, seq_length, chosen)
+    return RowPlan(plan.pieces.within(pieces), plan.ends)
 
 
 def _checked(seq_length: int, strategy: str) -> PackingStrategy:
@@ -141,9 +182,7 @@ def _checked(seq_length: int, strategy: str) -> PackingStrategy:
     return PackingStrategy(strategy)
 
 
-def _plan_rows(lengths: Integers, seq_length: int, strategy: PackingStrategy) -> RowPlan:
-    if strategy is PackingStrategy.WRAPPED:
-        return _plan_wrapped(lengths, seq_length)
+def _plan_best_fit(lengths: Integers, seq_length: int, strategy: PackingStrategy) -> RowPlan:
     policy = Overflow.SPLIT if strategy is PackingStrategy.BFD_SPLIT else Overflow.TRUNCATE
     pieces = cut_pieces(lengths, seq_length, policy)
     pieces = pieces[pieces.length > 0]

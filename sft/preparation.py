@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from sft.chat import ChatRenderer, Rendered, TrainOn, asked_part
 from sft.config import DEFAULT_MAX_LENGTH, SFTConfig
 from sft.encoding import Encoder
-from sft.packing import apply_overflow, pack_dataset
+from sft.packing import apply_overflow, limit_and_pack, pack_dataset
 from sft.records import CONVERSATION_COLUMNS, Kind, Layout, detect_layout, normalize
 from sft.tokenized import MASKS, StreamLimit, labels_of_tokens, nothing_trained, warn_of_double_bos
 
@@ -264,7 +265,7 @@ def encode_dataset(dataset: Any, tokenizer: PreTrainedTokenizerBase, plan: Plan,
     if plan.layout.kind is Kind.TOKENIZED:
         function: Any = partial(labels_of_tokens, masks=plan.masks)
     else:
-        function = BatchEncoder(tokenizer, plan)
+        function = BatchEncoder(tokenizer, plan, as_table=isinstance(dataset, Dataset))
     if isinstance(dataset, Dataset):
         key = [dataset._fingerprint, tokenizer_digest(tokenizer), plan, type(function).__name__]
         arguments |= {"num_proc": config.dataset_num_proc, "desc": "Tokenizing", "new_fingerprint": Hasher.hash(key)}
@@ -278,19 +279,28 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class BatchEncoder:
-    """Rows of one data set to token rows; an object, so that worker processes can be handed it."""
+    """Rows of one data set to token rows; an object, so that worker processes can be handed it.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
+    Args:
+        tokenizer: A fast tokenizer.
+        plan: How rows are read.
+        as_table: Give Arrow tables, which a data set stores as they are, instead of lists, which streams expect.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, plan: Plan, *, as_table: bool = False) -> None:
         self.plan = plan
+        self.as_table = as_table
         self.renderer = ChatRenderer(tokenizer, plan.train_on)
         self.encoder = Encoder(tokenizer)
 
-    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]] | pa.Table:
         """Encode a batch (column -> values of its rows)."""
         rendered = [self.render(self.record(batch, place, row)) for place, row in enumerate(indices)]
-        rows = self.encoder.encode(rendered, with_weights=self.plan.with_weights)
-        names = ["input_ids", "labels", *(["loss_weights"] if self.plan.with_weights else [])]
-        return {name: [row[name] for row in rows] for name in names}  # type: ignore[literal-required]
+        encoded = self.encoder.encode_flat(rendered, with_weights=self.plan.with_weights)
+        if self.as_table:
+            return encoded.table()
+        rows = encoded.rows()
+        return {name: [row[name] for row in rows] for name in encoded.columns()}  # type: ignore[literal-required]
 
     def render(self, record: dict[str, Any]) -> Rendered:
         """Render a record; what the options say of special tokens holds for plain text.
@@ -334,12 +344,12 @@ def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bo
         limit = StreamLimit(NO_LIMIT if divided else max_length, name)
         kept = dataset.map(limit, batched=True, batch_size=config.dataset_batch_size)
         return pack_dataset(kept, max_length, config.packing_strategy) if packing else kept
-    wrapped = packing and config.packing_strategy == "wrapped"
-    policy = "split" if packing and config.packing_strategy == "bfd_split" else "truncate"
-    # wrapping divides documents wherever a row is full, so only rows without trained tokens are left out here
-    kept, report = apply_overflow(dataset, NO_LIMIT if wrapped else max_length, policy)
+    if packing:
+        fitted, report = limit_and_pack(dataset, max_length, config.packing_strategy)
+    else:
+        fitted, report = apply_overflow(dataset, max_length)
     if report.summary():
         logger.warning("%s data: %s", name, report.summary())
-    if len(kept) == 0:
+    if not report.source_rows:
         raise ValueError(nothing_trained(name, f"the {len(dataset)}", max_length))
-    return pack_dataset(kept, max_length, config.packing_strategy) if packing else kept
+    return fitted

@@ -7,9 +7,9 @@ of that list into output rows; `materialize` turns it into a data set, a bounded
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,28 @@ class Pieces:
     def __getitem__(self, key: Any) -> Pieces:
         return Pieces(self.document[key], self.start[key], self.length[key])
 
+    def within(self, outer: Pieces) -> Pieces:
+        """The same stretches seen from the source, when these are pieces of the pieces `outer`."""
+        return Pieces(outer.document[self.document], outer.start[self.document] + self.start, self.length)
+
+
+def whole(lengths: Integers) -> Pieces:
+    """Every document as one piece."""
+    return Pieces(np.arange(len(lengths)), np.zeros_like(lengths), lengths)
+
+
+class Column(Protocol):
+    """One list column, wherever its values lie."""
+
+    def lengths(self) -> Integers:
+        """Tokens in each document, `(num_documents,)`."""
+
+    def gather(self, pieces: Pieces, dtype: Any) -> np.ndarray[Any, Any]:
+        """Values of all pieces one after another, `(sum of lengths,)`."""
+
+
+Columns = Mapping[str, Column]
+
 
 class RaggedColumn:
     """One list column of a data set as offsets and values, chunk by chunk as Arrow stores it."""
@@ -92,17 +114,6 @@ class RaggedColumn:
             output[ranges(places[picked], lengths)] = self._values[chunk][ranges(first_values, lengths)]
         return output
 
-    def count_supervised(self, pieces: Pieces) -> Integers:
-        """Targets in each piece, `(num_pieces,)`; a piece's first label is no target, having nothing before it."""
-        counts = np.zeros(len(pieces), dtype=np.int64)
-        plan = RowPlan(pieces, np.arange(1, len(pieces) + 1))
-        for first, last in plan.batches():
-            batch = pieces[first:last]
-            running = np.concatenate([[0], np.cumsum(self.gather(batch, np.int32) != IGNORE_INDEX)])
-            ends = np.cumsum(batch.length)
-            counts[first:last] = running[ends] - running[np.minimum(ends - batch.length + 1, ends)]
-        return counts
-
     def _by_chunk(self, pieces: Pieces) -> Iterator[tuple[int, Integers, Integers]]:
         """Yield each chunk in use, the pieces that lie in it, and where their values begin in it."""
         rows = pieces.document if self._indices is None else self._indices[pieces.document]
@@ -111,6 +122,29 @@ class RaggedColumn:
             picked = np.flatnonzero(chunk_of == chunk)
             first_values = self._offsets[chunk][rows[picked] - self._first_rows[chunk]] + pieces.start[picked]
             yield int(chunk), picked, first_values
+
+
+def count_trained(labels: Column, pieces: Pieces) -> tuple[Integers, Integers]:
+    """Trained tokens in each piece, and targets: a piece's first label is no target, having nothing before it.
+
+    Args:
+        labels: The labels.
+        pieces: What to count in.
+
+    Returns:
+        Two arrays `(num_pieces,)`.
+    """
+    trained = np.zeros(len(pieces), dtype=np.int64)
+    targets = np.zeros(len(pieces), dtype=np.int64)
+    plan = RowPlan(pieces, np.arange(1, len(pieces) + 1))
+    for first, last in plan.batches():
+        batch = pieces[first:last]
+        running = np.concatenate([[0], np.cumsum(labels.gather(batch, np.int32) != IGNORE_INDEX)])
+        ends = np.cumsum(batch.length)
+        starts = ends - batch.length
+        trained[first:last] = running[ends] - running[starts]
+        targets[first:last] = running[ends] - running[np.minimum(starts + 1, ends)]
+    return trained, targets
 
 
 def _buffers(name: str, chunk: Any) -> tuple[Integers, np.ndarray[Any, Any]]:
@@ -179,29 +213,31 @@ def materialize(dataset: Dataset, plan: RowPlan, carry: Dataset | None = None) -
         carry: as many rows with further columns to keep, when output rows are rows of the source; None when rows are
             packed, which adds `seq_lengths` (the lengths of the row's pieces), and `labels` where the source has none.
     """
-    columns = token_columns(dataset)
-    tables = (_batch_table(columns, plan, batch, carry) for batch in plan.batches())
-    return _store(tables, in_memory=not dataset.cache_files)
+    return _store(row_tables(token_columns(dataset), plan, carry), in_memory=not dataset.cache_files)
 
 
-def _batch_table(
-    columns: dict[str, RaggedColumn], plan: RowPlan, batch: tuple[int, int], carry: Dataset | None
-) -> pa.Table:
+def row_tables(columns: Columns, plan: RowPlan, carry: Dataset | None = None) -> Iterator[pa.Table]:
+    """The rows of a plan as Arrow tables of about `TOKENS_PER_BATCH` tokens each; see `materialize`."""
+    return (_batch_table(columns, plan, batch, carry) for batch in plan.batches())
+
+
+def _batch_table(columns: Columns, plan: RowPlan, batch: tuple[int, int], carry: Dataset | None) -> pa.Table:
     rows = plan.part(*batch)
     counts = np.concatenate([[0], rows.ends])
     offsets = np.concatenate([[0], np.cumsum(rows.pieces.length)])[counts]
     arrays: dict[str, Any] = {
-        name: _list_array(offsets, column.gather(rows.pieces, COLUMN_TYPES.get(name, np.int32)))
+        name: list_array(offsets, column.gather(rows.pieces, COLUMN_TYPES.get(name, np.int32)))
         for name, column in columns.items()
     }
     if carry is not None:
         further = carry.with_format("arrow")[batch[0] : batch[1]]
         return pa.table({**{name: further.column(name) for name in carry.column_names}, **arrays})
     arrays.setdefault("labels", arrays["input_ids"])
-    return pa.table({**arrays, "seq_lengths": _list_array(counts, rows.pieces.length.astype(np.int32))})
+    return pa.table({**arrays, "seq_lengths": list_array(counts, rows.pieces.length.astype(np.int32))})
 
 
-def _list_array(offsets: Integers, values: np.ndarray[Any, Any]) -> pa.ListArray:
+def list_array(offsets: Integers, values: np.ndarray[Any, Any]) -> pa.ListArray:
+    """An Arrow column of lists; `offsets` are `(num_lists + 1,)` borders in `values`."""
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
 
@@ -209,19 +245,20 @@ def _store(tables: Iterator[pa.Table], in_memory: bool) -> Dataset:
     """Keep tables as a data set whose fingerprint depends on its content alone, so that equal runs save equal files."""
     hasher = Hasher()
     if in_memory:
-        kept = pa.concat_tables([_hashed(table, hasher) for table in tables])
+        kept = pa.concat_tables([hash_table(table, hasher) for table in tables])
         return Dataset(InMemoryTable(kept), fingerprint=hasher.hexdigest())
     folder = get_temporary_cache_files_directory()
     with tempfile.NamedTemporaryFile(dir=folder, prefix="rows-", suffix=".arrow", delete=False) as file:
-        first = _hashed(next(tables), hasher)
+        first = hash_table(next(tables), hasher)
         with pa.ipc.new_stream(file, first.schema) as writer:
             writer.write_table(first)
             for table in tables:
-                writer.write_table(_hashed(table, hasher))
+                writer.write_table(hash_table(table, hasher))
     return Dataset(MemoryMappedTable.from_file(file.name), fingerprint=hasher.hexdigest())
 
 
-def _hashed(table: pa.Table, hasher: Hasher) -> pa.Table:
+def hash_table(table: pa.Table, hasher: Hasher) -> pa.Table:
+    """Let a fingerprint depend on the content of a table; returns the table."""
     for name in table.column_names:
         hasher.update(name)
         for chunk in table.column(name).chunks:

@@ -6,10 +6,9 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from sft.preview import role_contents, sample_rows, token_pieces
@@ -30,14 +29,12 @@ class SplitFacts:
 
     Args:
         figures: Those of the metrics file.
-        documents: Tokenized documents as they are packed, with their ids.
         lengths: `(num_documents,)` tokens of each document before the length limit.
         trained: `(num_documents,)` trained tokens of each.
         filled: `(num_rows,)` tokens of each packed row.
     """
 
     figures: Mapping[str, Any]
-    documents: Dataset
     lengths: np.ndarray[Any, Any]
     trained: np.ndarray[Any, Any]
     filled: np.ndarray[Any, Any]
@@ -134,7 +131,15 @@ def count_row(record: dict[str, Any], row: dict[str, Any], total: Counter[str], 
     trained["template"] += left_trained
 
 
-def choose_previews(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+class Documents(Protocol):
+    """Tokenized documents by number, with their ids."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> dict[str, Any]: ...
+
+
+def choose_previews(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """A seeded sample of tokenized training documents, token by token."""
     return [preview(documents[number], tokenizer) for number in sample_rows(len(documents), NUM_PREVIEWS, seed=0)]
 

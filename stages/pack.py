@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
-import tempfile
+import itertools
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-from datasets import Dataset, Features, List, Value
-from datasets.fingerprint import Hasher
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import pyarrow as pa
+from datasets import load_from_disk
+from transformers import AutoTokenizer
 
-from sft.chat import Rendered
-from sft.encoding import Encoder
 from sft.labels import IGNORE_INDEX
-from sft.packing import OverflowReport, apply_overflow, pack_with_plan
+from sft.overflow import plan_overflow
+from sft.packing import plan_rows
 from sft.preview import preview_masks
-from stages.artifacts import progress, read_jsonl, write_json, write_jsonl, write_text
+from sft.ragged import Pieces, RowPlan, row_tables
+from sft.row_files import write_rows
+from stages.artifacts import progress, write_json, write_jsonl, write_text
 from stages.data_page import SplitFacts, choose_previews, write_data_page
-from stages.outfolder import replacing_folder
+from stages.documents import Documents, Kept, encode_split
+from stages.outfolder import JsonlWriter, replacing_folder
+from stages.pack_account import Lost, index_entries, losses
 from stages.params import PackSection, Params
 from stages.paths import Paths
 
-Counts = np.ndarray[Any, Any]
 SPLITS = ("train", "eval")
-BATCH_SIZE = 1000
-TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+SCRATCH = "scratch"
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write outs/pack: packed rows, an index from them to record ids, a preview of the masks; and the figures."""
-    tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
+    """Write outs/pack: packed rows, an index from tokens to record ids, a preview of the masks; and the figures."""
+    tokenizer_folder = paths.out("format", "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     splits: dict[str, SplitFacts] = {}
-    ledger: list[dict[str, Any]] = []
-    with replacing_folder(paths.out("pack")) as folder, tempfile.TemporaryDirectory() as scratch:
+    with replacing_folder(paths.out("pack")) as folder, JsonlWriter(folder / "ledger.jsonl") as ledger:
         for number, split in enumerate(SPLITS):
             progress(number, len(SPLITS), f"packing {split}")
-            encoded = encode_split(paths.out("format", f"{split}.jsonl"), tokenizer, Path(scratch))
-            packed, splits[split], entries = pack_split(encoded, params.pack, split, folder)
-            ledger += entries
+            rendered = paths.out("format", f"{split}.jsonl")
+            documents = encode_split(rendered, tokenizer_folder, folder / SCRATCH / split, params.pack.num_proc)
+            splits[split], kept = pack_split(documents, params.pack, split, folder, ledger)
             if split == "train":
+                packed = load_from_disk(str(folder / split))
                 write_text(folder / "preview.txt", preview_masks(packed, tokenizer, num_rows=3, seed=0))
-        write_jsonl(folder / "ledger.jsonl", ledger)
-        previews = choose_previews(splits["train"].documents, tokenizer)  # before the scratch folder goes
+                previews = choose_previews(kept, tokenizer)
+        shutil.rmtree(folder / SCRATCH)
     write_json(paths.metrics("pack"), {split: facts.figures for split, facts in splits.items()})
     write_data_page(paths, splits, previews)
     progress(len(SPLITS), len(SPLITS), summary(splits["train"].figures))
@@ -58,127 +60,101 @@ def summary(figures: Mapping[str, Any]) -> str:
     )
 
 
-def encode_split(path: Path, tokenizer: PreTrainedTokenizerBase, scratch: Path) -> Dataset:
-    """Tokenize one file of rendered chats into `scratch`, so that memory does not grow with the file."""
-    weighted = any(span[2] != 1.0 for row in read_jsonl(path) for span in row["spans"])
-    features = {"id": Value("string"), **TOKENS}
-    if weighted:
-        features["loss_weights"] = List(Value("float32"))
-    return Dataset.from_generator(
-        encoded_rows,
-        features=Features(features),
-        gen_kwargs={"path": path, "encoder": Encoder(tokenizer), "weighted": weighted},
-        cache_dir=str(scratch),
-        fingerprint=Hasher.hash(path.name),  # nothing is cached, so nothing needs to be hashed for it
-    )
-
-
-def encoded_rows(path: Path, encoder: Encoder, weighted: bool) -> Iterator[dict[str, Any]]:
-    """Token ids and labels of every rendered chat, under its record's id."""
-    for batch in _batches(path):
-        encoded = encoder.encode([Rendered.from_row(row) for row in batch], with_weights=weighted)
-        for row, tokens in zip(batch, encoded, strict=True):
-            yield {"id": row["id"], **tokens}
-
-
-def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:
-    batch: list[dict[str, Any]] = []
-    for row in read_jsonl(path):
-        batch.append(row)
-        if len(batch) == BATCH_SIZE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def pack_split(
-    encoded: Dataset, section: PackSection, split: str, folder: Path
-) -> tuple[Dataset, SplitFacts, list[dict[str, Any]]]:
-    """Apply the length limit, pack, save; returns the packed rows, what is known of them and the ledger's entries.
+    documents: Documents, section: PackSection, split: str, folder: Path, ledger: JsonlWriter
+) -> tuple[SplitFacts, Kept]:
+    """Apply the length limit, pack, write; every token is in a row or in the ledger.
+
+    Returns:
+        What is known of the packed rows, and the documents as the limit left them.
 
     Raises:
         ValueError: Nothing trainable is left, or more trained tokens were cut than `max_lost_fraction` allows.
     """
-    lengths, trained = document_tokens(encoded)
-    before = (int(lengths.sum()), int(trained.sum()))
-    kept, report = apply_overflow(encoded, section.max_length, section.overflow)
-    entries = ledger_entries(encoded["id"], report)
-    after = count_tokens(kept)
-    check_losses(before, after, section, entries, split)
-    if section.strategy == "none":
-        packed, plan = kept.remove_columns("id"), [[row] for row in range(len(kept))]
-    else:
-        packed, plan = pack_with_plan(kept.remove_columns("id"), section.max_length, section.strategy)
-    filled, filled_trained = document_tokens(packed)
-    packed_tokens = (int(filled.sum()), int(filled_trained.sum()))
-    assert packed_tokens == after, f"packing changed {after} to {packed_tokens} (tokens, trained tokens)"
-    packed.save_to_disk(str(folder / split))
-    ids = kept["id"]
-    index = ({"row": row, "ids": [ids[document] for document in documents]} for row, documents in enumerate(plan))
-    write_jsonl(folder / f"{split}_index.jsonl", index)
-    room = len(packed) * section.max_length
+    pieces, report = plan_overflow(documents.columns, section.max_length, section.overflow, documents.ids)
+    plan = plan_split(pieces, section)
+    before = np.array([documents.lengths.sum(), documents.trained.sum()])
+    lost = np.array([report.num_tokens_lost, sum(report.trained_tokens_lost.values())])
+    check_losses(int(before[1]), int(lost[1]), section, losses(documents.ids, report, pieces, plan), split)
+    entered = np.zeros(2, dtype=np.int64)
+    for entry in losses(documents.ids, report, pieces, plan):
+        ledger.write(entry.to_row())
+        entered += [entry.tokens_lost, entry.trained_tokens_lost]
+    count = RowCount()
+    tables = row_tables(documents.columns, plan)
+    write_rows(count.through(tables if section.strategy != "none" else without_lengths(tables)), folder / split)
+    written = np.array([count.filled().sum(), count.num_trained])
+    assert (before == written + entered).all(), f"{before} tokens (trained) in, {written} out, {entered} in the ledger"
+    write_jsonl(folder / f"{split}_index.jsonl", index_entries(documents.ids, plan))
     figures = {
-        "documents": len(kept),
-        "rows": len(packed),
-        "tokens": after[0],
-        "trained_tokens": after[1],
-        "fill": after[0] / room,
+        "documents": len(pieces),
+        "rows": len(plan.ends),
+        "tokens": int(written[0]),
+        "trained_tokens": int(written[1]),
+        "fill": int(written[0]) / (len(plan.ends) * section.max_length),
         "truncated": report.num_truncated,
         "split": report.num_split,
         "dropped": report.num_dropped,
-        "tokens_lost": before[0] - after[0],
-        "trained_tokens_lost": before[1] - after[1],
+        "tokens_lost": int(lost[0]),
+        "trained_tokens_lost": int(lost[1]),
     }
-    return packed, SplitFacts(figures, kept, lengths, trained, filled), entries
+    return SplitFacts(figures, documents.lengths, documents.trained, count.filled()), Kept(documents, pieces)
 
 
-def count_tokens(dataset: Dataset) -> tuple[int, int]:
-    """Tokens, and trained tokens, of a data set."""
-    lengths, trained = document_tokens(dataset)
-    return int(lengths.sum()), int(trained.sum())
+def plan_split(pieces: Pieces, section: PackSection) -> RowPlan:
+    """Which pieces share a row; one row a piece without packing."""
+    if section.strategy == "none":
+        return RowPlan(pieces, np.arange(1, len(pieces) + 1))
+    return plan_rows(pieces, section.max_length, section.strategy)
 
 
-def document_tokens(dataset: Dataset) -> tuple[Counts, Counts]:
-    """Tokens, and trained tokens, of every row: two arrays `(num_rows,)`."""
-    lengths, trained = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-    for batch in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=10_000):
-        column = batch["labels"].combine_chunks()
-        counts = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
-        supervised = column.flatten().to_numpy(zero_copy_only=False) != IGNORE_INDEX
-        ends = np.cumsum(counts)
-        sums = np.concatenate([[0], np.cumsum(supervised)])
-        lengths.append(counts)
-        trained.append(sums[ends] - sums[ends - counts])
-    return np.concatenate(lengths), np.concatenate(trained)
+def without_lengths(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Rows of one document each say nothing of the documents in them."""
+    return (table.drop_columns(["seq_lengths"]) for table in tables)
 
 
-def ledger_entries(ids: list[str], report: OverflowReport) -> list[dict[str, Any]]:
-    """One entry for every row that the length limit touched."""
-    entries = []
-    for reason, rows in report.row_indices.items():
-        entries += [{"id": ids[row], "stage": "pack", "reason": reason} for row in rows]
-    return entries
+class RowCount:
+    """Counts tokens and trained tokens of rows on their way to the disk."""
+
+    def __init__(self) -> None:
+        self.num_trained = 0
+        self._filled: list[np.ndarray[Any, Any]] = [np.zeros(0, dtype=np.int64)]
+
+    def through(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """Count tables and hand them on."""
+        for table in tables:
+            for chunk in table.column("labels").chunks:
+                self._filled.append(np.diff(chunk.offsets.to_numpy()).astype(np.int64))
+                self.num_trained += int((chunk.flatten().to_numpy() != IGNORE_INDEX).sum())
+            yield table
+
+    def filled(self) -> np.ndarray[Any, Any]:
+        """Tokens in each row, `(num_rows,)`."""
+        return np.concatenate(self._filled)
 
 
-def check_losses(
-    before: tuple[int, int], after: tuple[int, int], section: PackSection, entries: list[dict[str, Any]], split: str
-) -> None:
+def check_losses(trained: int, lost: int, section: PackSection, entries: Iterator[Lost], split: str) -> None:
     """Stop when the length limit took too much, or everything.
+
+    Args:
+        trained: Trained tokens before the limit.
+        lost: How many of them it took.
+        section: The section `pack` of params.yaml.
+        entries: What the ledger will say.
+        split: train or eval.
 
     Raises:
         ValueError: Says how much was lost, to what, and which parameter to change.
     """
-    first = ", ".join(f"{entry['id']} ({entry['reason']})" for entry in entries[:3])
-    if after[1] == 0:
+    first = ", ".join(f"{entry.id} ({entry.reason})" for entry in itertools.islice(entries, 3))
+    if lost == trained:
         raise ValueError(
-            f"no trainable token is left in the {split} rows: all {before[1]} were lost at pack.max_length "
+            f"no trainable token is left in the {split} rows: all {trained} were lost at pack.max_length "
             f"{section.max_length}; first rows: {first}; raise pack.max_length"
         )
-    lost = 1.0 - after[1] / before[1]
-    if lost > section.max_lost_fraction:
+    if lost / trained > section.max_lost_fraction:
         raise ValueError(
-            f"{lost:.1%} of the trained tokens of the {split} rows are lost at pack.max_length {section.max_length}, "
-            f"more than pack.max_lost_fraction {section.max_lost_fraction:.1%} allows; first rows: {first}; "
-            "raise pack.max_length, set pack.overflow to split, or raise pack.max_lost_fraction"
+            f"{lost / trained:.1%} of the trained tokens of the {split} rows are lost at pack.max_length "
+            f"{section.max_length}, more than pack.max_lost_fraction {section.max_lost_fraction:.1%} allows; "
+            f"first rows: {first}; raise pack.max_length, set pack.overflow to split, or raise pack.max_lost_fraction"
         )

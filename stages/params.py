@@ -69,6 +69,7 @@ class PackSection(Section):
         Literal["truncate", "drop", "error", "split"], Field(description="What happens to longer documents")
     ]
     max_lost_fraction: Annotated[Fraction, Field(description="Stop when more trained tokens than this are cut")]
+    num_proc: Annotated[Positive, Field(description="Processes that tokenize; the result is the same")]
 
 
 ENGINES = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")

@@ -10,7 +10,7 @@ from functools import lru_cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sft.chat import Rendered, Span, TrainOn, render
@@ -241,3 +241,36 @@ def test_masking_costs_little_beside_tokenizing() -> None:
     tokenizer([row.text for row in rows], add_special_tokens=False)
     theirs = time.perf_counter() - started
     assert ours < 3 * theirs, (ours, theirs)
+
+
+def byte_level_variant(variant: str) -> PreTrainedTokenizerFast:
+    """Byte-level tokenizers whose tokens may not be the bytes of the text."""
+    rules = Tokenizer.from_str(_rules("bytes"))
+    if variant == "nfc":
+        rules.normalizer = normalizers.NFC()
+    elif variant == "greedy_token":
+        rules.add_special_tokens([AddedToken("[INST]", lstrip=True, rstrip=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=rules, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.text(st.sampled_from("ab é\n\u00c5e\u0301\u212b\u0958\uf900🎉"), max_size=20),
+    st.text(st.sampled_from("cd .é\u0327🎉"), min_size=1, max_size=12),
+    st.sampled_from(["plain", "nfc", "greedy_token"]),
+    st.booleans(),
+)
+def test_lengths_of_bytes_find_the_tokens_that_offsets_find(before: str, answer: str, variant: str, bos: bool) -> None:
+    encoder = Encoder(byte_level_variant(variant))
+    assert encoder._bytes is not None
+    text = f"{before} [INST] {answer}</s>"
+    spans = [Span(len(before), len(before) + 3), Span(len(text) - 4 - len(answer), len(text), 0.5)]
+    batch = [Rendered(text, spans, add_special_tokens=bos), Rendered(before, [Span(0, len(before))], append_eos=True)]
+    found = encoder.encode(batch)
+    encoder._bytes = None
+    assert found == encoder.encode(batch)
+
+
+def test_only_tokenizers_whose_tokens_are_bytes_are_measured_by_them() -> None:
+    kinds = ["bytes", "bytes_prefix", "sentencepiece_legacy", "sentencepiece_nfkc", "sentencepiece_first"]
+    assert [Encoder(trained_tokenizer(kind))._bytes is not None for kind in kinds] == [True, *[False] * 4]

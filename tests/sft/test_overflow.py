@@ -27,6 +27,8 @@ def test_truncate_cuts_and_leaves_out_rows_that_train_nothing() -> None:
     assert kept["labels"][:] == [[X, 2], [X, 4, 5]]
     assert report.row_indices == {"truncated": [1], "split": [], "dropped": [], "masked": [2, 3, 4, 5]}
     assert (report.num_rows, report.num_truncated, report.num_dropped, report.num_tokens_lost) == (6, 1, 4, 9)
+    assert report.tokens_lost == {1: 2, 2: 4, 3: 2, 4: 0, 5: 1}
+    assert report.trained_tokens_lost == {1: 2, 2: 1, 3: 0, 4: 0, 5: 1}
     assert report.source_rows == [0, 1]
     assert report.summary() == ("limit of 3 tokens: 1 truncated (first: row 1), 4 masked (first: row 2); 9 tokens lost")
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 
 from sft.labels import IGNORE_INDEX
-from stages import pack, preview
+from stages import pack, preview, shards
 from stages.artifacts import read_json, read_jsonl, write_json, write_jsonl
+from stages.pack_account import origin_of
 from stages.params import Params, load_params
 from stages.paths import Paths
 from tests.stages.data_root import ROOT
@@ -114,8 +115,63 @@ def test_a_cut_document_is_in_the_ledger(paths: Paths) -> None:
     pack.run(params(max_length=100, max_lost_fraction=0.9), paths)
     ledger = list(read_jsonl(paths.out("pack", "ledger.jsonl")))
     assert {entry["reason"] for entry in ledger} == {"truncated"}
-    assert read_json(paths.metrics("pack"))["train"]["truncated"] == len(ledger)
-    assert ledger[0].keys() == {"id", "stage", "reason"}
+    figures = read_json(paths.metrics("pack"))
+    assert figures["train"]["truncated"] == len(ledger)
+    assert ledger[0].keys() == {"id", "stage", "reason", "tokens_lost", "trained_tokens_lost"}
+
+
+OVERFLOWS = [
+    {"overflow": "truncate"},
+    {"overflow": "drop"},
+    {"overflow": "split"},
+    {"overflow": "truncate", "strategy": "none"},
+    {"overflow": "split", "strategy": "wrapped"},
+]
+
+
+@pytest.mark.parametrize("section", OVERFLOWS)
+def test_tokens_in_are_tokens_out_and_tokens_of_the_ledger(paths: Paths, section: dict[str, str]) -> None:
+    pack.run(params(max_length=100, max_lost_fraction=0.9, **section), paths)
+    tokenizer, ledger = tiny_tokenizer(), list(read_jsonl(paths.out("pack", "ledger.jsonl")))
+    for split in ("train", "eval"):
+        rendered_rows = list(read_jsonl(paths.out("format", f"{split}.jsonl")))
+        num_in = sum(len(tokenizer(row["text"])["input_ids"]) for row in rendered_rows)
+        num_out = sum(map(len, load_from_disk(str(paths.out("pack", split)))["input_ids"]))
+        figures = read_json(paths.metrics("pack"))[split]
+        assert (num_out, num_in) == (figures["tokens"], figures["tokens"] + figures["tokens_lost"])
+    touched = {"truncate": "truncated", "drop": "dropped", "split": "split"}[section["overflow"]]
+    assert touched in {entry["reason"] for entry in ledger}
+    lost = [figures["tokens_lost"] for figures in read_json(paths.metrics("pack")).values()]
+    assert sum(entry["tokens_lost"] for entry in ledger) == sum(lost)
+    assert (sum(lost) == 0) == (section["overflow"] == "split")
+    assert any(entry["reason"] == "divided" for entry in ledger) == (section.get("strategy") == "wrapped")
+
+
+@pytest.mark.parametrize("section", OVERFLOWS)
+def test_every_packed_token_leads_back_to_its_record_and_its_place_there(paths: Paths, section: dict[str, str]) -> None:
+    pack.run(params(max_length=100, max_lost_fraction=0.9, **section), paths)
+    tokenizer = tiny_tokenizer()
+    ids = {row["id"]: tokenizer(row["text"])["input_ids"] for row in read_jsonl(paths.out("format", "train.jsonl"))}
+    packed = load_from_disk(str(paths.out("pack", "train")))
+    entries = list(read_jsonl(paths.out("pack", "train_index.jsonl")))
+    origins = []
+    for row, entry in zip(packed, entries, strict=True):
+        for position, token in enumerate(row["input_ids"]):
+            origin = origin_of(entry, position)
+            assert ids[origin.id][origin.token] == token
+            origins.append(origin)
+    assert len(set(origins)) == len(origins) == read_json(paths.metrics("pack"))["train"]["tokens"]
+    with pytest.raises(ValueError, match=r"packed row 0 has .* there is no token 100"):
+        origin_of(entries[0], 100)
+
+
+def test_the_same_bytes_whatever_the_number_of_processes(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack.run(params(max_length=100, max_lost_fraction=0.9, num_proc=1), paths)
+    first = {path: path.read_bytes() for path in paths.out("pack").rglob("*") if path.is_file()}
+    monkeypatch.setattr(shards, "SHARD_BYTES", 600)
+    assert len(shards.shards_of(paths.out("format", "train.jsonl"))) >= 2 * shards.SHARDS_A_PROCESS
+    pack.run(params(max_length=100, max_lost_fraction=0.9, num_proc=2), paths)
+    assert {path: path.read_bytes() for path in paths.out("pack").rglob("*") if path.is_file()} == first
 
 
 def test_too_many_lost_tokens_stop_the_stage_with_the_way_out(paths: Paths) -> None:
@@ -129,12 +185,6 @@ def test_too_many_lost_tokens_stop_the_stage_with_the_way_out(paths: Paths) -> N
 def test_a_limit_below_every_answer_leaves_nothing_to_train(paths: Paths) -> None:
     with pytest.raises(ValueError, match=r"no trainable token is left in the train rows.*raise pack\.max_length"):
         pack.run(params(max_length=8), paths)
-
-
-def test_tokens_are_counted_document_by_document() -> None:
-    labels = [[1, IGNORE_INDEX, 3], [], [IGNORE_INDEX], [4, 5]]
-    lengths, trained = pack.document_tokens(Dataset.from_dict({"labels": labels}))
-    assert (lengths.tolist(), trained.tolist()) == ([3, 0, 1, 2], [2, 0, 0, 2])
 
 
 def test_the_page_shows_tokens_roles_lengths_and_what_was_left_out(paths: Paths) -> None:

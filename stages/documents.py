@@ -1,0 +1,116 @@
+"""The tokenized documents of one split, kept in files while they are packed."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sft.chat import Rendered
+from sft.encoding import Encoder, TokenBatch
+from sft.ragged import Integers, Pieces
+from sft.token_store import FileColumn, TokenStore
+from stages.shards import Shard, run_shards, shards_of
+
+BATCH_SIZE = 1000
+
+
+class EncodedShard(NamedTuple):
+    """Ids and tokens of the documents of a shard, batch by batch."""
+
+    ids: list[str]
+    batches: list[TokenBatch]
+
+
+@dataclass(frozen=True)
+class EncodingWork:
+    """Tokenizes shards of rendered chats.
+
+    Args:
+        tokenizer: Folder of the tokenizer.
+    """
+
+    tokenizer: Path
+
+    def build(self) -> ShardEncoder:
+        """Load the tokenizer."""
+        return ShardEncoder(AutoTokenizer.from_pretrained(self.tokenizer))
+
+
+class ShardEncoder:
+    """Rendered chats to tokens, with one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._encoder = Encoder(tokenizer)
+
+    def __call__(self, shard: Shard) -> EncodedShard:
+        """Tokenize and mask all rows of a shard."""
+        encoded = EncodedShard([], [])
+        rows = shard.rows()
+        while batch := list(itertools.islice(rows, BATCH_SIZE)):
+            encoded.ids.extend(row["id"] for row in batch)
+            encoded.batches.append(self._encoder.encode_flat([Rendered.from_row(row) for row in batch]))
+        return encoded
+
+
+@dataclass(frozen=True)
+class Documents:
+    """All documents of a split.
+
+    Args:
+        ids: `(num_documents,)` ids of their records.
+        columns: Token columns.
+        lengths: `(num_documents,)` tokens of each.
+        trained: `(num_documents,)` trained tokens of each.
+    """
+
+    ids: pa.ChunkedArray
+    columns: dict[str, FileColumn]
+    lengths: Integers
+    trained: Integers
+
+
+def encode_split(path: Path, tokenizer: Path, scratch: Path, num_proc: int) -> Documents:
+    """Tokenize a file of rendered chats.
+
+    Args:
+        path: Rows that `format` wrote.
+        tokenizer: Folder of the tokenizer.
+        scratch: Folder for files that live as long as the documents are read.
+        num_proc: Processes at most.
+    """
+    scratch.mkdir(parents=True)
+    store = TokenStore(scratch)
+    ids = [pa.array([], type=pa.string())]
+    for encoded in run_shards(EncodingWork(tokenizer), shards_of(path), num_proc):
+        ids.append(pa.array(encoded.ids, type=pa.string()))
+        for batch in encoded.batches:
+            store.append(batch)
+    columns = store.columns()
+    return Documents(pa.chunked_array(ids), columns, columns["input_ids"].lengths(), store.trained())
+
+
+class Kept:
+    """What the length limit left of documents, as rows.
+
+    Args:
+        documents: The documents.
+        pieces: What is left of them.
+    """
+
+    def __init__(self, documents: Documents, pieces: Pieces) -> None:
+        self._documents = documents
+        self._pieces = pieces
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        piece = self._pieces[number : number + 1]
+        tokens = {name: column.gather(piece, np.int32).tolist() for name, column in self._documents.columns.items()}
+        return {"id": self._documents.ids[int(piece.document[0])].as_py(), **tokens}
