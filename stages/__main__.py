@@ -16,7 +16,8 @@ from stages.params import ParamsError, load_params
 from stages.paths import Paths
 
 STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
-TOOLS = ("check", "compare", "preview", "summary")
+TOOLS = ("check", "compare", "preview", "reproduce", "summary")
+NUM_RUNS = {"compare": 2, "reproduce": 1}
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
 
 
@@ -30,12 +31,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
     names = (*STAGES, *TOOLS)
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="compare: two recorded runs, by id, name or alias")
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", help="recorded runs by id, name or alias: compare takes two, reproduce one"
+    )
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
     preview = parser.add_argument_group("preview")
     preview.add_argument("--rows", type=int, metavar="N", help="packed rows to show (default: 3)")
     preview.add_argument("--seed", type=int, help="which ones (default: 0)")
     preview.add_argument("--split", choices=("train", "eval"), help="of training or held-out rows (default: train)")
+    parser.add_argument("--keep", action="store_true", help="reproduce: leave the worktree with the results there")
     args = parser.parse_args(argv)
     options: dict[str, Any] = {
         name: value for name in ("rows", "seed", "split") if (value := getattr(args, name)) is not None
@@ -44,8 +48,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rows {args.rows}: at least one row is shown")
     if options and args.name != "preview":
         parser.error(f"--{', --'.join(options)} belong to preview, not to {args.name}")
-    if len(args.runs) != (2 if args.name == "compare" else 0):
-        parser.error("compare takes two runs: their ids, names or aliases; the other names take none")
+    if len(args.runs) != NUM_RUNS.get(args.name, 0):
+        parser.error("compare takes two runs, reproduce one: their ids, names or aliases; the other names take none")
+    if args.keep and args.name != "reproduce":
+        parser.error(f"--keep belongs to reproduce, not to {args.name}")
+    if args.keep:
+        options["keep"] = True
     if args.runs:
         options["runs"] = args.runs
     quiet_tools()
