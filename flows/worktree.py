@@ -72,10 +72,29 @@ def refuse_uncommitted(root: Path, plan: Plan) -> None:
 
 def prune(root: Path) -> None:
     """Remove the worktrees of runs that are gone; those of living runs are locked and stay."""
-    for lock in sorted((root / FOLDER).glob("*.lock")):
+    for lock in _locks(root):
         with lock.open("w") as file:
             if _take(file):
                 _remove(root, lock.with_suffix(""))
+
+
+def abandoned(root: Path) -> list[Path]:
+    """Worktrees whose runs are gone."""
+    return [lock.with_suffix("") for lock in _locks(root) if not _held(lock) and lock.with_suffix("").exists()]
+
+
+def living(root: Path) -> list[str]:
+    """Names of the runs that work in a worktree just now."""
+    return [lock.stem for lock in _locks(root) if _held(lock)]
+
+
+def _locks(root: Path) -> list[Path]:
+    return sorted((root / FOLDER).glob("*.lock"))
+
+
+def _held(lock: Path) -> bool:
+    with lock.open("r") as file:
+        return not _take(file)
 
 
 def _take(file: IO[str]) -> bool:

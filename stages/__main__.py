@@ -18,7 +18,8 @@ from stages.paths import Paths
 from stages.redaction import redact
 
 STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
-TOOLS = ("chat", "check", "compare", "estimate", "preview", "serve", "summary")
+TOOLS = ("chat", "check", "compare", "estimate", "preview", "reproduce", "serve", "summary")
+NUM_RUNS = {"compare": 2, "reproduce": 1}
 # option -> the tools that take it
 OPTIONS = {
     "rows": ("preview",),
@@ -28,6 +29,7 @@ OPTIONS = {
     "max_new_tokens": ("chat",),
     "system": ("chat",),
     "port": ("serve",),
+    "keep": ("reproduce",),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
 
@@ -67,7 +69,9 @@ def read_command(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, 
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
     names = (*STAGES, *TOOLS)
     parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="compare: two recorded runs, by id, name or alias")
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", help="recorded runs by id, name or alias: compare takes two, reproduce one"
+    )
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
     preview = parser.add_argument_group("preview")
     preview.add_argument("--rows", type=positive, metavar="N", help="packed rows to show (default: 3)")
@@ -78,6 +82,9 @@ def read_command(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, 
     chat.add_argument("--max-new-tokens", type=positive, metavar="N", help="chat: longest answer (default: 256)")
     chat.add_argument("--system", metavar="TEXT", help="chat: system message (default: the training rows')")
     chat.add_argument("--port", type=positive, help="serve: on loopback (default: 8000)")
+    reproduce = parser.add_argument_group("reproduce")
+    keep = "leave the worktree with the results there"
+    reproduce.add_argument("--keep", action="store_true", default=None, help=keep)
     args = parser.parse_args(argv)
     options: dict[str, Any] = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     foreign = [name for name in options if args.name not in OPTIONS[name]]
@@ -85,8 +92,8 @@ def read_command(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, 
         flags = ", --".join(name.replace("_", "-") for name in foreign)
         owners = sorted({tool for name in foreign for tool in OPTIONS[name]})
         parser.error(f"--{flags} belong to {' and '.join(owners)}, not to {args.name}")
-    if len(args.runs) != (2 if args.name == "compare" else 0):
-        parser.error("compare takes two runs: their ids, names or aliases; the other names take none")
+    if len(args.runs) != NUM_RUNS.get(args.name, 0):
+        parser.error("compare takes two runs, reproduce one: their ids, names or aliases; the other names take none")
     if args.runs:
         options["runs"] = args.runs
     return args, options

@@ -16,7 +16,7 @@ from stages.lineage import main_checkout
 from stages.mlflow_run import SQLITE, Tracking, absolute_uri, open_tracking
 from stages.params import Params
 from stages.paths import Paths
-from stages.publish import DIGEST_TAG, MEASURED_STAGES
+from stages.publish import DIGEST_TAG, MACHINE, MEASURED_STAGES
 
 VERSION, COMMIT, DIRTY, BASE = "version.", "git.commit", "git.dirty", "sft.base_model"
 MAX_VALUE = 60
@@ -42,13 +42,21 @@ def run(params: Params, paths: Paths, *, runs: list[str]) -> None:
     Raises:
         ValueError: There is no such run, or several are meant.
     """
-    home = main_checkout(paths.root)
+    tracking = open_recorded(params, main_checkout(paths.root))
+    first, second = (find_run(tracking, name, params.publish.registered_model) for name in runs)
+    print("\n".join(report(first, second)), flush=True)
+
+
+def open_recorded(params: Params, home: Path) -> Tracking:
+    """The store that holds earlier runs.
+
+    Raises:
+        ValueError: Nothing has been recorded yet, or the store can't be used.
+    """
     uri = absolute_uri(params.publish.tracking_uri, home)
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
         raise ValueError(f"nothing is recorded yet at {uri}: `make repro` ends with a recorded run")
-    tracking = open_tracking(params.publish, home)
-    first, second = (find_run(tracking, name, params.publish.registered_model) for name in runs)
-    print("\n".join(report(first, second)), flush=True)
+    return open_tracking(params.publish, home)
 
 
 def find_run(tracking: Tracking, name: str, model: str) -> Run:
@@ -82,6 +90,7 @@ def report(first: Run, second: Run) -> list[str]:
         "base model": tagged(first, second, lambda name: name.startswith(BASE)),
         "code": tagged(first, second, lambda name: name in (COMMIT, DIRTY)),
         "versions": tagged(first, second, lambda name: name.startswith(VERSION)),
+        "machine": tagged(first, second, lambda name: name.startswith(MACHINE)),
     }
     for cause, found in causes.items():
         lines += [heading(cause, found), *map(shown, found)]

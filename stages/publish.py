@@ -16,6 +16,7 @@ from typing import Any
 from stages import lineage
 from stages.artifacts import progress, read_json, write_json, write_text
 from stages.hub_upload import push
+from stages.machine import machine_facts
 from stages.mlflow_run import Tracking, open_tracking
 from stages.model_card import write_card
 from stages.params import Params
@@ -24,6 +25,7 @@ from stages.redaction import redact
 
 DIGEST_TAG = "sft.result_digest"
 MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate")
+MACHINE = "machine."
 CANDIDATE, CHAMPION = "candidate", "champion"
 
 
@@ -125,6 +127,7 @@ def log_run(
         "git.commit": git.commit if git else "none",
         "git.dirty": str(bool(git and git.dirty)).lower(),
         **{f"version.{name}": value for name, value in lineage.versions().items()},
+        **{f"{MACHINE}{name}": value for name, value in machine_facts().items()},
         **{f"dvc.{path}": value for path, value in lineage.dvc_hashes(paths.root).items() if not path.endswith(".py")},
         **(more or {}),
     }

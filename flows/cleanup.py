@@ -1,0 +1,91 @@
+"""Disk space back: a Prefect flow, and `python -m flows.cleanup` for a shell. It only looks unless told otherwise.
+
+Results stay that the checkout, a git commit or a run in MLflow refers to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from flows.environment import prepare_prefect
+
+prepare_prefect()
+
+from prefect import flow  # noqa: E402
+from prefect.artifacts import create_table_artifact  # noqa: E402
+from prefect.client.schemas.objects import State  # noqa: E402
+from prefect.states import Completed, Failed  # noqa: E402
+from pydantic import Field  # noqa: E402
+
+from flows.cache_cleaning import clean_cache  # noqa: E402
+from flows.graph import RunRefused  # noqa: E402
+from flows.leftovers import find_leftovers, remove_leftovers  # noqa: E402
+from flows.terminal import run_in_terminal  # noqa: E402
+
+KEEP_DAYS = 14
+
+
+@flow(name="cleanup", persist_result=False)
+def cleanup(
+    remove: bool = False, keep_days: Annotated[float, Field(ge=0)] = KEEP_DAYS, cache: bool = True
+) -> State[Any]:
+    """Find what nobody needs any more, and remove it when asked.
+
+    Args:
+        remove: Remove it. Off: only say what could go.
+        keep_days: Days that an unfinished training may wait to be resumed, and a log to be read.
+        cache: Look into DVC's cache, too: what neither the checkout, nor a git commit, nor a run recorded in MLflow
+            refers to can go.
+    """
+    root = Path.cwd().resolve()
+    leftovers = find_leftovers(root, keep_days)
+    rows = [(str(one.path.relative_to(root)), one.why, one.num_bytes) for one in leftovers]
+    try:
+        if cache:
+            unreferenced = clean_cache(root, dry=not remove)
+            if unreferenced.num_objects:
+                why = f"{unreferenced.num_objects} files that no commit and no recorded run refers to"
+                rows.append(("DVC's cache", why, unreferenced.num_bytes))
+    except (RunRefused, ValueError) as refusal:
+        return Failed(message=str(refusal))
+    if remove:
+        remove_leftovers(root, leftovers)
+    summary = summarize(rows, remove)
+    shown = [{"what": what, "why": why, "MB": f"{num_bytes / 1e6:.1f}"} for what, why, num_bytes in rows]
+    create_table_artifact(shown, key="cleanup", description=summary)
+    print("\n".join([*(f"{row['MB']:>10} MB  {row['what']}: {row['why']}" for row in shown), summary]), flush=True)
+    return Completed(message=summary)
+
+
+def summarize(rows: list[tuple[str, str, int]], removed: bool) -> str:
+    """What was found in one line."""
+    if not rows:
+        return "nothing to clean up"
+    megabytes = sum(num_bytes for _, _, num_bytes in rows) / 1e6
+    hint = "" if removed else "; nothing was removed, `--remove` does it"
+    return f"{megabytes:.1f} MB {'removed' if removed else 'can go'}{hint}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Clean up from this terminal.
+
+    Returns:
+        0 on success, 1 when it could not be done, 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(prog="python -m flows.cleanup", description=__doc__)
+    parser.add_argument("--remove", action="store_true", help="remove it; without this, only say what could go")
+    parser.add_argument("--keep-days", type=float, default=KEEP_DAYS, metavar="DAYS", help="default: %(default)s")
+    parser.add_argument("--no-cache", action="store_true", help="leave DVC's cache alone")
+    args = parser.parse_args(argv)
+    if args.keep_days < 0:
+        parser.error(f"--keep-days {args.keep_days}: at least 0")
+    return run_in_terminal(
+        lambda: cleanup(remove=args.remove, keep_days=args.keep_days, cache=not args.no_cache, return_state=True)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Runs as an operator has them, for real, on a tiny model: swept, reproduced from their record, restored elsewhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from tests.test_pipeline import ROOT, call, change_params, make_project
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+RESULTS = ["--allow-empty", "-qm", "results"]
+
+
+def commit(project: Path) -> None:
+    call(project, "git", "add", "-A")
+    call(project, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", *RESULTS)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout whose pipeline has run once, with its results committed and its params not."""
+    folder = make_project(tmp_path_factory.mktemp("operations") / "project")
+    shutil.copytree(ROOT / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    commit(folder)
+    call(folder, "dvc", "repro")
+    commit(folder)
+    return folder
+
+
+def runs(project: Path) -> list[Run]:
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    return client.search_runs([client.get_experiment_by_name("sft").experiment_id])
+
+
+def champion(project: Path) -> str:
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    return str(client.get_model_version_by_alias("shop-extractor", "champion").run_id)
+
+
+def test_best_trial_of_a_sweep_becomes_champion_without_a_second_run_for_its_result(project: Path) -> None:
+    first = champion(project)
+
+    printed = call(project, "python", "-m", "flows.sweep", "--param", "train.learning_rate=1e-3,1e-2", "--promote")
+
+    assert "best of 2 trials: trial 2 with evaluate.tuned.loss" in printed
+    # data was loaded, formatted and packed for the run that the checkout had
+    assert len(re.findall(r"^\d .* 4 completed, 3 restored", printed, re.M)) == 2, printed
+    parent = next(run for run in runs(project) if run.data.tags.get("sft.kind") == "sweep")
+    children = {
+        run.data.params["train.learning_rate"]: run
+        for run in runs(project)
+        if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
+    assert sorted(children) == ["0.001", "0.01"]
+    assert champion(project) == children["0.01"].info.run_id != first
+    assert len(runs(project)) == 4  # the first one, the sweep, its two trials
+    assert call(project, "git", "status", "--porcelain") == ""
+
+
+def test_run_is_reproduced_from_its_id_bit_for_bit(project: Path) -> None:
+    run_id = champion(project)
+
+    printed = call(project, "python", "-m", "stages", "reproduce", run_id)
+
+    # the trial's base model lay in the trial's worktree
+    assert "outs/train: the same, bit for bit, but for model/README.md, model/adapter_config.json, which" in printed
+    assert "outs/quantize: the same, bit for bit\n" in printed
+    assert "every figure is the same" in printed
+    assert "reproduced: every result is the same, bit for bit" in printed
+    assert "versions: the same" in printed
+    assert call(project, "git", "worktree", "list").count("\n") == 1
+
+
+def test_run_of_uncommitted_code_is_reproduced_with_its_patch(project: Path) -> None:
+    code = project / "stages" / "train.py"
+    kept = code.read_text(encoding="utf-8")
+    try:
+        code.write_text(kept.replace("adam_beta2=section.adam_beta2", "adam_beta2=0.9"), encoding="utf-8")
+        assert code.read_text(encoding="utf-8") != kept
+        change_params(project, {"train": {"max_steps": 4}})
+        call(project, "dvc", "repro")
+    finally:
+        call(project, "git", "checkout", "--", "stages", "params.yaml", "dvc.lock", "reports")
+        call(project, "dvc", "checkout")
+    patched = next(run for run in runs(project) if run.data.params.get("train.max_steps") == "4")
+    assert patched.data.tags["git.dirty"] == "true"
+
+    printed = call(project, "python", "-m", "stages", "reproduce", patched.info.run_id)
+
+    assert "uncommitted changes: params.yaml, stages/train.py (applied)" in printed
+    assert "outs/train: the same, bit for bit" in printed
+    assert "reproduced: every result is the same, bit for bit" in printed
+
+
+def test_second_clone_restores_everything_from_the_remote_without_training(project: Path, tmp_path: Path) -> None:
+    call(project, "dvc", "remote", "add", "--force", "--default", "store", str(tmp_path / "store"))
+    call(project, "dvc", "push", "--run-cache")
+    commit(project)
+    clone = tmp_path / "clone"
+    call(tmp_path, "git", "clone", "-q", str(project), str(clone))
+    shutil.copytree(project / "base", clone / "base", dirs_exist_ok=True)
+
+    printed = call(clone, "dvc", "repro", "--pull")
+
+    assert "Running stage" not in printed
+    for name in ("outs/train/model/adapter_model.safetensors", "outs/quantize/model/model.safetensors"):
+        assert (clone / name).read_bytes() == (project / name).read_bytes()
+    assert (clone / "reports" / "report.html").read_bytes() == (project / "reports" / "report.html").read_bytes()
+    assert call(clone, "dvc", "status").strip() == "Data and pipelines are up to date."

@@ -1,0 +1,81 @@
+"""Another machine: a clone and a DVC remote suffice to have every result again, without running anything."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from tests.flows.conftest import commit, ran_template, run, template
+
+__all__ = ["ran_template", "template"]  # fixtures
+DVC = (sys.executable, "-m", "dvc")
+
+
+@pytest.fixture
+def ran_project(ran_template: Path, tmp_path: Path) -> Path:
+    """A project whose stages are up to date, as a clone of its own with its own cache."""
+    return Path(shutil.copytree(ran_template, tmp_path / "project", symlinks=True))
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A real S3 server with a bucket `store`; its address."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    boto3.client("s3", endpoint_url=address).create_bucket(Bucket="store")
+    yield address
+    server.stop()
+
+
+def share(project: Path, *remote: str) -> None:
+    """Name a remote, push everything to it, and commit where it is."""
+    run(project, *DVC, "remote", "add", "--default", "store", remote[0])
+    for option in remote[1:]:
+        run(project, *DVC, "remote", "modify", "store", *option.split("="))
+    run(project, *DVC, "push", "--quiet", "--run-cache")
+    run(project, "git", "add", "--force", "reports/metrics")  # figures are git's to keep
+    commit(project)
+
+
+def restored(project: Path, folder: Path) -> Path:
+    """A clone elsewhere, brought up to date from the remote alone; nothing was run in it."""
+    run(folder, "git", "clone", "--quiet", str(project), "clone")
+    printed = run(folder / "clone", *DVC, "repro", "--pull", "--allow-missing")
+    assert "Running stage" not in printed
+    assert not (folder / "clone" / "ran.log").exists()
+    return folder / "clone"
+
+
+def check_same(project: Path, clone: Path) -> None:
+    run(clone, *DVC, "pull", "--quiet")
+    assert not (clone / "outs").is_symlink()
+    for name in ("load.txt", "pack.txt", "train.txt"):
+        assert (clone / "outs" / name).read_bytes() == (project / "outs" / name).read_bytes()
+    assert run(clone, *DVC, "status").strip() == "Data and pipelines are up to date."
+
+
+def test_folder_as_a_remote(ran_project: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    share(ran_project, str(tmp_path / "store"))
+    assert list((tmp_path / "store" / "runs").rglob("*"))
+
+    check_same(ran_project, restored(ran_project, tmp_path / "elsewhere"))
+
+
+def test_s3_as_a_remote(ran_project: Path, tmp_path: Path, s3: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    share(ran_project, "s3://store/sft", f"endpointurl={s3}")
+    keys = [each["Key"] for each in boto3.client("s3", endpoint_url=s3).list_objects_v2(Bucket="store")["Contents"]]
+    assert sum("files/md5/" in key for key in keys) == len({*keys} - {key for key in keys if "/runs/" in key}) >= 2
+
+    check_same(ran_project, restored(ran_project, tmp_path / "elsewhere"))
