@@ -75,7 +75,7 @@ def test_folders_of_recorded_runs_keep_the_files_inside(ran_project: Path) -> No
     run(ran_project, "git", "checkout", "--quiet", "--", ".")
     run(ran_project, "dvc", "checkout", "--quiet", "--force")
 
-    assert clean_cache(ran_project, dry=False).num_objects == 0
+    clean_cache(ran_project, dry=False)
     assert any(path.read_bytes() == inside for path in (ran_project / ".dvc" / "cache" / "files" / "md5").glob("*/*"))
 
 

@@ -80,7 +80,7 @@ def test_new_data_run_the_pipeline_and_the_outcome_is_told(
     ran_project: Path, heard: list[Any], gate_passed: bool, subject: str, text: str
 ) -> None:
     publish_in_the_end(ran_project, gate_passed)
-    (ran_project / "data" / "more.txt").write_text("three\n")
+    (ran_project / "data" / "rows.txt").write_text("one\nthree\n")
     assert changed_data(ran_project) == ["data"]
 
     state = nightly(notify="custom-webhook/team", return_state=True)
