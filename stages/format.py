@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from sft.chat import ChatRenderer, TrainOn
 from sft.chat_formats import FORMATS, align_eos_with_template, apply_chat_format, ensure_pad_token, find_format
 from sft.chat_template import TemplateSourceError
 from sft.terminator import TerminatorCheck
@@ -18,8 +17,9 @@ from stages.base_model import read_base_model
 from stages.outfolder import JsonlWriter, Ledger, replacing_folder
 from stages.params import FormatSection, Params
 from stages.paths import Paths
+from stages.rendering import RenderingWork
+from stages.shards import run_shards, shards_of
 
-ROWS_BETWEEN_PROGRESS = 10_000
 SPLITS = ("train", "eval")
 
 
@@ -39,12 +39,20 @@ def run(params: Params, paths: Paths) -> None:
     stop_token_ids = _stop_token_ids(base)
     new_eos = prepare_tokenizer(tokenizer, section, paths, stop_token_ids)
     with replacing_folder(paths.out("format")) as folder:
-        with Formatter(folder, tokenizer, section, stop_token_ids) as formatter:
+        tokenizer.save_pretrained(folder / "tokenizer")
+        work = RenderingWork(
+            folder / "tokenizer",
+            params.model.trust_remote_code,
+            section.train_on,
+            section.system_message,
+            stop_token_ids,
+            with_prompts=False,
+        )
+        with Formatter(folder, tokenizer, work, section.num_proc) as formatter:
             for split in SPLITS:
                 total = read_json(paths.out("load", "card.json"))[f"num_{split}"]
                 formatter.take(split, paths.out("load", f"{split}.jsonl"), total)
             figures = formatter.close_accounts()
-        tokenizer.save_pretrained(folder / "tokenizer")
         new_token_ids = list(range(num_base_tokens, len(tokenizer)))
         facts = {
             "new_token_ids": new_token_ids,
@@ -121,21 +129,19 @@ def _template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 class Formatter:
-    """Renders rows one by one and writes each to its split; rows without anything trained go to the ledger.
+    """Renders files and writes each row to its split; rows without anything trained go to the ledger.
 
     Args:
         folder: Output folder.
         tokenizer: Tokenizer with the chat template.
-        section: The section `format` of params.yaml.
-        stop_token_ids: Ids at which the base model's generation stops.
+        work: How rows are rendered.
+        num_proc: Processes at most.
     """
 
-    def __init__(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, section: FormatSection, stop_token_ids: tuple[int, ...]
-    ) -> None:
-        self._section = section
-        self._renderer = ChatRenderer(tokenizer, TrainOn(section.train_on))
-        self._check = TerminatorCheck(tokenizer, stop_token_ids)
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, work: RenderingWork, num_proc: int) -> None:
+        self._work = work
+        self._num_proc = num_proc
+        self._check = TerminatorCheck(tokenizer, work.stop_token_ids)
         self._ledger = Ledger(folder / "ledger.jsonl", "format")
         self._prompts = JsonlWriter(folder / "prompts.jsonl")
         self._writers = {split: JsonlWriter(folder / f"{split}.jsonl") for split in SPLITS}
@@ -152,31 +158,19 @@ class Formatter:
             writer.close()
 
     def take(self, split: str, path: Path, num_rows: int) -> None:
-        """Render all records of a file."""
-        for number, record in enumerate(read_jsonl(path)):
-            if number % ROWS_BETWEEN_PROGRESS == 0:
-                progress(number, num_rows, f"{split} rows")
-            self._num_in[split] += 1
-            self._take_record(split, with_system_message(record, self._section.system_message))
+        """Render all records of a file; those of the split eval are prompts too."""
+        work = replace(self._work, with_prompts=split == "eval")
+        for part in run_shards(work, shards_of(path), self._num_proc):
+            progress(self._num_in[split], num_rows, f"{split} rows")
+            self._num_in[split] += part.num_in
+            self._num_characters[split] += part.num_characters
+            self._num_trained[split] += part.num_trained
+            self._check.join(part.check)
+            self._writers[split].write_lines(part.rows)
+            self._prompts.write_lines(part.prompts)
+            for row_id, reason, detail in part.dropped:
+                self._ledger.drop(row_id, reason, detail)
         progress(num_rows, num_rows, f"{split} rows")
-
-    def _take_record(self, split: str, record: dict[str, Any]) -> None:
-        rendered = self._renderer.render(record)
-        if not rendered.spans:
-            self._ledger.drop(record["id"], "nothing_trained", f"train_on {self._section.train_on} selects nothing")
-            return
-        if self._section.train_on != TrainOn.ALL:
-            self._check.add(record["id"], rendered)
-        self._writers[split].write({"id": record["id"], **rendered.to_row()})
-        self._num_characters[split] += len(rendered.text)
-        self._num_trained[split] += sum(span.end - span.start for span in rendered.spans)
-        if split == "eval":
-            self._write_prompt(record)
-
-    def _write_prompt(self, record: Mapping[str, Any]) -> None:
-        last = self._renderer.last_turn(record)
-        if last is not None:
-            self._prompts.write({"id": record["id"], **last._asdict()})
 
     def close_accounts(self) -> dict[str, Any]:
         """Make sure that every row is accounted for and that something is trained; returns the stage's figures.
@@ -190,7 +184,7 @@ class Formatter:
             if num_out[split] == 0:
                 raise ValueError(
                     f"no token of the {self._num_in[split]} {split} rows would be trained with format.train_on "
-                    f"{self._section.train_on}: {self._ledger.summary()}. Change train_on or the data"
+                    f"{self._work.train_on}: {self._ledger.summary()}. Change train_on or the data"
                 )
         self._check.finish()
         figures: dict[str, Any] = {f"num_{split}": num_out[split] for split in SPLITS}
@@ -198,12 +192,3 @@ class Formatter:
             share = self._num_trained[split] / self._num_characters[split]
             figures[f"trained_characters_{split}"] = round(share, 6)
         return {**figures, "num_dropped": self._ledger.num_rows, "dropped": dict(sorted(self._ledger.counts.items()))}
-
-
-def with_system_message(record: dict[str, Any], system_message: str | None) -> dict[str, Any]:
-    """A conversation that begins with a system message: its own, or the given one."""
-    key = "messages" if "messages" in record else "prompt"
-    messages = record.get(key)
-    if system_message is None or not isinstance(messages, list) or messages[0]["role"] == "system":
-        return record
-    return {**record, key: [{"role": "system", "content": system_message}, *messages]}

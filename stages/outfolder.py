@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Self
@@ -53,6 +53,11 @@ class JsonlWriter:
         """Append one row."""
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.num_rows += 1
+
+    def write_lines(self, lines: Sequence[str]) -> None:
+        """Append rows that are JSON already."""
+        self._file.writelines(f"{line}\n" for line in lines)
+        self.num_rows += len(lines)
 
 
 class Ledger(JsonlWriter):

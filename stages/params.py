@@ -145,6 +145,7 @@ class FormatSection(Section):
     ]
     system_message: Annotated[str | None, Field(description="Put before conversations that have none")]
     add_special_tokens: Annotated[list[Token], Field(description="Tokens to add to the vocabulary")]
+    num_proc: Annotated[Positive, Field(description="Processes that render; the result is the same")]
 
 
 class PackSection(Section):
