@@ -47,6 +47,12 @@ class TerminatorCheck:
                 if len(self._examples) < NUM_EXAMPLES:
                     self._examples.append(f"{row_id} ends in {trained[-24:]!r}")
 
+    def join(self, other: TerminatorCheck) -> None:
+        """Add what a check of the same tokenizer found in the rows after these."""
+        self.num_spans += other.num_spans
+        self.num_open += other.num_open
+        self._examples = [*self._examples, *other._examples][:NUM_EXAMPLES]
+
     def finish(self) -> None:
         """Raise when a trained turn does not end in a stop token.
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from sft.chat import ChatRenderer, TrainOn
 from sft.chat_formats import FORMATS, align_eos_with_template, apply_chat_format, ensure_pad_token, find_format
 from sft.chat_template import TemplateSourceError
-from sft.special_text import SpecialText
 from sft.terminator import TerminatorCheck
 from stages.artifacts import progress, read_json, read_jsonl, write_json
 from stages.base_model import read_base_model
 from stages.outfolder import Action, JsonlWriter, Ledger, replacing_folder
 from stages.params import FormatSection, Params
 from stages.paths import Paths
+from stages.rendering import RenderingWork
+from stages.shards import run_shards, shards_of
 
-ROWS_BETWEEN_PROGRESS = 10_000
 SPLITS = ("train", "eval")
 
 
@@ -40,12 +39,22 @@ def run(params: Params, paths: Paths) -> None:
     stop_token_ids = _stop_token_ids(base)
     new_eos = prepare_tokenizer(tokenizer, section, paths, stop_token_ids)
     with replacing_folder(paths.out("format")) as folder:
-        with Formatter(folder, tokenizer, section, stop_token_ids) as formatter:
+        tokenizer.save_pretrained(folder / "tokenizer")
+        work = RenderingWork(
+            folder / "tokenizer",
+            params.model.trust_remote_code,
+            section.train_on,
+            section.system_message,
+            section.special_text,
+            tuple(section.add_special_tokens),
+            stop_token_ids,
+            with_prompts=False,
+        )
+        with Formatter(folder, tokenizer, work, section) as formatter:
             for split in SPLITS:
                 total = read_json(paths.out("load", "card.json"))[f"num_{split}"]
                 formatter.take(split, paths.out("load", f"{split}.jsonl"), total)
             figures = formatter.close_accounts()
-        tokenizer.save_pretrained(folder / "tokenizer")
         new_token_ids = list(range(num_base_tokens, len(tokenizer)))
         facts = {
             "new_token_ids": new_token_ids,
@@ -122,22 +131,21 @@ def _template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 class Formatter:
-    """Renders rows one by one and writes each to its split; rows without anything trained go to the ledger.
+    """Renders files and writes each row to its split; rows without anything trained go to the ledger.
 
     Args:
         folder: Output folder.
         tokenizer: Tokenizer with the chat template.
+        work: How rows are rendered.
         section: The section `format` of params.yaml.
-        stop_token_ids: Ids at which the base model's generation stops.
     """
 
     def __init__(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, section: FormatSection, stop_token_ids: tuple[int, ...]
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, work: RenderingWork, section: FormatSection
     ) -> None:
+        self._work = work
         self._section = section
-        self._renderer = ChatRenderer(tokenizer, TrainOn(section.train_on))
-        self._check = TerminatorCheck(tokenizer, stop_token_ids)
-        self._special_text = SpecialText(tokenizer, allowed=section.add_special_tokens)
+        self._check = TerminatorCheck(tokenizer, work.stop_token_ids)
         self._ledger = Ledger(folder / "ledger.jsonl", "format")
         self._prompts = JsonlWriter(folder / "prompts.jsonl")
         self._writers = {split: JsonlWriter(folder / f"{split}.jsonl") for split in SPLITS}
@@ -154,50 +162,20 @@ class Formatter:
             writer.close()
 
     def take(self, split: str, path: Path, num_rows: int) -> None:
-        """Render all records of a file."""
-        for number, record in enumerate(read_jsonl(path)):
-            if number % ROWS_BETWEEN_PROGRESS == 0:
-                progress(number, num_rows, f"{split} rows")
-            self._num_in[split] += 1
-            self._take_record(split, with_system_message(record, self._section.system_message))
+        """Render all records of a file; those of the split eval are prompts too."""
+        work = replace(self._work, with_prompts=split == "eval")
+        for part in run_shards(work, shards_of(path), self._section.num_proc):
+            progress(self._num_in[split], num_rows, f"{split} rows")
+            self._num_in[split] += part.num_in
+            self._num_characters[split] += part.num_characters
+            self._num_trained[split] += part.num_trained
+            self._check.join(part.check)
+            self._writers[split].write_lines(part.rows)
+            self._prompts.write_lines(part.prompts)
+            for entry in part.entries:
+                self._ledger.enter(*entry)
         assert self._num_in[split] == num_rows, f"load wrote {num_rows} {split} rows, {self._num_in[split]} are there"
         progress(num_rows, num_rows, f"{split} rows")
-
-    def _take_record(self, split: str, given: dict[str, Any]) -> None:
-        record = self._guarded(given)
-        if record is None:
-            return
-        rendered = self._renderer.render(record)
-        if not rendered.spans:
-            self._ledger.enter(record["id"], "nothing_trained", f"train_on {self._section.train_on} selects nothing")
-            return
-        if self._section.train_on != TrainOn.ALL:
-            self._check.add(record["id"], rendered)
-        self._writers[split].write({"id": record["id"], **rendered.to_row()})
-        self._num_characters[split] += len(rendered.text)
-        self._num_trained[split] += sum(span.end - span.start for span in rendered.spans)
-        if split == "eval":
-            self._write_prompt(record)
-
-    def _guarded(self, record: dict[str, Any]) -> dict[str, Any] | None:
-        """The record with special tokens that it spells out treated as params.yaml says; None when it is dropped."""
-        wanted = self._section.special_text
-        problem = None if wanted == "off" else self._special_text.find(record)
-        if problem is None:
-            return record
-        kept: dict[str, Any] | None = record
-        action = Action.REPAIR if wanted == "neutralise" else Action(wanted)
-        if wanted == "neutralise":
-            kept = self._special_text.neutralised(record)
-        if kept is None or action is Action.DROP:
-            kept, action = None, Action.DROP
-        self._ledger.enter(record["id"], problem.reason, problem.detail, action)
-        return kept
-
-    def _write_prompt(self, record: Mapping[str, Any]) -> None:
-        last = self._renderer.last_turn(record)
-        if last is not None:
-            self._prompts.write({"id": record["id"], **last._asdict()})
 
     def close_accounts(self) -> dict[str, Any]:
         """Make sure that every row is accounted for and that something is trained; returns the stage's figures.
@@ -212,7 +190,7 @@ class Formatter:
             if num_out[split] == 0:
                 raise ValueError(
                     f"no token of the {self._num_in[split]} {split} rows would be trained with format.train_on "
-                    f"{self._section.train_on}: {self._ledger.summary()}. Change train_on or the data"
+                    f"{self._work.train_on}: {self._ledger.summary()}. Change train_on or the data"
                 )
         self._check_dropped()
         self._check.finish()
@@ -237,12 +215,3 @@ class Formatter:
                 f"{dropped} of {num_in} rows ({dropped / num_in:.1%}) had to be dropped, more than "
                 f"format.max_dropped_fraction {limit} allows: {self._ledger.summary()}. Mend the data, or raise it"
             )
-
-
-def with_system_message(record: dict[str, Any], system_message: str | None) -> dict[str, Any]:
-    """A conversation that begins with a system message: its own, or the given one."""
-    key = "messages" if "messages" in record else "prompt"
-    messages = record.get(key)
-    if system_message is None or not isinstance(messages, list) or messages[0]["role"] == "system":
-        return record
-    return {**record, key: [{"role": "system", "content": system_message}, *messages]}

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -59,6 +59,13 @@ class JsonlWriter:
         self._file.write(line)
         self.num_rows += 1
         self.num_bytes += len(line)
+
+    def write_lines(self, lines: Sequence[str]) -> None:
+        """Append rows that are JSON already."""
+        encoded = [f"{line}\n".encode() for line in lines]
+        self._file.writelines(encoded)
+        self.num_rows += len(encoded)
+        self.num_bytes += sum(map(len, encoded))
 
     def read(self, offset: int) -> dict[str, Any]:
         """A row that was written, by the byte at which it begins."""

@@ -58,6 +58,7 @@ class FormatSection(Section):
         Field(description="Special tokens spelled out in messages"),
     ]
     max_dropped_fraction: Annotated[Fraction, Field(description="Stop when more rows than this were dropped")]
+    num_proc: Annotated[Positive, Field(description="Processes that render; the result is the same")]
 
 
 class PackSection(Section):

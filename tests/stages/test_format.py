@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from stages import format, load
+from stages import format, load, rendering, shards
 from stages.artifacts import read_json
 from tests.sft.template_styles import PLAIN, QWEN3
 from tests.stages.data_root import ROWS, DataRoot, turn
@@ -77,7 +77,7 @@ def test_a_system_message_is_put_where_there_is_none(root: DataRoot) -> None:
     texts = [row["text"] for row in root.rows("format", "train.jsonl")]
     assert texts[0].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQuestion 0?")
     assert texts[1].startswith("<|im_start|>system\nMine.<|im_end|>\n")
-    assert format.with_system_message(pair, "Be brief.") == pair
+    assert rendering.with_system_message(pair, "Be brief.") == pair
 
 
 def test_a_named_format_brings_its_tokens(root: DataRoot) -> None:
@@ -248,3 +248,16 @@ def test_bad_input_is_one_message_and_leaves_everything_as_it_was(
     assert earlier.read_text() == "earlier result\n"
     assert sorted(path.name for path in root.paths.root.joinpath("outs").iterdir()) == ["format", "load"]
     assert not root.paths.metrics("format").exists()
+
+
+def test_the_same_bytes_whatever_the_number_of_processes(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = [turn(f"And {number}?", f"{number}.") for number in range(20)]
+    silent = {"messages": [turn("Hm?", "")["messages"][0], {"role": "assistant", "content": "Hm.", "train": False}]}
+    rows = [*ROWS, silent, *more]
+    run(root, rows, num_proc=1)
+    first = {path: path.read_bytes() for path in root.paths.out("format").rglob("*") if path.is_file()}
+    monkeypatch.setattr(shards, "SHARD_BYTES", 600)
+    assert len(shards.shards_of(root.paths.out("load", "train.jsonl"))) >= 2 * shards.SHARDS_A_PROCESS
+    run(root, rows, num_proc=2)
+    assert {path: path.read_bytes() for path in root.paths.out("format").rglob("*") if path.is_file()} == first
+    assert len(root.rows("format", "ledger.jsonl")) == 1
