@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from stages.artifacts import progress, read_json, write_json, write_text
 from stages.mlflow_run import Tracking, open_tracking
 from stages.params import Params
 from stages.paths import Paths
+from stages.promotion import CHAMPION, HELD_OUT_TAG, check_promotion, held_out_digest
 
 DIGEST_TAG = "sft.result_digest"
 MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate")
-CANDIDATE, CHAMPION = "candidate", "champion"
+CANDIDATE = "candidate"
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -40,7 +42,9 @@ def run(params: Params, paths: Paths) -> None:
     else:
         progress(1, 3, f"this result is already run {run_id}")
     progress(2, 3, f"registering {params.publish.registered_model}")
-    version = register(tracking, params, paths, run_id, digest, results)
+    promotion = check_promotion(tracking, params, paths, run_id, results["models"])
+    promoted = results["passed"] and all(row.passed for row in promotion)
+    version = register(tracking, params, paths, run_id, digest, results, promoted)
     write_json(
         paths.out("publish", "run.json"),
         {
@@ -50,15 +54,21 @@ def run(params: Params, paths: Paths) -> None:
             "registered_model": params.publish.registered_model,
             "version": version,
             "gate_passed": results["passed"],
+            "promotion": [asdict(row) for row in promotion],
+            "promoted": promoted,
         },
     )
-    progress(3, 3, f"run {run_id}, model version {version}: {alias_text(results['passed'])}")
+    for row in promotion:
+        print(f"  {'holds' if row.passed else 'FAILS'}  {row.condition}  ({row.reason})", flush=True)
+    progress(3, 3, f"run {run_id}, model version {version}: {alias_text(results['passed'], promoted)}")
 
 
-def alias_text(passed: bool) -> str:
+def alias_text(passed: bool, promoted: bool) -> str:
     """What happened to the aliases."""
-    if passed:
+    if promoted:
         return f"`{CANDIDATE}` and `{CHAMPION}`, the gate is open"
+    if passed:
+        return f"`{CANDIDATE}` only, publish.gate does not hold and `{CHAMPION}` stays where it was"
     return f"`{CANDIDATE}` only, the gate is closed and `{CHAMPION}` stays where it was"
 
 
@@ -81,6 +91,7 @@ def log_run(tracking: Tracking, params: Params, paths: Paths, digest: str, passe
     tags = {
         "mlflow.source.name": "python -m stages publish",
         "sft.gate": "passed" if passed else "failed",
+        HELD_OUT_TAG: held_out_digest(paths),
         "sft.base_model": base["resolved"],
         "sft.base_model_digest": base["digest"],
         "git.commit": git.commit if git else "none",
@@ -125,7 +136,13 @@ def figures(paths: Paths) -> dict[str, float]:
 
 
 def register(
-    tracking: Tracking, params: Params, paths: Paths, run_id: str, digest: str, results: dict[str, Any]
+    tracking: Tracking,
+    params: Params,
+    paths: Paths,
+    run_id: str,
+    digest: str,
+    results: dict[str, Any],
+    promoted: bool,
 ) -> str:
     """One model version a result, weights left where DVC keeps them; returns the version's number."""
     shipped = "quantized" if "quantized" in results["models"] else "merged"
@@ -139,6 +156,6 @@ def register(
     metrics = {f"{shipped}.{name}": value for name, value in results["models"][shipped].items()}
     version = tracking.register(params.publish.registered_model, run_id, tags, metrics, DIGEST_TAG)
     tracking.set_alias(params.publish.registered_model, CANDIDATE, version)
-    if results["passed"]:
+    if promoted:
         tracking.set_alias(params.publish.registered_model, CHAMPION, version)
     return version
