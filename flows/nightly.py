@@ -99,7 +99,7 @@ def judge(root: Path, state: State[Any]) -> tuple[str, str]:
     if not published:
         return "done", f"the pipeline ran: {state.message}"
     model = f"{published['registered_model']} version {published['version']} (run {published['run_id'][:12]})"
-    if published["gate_passed"]:
+    if published["promoted"]:
         return "promoted", f"the gate passed: {model} is champion"
     return "held-back", f"the gate is closed: {model} is candidate only"
 

@@ -38,6 +38,7 @@ def evaluate_model(
     tokens_per_batch: int = 2048,
     on_progress: Progress | None = None,
     on_predictions: Callable[[Document, list[int]], None] | None = None,
+    on_logits: Callable[[Sequence[Document], torch.Tensor, torch.Tensor], None] | None = None,
 ) -> dict[str, float]:
     """Loss, perplexity and token accuracy of a causal model on supervised tokens.
 
@@ -53,6 +54,7 @@ def evaluate_model(
         tokens_per_batch: most tokens of a padded batch, at least one document.
         on_progress: called with (documents done, of how many, text).
         on_predictions: called with every document and the likeliest token at each of its supervised positions.
+        on_logits: called with a batch's documents, logits `(num_supervised, vocabulary)` in their order, and targets.
 
     Returns:
         `loss` (mean negative log-likelihood in nats a supervised token), `perplexity`, `token_accuracy`, `num_tokens`.
@@ -76,6 +78,8 @@ def evaluate_model(
             hits += int((predicted == targets).sum())
             num_tokens += targets.numel()
             done += len(batch)
+            if on_logits is not None:
+                on_logits(batch, logits, targets)
             if on_predictions is not None:
                 counts = [len(document.supervised) for document in batch]
                 for document, tokens in zip(batch, predicted.split(counts), strict=True):

@@ -1,7 +1,8 @@
 """Conditions that a result must meet before it is promoted, such as `quantized.loss <= 1.05 * tuned.loss`.
 
-A condition compares two sums of products of numbers and `model.metric` names. It is parsed by Python's own grammar and
-then walked node by node: nothing is ever evaluated as code.
+A condition compares two sums of products of numbers and `model.metric` names; those of the model that was promoted
+before are `champion.model.metric`. It is parsed by Python's own grammar and then walked node by node: nothing is ever
+evaluated as code.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ast
 import difflib
 import math
 import operator
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,8 @@ COMPARISONS = {
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 HINT = "write e.g. `tuned.exact_match >= 0.85` or `quantized.loss <= 1.05 * tuned.loss`"
 MAX_LENGTH = 300
+# What was promoted before may stand beside the result itself.
+NAME = re.compile(r"(champion\.)?\w+\.\w+")
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def check_gate(conditions: Sequence[Condition], results: Results) -> list[GateRo
 def _check(condition: Condition, results: Results) -> GateRow:
     values = {}
     for name in condition.names:
-        model, metric = name.split(".")
+        model, _, metric = name.rpartition(".")
         value = results.get(model, {}).get(metric)
         if value is None:
             return GateRow(condition.text, None, None, False, f"{name} was not measured")
@@ -132,8 +136,8 @@ def _names(node: ast.expr, text: str) -> list[str]:
         return _names(node.operand, text)
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return []
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return [f"{node.value.id}.{node.attr}"]
+    if isinstance(node, ast.Attribute) and NAME.fullmatch(ast.unparse(node)):
+        return [ast.unparse(node)]
     raise ValueError(
         f"gate condition {text!r} holds {ast.unparse(node)!r}: only numbers, + - * / and model.metric may stand there; "
         + HINT

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from datasets import load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from sft.begun_answers import BegunAnswers
+from sft.document_scores import DocumentScores
 from sft.evaluation import evaluate_model
 from sft.gate import GateRow, check_gate, parse_gate
-from sft.generation import Generation, generate_batch
-from sft.intervals import mean_interval
-from sft.metrics import mean_scores
+from sft.generation import generate_batch
 from sft.models import load_tokenizer
 from sft.tasks import Task
 from stages.artifacts import progress, read_json, write_json, write_jsonl
@@ -23,6 +22,7 @@ from stages.params import EvaluateSection, Params
 from stages.paths import Paths
 from stages.references import read_prompts
 from stages.report import write_report
+from stages.results import Measured, comparisons
 from stages.scoring import load_tasks, task_names
 from stages.variants import Variant, find_variants, load_variant, size_mb
 
@@ -37,17 +37,6 @@ class HeldOut:
     prompts: list[dict[str, Any]]
     token_ids: list[list[int]]
     task: Task
-
-
-@dataclass
-class Measured:
-    """What one model did: figures, intervals of those that are means over rows, answers and their scores, seconds."""
-
-    figures: dict[str, float]
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    answers: list[Generation] = field(default_factory=list)
-    scores: list[dict[str, float]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Meter:
@@ -72,12 +61,16 @@ def run(params: Params, paths: Paths) -> None:
     num_documents = sum(len(row.get("seq_lengths") or [0]) for row in held_out.rows)
     meter = Meter(sum(num_documents + len(held_out.prompts) * (variant.name in ANSWERING) for variant in variants))
     new_token_ids = read_json(paths.out("format", "summary.json"))["new_token_ids"]
-    measured = {}
-    for variant in variants:
+    measured: dict[str, Measured] = {}
+    # The tuned model comes first, as the others are measured against it.
+    for variant in sorted(variants, key=lambda variant: variant.name != "tuned"):
         meter.model = variant.name
         model = load_variant(variant, params.model, len(tokenizer), new_token_ids)
-        measured[variant.name] = measure(model, tokenizer, variant, held_out, section, meter)
+        tuned = measured.get("tuned")
+        documents = DocumentScores(tuned.documents.kept if tuned else None, keep=tuned is None)
+        measured[variant.name] = measure(model, tokenizer, variant, held_out, section, meter, documents)
         del model
+    measured = {variant.name: measured[variant.name] for variant in variants}
     gate = check_gate(conditions, {name: result.figures for name, result in measured.items()})
     write_outputs(paths, section, held_out, measured, gate)
     write_report(params, paths)
@@ -101,40 +94,35 @@ def measure(
     held_out: HeldOut,
     section: EvaluateSection,
     meter: Meter,
+    documents: DocumentScores,
 ) -> Measured:
     """Everything about one model."""
     started = time.monotonic()
     begun = BegunAnswers(held_out.token_ids)
-    likelihood = evaluate_model(model, held_out.rows, TOKENS_PER_BATCH, on_progress=meter, on_predictions=begun.learn)
-    result = Measured({name: likelihood[name] for name in LIKELIHOOD} | {"size_mb": size_mb(variant)})
-    result.seconds["likelihood"] = time.monotonic() - started
+    likelihood = evaluate_model(
+        model, held_out.rows, TOKENS_PER_BATCH, on_progress=meter, on_predictions=begun.learn, on_logits=documents.add
+    )
+    result = Measured({name: likelihood[name] for name in LIKELIHOOD} | {"size_mb": size_mb(variant)}, documents)
+    result.add_documents()
+    result.seconds["likelihood"] = round(time.monotonic() - started, 1)
     if variant.name in ANSWERING:
         started = time.monotonic()
-        result.answers = generate_batch(
+        given = begun.tokens()
+        answers = generate_batch(
             model,
             tokenizer,
             held_out.token_ids,
             section.max_new_tokens,
             section.batch_size,
             on_progress=meter,
-            begun=begun.tokens(),
+            begun=given,
         )
-        result.seconds["generation"] = time.monotonic() - started
-        score_answers(result, held_out.task, [prompt["reference"] for prompt in held_out.prompts])
+        seconds = time.monotonic() - started
+        # What scoring had told already was not generated.
+        num_tokens = sum(answer.num_tokens for answer in answers) - sum(map(len, given))
+        result.seconds |= {"generation": round(seconds, 1), "tokens_per_second": round(max(0, num_tokens) / seconds, 1)}
+        result.add_answers(answers, held_out.task, [prompt["reference"] for prompt in held_out.prompts])
     return result
-
-
-def score_answers(result: Measured, task: Task, references: list[str]) -> None:
-    """Add task metrics, stop rate and their intervals to a result that has answers."""
-    texts = [answer.text for answer in result.answers]
-    result.scores = [task.score(text, reference) for text, reference in zip(texts, references, strict=True)]
-    stops = [{"stop_rate": float(answer.stopped)} for answer in result.answers]
-    whole = task.summarize(texts, references)
-    figures = mean_scores(result.scores) | {name: figure.value for name, figure in whole.items()} | mean_scores(stops)
-    result.figures |= {name: figures[name] for name in [*task.names, "stop_rate"]}
-    result.intervals |= {name: figure.interval for name, figure in whole.items() if figure.interval is not None}
-    for rows in (result.scores, stops):
-        result.intervals |= {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
 
 
 def write_outputs(
@@ -149,7 +137,8 @@ def write_outputs(
         "num_prompts": len(held_out.prompts),
         "max_new_tokens": section.max_new_tokens,
         "models": figures,
-        "intervals": {name: result.intervals for name, result in measured.items() if result.intervals},
+        "intervals": {name: result.intervals for name, result in measured.items()},
+        "comparisons": comparisons(measured),
         "not_generated": {"merged": merge_note(paths)},
         "gate": [asdict(row) for row in gate],
         "passed": passed,
@@ -157,8 +146,7 @@ def write_outputs(
     write_json(paths.out("evaluate", "results.json"), results)
     write_jsonl(paths.out("evaluate", "generations.jsonl"), generation_rows(held_out, measured))
     write_json(paths.metrics("evaluate"), {**figures, "gate_passed": int(passed)})
-    seconds = {name: {part: round(s, 1) for part, s in result.seconds.items()} for name, result in measured.items()}
-    write_json(paths.timings("evaluate"), seconds)
+    write_json(paths.timings("evaluate"), {name: result.seconds for name, result in measured.items()})
 
 
 def merge_note(paths: Paths) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from stages.scoring import figure_names
 
+# KL is measured of all others against the tuned model
+REFERENCE = "tuned"
 LIKELIHOOD = ("loss", "perplexity", "token_accuracy")
 MODELS = ("base", "tuned", "merged", "quantized")
 # `merge` has proved that the merged model's logits are those of the tuned one, so it need not answer again
@@ -25,5 +27,10 @@ def metric_names(task: str | list[str], *, with_quantized: bool) -> set[str]:
         f"{model}.{metric}"
         for model in MODELS
         if with_quantized or model != "quantized"
-        for metric in [*LIKELIHOOD, "size_mb", *(answers if model in ANSWERING else [])]
+        for metric in [
+            *LIKELIHOOD,
+            *([] if model == REFERENCE else ["kl"]),
+            "size_mb",
+            *(answers if model in ANSWERING else []),
+        ]
     }

@@ -194,6 +194,7 @@ class PublishSection(Section):
     experiment: Annotated[str, Field(min_length=1, description="MLflow experiment")]
     registered_model: Annotated[str, Field(min_length=1, description="Name in MLflow's model registry")]
     push_to_hub: Annotated[str | None, Field(min_length=1, description="Hub repository for the shipped model")]
+    gate: Annotated[list[str], Field(description="Conditions on this result and the champion's, checked at promotion")]
 
 
 class Params(Section):
@@ -212,10 +213,15 @@ class Params(Section):
     @model_validator(mode="after")
     def _gate_speaks_of_what_is_measured(self) -> Params:
         available = metric_names(self.evaluate.task, with_quantized=self.quantize.method != "none")
-        try:
-            parse_gate(self.evaluate.gate, available)
-        except ValueError as error:
-            raise ValueError(f"evaluate.gate: {error}") from None
+        champions = {f"champion.{name}" for name in available}
+        for key, gate, names in (
+            ("evaluate.gate", self.evaluate.gate, available),
+            ("publish.gate", self.publish.gate, available | champions),
+        ):
+            try:
+                parse_gate(gate, names)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
         return self
 
 

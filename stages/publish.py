@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from stages.mlflow_run import Tracking, open_tracking
 from stages.model_card import write_card
 from stages.params import Params
 from stages.paths import Paths
+from stages.promotion import CHAMPION, HELD_OUT_TAG, check_promotion, held_out_digest
 from stages.redaction import redact
 
 DIGEST_TAG = "sft.result_digest"
 MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate")
 MACHINE = "machine."
-CANDIDATE, CHAMPION = "candidate", "champion"
+CANDIDATE = "candidate"
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -48,10 +50,12 @@ def run(params: Params, paths: Paths) -> None:
     else:
         progress(1, 3, f"this result is already run {run_id}")
     progress(2, 3, f"registering {params.publish.registered_model}")
-    version = register(tracking, params, paths, run_id, digest, results)
+    promotion = check_promotion(tracking, params, paths, run_id, results["models"])
+    promoted = results["passed"] and all(row.passed for row in promotion)
+    version = register(tracking, params, paths, run_id, digest, results, promoted)
     shipped = shipped_model(results)
     write_card(paths.out("publish", "README.md"), params, paths, shipped, digest)
-    pushed = push_shipped(params, paths, shipped, digest, results["passed"])
+    pushed = push_shipped(params, paths, shipped, digest, promoted)
     write_json(
         paths.out("publish", "run.json"),
         {
@@ -61,10 +65,14 @@ def run(params: Params, paths: Paths) -> None:
             "registered_model": params.publish.registered_model,
             "version": version,
             "gate_passed": results["passed"],
+            "promotion": [asdict(row) for row in promotion],
+            "promoted": promoted,
             "pushed": pushed,
         },
     )
-    progress(3, 3, f"run {run_id}, model version {version}: {alias_text(results['passed'])}")
+    for row in promotion:
+        print(f"  {'holds' if row.passed else 'FAILS'}  {row.condition}  ({row.reason})", flush=True)
+    progress(3, 3, f"run {run_id}, model version {version}: {alias_text(results['passed'], promoted)}")
 
 
 def shipped_model(results: dict[str, Any]) -> str:
@@ -72,7 +80,7 @@ def shipped_model(results: dict[str, Any]) -> str:
     return "quantized" if "quantized" in results["models"] else "merged"
 
 
-def push_shipped(params: Params, paths: Paths, shipped: str, digest: str, passed: bool) -> str | None:
+def push_shipped(params: Params, paths: Paths, shipped: str, digest: str, promoted: bool) -> str | None:
     """Push the shipped model and its card where params.yaml names a repository and the gate is open.
 
     Returns:
@@ -81,7 +89,7 @@ def push_shipped(params: Params, paths: Paths, shipped: str, digest: str, passed
     repo_id = params.publish.push_to_hub
     if repo_id is None:
         return None
-    if not passed:
+    if not promoted:
         print(f"note: the gate is closed, so nothing was pushed to {repo_id}", flush=True)
         return None
     progress(2, 3, f"pushing the {shipped} model to {repo_id}")
@@ -89,10 +97,12 @@ def push_shipped(params: Params, paths: Paths, shipped: str, digest: str, passed
     return push(folder, paths.out("publish", "README.md"), repo_id, f"{params.publish.registered_model} {digest[:12]}")
 
 
-def alias_text(passed: bool) -> str:
+def alias_text(passed: bool, promoted: bool) -> str:
     """What happened to the aliases."""
-    if passed:
+    if promoted:
         return f"`{CANDIDATE}` and `{CHAMPION}`, the gate is open"
+    if passed:
+        return f"`{CANDIDATE}` only, publish.gate does not hold and `{CHAMPION}` stays where it was"
     return f"`{CANDIDATE}` only, the gate is closed and `{CHAMPION}` stays where it was"
 
 
@@ -122,6 +132,7 @@ def log_run(
     tags = {
         "mlflow.source.name": "python -m stages publish",
         "sft.gate": "passed" if passed else "failed",
+        HELD_OUT_TAG: held_out_digest(paths),
         "sft.base_model": base["resolved"],
         "sft.base_model_digest": base["digest"],
         "git.commit": git.commit if git else "none",
@@ -168,7 +179,13 @@ def figures(paths: Paths) -> dict[str, float]:
 
 
 def register(
-    tracking: Tracking, params: Params, paths: Paths, run_id: str, digest: str, results: dict[str, Any]
+    tracking: Tracking,
+    params: Params,
+    paths: Paths,
+    run_id: str,
+    digest: str,
+    results: dict[str, Any],
+    promoted: bool,
 ) -> str:
     """One model version a result, weights left where DVC keeps them; returns the version's number."""
     shipped = shipped_model(results)
@@ -182,6 +199,6 @@ def register(
     metrics = {f"{shipped}.{name}": value for name, value in results["models"][shipped].items()}
     version = tracking.register(params.publish.registered_model, run_id, tags, metrics, DIGEST_TAG)
     tracking.set_alias(params.publish.registered_model, CANDIDATE, version)
-    if results["passed"]:
+    if promoted:
         tracking.set_alias(params.publish.registered_model, CHAMPION, version)
     return version

@@ -38,6 +38,7 @@ METRICS: dict[str, tuple[str, str, int]] = {
     "stop_rate": ("Ends by itself", "percent", 1),
     "loss": ("Loss, nats a token", "number", -1),
     "perplexity": ("Perplexity", "number", -1),
+    "kl": ("KL from the tuned model, nats a token", "number", 0),
     "token_accuracy": ("Token accuracy", "percent", 1),
     "size_mb": ("Size on disk", "megabytes", -1),
 }
@@ -59,6 +60,7 @@ def context(params: Params, paths: Paths) -> dict[str, Any]:
         "verdict": verdict(results),
         "results": results,
         "table": comparison(results),
+        "changes": [changes(pair) for pair in results["comparisons"]],
         "curves": curves(paths.out("train", "curve.csv")),
         "generations": generations(paths),
         "data": data_section(paths),
@@ -117,6 +119,33 @@ def comparison_cell(
         return {"text": "–", "interval": "", "best": False}
     small = f"{show(interval[0], kind).removesuffix(NBSP + '%')}–{show(interval[1], kind)}" if interval else ""
     return {"text": show(value, kind), "interval": small, "best": best is not None and math.isclose(value, best)}
+
+
+def changes(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs between two models on the same rows: difference, its interval, and how likely by chance."""
+    ordered = [name for name in METRICS if name in pair["figures"]]
+    rows = []
+    for metric in [*ordered, *sorted(pair["figures"].keys() - METRICS.keys())]:
+        label, kind, direction = METRICS.get(metric, (metric, "number", 0))
+        test = pair["figures"][metric]
+        difference, (low, high) = test["difference"], test["interval"]
+        certain = test["p_value"] < 0.05
+        rows.append(
+            {
+                "label": label,
+                "difference": show_change(difference, kind),
+                "interval": f"{show_change(low, kind)} to {show_change(high, kind)}",
+                "p_value": "< 0.001" if test["p_value"] < 0.001 else f"{test['p_value']:.3f}",
+                "test": test["test"],
+                "mark": ("yes" if difference * direction > 0 else "no") if certain and direction else "",
+            }
+        )
+    return {"before": pair["before"], "after": pair["after"], "rows": rows}
+
+
+def show_change(value: float, kind: str) -> str:
+    """A difference with its sign; of shares in points."""
+    return f"{100 * value:+.1f}{NBSP}points" if kind == "percent" else f"{value:+.3f}"
 
 
 def show(value: float, kind: str) -> str:

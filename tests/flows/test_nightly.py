@@ -15,7 +15,7 @@ from flows.nightly import changed_data, nightly
 from tests.flows.conftest import replace_param
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
-PUBLISHED = {"registered_model": "shop", "version": "7", "run_id": "0123456789abcdef", "gate_passed": True}
+PUBLISHED = {"registered_model": "shop", "version": "7", "run_id": "0123456789abcdef", "promoted": True}
 
 
 class Hook(BaseHTTPRequestHandler):
@@ -49,9 +49,9 @@ def heard() -> Iterator[list[Any]]:
     server.shutdown()
 
 
-def publish_in_the_end(project: Path, gate_passed: bool) -> None:
+def publish_in_the_end(project: Path, promoted: bool) -> None:
     """Let the last stage leave what `publish` leaves."""
-    record = json.dumps({**PUBLISHED, "gate_passed": gate_passed})
+    record = json.dumps({**PUBLISHED, "promoted": promoted})
     lines = [
         f"mkdir -p outs/publish; echo '{record}' > outs/publish/run.json",
         "cp outs/pack.txt outs/train.txt; echo '{}' > reports/metrics/train.json",
@@ -70,16 +70,16 @@ def test_nothing_runs_while_the_data_are_the_same(ran_project: Path, heard: list
 
 
 @pytest.mark.parametrize(
-    ("gate_passed", "subject", "text"),
+    ("promoted", "subject", "text"),
     [
         (True, "sft nightly: promoted", "the gate passed: shop version 7 (run 0123456789ab) is champion"),
         (False, "sft nightly: held-back", "the gate is closed: shop version 7 (run 0123456789ab) is candidate only"),
     ],
 )
 def test_new_data_run_the_pipeline_and_the_outcome_is_told(
-    ran_project: Path, heard: list[Any], gate_passed: bool, subject: str, text: str
+    ran_project: Path, heard: list[Any], promoted: bool, subject: str, text: str
 ) -> None:
-    publish_in_the_end(ran_project, gate_passed)
+    publish_in_the_end(ran_project, promoted)
     (ran_project / "data" / "rows.txt").write_text("one\nthree\n")
     assert changed_data(ran_project) == ["data"]
 

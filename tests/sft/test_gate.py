@@ -78,3 +78,10 @@ def test_all_problems_come_at_once_with_the_nearest_name() -> None:
     first, second = str(error.value).splitlines()
     assert "nothing is called tuned.exact_mach; did you mean tuned.exact_match?" in first
     assert "'nonsense' must compare once" in second
+
+
+def test_names_of_the_champion_have_three_parts() -> None:
+    (condition,) = parse_gate(["tuned.loss <= 1.05 * champion.tuned.loss"])
+    assert condition.names == ("tuned.loss", "champion.tuned.loss")
+    (row,) = check_gate([condition], {"tuned": {"loss": 2.0}, "champion.tuned": {"loss": 2.0}})
+    assert (row.passed, row.left, row.right) == (True, 2.0, 2.1)

@@ -27,9 +27,9 @@ def test_every_model_is_measured_side_by_side(finished: tuple[Paths, str]) -> No
     generated = {"exact_match", "json_valid", "field_f1", "field_f1_micro", "stop_rate"}
     always = {"loss", "perplexity", "token_accuracy", "size_mb"}
     assert {name: set(figures) for name, figures in results["models"].items()} == {
-        "base": always | generated,
+        "base": always | generated | {"kl"},
         "tuned": always | generated,
-        "merged": always,
+        "merged": always | {"kl"},
     }
     assert results["num_prompts"] == 3
     assert "1.2e-06" in results["not_generated"]["merged"]
@@ -39,6 +39,27 @@ def test_merged_model_has_the_tuned_loss_and_base_has_another(finished: tuple[Pa
     models = read_json(finished[0].out("evaluate", "results.json"))["models"]
     assert models["merged"]["loss"] == pytest.approx(models["tuned"]["loss"], rel=1e-5)
     assert models["base"]["loss"] != pytest.approx(models["tuned"]["loss"], rel=1e-3)
+
+
+def test_divergence_from_the_tuned_model_is_none_for_merged_and_some_for_base(finished: tuple[Paths, str]) -> None:
+    models = read_json(finished[0].out("evaluate", "results.json"))["models"]
+    assert models["merged"]["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert models["base"]["kl"] > 1e-4
+
+
+def test_every_mean_has_an_interval_and_base_and_tuned_a_paired_test(finished: tuple[Paths, str]) -> None:
+    results = read_json(finished[0].out("evaluate", "results.json"))
+    for name, figures in results["models"].items():
+        assert set(results["intervals"][name]) == set(figures) - {"size_mb"}
+        for metric, (low, high) in results["intervals"][name].items():
+            assert low <= figures[metric] + 1e-6, (name, metric)
+            assert figures[metric] <= high + 1e-6, (name, metric)
+    (pair,) = results["comparisons"]
+    assert (pair["before"], pair["after"]) == ("base", "tuned")
+    difference = results["models"]["tuned"]["loss"] - results["models"]["base"]["loss"]
+    assert pair["figures"]["loss"]["difference"] == pytest.approx(difference, abs=1e-5)
+    assert pair["figures"]["exact_match"]["test"] == "McNemar, exact"
+    assert 0 < pair["figures"]["loss"]["p_value"] <= 1
 
 
 def test_failed_gate_is_recorded_and_does_not_fail_the_stage(finished: tuple[Paths, str]) -> None:
@@ -70,7 +91,7 @@ def test_results_hold_no_wall_times_and_are_the_same_at_every_run(finished: tupl
     assert b"second" not in b"".join(before)
     evaluate.run(tiny_params(), paths)
     assert [path.read_bytes() for path in files] == before
-    assert set(read_json(paths.timings("evaluate"))["tuned"]) == {"likelihood", "generation"}
+    assert set(read_json(paths.timings("evaluate"))["tuned"]) == {"likelihood", "generation", "tokens_per_second"}
 
 
 def test_page_says_the_verdict_first_and_escapes_what_the_data_holds(finished: tuple[Paths, str]) -> None:

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from stages import evaluate, publish
-from stages.artifacts import read_json, write_json
+from stages.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from stages.paths import Paths
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 
@@ -164,3 +164,61 @@ def test_store_that_can_not_be_used_is_one_clear_error(checkout: Paths) -> None:
     with pytest.raises((ValueError, OSError), match="nowhere"):
         publish.run(params, checkout)
     assert not checkout.out("publish", "run.json").exists()
+
+
+BETTER = ["tuned.loss <= champion.tuned.loss"]
+
+
+def promotion(checkout: Paths, evaluate: list[str] = OPEN) -> list[tuple[bool, str]]:
+    publish.run(tiny_params(evaluate={"gate": evaluate}, publish={"gate": BETTER}), checkout)
+    return [(row["passed"], row["reason"]) for row in read_json(checkout.out("publish", "run.json"))["promotion"]]
+
+
+def worsen(checkout: Paths, difference: float) -> None:
+    """Another result whose tuned model has another loss."""
+    for path in (checkout.out("evaluate", "results.json"), checkout.metrics("evaluate")):
+        content = read_json(path)
+        content.get("models", content)["tuned"]["loss"] += difference
+        write_json(path, content)
+
+
+def champion(checkout: Paths) -> str:
+    return str(store(checkout.root).get_model_version_by_alias("shop-extractor", "champion").version)
+
+
+def test_first_result_becomes_champion_and_stays_it_when_published_again(checkout: Paths) -> None:
+    assert promotion(checkout) == [(True, "there is no champion yet")]
+    assert promotion(checkout) == [(True, "this result is the champion")]
+    assert champion(checkout) == "1"
+
+
+def test_result_worse_than_the_champion_is_recorded_but_not_promoted(
+    checkout: Paths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promotion(checkout)
+    worsen(checkout, 0.5)
+    ((passed, reason),) = promotion(checkout)
+    assert not passed
+    assert reason.endswith("does not hold")
+    assert (champion(checkout), len(runs(checkout.root))) == ("1", 2)
+    assert "publish.gate does not hold" in capsys.readouterr().out
+    worsen(checkout, -1.0)
+    assert [passed for passed, _ in promotion(checkout)] == [True]
+    assert champion(checkout) == "3"
+
+
+def test_champion_on_other_held_out_rows_is_not_compared_with(checkout: Paths) -> None:
+    promotion(checkout)
+    rows = list(read_jsonl(checkout.out("evaluate", "generations.jsonl")))
+    write_jsonl(checkout.out("evaluate", "generations.jsonl"), rows[1:])
+    ((passed, reason),) = promotion(checkout)
+    assert not passed
+    assert "measured on other held-out rows" in reason
+    assert champion(checkout) == "1"
+
+
+def test_wrong_name_in_the_promotion_gate_is_refused_with_params() -> None:
+    with pytest.raises(ValueError, match=r"publish\.gate: .*did you mean champion\.tuned\.loss"):
+        tiny_params(publish={"gate": ["tuned.loss <= champion.tuned.los"]})
+    with pytest.raises(ValueError, match=r"evaluate\.gate: .*nothing is called champion\.tuned\.loss"):
+        tiny_params(evaluate={"gate": ["tuned.loss <= champion.tuned.loss"]})

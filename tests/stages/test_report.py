@@ -36,6 +36,17 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
             "quantized": {"loss": 0.11, "size_mb": 114.6, "exact_match": 0.5, "custom": 0.25},
         },
         "intervals": {"tuned": {"exact_match": [0.4, 0.6]}},
+        "comparisons": [
+            {
+                "before": "base",
+                "after": "tuned",
+                "figures": {
+                    "loss": {"difference": -0.9, "interval": [-1.0, -0.8], "p_value": 0.0001, "test": "permutation"},
+                    "exact_match": {"difference": 0.5, "interval": [-0.1, 0.9], "p_value": 0.25, "test": "McNemar"},
+                    "custom": {"difference": 0.25, "interval": [0.1, 0.4], "p_value": 0.01, "test": "permutation"},
+                },
+            }
+        ],
         "not_generated": {"merged": "not generated"},
         "gate": [
             {"condition": f"tuned.loss <= {EVIL}", "left": 0.1, "right": 1.0, "passed": True, "reason": "0.1 <= 1"}
@@ -143,6 +154,19 @@ def test_table_has_a_cell_a_model_an_interval_and_unknown_metrics_too() -> None:
             ],
         },
     ]
+
+
+def test_changes_have_a_sign_an_interval_and_a_p_value_and_are_marked_when_certain(paths: Paths) -> None:
+    results = report.read_json(paths.out("evaluate", "results.json"))
+    rows = report.changes(results["comparisons"][0])["rows"]
+    texts = [tuple(row[key].replace(report.NBSP, " ") for key in ("label", "difference", "interval")) for row in rows]
+    assert texts == [
+        ("Exact match", "+50.0 points", "-10.0 points to +90.0 points"),
+        ("Loss, nats a token", "-0.900", "-1.000 to -0.800"),
+        ("custom", "+0.250", "+0.100 to +0.400"),
+    ]
+    assert [(row["p_value"], row["mark"]) for row in rows] == [("0.250", ""), ("< 0.001", "yes"), ("0.010", "")]
+    assert "tuned against base, row by row" in paths.report.read_text(encoding="utf-8")
 
 
 def test_mistakes_come_first_and_the_shared_beginning_is_shown_once(paths: Paths) -> None:
