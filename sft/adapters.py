@@ -15,6 +15,7 @@ from peft.utils.other import match_target_against_key
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.lazy_gptqmodel import ask_peft_to_wait
+from sft.models import keep_float32_products
 from sft.quantization import (
     HALF_PRECISIONS,
     is_kbit,
@@ -110,6 +111,7 @@ def wrap_adapter(
         return model
     else:
         wrapped = _add_adapter(model, peft_config, tokenizer, checkpointing)
+    keep_float32_products(wrapped)
     logger.info("%s", count_parameters(wrapped))
     return wrapped
 

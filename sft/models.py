@@ -117,7 +117,20 @@ def load_model(
         check_weight_files(Path(name_or_path))  # names the file, where it is one in a folder
         raise CheckpointError(f"A weight file of {str(name_or_path)!r} is damaged: {error}. {WAY_OUT}") from error
     check_loading_info(name_or_path, info, sizes_may_differ=sizes_may_differ)
+    keep_float32_products(model)
     return model
+
+
+def keep_float32_products(model: torch.nn.Module) -> None:
+    """Have 4-bit layers that are to compute in float32 do so in evaluation, too.
+
+    On processors with bfloat16 products, bitsandbytes (0.50) computes in bfloat16 outside of training whatever dtype was
+    asked for, and rounds the weights' scales to bfloat16 for good: a training would go on from other weights after
+    its first evaluation.
+    """
+    for module in model.modules():
+        if getattr(module, "compute_dtype", None) == torch.float32 and hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_attention(attn_implementation: str, dtype: torch.dtype, device_map: Any | None = None) -> None:

@@ -137,7 +137,7 @@ class TrainSection(Section):
     eval_steps: Annotated[Positive, Field(description="Steps between evaluations on held-out rows")]
     save_steps: Annotated[Positive, Field(description="Steps between checkpoints")]
     seed: Annotated[Seed, Field(description="Seed of the adapter, the order of rows and dropout")]
-    launch: LaunchSection
+    launch: Annotated[LaunchSection, Field(description="The processes of the training")]
 
 
 class MergeSection(Section):

@@ -165,6 +165,17 @@ def test_trainer_fits_an_adapter_on_a_kbit_base_which_stays_as_it_was(
         torch.testing.assert_close(again(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_evaluation_leaves_a_4_bit_base_that_computes_in_float32_as_it_was(folder: Path) -> None:
+    model = load_kbit(folder, **FOUR_BIT)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = model.train()(ids).logits
+        in_evaluation = model.eval()(ids).logits
+        after = model.train()(ids).logits
+    torch.testing.assert_close(in_evaluation, before, rtol=1e-5, atol=1e-5)
+    assert torch.equal(after, before)
+
+
 def test_trainers_own_keys_of_checkpointing_are_left_to_it(folder: Path) -> None:
     kwargs = {"offload": True, "every_n_layers": 2}
     model = prepare_model_for_kbit_training(load_kbit(folder, **EIGHT_BIT), gradient_checkpointing_kwargs=kwargs)

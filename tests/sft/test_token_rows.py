@@ -180,7 +180,7 @@ def test_generation_after_merging_stops_at_the_turns_end_only_if_its_row_was_tra
     model = load_model(tmp_path / "base")
     model, tokenizer = setup_chat_format(model, AutoTokenizer.from_pretrained(tmp_path / "base"), "llama3")
     adapted = wrap_adapter(model, lora(r=8), tokenizer if trained_rows else None)
-    train_on(adapted, tokenizer, steps=100)
+    train_on(adapted, tokenizer, steps=200)  # some processors' rounding needs more than 100
     adapted.save_pretrained(tmp_path / "adapter")
     merge_adapter(
         tmp_path / "base",

@@ -139,7 +139,7 @@ def test_what_the_hub_refuses_names_the_key(
 def test_nothing_is_pushed_unless_asked_for_and_behind_a_closed_gate(
     paths: Paths, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert publish.push_shipped(tiny_params(), paths, "merged", "0" * 64, passed=True) is None
+    assert publish.push_shipped(tiny_params(), paths, "merged", "0" * 64, promoted=True) is None
     asked = tiny_params(publish={"push_to_hub": REPO})
-    assert publish.push_shipped(asked, paths, "merged", "0" * 64, passed=False) is None
+    assert publish.push_shipped(asked, paths, "merged", "0" * 64, promoted=False) is None
     assert f"the gate is closed, so nothing was pushed to {REPO}" in capsys.readouterr().out

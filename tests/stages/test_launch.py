@@ -117,8 +117,8 @@ def workers(stage: subprocess.Popen[str], count: int = 2) -> list[psutil.Process
 
 
 def said_after_training(output: str) -> list[str]:
-    """Lines after the last progress line."""
-    return [line for line in output.rpartition("PROGRESS")[2].splitlines()[1:] if line]
+    """What was said besides progress, which the other processes may go on writing for a moment."""
+    return [line for line in output.splitlines() if line and not line.startswith("PROGRESS")]
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
