@@ -116,9 +116,9 @@ def workers(stage: subprocess.Popen[str], count: int = 2) -> list[psutil.Process
     return children
 
 
-def said_after_training(output: str) -> list[str]:
-    """What was said besides progress, which the other processes may go on writing for a moment."""
-    return [line for line in output.splitlines() if line and not line.startswith("PROGRESS")]
+def errors_said(output: str) -> list[str]:
+    """Lines that tell of an error; progress of the other processes may come behind them."""
+    return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
@@ -133,7 +133,7 @@ def test_a_process_that_fails_ends_the_others_and_its_error_is_the_one_message(t
     shutil.rmtree(paths.out("pack", "train"))
     Dataset.from_list(rows).save_to_disk(str(paths.out("pack", "train")))
     output = run_stage(paths, code=1)
-    (message,) = said_after_training(output)
+    (message,) = errors_said(output)
     assert message.startswith("error: process ")
     assert "'seq_lengths' of row" in message
     assert "Traceback" not in output
@@ -146,7 +146,7 @@ def test_a_killed_process_ends_the_others_and_is_named(tmp_path: Path) -> None:
     processes[1].kill()
     output, _ = stage.communicate(timeout=60)
     assert stage.returncode == 1
-    (message,) = said_after_training(output)
+    (message,) = errors_said(output)
     assert message.startswith("error: process ")
     assert "was ended by signal 9 (out of memory?)" in message
     assert_gone(processes)
