@@ -133,6 +133,8 @@ class ChatTemplate:
                 )
         except TemplateSyntaxError as error:
             raise TemplateSourceError(syntax_message(self.source, error)) from error
+        except SyntaxError as error:  # Jinja parses a loop's break outside of a loop, Python does not compile it
+            raise TemplateSourceError(f"the chat template is not valid Jinja: {error.msg}") from error
         except TimeLimitError:
             raise ValueError(
                 f"the chat template did not come to an end within {limit_s:g} s for {len(chats)} conversations; look "

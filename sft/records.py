@@ -241,6 +241,9 @@ def _pair_record(row: Mapping[str, Any], layout: Layout, prune_nulls: bool) -> d
 
 def _tokenized_record(row: Mapping[str, Any]) -> dict[str, Any]:
     record = {name: row[name] for name in TOKEN_COLUMNS if row.get(name) is not None}
+    for name, value in record.items():
+        if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
+            raise RowError("token_type", f"{name} must be a list of numbers, not {type(value).__name__} {value!r:.60}")
     lengths = {name: len(value) for name, value in record.items()}
     if len(set(lengths.values())) > 1:
         raise RowError("token_lengths", f"columns of one row differ in length: {lengths}")

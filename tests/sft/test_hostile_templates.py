@@ -51,6 +51,7 @@ def test_a_template_that_prints_without_end_is_refused(monkeypatch: pytest.Monke
         "{{ messages.append(1) }}",
         "{% include '/etc/hostname' %}",
         "{% import 'os' as os %}",
+        "{% break %}",
     ],
 )
 def test_templates_that_misbehave_are_refused_in_one_message(source: str) -> None:

@@ -180,6 +180,8 @@ def test_other_kinds(row: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"instruction": "x", "output": "y", "history": [["a"]]}, "bad_history", "pairs"),
         ({"text": 5}, "not_text", "int 5"),
         ({"input_ids": [1], "labels": [1, 2]}, "token_lengths", "differ in length"),
+        ({"input_ids": False}, "token_type", "input_ids must be a list of numbers, not bool"),
+        ({"input_ids": [1], "labels": "1"}, "token_type", "labels must be a list of numbers, not str"),
     ],
 )
 def test_a_row_that_does_not_fit_says_what_was_found(row: dict[str, Any], reason: str, message: str) -> None:

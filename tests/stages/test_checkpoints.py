@@ -129,15 +129,16 @@ def test_an_unfinished_training_survives_another_one(paths: Paths) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_a_training_killed_ten_times_ends_as_one_that_never_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_training_killed_many_times_ends_as_one_that_never_was(tmp_path: Path, num_kills: int) -> None:
     # logging and saving at different steps, and all that draws random numbers
-    values = {"max_steps": 120, "logging_steps": 3, "save_steps": 2, "eval_steps": 8, "lora_dropout": 0.1}
+    values = {"max_steps": 12 * num_kills, "logging_steps": 3, "save_steps": 2, "eval_steps": 8, "lora_dropout": 0.1}
     whole, killed = (
         make_training_root(tmp_path / name, neftune_noise_alpha=5.0, **values) for name in ("whole", "killed")
     )
     run_stage(whole)
     result = subprocess.run(
-        [sys.executable, "-m", "tests.stages.kill_loop", str(killed.root), "10", "7"],
+        [sys.executable, "-m", "tests.stages.kill_loop", str(killed.root), str(num_kills), "7"],
         cwd=REPO,
         env=environment(),
         capture_output=True,
@@ -145,8 +146,8 @@ def test_a_training_killed_ten_times_ends_as_one_that_never_was(tmp_path: Path) 
         timeout=380,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("killed after") == 10, result.stdout
-    assert result.stdout.count("resuming from") >= 8, result.stdout
+    assert result.stdout.count("killed after") == num_kills, result.stdout
+    assert result.stdout.count("resuming from") >= 0.6 * num_kills, result.stdout
     for name in ("model/adapter_model.safetensors", "curve.csv"):
         assert killed.out("train", name).read_bytes() == whole.out("train", name).read_bytes(), name
     assert read_json(killed.metrics("train")) == read_json(whole.metrics("train"))

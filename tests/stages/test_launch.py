@@ -139,6 +139,7 @@ def test_a_process_that_fails_ends_the_others_and_its_error_is_the_one_message(t
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_is_named(tmp_path: Path) -> None:
     paths = make_training_root(tmp_path, per_device_train_batch_size=2, launch=TWO, **ENDLESS)
     stage = start_stage(paths)
@@ -152,7 +153,7 @@ def test_a_killed_process_ends_the_others_and_is_named(tmp_path: Path) -> None:
     assert_gone(processes)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ending_the_stage_ends_all_its_processes(tmp_path: Path, number: signal.Signals) -> None:
     paths = make_training_root(tmp_path, per_device_train_batch_size=2, launch=TWO, **ENDLESS)
     stage = start_stage(paths)
@@ -210,6 +211,7 @@ def test_an_engine_that_is_not_there_is_refused(tmp_path: Path) -> None:
         engine_file("deepspeed_zero3", tmp_path, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_launcher_of_ones_own_must_start_as_many_processes_as_params_state(tmp_path: Path) -> None:
     paths = make_training_root(tmp_path)
     error_file = tmp_path / "error.json"

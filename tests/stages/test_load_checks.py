@@ -196,7 +196,7 @@ def test_every_reason_that_the_code_gives_can_have_a_limit() -> None:
     given |= set(re.findall(r"_parse\(\w+, \"(\w+)\"", code)) | set(ChecksSection.model_fields) | {"bad_tool_call"}
     assert len(given) > 30
     # of other stages, of the library alone, and a number; empty_content stands in a variable
-    elsewhere = {"max_rows", "weight", "special_text", "token_lengths", "other_kind", "similarity"}
+    elsewhere = {"max_rows", "weight", "special_text", "token_lengths", "token_type", "other_kind", "similarity"}
     assert given - elsewhere == set(REASONS) - {"empty_content"}
     assert elsewhere - {"other_kind"} <= given
 
