@@ -98,7 +98,8 @@ def test_two_machines_meet_at_the_address_of_the_first(tmp_path: Path) -> None:
         port = listener.getsockname()[1]
     launch = {"processes": 2, "machines": 2, "address": "127.0.0.1", "port": port}
     two = make_training_root(tmp_path / "two", per_device_train_batch_size=2, launch=launch)
-    second = start_stage(two, SFT_MACHINE_RANK="1")
+    # both train on this machine's processor, which one training has for itself
+    second = start_stage(two, SFT_MACHINE_RANK="1", SFT_LOCK_DIR=str(tmp_path / "locks"))
     run_stage(two, SFT_MACHINE_RANK="0")
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 0, output
