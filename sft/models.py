@@ -124,9 +124,9 @@ def load_model(
 def keep_float32_products(model: torch.nn.Module) -> None:
     """Have 4-bit layers that are to compute in float32 do so in evaluation, too.
 
-    On processors with bfloat16 products, bitsandbytes (0.50) computes in bfloat16 outside of training whatever dtype was
-    asked for, and rounds the weights' scales to bfloat16 for good: a training would go on from other weights after
-    its first evaluation.
+    On processors with bfloat16 products, bitsandbytes (0.50) computes in bfloat16 outside of training whatever dtype
+    was asked for, and rounds the weights' scales to bfloat16 for good: a training would go on from other weights
+    after its first evaluation.
     """
     for module in model.modules():
         if getattr(module, "compute_dtype", None) == torch.float32 and hasattr(module, "support_avx512bf16_for_cpu"):

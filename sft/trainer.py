@@ -41,7 +41,7 @@ from sft.loss import LossOptions, TokenTotals, num_targets, supervised_loss
 from sft.loss_policy import LossWatch, act_on
 from sft.neftune import embedding_noise
 from sft.offloading import check_offloading, offloaded_activations
-from sft.pitfalls import check_borders, check_collator, check_ignored
+from sft.pitfalls import check_collator, check_ignored, check_token_rows
 from sft.preparation import FormattingFunc, apply_formatting, prepare_dataset, resolve_max_length
 from sft.sharding import settle_sharding, without_copies
 from sft.shared_tokens import without_sharing
@@ -123,8 +123,9 @@ class SFTTrainer(Trainer):
         model = apply_chat_template(resolve_model(model, config), tokenizer, config)
         model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))
         settle_liger(model, config)
-        if data_collator is None and formatting_func is None:
-            data_collator = choose_vision_collator(processing_class, config, [train_dataset, eval_dataset])
+        if data_collator is None:
+            given, formatted = [train_dataset, eval_dataset], formatting_func is not None
+            data_collator = choose_vision_collator(processing_class, config, given, formatted=formatted)
         data_collator = take_over_collator(data_collator, tokenizer)
         packing = choose_packing(config, data_collator, [train_dataset, eval_dataset])
         check_ignored(config, data_collator, packing, train_dataset, eval_dataset)
@@ -133,7 +134,7 @@ class SFTTrainer(Trainer):
         eval_dataset = prepare(eval_dataset, packing=packing.eval, name="eval")
         settle_dispatch(config, packing, [train_dataset, eval_dataset])
         check_collator(data_collator, train_dataset, tokenizer)
-        check_borders(data_collator, train_dataset, eval_dataset)
+        check_token_rows(model, data_collator, train_dataset, eval_dataset)
         data_collator = data_collator or choose_collator(config, tokenizer, packing)
         self._start_counting(config)
         super().__init__(

@@ -13,7 +13,7 @@ from sft.vision_chat import IMAGE_COLUMNS
 
 
 def choose_vision_collator(
-    processing_class: Any, config: SFTConfig, datasets_given: list[Any]
+    processing_class: Any, config: SFTConfig, datasets_given: list[Any], *, formatted: bool = False
 ) -> DataCollatorForVisionLanguageModeling | None:
     """The collator for rows with images, where the data has images; sets `config` so that they reach it.
 
@@ -22,12 +22,13 @@ def choose_vision_collator(
         config: What is trained, and lengths; `remove_unused_columns` becomes False and `skip_prepare_dataset` true. A
             template of `chat_template_path` goes from the tokenizer to the processor, whose own would go before it.
         datasets_given: All data sets as they were given, dicts of them included; None is left out.
+        formatted: Whether a `formatting_func` makes text of the rows.
 
     Returns:
         None where no data set has images, or rows are prepared by the user.
 
     Raises:
-        ValueError: Images without a processor, or an option that joins rows.
+        ValueError: Images without a processor, or that a `formatting_func` would drop, or an option that joins rows.
     """
     if config.skip_prepare_dataset:
         return None
@@ -37,7 +38,15 @@ def choose_vision_collator(
     where = next((place for dataset in datasets_flat if (place := images_in(dataset))), None)
     if where is None:
         return None
-    if not isinstance(processing_class, ProcessorMixin) or not hasattr(processing_class, "image_processor"):
+    sees = isinstance(processing_class, ProcessorMixin) and hasattr(processing_class, "image_processor")
+    if formatted and sees:
+        raise ValueError(
+            f"formatting_func would make text alone of rows with images ({where}); leave it out, remove the images, or "
+            "give the model's tokenizer as processing_class to train on text alone"
+        )
+    if formatted:
+        return None
+    if not sees:
         raise ValueError(
             f"the data has images ({where}), and processing_class is a {type(processing_class).__name__}: give "
             "processing_class=AutoProcessor.from_pretrained(...), or remove the images to train on text alone"

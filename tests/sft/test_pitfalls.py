@@ -124,3 +124,13 @@ def test_collator_that_forgets_borders_of_packed_documents_is_refused(streamed: 
     dataset: Any = TEXTS.to_iterable_dataset() if streamed else TEXTS
     with pytest.raises(ValueError, match="rows are packed, and stack drops their seq_lengths"):
         make(tmp_path, dataset, stack, packing=True)
+
+
+@pytest.mark.parametrize("wrong", [100_000, -1])
+def test_token_ids_that_the_model_has_no_embedding_for_are_named_with_their_row(tmp_path: Path, wrong: int) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9], [10, wrong, 11]]})
+    config = quiet_config(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"row 2 has the token id {wrong}, and the model has embeddings for \d+ tokens"
+    ):
+        SFTTrainer(tiny_model(), args=config, train_dataset=rows, processing_class=tiny_tokenizer())

@@ -469,6 +469,14 @@ def test_images_without_a_processor_or_joined_with_others_are_refused(tmp_path: 
         choose_vision_collator(processor("llava"), packed, [rows, None])
 
 
+def test_images_that_a_formatting_function_would_drop_are_refused_unless_only_text_can_be_meant(tmp_path: Path) -> None:
+    rows = [Dataset.from_list(colour_rows())]
+    config = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match="formatting_func would make text alone of rows with images"):
+        choose_vision_collator(processor("llava"), config, rows, formatted=True)
+    assert choose_vision_collator(vision_tokenizer("<image>"), config, rows, formatted=True) is None
+
+
 def test_a_chat_template_that_was_asked_for_is_the_processors_too(tmp_path: Path) -> None:
     own = tiny_processor("llava")
     own.tokenizer.chat_template = CHATML
