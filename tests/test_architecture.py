@@ -38,6 +38,7 @@ PLUMBING = {
 }
 
 
+@functools.cache
 def modules(*floors: str) -> dict[str, Path]:
     """Dotted name -> file of every module on these floors."""
     found = {}
@@ -53,8 +54,13 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imported_names(path: Path) -> Iterator[str]:
+@functools.cache
+def imported_names(path: Path) -> tuple[str, ...]:
     """Every module that a file imports, at the top or inside a function; `from a import b` gives a and a.b."""
+    return tuple(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -64,8 +70,9 @@ def imported_names(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def first_party(path: Path) -> set[str]:
-    return {name for name in imported_names(path) if name in modules(*FLOORS)}
+@functools.cache
+def first_party(path: Path) -> frozenset[str]:
+    return frozenset(name for name in imported_names(path) if name in modules(*FLOORS))
 
 
 def reachable(name: str) -> set[str]:

@@ -47,7 +47,7 @@ def whole_batches(folder: Path) -> dict[str, Any]:
 
 
 LAYOUTS = [
-    pytest.param((1, 1, 8), id="accumulated"),
+    pytest.param((1, 1, 8), id="accumulated", marks=pytest.mark.slow),
     pytest.param((2, 4, 1), id="two processes"),
     pytest.param((2, 2, 2), id="two processes, accumulated", marks=pytest.mark.slow),
     pytest.param((4, 2, 1), id="four processes", marks=pytest.mark.slow),

@@ -129,7 +129,8 @@ def test_an_unfinished_training_survives_another_one(paths: Paths) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("num_kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [3, 10])
 def test_a_training_killed_many_times_ends_as_one_that_never_was(tmp_path: Path, num_kills: int) -> None:
     # logging and saving at different steps, and all that draws random numbers
     values = {"max_steps": 12 * num_kills, "logging_steps": 3, "save_steps": 2, "eval_steps": 8, "lora_dropout": 0.1}

@@ -154,7 +154,8 @@ def test_a_killed_process_ends_the_others_and_is_named(tmp_path: Path) -> None:
     assert_gone(processes)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_ending_the_stage_ends_all_its_processes(tmp_path: Path, number: signal.Signals) -> None:
     paths = make_training_root(tmp_path, per_device_train_batch_size=2, launch=TWO, **ENDLESS)
     stage = start_stage(paths)
