@@ -43,6 +43,7 @@ def record(project: Path) -> None:
 
 
 @pytest.mark.usefixtures("prefect_server")
+@pytest.mark.slow
 def test_cache_keeps_what_checkout_commits_and_recorded_runs_refer_to(
     ran_project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -165,6 +165,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_whole_checkpoint_and_says_so(tmp_path: Path, small_disk: Path) -> None:
     paths = make_training_root(tmp_path / "root", max_steps=20, save_steps=1)
     (small_disk / "ballast").write_bytes(bytes(750_000))
