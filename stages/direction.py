@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LOWER_IS_BETTER = ("loss", "perplexity", "size_mb", "relative_error", "dropped", "lost")
+LOWER_IS_BETTER = ("loss", "perplexity", ".kl", "size_mb", "relative_error", "dropped", "lost")
 
 
 def lower_is_better(name: str) -> bool:
