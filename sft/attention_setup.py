@@ -6,12 +6,108 @@ import logging
 from contextlib import nullcontext
 from typing import Any
 
-from sft.attention import check_flash_sdp, choose_packed_attention, flash_sdp_only, probe_isolation
+from transformers import PreTrainedModel
+
+from sft.attention import (
+    SFT_DOCUMENTS,
+    check_flash_sdp,
+    choose_packed_attention,
+    flash_sdp_only,
+    probe_isolation,
+    refuse_packing_reason,
+)
 from sft.config import SFTConfig
-from sft.hardware import current_hardware
+from sft.hardware import Hardware, current_hardware
 from sft.models import MIXED_PRECISIONS
+from sft.packed_kernels import has_row_kernel
+from sft.unwrapping import causal_lm
 
 logger = logging.getLogger(__name__)
+
+READERS = ("compute_loss", "training_step", "prediction_step", "_prepare_inputs", "get_batch_samples")
+"""Methods of a trainer that are given batches."""
+
+
+def settle_batches(trainer: Any, *, flat: bool | None) -> str:
+    """Set the attention for the batches, and decide whether they are flat where nobody said so.
+
+    Args:
+        trainer: An `SFTTrainer` whose model is on the device that will train it. Its collator is set to flat batches
+            where these were chosen.
+        flat: Whether batches are one row without padding; None = where that is faster and nothing needs padded ones.
+
+    Returns:
+        One line that says what was chosen and why.
+
+    Raises:
+        ValueError: see `settle_attention`; not where the choice was ours.
+    """
+    model, config = trainer.model, trainer.args
+    if flat is not None:
+        return settle_attention(model, config, flat=flat)
+    reason = refuse_flat_reason(trainer, current_hardware(config.device))
+    before = model.config._attn_implementation
+    if reason is None:
+        try:
+            chosen = settle_attention(model, config, flat=True)
+        except (ValueError, RuntimeError, ImportError) as error:  # a leak, or a kernel that does not run here
+            model.set_attn_implementation(before)
+            reason = str(error).splitlines()[0]
+        else:
+            trainer.data_collator.padding_free = True
+            return f"batches are joined rows without padding; {chosen}"
+    return f"{settle_attention(model, config, flat=False)}: {reason}"
+
+
+def refuse_flat_reason(trainer: Any, hardware: Hardware) -> str | None:
+    """Why batches had better be padded where nobody said how they should be, or None when nothing speaks for it.
+
+    Args:
+        trainer: An `SFTTrainer` with its own collator.
+        hardware: See `current_hardware`.
+    """
+    model, config = trainer.model, trainer.args
+    if trainer.compute_loss_func is not None or trainer.compute_metrics is not None:
+        return "compute_loss_func and compute_metrics are given one row for each example"
+    own = [name for name in READERS if getattr(trainer, name).__module__ not in ("sft.trainer", "transformers.trainer")]
+    if own:
+        return f"{own[0]} is the script's own, and may read padded batches"
+    for option in ("pad_to_multiple_of", "torch_compile", "force_flash_sdp", "parallelism_config", "deepspeed"):
+        if getattr(config, option, None):
+            return f"{option} is set"
+    if config.accelerator_config.dispatch_batches:
+        return "accelerator_config.dispatch_batches divides batches among processes"
+    if not isinstance(causal_lm(model), PreTrainedModel):
+        return "the model is not transformers' own"
+    return _refuse_flat_attention(model, config, hardware)
+
+
+def _refuse_flat_attention(model: Any, config: SFTConfig, hardware: Hardware) -> str | None:
+    text_config = causal_lm(model).config.get_text_config()
+    attention, by_default = text_config._attn_implementation, "sdpa" if causal_lm(model)._supports_sdpa else "eager"
+    if attention not in (by_default, SFT_DOCUMENTS):
+        return f"attn_implementation={attention!r} was asked for"
+    if getattr(text_config, "output_attentions", False):
+        return "output_attentions is set"
+    if getattr(text_config, "attention_chunk_size", None) is not None:
+        return "layers attend in chunks"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "prompt tuning puts its tokens before each row"
+    if model.device.type != config.device.type:
+        return "the model is not on its device yet"
+    reason = refuse_packing_reason(model)
+    if reason is not None or hardware.device_type == "cpu":
+        return reason
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    if not has_row_kernel(hardware, computed_in(model, config), head_dim):
+        return "this device has no kernel that takes documents of many lengths at once"
+    return None
+
+
+def computed_in(model: Any, config: SFTConfig) -> Any:
+    """The precision of attention's products: that of mixed precision, or the model's own."""
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None
+    return MIXED_PRECISIONS[precision] if precision else model.dtype
 
 
 def settle_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
@@ -32,8 +128,7 @@ def settle_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
     # both are transformers' defaults, depending on the family; anything else was asked for
     requested = "auto" if current in ("sdpa", "eager") else current
     hardware = current_hardware(config.device)
-    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None
-    dtype = MIXED_PRECISIONS[precision] if precision else model.dtype
+    dtype = computed_in(model, config)
     if config.force_flash_sdp:
         check_flash_sdp(requested, dtype, hardware, flat)
     if not flat:

@@ -15,11 +15,11 @@ from sft.config import SFTConfig
 
 @dataclass(frozen=True)
 class Packing:
-    """Which data sets are packed, and whether batches are one flat row without padding."""
+    """Which data sets are packed, and whether batches are one flat row without padding; None = not decided yet."""
 
     train: bool
     eval: bool
-    flat: bool
+    flat: bool | None
 
 
 def take_over_collator(collator: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -59,14 +59,15 @@ def choose_packing(config: SFTConfig, data_collator: Any, datasets: list[Any]) -
     packed = config.packing or eval_packing
     already = any("seq_lengths" in (getattr(dataset, "column_names", None) or ()) for dataset in datasets)
     flat = packed or already or config.padding_free or getattr(data_collator, "padding_free", False)
-    return Packing(config.packing, eval_packing, flat)
+    undecided = data_collator is None and config.padding_free is None
+    return Packing(config.packing, eval_packing, flat or (None if undecided else False))
 
 
 def choose_collator(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, packing: Packing) -> DataCollatorForSFT:
     """The collator for token rows: flat batches where rows are packed or padding is unwanted, else padded ones."""
     return DataCollatorForSFT(
         pad_token_id=tokenizer.pad_token_id,
-        padding_free=packing.flat,
+        padding_free=bool(packing.flat),
         pad_to_multiple_of=config.pad_to_multiple_of,
     )
 

@@ -43,7 +43,8 @@ class SFTConfig(TrainingArguments):
         num_of_sequences: Pack as `ConstantLengthDataset` does, from a shuffled buffer of this many rows, instead of by
             `packing_strategy`.
         chars_per_token: The same; characters that a token is taken to have while that buffer is filled.
-        padding_free: Join a batch's rows into one row without padding.
+        padding_free: Join a batch's rows into one row without padding; None = where that is faster and nothing needs
+            padded batches (`sft.attention_setup.settle_batches`).
         share_tokens: In packed and padding-free batches, compute what documents of a row begin with alike once, and
             nothing behind a document's last target: same losses and gradients in less time. Left aside where a model or
             an option draws noise for each token, or logits of all tokens are asked for.
@@ -104,7 +105,7 @@ class SFTConfig(TrainingArguments):
     eval_packing: bool | None = field(default=None, metadata={"help": "Packing of evaluation rows."})
     num_of_sequences: int | None = field(default=None, metadata={"help": "Rows in the buffer of constant lengths."})
     chars_per_token: float | None = field(default=None, metadata={"help": "Characters a token, for that buffer."})
-    padding_free: bool = field(default=False, metadata={"help": "Batches as one row without padding."})
+    padding_free: bool | None = field(default=None, metadata={"help": "Batches as one row without padding."})
     share_tokens: bool = field(default=True, metadata={"help": "Compute what documents begin with alike once."})
     fused_lora: bool = field(default=True, metadata={"help": "LoRA layers as one autograd step each."})
     fused_layers: bool = field(default=True, metadata={"help": "Norms and SwiGLU as one autograd step each."})

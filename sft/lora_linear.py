@@ -3,6 +3,7 @@
 peft computes `base(x) + B(A(x)) * scaling` as five operations, each with a pass of its own over an activation of the
 layer's width, forward and backward. Here the update is accumulated into the base's product by the matrix product
 itself, in both directions (the order of products that unsloth describes, as a plain autograd function for any device).
+A base in 4 bits is unpacked for each product and never kept.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from sft.products import back_through_linear, linear
 
 
 class _LoraProduct(torch.autograd.Function):
-    """`x @ W.T + bias + scaling * (x @ A.T) @ B.T` with W and bias frozen."""
+    """`x @ W.T + bias + scaling * (x @ A.T) @ B.T` with W and bias frozen, W perhaps in 4 bits."""
 
     @staticmethod
     def forward(
@@ -31,28 +33,39 @@ class _LoraProduct(torch.autograd.Function):
         down: torch.Tensor,
         up: torch.Tensor,
         scaling: float,
+        packing: Any,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         inner = flat @ down.t()
-        output = linear(flat, weight, bias)
+        output = linear(flat, _unpacked(weight, packing, x.dtype), bias)
         output.addmm_(inner, up.t(), alpha=scaling)
         ctx.save_for_backward(flat, weight, down, up, inner)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        return output.view(*x.shape[:-1], weight.shape[0])
+        ctx.scaling, ctx.shape, ctx.packing = scaling, x.shape, packing
+        return output.view(*x.shape[:-1], up.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         flat, weight, down, up, inner = ctx.saved_tensors
-        grad = grads[0].reshape(-1, weight.shape[0])
+        grad = grads[0].reshape(-1, up.shape[0])
         grad_inner = (grad @ up).mul_(ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = back_through_linear(grad, weight)
+            grad_x = back_through_linear(grad, _unpacked(weight, ctx.packing, grad.dtype))
             grad_x = grad_x.addmm_(grad_inner, down).view(ctx.shape)
         grad_down = grad_inner.t() @ flat if ctx.needs_input_grad[3] else None
         # transposed so that the small product reads the wide gradient row by row
         grad_up = (inner.t() @ grad).mul_(ctx.scaling).t() if ctx.needs_input_grad[4] else None
-        return grad_x, None, None, grad_down, grad_up, None
+        return grad_x, None, None, grad_down, grad_up, None, None
+
+
+def _unpacked(weight: torch.Tensor, packing: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight as `(out, in)`; bitsandbytes' `QuantState` says how it is packed, None that it is not."""
+    if packing is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    dense: torch.Tensor = dequantize_4bit(weight, packing).to(dtype)
+    return dense
 
 
 def lora_linear(
@@ -62,62 +75,81 @@ def lora_linear(
     down: torch.Tensor,
     up: torch.Tensor,
     scaling: float,
+    packing: Any = None,
 ) -> torch.Tensor:
     """Output of a frozen linear layer plus its LoRA update (Hu et al., arXiv:2106.09685).
 
     Args:
         x: Input, `(..., in)`.
-        weight: Frozen, `(out, in)`; gets no gradient.
+        weight: Frozen, `(out, in)`, or packed; gets no gradient.
         bias: Frozen, `(out,)`, or None.
         down: LoRA's A, `(rank, in)`.
         up: LoRA's B, `(out, rank)`.
         scaling: `lora_alpha / rank`, or what the adapter uses.
+        packing: bitsandbytes' `QuantState` of a weight in 4 bits.
 
     Returns:
         `(..., out)`. Keeps `x` and `(..., rank)` for the backward pass, nothing of the output's width.
     """
-    output: torch.Tensor = _LoraProduct.apply(x, weight, bias, down, up, scaling)
+    output: torch.Tensor = _LoraProduct.apply(x, weight, bias, down, up, scaling, packing)
     return output
 
 
 def can_fuse(layer: nn.Module) -> bool:
     """Whether `lora_linear` computes the same as this peft layer's own forward.
 
-    That needs one active plain LoRA (no DoRA or other variant, no dropout, no bias of its own) on a frozen, unquantized
-    `nn.Linear` of the same dtype.
+    That needs one active plain LoRA (no DoRA or other variant, no dropout, no bias of its own) on a frozen `nn.Linear`
+    of the same dtype, or on one in bitsandbytes' 4 bits that computes in that dtype.
     """
-    if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear or len(layer.active_adapters) != 1:
+    if not isinstance(layer, LoraLayer) or not (_is_plain(layer) or _is_4bit(layer)) or len(layer.active_adapters) != 1:
         return False
     name = layer.active_adapters[0]
     if name not in layer.lora_A or name in layer.lora_variant:
         return False
     base, down, up = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
-    tensors = [p for p in (base.weight, base.bias, down.weight, up.weight) if p is not None]
+    tensors = [base.bias, down.weight, up.weight, *([] if _is_4bit(layer) else [base.weight])]
     return (
         isinstance(layer.lora_dropout[name], nn.Identity)
         and down.bias is None
         and up.bias is None
-        and not base.weight.requires_grad
-        and not (base.bias is not None and base.bias.requires_grad)
-        and all(type(p) is nn.Parameter and p.dtype == base.weight.dtype for p in tensors)
+        and not any(p is not None and p.requires_grad for p in (base.weight, base.bias))
+        and all(p is None or (type(p) is nn.Parameter and p.dtype == _computed_in(base)) for p in tensors)
     )
 
 
-def _forward(layer: LoraLinear, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _is_plain(layer: LoraLayer) -> bool:
+    return type(layer) is LoraLinear and type(layer.base_layer) is nn.Linear
+
+
+def _is_4bit(layer: LoraLayer) -> bool:
+    kind, base = type(layer), type(layer.base_layer)
+    return kind.__name__ == base.__name__ == "Linear4bit" and kind.__module__ == "peft.tuners.lora.bnb"
+
+
+def _computed_in(base: Any) -> torch.dtype:
+    """The dtype of a base layer's products."""
+    return base.compute_dtype if hasattr(base, "compute_dtype") else base.weight.dtype
+
+
+def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
-    weight = layer.base_layer.weight
+    base = layer.base_layer
     # what can change between two calls: the mode, the input, an adapter switched off or merged for a while
     plain = not (args or kwargs or layer.disable_adapters or layer.merged) and layer.training and name in layer.lora_A
-    if not plain or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+    packing = getattr(base.weight, "quant_state", None)
+    if _is_4bit(layer):  # on some processors an evaluation repacks the weights
+        plain = plain and packing is not None and not getattr(packing, "packing_format_for_cpu", False)
+    if not plain or x.dtype != _computed_in(base) or torch.is_autocast_enabled(x.device.type):
         output: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return output
     return lora_linear(
         x,
-        weight,
-        layer.base_layer.bias,
+        base.weight,
+        base.bias,
         layer.lora_A[name].weight,
         layer.lora_B[name].weight,
         layer.scaling[name],
+        packing,
     )
 
 

@@ -58,6 +58,13 @@ def choose_kernel(
     return Kernel.BY_DOCUMENT
 
 
+def has_row_kernel(hardware: Hardware, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether plain causal attention takes a whole flat row at once here, rather than one document after the other."""
+    options = AttentionOptions(scaling=head_dim**-0.5)
+    kernel = choose_kernel(hardware, dtype, (head_dim, head_dim), options, longest=1)
+    return kernel in (Kernel.FLASH_2, Kernel.FLASH_3, Kernel.TORCH_VARLEN)
+
+
 def _as_tokens(states: torch.Tensor) -> torch.Tensor:
     """`(1, heads, tokens, dim)` to `(tokens, heads, dim)`."""
     return states.squeeze(0).transpose(0, 1)

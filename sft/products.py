@@ -12,11 +12,12 @@ import torch
 from torch.nn import functional as F
 
 MIN_ROWS = 32
-"""Below this many rows, choosing costs more than it gains."""
+MIN_WIDTH = 64
+"""Below so many rows, or columns of the weight, choosing costs more than it gains."""
 
 
 @lru_cache(maxsize=1)
-def _onednn_for_float32() -> bool:
+def onednn_for_float32() -> bool:
     """Whether oneDNN is there and multiplies float32 faster on this processor; the same at every run."""
     has_operator = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_operator and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -25,7 +26,7 @@ def _onednn_for_float32() -> bool:
 def uses_onednn(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a product of `(num_rows, in)` with a weight is left to oneDNN."""
     plain = rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32 and rows.dim() == 2
-    return plain and rows.shape[0] >= MIN_ROWS and torch.backends.mkldnn.enabled and _onednn_for_float32()
+    return plain and rows.shape[0] >= MIN_ROWS and torch.backends.mkldnn.enabled and onednn_for_float32()
 
 
 def linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

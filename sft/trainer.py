@@ -28,7 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from sft.adapters import count_parameters, wrap_adapter
 from sft.attention import document_layout, flash_sdp_only
-from sft.attention_setup import settle_attention
+from sft.attention_setup import settle_batches
 from sft.batching import choose_collator, choose_packing, settle_dispatch, take_over_collator
 from sft.config import SFTConfig
 from sft.constant_length import constant_length_rows
@@ -154,7 +154,7 @@ class SFTTrainer(Trainer):
         self.neftune_noise_alpha = None  # upstream scales the noise by the whole row's length; see `train`
         self.loss_is_scaled_for_ga = True
         with self.accelerator.autocast():
-            self.attention = settle_attention(self.model, config, flat=packing.flat)
+            self.attention = settle_batches(self, flat=packing.flat)
             self.sharing = self._settle_sharing(config)
         self._say_what_is_trained()
 

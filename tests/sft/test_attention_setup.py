@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import PromptTuningConfig
 
-from sft.attention_setup import settle_attention
+from sft import attention_setup
+from sft.attention import SFT_DOCUMENTS, Hardware
+from sft.attention_setup import refuse_flat_reason, settle_attention
+from sft.collators import DataCollatorForSFT
 from sft.config import SFTConfig
-from tests.tiny import tiny_model
+from sft.trainer import SFTTrainer
+from tests.tiny import random_model, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -49,3 +55,114 @@ def test_model_that_is_elsewhere_yet_is_not_probed_and_the_log_says_so(
     with caplog.at_level(logging.WARNING, logger="sft.attention_setup"):
         settle_attention(model, config(folder), flat=True)
     assert "not probed for leaks" in caplog.text
+
+
+# ---- padded or flat, where nobody said so ----
+
+
+def trainer(folder: str, model: Any = None, kind: type = SFTTrainer, arguments: Any = None, **options: Any) -> Any:
+    """A trainer of a tiny model on four rows of different lengths."""
+    rows = Dataset.from_dict({"input_ids": [list(range(5, 8 + 3 * length)) for length in range(4)]})
+    return kind(
+        model or tiny_model(),
+        args=config(
+            folder, per_device_train_batch_size=4, max_steps=3, save_strategy="no", disable_tqdm=True, **options
+        ),
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        **(arguments or {}),
+    )
+
+
+def batch_of(trained: Any) -> Any:
+    return next(iter(trained.get_train_dataloader()))
+
+
+def test_batches_are_flat_by_themselves_and_the_log_says_why(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="sft.trainer"):
+        chosen = trainer(folder)
+    assert batch_of(chosen)["input_ids"].shape[0] == 1
+    assert chosen.model.config._attn_implementation == SFT_DOCUMENTS
+    assert "batches are joined rows without padding; attention sft_documents" in caplog.text
+
+
+def test_flat_and_padded_batches_train_alike(folder: str) -> None:
+    losses = []
+    for padding_free in (None, False):
+        trained = trainer(folder, random_model("llama", None), padding_free=padding_free, logging_steps=1)
+        trained.train()
+        losses.append([entry["loss"] for entry in trained.state.log_history if "loss" in entry])
+        assert batch_of(trained)["input_ids"].shape[0] == (4 if padding_free is False else 1)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+class OwnLoss(SFTTrainer):
+    """A script's own loss, which passes batches on to the model."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own."""
+        loss = model(**inputs).loss
+        return (loss, {}) if return_outputs else loss
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        ({"padding_free": False}, "attention sdpa on padded batches"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of is set"),
+        ({"arguments": {"data_collator": DataCollatorForSFT(0)}}, "attention sdpa on padded batches"),
+        ({"arguments": {"compute_metrics": dict}}, "compute_metrics"),
+        ({"arguments": {"compute_loss_func": print}}, "compute_loss_func"),
+        ({"kind": OwnLoss}, "compute_loss is the script's own"),
+        (
+            {"arguments": {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}},
+            "prompt tuning",
+        ),
+    ],
+    ids=lambda made: str(made)[:40],
+)
+def test_batches_stay_padded_where_something_needs_them_so(folder: str, made: dict[str, Any], reason: str) -> None:
+    chosen = trainer(folder, **made)
+    assert reason in chosen.attention
+    assert batch_of(chosen)["input_ids"].shape[0] == 4
+
+
+def test_own_loss_goes_on_working_as_it_did(folder: str) -> None:
+    trainer(folder, kind=OwnLoss).train()
+
+
+def test_model_whose_documents_leak_gets_padded_batches(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    before = model.config._attn_implementation
+
+    def leaks(model: Any) -> None:
+        raise ValueError("documents see each other")
+
+    monkeypatch.setattr(attention_setup, "probe_isolation", leaks)
+    chosen = trainer(folder, model)
+    assert chosen.attention == f"attention {before} on padded batches: documents see each other"
+    assert chosen.model.config._attn_implementation == before
+    assert batch_of(chosen)["input_ids"].shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype", "flat"),
+    [
+        (Hardware("cpu"), torch.float32, True),
+        (Hardware("cuda", (8, 0), frozenset({"torch.nn.attention.varlen"})), torch.bfloat16, True),
+        (Hardware("cuda", (9, 0), frozenset({"flash_attn_interface"})), torch.bfloat16, True),
+        (Hardware("cuda", (8, 0), frozenset({"torch.nn.attention.varlen"})), torch.float32, False),
+        (Hardware("cuda", (7, 5), frozenset({"flash_attn"})), torch.float16, False),
+        (Hardware("cuda", (8, 0)), torch.bfloat16, False),
+        (Hardware("mps"), torch.float32, False),
+    ],
+)
+def test_a_device_without_a_kernel_for_whole_rows_gets_padded_batches(
+    folder: str, hardware: Hardware, dtype: torch.dtype, flat: bool
+) -> None:
+    chosen = trainer(folder, tiny_model().to(dtype))
+    reason = refuse_flat_reason(chosen, hardware)
+    assert (reason is None) is flat
+    assert flat or "has no kernel" in str(reason)

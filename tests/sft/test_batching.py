@@ -26,7 +26,8 @@ def config(**options: Any) -> SFTConfig:
 @pytest.mark.parametrize(
     ("options", "packing"),
     [
-        ({}, PADDED),
+        ({}, Packing(train=False, eval=False, flat=None)),
+        ({"padding_free": False}, PADDED),
         ({"packing": True}, FLAT),
         ({"packing": True, "eval_packing": False}, Packing(train=True, eval=False, flat=True)),
         ({"eval_packing": True}, Packing(train=False, eval=True, flat=True)),

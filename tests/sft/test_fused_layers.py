@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from sft.fused_layers import fused_layers, gated_silu, rms_norm
-from tests.tiny import random_model
+from sft import fused_layers as module_under_test
+from sft.fused_layers import fused_layers, gated_silu, linear_layer, rms_norm
+from tests.tiny import random_model, tiny_model
 
 
 def step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -74,3 +75,40 @@ def test_layers_with_hooks_or_another_activation_are_left_alone() -> None:
     model.model.norm.register_forward_hook(lambda *_: None)
     with fused_layers(model) as found:
         assert found == 4
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layer_equals_the_formula_and_its_gradients(bias: bool) -> None:
+    torch.manual_seed(0)
+    x, weight, shift = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5), (4, 5), (4,)))
+    inputs = (x, weight, shift) if bias else (x, weight)
+    torch.testing.assert_close(linear_layer(*inputs), nn.functional.linear(*inputs))
+    assert torch.autograd.gradcheck(linear_layer, inputs)
+
+
+def test_linear_layers_of_a_model_that_is_trained_whole_have_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model(hidden_size=64, intermediate_size=128)
+    ids = torch.arange(80).reshape(2, 40)
+    for taken in (False, True):
+        monkeypatch.setattr(module_under_test, "onednn_for_float32", lambda taken=taken: taken)
+        model.train().zero_grad()
+        with fused_layers(model) as found:
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        if not taken:
+            plain_found, plain_loss, plain = found, loss.detach(), gradients
+    assert found == plain_found + 11  # five in each of two layers, and the head; keys and values are too narrow
+    torch.testing.assert_close(loss.detach(), plain_loss, rtol=1e-6, atol=1e-6)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_autocast_goes_on_choosing_the_precision_of_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "onednn_for_float32", lambda: True)
+    layer = nn.Linear(64, 64).train()
+    with fused_layers(layer) as found, torch.autocast("cpu", torch.bfloat16):
+        assert found == 1
+        assert layer(torch.zeros(2, 64)).dtype == torch.bfloat16

@@ -9,8 +9,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from sft.adapters import wrap_adapter
+from sft.config import ModelConfig
 from sft.lora_linear import can_fuse, fused_lora, lora_linear
-from tests.tiny import tiny_model
+from sft.models import load_model
+from sft.quantization import get_quantization_config
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def adapted(**options: Any) -> PeftModel:
@@ -99,3 +103,34 @@ def test_trained_or_differently_typed_base_is_left_to_peft() -> None:
     assert not can_fuse(layers[0])
     assert not can_fuse(layers[1])
     assert can_fuse(layers[2])
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "nested"])
+def base_in_4_bits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
+    """A tiny model in 4 bits, perhaps with its scales in 8, that computes in float32 and has LoRA on all layers."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wide")
+    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    options = ModelConfig(load_in_4bit=True, use_bnb_nested_quant=request.param, dtype="float32")
+    model = load_model(folder, dtype="float32", quantization_config=get_quantization_config(options))
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    return wrap_adapter(model, lora, tiny_tokenizer()).train()
+
+
+def test_base_in_4_bits_has_the_same_loss_and_gradients(base_in_4_bits: PeftModel) -> None:
+    loss, gradients = loss_and_gradients(base_in_4_bits)
+    with fused_lora(base_in_4_bits) as num_layers:
+        fused_loss, fused_gradients = loss_and_gradients(base_in_4_bits)
+    assert num_layers == 14
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-6, atol=1e-6)
+    assert fused_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_base_in_4_bits_that_computes_in_another_dtype_is_left_to_peft(base_in_4_bits: PeftModel) -> None:
+    layer = next(module for module in base_in_4_bits.modules() if can_fuse(module))
+    layer.base_layer.compute_dtype = torch.bfloat16
+    assert not can_fuse(layer)
+    layer.base_layer.compute_dtype = torch.float32
+    assert can_fuse(layer)

@@ -103,7 +103,7 @@ def test_options_that_would_be_ignored_are_refused(
 
 def test_options_that_rows_follow_by_themselves_pass(tmp_path: Path) -> None:
     masked = TOKENS.add_column("completion_mask", [[0, 1, 1], [0, 1]])
-    trainer = make(tmp_path, masked, **SKIP, completion_only_loss=True)
+    trainer = make(tmp_path, masked, **SKIP, completion_only_loss=True, padding_free=False)
     assert sorted(next(iter(trainer.get_train_dataloader()))["labels"].tolist()) == [[-100, 6, 7], [-100, 9, -100]]
 
 

@@ -12,7 +12,7 @@ from sft.products import back_through_linear, linear, uses_onednn
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_equal_torchs_own(onednn: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_onednn_for_float32", lambda: onednn)
+    monkeypatch.setattr(products, "onednn_for_float32", lambda: onednn)
     torch.manual_seed(0)
     rows, weight, gradient = torch.randn(70, 24), torch.randn(40, 24), torch.randn(70, 40)
     shift = torch.randn(40) if bias else None
@@ -34,12 +34,12 @@ def test_products_equal_torchs_own(onednn: bool, bias: bool, monkeypatch: pytest
 def test_other_products_are_left_to_torch(
     rows: torch.Tensor, weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_onednn_for_float32", lambda: True)
+    monkeypatch.setattr(products, "onednn_for_float32", lambda: True)
     assert not uses_onednn(rows, weight)
 
 
 def test_onednn_can_be_switched_off_with_torchs_own_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_onednn_for_float32", lambda: True)
+    monkeypatch.setattr(products, "onednn_for_float32", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert not uses_onednn(torch.zeros(70, 8), torch.zeros(4, 8))
 
@@ -49,4 +49,4 @@ def test_onednn_is_taken_where_the_processor_has_avx512(
     capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert products._onednn_for_float32.__wrapped__() is (expected and torch.backends.mkldnn.is_available())
+    assert products.onednn_for_float32.__wrapped__() is (expected and torch.backends.mkldnn.is_available())

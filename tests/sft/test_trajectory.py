@@ -166,7 +166,7 @@ def test_tokens_seen_leave_padding_out_and_go_on_after_a_resume(tmp_path: Path, 
 
 
 def test_tokens_are_counted_with_their_padding_or_not_at_all_when_asked(tmp_path: Path) -> None:
-    options = {"per_device_train_batch_size": 8, "max_steps": 1}
+    options = {"per_device_train_batch_size": 8, "max_steps": 1, "padding_free": False}
     padded = 8 * max(len(ids) for ids, _ in plain_tokens())
     counted = make(tmp_path, include_num_input_tokens_seen="all", **options)
     silent = make(tmp_path, include_num_input_tokens_seen="no", **options)
