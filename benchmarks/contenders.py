@@ -22,14 +22,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 ROOT = Path(__file__).resolve().parent.parent
 WARMUP_STEPS = 2
 METHODS = ("lora", "full", "qlora")
+ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TRL_BEST = {"per_device_train_batch_size": 1, "packing": True, "max_length": 1400, "gradient_checkpointing": False}
 PACKED = {"per_device_train_batch_size": 1, "packing": True, "max_length": 1400}
 # Per contender: which library, and its options besides those that all share.
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "trl, as documented": ("trl", {"per_device_train_batch_size": 8}),
     "trl, its best setting": ("trl", TRL_BEST),
-    "sft, same batches": ("sft", {"per_device_train_batch_size": 8, "padding_free": True}),
-    "sft, padded": ("sft", {"per_device_train_batch_size": 8}),
+    "sft, same batches": ("sft", {"per_device_train_batch_size": 8}),
+    "sft, padded": ("sft", {"per_device_train_batch_size": 8, "padding_free": False}),
     "sft, packed": ("sft", {"per_device_train_batch_size": 1, "packing": True}),
     "sft, same rows packed": ("sft", PACKED),
 }
@@ -44,6 +46,13 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def now() -> float:
+    """Seconds, when all that was asked of the GPU is done."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock(TrainerCallback):
     """Times whole steps after the warm-up."""
 
@@ -54,11 +63,11 @@ class Clock(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start at the first step that counts."""
         if state.global_step == WARMUP_STEPS:
-            self.started = time.perf_counter()
+            self.started = now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the time up to here."""
-        self.seconds = time.perf_counter() - self.started
+        self.seconds = now() - self.started
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep the loss of the step."""
@@ -120,13 +129,18 @@ def switch_off(trick: str | None) -> dict[str, Any]:
 
 
 def load_model(model_dir: Path, method: str) -> Any:
-    """The base model in float32, or in 4 bits for QLoRA."""
+    """The base model, in 4 bits for QLoRA."""
     options = {}
     if method == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPE
         )
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, **options)
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPE, **options)
+
+
+def peak_bytes() -> int:
+    """The most memory held: of the GPU, or of the process (Linux counts it in KiB)."""
+    return torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -148,8 +162,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "save_strategy": "no",
             "report_to": [],
             "disable_tqdm": True,
-            "use_cpu": True,
-            "bf16": False,
+            "use_cpu": not ON_GPU,
+            "bf16": ON_GPU,
             "seed": 0,
             **options,
         }
@@ -173,7 +187,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "supervised": collator.num_supervised / sum(collator.counts),
         "seconds": clock.seconds,
         "losses": clock.losses,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_gb": peak_bytes() / 1e9,
     }
 
 

@@ -12,7 +12,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-from contenders import ABLATIONS, CONTENDERS, METHODS
+from contenders import ABLATIONS, CONTENDERS, DTYPE, METHODS, ON_GPU, now
 
 HERE = Path(__file__).resolve().parent
 TRL_PYTHON = HERE / ".venv-trl" / "bin" / "python"
@@ -76,12 +75,14 @@ def matrix_bound(model_dir: Path, method: str, num_tokens: int, supervised: floa
 def product_seconds(shape: tuple[int, int, int]) -> float:
     """Best time of one matrix product."""
     rows, middle, columns = shape
-    left, right = torch.randn(rows, middle), torch.randn(middle, columns)
+    device = "cuda" if ON_GPU else "cpu"
+    left = torch.randn(rows, middle, device=device, dtype=DTYPE)
+    right = torch.randn(middle, columns, device=device, dtype=DTYPE)
     times = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = now()
         torch.mm(left, right)
-        times.append(time.perf_counter() - started)
+        times.append(now() - started)
     return min(times)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -50,3 +53,24 @@ def test_onednn_is_taken_where_the_processor_has_avx512(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert products.onednn_for_float32.__wrapped__() is (expected and torch.backends.mkldnn.is_available())
+
+
+GROWTH = """
+import psutil, torch
+from sft.products import back_through_linear, linear, onednn_for_float32
+torch.set_num_threads(1)
+weight, rows, sizes = torch.randn(192, 576), torch.randn(600, 576), []
+for number in range(100, 600, 2):
+    back_through_linear(linear(rows[:number], weight), weight)
+    sizes.append(psutil.Process().memory_info().rss / 1e6)
+print(onednn_for_float32(), sizes[-1] - sizes[50])
+"""
+
+
+def test_memory_does_not_grow_with_the_sizes_that_were_met() -> None:
+    taken, growth = subprocess.run(
+        [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True
+    ).stdout.split()
+    if taken != "True":
+        pytest.skip("this processor leaves products to MKL")
+    assert float(growth) < 100  # 200 further sizes; without bounds some 300
