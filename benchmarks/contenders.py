@@ -75,6 +75,24 @@ class Clock(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
+class Profile(TrainerCallback):
+    """Where the last step's time goes, operation by operation, to stderr."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start at the last step."""
+        if state.global_step == state.max_steps - 1:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print behind the last step."""
+        if state.global_step == state.max_steps:
+            self.profiler.stop()
+            averages = self.profiler.key_averages()
+            column = "self_cuda_time_total" if ON_GPU else "self_cpu_time_total"
+            print(averages.table(sort_by=column, row_limit=25, max_name_column_width=40), file=sys.stderr)
+
+
 class CountedCollator:
     """Counts the tokens of batches that are not padding, as the wrapped collator makes them."""
 
@@ -180,6 +198,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     clock, collator = Clock(), CountedCollator(trainer.data_collator)
     trainer.data_collator = collator
     trainer.add_callback(clock)
+    if args.profile:
+        trainer.add_callback(Profile())
     trainer.train()
     return {
         "name": args.name,
@@ -201,6 +221,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--profile", action="store_true", help="print where the last step's time goes")
     print("RESULT " + json.dumps(run(parser.parse_args())), flush=True)
 
 

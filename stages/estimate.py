@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, TrainerCallback
@@ -92,12 +94,23 @@ def count_work(train: Dataset, held_out: Dataset, section: TrainSection) -> Work
     num_steps = section.max_steps if section.max_steps > 0 else math.ceil(updates * section.num_train_epochs)
     return Work(
         num_rows=len(train),
-        num_tokens=sum(map(len, train["input_ids"])),
-        num_trained=sum(label >= 0 for labels in train["labels"] for label in labels),
-        num_eval_tokens=sum(map(len, held_out["input_ids"])),
+        num_tokens=sum(row_lengths(train)),
+        num_trained=pc.sum(pc.greater_equal(pc.list_flatten(whole_column(train, "labels")), 0)).as_py(),
+        num_eval_tokens=sum(row_lengths(held_out)),
         num_steps=num_steps,
         num_epochs=num_steps / updates,
     )
+
+
+def whole_column(rows: Dataset, name: str) -> pa.ChunkedArray:
+    """A column as it lies on disk."""
+    return rows.with_format("arrow")[:][name]
+
+
+def row_lengths(rows: Dataset) -> list[int]:
+    """Tokens of each row."""
+    lengths: list[int] = pc.list_value_length(whole_column(rows, "input_ids")).to_pylist()
+    return lengths
 
 
 def probe(params: Params, paths: Paths, train: Dataset, held_out: Dataset) -> Probe:
@@ -124,7 +137,7 @@ def probe(params: Params, paths: Paths, train: Dataset, held_out: Dataset) -> Pr
     on_gpu = trainer.args.device.type == "cuda"
     return Probe(
         tokens_per_second=clock.tokens_per_second(),
-        eval_tokens_per_second=sum(map(len, trainer.eval_dataset["input_ids"])) / eval_seconds,
+        eval_tokens_per_second=sum(row_lengths(trainer.eval_dataset)) / eval_seconds,
         parameters=count_parameters(trainer.model),
         weights=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
         before=0 if on_gpu else before,
@@ -149,7 +162,7 @@ def probe_config(section: TrainSection, folder: Path) -> Any:
 
 def probe_rows(train: Dataset, section: TrainSection) -> list[int]:
     """Rows of the probe: a batch of the longest, for the memory's sake, then a seeded sample, for the time's."""
-    lengths = list(map(len, train["input_ids"]))
+    lengths = row_lengths(train)
     longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     longest = longest[: section.per_device_train_batch_size]
     wanted = NUM_STEPS * section.per_device_train_batch_size * section.gradient_accumulation_steps - len(longest)
