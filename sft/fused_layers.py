@@ -1,8 +1,9 @@
 """RMS norms, gated feed-forward and linear layers as one autograd step each: fewer passes over memory, faster products.
 
 Written out, an RMS norm (Zhang & Sennrich, arXiv:1910.07467) keeps its input, its square and its normalized form for
-the backward pass, and a SwiGLU layer (Shazeer, arXiv:2002.05202) keeps the gate before and after its activation. Here
-each keeps its inputs alone and computes the rest again, in place. Linear layers go through `sft.products`.
+the backward pass, and a SwiGLU layer (Shazeer, arXiv:2002.05202) keeps the gate before and after its activation, and
+what LoRA reads of both. Here each keeps its inputs alone and computes the rest again, in place. Linear layers go
+through `sft.products`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sft.lora_linear import fused_weights, gated_lora_linear
 from sft.products import MIN_WIDTH, back_through_linear, linear, onednn_for_float32
 from sft.unwrapping import evaluating
 
@@ -130,7 +132,11 @@ def _linear(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _feed_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    output: torch.Tensor = module.down_proj(gated_silu(module.gate_proj(x), module.up_proj(x)))
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    weights = fused_weights(module.down_proj, gate)
+    output: torch.Tensor = (
+        module.down_proj(gated_silu(gate, up)) if weights is None else gated_lora_linear(gate, up, weights)
+    )
     return output
 
 

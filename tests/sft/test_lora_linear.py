@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from sft.adapters import wrap_adapter
 from sft.config import ModelConfig
-from sft.lora_linear import can_fuse, fused_lora, lora_linear
+from sft.fused_layers import fused_layers
+from sft.lora_linear import LoraWeights, can_fuse, fused_lora, gated_lora_linear, lora_linear
 from sft.models import load_model
 from sft.quantization import get_quantization_config
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -47,11 +50,47 @@ def test_output_and_gradients_equal_the_plain_formula(bias: bool) -> None:
     shift = torch.randn(3, dtype=torch.float64) if bias else None
 
     def call(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return lora_linear(x, weight, shift, down, up, 0.5)
+        return lora_linear(x, LoraWeights(weight, shift, down, up, 0.5))
 
     plain = nn.functional.linear(x, weight, shift) + 0.5 * (x @ down.t() @ up.t())
     torch.testing.assert_close(call(x, down, up), plain)
     assert torch.autograd.gradcheck(call, (x, down, up))
+
+
+def test_gated_output_and_gradients_equal_the_plain_formula() -> None:
+    torch.manual_seed(0)
+    gate, x = (torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, down, up = (torch.randn(s, dtype=torch.float64) for s in ((3, 7), (2, 7), (3, 2)))
+
+    def call(*inputs: torch.Tensor) -> torch.Tensor:
+        gate, x, down, up = inputs
+        return gated_lora_linear(gate, x, LoraWeights(weight, None, down, up, 0.5))
+
+    inner = nn.functional.silu(gate) * x
+    plain = inner @ weight.t() + 0.5 * (inner @ down.t() @ up.t())
+    inputs = (gate, x, down.requires_grad_(), up.requires_grad_())
+    torch.testing.assert_close(call(*inputs), plain)
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+def test_feed_forward_layers_do_not_keep_what_lora_reads() -> None:
+    model = adapted()
+    loss, gradients = loss_and_gradients(model)
+    kept: list[list[torch.Size]] = []
+    for contexts in ([fused_lora], [fused_lora, fused_layers]):
+        shapes: list[torch.Size] = []
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context(model))
+            stack.enter_context(saved_tensors_hooks(lambda t, kept=shapes: (kept.append(t.shape), t)[1], lambda t: t))
+            fused_loss, fused_gradients = loss_and_gradients(model)
+        kept.append(shapes)
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    width = model.config.intermediate_size
+    plain, fused = (sum(shape.numel() == 24 * width and shape[-1] == width for shape in shapes) for shapes in kept)
+    assert fused == 2 * model.config.num_hidden_layers < plain  # gate and up, not their product
 
 
 def test_model_with_fused_layers_has_the_same_loss_and_gradients() -> None:
