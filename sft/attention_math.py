@@ -95,15 +95,24 @@ def scaled_dot_product(
     if grouped and not _grouped_kernel(query):
         groups = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        dropout_p=options.dropout,
-        scale=options.scaling,
-        is_causal=options.is_causal,
-        enable_gqa=grouped,
-    )
+    try:
+        output = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            dropout_p=options.dropout,
+            scale=options.scaling,
+            is_causal=options.is_causal,
+            enable_gqa=grouped,
+        )
+    except RuntimeError as error:
+        if not flash_is_forced() or "kernel" not in str(error):
+            raise
+        raise ValueError(
+            f"force_flash_sdp=True, but torch's flash kernel does not take this layer's attention on {query.device}: "
+            f"{query.dtype}, heads of width {query.shape[-1]}, dropout {options.dropout:g} (a CPU knows none). Set "
+            "force_flash_sdp=False, or the model's attention dropout to 0"
+        ) from error
     return output.transpose(1, 2)
 
 

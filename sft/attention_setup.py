@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from sft.attention import (
     SFT_DOCUMENTS,
+    check_attention_request,
     check_flash_sdp,
     choose_packed_attention,
     flash_sdp_only,
@@ -84,9 +85,8 @@ def refuse_flat_reason(trainer: Any, hardware: Hardware) -> str | None:
 
 def _refuse_flat_attention(model: Any, config: SFTConfig, hardware: Hardware) -> str | None:
     text_config = causal_lm(model).config.get_text_config()
-    attention, by_default = text_config._attn_implementation, "sdpa" if causal_lm(model)._supports_sdpa else "eager"
-    if attention not in (by_default, SFT_DOCUMENTS):
-        return f"attn_implementation={attention!r} was asked for"
+    if requested_attention(model) not in ("auto", SFT_DOCUMENTS):
+        return f"attn_implementation={text_config._attn_implementation!r} was asked for"
     if getattr(text_config, "output_attentions", False):
         return "output_attentions is set"
     if getattr(text_config, "attention_chunk_size", None) is not None:
@@ -125,15 +125,20 @@ def settle_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
         ValueError: The device, the model or its attention can't keep the documents of a row apart.
     """
     current = model.config._attn_implementation
-    # both are transformers' defaults, depending on the family; anything else was asked for
-    requested = "auto" if current in ("sdpa", "eager") else current
+    requested = requested_attention(model)
     hardware = current_hardware(config.device)
     dtype = computed_in(model, config)
     if config.force_flash_sdp:
         check_flash_sdp(requested, dtype, hardware, flat)
     if not flat:
+        check_attention_request(requested, dtype, hardware)
         return f"attention {current} on padded batches"
     choice = choose_packed_attention(model, requested, hardware, dtype)
+    if config.force_flash_sdp and choice.implementation != SFT_DOCUMENTS:
+        raise ValueError(
+            f"force_flash_sdp=True cannot be used: torch's flash kernel takes no mask, and {choice.reason}. Set "
+            "force_flash_sdp=False."
+        )
     if choice.implementation != current:
         model.set_attn_implementation(choice.implementation)
     if model.device.type != config.device.type:  # FSDP and DeepSpeed move it later, piece by piece
@@ -142,3 +147,10 @@ def settle_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
         with flash_sdp_only() if config.force_flash_sdp else nullcontext():
             probe_isolation(model)
     return f"attention {choice.implementation}: {choice.reason}"
+
+
+def requested_attention(model: Any) -> str:
+    """The attention that the user asked for; `auto` where it is what transformers takes for this family by itself."""
+    current = model.config._attn_implementation
+    own_choice = "sdpa" if causal_lm(model)._supports_sdpa else "eager"
+    return "auto" if current in ("sdpa", own_choice) else current

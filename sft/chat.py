@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
@@ -163,7 +163,7 @@ class ChatRenderer:
         key = _template_key(record)
         if key not in self._templates:
             template = chat_template_of(self.tokenizer, _tools(record))
-            self._templates[key] = ChatTemplate(template.source, {**template.variables, **json.loads(key[1])})
+            self._templates[key] = replace(template, variables={**template.variables, **json.loads(key[1])})
         return self._templates[key]
 
     def profile(self, record: Mapping[str, Any]) -> TemplateProfile:

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -37,6 +37,7 @@ TEMPLATE_ERRORS = (
     MemoryError,
 )
 _QUESTION, _ANSWER = {"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}
+PROBE_CHAT = [_QUESTION, _ANSWER]
 _SECOND_QUESTION = {"role": "user", "content": "Zysecondquestion"}
 _SECOND_ANSWER = {"role": "assistant", "content": "Zysecondanswer"}
 _TRAINING_FLAGS = ("train", "weight")
@@ -97,10 +98,12 @@ class ChatTemplate:
     Args:
         source: Jinja source.
         variables: Special tokens by name, and whatever a row adds.
+        takes_text: Whether content may be text. Templates of vision models that take a list of parts leave text out.
     """
 
     source: str
     variables: Mapping[str, Any]
+    takes_text: bool = True
 
     @property
     def marks_generation(self) -> bool:
@@ -126,10 +129,11 @@ class ChatTemplate:
         self, chats: Sequence[Messages], tools: list[Any] | None, **options: bool
     ) -> tuple[list[str], list[Any]]:
         limit_s = FIRST_CHAT_S + CHAT_S * len(chats)
+        conversations = list(chats) if self.takes_text else [in_parts(chat) for chat in chats]
         try:
             with time_limit(limit_s):
                 texts, ranges = render_jinja_template(
-                    conversations=list(chats), tools=tools, chat_template=self.source, **options, **self.variables
+                    conversations=conversations, tools=tools, chat_template=self.source, **options, **self.variables
                 )
         except TemplateSyntaxError as error:
             raise TemplateSourceError(syntax_message(self.source, error)) from error
@@ -152,6 +156,26 @@ class ChatTemplate:
         return texts, ranges
 
 
+def in_parts(messages: Messages) -> list[dict[str, Any]]:
+    """Messages whose texts are lists of one part, `{"type": "text", "text": ...}`; empty ones have none."""
+    return [{**message, "content": _parts(message.get("content"))} for message in messages]
+
+
+def _parts(content: Any) -> Any:
+    if not isinstance(content, str):
+        return content
+    return [{"type": "text", "text": content}] if content else []
+
+
+def prints_probe(template: ChatTemplate, messages: Messages) -> bool:
+    """Whether a template prints the probe's question and answer, rather than nothing or Python's notation of them."""
+    try:
+        text = template.render([messages])[0]
+    except ValueError:
+        return False
+    return PROBE_QUESTION in text and PROBE_ANSWER in text and "'text'" not in text and '"text"' not in text
+
+
 @functools.lru_cache(maxsize=64)
 def wants_text_arguments(source: str) -> bool:
     """Whether a template joins tool-call arguments to text, and so refuses the object that most templates print."""
@@ -170,7 +194,7 @@ def wants_text_arguments(source: str) -> bool:
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> ChatTemplate:
-    """The template that a tokenizer uses for a chat with or without tools.
+    """The template that a tokenizer uses for a chat with or without tools, given content in the form it takes.
 
     Raises:
         ValueError: The tokenizer has none.
@@ -180,7 +204,9 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so conversations cannot be rendered: name "
             "a format (chatml, llama3, ...) or a Jinja file, or give the data as text"
         )
-    return ChatTemplate(tokenizer.get_chat_template(None, tools), dict(tokenizer.special_tokens_map))
+    template = ChatTemplate(tokenizer.get_chat_template(None, tools), dict(tokenizer.special_tokens_map))
+    only_parts = not prints_probe(template, PROBE_CHAT) and prints_probe(template, in_parts(PROBE_CHAT))
+    return replace(template, takes_text=not only_parts)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 LFS_POINTER = b"version https://git-lfs"
@@ -152,6 +155,51 @@ def load_tokenizer(
         )
     except Exception as error:  # damaged files lead to errors of any kind, bare `Exception` included
         raise CheckpointError(_explain_tokenizer_error(name_or_path, error)) from error
+    check_tokenizer(tokenizer, name_or_path)
+    return tokenizer
+
+
+def load_processor(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The processor of a model with an image tower, the tokenizer of any other.
+
+    A processor that can't be made here (many need torchvision) is left out with a warning that says why: text can be
+    trained without it.
+
+    Args:
+        name_or_path: Hub id or folder.
+        revision: Hub branch, tag or commit.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ValueError: There is no tokenizer that can be trained with.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+
+    arguments: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **arguments)
+        sees = auto_class(config) is AutoModelForImageTextToText
+    except (OSError, ValueError):  # a folder of a tokenizer alone
+        sees = False
+    if not sees:
+        return load_tokenizer(name_or_path, **arguments)
+    try:
+        processor = AutoProcessor.from_pretrained(name_or_path, **arguments)
+    except (ImportError, OSError, ValueError) as error:
+        logger.warning("no processor for images is made of %s, only text can be trained: %s", name_or_path, error)
+        return load_tokenizer(name_or_path, **arguments)
+    if not isinstance(processor, ProcessorMixin):
+        return load_tokenizer(name_or_path, **arguments)
+    check_tokenizer(processor.tokenizer, name_or_path)
+    return processor
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name_or_path: str | Path) -> None:
+    """Refuse a tokenizer that was loaded and can't be trained with.
+
+    Raises:
+        CheckpointError: It reports no character offsets, or its vocabulary is empty.
+    """
     if not tokenizer.is_fast:
         raise CheckpointError(
             f"The tokenizer of {str(name_or_path)!r} ({type(tokenizer).__name__}) has no fast version, and only "
@@ -163,7 +211,6 @@ def load_tokenizer(
             f"The tokenizer of {str(name_or_path)!r} makes no token of {PROBE!r}: its vocabulary is empty. "
             f"{_tokenizer_way_out(name_or_path)}"
         )
-    return tokenizer
 
 
 def explain_load_error(name_or_path: str | Path, error: Exception, what: str = "model") -> str:

@@ -25,6 +25,7 @@ from sft.checkpoint import (
     check_weight_files,
     explain_load_error,
 )
+from sft.checkpoint import load_processor as load_processor
 from sft.checkpoint import load_tokenizer as load_tokenizer
 
 DTYPES: dict[str, torch.dtype] = {
@@ -58,7 +59,7 @@ def load_model(
     name_or_path: str | Path,
     *,
     dtype: str | torch.dtype = "float32",
-    attn_implementation: str | None = None,
+    attn_implementation: str | dict[str, str] | None = None,
     quantization_config: Any | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -72,7 +73,7 @@ def load_model(
         name_or_path: Hub id or folder.
         dtype: `float32`, `bfloat16`, `float16`, or `auto` for what the checkpoint states.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`, `flash_attention_3`, `flex_attention`,
-            `kernels-community/...`; None or `auto` = transformers' choice.
+            `kernels-community/...`; a dict of them by sub-model; None or `auto` = transformers' choice.
         quantization_config: What `sft.quantization.get_quantization_config` returns.
         revision: Hub branch, tag or commit.
         trust_remote_code: Run Python code that comes with the model.
@@ -108,7 +109,8 @@ def load_model(
     try:
         if attention is not None:
             computed = _compute_dtype(name_or_path, parsed, quantization_config, mixed_precision, source)
-            check_attention(attention, computed, device_map)
+            for name in attention.values() if isinstance(attention, dict) else [attention]:
+                check_attention(name, computed, device_map)
         loader = auto_class(from_pretrained_kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **source))
         model, info = loader.from_pretrained(name_or_path, **arguments)
     except OSError as error:
@@ -142,7 +144,7 @@ def check_attention(attn_implementation: str, dtype: torch.dtype, device_map: An
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     is_kernel = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?", attn_implementation) is not None
     if attn_implementation not in known and not is_kernel:
-        near = difflib.get_close_matches(attn_implementation, known, n=1)
+        near = difflib.get_close_matches(attn_implementation.lower(), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"attn_implementation={attn_implementation!r} does not exist: {hint}"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -16,10 +15,9 @@ from sft.collators import DataCollatorForSFT
 from sft.completion_collator import DataCollatorForCompletionOnlyLM
 from sft.config import SFTConfig
 from sft.constant_length import ConstantLengthDataset
-from sft.unwrapping import causal_lm
+from sft.model_limits import check_positions, check_token_ids
 
 NUM_ROWS_LOOKED_AT = 4
-ROWS_AT_A_TIME = 10_000
 COLUMN_OF_PART = {
     "completion_only_loss": "completion_mask",
     "assistant_only_loss": "assistant_masks",
@@ -106,41 +104,11 @@ def check_borders(collator: Callable | None, train: Any, evaluation: Any) -> Non
             )
 
 
-def check_token_rows(model: Any, collator: Callable | None, train: Any, evaluation: Any) -> None:
-    """Refuse prepared rows that the model, or the user's collator, can't take; see the two checks."""
+def check_token_rows(model: Any, config: SFTConfig, collator: Callable | None, train: Any, evaluation: Any) -> None:
+    """Refuse prepared rows that the model, or the user's collator, can't take; see the three checks."""
     check_borders(collator, train, evaluation)
     check_token_ids(model, train, evaluation)
-
-
-def check_token_ids(model: Any, *data: Any) -> None:
-    """Refuse token ids that the model's embeddings have no row for; streams are not read for it.
-
-    Args:
-        model: Wrapped or not.
-        data: Data sets, dicts of them, or None.
-
-    Raises:
-        ValueError: Names the id, its row, and how many ids there are.
-    """
-    num_tokens = causal_lm(model).get_input_embeddings().weight.shape[0]
-    for dataset in data:
-        if isinstance(dataset, dict):
-            check_token_ids(model, *dataset.values())
-        if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names or num_tokens == 0:
-            continue
-        batches = dataset.select_columns("input_ids").with_format("arrow").iter(ROWS_AT_A_TIME)
-        for number, batch in enumerate(batches):
-            ids = pc.list_flatten(batch["input_ids"])
-            bounds = pc.min_max(ids).as_py()
-            wrong = [value for value in (bounds["max"], bounds["min"]) if value is not None]
-            wrong = [value for value in wrong if not 0 <= value < num_tokens]
-            if wrong:
-                place = pc.index(ids, wrong[0]).as_py()
-                row = number * ROWS_AT_A_TIME + pc.list_parent_indices(batch["input_ids"])[place].as_py()
-                raise ValueError(
-                    f"row {row} has the token id {wrong[0]}, and the model has embeddings for {num_tokens} tokens; "
-                    "tokenize with the model's own tokenizer, or resize its embeddings"
-                )
+    check_positions(model, config, train, evaluation)
 
 
 def check_collator(collator: Callable | None, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import (
     BaseImageProcessor,
@@ -31,7 +30,6 @@ from sft.attention import document_layout, flash_sdp_only
 from sft.attention_setup import settle_batches
 from sft.batching import choose_collator, choose_packing, settle_dispatch, take_over_collator
 from sft.config import SFTConfig
-from sft.constant_length import constant_length_rows
 from sft.even_rows import FILLER, EvenCollator, EvenOrder, EvenRows, can_be_filled
 from sft.former_arguments import one_processor
 from sft.fused_layers import fused_layers
@@ -42,11 +40,12 @@ from sft.loss_policy import LossWatch, act_on
 from sft.neftune import embedding_noise
 from sft.offloading import check_offloading, offloaded_activations
 from sft.pitfalls import check_collator, check_ignored, check_token_rows
-from sft.preparation import FormattingFunc, apply_formatting, prepare_dataset, resolve_max_length
+from sft.preparation import FormattingFunc
 from sft.sharding import settle_sharding, without_copies
 from sft.shared_tokens import without_sharing
 from sft.sharing_setup import settle_sharing
 from sft.tokens_seen import TokensSeen
+from sft.trainer_data import prepare_all, prepare_later
 from sft.unlogged import UnloggedFigures
 from sft.vision_setup import choose_vision_collator
 from sft.wiring import (
@@ -129,12 +128,12 @@ class SFTTrainer(Trainer):
         data_collator = take_over_collator(data_collator, tokenizer)
         packing = choose_packing(config, data_collator, [train_dataset, eval_dataset])
         check_ignored(config, data_collator, packing, train_dataset, eval_dataset)
-        prepare = partial(prepare_all, tokenizer=tokenizer, config=config, formatting_func=formatting_func)
-        train_dataset = prepare(train_dataset, packing=packing.train, name="train")
-        eval_dataset = prepare(eval_dataset, packing=packing.eval, name="eval")
+        self._prepare = partial(prepare_all, tokenizer=tokenizer, config=config, formatting_func=formatting_func)
+        train_dataset = self._prepare(train_dataset, packing=packing.train, name="train")
+        eval_dataset = self._prepare(eval_dataset, packing=packing.eval, name="eval")
         settle_dispatch(config, packing, [train_dataset, eval_dataset])
         check_collator(data_collator, train_dataset, tokenizer)
-        check_token_rows(model, data_collator, train_dataset, eval_dataset)
+        check_token_rows(model, config, data_collator, train_dataset, eval_dataset)
         data_collator = data_collator or choose_collator(config, tokenizer, packing)
         self._start_counting(config)
         super().__init__(
@@ -249,6 +248,14 @@ class SFTTrainer(Trainer):
         with attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As upstream; rows that are not prepared yet are prepared as the trainer's own evaluation rows."""
+        return super().get_eval_dataloader(prepare_later(eval_dataset, self.args, self._prepare))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """The same for `predict`."""
+        return super().get_test_dataloader(prepare_later(test_dataset, self.args, self._prepare))
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate; the loss is a mean over tokens, whatever the batch size and the packing."""
         self._totals["eval"] = TokenTotals()
@@ -356,31 +363,3 @@ def attention_context(inputs: dict[str, Any], *, force_flash_sdp: bool) -> Itera
     """What attention needs to know around a step: the documents of a flat batch, and whether only flash will do."""
     with document_layout(batch_layout(inputs)), flash_sdp_only() if force_flash_sdp else nullcontext():
         yield
-
-
-def prepare_all(dataset: Any, *, name: str, **kwargs: Any) -> Any:
-    """`prepare_rows` for one data set, for each of a dict of them, or for none."""
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {key: prepare_rows(rows, name=f"{name} {key}", **kwargs) for key, rows in dataset.items()}
-    return prepare_rows(dataset, name=name, **kwargs)
-
-
-def prepare_rows(
-    dataset: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    config: SFTConfig,
-    *,
-    packing: bool,
-    formatting_func: FormattingFunc | None,
-    name: str,
-) -> Any:
-    """Prepare one data set; the options of `ConstantLengthDataset` have it packed in that way."""
-    is_raw = isinstance(dataset, (Dataset, IterableDataset)) and not config.skip_prepare_dataset
-    if not (packing and config.constant_length and is_raw):
-        return prepare_dataset(dataset, tokenizer, config, packing=packing, formatting_func=formatting_func, name=name)
-    if formatting_func is not None:
-        dataset = apply_formatting(dataset, formatting_func, config)
-    seq_length = resolve_max_length(config, tokenizer)
-    return constant_length_rows(dataset, tokenizer, config, seq_length=seq_length, name=name)

@@ -19,7 +19,7 @@ from transformers import ProcessorMixin
 from transformers.image_utils import is_valid_image, load_image
 
 from sft.chat import ChatRenderer, Rendered, Span, TrainOn
-from sft.chat_template import PROBE_ANSWER, PROBE_QUESTION, ChatTemplate, chat_template_of
+from sft.chat_template import PROBE_CHAT, ChatTemplate, chat_template_of, in_parts, prints_probe
 from sft.messages import is_messages
 
 IMAGE_COLUMNS = ("images", "image")
@@ -32,12 +32,10 @@ class VisionTemplate(ChatTemplate):
 
     Args:
         image_token: Stands for an image where the template takes text only.
-        takes_text: Whether content may be text.
         takes_parts: Whether content may be a list of parts.
     """
 
     image_token: str = ""
-    takes_text: bool = True
     takes_parts: bool = True
 
     @classmethod
@@ -48,15 +46,13 @@ class VisionTemplate(ChatTemplate):
             ValueError: It prints neither.
         """
         plain = ChatTemplate(source, variables)
-        texts = [{"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}]
-        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in texts]
-        takes_text, takes_parts = _prints(plain, texts), _prints(plain, parts)
+        takes_text, takes_parts = prints_probe(plain, PROBE_CHAT), prints_probe(plain, in_parts(PROBE_CHAT))
         if not (takes_text or takes_parts):
             raise ValueError(
                 "the chat template prints a plain question and its answer neither as text nor as parts; set the "
                 "processor's chat_template to the one that belongs to the model"
             )
-        return cls(source, variables, image_token, takes_text, takes_parts)
+        return cls(source, variables, takes_text, image_token, takes_parts)
 
     def _render(self, chats: Iterable[Any], tools: list[Any] | None, **options: bool) -> tuple[list[str], list[Any]]:
         adapted = [
@@ -65,20 +61,9 @@ class VisionTemplate(ChatTemplate):
         return super()._render(adapted, tools, **options)
 
     def _content(self, content: Any) -> Any:
-        if isinstance(content, str) and not self.takes_text:
-            return [{"type": "text", "text": content}] if content else []
         if is_messages(content) and not self.takes_parts:
             return "".join(self.image_token if part["type"] == "image" else part["text"] for part in content)
         return content
-
-
-def _prints(template: ChatTemplate, messages: list[dict[str, Any]]) -> bool:
-    """Whether a template prints these messages, rather than nothing or Python's notation of them."""
-    try:
-        text = template.render([messages])[0]
-    except ValueError:
-        return False
-    return PROBE_QUESTION in text and PROBE_ANSWER in text and "'text'" not in text and '"text"' not in text
 
 
 class VisionRenderer(ChatRenderer):

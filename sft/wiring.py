@@ -15,7 +15,7 @@ from sft.config import SFTConfig
 from sft.former_arguments import take_over_arguments
 from sft.hardware import current_hardware
 from sft.liger import check_liger_hardware, liger_kernel_config
-from sft.models import load_model, load_tokenizer
+from sft.models import load_model, load_processor
 
 
 def resolve_config(args: TrainingArguments | None, model: Any, former: Mapping[str, Any] | None = None) -> SFTConfig:
@@ -76,9 +76,11 @@ def resolve_processor(processing_class: Any, model: Any, config: SFTConfig) -> A
         name = model if isinstance(model, str) else model.config._name_or_path
         if not name:
             raise ValueError("processing_class is needed: the model was made in memory and names no tokenizer")
-        revision = model_arguments(config).get("revision") if isinstance(model, str) else None
-        processing_class = load_tokenizer(name, revision=revision)
+        given = model_arguments(config) if isinstance(model, str) else {}
+        processing_class = load_processor(name, given.get("revision"), bool(given.get("trust_remote_code")))
     tokenizer = tokenizer_of(processing_class)
+    if not tokenizer.chat_template:  # rows of text are rendered with the tokenizer
+        tokenizer.chat_template = getattr(processing_class, "chat_template", None)
     for option in ("eos_token", "pad_token"):
         token = getattr(config, option)
         if token is None:

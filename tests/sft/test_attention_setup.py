@@ -10,12 +10,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PromptTuningConfig
+from transformers import PreTrainedModel
 
 from sft import attention_setup
-from sft.attention import SFT_DOCUMENTS, Hardware
+from sft.attention import SFT_DOCUMENTS, document_layout, flash_sdp_only
 from sft.attention_setup import refuse_flat_reason, settle_attention
 from sft.collators import DataCollatorForSFT
 from sft.config import SFTConfig
+from sft.hardware import Hardware
 from sft.trainer import SFTTrainer
 from tests.tiny import random_model, tiny_model, tiny_tokenizer
 
@@ -166,3 +168,68 @@ def test_a_device_without_a_kernel_for_whole_rows_gets_padded_batches(
     reason = refuse_flat_reason(chosen, hardware)
     assert (reason is None) is flat
     assert flat or "has no kernel" in str(reason)
+def asked_for(attention: str, family: str = "llama", **overrides: Any) -> PreTrainedModel:
+    model = tiny_model(family, **overrides)
+    model.set_attn_implementation(attention)
+    return model
+
+
+def test_eager_attention_is_kept_where_it_was_asked_for(folder: str) -> None:
+    model = asked_for("eager")
+    assert settle_attention(model, config(folder), flat=True).startswith("attention eager: as requested")
+    assert model.config._attn_implementation == "eager"
+    model = tiny_model("gemma2")  # eager is what transformers takes for it, and nobody's wish
+    assert model.config._attn_implementation == "eager"
+    assert settle_attention(model, config(folder), flat=True).startswith("attention sft_documents: ")
+
+
+def test_eager_attention_that_leaks_is_refused_where_it_was_asked_for(folder: str) -> None:
+    with pytest.raises(ValueError, match=r"see each other in opt .*'eager'.* Use attn_implementation='auto'"):
+        settle_attention(asked_for("eager", "opt"), config(folder), flat=True)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_an_attention_that_cannot_train_here_is_refused_on_padded_batches_too(folder: str, flat: bool) -> None:
+    with pytest.raises(ValueError, match="attn_implementation='flex_attention' cannot be used: it trains on CUDA"):
+        settle_attention(asked_for("flex_attention"), config(folder), flat=flat)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(
+    ("capability", "mixed", "complaint"),
+    [((8, 0), {}, "computes in torch.float32 .set bf16=True"), ((7, 5), {"bf16": True}, "capability 8.0, and .* 7.5")],
+)
+def test_flash_attention_of_a_model_object_is_checked_against_the_gpu(
+    folder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    flat: bool,
+    capability: tuple[int, int],
+    mixed: dict[str, bool],
+    complaint: str,
+) -> None:
+    gpu = Hardware("cuda", capability, frozenset({"flash_attn"}))
+    monkeypatch.setattr("sft.attention_setup.current_hardware", lambda device: gpu)
+    model = tiny_model()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match=f"attn_implementation='flash_attention_2' cannot be used: .*{complaint}"):
+        settle_attention(model, config(folder, **mixed), flat=flat)
+
+
+def test_forced_flash_is_refused_beside_eager(folder: str) -> None:
+    with pytest.raises(ValueError, match="'eager' does not use that kernel: set it to 'sdpa'"):
+        settle_attention(asked_for("eager"), config(folder, force_flash_sdp=True), flat=True)
+
+
+def test_forced_flash_is_refused_where_layers_attend_in_chunks(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    model.config.attention_chunk_size = 4
+    with pytest.raises(ValueError, match=r"takes no mask, and layers attend in chunks of 4.*force_flash_sdp=False"):
+        settle_attention(model, config(folder, force_flash_sdp=True), flat=True)
+
+
+def test_forced_flash_says_what_the_kernel_does_not_take() -> None:
+    model = tiny_model("gpt2", attn_pdrop=0.1)
+    model.set_attn_implementation(SFT_DOCUMENTS)
+    message = r"flash kernel does not take this layer's attention on cpu: .*dropout 0\.1 .*force_flash_sdp=False"
+    with flash_sdp_only(), document_layout([3, 2]), pytest.raises(ValueError, match=message):
+        model.train()(input_ids=torch.tensor([[5, 6, 7, 5, 6]]), position_ids=torch.tensor([[0, 1, 2, 0, 1]]))

@@ -46,7 +46,7 @@ LEAKING = {"opt"}
 """Families whose own attention, told of documents by position ids alone, lets them see each other."""
 
 
-def make(name: str, attention: str = "eager") -> Any:
+def make(name: str, attention: str | None = "eager") -> Any:
     family, overrides = FAMILIES[name]
     return random_model(family, attention, **overrides)
 
@@ -99,7 +99,7 @@ def assert_same(found: tuple[float, dict[str, torch.Tensor]], expected: tuple[fl
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_training_step_equals_one_document_at_a_time(name: str, tmp_path: Path) -> None:
-    trainer = trainer_for(make(name), tmp_path, Dataset.from_dict({"input_ids": documents()}))
+    trainer = trainer_for(make(name, None), tmp_path, Dataset.from_dict({"input_ids": documents()}))
     loss, found, batch = first_step(trainer)
     assert batch["input_ids"].shape == (1, sum(LENGTHS))
     assert sorted(batch["seq_lengths"].tolist()) == sorted(LENGTHS)
@@ -172,7 +172,7 @@ def streamed() -> Iterator[dict[str, list[int]]]:
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
 def test_streamed_and_packed_rows_train_what_their_documents_do(strategy: str, tmp_path: Path) -> None:
     stream = IterableDataset.from_generator(streamed)
-    loss, found, batch = first_step(trainer_for(make("llama"), tmp_path, stream, packing_strategy=strategy))
+    loss, found, batch = first_step(trainer_for(make("llama", None), tmp_path, stream, packing_strategy=strategy))
     pieces = [piece.tolist() for piece in batch["input_ids"][0].split(batch["seq_lengths"].tolist())]
     assert sorted(token for piece in pieces for token in piece) == sorted(token for row in documents() for token in row)
     assert_same((loss, found), document_by_document(make("llama"), [piece for piece in pieces if len(piece) > 1]))
@@ -181,7 +181,7 @@ def test_streamed_and_packed_rows_train_what_their_documents_do(strategy: str, t
 def test_constant_length_rows_train_what_their_documents_do(tmp_path: Path) -> None:
     rows = Dataset.from_dict({"input_ids": documents()})
     stream = ConstantLengthDataset(tiny_tokenizer(), rows, seq_length=20, shuffle=False)
-    loss, found, batch = first_step(trainer_for(make("opt"), tmp_path, stream, packing=False, padding_free=True))
+    loss, found, batch = first_step(trainer_for(make("opt", None), tmp_path, stream, packing=False, padding_free=True))
     pieces = [piece.tolist() for piece in batch["input_ids"][0].split(batch["seq_lengths"].tolist())]
     assert len(pieces) > len(batch["input_ids"][0]) // 20
     assert_same((loss, found), document_by_document(make("opt"), [piece for piece in pieces if len(piece) > 1]))
@@ -214,5 +214,5 @@ def plain_loss(model: Any, rows: list[list[int]], num_untrained: int) -> float:
 
 def test_rows_packed_beforehand_are_recognised(tmp_path: Path) -> None:
     rows = pack_dataset(Dataset.from_dict({"input_ids": documents()}), 48)
-    loss, found, _ = first_step(trainer_for(make("gpt2"), tmp_path, rows, packing=False))
+    loss, found, _ = first_step(trainer_for(make("gpt2", None), tmp_path, rows, packing=False))
     assert_same((loss, found), document_by_document(make("gpt2"), documents()))

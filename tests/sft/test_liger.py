@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from sft.hardware import Hardware, current_hardware
 from sft.liger import check_liger_hardware, liger_kernel_config
 from sft.loss import supervised_loss
-from tests.tiny import tiny_model
+from sft.trainer import SFTTrainer
+from tests.tiny import quiet_config, tiny_model, tiny_tokenizer
 
 GPU = Hardware("cuda", (8, 0), frozenset({"triton", "liger_kernel"}))
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +118,14 @@ def test_ligers_kernels_compute_what_torch_and_our_loss_compute() -> None:
         "fused linear cross entropy",
     }
     assert max(found.values()) < 2e-5
+
+
+def test_the_trainer_asks_for_ligers_kernels_without_its_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    args = quiet_config(tmp_path, use_liger_kernel=True, liger_kernel_config={"rope": False})
+    rows = Dataset.from_dict({"text": ["The quick brown fox"]})
+    SFTTrainer(tiny_model(), args=args, train_dataset=rows, processing_class=tiny_tokenizer())
+    assert args.liger_kernel_config == {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 @pytest.mark.slow

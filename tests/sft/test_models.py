@@ -93,6 +93,11 @@ def test_auto_attention_is_the_choice_of_transformers(folder: Path) -> None:
 def test_misspelt_attention_names_the_nearest(folder: Path) -> None:
     with pytest.raises(ValueError, match="did you mean 'flash_attention_2'"):
         load_model(folder, attn_implementation="flash_atention_2")
+    with pytest.raises(ValueError, match="did you mean 'sdpa'"):
+        load_model(folder, attn_implementation="SDPA")
+    with pytest.raises(ValueError, match="did you mean 'eager'"):
+        load_model(folder, attn_implementation={"": "sdpa", "text_config": "eagr"})
+    assert load_model(folder, attn_implementation={"": "eager"}).config._attn_implementation == "eager"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the message is that of a machine without a GPU")

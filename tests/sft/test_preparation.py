@@ -314,6 +314,16 @@ def test_completions_that_a_cut_took_away_are_counted_and_left_out(
     assert "1 masked" in caplog.text
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_long_document_is_cut_by_bfd_and_divided_by_the_other_strategies(streamed: bool, strategy: str) -> None:
+    rows = Dataset.from_dict({"input_ids": [list(range(5, 25)), [30, 31]]})
+    options = {"max_length": 8, "packing": True, "packing_strategy": strategy}
+    prepared = list(prepare(rows.to_iterable_dataset() if streamed else rows, **options))
+    kept = range(5, 13) if strategy == "bfd" else range(5, 25)
+    assert sorted(token for row in prepared for token in row["input_ids"]) == [*kept, 30, 31]
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_nothing_left_to_train_is_an_error(streamed: bool) -> None:
     rows: Any = Dataset.from_list(answers(50, 60))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -16,11 +17,25 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from sft.config import SFTConfig
 from sft.offloading import offloaded_activations
-from sft.trainer import SFTTrainer
+from sft.trainer import SFTTrainer, checkpointing_arguments
+from sft.trainer_data import prepare_all
 from tests.tiny import tiny_model, tiny_tokenizer
+
+
+class OwnForward(TrainerCallback):
+    """Notes at each step whether a module runs its own forward."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+        self.is_own: list[bool] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.is_own.append("forward" not in vars(self.module))
+
 
 ROWS = [
     {
@@ -175,6 +190,51 @@ def test_tokens_seen_are_whole_at_the_end_though_nothing_was_logged(tmp_path: Pa
     trainer = make(tmp_path, per_device_train_batch_size=len(ROWS), logging_strategy="no")
     num_tokens = 2 * sum(len(row["input_ids"]) for row in trainer.train_dataset)
     assert trainer.train().metrics["num_input_tokens_seen"] == num_tokens
+
+
+def test_a_checkpoint_knows_the_tokens_seen_though_nothing_was_logged(tmp_path: Path) -> None:
+    make(tmp_path, per_device_train_batch_size=len(ROWS), logging_strategy="no", save_steps=1).train()
+    states = [json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text()) for step in (1, 2)]
+    seen = [state["num_input_tokens_seen"] for state in states]
+    assert seen[0] > 0
+    assert seen[1] == 2 * seen[0]
+
+
+@pytest.mark.parametrize("option", ["fused_lora", "fused_layers"])
+def test_layers_are_fused_while_training_and_only_where_asked(tmp_path: Path, option: str) -> None:
+    for asked in (True, False):
+        trainer = make(tmp_path, **{option: asked})
+        layer = trainer.model.get_base_model().model.layers[0]
+        module = layer.self_attn.q_proj if option == "fused_lora" else layer.mlp
+        watch = OwnForward(module)
+        trainer.add_callback(watch)
+        trainer.train()
+        assert watch.is_own == [not asked, not asked]
+        assert "forward" not in vars(module)
+
+
+def test_preparation_of_a_kbit_base_knows_of_checkpointing(tmp_path: Path) -> None:
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    assert checkpointing_arguments(SFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)) == options
+    plain = checkpointing_arguments(SFTConfig(output_dir=str(tmp_path), use_cpu=True))
+    assert plain["gradient_checkpointing"] is False
+
+
+@pytest.mark.parametrize("layout", [{}, {"packing": True}, {"eval_packing": True}, {"padding_free": True}])
+def test_rows_are_evaluated_as_raw_or_as_prepared_as_they_come(tmp_path: Path, layout: dict[str, Any]) -> None:
+    trainer = make(tmp_path, per_device_eval_batch_size=2, **layout)
+    raw = Dataset.from_list(ROWS[:5])
+    prepared = prepare_all(
+        raw, name="eval", packing=False, tokenizer=tiny_tokenizer(), config=trainer.args, formatting_func=None
+    )
+    whole = trainer.evaluate()["eval_loss"]
+    expected = make(tmp_path, **layout).evaluate(prepared)["eval_loss"]
+    assert expected != pytest.approx(whole, rel=1e-4)
+    for rows in (raw, raw.to_iterable_dataset(), prepared):
+        assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate({"some": raw})["eval_some_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.predict(raw).metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-6)
 
 
 def test_entropy_is_logged_when_asked_for(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import logging
 import pickle
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import ProcessorMixin
+from transformers.models.llava.processing_llava import LlavaProcessor
 
+from sft.chat import ChatRenderer, TrainOn
+from sft.checkpoint import load_processor
 from sft.config import SFTConfig
 from sft.labels import IGNORE_INDEX
 from sft.loss import supervised_loss
@@ -25,8 +29,16 @@ from sft.trainer import SFTTrainer
 from sft.vision import DataCollatorForVisionLanguageModeling
 from sft.vision_chat import read_image
 from sft.vision_setup import choose_vision_collator, images_in
-from tests.tiny import CHATML
-from tests.tiny_vision import COLOURS, FAMILIES, square, tiny_processor, tiny_vision_model, vision_tokenizer
+from tests.tiny import CHATML, quiet_config
+from tests.tiny_vision import (
+    COLOURS,
+    FAMILIES,
+    LLAVA_TEMPLATE,
+    square,
+    tiny_processor,
+    tiny_vision_model,
+    vision_tokenizer,
+)
 
 NAMES = list(COLOURS)
 END = {"llava": "<|im_end|>", "qwen2_vl": "<|im_end|>", "idefics3": "<end_of_utterance>"}
@@ -483,3 +495,71 @@ def test_a_chat_template_that_was_asked_for_is_the_processors_too(tmp_path: Path
     config = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, chat_template_path="chatml")
     choose_vision_collator(own, config, [Dataset.from_list(colour_rows())])
     assert own.chat_template == CHATML
+
+
+TEXT_CHATS = [
+    {"messages": chat("What is the capital of France?", "Paris")},
+    {"messages": [{"role": "system", "content": ""}, *chat("Hello", "How are you?", "Sure?", "yes")]},
+]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chats_without_images_are_trained_with_the_template_that_only_the_processor_has(
+    family: str, packing: bool, tmp_path: Path
+) -> None:
+    own = tiny_processor(family)
+    assert own.tokenizer.chat_template is None
+    options = {"assistant_only_loss": True, "packing": packing, "max_length": 64, "max_steps": 2}
+    trained_by = SFTTrainer(
+        tiny_vision_model(family, own),
+        args=quiet_config(tmp_path, save_strategy="no", **options),
+        train_dataset=Dataset.from_list(TEXT_CHATS),
+        processing_class=own,
+    )
+    in_parts = [
+        [{**message, "content": [say(message["content"])] if message["content"] else []} for message in row["messages"]]
+        for row in TEXT_CHATS
+    ]
+    texts = [own.apply_chat_template(messages, tokenize=False) for messages in in_parts]
+    expected = [own.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    rows = trained_by.train_dataset
+    found = list(rows["input_ids"])
+    assert sorted(chain.from_iterable(found)) == sorted(chain.from_iterable(expected))
+    if not packing:
+        assert found == expected
+        end, lead = END[family], LEAD[family]
+        answers = [[label for label in labels if label != IGNORE_INDEX] for labels in rows["labels"]]
+        assert own.tokenizer.batch_decode(answers) == [
+            f"{lead}Paris{end}",
+            f"{lead}How are you?{end}{lead}yes{end}",
+        ]
+    trained_by.train()
+
+
+def test_a_tokenizer_whose_template_takes_parts_alone_loses_no_text() -> None:
+    tokenizer = tiny_processor("llava").tokenizer
+    tokenizer.chat_template = LLAVA_TEMPLATE
+    assert "Paris" not in tokenizer.apply_chat_template(TEXT_CHATS[0]["messages"], tokenize=False)
+    for train_on in (TrainOn.ALL, TrainOn.ASSISTANT):
+        rendered = ChatRenderer(tokenizer, train_on).render(TEXT_CHATS[0])
+        assert rendered.text == "USER: What is the capital of France? ASSISTANT: Paris<|im_end|>"
+    assert [rendered.text[span.start : span.end] for span in rendered.spans] == ["Paris<|im_end|>"]
+
+
+def test_a_model_with_images_brings_its_processor(tmp_path: Path) -> None:
+    own = tiny_processor("llava")
+    tiny_vision_model("llava", own).save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    assert isinstance(load_processor(str(tmp_path)), LlavaProcessor)
+
+
+def test_a_processor_that_cannot_be_made_leaves_the_tokenizer_and_the_log_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = tiny_processor("llava")
+    tiny_vision_model("llava", own).save_pretrained(tmp_path)
+    own.tokenizer.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="sft.checkpoint"):
+        assert load_processor(str(tmp_path)).get_vocab() == own.tokenizer.get_vocab()
+    assert "only text can be trained" in caplog.text
