@@ -168,6 +168,8 @@ def test_a_device_without_a_kernel_for_whole_rows_gets_padded_batches(
     reason = refuse_flat_reason(chosen, hardware)
     assert (reason is None) is flat
     assert flat or "has no kernel" in str(reason)
+
+
 def asked_for(attention: str, family: str = "llama", **overrides: Any) -> PreTrainedModel:
     model = tiny_model(family, **overrides)
     model.set_attn_implementation(attention)
