@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from markupsafe import Markup
 
 from stages import lineage
 from stages.answers import generations
 from stages.artifacts import read_json, write_text
-from stages.charts import Series, heat_strip, line_chart
+from stages.charts import heat_strip
 from stages.figures import figure_of, in_order
 from stages.page import NBSP, ledger_summary, percent, render_page, rows_sentence
 from stages.params import Params
 from stages.paths import Paths
+from stages.training_section import bad_updates, curves
 
 TEMPLATE = "report_template.html.jinja"
 
@@ -39,7 +36,9 @@ def context(params: Params, paths: Paths) -> dict[str, Any]:
         "results": results,
         "table": comparison(results),
         "changes": [changes(pair) for pair in results["comparisons"]],
-        "curves": curves(paths.out("train", "curve.csv")),
+        "curves": curves(paths),
+        "bad_updates": bad_updates(paths),
+        "trusted": params.model.trust_remote_code,
         "generations": generations(paths.out("evaluate", "generations.jsonl")),
         "general": generations(general) if (general := paths.out("evaluate", "general.jsonl")).exists() else None,
         "data": data_section(paths),
@@ -131,29 +130,6 @@ def show(value: float, kind: str) -> str:
     if kind == "megabytes":
         return f"{value:,.0f}{NBSP}MB" if value >= 10 else f"{value:.2g}{NBSP}MB"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
-
-
-def curves(path: Path) -> list[Markup]:
-    """Loss, accuracy, learning rate and gradient norm over the steps, those that were recorded."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    charts = [
-        ("Loss", [("train", "loss", "a"), ("held-out", "eval_loss", "b")]),
-        ("Token accuracy", [("train", "mean_token_accuracy", "a"), ("held-out", "eval_mean_token_accuracy", "b")]),
-        ("Learning rate", [("", "learning_rate", "a")]),
-        ("Gradient norm", [("", "grad_norm", "a")]),
-    ]
-    drawn = []
-    for title, lines in charts:
-        series = [Series(name, points(rows, column), css) for name, column, css in lines]
-        if any(s.points for s in series):
-            drawn.append(line_chart(title, series))
-    return drawn
-
-
-def points(rows: Iterable[Mapping[str, str]], column: str) -> list[tuple[float, float]]:
-    """(step, value) of the rows in which a column of the curve is filled."""
-    return [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
 
 
 def data_section(paths: Paths) -> dict[str, Any]:
