@@ -15,7 +15,7 @@ from flows.forms import Overrides, apply_overrides, flatten, overridden, with_va
 from flows.graph import RunRefused
 from flows.pipeline import ask
 from flows.search import PATTERN, Search, open_search, parse_dimension
-from stages.direction import lower_is_better
+from stages.figures import lower_is_better
 from stages.measured import metric_names
 from stages.params import check_params
 
@@ -105,7 +105,7 @@ def check_objective(root: Path, objective: str, overrides: Overrides) -> str:
     if stage == "evaluate":
         text = apply_overrides((root / "params.yaml").read_text(encoding="utf-8"), overridden(overrides))
         chosen = check_params(YAML(typ="safe", pure=True).load(text))
-        known = metric_names(chosen.evaluate.task, with_quantized=chosen.quantize.method != "none")
+        known = metric_names(chosen.evaluate, with_quantized=chosen.quantize.method != "none")
         if figure not in known:
             near = difflib.get_close_matches(figure, known, n=1)
             hint = f"did you mean 'evaluate.{near[0]}'?" if near else f"there are {', '.join(sorted(known))}"

@@ -13,13 +13,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sft.gptq_checks import check_calibration, check_layers_fit, check_weights_finite
 from sft.gptq_layout import finish_checkpoint, weight_errors, weights_size_bytes
 from sft.gptq_loading import loading_deviation
+from sft.quantization_report import LayerError, QuantizationReport
 
 Progress = Callable[[int, int, str], None]
 
@@ -54,49 +55,28 @@ class GPTQSettings:
     device: str = "auto"
 
 
-@dataclass(frozen=True)
-class ModuleError:
-    """What quantization did to one linear layer.
+@dataclass(frozen=True, kw_only=True)
+class ModuleError(LayerError):
+    """What GPTQ did to one linear layer.
 
-    `loss` is GPTQ's own objective, the squared error of the layer's output per calibration sample; `relative_error` is
-    `|W - Wq| / |W|` in the Frobenius norm, which is comparable between layers; `damp` is the damping that was needed.
+    `loss` is GPTQ's own objective, the squared error of the layer's output per calibration sample; `damp` is the
+    damping that was needed.
     """
 
-    layer: int
-    module: str
     loss: float
-    relative_error: float
     damp: float
     num_samples: int
 
 
-@dataclass(frozen=True)
-class QuantizeReport:
-    """Result of `quantize_gptq`; sizes are of the weight files, `loading_deviation` is that of `sft.gptq_loading`."""
+@dataclass(frozen=True, kw_only=True)
+class QuantizeReport(QuantizationReport):
+    """Result of `quantize_gptq`; `loading_deviation` is that of `sft.gptq_loading`."""
 
     settings: GPTQSettings
     num_rows: int
     num_tokens: int
-    source_bytes: int
-    quantized_bytes: int
     modules: tuple[ModuleError, ...]
     kept_full_precision: tuple[str, ...]
-    loading_deviation: float
-
-    @property
-    def size_ratio(self) -> float:
-        """Quantized size over source size."""
-        return self.quantized_bytes / self.source_bytes
-
-    @property
-    def mean_relative_error(self) -> float:
-        """Mean of `relative_error` over the modules."""
-        return sum(m.relative_error for m in self.modules) / len(self.modules)
-
-    @property
-    def worst(self) -> ModuleError:
-        """The module with the largest relative error."""
-        return max(self.modules, key=_relative_error)
 
     @property
     def num_damping_retries(self) -> int:
@@ -105,13 +85,7 @@ class QuantizeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
-        summary = {
-            "size_ratio": self.size_ratio,
-            "mean_relative_error": self.mean_relative_error,
-            "max_relative_error": self.worst.relative_error,
-            "num_damping_retries": self.num_damping_retries,
-        }
-        return {**asdict(self), **summary}
+        return {**super().to_dict(), "num_damping_retries": self.num_damping_retries}
 
 
 def quantize_gptq(
@@ -261,10 +235,6 @@ def _is_solved(loss: str) -> bool:
 
 def _place(row: dict[str, Any]) -> tuple[int, str]:
     return int(row["layer"]), str(row["module"])
-
-
-def _relative_error(module: ModuleError) -> float:
-    return module.relative_error
 
 
 def _module_error(row: dict[str, Any], errors: dict[str, float]) -> ModuleError:

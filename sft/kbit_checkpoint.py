@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from sft.gptq_checks import check_calibration, check_weights_finite, linear_widths
 from sft.gptq_layout import open_tensors, weights_size_bytes
 from sft.logit_proof import compare_logits, logits_of
+from sft.quantization_report import LayerError, QuantizationReport
 
 METHODS = ("int8", "nf4")
 NF4_BLOCK = 64
@@ -33,53 +34,11 @@ NUM_STEPS = 3
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class LayerError:
-    """What rounding did to one linear layer: `|W - Wq| / |W|` in the Frobenius norm."""
-
-    layer: int
-    module: str
-    relative_error: float
-
-
-@dataclass(frozen=True)
-class KbitReport:
-    """Result of `quantize_kbit`; sizes are of the weight files.
-
-    Args:
-        method: int8 or nf4.
-        source_bytes: Size of the plain weights.
-        quantized_bytes: Size of the quantized ones.
-        modules: One error a quantized layer.
-        loading_deviation: Mean difference of the logits of the folder as transformers loads it to those of the model
-            that was saved, over their standard deviation.
-    """
+@dataclass(frozen=True, kw_only=True)
+class KbitReport(QuantizationReport):
+    """Result of `quantize_kbit`; `method` is int8 or nf4."""
 
     method: str
-    source_bytes: int
-    quantized_bytes: int
-    modules: tuple[LayerError, ...]
-    loading_deviation: float
-
-    @property
-    def size_ratio(self) -> float:
-        """Quantized size over source size."""
-        return self.quantized_bytes / self.source_bytes
-
-    @property
-    def mean_relative_error(self) -> float:
-        """Mean of `relative_error` over the modules."""
-        return sum(module.relative_error for module in self.modules) / len(self.modules)
-
-    @property
-    def max_relative_error(self) -> float:
-        """The largest `relative_error`."""
-        return max(module.relative_error for module in self.modules)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        names = ("size_ratio", "mean_relative_error", "max_relative_error")
-        return {**asdict(self), **{name: getattr(self, name) for name in names}}
 
 
 def quantize_kbit(
@@ -123,7 +82,13 @@ def quantize_kbit(
         shutil.rmtree(output_dir, ignore_errors=True)
         raw_dir.rename(output_dir)
     _say(on_progress, 3, "written and read back")
-    return KbitReport(method, weights_size_bytes(model_dir), weights_size_bytes(output_dir), errors, deviation)
+    return KbitReport(
+        method=method,
+        source_bytes=weights_size_bytes(model_dir),
+        quantized_bytes=weights_size_bytes(output_dir),
+        modules=errors,
+        loading_deviation=deviation,
+    )
 
 
 def check_widths(model_dir: Path, method: str) -> None:
@@ -169,7 +134,7 @@ def _layer_errors(model: Any, sources: dict[str, Any]) -> Iterator[LayerError]:
         error = float((weight - _restored(module)).norm() / weight.norm().clamp_min(1e-12))
         place = re.search(r"\.(\d+)\.(.+)$", name)
         assert place is not None, f"{name} is in no block"
-        yield LayerError(int(place[1]), place[2], error)
+        yield LayerError(layer=int(place[1]), module=place[2], relative_error=error)
 
 
 def _restored(module: Linear4bit | Linear8bitLt) -> torch.Tensor:

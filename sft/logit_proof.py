@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +27,23 @@ class LogitDifference:
     num_positions: int
 
 
-@torch.no_grad()
 def logits_of(model: Any, rows: Iterable[Sequence[int]]) -> list[torch.Tensor]:
     """Logits (length, vocabulary) of each row by itself, in float32 on the CPU."""
+    return list(iterate_logits(model, rows))
+
+
+def iterate_logits(model: Any, rows: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+    """What `logits_of` gives, one row after the other."""
     model.eval()
     device = next(model.parameters()).device
-    batches = (torch.tensor([list(row)], device=device) for row in rows)
-    return [model(input_ids=batch, use_cache=False).logits[0].float().cpu() for batch in batches]
+    for row in rows:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([list(row)], device=device), use_cache=False).logits[0]
+        yield logits.float().cpu()
 
 
-def compare_logits(reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> LogitDifference:
-    """Compare what `logits_of` gave for two models."""
+def compare_logits(reference: Iterable[torch.Tensor], found: Iterable[torch.Tensor]) -> LogitDifference:
+    """Compare what `logits_of` or `iterate_logits` gave for two models."""
     largest, total, num_logits, num_agreeing, num_positions = 0.0, 0.0, 0, 0, 0
     for ours, theirs in zip(reference, found, strict=True):
         difference = (ours - theirs).abs()

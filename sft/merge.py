@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.adapter_mix import AdapterMix, load_mix
-from sft.logit_proof import LogitDifference, check_logits, compare_logits, logits_of
+from sft.logit_proof import LogitDifference, check_logits, compare_logits, iterate_logits, logits_of
 from sft.models import load_model, parse_dtype
 from sft.peft_merge import (
     check_adapter_folder,
@@ -23,6 +22,7 @@ from sft.peft_merge import (
     load_adapter,
     merge_into_base,
 )
+from sft.shard_merge import NotStreamableError, ShardMerge
 from sft.token_rows import is_tied
 
 logger = logging.getLogger(__name__)
@@ -74,15 +74,17 @@ def merge_adapter(
 ) -> MergeReport:
     """Merge an adapter into its base and write one plain checkpoint, with tokenizer and generation config.
 
-    The base is loaded in float32, also when the adapter was trained on a 4- or 8-bit copy of it: the quantization error
-    of that copy stays out of the result. The checkpoint is read back from disk and compared with base + adapter.
+    It goes through the base file by file, in float32, with no more in memory than one file holds; adapters and models
+    with which that can't be done are merged by peft with the whole model in memory, and a warning says why. An adapter
+    that was trained on a 4- or 8-bit copy goes into the plain base: the quantization error of that copy stays out of
+    the result. The checkpoint is read back from disk and compared with base + adapter.
 
     Args:
         base: Hub id or folder of the plain base.
         adapter: Folder that `PeftModel.save_pretrained` wrote, or several of them with weights.
         output_dir: New or empty folder; on any failure nothing is left in it.
-        sample_input_ids: Rows of token ids to compare on. The reference logits of all rows are held in memory
-            (tokens x vocabulary x 4 bytes).
+        sample_input_ids: Rows of token ids to compare on. The logits of one row are held in memory (tokens x
+            vocabulary x 4 bytes), of all rows where the whole model is.
         tolerance: Largest absolute difference of a logit.
         dtype: Of the checkpoint. Half precision rounds the weights, which moves logits by some hundredths.
         tokenizer: Saved along; embeddings grow to its length where training had grown them.
@@ -97,20 +99,51 @@ def merge_adapter(
     if isinstance(adapter, AdapterMix):
         adapter.check()
     else:
-        check_adapter_folder(Path(adapter))
+        adapter = Path(adapter)
+        check_adapter_folder(adapter)
     _check_plain(base, trust_remote_code)
+    try:
+        return _merge_by_file(base, adapter, output, sample_input_ids)
+    except NotStreamableError as reason:
+        logger.warning("the base %s is merged with the whole model in memory: %s", base, reason)
+    return _merge_whole(base, adapter, output, sample_input_ids, trust_remote_code)
+
+
+def _merge_by_file(base: str | Path, adapter: Path | AdapterMix | None, output: _Output, rows: Rows) -> MergeReport:
+    """Merge with no more in memory than a file of the base holds.
+
+    Raises:
+        NotStreamableError: It can't be done so; nothing was written.
+        ValueError: As `merge_adapter`.
+    """
+    if isinstance(adapter, AdapterMix):
+        raise NotStreamableError("several adapters are combined by peft on the model")
+    job = ShardMerge(Path(base), adapter, output.dtype, output.tokenizer)
+    effect = job.effect(rows)
+    if adapter is not None:
+        _check_effect(effect)
+    difference = output.fill(job, rows)
+    return _report(difference, effect, job.num_adapted, output.dtype, tied=job.tied)
+
+
+def _merge_whole(
+    base: str | Path, adapter: Path | AdapterMix, output: _Output, rows: Rows, trust_remote_code: bool
+) -> MergeReport:
+    """Merge by peft with the whole model in memory."""
     model = load_model(base, trust_remote_code=trust_remote_code)
     if isinstance(adapter, AdapterMix):
         peft_model = load_mix(model, adapter)
     else:
-        grow_to_adapter(model, Path(adapter), tokenizer)
-        peft_model = load_adapter(model, Path(adapter))
-    reference = logits_of(peft_model, sample_input_ids)
-    effect = _adapter_effect(peft_model, sample_input_ids, reference)
+        grow_to_adapter(model, adapter, output.tokenizer)
+        peft_model = load_adapter(model, adapter)
+    reference = logits_of(peft_model, rows)
+    with peft_model.disable_adapter():
+        effect = compare_logits(reference[:1], iterate_logits(peft_model, rows[:1])).largest
+    _check_effect(effect)
     num_adapted = count_adapted_modules(peft_model)
     merged = merge_into_base(peft_model)
-    difference = output.save(merged, sample_input_ids, reference)
-    return _report(merged, difference, effect, num_adapted)
+    difference = output.save(merged, rows, reference)
+    return _report(difference, effect, num_adapted, output.dtype, tied=is_tied(merged))
 
 
 def copy_checkpoint(
@@ -128,9 +161,13 @@ def copy_checkpoint(
     """
     output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer)
     output.check(sample_input_ids)
+    try:
+        return _merge_by_file(source, None, output, sample_input_ids)
+    except NotStreamableError as reason:
+        logger.warning("the checkpoint %s is copied with the whole model in memory: %s", source, reason)
     model = load_model(source, trust_remote_code=trust_remote_code)
     difference = output.save(model, sample_input_ids, logits_of(model, sample_input_ids))
-    return _report(model, difference, effect=0.0, num_adapted=0)
+    return _report(difference, 0.0, 0, output.dtype, tied=is_tied(model))
 
 
 @dataclass(frozen=True)
@@ -165,6 +202,21 @@ class _Output:
             advice = "" if self.dtype is torch.float32 else ROUNDING_ADVICE
             check_logits(difference, self.tolerance, f"read back from disk as {_name(self.dtype)}", advice)
         return difference
+
+    def fill(self, job: ShardMerge, rows: Rows) -> LogitDifference:
+        """Write file by file and compare; the folder appears only when the proof holds."""
+        with _new_folder(self.folder) as folder:
+            if self.tokenizer is not None:
+                _stop_at_eos(job.plain, self.tokenizer)
+                self.tokenizer.save_pretrained(folder)
+            job.write(folder)
+            difference = job.compare(folder, rows)
+            self._check_written(difference)
+        return difference
+
+    def _check_written(self, difference: LogitDifference) -> None:
+        advice = "" if self.dtype is torch.float32 else ROUNDING_ADVICE
+        check_logits(difference, self.tolerance, f"read back from disk as {_name(self.dtype)}", advice)
 
 
 @contextmanager
@@ -207,15 +259,12 @@ def _check_plain(base: str | Path, trust_remote_code: bool) -> None:
         )
 
 
-def _adapter_effect(peft_model: PeftModel, rows: Rows, reference: list[torch.Tensor]) -> float:
-    with peft_model.disable_adapter():
-        effect = compare_logits(reference[:1], logits_of(peft_model, rows[:1])).largest
+def _check_effect(effect: float) -> None:
     if effect == 0.0:
         raise ValueError(
             "The adapter changes no logit of the first sample row: it was not trained, or its weights were not loaded. "
             "A merge would give back the base."
         )
-    return effect
 
 
 def _stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -232,7 +281,9 @@ def _stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _report(model: PreTrainedModel, difference: LogitDifference, effect: float, num_adapted: int) -> MergeReport:
+def _report(
+    difference: LogitDifference, effect: float, num_adapted: int, dtype: torch.dtype, *, tied: bool
+) -> MergeReport:
     report = MergeReport(
         max_logit_diff=difference.largest,
         mean_logit_diff=difference.mean,
@@ -240,8 +291,8 @@ def _report(model: PreTrainedModel, difference: LogitDifference, effect: float, 
         num_positions=difference.num_positions,
         adapter_effect=effect,
         num_adapted_modules=num_adapted,
-        dtype=_name(model.dtype),
-        tied_embeddings=is_tied(model),
+        dtype=_name(dtype),
+        tied_embeddings=tied,
     )
     logger.info("%s", report)
     return report

@@ -36,15 +36,20 @@ def check_adapter_folder(adapter: Path) -> None:
         raise ValueError(f"The {kind} adapter in {adapter} can't be merged: it adds to the input, not to the weights.")
 
 
-def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+def load_adapter(model: PreTrainedModel, adapter: Path, *, low_cpu_mem_usage: bool = False) -> PeftModel:
     """Put a saved adapter on its base, and make sure that every weight of it found its place.
+
+    Args:
+        model: The base.
+        adapter: Folder that `PeftModel.save_pretrained` wrote.
+        low_cpu_mem_usage: The base's weights are not there yet: the adapter's take places rather than being copied.
 
     Raises:
         ValueError: It belongs to another base.
     """
     try:
         ask_peft_to_wait()
-        peft_model = PeftModel.from_pretrained(model, adapter).eval()
+        peft_model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low_cpu_mem_usage).eval()
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"The adapter in {adapter} does not fit {type(model).__name__}: {reason}") from error
@@ -79,12 +84,18 @@ def grow_to_adapter(model: PreTrainedModel, adapter: Path, tokenizer: PreTrained
 
     What is in the new rows does not matter: the adapter holds them, whole or as trained token rows.
     """
+    wanted = outgrown(model, adapter, tokenizer)
+    if wanted:
+        resize_embeddings(model, wanted, [])
+
+
+def outgrown(model: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Rows of embeddings that the adapter needs, 0 where the base has enough."""
     rows, width = model.get_input_embeddings().weight.shape
     whole = [shape for key, shape in adapter_shapes(adapter).items() if _is_whole_weight(key) and len(shape) == 2]
     saved = [shape[0] for shape in whole if shape[1] == width and shape[0] > rows]
     wanted = max(saved, default=len(tokenizer) if tokenizer is not None else 0)
-    if wanted > rows:
-        resize_embeddings(model, wanted, [])
+    return wanted if wanted > rows else 0
 
 
 def merge_into_base(peft_model: PeftModel) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from stages.intake import data_size, open_source
 from stages.model_sources import check_named
 from stages.params import Params
 from stages.paths import Paths
+from stages.regression import read_records
 from stages.scoring import load_tasks
 
 LARGEST_READ_BYTES = 100_000_000
@@ -22,6 +23,7 @@ def run(params: Params, paths: Paths) -> None:
     """
     check_named(params.model, paths.root)
     load_tasks(params.evaluate.task, paths.root)
+    read_records(params.evaluate.regression, paths.root)
     sources = [(part, f"load.sources[{i}].path") for i, part in enumerate(params.load.sources)]
     held_out = params.load.eval.source()
     if held_out is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from stages.direction import lower_is_better
+from stages.figures import lower_is_better
 from stages.lineage import main_checkout
 from stages.mlflow_run import SQLITE, Tracking, absolute_uri, open_tracking
 from stages.params import Params

@@ -15,28 +15,18 @@ from sft.evaluation import evaluate_model
 from sft.gate import GateRow, check_gate, parse_gate
 from sft.generation import generate_batch
 from sft.models import load_tokenizer
-from sft.tasks import Task
 from stages.artifacts import progress, read_json, write_json, write_jsonl
-from stages.measured import ANSWERING, LIKELIHOOD
+from stages.measured import ANSWERING, LIKELIHOOD, REFERENCE
 from stages.params import EvaluateSection, Params
 from stages.paths import Paths
-from stages.references import read_prompts
+from stages.references import EvalRows, read_prompts
+from stages.regression import read_records, render_records
 from stages.report import write_report
 from stages.results import Measured, comparisons
 from stages.scoring import load_tasks, task_names
 from stages.variants import Variant, find_variants, load_variant, size_mb
 
 TOKENS_PER_BATCH = 2048
-
-
-@dataclass
-class HeldOut:
-    """What all models are measured on."""
-
-    rows: list[dict[str, Any]]
-    prompts: list[dict[str, Any]]
-    token_ids: list[list[int]]
-    task: Task
 
 
 class Meter:
@@ -56,77 +46,111 @@ def run(params: Params, paths: Paths) -> None:
     section = params.evaluate
     tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
     held_out = read_held_out(section, paths, tokenizer)
+    general = read_general(section, paths, tokenizer)
     variants = find_variants(paths)
     conditions = parse_gate(section.gate)  # the names in it were checked with params.yaml
-    num_documents = sum(len(row.get("seq_lengths") or [0]) for row in held_out.rows)
-    meter = Meter(sum(num_documents + len(held_out.prompts) * (variant.name in ANSWERING) for variant in variants))
+    meter = Meter(sum(amount(rows, variant) for variant in variants for rows in (held_out, general) if rows))
+    measuring = Measuring(tokenizer, section.batch_size, meter)
     new_token_ids = read_json(paths.out("format", "summary.json"))["new_token_ids"]
     measured: dict[str, Measured] = {}
     # The tuned model comes first, as the others are measured against it.
-    for variant in sorted(variants, key=lambda variant: variant.name != "tuned"):
+    for variant in sorted(variants, key=lambda variant: variant.name != REFERENCE):
         meter.model = variant.name
         model = load_variant(variant, params.model, len(tokenizer), new_token_ids)
-        tuned = measured.get("tuned")
-        documents = DocumentScores(tuned.documents.kept if tuned else None, keep=tuned is None)
-        measured[variant.name] = measure(model, tokenizer, variant, held_out, section, meter, documents)
+        tuned = measured.get(REFERENCE)
+        result = measuring.measure(model, variant, held_out, tuned)
+        result.figures["size_mb"] = size_mb(variant)
+        if general is not None:
+            result.add_general(measuring.measure(model, variant, general, tuned.general if tuned else None))
+        measured[variant.name] = result
         del model
     measured = {variant.name: measured[variant.name] for variant in variants}
     gate = check_gate(conditions, {name: result.figures for name, result in measured.items()})
-    write_outputs(paths, section, held_out, measured, gate)
+    write_outputs(paths, section, held_out, general.num_documents if general else 0, measured, gate)
+    write_general(paths, general, measured)
     write_report(params, paths)
     print(summary(measured, gate, paths), flush=True)
 
 
-def read_held_out(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+def read_held_out(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> EvalRows:
     """Read packed held-out rows and prompts; every reference is checked before any model is loaded."""
     task = load_tasks(section.task, paths.root)
     prompts = read_prompts(section, task, paths)
-    token_ids = [
-        tokenizer(prompt["prompt"], add_special_tokens=prompt["add_special_tokens"])["input_ids"] for prompt in prompts
-    ]
-    return HeldOut(load_from_disk(str(paths.out("pack", "eval"))).to_list(), prompts, token_ids, task)
+    rows = load_from_disk(str(paths.out("pack", "eval"))).to_list()
+    return EvalRows.of(rows, prompts, tokenizer, task, section.max_new_tokens)
 
 
-def measure(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    variant: Variant,
-    held_out: HeldOut,
-    section: EvaluateSection,
-    meter: Meter,
-    documents: DocumentScores,
-) -> Measured:
-    """Everything about one model."""
-    started = time.monotonic()
-    begun = BegunAnswers(held_out.token_ids)
-    likelihood = evaluate_model(
-        model, held_out.rows, TOKENS_PER_BATCH, on_progress=meter, on_predictions=begun.learn, on_logits=documents.add
-    )
-    result = Measured({name: likelihood[name] for name in LIKELIHOOD} | {"size_mb": size_mb(variant)}, documents)
-    result.add_documents()
-    result.seconds["likelihood"] = round(time.monotonic() - started, 1)
-    if variant.name in ANSWERING:
+def read_general(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> EvalRows | None:
+    """Read the general prompts, where params.yaml names some."""
+    records = read_records(section.regression, paths.root)
+    return render_records(records, section.regression, tokenizer, paths.root) if records else None
+
+
+def amount(rows: EvalRows, variant: Variant) -> int:
+    """Documents to score and prompts to answer of one model."""
+    return rows.num_documents + len(rows.prompts) * (variant.name in ANSWERING)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How models are measured, whichever rows on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+    meter: Meter
+
+    def measure(self, model: Any, variant: Variant, asked: EvalRows, reference: Measured | None) -> Measured:
+        """Everything about one model on one set of rows.
+
+        Args:
+            model: On its device.
+            variant: Which it is.
+            asked: The rows.
+            reference: What the tuned model did on them; None for the tuned model itself.
+        """
         started = time.monotonic()
-        given = begun.tokens()
+        documents = DocumentScores(reference.documents.kept if reference else None, keep=reference is None)
+        begun = BegunAnswers(asked.token_ids)
+        likelihood = evaluate_model(
+            model,
+            asked.rows,
+            TOKENS_PER_BATCH,
+            on_progress=self.meter,
+            on_predictions=begun.learn,
+            on_logits=documents.add,
+        )
+        result = Measured({name: likelihood[name] for name in LIKELIHOOD}, documents)
+        result.add_documents()
+        result.seconds["likelihood"] = round(time.monotonic() - started, 1)
+        if variant.name in ANSWERING and asked.prompts:
+            self.answer(model, asked, begun.tokens(), result)
+        return result
+
+    def answer(self, model: Any, asked: EvalRows, given: list[list[int]], result: Measured) -> None:
+        """Have a model answer the prompts; what scoring has told already (`given`) is not generated."""
+        started = time.monotonic()
         answers = generate_batch(
             model,
-            tokenizer,
-            held_out.token_ids,
-            section.max_new_tokens,
-            section.batch_size,
-            on_progress=meter,
+            self.tokenizer,
+            asked.token_ids,
+            asked.max_new_tokens,
+            self.batch_size,
+            on_progress=self.meter,
             begun=given,
         )
         seconds = time.monotonic() - started
-        # What scoring had told already was not generated.
         num_tokens = sum(answer.num_tokens for answer in answers) - sum(map(len, given))
         result.seconds |= {"generation": round(seconds, 1), "tokens_per_second": round(max(0, num_tokens) / seconds, 1)}
-        result.add_answers(answers, held_out.task, [prompt["reference"] for prompt in held_out.prompts])
-    return result
+        result.add_answers(answers, asked.task, asked.references)
 
 
 def write_outputs(
-    paths: Paths, section: EvaluateSection, held_out: HeldOut, measured: dict[str, Measured], gate: list[GateRow]
+    paths: Paths,
+    section: EvaluateSection,
+    held_out: EvalRows,
+    num_general: int,
+    measured: dict[str, Measured],
+    gate: list[GateRow],
 ) -> None:
     """Write results, generations, DVC metrics and timings."""
     passed = all(row.passed for row in gate)
@@ -135,6 +159,7 @@ def write_outputs(
         "tasks": task_names(section.task),
         "figures": list(held_out.task.names),
         "num_prompts": len(held_out.prompts),
+        "num_general": num_general,
         "max_new_tokens": section.max_new_tokens,
         "models": figures,
         "intervals": {name: result.intervals for name, result in measured.items()},
@@ -149,6 +174,15 @@ def write_outputs(
     write_json(paths.timings("evaluate"), {name: result.seconds for name, result in measured.items()})
 
 
+def write_general(paths: Paths, general: EvalRows | None, measured: dict[str, Measured]) -> None:
+    """Write the answers to general prompts, where any were asked for."""
+    file = paths.out("evaluate", "general.jsonl")
+    file.unlink(missing_ok=True)
+    if general is not None and general.prompts:
+        results = {name: result.general for name, result in measured.items() if result.general is not None}
+        write_jsonl(file, generation_rows(general, results))
+
+
 def merge_note(paths: Paths) -> str:
     """Why the merged model has no generations of its own."""
     note = "not generated, as the stage merge has proved that its logits are those of the tuned model"
@@ -157,10 +191,10 @@ def merge_note(paths: Paths) -> str:
     return note if difference is None else f"{note} (largest difference {difference:.2g})"
 
 
-def generation_rows(held_out: HeldOut, measured: dict[str, Measured]) -> list[dict[str, Any]]:
+def generation_rows(asked: EvalRows, measured: dict[str, Measured]) -> list[dict[str, Any]]:
     """One row a prompt: id, prompt, reference, and what each model answered."""
     rows = []
-    for index, prompt in enumerate(held_out.prompts):
+    for index, prompt in enumerate(asked.prompts):
         answers = {
             name: {**asdict(result.answers[index]), "scores": result.scores[index]}
             for name, result in measured.items()

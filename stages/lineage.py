@@ -14,7 +14,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from stages.artifacts import read_json
+from stages.artifacts import file_digest, read_json
 from stages.params import Params
 from stages.paths import Paths
 
@@ -109,12 +109,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def result_params(params: Params) -> dict[str, Any]:
     """Every param that can change a result, flat: all but where the result is recorded."""
     return flatten(params.model_dump(exclude={"publish"}))
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def result_digest(params: Params, paths: Paths, files: list[Path]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from stages.evaluate_params import EvaluateSection
+from stages.figures import REGRESSION
 from stages.scoring import figure_names
 
 # KL is measured of all others against the tuned model
@@ -10,27 +12,32 @@ LIKELIHOOD = ("loss", "perplexity", "token_accuracy")
 MODELS = ("base", "tuned", "merged", "quantized")
 # `merge` has proved that the merged model's logits are those of the tuned one, so it need not answer again
 ANSWERING = ("base", "tuned", "quantized")
+STOP_RATE = "stop_rate"
 
 
-def metric_names(task: str | list[str], *, with_quantized: bool) -> set[str]:
+def metric_names(section: EvaluateSection, *, with_quantized: bool) -> set[str]:
     """Every `model.metric` that `evaluate` will measure.
 
     Args:
-        task: `evaluate.task`.
+        section: `evaluate` of params.yaml.
         with_quantized: Whether `quantize` makes a model.
 
     Raises:
         ValueError: A task is unknown.
     """
-    answers = [*figure_names(task), "stop_rate"]
-    return {
-        f"{model}.{metric}"
-        for model in MODELS
-        if with_quantized or model != "quantized"
-        for metric in [
-            *LIKELIHOOD,
-            *([] if model == REFERENCE else ["kl"]),
-            "size_mb",
-            *(answers if model in ANSWERING else []),
-        ]
-    }
+    models = [model for model in MODELS if with_quantized or model != "quantized"]
+    return {f"{model}.{name}" for model in models for name in _names(section, model)}
+
+
+def _names(section: EvaluateSection, model: str) -> list[str]:
+    """The figures of one model."""
+    kl = [] if model == REFERENCE else ["kl"]
+    names = [*LIKELIHOOD, *kl, "size_mb"]
+    if model in ANSWERING:
+        names += [*figure_names(section.task), STOP_RATE]
+    general = section.regression
+    if general.path is not None:
+        names += [f"{REGRESSION}{name}" for name in ("loss", *kl)]
+        if general.task is not None and model in ANSWERING:
+            names += [f"{REGRESSION}{name}" for name in (*figure_names(general.task), STOP_RATE)]
+    return names

@@ -18,9 +18,9 @@ from ruamel.yaml.reader import ReaderError
 
 from sft.gate import parse_gate
 from sft.gptq_checks import GROUP_SIZES
+from stages.evaluate_params import EvaluateSection
 from stages.load_params import LoadSection
 from stages.measured import metric_names
-from stages.scoring import figure_names
 from stages.section import Fraction, Positive, Section, Seed
 
 
@@ -170,23 +170,6 @@ class QuantizeSection(Section):
         return self
 
 
-def _known_tasks(value: str | list[str]) -> str | list[str]:
-    figure_names(value)
-    return value
-
-
-class EvaluateSection(Section):
-    """Base, tuned, merged and quantized side by side."""
-
-    task: Annotated[
-        str | list[str], AfterValidator(_known_tasks), Field(description="What answers are scored with, one or several")
-    ]
-    num_rows: Annotated[Positive | None, Field(description="null = every held-out row")]
-    batch_size: Annotated[Positive, Field(description="Rows generated at a time")]
-    max_new_tokens: Annotated[Positive, Field(description="Longest generation")]
-    gate: Annotated[list[str], Field(description="Conditions that must hold before the champion is replaced")]
-
-
 class PublishSection(Section):
     """All figures to MLflow."""
 
@@ -212,7 +195,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _gate_speaks_of_what_is_measured(self) -> Params:
-        available = metric_names(self.evaluate.task, with_quantized=self.quantize.method != "none")
+        available = metric_names(self.evaluate, with_quantized=self.quantize.method != "none")
         champions = {f"champion.{name}" for name in available}
         for key, gate, names in (
             ("evaluate.gate", self.evaluate.gate, available),

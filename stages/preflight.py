@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from sft.gptq_checks import check_layers_fit
+from sft.models import load_tokenizer
 from stages.base_model import read_base_model
 from stages.params import Params, QuantizeSection
 from stages.paths import Paths
 from stages.references import read_prompts
+from stages.regression import read_records, render_records
 from stages.scoring import load_tasks
 
 
@@ -32,6 +34,10 @@ def check_later_stages(params: Params, paths: Paths) -> None:
         except ValueError as error:
             raise ValueError(f"quantize.export_gguf: {error}") from None
     read_prompts(params.evaluate, load_tasks(params.evaluate.task, paths.root), paths)
+    general = params.evaluate.regression
+    if general.path is not None:
+        tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
+        render_records(read_records(general, paths.root), general, tokenizer, paths.root)
 
 
 def check_quantization(section: QuantizeSection, folder: Path) -> None:

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from stages import lineage
-from stages.artifacts import read_json, read_jsonl, write_text
-from stages.charts import Series, heat_strip, line_chart
-from stages.differences import mark_differences, shared_beginning, shared_ending
+from stages.answers import generations
+from stages.artifacts import read_json, write_text
+from stages.charts import heat_strip
+from stages.figures import figure_of, in_order
 from stages.page import NBSP, ledger_summary, percent, render_page, rows_sentence
 from stages.params import Params
 from stages.paths import Paths
+from stages.training_section import bad_updates, curves
 
 TEMPLATE = "report_template.html.jinja"
-MAX_GENERATIONS = 200
-# (label, format, +1 when more is better): the order of the table.
-METRICS: dict[str, tuple[str, str, int]] = {
-    "exact_match": ("Exact match", "percent", 1),
-    "json_valid": ("Valid JSON", "percent", 1),
-    "field_f1": ("Field F1, mean over rows", "percent", 1),
-    "field_f1_micro": ("Field F1, all fields pooled", "percent", 1),
-    "word_f1": ("Word F1", "percent", 1),
-    "number_match": ("Number match", "percent", 1),
-    "regex_match": ("Pattern finds the same", "percent", 1),
-    "regex_found": ("Pattern found", "percent", 1),
-    "rouge1": ("ROUGE-1", "percent", 1),
-    "rouge2": ("ROUGE-2", "percent", 1),
-    "rougeL": ("ROUGE-L", "percent", 1),
-    "bleu": ("BLEU, 0 to 100", "number", 1),
-    "chrf": ("chrF, 0 to 100", "number", 1),
-    "stop_rate": ("Ends by itself", "percent", 1),
-    "loss": ("Loss, nats a token", "number", -1),
-    "perplexity": ("Perplexity", "number", -1),
-    "kl": ("KL from the tuned model, nats a token", "number", 0),
-    "token_accuracy": ("Token accuracy", "percent", 1),
-    "size_mb": ("Size on disk", "megabytes", -1),
-}
 
 
 def write_report(params: Params, paths: Paths) -> None:
@@ -61,8 +36,11 @@ def context(params: Params, paths: Paths) -> dict[str, Any]:
         "results": results,
         "table": comparison(results),
         "changes": [changes(pair) for pair in results["comparisons"]],
-        "curves": curves(paths.out("train", "curve.csv")),
-        "generations": generations(paths),
+        "curves": curves(paths),
+        "bad_updates": bad_updates(paths),
+        "trusted": params.model.trust_remote_code,
+        "generations": generations(paths.out("evaluate", "generations.jsonl")),
+        "general": generations(general) if (general := paths.out("evaluate", "general.jsonl")).exists() else None,
         "data": data_section(paths),
         "quantization": quantization_section(quantization),
         "lineage": lineage_section(params, paths, base),
@@ -84,7 +62,7 @@ def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
         headline = "The gate is open: every condition holds" if total > 1 else "The gate is open: its condition holds"
     models = results["models"]
     metric = results["figures"][0]
-    label, kind, _ = METRICS.get(metric, (metric, "number", 0))
+    label, kind, _ = figure_of(metric)
     scores = [f"{name} {show(models[name][metric], kind)}" for name in models if metric in models[name]]
     sentence = f"{label} on {results['num_prompts']} held-out rows: {', '.join(scores)}."
     if "quantized" in models:
@@ -96,11 +74,9 @@ def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
 def comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The before/after table: one row a metric, one cell a model."""
     models = results["models"]
-    present = {name for figures in models.values() for name in figures}
-    ordered = [name for name in METRICS if name in present] + sorted(present - METRICS.keys())
     rows = []
-    for metric in ordered:
-        label, kind, direction = METRICS.get(metric, (metric, "number", 0))
+    for metric in in_order({name for figures in models.values() for name in figures}):
+        label, kind, direction = figure_of(metric)
         values = {name: figures[metric] for name, figures in models.items() if metric in figures}
         best = max(values.values(), key=lambda value: direction * value) if direction else None
         cells = [
@@ -123,10 +99,9 @@ def comparison_cell(
 
 def changes(pair: Mapping[str, Any]) -> dict[str, Any]:
     """What differs between two models on the same rows: difference, its interval, and how likely by chance."""
-    ordered = [name for name in METRICS if name in pair["figures"]]
     rows = []
-    for metric in [*ordered, *sorted(pair["figures"].keys() - METRICS.keys())]:
-        label, kind, direction = METRICS.get(metric, (metric, "number", 0))
+    for metric in in_order(set(pair["figures"])):
+        label, kind, direction = figure_of(metric)
         test = pair["figures"][metric]
         difference, (low, high) = test["difference"], test["interval"]
         certain = test["p_value"] < 0.05
@@ -155,77 +130,6 @@ def show(value: float, kind: str) -> str:
     if kind == "megabytes":
         return f"{value:,.0f}{NBSP}MB" if value >= 10 else f"{value:.2g}{NBSP}MB"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
-
-
-def curves(path: Path) -> list[Markup]:
-    """Loss, accuracy, learning rate and gradient norm over the steps, those that were recorded."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    charts = [
-        ("Loss", [("train", "loss", "a"), ("held-out", "eval_loss", "b")]),
-        ("Token accuracy", [("train", "mean_token_accuracy", "a"), ("held-out", "eval_mean_token_accuracy", "b")]),
-        ("Learning rate", [("", "learning_rate", "a")]),
-        ("Gradient norm", [("", "grad_norm", "a")]),
-    ]
-    drawn = []
-    for title, lines in charts:
-        series = [Series(name, points(rows, column), css) for name, column, css in lines]
-        if any(s.points for s in series):
-            drawn.append(line_chart(title, series))
-    return drawn
-
-
-def points(rows: Iterable[Mapping[str, str]], column: str) -> list[tuple[float, float]]:
-    """(step, value) of the rows in which a column of the curve is filled."""
-    return [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
-
-
-def generations(paths: Paths) -> dict[str, Any]:
-    """Prompts with every model's answer, differences to the reference marked; the tuned model's mistakes come first."""
-    rows = list(read_jsonl(paths.out("evaluate", "generations.jsonl")))
-    prompts = [row["prompt"] for row in rows]
-    metric = deciding_score(rows)
-    start, end = shared_beginning(prompts), shared_ending(prompts)
-    shown = [generation(row, slice(len(start), len(row["prompt"]) - len(end)), metric) for row in rows]
-    shown.sort(key=lambda row: (row["tuned_right"], row["quantized_same"]))
-    return {
-        "shared": start.strip(),
-        "decided": metric is not None,
-        "rows": shown[:MAX_GENERATIONS],
-        "num_rows": len(shown),
-        "num_wrong": sum(not row["tuned_right"] for row in shown),
-        "num_changed": sum(not row["quantized_same"] for row in shown),
-    }
-
-
-def deciding_score(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The first score that is 0 or 1 everywhere and so tells right from wrong; None where no score does."""
-    scores = [answer["scores"] for row in rows for answer in row["answers"].values()]
-    names = [name for name in scores[0] if all(score[name] in (0.0, 1.0) for score in scores)]
-    return names[0] if names else None
-
-
-def generation(row: Mapping[str, Any], own: slice, metric: str | None) -> dict[str, Any]:
-    """One prompt, of which only its own part is shown, and its answers, right or wrong by a metric."""
-    answers = row["answers"]
-    cells = [
-        {
-            "model": name,
-            "right": metric is None or answer["scores"][metric] == 1.0,
-            "stopped": answer["stopped"],
-            "text": mark_differences(answer["text"], row["reference"]),
-        }
-        for name, answer in answers.items()
-    ]
-    quantized = answers.get("quantized", answers["tuned"])
-    return {
-        "id": row["id"],
-        "prompt": row["prompt"][own].strip(),
-        "reference": row["reference"],
-        "answers": cells,
-        "tuned_right": metric is None or answers["tuned"]["scores"][metric] == 1.0,
-        "quantized_same": quantized["text"] == answers["tuned"]["text"],
-    }
 
 
 def data_section(paths: Paths) -> dict[str, Any]:

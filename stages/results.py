@@ -12,15 +12,22 @@ from sft.generation import Generation
 from sft.intervals import Interval, compare_paired, mean_interval, ratio_interval
 from sft.metrics import mean_scores
 from sft.tasks import Task
+from stages.figures import REGRESSION
 
+SECONDS = ("likelihood", "generation")
 # (before, after): what training changed, and what quantization did.
 COMPARED = (("base", "tuned"), ("tuned", "quantized"))
 PER_TOKEN = ("loss", "token_accuracy")
+# Of general prompts these two would only say again what the loss says.
+NOT_OF_GENERAL = ("perplexity", "token_accuracy")
 
 
 @dataclass
 class Measured:
-    """What one model did: figures, their intervals, answers with their scores, seconds; sums a document."""
+    """What one model did: figures, their intervals, answers with their scores, seconds; sums a document.
+
+    `general` is the same of the general prompts, where there are any.
+    """
 
     figures: dict[str, float]
     documents: DocumentScores
@@ -28,6 +35,7 @@ class Measured:
     answers: list[Generation] = field(default_factory=list)
     scores: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    general: Measured | None = None
 
     def add_documents(self) -> None:
         """Add intervals of the figures that are means over tokens, and the divergence where it was measured."""
@@ -52,10 +60,21 @@ class Measured:
         self.intervals |= {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
         self.intervals |= {name: figure.interval for name, figure in whole.items() if figure.interval is not None}
 
+    def add_general(self, general: Measured) -> None:
+        """Add what was measured on general prompts, under names of its own."""
+        self.general = general
+        self.figures |= _of_general(general.figures)
+        self.intervals |= _of_general(general.intervals)
+        self.seconds["general"] = round(sum(general.seconds[name] for name in SECONDS if name in general.seconds), 1)
+
     def rows(self) -> list[dict[str, float]]:
         """Scores of every answer, and whether it ended by itself."""
         pairs = zip(self.answers, self.scores, strict=True)
         return [{**scores, "stop_rate": float(answer.stopped)} for answer, scores in pairs]
+
+
+def _of_general(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{REGRESSION}{name}": value for name, value in values.items() if name not in NOT_OF_GENERAL}
 
 
 def comparisons(measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
@@ -73,4 +92,7 @@ def compare(first: Measured, second: Measured) -> dict[str, dict[str, Any]]:
     before, after = first.rows(), second.rows()
     for name in before[0] if before and after else ():
         tests[name] = compare_paired([row[name] for row in before], [row[name] for row in after])
-    return {name: asdict(test) for name, test in tests.items()}
+    found = {name: asdict(test) for name, test in tests.items()}
+    if first.general is not None and second.general is not None:
+        found |= _of_general(compare(first.general, second.general))
+    return found

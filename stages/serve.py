@@ -8,6 +8,7 @@ import os
 import socket
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers.utils.import_utils import is_serve_available
 
 from sft.models import training_device
@@ -38,6 +39,8 @@ def run(params: Params, paths: Paths, *, model: str = "merged", port: int = 8000
     check_port(port)
     from transformers.cli.serve import Serve  # imports the web server, which nothing else needs
 
+    # The server lists models of the hub's cache, and fails where there has never been one.
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     # Requests name the model as the server does: short, where it lies in the checkout.
     os.chdir(paths.root)
     name = model_id(variant, paths.root)

@@ -21,13 +21,14 @@ from sft.loss_policy import BAD_UPDATE
 from sft.models import load_model
 from sft.quantization import get_quantization_config
 from sft.trainer import SFTTrainer
-from stages.artifacts import progress, read_json, write_json, write_jsonl, write_text
+from stages.artifacts import file_digest, progress, read_json, write_json, write_jsonl, write_text
 from stages.base_model import read_base_model
 from stages.checkpoints import SealCheckpoints, TrainingState, explaining_full_disk
 from stages.launch import launch, needs_launcher
 from stages.outfolder import replacing_folder
 from stages.params import ModelSection, Params, TrainSection
 from stages.paths import Paths
+from stages.throughput import Throughput
 
 CURVE_COLUMNS = (
     "step",
@@ -56,6 +57,7 @@ def train(params: Params, paths: Paths) -> None:
     checkpoint = agree_on_checkpoint(params, paths, config)
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     model_config = make_model_config(params)
+    throughput = Throughput(state.folder / "throughput.csv")
     trainer = SFTTrainer(
         load_base(params.model, model_config, tokenizer, paths),
         args=config,
@@ -63,7 +65,7 @@ def train(params: Params, paths: Paths) -> None:
         eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
-        callbacks=[LogLastStep(), ProgressLines(), SealCheckpoints()],
+        callbacks=[LogLastStep(), ProgressLines(), SealCheckpoints(), throughput],
     )
     trainer.remove_callback(PrinterCallback)  # `ProgressLines` says it more briefly
     started = time.monotonic()
@@ -72,8 +74,9 @@ def train(params: Params, paths: Paths) -> None:
     last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
     if not any("eval_loss" in entry for entry in last):
         trainer.evaluate()  # the last step fell between two evaluations
-    save_results(trainer, tokenizer, paths, seconds=time.monotonic() - started)
+    save_results(trainer, tokenizer, paths)
     if trainer.is_world_process_zero():
+        write_timings(paths, time.monotonic() - started, trainer.state.num_input_tokens_seen, throughput)
         state.mark_finished()
     PartialState().destroy_process_group()
 
@@ -194,7 +197,7 @@ class ProgressLines(TrainerCallback):
         progress(state.global_step, state.max_steps, f"{figures}, {left:.0f} s left")
 
 
-def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths: Paths, seconds: float) -> None:
+def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths: Paths) -> None:
     """Write the model, the curve, and the figures that are the same at every run; times go to a file of their own.
 
     Raises:
@@ -223,7 +226,17 @@ def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths:
         "bad_updates": len(bad_updates),
     }
     write_json(paths.metrics("train"), metrics)
-    write_json(paths.timings("train"), {"seconds": seconds, "tokens_per_second": metrics["tokens_seen"] / seconds})
+
+
+def write_timings(paths: Paths, seconds: float, num_tokens: int, throughput: Throughput) -> None:
+    """Write times; with the digest of the curve, as the file stays when DVC restores another training."""
+    timings = {
+        "seconds": seconds,
+        "tokens_per_second": num_tokens / seconds,
+        "curve_sha256": file_digest(paths.out("train", "curve.csv")),
+        "throughput": throughput.points,
+    }
+    write_json(paths.timings("train"), timings)
 
 
 def save_trained_model(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:

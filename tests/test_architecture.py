@@ -32,6 +32,7 @@ PLUMBING = {
     "stages.preflight",
     "stages.params",
     "stages.load_params",
+    "stages.evaluate_params",
     "stages.section",
     "stages.paths",
     "sft",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,20 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sft import merge
+from sft import merge, shard_merge
 from sft.adapters import wrap_adapter
 from sft.chat_formats import setup_chat_format
 from sft.config import ModelConfig
 from sft.logit_proof import check_logits, compare_logits
 from sft.merge import copy_checkpoint, merge_adapter
 from sft.models import load_model
+from sft.peft_merge import load_adapter, merge_into_base
 from sft.quantization import get_quantization_config
+from sft.streamed_model import Streamed, Unit
 from tests.tiny import tiny_model, tiny_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
+RIGHT = shard_merge.merged_weights
 ROWS = [list(range(5, 45)), list(range(60, 80)), [7]]
 BOTH = {"modules_to_save": ["embed_tokens", "lm_head"]}
 
@@ -48,6 +55,15 @@ def lora(**options: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
 
 
+def assert_peft_merges_the_same(base: Path, adapter: Path, merged: Path) -> None:
+    """The checkpoint holds, tensor by tensor and to the bit, what peft merges with the whole model in memory."""
+    expected = merge_into_base(load_adapter(load_model(base), adapter))
+    written = AutoModelForCausalLM.from_pretrained(merged).state_dict()
+    assert written.keys() == expected.state_dict().keys()
+    different = [name for name, tensor in expected.state_dict().items() if not torch.equal(tensor, written[name])]
+    assert different == []
+
+
 @pytest.mark.parametrize(
     ("options", "tied"),
     [
@@ -67,10 +83,14 @@ def lora(**options: Any) -> LoraConfig:
     ],
     ids=str,
 )
-def test_merged_logits_are_those_of_base_and_adapter(tmp_path: Path, options: dict[str, Any], tied: bool) -> None:
+def test_merged_logits_are_those_of_base_and_adapter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, Any], tied: bool
+) -> None:
     base = save_base(tmp_path / "base", tie_word_embeddings=tied)
     adapted = train_adapter(load_model(base), lora(**options), tmp_path / "adapter")
     report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-4)
+    assert "whole model in memory" not in caplog.text
+    assert_peft_merges_the_same(base, tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = torch.tensor(ROWS[:1])
     torch.testing.assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits, atol=1e-4, rtol=0)
@@ -151,28 +171,140 @@ def test_failed_proof_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-@pytest.mark.parametrize("place", ["in memory", "on disk"])
+@pytest.mark.parametrize("place", ["a layer", "the file", "the whole model"])
 def test_a_broken_merge_is_caught_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     base = save_base(tmp_path / "base")
-    train_adapter(load_model(base), lora(), tmp_path / "adapter")
-    right = merge.merge_into_base
-
-    def one_weight_is_lost(peft_model: PeftModel) -> PreTrainedModel:
-        merged = right(peft_model)
-        if place == "in memory":
-            merged.model.layers[1].mlp.up_proj.weight.data[0] = 0.0
-        else:
-            state = {name: tensor.clone() for name, tensor in merged.state_dict().items() if name != "lm_head.weight"}
-            state["model.layers.1.mlp.up_proj.weight"][0] = 0.0
-            merged.save_pretrained = functools.partial(type(merged).save_pretrained, merged, state_dict=state)
-        return merged
-
-    monkeypatch.setattr(merge, "merge_into_base", one_weight_is_lost)
-    with pytest.raises(ValueError, match=r"logits differ by up to .* \(mean .*, and the tolerance is 0.0001"):
-        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-4)
+    config: Any = lora()
+    if place == "the whole model":  # as other adapters than LoRA are merged
+        config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    train_adapter(load_model(base), config, tmp_path / "adapter")
+    broken = {
+        "a layer": (shard_merge, "merged_weights", lose_a_layer),
+        "the file": (shard_merge, "save_file", lose_in_file),
+        "the whole model": (merge, "merge_into_base", lose_in_memory),
+    }
+    monkeypatch.setattr(*broken[place])
+    with pytest.raises(ValueError, match=r"logits differ by up to .* \(mean .*, and the tolerance is 1e-06"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-6)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def lose_a_layer(source: Streamed, unit: Unit) -> list[tuple[str, torch.Tensor]]:
+    """One layer comes out without its adapter."""
+    if unit.path == "model.layers.1.mlp.up_proj":
+        return [(f"{unit.path}.weight", source.files.tensor(f"{unit.path}.weight"))]
+    return RIGHT(source, unit)
+
+
+def lose_in_file(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """One row of a weight is written as zeros."""
+    tensors["model.layers.1.mlp.up_proj.weight"][0] = 0.0
+    save_file(tensors, file, metadata=metadata)
+
+
+def lose_in_memory(peft_model: PeftModel) -> PreTrainedModel:
+    """One row of a weight is zero."""
+    merged = merge_into_base(peft_model)
+    merged.model.layers[1].mlp.up_proj.weight.data[0] = 0.0
+    return merged
+
+
+SHARDS = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from sft.merge import merge_adapter
+from tests.sft.test_merge import Memory
+folder = Path(sys.argv[1])
+merge_adapter(folder / "small", folder / "small_adapter", folder / "unused", [[5]])  # imports what there is to import
+with Memory() as memory:
+    report = merge_adapter(folder / "base", folder / "adapter", folder / "merged", [[5, 6, 7], [9]])
+print(json.dumps({"peak_mb": memory.peak_mb, "difference": report.max_logit_diff}))
+"""
+
+
+class Memory:
+    """Most memory of this process's own, files mapped into it aside, above what it had at the beginning."""
+
+    def __init__(self) -> None:
+        self.peak_mb = 0.0
+        self._done = threading.Event()
+        self._watch = threading.Thread(target=self._look)
+
+    def _look(self) -> None:
+        start = own_mb()
+        while not self._done.wait(0.002):
+            self.peak_mb = max(self.peak_mb, own_mb() - start)
+
+    def __enter__(self) -> Memory:
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watch.join()
+
+
+def own_mb() -> float:
+    """Memory of this process that no file stands behind, in megabytes."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1000  # type: ignore[index]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
+def test_memory_is_bounded_by_the_largest_file_and_not_by_the_model(tmp_path: Path) -> None:
+    model = tiny_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=40)
+    model.save_pretrained(tmp_path / "base", max_shard_size="8MB")
+    adapted = get_peft_model(model, lora(init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    files = sorted((tmp_path / "base").glob("*.safetensors"))
+    total_mb, largest_mb = (fold(file.stat().st_size / 1e6 for file in files) for fold in (sum, max))
+    assert len(files) > 15
+    small = get_peft_model(load_model(save_base(tmp_path / "small")), lora(init_lora_weights=False))
+    small.save_pretrained(tmp_path / "small_adapter")
+    command = [sys.executable, "-c", SHARDS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["difference"] < 1e-3
+    # a model in memory takes all of it, and merging it more; most of what is left here are adapters and empty layers
+    assert found["peak_mb"] < 0.75 * total_mb
+    assert largest_mb < 0.1 * total_mb
+    merged = sorted((tmp_path / "merged").glob("*.safetensors"))
+    assert [file.name for file in merged] == [file.name for file in files]
+    assert_peft_merges_the_same(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_what_can_not_be_merged_by_file_is_merged_whole_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = save_base(tmp_path / "base")
+    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    train_adapter(load_model(base), config, tmp_path / "adapter")
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-4)
+    assert "with the whole model in memory: a IA3 adapter" in caplog.text
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_base_of_half_precision_is_merged_in_float32(tmp_path: Path, stored: str) -> None:
+    tiny_model().to(getattr(torch, stored)).save_pretrained(tmp_path / "base")
+    train_adapter(load_model(tmp_path / "base"), lora(), tmp_path / "adapter")
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-4)
+    assert_peft_merges_the_same(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype is torch.float32
+
+
+def test_configs_are_those_that_transformers_writes(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    train_adapter(load_model(base), lora(), tmp_path / "adapter")
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, dtype="bfloat16", tolerance=0.1)
+    load_model(base, dtype="bfloat16").save_pretrained(tmp_path / "expected")
+    for name in ("config.json", "generation_config.json"):
+        ours, theirs = (json.loads((tmp_path / where / name).read_text()) for where in ("merged", "expected"))
+        assert ours == theirs
 
 
 def test_adapter_of_a_four_bit_base_goes_into_the_plain_one(tmp_path: Path) -> None:

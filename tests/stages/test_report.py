@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stages import report
-from stages.artifacts import write_json, write_jsonl
+from stages import report, training_section
+from stages.artifacts import file_digest, write_json, write_jsonl
 from stages.paths import Paths
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 
@@ -28,6 +28,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     results = {
         "figures": ["exact_match"],
         "num_prompts": 2,
+        "num_general": 0,
         "max_new_tokens": 8,
         "models": {
             "base": figures,
@@ -170,7 +171,7 @@ def test_changes_have_a_sign_an_interval_and_a_p_value_and_are_marked_when_certa
 
 
 def test_mistakes_come_first_and_the_shared_beginning_is_shown_once(paths: Paths) -> None:
-    shown = report.generations(paths)
+    shown = report.generations(paths.out("evaluate", "generations.jsonl"))
     assert [row["id"] for row in shown["rows"]] == ["x:1", "x:0"]
     assert (shown["num_rows"], shown["num_wrong"], shown["num_changed"]) == (2, 1, 1)
     assert shown["shared"] == "shared"
@@ -204,3 +205,30 @@ def test_page_without_quantization_and_without_gate_says_so(paths: Paths, tmp_pa
     page = other.report.read_text(encoding="utf-8")
     assert "Measured, with no gate to pass" in page
     assert "not quantized in this test" in page
+
+
+def test_throughput_is_drawn_for_the_training_that_was_timed_and_for_no_other(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    timed = {"curve_sha256": file_digest(paths.out("train", "curve.csv")), "throughput": [[2, 100.0], [3, 250.0]]}
+    write_json(paths.timings("train"), timed)
+    assert "Tokens a second" in training_section.curves(paths)[-1]
+    assert "250" in training_section.curves(paths)[-1]
+    write_json(paths.timings("train"), {**timed, "curve_sha256": "another training"})
+    assert not any("Tokens a second" in chart for chart in training_section.curves(paths))
+
+
+def test_bad_updates_and_code_that_came_with_the_model_are_shown(paths: Paths, tmp_path: Path) -> None:
+    other = write_tiny_run(tmp_path)
+    for name in ("results.json", "generations.jsonl"):
+        other.out("evaluate", name).parent.mkdir(exist_ok=True)
+        other.out("evaluate", name).write_bytes(paths.out("evaluate", name).read_bytes())
+    row = {"step": 7, "bad_update": "gradient norm nan", "action": "skipped"}
+    write_jsonl(other.out("train", "bad_updates.jsonl"), [row])
+    report.write_report(tiny_params(model={"trust_remote_code": True}), other)
+    page = other.report.read_text(encoding="utf-8")
+    assert "Updates that were no good: 1" in page
+    assert "<td>gradient norm nan</td><td>skipped</td>" in page
+    assert "Python code that comes with the model was run" in page
+    quiet = paths.report.read_text(encoding="utf-8")
+    assert "Updates that were no good" not in quiet
+    assert "that comes with the model was run" not in quiet

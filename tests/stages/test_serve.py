@@ -43,7 +43,7 @@ def server(paths: Paths) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process = subprocess.Popen(
         command,
         cwd=REPO,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(paths.root / "never" / "hub")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -69,6 +69,8 @@ def test_a_chat_request_is_answered_by_the_model_and_an_interrupt_ends_the_serve
 ) -> None:
     process, address = server
     wait_until_it_answers(process, address)
+    with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as response:  # where nothing was ever downloaded
+        assert response.status == 200
     messages = [{"role": "system", "content": "JSON!"}, {"role": "user", "content": "London?"}]
     body = {"model": "outs/merge/model", "messages": messages, "max_tokens": 6, "temperature": 0}
     request = urllib.request.Request(

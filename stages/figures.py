@@ -1,0 +1,70 @@
+"""The figures of an evaluation: label, how they are shown, whether more or less is better; stated here alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+REGRESSION = "regression_"
+
+
+class Figure(NamedTuple):
+    """What is known of a figure by its name.
+
+    Args:
+        label: As people read it.
+        kind: percent, number or megabytes.
+        direction: 1 where more is better, -1 where less is, 0 where nobody knows.
+    """
+
+    label: str
+    kind: str = "number"
+    direction: int = 0
+
+
+# In the order of the report's table.
+FIGURES: dict[str, Figure] = {
+    "exact_match": Figure("Exact match", "percent", 1),
+    "json_valid": Figure("Valid JSON", "percent", 1),
+    "field_f1": Figure("Field F1, mean over rows", "percent", 1),
+    "field_f1_micro": Figure("Field F1, all fields pooled", "percent", 1),
+    "word_f1": Figure("Word F1", "percent", 1),
+    "number_match": Figure("Number match", "percent", 1),
+    "regex_match": Figure("Pattern finds the same", "percent", 1),
+    "regex_found": Figure("Pattern found", "percent", 1),
+    "rouge1": Figure("ROUGE-1", "percent", 1),
+    "rouge2": Figure("ROUGE-2", "percent", 1),
+    "rougeL": Figure("ROUGE-L", "percent", 1),
+    "bleu": Figure("BLEU, 0 to 100", "number", 1),
+    "chrf": Figure("chrF, 0 to 100", "number", 1),
+    "stop_rate": Figure("Ends by itself", "percent", 1),
+    "loss": Figure("Loss, nats a token", "number", -1),
+    "perplexity": Figure("Perplexity", "number", -1),
+    "kl": Figure("KL from the tuned model, nats a token", "number", -1),
+    "token_accuracy": Figure("Token accuracy", "percent", 1),
+    "size_mb": Figure("Size on disk", "megabytes", -1),
+}
+# Of the other stages, which no table shows.
+LOWER_ELSEWHERE = ("relative_error", "dropped", "lost", "logit_diff", "deviation", "bad_updates")
+LOWER = (*(name for name, figure in FIGURES.items() if figure.direction < 0), *LOWER_ELSEWHERE)
+
+
+def figure_of(name: str) -> Figure:
+    """What is known of a figure; a name of one's own is its own label."""
+    if name.startswith(REGRESSION):
+        label, kind, direction = figure_of(name.removeprefix(REGRESSION))
+        return Figure(
+            f"General prompts: {label[0].lower() if label[1:2].islower() else label[0]}{label[1:]}", kind, direction
+        )
+    return FIGURES.get(name, Figure(name))
+
+
+def in_order(names: set[str]) -> list[str]:
+    """Names of figures in the order of the table: known ones, general prompts, others."""
+    known = [*FIGURES, *(f"{REGRESSION}{name}" for name in FIGURES)]
+    return [name for name in known if name in names] + sorted(names.difference(known))
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether less of a figure is better, by the last part of its name: losses and sizes are, scores are not."""
+    last = name.rpartition(".")[2]
+    return last in LOWER or last.endswith(tuple(f"_{figure}" for figure in LOWER))

@@ -1,0 +1,72 @@
+"""The report in headless Chromium, on a desk and on a phone, light and dark: skipped where there is no Chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stages.test_report import paths  # noqa: F401  (a fixture)
+
+CHROMIUM = next((found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+WIDTHS = (1200, 390)
+# The page itself runs no script, so it is looked at from outside, in frames of both widths.
+OUTSIDE = """<!doctype html><body>%s<pre id="found"></pre><script>
+addEventListener("load", () => {
+  const found = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, root = page.documentElement, heading = page.querySelector("h1");
+    const style = frame.contentWindow.getComputedStyle(page.body);
+    return {width: frame.clientWidth, scroll: root.scrollWidth, heading: heading.textContent,
+      bottom: heading.getBoundingClientRect().bottom, first: page.querySelector("h1, h2, table, svg").tagName,
+      text: parseFloat(style.fontSize), paper: style.backgroundColor, ink: style.color};
+  });
+  document.getElementById("found").textContent = JSON.stringify(found);
+});
+</script>"""
+
+
+def look(page: Path, folder: Path, *, dark: bool) -> list[dict[str, Any]]:
+    """What a browser makes of a page at each width."""
+    frames = "".join(f'<iframe src="{page.as_uri()}" width={w} height=800 style="border:0"></iframe>' for w in WIDTHS)
+    outside = folder / "outside.html"
+    outside.write_text(OUTSIDE % frames, encoding="utf-8")
+    scheme = 0 if dark else 1
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={folder / 'profile'}",
+        f"--blink-settings=preferredColorScheme={scheme}",
+        "--virtual-time-budget=10000",
+        "--dump-dom",
+    ]
+    done = subprocess.run([str(CHROMIUM), *options, outside.as_uri()], capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.S)
+    assert found is not None, done.stderr[-2000:]
+    seen: list[dict[str, Any]] = json.loads(unescape(found[1]))
+    return seen
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_verdict_is_seen_first_and_nothing_overflows(paths: Any, tmp_path: Path, dark: bool) -> None:  # noqa: F811
+    for width, seen in zip(WIDTHS, look(paths.report, tmp_path, dark=dark), strict=True):
+        assert seen["width"] == width
+        assert seen["scroll"] <= width
+        assert seen["first"] == "H1"
+        assert seen["heading"] == "The gate is open: its condition holds"
+        assert seen["bottom"] < 400
+        assert seen["text"] >= 15
+        assert (brightness(seen["paper"]) < brightness(seen["ink"])) is dark
+
+
+def brightness(colour: str) -> float:
+    """Of a colour such as `rgb(1, 2, 3)`."""
+    return sum(map(float, re.findall(r"[\d.]+", colour)[:3]))
