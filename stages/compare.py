@@ -13,10 +13,11 @@ from mlflow.exceptions import MlflowException
 
 from stages.direction import lower_is_better
 from stages.lineage import main_checkout
+from stages.machine import MACHINE
 from stages.mlflow_run import SQLITE, Tracking, absolute_uri, open_tracking
 from stages.params import Params
 from stages.paths import Paths
-from stages.publish import DIGEST_TAG, MACHINE, MEASURED_STAGES
+from stages.publish import DIGEST_TAG, MEASURED_STAGES
 
 VERSION, COMMIT, DIRTY, BASE = "version.", "git.commit", "git.dirty", "sft.base_model"
 MAX_VALUE = 60

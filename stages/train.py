@@ -25,6 +25,7 @@ from stages.artifacts import progress, read_json, write_json, write_jsonl, write
 from stages.base_model import read_base_model
 from stages.checkpoints import SealCheckpoints, TrainingState, explaining_full_disk
 from stages.launch import launch, needs_launcher
+from stages.live_curve import LiveCurve, live_run
 from stages.outfolder import replacing_folder
 from stages.params import ModelSection, Params, TrainSection
 from stages.paths import Paths
@@ -54,6 +55,23 @@ def train(params: Params, paths: Paths) -> None:
     state = TrainingState.of(params, paths)
     config = make_sft_config(params.train, state.folder)  # joins the other processes
     checkpoint = agree_on_checkpoint(params, paths, config)
+    with live_run(params, paths, state, first_process=config.process_index == 0) as live:
+        recorders = [] if live is None else [LiveCurve(live, CURVE_COLUMNS)]
+        trainer = make_trainer(params, paths, config, recorders)
+        started = time.monotonic()
+        with explaining_full_disk(state):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
+        if not any("eval_loss" in entry for entry in last):
+            trainer.evaluate()  # the last step fell between two evaluations
+        save_results(trainer, paths, seconds=time.monotonic() - started)
+    if trainer.is_world_process_zero():
+        state.mark_finished()
+    PartialState().destroy_process_group()
+
+
+def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: list[TrainerCallback]) -> SFTTrainer:
+    """Model, rows and callbacks together."""
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     model_config = make_model_config(params)
     trainer = SFTTrainer(
@@ -63,19 +81,10 @@ def train(params: Params, paths: Paths) -> None:
         eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
-        callbacks=[LogLastStep(), ProgressLines(), SealCheckpoints()],
+        callbacks=[LogLastStep(), ProgressLines(), SealCheckpoints(), *recorders],
     )
     trainer.remove_callback(PrinterCallback)  # `ProgressLines` says it more briefly
-    started = time.monotonic()
-    with explaining_full_disk(state):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
-    if not any("eval_loss" in entry for entry in last):
-        trainer.evaluate()  # the last step fell between two evaluations
-    save_results(trainer, tokenizer, paths, seconds=time.monotonic() - started)
-    if trainer.is_world_process_zero():
-        state.mark_finished()
-    PartialState().destroy_process_group()
+    return trainer
 
 
 def agree_on_checkpoint(params: Params, paths: Paths, config: SFTConfig) -> str | None:
@@ -194,7 +203,7 @@ class ProgressLines(TrainerCallback):
         progress(state.global_step, state.max_steps, f"{figures}, {left:.0f} s left")
 
 
-def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths: Paths, seconds: float) -> None:
+def save_results(trainer: SFTTrainer, paths: Paths, seconds: float) -> None:
     """Write the model, the curve, and the figures that are the same at every run; times go to a file of their own.
 
     Raises:
@@ -205,7 +214,7 @@ def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths:
     if not losses or not math.isfinite(losses[-1]):
         last = losses[-1] if losses else "nothing"
         raise ValueError(f"training ended with loss {last}; lower train.learning_rate, or look at the data")
-    save_trained_model(trainer, tokenizer, paths.out("train", "model"))
+    save_trained_model(trainer, paths.out("train", "model"))
     if not trainer.is_world_process_zero():
         return
     write_text(paths.out("train", "curve.csv"), curve_csv(history))
@@ -226,7 +235,7 @@ def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths:
     write_json(paths.timings("train"), {"seconds": seconds, "tokens_per_second": metrics["tokens_seen"] / seconds})
 
 
-def save_trained_model(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+def save_trained_model(trainer: SFTTrainer, target: Path) -> None:
     """Write the whole model or adapter: every process gives its part, the first one writes."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -236,7 +245,7 @@ def save_trained_model(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, 
     with replacing_folder(target) as folder:
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that holds this machine's paths
-        tokenizer.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
 
 
 def curve_csv(history: list[dict[str, Any]]) -> str:
