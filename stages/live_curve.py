@@ -13,12 +13,14 @@ from transformers import TrainerCallback
 from stages import lineage
 from stages.checkpoints import TrainingState, what_counts
 from stages.machine import machine_tags
+from stages.out_of_memory import history
 from stages.params import Params
 from stages.paths import Paths
 
 if TYPE_CHECKING:
     from stages.live_run import LiveRun
 
+MEMORY_TAG = "sft.out_of_memory"
 SWITCH, ON, OFF = "SFT_LIVE_RUN", "on", "off"
 
 
@@ -61,6 +63,8 @@ def start(params: Params, paths: Paths, state: TrainingState) -> LiveRun:
         **lineage.circumstances(paths),
         **machine_tags(),
     }
+    if told := history(state):
+        tags[MEMORY_TAG] = told
     return LiveRun(
         lambda: open_tracking(params.publish, home),
         state.folder,
