@@ -80,4 +80,3 @@ def test_two_runs_are_compared_side_by_side(operator: Operator, page: Any) -> No
     page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
     row = page.get_by_role("row").filter(has_text="train.max_steps")
     assert row.first.inner_text().split() == ["train.max_steps", "6", "12"]
-    assert page.get_by_text("evaluate.tuned.loss").count()
