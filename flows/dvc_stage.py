@@ -108,11 +108,12 @@ class StageOutput:
         """What went wrong, in the words of whoever knows best: the stage, then the signal, then DVC."""
         code = self.exit_code if self.exit_code is not None else dvc_code
         number = _signal_number(code)
+        killed = number in SIGNALS_THAT_PASS
         if self.error_lines:
-            return StageFailed(f"{stage}: " + "\n".join(self.error_lines))
+            return StageFailed(f"{stage}: " + "\n".join(self.error_lines), killed)
         if number is not None:
             hint = "; out of memory?" if number == 9 else ""
-            return StageFailed(f"{stage}: ended by signal {number}{hint}", killed=number in SIGNALS_THAT_PASS)
+            return StageFailed(f"{stage}: ended by signal {number}{hint}", killed)
         if self.exit_code is None and self.dvc_error_lines:
             return StageFailed(f"{stage}: " + " ".join(part.strip() for part in self.dvc_error_lines))
         return StageFailed(f"{stage}: exit code {code}: {self._last_line or 'it printed nothing'}")

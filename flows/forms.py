@@ -10,7 +10,8 @@ import copy
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -62,10 +63,14 @@ class Partial(BaseModel):
 
     @model_serializer(mode="wrap")
     def _only_stated(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
+        stated = {name: value for name, value in handler(self).items() if name in self.model_fields_set}
+        # a section in which nothing is filled in is nothing either
+        return {name: value for name, value in stated.items() if value or not isinstance(getattr(self, name), Partial)}
 
 
-def partial_model(model: type[BaseModel], stated: dict[str, Any], suffix: str = "Overrides") -> type[Partial]:
+def partial_model(
+    model: type[BaseModel], stated: dict[str, Any] | None, suffix: str = "Overrides", whole: bool = False
+) -> type[Partial]:
     """The same model with every field optional, nested sections included.
 
     A field that is left out is not overridden; null overrides where the type allows it. The fields' own limits
@@ -73,30 +78,49 @@ def partial_model(model: type[BaseModel], stated: dict[str, Any], suffix: str = 
 
     Args:
         model: A section of params.yaml, or the whole.
-        stated: The values it has there, which the form shows beside the descriptions.
+        stated: The values it has there, which the form shows beside the descriptions; None where it has none.
         suffix: What the names of the derived models end in.
+        whole: What the model itself requires is required, as in an entry of a list, which replaces nothing.
     """
     fields: dict[str, Any] = {
-        name: _optional(name, field, stated.get(name), suffix) for name, field in model.model_fields.items()
+        name: (field.annotation, field) if whole and field.is_required() else _optional(name, field, stated, suffix)
+        for name, field in model.model_fields.items()
     }
     name = model.__name__.removesuffix("Section") + suffix
     return create_model(name, __base__=Partial, __doc__=model.__doc__, __module__=__name__, **fields)
 
 
-def _optional(name: str, field: FieldInfo, stated: Any, suffix: str) -> tuple[Any, FieldInfo]:
-    annotation: Any = field.annotation
+def _optional(name: str, field: FieldInfo, section: dict[str, Any] | None, suffix: str) -> tuple[Any, FieldInfo]:
+    stated = None if section is None else section.get(name)
+    annotation = _partial_members(field.annotation, stated, suffix)
     changed = copy.copy(field)
     changed.title = name
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        annotation = partial_model(annotation, stated if isinstance(stated, dict) else {}, suffix)
-        changed.annotation = annotation
+    changed.annotation = annotation
+    if _is_model(annotation):
         changed.description = field.description or annotation.__doc__
         changed.default_factory = annotation
     else:
-        changed.default = None
-        changed.description = f"{field.description} (params.yaml when deployed: `{json.dumps(stated)}`)"
+        changed.default, changed.default_factory = None, None
+        if section is not None:
+            changed.description = f"{field.description} (params.yaml when deployed: `{json.dumps(stated)}`)"
     changed.json_schema_extra = _shape_for_form
     return annotation, changed
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _partial_members(annotation: Any, stated: Any, suffix: str) -> Any:
+    """A type with its models made partial: the form sends an empty one for what nobody has filled in."""
+    if _is_model(annotation):
+        return partial_model(annotation, stated if isinstance(stated, dict) else {}, suffix)
+    members = get_args(annotation)
+    if isinstance(annotation, UnionType) and any(map(_is_model, members)):
+        return Union[tuple(_partial_members(member, stated, suffix) for member in members)]  # noqa: UP007
+    if get_origin(annotation) is list and _is_model(members[0]):
+        return list[partial_model(members[0], None, f"Entry{suffix}", whole=True)]  # type: ignore[misc]
+    return annotation
 
 
 def _shape_for_form(schema: dict[str, Any]) -> None:
@@ -116,8 +140,7 @@ else:
 def overridden(overrides: Partial) -> dict[str, Any]:
     """Only what was stated, as nested plain values; sections without anything are left out."""
     # A field that was left out holds None whatever its type, which the serializer drops but would warn of first.
-    values = overrides.model_dump(mode="json", exclude_unset=True, warnings=False)
-    return {section: content for section, content in values.items() if content}
+    return overrides.model_dump(mode="json", exclude_unset=True, warnings=False)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

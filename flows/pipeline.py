@@ -64,10 +64,15 @@ def stage_task(root: Path, stage: str, force: bool, variables: dict[str, str]) -
     bar = ProgressBar(stage)
     listener = Listener(on_line=get_run_logger().info, on_progress=bar.show)
     try:
-        outcome = run_stage(root, stage, listener, force, **variables)
+        outcome = run_stage(root, stage, listener, force, **variables, **flow_run_variables())
     except StageFailed as failure:
         return Failed(message=str(failure), name=Outcome.KILLED if failure.killed else Outcome.FAILED)
     return Completed(name=outcome, message=read_headline(root, stage) or bar.text)
+
+
+def flow_run_variables() -> dict[str, str]:
+    """What stages are told of the flow run that they belong to; what they record links to it."""
+    return {"SFT_FLOW_RUN_ID": str(runtime.flow_run.id), "SFT_FLOW_RUN_URL": str(runtime.flow_run.ui_url)}
 
 
 def describe_run() -> str:

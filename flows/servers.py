@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flows.environment import child_environment
 from flows.supervised import end_supervised, start_supervised
@@ -120,6 +122,13 @@ def refuse_busy_port(port: int, option: str) -> None:
 
 def _tool(*command: str) -> list[str]:
     return [str(Path(sys.executable).parent / command[0]), *command[1:]]
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    """What a server answers to a JSON body."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
 
 
 def get(url: str) -> bytes | None:

@@ -24,7 +24,7 @@ from pydantic import Field  # noqa: E402
 from flows.forms import Overrides, apply_overrides, flatten, overridden, parse_assignments, with_values  # noqa: E402
 from flows.graph import RunRefused  # noqa: E402
 from flows.leaderboard import Leaderboard, Trial  # noqa: E402
-from flows.pipeline import ask, pipeline, prune_worktrees, run_plan, workplace  # noqa: E402
+from flows.pipeline import ask, flow_run_variables, pipeline, prune_worktrees, run_plan, workplace  # noqa: E402
 from flows.report import RunReport, read_figures  # noqa: E402
 from flows.search import FORM  # noqa: E402
 from flows.sweep_plan import (  # noqa: E402
@@ -39,6 +39,7 @@ from flows.sweep_plan import (  # noqa: E402
 )
 from flows.terminal import refuse, run_in_terminal  # noqa: E402
 from stages.artifacts import write_text  # noqa: E402
+from stages.lineage import FLOW_RUN_VARIABLES, PARENT_VARIABLE  # noqa: E402
 from stages.params import ParamsError  # noqa: E402
 from stages.trials import log_trial, recorded_sweep  # noqa: E402
 
@@ -66,10 +67,11 @@ def trial(number: int, values: dict[str, Any], overrides: Overrides, to_stage: s
     try:
         asked = ask(Path.cwd().resolve(), None, to_stage, overrides)
         with workplace(asked) as (folder, variables):
-            problem = run_plan(folder, asked.plan, False, report, variables)
+            problem = run_plan(folder, asked.plan, False, report, {**variables, PARENT_VARIABLE: parent_run})
             if problem is None:
                 figures = read_figures(folder, asked.plan.names)
-                run_id = log_trial(folder, parent_run, f"trial-{number}", figures)
+                origin = {FLOW_RUN_VARIABLES[name]: value for name, value in flow_run_variables().items()}
+                run_id = log_trial(folder, parent_run, f"trial-{number}", figures, origin)
     except (RunRefused, ParamsError) as refusal:
         problem = str(refusal)
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from flows.environment import UiLock, child_environment, prefect_home
-from flows.servers import HOST, ServerFailed, Servers, get, prefect_server_command, refuse_busy_port
+from flows.servers import HOST, ServerFailed, Servers, get, post, prefect_server_command, refuse_busy_port
 from stages.params import ParamsError, load_params
 from stages.redaction import redact
 
@@ -47,6 +47,7 @@ def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
             servers.start("mlflow", *_mlflow_command(tracking_uri, mlflow_port))
         servers.wait_for("prefect", f"{prefect_url}/api/health")
         servers.run("work-pool", "prefect", "work-pool", "create", WORK_POOL, "--type", "process", "--overwrite")
+        end_runs_of_the_dead(root, prefect_url)
         servers.run("deploy", "prefect", "--no-prompt", "deploy", "--all")
         servers.start("worker", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process")
         if tracking_uri is not None:
@@ -59,6 +60,24 @@ def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
     finally:
         print("stopping ...", flush=True)
         servers.stop()
+
+
+def end_runs_of_the_dead(root: Path, prefect_url: str) -> None:
+    """Tell Prefect which runs are over: those of a worker that was killed would stay Running and keep their turn.
+
+    While this process holds the lock of the pages, no other worker of this checkout lives. With a Prefect home of the
+    user's own nobody knows that.
+    """
+    if "PREFECT_HOME" in os.environ and Path(os.environ["PREFECT_HOME"]) != prefect_home(root):
+        return
+    api = f"{prefect_url}/api/flow_runs"
+    alive = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
+    of_workers = post(f"{api}/filter", {"flow_runs": alive, "work_pools": {"name": {"any_": [WORK_POOL]}}})
+    parents = [run["id"] for run in of_workers]
+    within = post(f"{api}/filter", {"flow_runs": {**alive, "parent_flow_run_id": {"any_": parents}}}) if parents else []
+    for run in [*within, *of_workers]:
+        state = {"type": "CRASHED", "message": "its worker is gone; finished stages are kept, start it again to go on"}
+        post(f"{api}/{run['id']}/set_state", {"state": state, "force": True})
 
 
 def _tracking_uri(root: Path) -> str | None:

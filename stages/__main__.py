@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("SFT_TRACEBACK"):
             raise
-        return fail(error, EXIT_FAILED)
+        return fail(error, getattr(error, "exit_code", EXIT_FAILED))
     return 0
 
 

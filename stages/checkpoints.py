@@ -80,7 +80,8 @@ class TrainingState:
 def what_counts(section: TrainSection) -> dict[str, Any]:
     """The section as far as it decides the updates: rows an update, not who computes which of them."""
     shared_out = {"launch", "per_device_train_batch_size", "gradient_accumulation_steps"}
-    values = section.model_dump(exclude={*shared_out, "on_bad_loss", "bad_loss_factor"})  # these may change on the way
+    may_change = {"on_bad_loss", "bad_loss_factor", "on_oom"}  # on the way
+    values = section.model_dump(exclude=shared_out | may_change)
     shares = section.gradient_accumulation_steps * section.launch.processes
     rows = section.per_device_train_batch_size * shares
     return {**values, "rows_an_update": rows, "engine": section.launch.engine}  # each engine has its own files

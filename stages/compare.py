@@ -13,13 +13,16 @@ from mlflow.exceptions import MlflowException
 
 from stages.figures import lower_is_better
 from stages.lineage import main_checkout
+from stages.machine import MACHINE
 from stages.mlflow_run import SQLITE, Tracking, absolute_uri, open_tracking
 from stages.params import Params
 from stages.paths import Paths
-from stages.publish import DIGEST_TAG, MACHINE, MEASURED_STAGES
+from stages.publish import DIGEST_TAG, MEASURED_STAGES
 
 VERSION, COMMIT, DIRTY, BASE = "version.", "git.commit", "git.dirty", "sft.base_model"
 MAX_VALUE = 60
+NOISE = 1e-9
+"""Figures that differ by less differ in what rounding left over."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,8 @@ def effect_shown(effect: Difference) -> str:
 
 
 def quality(name: str, change: float) -> str:
-    """`, better` or `, worse` for the figures of the evaluation, nothing for the others."""
-    if not name.startswith("evaluate.") or name == "evaluate.gate_passed":
+    """`, better` or `, worse` for the figures of the evaluation that differ by more than rounding, else nothing."""
+    if not name.startswith("evaluate.") or name == "evaluate.gate_passed" or abs(change) < NOISE:
         return ""
     return ", better" if (change < 0) == lower_is_better(name) else ", worse"
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stages.out_of_memory import OutOfMemory
 from stages.params import LaunchSection
 from stages.paths import Paths
 from stages.redaction import redact
@@ -45,6 +46,19 @@ PR_SET_PDEATHSIG = 1
 _LOST_PEER = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|DistNetworkError|DistStoreError", re.I
 )
+
+
+class ProcessKilled(ValueError):
+    """A process was ended from outside: another attempt may succeed, so the exit code tells the signal.
+
+    Args:
+        message: Which one.
+        number: The signal's.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 def in_launched_process() -> bool:
@@ -95,7 +109,7 @@ def launch(stage: str, section: LaunchSection, paths: Paths) -> None:
         try:
             launch_command(launch_command_parser().parse_args([*command, "--root", str(paths.root)]))
         except ChildFailedError as error:
-            raise ValueError(describe(error.failures, section.processes)) from None
+            raise failure_of(error.failures, section.processes) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -185,6 +199,29 @@ def rendezvous_address(section: LaunchSection, environment: Mapping[str, str]) -
     return address
 
 
+def failure_of(failures: Mapping[int, Any], num_processes: int) -> ValueError:
+    """The error that says why the processes ended, of the kind that tells whether another attempt may succeed."""
+    text = describe(failures, num_processes)
+    if any(isinstance(f.message, dict) and OutOfMemory.__name__ in kind_of(f.message) for f in failures.values()):
+        return OutOfMemory(text)
+    rank = cause(failures)
+    return ProcessKilled(text, -failures[rank].exitcode) if failures[rank].exitcode < 0 else ValueError(text)
+
+
+def kind_of(message: Mapping[str, Any]) -> str:
+    """The name of an error's class, as a process recorded it."""
+    return str(message.get("message", "")).partition(": ")[0]
+
+
+def cause(failures: Mapping[int, Any]) -> int:
+    """The rank of the process that failed first for a reason of its own, not because it lost another one."""
+    reported = {rank: text for rank, failure in failures.items() if (text := _message(failure))}
+    own = [rank for rank, text in reported.items() if not _LOST_PEER.search(text)]
+    killed = [rank for rank, failure in failures.items() if failure.exitcode in (-signal.SIGKILL, -signal.SIGSEGV)]
+    ranks = next(ranks for ranks in (own, killed, list(reported), list(failures)) if ranks)
+    return min(ranks, key=lambda rank: failures[rank].timestamp)
+
+
 def describe(failures: Mapping[int, Any], num_processes: int) -> str:
     """One message on why the processes ended: the cause, not what the others said when they lost it.
 
@@ -192,16 +229,10 @@ def describe(failures: Mapping[int, Any], num_processes: int) -> str:
         failures: Rank -> `torch.distributed.elastic`'s `ProcessFailure`.
         num_processes: How many there were.
     """
-    reported = {rank: text for rank, failure in failures.items() if (text := _message(failure))}
-    causes = [rank for rank, text in reported.items() if not _LOST_PEER.search(text)]
-    killed = [rank for rank, failure in failures.items() if failure.exitcode in (-signal.SIGKILL, -signal.SIGSEGV)]
-    for ranks in (causes, killed, list(reported), list(failures)):
-        if ranks:
-            rank = min(ranks, key=lambda rank: failures[rank].timestamp)
-            break
-    name = f"process {rank} of {num_processes}"
-    if rank in reported:
-        return f"{name}: {reported[rank]}"
+    rank = cause(failures)
+    name, said = f"process {rank} of {num_processes}", _message(failures[rank])
+    if said:
+        return f"{name}: {said}"
     if failures[rank].exitcode < 0:
         hint = " (out of memory?)" if failures[rank].exitcode == -signal.SIGKILL else ""
         return f"{name} was ended by signal {-failures[rank].exitcode}{hint}; type the command again to go on"
@@ -216,7 +247,7 @@ def _message(failure: Any) -> str:
     kind, _, rest = text.partition(": ")
     if os.environ.get("SFT_TRACEBACK"):
         return str(failure.message.get("extraInfo", {}).get("py_callstack", text))
-    return rest if kind in ("ValueError", "OSError") and rest else text
+    return rest if kind in ("ValueError", "OSError", OutOfMemory.__name__) and rest else text
 
 
 def record_failure(error: BaseException) -> None:

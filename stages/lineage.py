@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -32,6 +33,10 @@ PACKAGES = (
     "mlflow",
     "prefect",
 )
+FLOW_RUN_VARIABLES = {"SFT_FLOW_RUN_ID": "prefect.flow_run_id", "SFT_FLOW_RUN_URL": "prefect.flow_run_url"}
+PARENT_VARIABLE, PARENT_TAG = "SFT_PARENT_RUN", "mlflow.parentRunId"
+"""How flows tell stages for whom they run: the flow run, and the run of a sweep in MLflow."""
+
 # A run rewrites these itself.
 WRITTEN_BY_RUNS = ("dvc.lock", "reports/")
 
@@ -120,6 +125,32 @@ def result_digest(params: Params, paths: Paths, files: list[Path]) -> str:
         path.relative_to(paths.root).as_posix(): file_digest(path) for path in files
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def training_digest(params: Params, paths: Paths) -> str:
+    """One digest of a training: its params and what came of it. It is the same when DVC brings the training back."""
+    stated = params.model_dump(include={"model", "train"})
+    made = [file_digest(path) for path in (paths.out("train", "curve.csv"), paths.metrics("train"))]
+    return hashlib.sha256(json.dumps([stated, made], sort_keys=True).encode()).hexdigest()
+
+
+def circumstances(paths: Paths) -> dict[str, str]:
+    """Tags of a run: base model, commit, versions, and for whom it runs."""
+    base, git = base_model(paths), git_state(paths.root)
+    told = {**FLOW_RUN_VARIABLES, PARENT_VARIABLE: PARENT_TAG}
+    return {
+        "sft.base_model": base["resolved"],
+        "sft.base_model_digest": base["digest"],
+        "git.commit": git.commit if git else "none",
+        "git.dirty": str(bool(git and git.dirty)).lower(),
+        **{f"version.{name}": value for name, value in versions().items()},
+        **{tag: os.environ[name] for name, tag in told.items() if os.environ.get(name)},
+    }
+
+
+def model_name(paths: Paths) -> str:
+    """The base model's name, short enough to be part of a run's."""
+    return str(base_model(paths)["name_or_path"]).rpartition("/")[2].removeprefix("embedded:")
 
 
 def base_model(paths: Paths) -> dict[str, Any]:

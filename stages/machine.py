@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+MACHINE = "machine."
 
 
 def machine_facts() -> dict[str, str]:
@@ -18,6 +19,11 @@ def machine_facts() -> dict[str, str]:
         "cores": str(cores),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "not set"),
     }
+
+
+def machine_tags() -> dict[str, str]:
+    """This machine, as a run's tags name it."""
+    return {f"{MACHINE}{name}": value for name, value in machine_facts().items()}
 
 
 def processor_name(cpuinfo: str) -> str:

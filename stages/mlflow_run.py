@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,11 @@ from stages.params import PublishSection
 
 SQLITE = "sqlite:///"
 BATCH = 100
+CURVE = "curve."
+TRAINING_TAG = "sft.training_digest"
+"""Of a run whose training has ended: what `publish` finds it by."""
+
+PROGRESS_TAG, PUBLISHED = "sft.progress", "published"
 # Makes the page show the runs as trainings rather than as evaluations of a prompt.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -81,15 +86,32 @@ class Tracking:
         )
         return runs[0].info.run_id if runs else None
 
+    def find_unfinished(self, tag: str, value: str) -> list[str]:
+        """The runs that carry a tag and have not been completed, whatever became of them; the newest first."""
+        runs = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.`{tag}` = '{value}' and attributes.status != 'FINISHED'",
+            run_view_type=ViewType.ACTIVE_ONLY,
+            order_by=["attributes.start_time DESC"],
+        )
+        return [run.info.run_id for run in runs]
+
     @contextmanager
-    def new_run(self, name: str, tags: Mapping[str, str]) -> Iterator[RunWriter]:
-        """A run that is finished when the block ends, and failed when it raises."""
-        run = self.client.create_run(self.experiment_id, run_name=name)
-        writer = RunWriter(self.client, run.info.run_id)
+    def whole_run(self, name: str, tags: Mapping[str, str], begun: str | None = None) -> Iterator[RunWriter]:
+        """A run that is finished when the block ends, and failed when it raises.
+
+        Args:
+            name: What it is called.
+            tags: Set before the block begins.
+            begun: A run that a training has begun, to be completed; None = a new one.
+        """
+        if begun is None:
+            begun = self.client.create_run(self.experiment_id, run_name=name).info.run_id
+        else:
+            self.client.update_run(begun, status="RUNNING", name=name)
+        writer = RunWriter(self.client, begun)
         try:
-            for start in range(0, len(tags), BATCH):
-                chunk = list(tags.items())[start : start + BATCH]
-                self.client.log_batch(writer.run_id, tags=[RunTag(key, str(value)) for key, value in chunk])
+            writer.set_tags(tags)
             yield writer
         except BaseException:
             self.client.set_terminated(writer.run_id, "FAILED")
@@ -148,17 +170,27 @@ class RunWriter:
             self.client.log_batch(self.run_id, metrics=values[start : start + BATCH])
 
     def log_curve(self, path: Path) -> None:
-        """Log every column of a CSV with a column `step` as a metric `curve.<column>`."""
+        """Log the columns of a CSV beside `step` as metrics `curve.<column>`: those points that the run lacks."""
         now = int(time.time() * 1000)
         with path.open(encoding="utf-8", newline="") as file:
             values = [
-                Metric(f"curve.{name}", float(value), now, int(row["step"]))
+                Metric(f"{CURVE}{name}", float(value), now, int(row["step"]))
                 for row in csv.DictReader(file)
                 for name, value in row.items()
                 if name != "step" and value
             ]
-        for start in range(0, len(values), 10 * BATCH):
-            self.client.log_batch(self.run_id, metrics=values[start : start + 10 * BATCH])
+        known = {(point.key, point.step, point.value) for point in self.points(CURVE)}
+        self.log_points([point for point in values if (point.key, point.step, point.value) not in known])
+
+    def log_points(self, points: Sequence[Metric]) -> None:
+        """Log points of curves."""
+        for start in range(0, len(points), 10 * BATCH):
+            self.client.log_batch(self.run_id, metrics=points[start : start + 10 * BATCH])
+
+    def points(self, prefix: str) -> list[Metric]:
+        """All points of the curves whose names begin so."""
+        names = [name for name in self.client.get_run(self.run_id).data.metrics if name.startswith(prefix)]
+        return [point for name in names for point in self.client.get_metric_history(self.run_id, name)]
 
     def log_data(self, digests: Mapping[str, str]) -> None:
         """Log data files by name and digest, the way MLflow shows data sets."""
@@ -176,3 +208,9 @@ class RunWriter:
     def set_tag(self, key: str, value: str) -> None:
         """Set one tag."""
         self.client.set_tag(self.run_id, key, value)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        for start in range(0, len(tags), BATCH):
+            chunk = list(tags.items())[start : start + BATCH]
+            self.client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in chunk])

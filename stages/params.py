@@ -133,6 +133,10 @@ class TrainSection(Section):
     bad_loss_factor: Annotated[
         float | None, Field(gt=1.0, description="A loss so many times the recent median is a spike; null = none is")
     ]
+    on_oom: Annotated[
+        Literal["fail", "halve"],
+        Field(description="Out of memory: stop, or go on with half the rows a forward pass and twice the passes"),
+    ]
     logging_steps: Annotated[Positive, Field(description="Steps between points of the curve")]
     eval_steps: Annotated[Positive, Field(description="Steps between evaluations on held-out rows")]
     save_steps: Annotated[Positive, Field(description="Steps between checkpoints")]

@@ -17,8 +17,8 @@ from typing import Any
 from stages import lineage
 from stages.artifacts import progress, read_json, write_json, write_text
 from stages.hub_upload import push
-from stages.machine import machine_facts
-from stages.mlflow_run import Tracking, open_tracking
+from stages.machine import machine_tags
+from stages.mlflow_run import PROGRESS_TAG, PUBLISHED, TRAINING_TAG, Tracking, open_tracking
 from stages.model_card import write_card
 from stages.params import Params
 from stages.paths import Paths
@@ -27,7 +27,6 @@ from stages.redaction import redact
 
 DIGEST_TAG = "sft.result_digest"
 MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate")
-MACHINE = "machine."
 CANDIDATE = "candidate"
 
 
@@ -43,12 +42,8 @@ def run(params: Params, paths: Paths) -> None:
     digest = lineage.result_digest(params, paths, result_files(paths))
     results = read_json(paths.out("evaluate", "results.json"))
     tracking = open_tracking(params.publish, lineage.main_checkout(paths.root))
-    run_id = tracking.find_run(DIGEST_TAG, digest)
-    if run_id is None:
-        progress(1, 3, f"logging a new run to {tracking.uri}")
-        run_id = log_run(tracking, params, paths, digest, passed=results["passed"])
-    else:
-        progress(1, 3, f"this result is already run {run_id}")
+    progress(1, 3, f"recording in {redact(tracking.uri)}")
+    run_id = record_result(tracking, params, paths, digest, passed=results["passed"])
     progress(2, 3, f"registering {params.publish.registered_model}")
     promotion = check_promotion(tracking, params, paths, run_id, results["models"])
     promoted = results["passed"] and all(row.passed for row in promotion)
@@ -118,7 +113,7 @@ def result_files(paths: Paths) -> list[Path]:
     return [*outs, *(path for stage in MEASURED_STAGES if (path := paths.metrics(stage)).exists())]
 
 
-def log_run(
+def record_result(
     tracking: Tracking,
     params: Params,
     paths: Paths,
@@ -126,24 +121,51 @@ def log_run(
     passed: bool,
     more: Mapping[str, str] | None = None,
 ) -> str:
+    """The one run of a result: found, or the one that its training has begun, completed, or a new one.
+
+    Args:
+        tracking: The store.
+        params: The result's params.
+        paths: The checkout that holds the result.
+        digest: The result's.
+        passed: Whether the gate is open.
+        more: Tags of the run, beside those that every run has.
+
+    Returns:
+        Its id.
+    """
+    begun = tracking.find_unfinished(TRAINING_TAG, lineage.training_digest(params, paths))
+    known = tracking.find_run(DIGEST_TAG, digest)
+    if known is None:
+        return log_run(tracking, params, paths, digest, passed, more, begun[0] if begun else None)
+    print(f"this result is already run {known}", flush=True)
+    for run_id in begun:  # a forced training, say: it came to the same to the last digit
+        tracking.client.set_tag(run_id, PROGRESS_TAG, f"removed: the same result as run {known}")
+        tracking.client.delete_run(run_id)
+    return known
+
+
+def log_run(
+    tracking: Tracking,
+    params: Params,
+    paths: Paths,
+    digest: str,
+    passed: bool,
+    more: Mapping[str, str] | None = None,
+    begun: str | None = None,
+) -> str:
     """Log params, figures, the curve, lineage and files as one finished run; a failure leaves none that is finished."""
-    base = lineage.base_model(paths)
     git = lineage.git_state(paths.root)
     tags = {
         "mlflow.source.name": "python -m stages publish",
         "sft.gate": "passed" if passed else "failed",
         HELD_OUT_TAG: held_out_digest(paths),
-        "sft.base_model": base["resolved"],
-        "sft.base_model_digest": base["digest"],
-        "git.commit": git.commit if git else "none",
-        "git.dirty": str(bool(git and git.dirty)).lower(),
-        **{f"version.{name}": value for name, value in lineage.versions().items()},
-        **{f"{MACHINE}{name}": value for name, value in machine_facts().items()},
+        **lineage.circumstances(paths),
+        **machine_tags(),
         **{f"dvc.{path}": value for path, value in lineage.dvc_hashes(paths.root).items() if not path.endswith(".py")},
         **(more or {}),
     }
-    name = f"{base['name_or_path'].rpartition('/')[2].removeprefix('embedded:')}-{digest[:8]}"
-    with tracking.new_run(name, tags) as run:
+    with tracking.whole_run(f"{lineage.model_name(paths)}-{digest[:8]}", tags, begun) as run:
         run.log_params(lineage.result_params(params))
         run.log_metrics(figures(paths))
         run.log_curve(paths.out("train", "curve.csv"))
@@ -155,6 +177,7 @@ def log_run(
                 run.log_file(paths.root / file, folder="lineage")
         if git and git.dirty:
             log_patch(run, paths.root)
+        run.set_tag(PROGRESS_TAG, PUBLISHED)
         # Last, so that a run that was cut short is never taken for a whole one.
         run.set_tag(DIGEST_TAG, digest)
     return run.run_id

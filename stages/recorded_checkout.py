@@ -129,9 +129,9 @@ def dvc(*arguments: str) -> list[str]:
 
 
 def stage_environment(path: Path) -> dict[str, str]:
-    """For the stages of a checkout: its own checkpoints, this interpreter's tools."""
+    """For the stages of a checkout: its own checkpoints, no run of its own in MLflow, this interpreter's tools."""
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PATH": search, "SFT_STATE_DIR": str(path / ".state")}
+    return {**os.environ, "PATH": search, "SFT_STATE_DIR": str(path / ".state"), "SFT_LIVE_RUN": "off"}
 
 
 def _remove(home: Path, path: Path) -> None:

@@ -24,10 +24,10 @@ from stages.compare import (
     shown,
     title,
 )
-from stages.machine import machine_facts
+from stages.machine import MACHINE, machine_tags
 from stages.params import Params
 from stages.paths import Paths
-from stages.publish import MACHINE, figures
+from stages.publish import figures
 from stages.recorded_checkout import LOCK, Record, dvc, fetched_record, recorded_checkout, stage_environment
 
 LAST_STAGE = "evaluate"
@@ -79,11 +79,6 @@ def circumstances(recorded: Run, record: Record) -> list[str]:
 
 def _diff_headers(patch: Path) -> Iterable[str]:
     return [line for line in patch.read_text(encoding="utf-8").splitlines() if line.startswith("diff --git a/")]
-
-
-def machine_tags() -> dict[str, str]:
-    """This machine, as a run's tags name it."""
-    return {f"{MACHINE}{name}": value for name, value in machine_facts().items()}
 
 
 def tag_differences(recorded: Run, prefix: str, now: Mapping[str, str]) -> list[Difference]:

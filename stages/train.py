@@ -7,10 +7,12 @@ import io
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import load_from_disk
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
@@ -25,10 +27,15 @@ from stages.artifacts import file_digest, progress, read_json, write_json, write
 from stages.base_model import read_base_model
 from stages.checkpoints import SealCheckpoints, TrainingState, explaining_full_disk
 from stages.launch import launch, needs_launcher
+from stages.live_curve import MEMORY_TAG, LiveCurve, live_run
+from stages.out_of_memory import OutOfMemory, figures, fitted, history, make_smaller
 from stages.outfolder import replacing_folder
 from stages.params import ModelSection, Params, TrainSection
 from stages.paths import Paths
 from stages.throughput import Throughput
+
+if TYPE_CHECKING:
+    from stages.live_run import LiveRun
 
 CURVE_COLUMNS = (
     "step",
@@ -44,20 +51,76 @@ CURVE_COLUMNS = (
 
 def run(params: Params, paths: Paths) -> None:
     """Write outs/train/model, the curve and the figures; resume from .state when an earlier run was cut short."""
-    if needs_launcher(params.train.launch):
-        launch("train", params.train.launch, paths)
-    else:
+    if not needs_launcher(params.train.launch):
         train(params, paths)
+        return
+    while True:
+        try:
+            launch("train", params.train.launch, paths)
+            return
+        except OutOfMemory as error:
+            problem = str(error)
+        make_smaller(params.train, TrainingState.of(params, paths), problem)
 
 
 def train(params: Params, paths: Paths) -> None:
     """Train in this process, perhaps as one of several; the first one alone writes."""
     state = TrainingState.of(params, paths)
-    config = make_sft_config(params.train, state.folder)  # joins the other processes
+    first_process = make_sft_config(params.train, state.folder).process_index == 0  # joins the other processes
+    with live_run(params, paths, state, first_process) as live:
+        while (problem := attempt(params, paths, state, live)) is not None:
+            make_smaller(params.train, state, problem)
+            clear_device_cache(garbage_collection=True)
+            if live is not None:
+                live.tag(MEMORY_TAG, history(state))
+    if first_process:
+        state.mark_finished()
+    PartialState().destroy_process_group()
+
+
+def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | None) -> str | None:
+    """Train to the end and write the results; returns where memory did not suffice, None when it did.
+
+    Raises:
+        OutOfMemory: The same, in one of several processes: the others wait for it, and all have to begin anew.
+    """
+    section = fitted(params.train, state)
+    config = make_sft_config(section, state.folder)
     checkpoint = agree_on_checkpoint(params, paths, config)
+    throughput = Throughput(state.folder / "throughput.csv")
+    recorders = [throughput, *([] if live is None else [LiveCurve(live, CURVE_COLUMNS)])]
+    try:
+        trainer = make_trainer(params, paths, config, recorders)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"out of memory before the first step: the model alone is too large ({error}); try train.method: qlora, "
+            "model.dtype: bfloat16, or more devices with train.launch.engine: fsdp2"
+        ) from None
+    started = time.monotonic()
+    try:
+        with explaining_full_disk(state):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
+        if not any("eval_loss" in entry for entry in last):
+            trainer.evaluate()  # the last step fell between two evaluations
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        rows = section.per_device_train_batch_size
+        problem = f"out of memory in step {trainer.state.global_step + 1} with {rows} rows a forward pass"
+        if config.world_size > 1:
+            raise OutOfMemory(problem) from None
+        return problem
+    save_results(trainer, paths, figures(params.train, state))
+    if trainer.is_world_process_zero():
+        write_timings(paths, time.monotonic() - started, trainer.state.num_input_tokens_seen, throughput)
+    return None
+
+
+def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: list[TrainerCallback]) -> SFTTrainer:
+    """Model, rows and callbacks together."""
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     model_config = make_model_config(params)
-    throughput = Throughput(state.folder / "throughput.csv")
     trainer = SFTTrainer(
         load_base(params.model, model_config, tokenizer, paths),
         args=config,
@@ -65,20 +128,10 @@ def train(params: Params, paths: Paths) -> None:
         eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
-        callbacks=[LogLastStep(), ProgressLines(), SealCheckpoints(), throughput],
+        callbacks=[LogLastStep(), ProgressLines(), SealCheckpoints(), *recorders],
     )
     trainer.remove_callback(PrinterCallback)  # `ProgressLines` says it more briefly
-    started = time.monotonic()
-    with explaining_full_disk(state):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
-    if not any("eval_loss" in entry for entry in last):
-        trainer.evaluate()  # the last step fell between two evaluations
-    save_results(trainer, tokenizer, paths)
-    if trainer.is_world_process_zero():
-        write_timings(paths, time.monotonic() - started, trainer.state.num_input_tokens_seen, throughput)
-        state.mark_finished()
-    PartialState().destroy_process_group()
+    return trainer
 
 
 def agree_on_checkpoint(params: Params, paths: Paths, config: SFTConfig) -> str | None:
@@ -197,8 +250,13 @@ class ProgressLines(TrainerCallback):
         progress(state.global_step, state.max_steps, f"{figures}, {left:.0f} s left")
 
 
-def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths: Paths) -> None:
+def save_results(trainer: SFTTrainer, paths: Paths, more: dict[str, Any]) -> None:
     """Write the model, the curve, and the figures that are the same at every run; times go to a file of their own.
+
+    Args:
+        trainer: At the end of its training.
+        paths: The checkout.
+        more: Figures that it does not know.
 
     Raises:
         ValueError: The loss is not a number any more.
@@ -208,7 +266,7 @@ def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths:
     if not losses or not math.isfinite(losses[-1]):
         last = losses[-1] if losses else "nothing"
         raise ValueError(f"training ended with loss {last}; lower train.learning_rate, or look at the data")
-    save_trained_model(trainer, tokenizer, paths.out("train", "model"))
+    save_trained_model(trainer, paths.out("train", "model"))
     if not trainer.is_world_process_zero():
         return
     write_text(paths.out("train", "curve.csv"), curve_csv(history))
@@ -224,6 +282,7 @@ def save_results(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, paths:
         "trainable_parameters": counts.num_trainable,
         "parameters": counts.num_total,
         "bad_updates": len(bad_updates),
+        **more,
     }
     write_json(paths.metrics("train"), metrics)
 
@@ -239,7 +298,7 @@ def write_timings(paths: Paths, seconds: float, num_tokens: int, throughput: Thr
     write_json(paths.timings("train"), timings)
 
 
-def save_trained_model(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+def save_trained_model(trainer: SFTTrainer, target: Path) -> None:
     """Write the whole model or adapter: every process gives its part, the first one writes."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -249,7 +308,7 @@ def save_trained_model(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, 
     with replacing_folder(target) as folder:
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that holds this machine's paths
-        tokenizer.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
 
 
 def curve_csv(history: list[dict[str, Any]]) -> str:

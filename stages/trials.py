@@ -11,12 +11,11 @@ from typing import Any
 
 from stages import lineage
 from stages.artifacts import read_json, write_json
-from stages.mlflow_run import RunWriter, Tracking, open_tracking
+from stages.mlflow_run import PROGRESS_TAG, TRAINING_TAG, RunWriter, Tracking, open_tracking
 from stages.params import load_params
 from stages.paths import Paths
-from stages.publish import DIGEST_TAG, log_run, result_files
+from stages.publish import record_result, result_files
 
-PARENT_TAG = "mlflow.parentRunId"
 LEADERBOARD = "leaderboard.json"
 
 
@@ -32,7 +31,7 @@ def recorded_sweep(root: Path, name: str, facts: Mapping[str, Any]) -> Iterator[
     Raises:
         ValueError: The tracking store can't be used.
     """
-    with open_store(root).new_run(name, {"sft.kind": "sweep"}) as parent:
+    with open_store(root).whole_run(name, {"sft.kind": "sweep"}) as parent:
         parent.log_params(facts)
         yield SweepRecord(parent)
 
@@ -59,7 +58,7 @@ class SweepRecord:
             self.parent.log_file(file, folder="")
 
 
-def log_trial(root: Path, parent_run: str, name: str, figures: Mapping[str, float]) -> str:
+def log_trial(root: Path, parent_run: str, name: str, figures: Mapping[str, float], origin: Mapping[str, str]) -> str:
     """Record one trial's result as a child of its sweep.
 
     A whole result is the very run that `publish` would write, and is found by it when the trial is promoted. One result
@@ -70,20 +69,24 @@ def log_trial(root: Path, parent_run: str, name: str, figures: Mapping[str, floa
         parent_run: The sweep's run.
         name: For a trial that ends before `evaluate`, whose run has only params and figures.
         figures: `<stage>.<metric>` of the stages that ran.
+        origin: Tags that say who ran them.
 
     Returns:
         The run's id.
     """
     params, paths, tracking = load_params(root / "params.yaml"), Paths(root), open_store(root)
-    tags = {PARENT_TAG: parent_run}
+    tags = {lineage.PARENT_TAG: parent_run, **origin}
+    trained = paths.out("train", "curve.csv").exists()
     if "evaluate.gate_passed" not in figures:
-        with tracking.new_run(name, tags) as run:
+        begun = tracking.find_unfinished(TRAINING_TAG, lineage.training_digest(params, paths)) if trained else []
+        tags[PROGRESS_TAG] = "ended before the evaluation"
+        with tracking.whole_run(name, tags, begun[0] if begun else None) as run:
             run.log_params(lineage.result_params(params))
             run.log_metrics(figures)
         return run.run_id
     digest = lineage.result_digest(params, paths, result_files(paths))
     passed = read_json(paths.out("evaluate", "results.json"))["passed"]
-    return tracking.find_run(DIGEST_TAG, digest) or log_run(tracking, params, paths, digest, passed, tags)
+    return record_result(tracking, params, paths, digest, passed, tags)
 
 
 def open_store(root: Path) -> Tracking:

@@ -6,3 +6,5 @@ import os
 import tempfile
 
 os.environ.setdefault("SFT_LOCK_DIR", tempfile.mkdtemp(prefix="sft-locks-"))
+# making a tracking store takes MLflow seconds; the tests that are about curves switch them on
+os.environ.setdefault("SFT_LIVE_RUN", "off")

@@ -30,6 +30,7 @@ PLUMBING = {
     "stages",
     "stages.__main__",
     "stages.preflight",
+    "stages.live_curve",  # only hands figures on to MLflow; nothing comes back
     "stages.params",
     "stages.load_params",
     "stages.evaluate_params",

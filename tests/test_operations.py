@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,19 +23,31 @@ def commit(project: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A checkout whose pipeline has run once, with its results committed and its params not."""
     folder = make_project(tmp_path_factory.mktemp("operations") / "project")
     shutil.copytree(ROOT / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     commit(folder)
-    call(folder, "dvc", "repro")
-    commit(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SFT_LIVE_RUN", "on")
+        call(folder, "dvc", "repro")
+        commit(folder)
+        yield folder
 
 
 def runs(project: Path) -> list[Run]:
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
     return client.search_runs([client.get_experiment_by_name("sft").experiment_id])
+
+
+def test_run_of_the_pipeline_is_the_one_that_its_training_began(project: Path) -> None:
+    (run,) = runs(project)
+    assert (run.info.status, run.data.tags["sft.progress"]) == ("FINISHED", "published")
+    # what only a training knows: its speed
+    assert run.data.metrics["curve.tokens_per_second"] > 0
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "curve.loss")]
+    assert steps == [2, 4, 6, 8, 10, 12]
 
 
 def champion(project: Path) -> str:
@@ -58,6 +71,11 @@ def test_best_trial_of_a_sweep_becomes_champion_without_a_second_run_for_its_res
     }
     assert sorted(children) == ["0.001", "0.01"]
     assert champion(project) == children["0.01"].info.run_id != first
+    assert all(run.data.metrics["curve.tokens_per_second"] > 0 for run in children.values())
+    assert all(
+        run.data.tags["prefect.flow_run_id"] in run.data.tags["prefect.flow_run_url"] for run in children.values()
+    )
+    assert {run.info.status for run in runs(project)} == {"FINISHED"}
     assert len(runs(project)) == 4  # the first one, the sweep, its two trials
     assert call(project, "git", "status", "--porcelain") == ""
 

@@ -38,7 +38,7 @@ def trained(project: Path, rate: str) -> str:
 def record(project: Path) -> None:
     """A run in MLflow as `publish` writes it: with DVC's hashes of everything as tags."""
     tracking = open_tracking(load_params(project / "params.yaml").publish, project)
-    with tracking.new_run("recorded", {f"dvc.{name}": value for name, value in dvc_hashes(project).items()}):
+    with tracking.whole_run("recorded", {f"dvc.{name}": value for name, value in dvc_hashes(project).items()}):
         pass
 
 

@@ -95,6 +95,7 @@ def test_stage_that_was_killed_may_be_tried_again(project: Path) -> None:
         (["Traceback (most recent call last):", "KeyError: 5"], 1, "load: exit code 1: KeyError: 5", False),
         ([], 3, "load: exit code 3: it printed nothing", False),
         ([], 137, "load: ended by signal 9; out of memory?", True),
+        (["error: process 1 of 2 was ended by signal 9"], 137, "load: process 1 of 2 was ended by signal 9", True),
         ([], -15, "load: ended by signal 15", True),
         ([], -11, "load: ended by signal 11", False),
     ],

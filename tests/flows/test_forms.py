@@ -77,6 +77,23 @@ def test_only_what_was_stated_is_an_override() -> None:
     assert overridden(Overrides()) == {}
 
 
+def test_form_can_be_sent_whatever_is_left_empty_in_it() -> None:
+    # the page sends objects for sections that nobody touched, with the defaults that a schema states in them
+    definitions = parameter_schema()["definitions"]
+    derived = {name: shown for name, shown in definitions.items() if name.endswith("Overrides")}
+    assert {"TemplateOverrides", "SourceEntryOverrides", "TrainOverrides"} <= derived.keys()
+    assert [name for name, shown in derived.items() if "default" in str(shown)] == []
+    sent = {"load": {"eval": {"template": {}}, "checks": {}}, "train": {"launch": {}, "max_steps": 6}}
+    jsonschema.validate({"overrides": sent}, parameter_schema())
+    assert overridden(Overrides.model_validate(sent)) == {"train": {"max_steps": 6}}
+    source = {"path": "data/a.csv", "template": {"user": "{{ a }}", "assistant": "{{ b }}"}, "columns": {}}
+    sent = {"load": {"sources": [source, {"path": "data/b.csv", "template": {}}]}}
+    jsonschema.validate({"overrides": sent}, parameter_schema())
+    assert overridden(Overrides.model_validate(sent)) == {"load": {"sources": [source, {"path": "data/b.csv"}]}}
+    with pytest.raises(jsonschema.ValidationError, match="'path' is a required property"):
+        jsonschema.validate({"overrides": {"load": {"sources": [{"weight": 1.0}]}}}, parameter_schema())
+
+
 def test_assignments_are_typed_like_params_yaml() -> None:
     overrides = parse_assignments(["train.learning_rate=1e-4", "load.eval.fraction=0.5", "load.sources=[{path: a}]"])
 

@@ -13,9 +13,13 @@ from typing import Any
 
 import psutil
 import pytest
+from prefect import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Pending, Running
 
-from flows.environment import ROOT, UiLock, child_environment
-from flows.ui import main
+from flows.environment import ROOT, UiLock, child_environment, prefect_home
+from flows.ui import end_runs_of_the_dead, main
 from tests.flows.conftest import commit
 
 
@@ -55,6 +59,31 @@ def test_pages_that_are_open_already_are_named(project: Path, capsys: pytest.Cap
 
     assert code == 1
     assert "the pages of this checkout are open: http://127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_runs_of_a_worker_that_is_gone_end_when_the_pages_open_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = str(PREFECT_API_URL.value())
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name="local", type="process"), overwrite=True)
+        flow = client.create_flow_from_name("left-behind")
+        deployment = client.create_deployment(flow, "d", work_pool_name="local", concurrency_limit=1)
+        left = client.create_flow_run_from_deployment(deployment).id
+        for state in (Pending(), Running()):
+            client.set_flow_run_state(left, state)
+        waiting = client.create_flow_run_from_deployment(deployment).id
+        assert client.set_flow_run_state(waiting, Pending()).status.value == "REJECT"  # it is not its turn
+
+        end_runs_of_the_dead(project, api.removesuffix("/api"))  # with a home of the user's own nobody knows
+        assert client.read_flow_run(left).state_name == "Running"
+        monkeypatch.setenv("PREFECT_HOME", str(prefect_home(project)))
+        end_runs_of_the_dead(project, api.removesuffix("/api"))
+
+        assert client.read_flow_run(left).state_name == "Crashed"
+        assert client.read_flow_run(waiting).state.is_scheduled()
+        assert client.set_flow_run_state(waiting, Pending(), force=False).status.value == "ACCEPT"
 
 
 @pytest.mark.slow

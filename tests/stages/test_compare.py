@@ -54,7 +54,7 @@ def add(
         DIGEST_TAG: digest,
         "sft.gate": "passed",
     }
-    with tracking.new_run(name, tags) as run:
+    with tracking.whole_run(name, tags) as run:
         run.log_params({"train.learning_rate": rate, "train.lora_r": "16"} | (extra or {}))
         run.log_metrics(
             {"evaluate.tuned.exact_match": exact_match, "evaluate.tuned.loss": 1 - exact_match, "pack.rows": 3}

@@ -147,7 +147,7 @@ def test_a_killed_process_ends_the_others_and_is_named(tmp_path: Path) -> None:
     processes = workers(stage)
     processes[1].kill()
     output, _ = stage.communicate(timeout=60)
-    assert stage.returncode == 1
+    assert stage.returncode == 137  # flows try again
     (message,) = errors_said(output)
     assert message.startswith("error: process ")
     assert "was ended by signal 9 (out of memory?)" in message

@@ -10,8 +10,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from stages import evaluate, publish
+from stages import evaluate, lineage, publish
 from stages.artifacts import read_json, read_jsonl, write_json, write_jsonl
+from stages.live_run import LiveRun
+from stages.mlflow_run import TRAINING_TAG, open_tracking
 from stages.paths import Paths
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 
@@ -93,6 +95,50 @@ def test_same_result_is_the_same_run_and_the_same_version(checkout: Paths) -> No
     assert read_json(checkout.out("publish", "run.json")) == first
     assert len(runs(checkout.root)) == 1
     assert len(store(checkout.root).search_model_versions("name = 'shop-extractor'")) == 1
+
+
+def begin_run(checkout: Paths, folder: Path, losses: list[tuple[int, float]]) -> str:
+    """What a training of this very result leaves in the store."""
+    tracking = open_tracking(tiny_params().publish, checkout.root)
+    live = LiveRun(lambda: tracking, folder, "base-unfinished", {"train.seed": tiny_params().train.seed}, {})
+    for step, loss in losses:
+        live.log({"loss": loss, "tokens_per_second": 10.0 * step}, step, 0)
+    live.trained(lineage.training_digest(tiny_params(evaluate={"gate": OPEN}), checkout))
+    return tracking.find_unfinished(TRAINING_TAG, lineage.training_digest(tiny_params(), checkout))[0]
+
+
+def test_run_that_the_training_has_begun_is_completed(checkout: Paths, tmp_path: Path) -> None:
+    # a point is missing, and one is of an attempt that was killed and came out otherwise
+    begun = begin_run(checkout, tmp_path, [(1, 2.5), (2, 1.25)])
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    (run,) = runs(checkout.root)
+    assert (run.info.run_id, run.info.status) == (begun, "FINISHED")
+    assert run.info.run_name.startswith("base-")
+    assert run.info.run_name != "base-unfinished"
+    assert run.data.tags["sft.progress"] == "published"
+    history = store(checkout.root).get_metric_history(begun, "curve.loss")
+    assert sorted((point.step, point.value) for point in history) == [(1, 2.5), (2, 1.25), (2, 1.5), (3, 0.5)]
+    assert run.data.metrics["curve.loss"] == 0.5
+    assert run.data.metrics["curve.tokens_per_second"] == 20.0
+    assert {"train.seed", "pack.max_length"} <= set(run.data.params)
+
+
+def test_training_that_came_to_a_known_result_leaves_no_second_run(checkout: Paths, tmp_path: Path) -> None:
+    params = tiny_params(evaluate={"gate": OPEN})
+    publish.run(params, checkout)
+    first = read_json(checkout.out("publish", "run.json"))["run_id"]
+    second = begin_run(checkout, tmp_path, [(1, 2.5)])
+    publish.run(params, checkout)
+    assert [run.info.run_id for run in runs(checkout.root)] == [first]
+    assert store(checkout.root).get_run(second).info.lifecycle_stage == "deleted"
+
+
+def test_training_is_known_again_whatever_later_stages_are_asked_for(checkout: Paths, tmp_path: Path) -> None:
+    begun = begin_run(checkout, tmp_path, [(1, 2.5)])
+    publish.run(tiny_params(evaluate={"gate": OPEN}, quantize={"bits": 8}), checkout)
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    assert [run.info.run_id for run in runs(checkout.root)][-1] == begun
+    assert [run.info.status for run in runs(checkout.root)] == ["FINISHED", "FINISHED"]
 
 
 def test_changed_param_or_result_is_another_run(checkout: Paths) -> None:

@@ -51,7 +51,7 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
 def recorded(tracking: Tracking, tags: dict[str, str], files: dict[str, str]) -> Run:
     """A finished run with a loss of 0.5 and these files of its lineage."""
     folder = Path(tracking.uri.removeprefix("sqlite:///")).parent
-    with tracking.new_run("one", {DIGEST_TAG: "a", **tags}) as run:
+    with tracking.whole_run("one", {DIGEST_TAG: "a", **tags}) as run:
         run.log_metrics({"train.loss": 0.5, "train.steps": 3, "evaluate.tuned.loss": 1.0})
         for name, text in files.items():
             write_text(folder / name, text)

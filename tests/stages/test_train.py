@@ -19,7 +19,16 @@ def params(**section: Any) -> Params:
 
 
 # Where a key of the section ends up under another name or in another object.
-ELSEWHERE = {"method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "warmup_ratio", "launch"}
+ELSEWHERE = {
+    "method",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "warmup_ratio",
+    "launch",
+    "on_oom",
+}
 
 
 def test_every_key_of_the_section_reaches_the_trainer(tmp_path: Path) -> None:

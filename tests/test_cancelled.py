@@ -1,0 +1,150 @@
+"""A run that is cancelled through Prefect: what it started ends, and the next run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.flows.test_ui import fetch, free_port
+from tests.test_operations import commit
+from tests.test_pipeline import ROOT, change_params, environment, make_project
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+VICTIMS = {
+    "stage": ("-m", "stages"),
+    "dvc": ("-m", "dvc", "repro"),
+    "flow": ("-m", "dvc", "repro"),  # two steps above it: between them stands the guard
+    "worker": ("worker", "start"),
+}
+
+
+@dataclass
+class Operator:
+    """Someone with `make ui`, who starts it again when it has gone, and starts runs."""
+
+    project: Path
+    port: int
+    ui: subprocess.Popen[str] | None = None
+    form: str = ""
+    mlflow: str = ""
+
+    @property
+    def api(self) -> str:
+        return f"http://127.0.0.1:{self.port}/api"
+
+    def open_pages(self) -> None:
+        """Start the servers unless they are there."""
+        if self.ui is not None and self.ui.poll() is None:
+            return
+        command = [sys.executable, "-m", "flows.ui", "--prefect-port", str(self.port)]
+        variables = {name: value for name, value in environment().items() if name != "PREFECT_HOME"}
+        self.ui = subprocess.Popen(
+            [*command, "--mlflow-port", str(free_port())],
+            cwd=self.project,
+            env={**variables, "SFT_LIVE_RUN": "on"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.ui.stdout is not None
+        printed = []
+        while "Ctrl-C" not in (line := self.ui.stdout.readline()):
+            printed.append(line)
+            assert self.ui.poll() is None, printed
+        self.form, self.mlflow = re.findall(r"(?:start a run: |MLflow +)(http\S+)", "".join(printed))
+
+    def close_pages(self) -> None:
+        if self.ui is not None and self.ui.poll() is None:
+            self.ui.send_signal(signal.SIGTERM)
+            self.ui.wait(timeout=90)
+
+    def start(self, **parameters: Any) -> str:
+        deployment = fetch(f"{self.api}/deployments/name/pipeline/pipeline")
+        url = f"{self.api}/deployments/{deployment['id']}/create_flow_run"
+        return str(fetch(url, {"parameters": parameters})["id"])
+
+    def runs(self) -> list[str]:
+        return [run["id"] for run in fetch(f"{self.api}/flow_runs/filter", {"flow_runs": {}})]
+
+    def state(self, run_id: str) -> dict[str, Any]:
+        return dict(fetch(f"{self.api}/flow_runs/{run_id}")["state"])
+
+    def printed(self, run_id: str) -> str:
+        wanted = {"logs": {"flow_run_id": {"any_": [run_id]}}, "limit": 200, "sort": "TIMESTAMP_ASC"}
+        return "\n".join(entry["message"] for entry in fetch(f"{self.api}/logs/filter", wanted))
+
+    def find(self, kind: str) -> psutil.Process | None:
+        """A living process of one kind below the servers."""
+        if self.ui is None or self.ui.poll() is not None:
+            return None
+        for process in psutil.Process(self.ui.pid).children(recursive=True):
+            with suppress(psutil.Error):  # gone meanwhile
+                line = process.cmdline()
+                guard = any("supervise.py" in part for part in line)
+                if not guard and all(word in line for word in VICTIMS[kind]):
+                    return process.parents()[1] if kind == "flow" else process
+        return None
+
+
+def wait_until(found: Callable[[], Any], seconds: float = 180) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which nothing has run yet."""
+    project = make_project(tmp_path_factory.mktemp("cancelled") / "project")
+    change_params(project, {"train": {"max_steps": 60, "save_steps": 1, "eval_steps": 20}})
+    shutil.copytree(ROOT / "flows", project / "flows", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(ROOT / "prefect.yaml", project / "prefect.yaml")
+    commit(project)
+    return project
+
+
+@pytest.fixture
+def operator(untouched: Path, tmp_path: Path) -> Iterator[Operator]:
+    project = shutil.copytree(untouched, tmp_path / "project", symlinks=True)
+    operator = Operator(project, free_port())
+    yield operator
+    operator.close_pages()
+
+
+def test_cancelled_run_ends_within_five_seconds_and_the_next_one_resumes_training(operator: Operator) -> None:
+    change_params(operator.project, {"train": {"max_steps": 300}})
+    operator.open_pages()
+    first = operator.start(to_stage="train")
+    checkpoints = operator.project / ".state" / "train"
+    wait_until(lambda: list(checkpoints.glob("*/checkpoint-*/seal.json")), 300)
+    flow = operator.find("flow")
+    assert flow is not None
+    tree = [flow, *flow.children(recursive=True)]
+    assert len(tree) >= 4
+
+    started = time.monotonic()
+    fetch(f"{operator.api}/flow_runs/{first}/set_state", {"state": {"type": "CANCELLING"}})
+    wait_until(lambda: not any(process.is_running() for process in tree), 30)
+
+    # the worker asks every second or two who is to be cancelled
+    assert time.monotonic() - started < 5
+    wait_until(lambda: operator.state(first)["type"] == "CANCELLED", 60)
+    second = operator.start(to_stage="train")
+    wait_until(lambda: operator.state(second)["type"] in ("COMPLETED", "FAILED", "CRASHED"), 400)
+    assert operator.state(second)["type"] == "COMPLETED"
+    assert re.search(r"resuming from checkpoint-\d+", operator.printed(second))
+    assert json.loads((operator.project / "reports" / "metrics" / "train.json").read_text())["steps"] == 300
