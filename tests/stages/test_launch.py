@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from datasets import Dataset
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from stages.artifacts import read_json
@@ -310,3 +312,24 @@ def test_a_file_of_accelerate_that_can_not_be_followed_is_refused(tmp_path: Path
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(ValueError, match=message):
         launch("train", section(engine="mine.yaml", processes=2), Paths(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["slurm.sh", "kubernetes.yaml"])
+def test_values_that_the_cluster_templates_ask_for_are_valid(name: str) -> None:
+    text = (REPO / "docs" / "launch" / name).read_text(encoding="utf-8")
+    (values,) = re.findall(r"train\.launch: (\{.*\})", text)
+    stated = section(**YAML(typ="safe").load(values))
+    assert stated.machines == {"slurm.sh": 8, "kubernetes.yaml": 2}[name]
+    assert stated.processes == 8 * stated.machines
+    assert stated.machine_rank is None, "the cluster says which machine is which"
+
+
+def test_pods_of_the_kubernetes_job_find_the_first_one_by_its_name() -> None:
+    documents = (REPO / "docs" / "launch" / "kubernetes.yaml").read_text(encoding="utf-8")
+    service, job = YAML(typ="safe").load_all(documents)
+    pod = job["spec"]["template"]["spec"]
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    address = {"name": "MASTER_ADDR", "value": f"{job['metadata']['name']}-0.{pod['subdomain']}"}
+    assert address in pod["containers"][0]["env"]
