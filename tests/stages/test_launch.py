@@ -94,21 +94,6 @@ def test_fsdp2_trains_resumes_with_other_numbers_of_processes_and_merges_to_the_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_ddp_goes_on_with_other_numbers_of_processes(tmp_path: Path) -> None:
-    one = make_training_root(tmp_path / "one")
-    run_stage(one)
-    shared = make_training_root(tmp_path / "shared", per_device_train_batch_size=2, launch=TWO)
-    run_stage(shared)
-    for processes in (1, 4):
-        (last,) = (shared.state / "train").glob("*/checkpoint-8")
-        shutil.rmtree(last)
-        set_params(shared.root, per_device_train_batch_size=4 // processes, launch={"processes": processes})
-        assert "resuming from checkpoint-6" in run_stage(shared)
-        assert_same_training(shared, one, "lora")
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_machines_meet_at_the_address_of_the_first(tmp_path: Path) -> None:
     one = make_training_root(tmp_path / "one")
