@@ -23,7 +23,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(RUN):$(PATH)
 
-.PHONY: help setup repro test test-long lint ui pipeline bench bench-prepare clean
+.PHONY: help setup repro test test-long audit lint ui pipeline bench bench-prepare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ test: $(READY) ## style, types and tests
 
 test-long: $(READY) ## the slow tests too
 	@$(PYTEST) -m ""
+
+audit: $(READY) ## known weaknesses of the locked versions, where pip-audit's database can be reached
+	@$(RUN)/python .ci/audit.py
 
 lint: $(READY) ## mend what ruff can mend
 	@$(RUN)/ruff check --fix .

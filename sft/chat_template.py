@@ -17,6 +17,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sft.template_sandbox import MAX_BYTES, bounded_templates
 from sft.time_limit import TimeLimitError, time_limit
 
 GENERATION_MARK = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
@@ -34,7 +35,6 @@ TEMPLATE_ERRORS = (
     AttributeError,
     ArithmeticError,
     RecursionError,
-    MemoryError,
 )
 _QUESTION, _ANSWER = {"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}
 PROBE_CHAT = [_QUESTION, _ANSWER]
@@ -131,7 +131,7 @@ class ChatTemplate:
         limit_s = FIRST_CHAT_S + CHAT_S * len(chats)
         conversations = list(chats) if self.takes_text else [in_parts(chat) for chat in chats]
         try:
-            with time_limit(limit_s):
+            with time_limit(limit_s), bounded_templates():
                 texts, ranges = render_jinja_template(
                     conversations=conversations, tools=tools, chat_template=self.source, **options, **self.variables
                 )
@@ -143,6 +143,11 @@ class ChatTemplate:
             raise ValueError(
                 f"the chat template did not come to an end within {limit_s:g} s for {len(chats)} conversations; look "
                 "for a loop in it that never ends"
+            ) from None
+        except MemoryError:
+            raise ValueError(
+                f"the chat template wanted more than {MAX_BYTES >> 30} GiB of memory for {len(chats)} conversations; "
+                "look for what it repeats"
             ) from None
         except TEMPLATE_ERRORS as error:
             what = str(error) or type(error).__name__

@@ -21,6 +21,12 @@ COMPRESSIONS = (".gz", ".zst")
 BOM = b"\xef\xbb\xbf"
 _WHITESPACE = " \t\r\n"
 MAX_DIGITS = 4300
+MAX_LINE = 256 << 20
+"""Bytes of a line: a row some thousand times longer than any that can be trained."""
+MAX_EXPANSION, MAX_UNPACKED = 200, 1 << 30
+"""How much larger than its compressed file a text may be, beyond the first gibibyte; ten times is usual."""
+_SHORTER = "each row has a line of its own here; a list of all rows is a .json file"
+_BOMB = "no text shrinks so much; unpack it yourself if it is meant to be so"
 # Names under which a JSON file may hold its list of rows.
 _WRAPPERS = {"data", "rows", "examples", "instances", "train"}
 
@@ -42,12 +48,21 @@ def data_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Decoded lines with their numbers, line ends kept, without a byte order mark."""
-    number = 0
+def _lines(path: Path, max_line: int | None = None) -> Iterator[tuple[int, str]]:
+    """Decoded lines with their numbers, line ends kept, without a byte order mark; refuses what would fill memory."""
+    number = size = 0
+    largest = max(MAX_UNPACKED, MAX_EXPANSION * path.stat().st_size)
+    longest = largest if max_line is None else max_line
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, start=1):
+            while line := file.readline(longest + 1):
+                number, size = number + 1, size + len(line)
+                if size > largest:
+                    raise SourceError(
+                        f"{path}:{number}: unpacked, it is more than {MAX_EXPANSION} times as large; {_BOMB}"
+                    )
+                if len(line) > longest:
+                    raise SourceError(f"{path}:{number}: a line of more than {longest >> 20} MiB; {_SHORTER}")
                 yield number, _decode(line.removeprefix(BOM) if number == 1 else line, path, number)
     except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, OSError) as error:
         # a damaged .zst is an error of the operating system to Arrow, one without a number
@@ -67,7 +82,7 @@ def _decode(line: bytes, path: Path, number: int) -> str:
 def jsonl_rows(path: Path, name: str) -> Iterator[Row]:
     """Rows of JSON lines: one object a line, blank lines between them at will."""
     is_first = True
-    for number, line in _lines(path):
+    for number, line in _lines(path, MAX_LINE):
         if line.isspace():
             continue
         place = f"{path}:{number}"
@@ -195,7 +210,7 @@ def _skip(text: str, at: int) -> int:
 def csv_rows(path: Path, name: str) -> Iterator[Row]:
     """Rows of a table as text; the header shows what separates columns: commas, tabs or semicolons."""
     csv.field_size_limit(sys.maxsize)
-    lines = _lines(path)
+    lines = _lines(path, MAX_LINE)
     begin, first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
     rest = (line for _, line in lines)
     reader = csv.reader(itertools.chain([first], rest), delimiter=_delimiter(path, first), strict=True)

@@ -18,6 +18,8 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import match_target_against_key
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sft.chat_template import chat_template_of
+
 UNTRAINED_DISTANCE = 0.05
 """A row nearer to the mean row than this part of the usual distance was initialised there and never trained."""
 UNTRAINED_NORM = 1e-3
@@ -87,7 +89,7 @@ def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Added tokens that a conversation contains once the chat template has been applied, and eos."""
     found = {tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template is not None:
-        text = tokenizer.apply_chat_template(list(PROBE), tokenize=False)
+        text = chat_template_of(tokenizer).render([PROBE])[0]  # bounded, as templates are programs
         added = set(tokenizer.get_added_vocab().values())
         found |= added & set(tokenizer(text, add_special_tokens=False)["input_ids"])
     return sorted(found)

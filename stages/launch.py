@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import json
 import logging
 import os
 import re
@@ -16,32 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stages.engines import engine_file
 from stages.out_of_memory import OutOfMemory
 from stages.params import LaunchSection
 from stages.paths import Paths
-from stages.redaction import redact
+from stages.ray_launch import WorkersFailed, launch_with_ray
+from stages.redaction import is_secret, redact
 
 RANK_VARIABLES = ("SFT_MACHINE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
 """Who may say which machine this is: the user, Slurm, an indexed Kubernetes job."""
-ENGINES: dict[str, dict[str, Any]] = {
-    "ddp": {"distributed_type": "MULTI_GPU"},
-    "fsdp2": {
-        "distributed_type": "FSDP",
-        "fsdp_config": {
-            "fsdp_version": 2,
-            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "fsdp_reshard_after_forward": True,
-            "fsdp_offload_params": False,
-            "fsdp_cpu_ram_efficient_loading": False,
-            "fsdp_state_dict_type": "SHARDED_STATE_DICT",  # each process writes its part; any number reads them
-        },
-    },
-    "deepspeed_zero2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
-    "deepspeed_zero3": {
-        "distributed_type": "DEEPSPEED",
-        "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True},
-    },
-}
+_PASSED_ON = re.compile(r"(ACCELERATE|FSDP|GLOO|HF|NCCL|OMP|SFT|TOKENIZERS|TORCH|TQDM)_")
 PR_SET_PDEATHSIG = 1
 _LOST_PEER = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|DistNetworkError|DistStoreError", re.I
@@ -73,7 +55,7 @@ def needs_launcher(section: LaunchSection) -> bool:
         ValueError: A launcher started another number of processes than the section states.
     """
     if not in_launched_process():
-        return section.processes > 1 or section.engine != "ddp"
+        return section.processes > 1 or section.engine != "ddp" or section.launcher == "ray"
     found = int(os.environ.get("WORLD_SIZE", "1"))
     if found != section.processes:
         raise ValueError(
@@ -95,13 +77,18 @@ def launch(stage: str, section: LaunchSection, paths: Paths) -> None:
         ValueError: The section can't be used here, or a process failed: says which one, and why.
         SystemExit: A signal ended this process; the others were ended first.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice, once a process
+    if section.launcher == "ray":
+        try:
+            return launch_with_ray(stage, section, paths, worker_variables(section, paths.root))
+        except WorkersFailed as error:
+            raise failure_of(error.failures, section.processes) from None
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if not os.environ.get("SFT_TRACEBACK"):
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `describe` says it in one line
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice, once a process
     print(f"starting {section.processes} processes: {section.engine}", flush=True)
     with tempfile.TemporaryDirectory(prefix="sft-launch-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -126,7 +113,7 @@ def launch_options(section: LaunchSection, root: Path, folder: Path) -> list[str
             this is or where the first one listens.
     """
     options = {
-        "config_file": str(engine_file(section.engine, root, folder)),
+        "config_file": str(engine_file(section, root, folder)),
         "num_processes": str(section.processes),
         "num_machines": str(section.machines),
         "machine_rank": "0",
@@ -149,23 +136,21 @@ def launch_options(section: LaunchSection, root: Path, folder: Path) -> list[str
     return [*words, *(["--same_network"] if section.machines > 1 else [])]
 
 
-def engine_file(engine: str, root: Path, folder: Path) -> Path:
-    """The accelerate configuration of an engine: the user's own file, or one written for a named engine."""
-    if engine not in ENGINES:
-        file = root / engine
-        if not file.is_file():
-            known = ", ".join(ENGINES)
-            raise ValueError(f"train.launch.engine: {engine}: no such file, and none of the engines {known}")
-        return file
-    if engine.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(
-            f"train.launch.engine {engine} needs the package deepspeed, which is not installed; `pip install "
-            "deepspeed`, or use fsdp2, which shares the model out likewise and comes with torch"
-        )
-    file = folder / "accelerate.yaml"
-    values = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", "use_cpu": False, "debug": False}
-    file.write_text(json.dumps({**values, **ENGINES[engine]}), encoding="utf-8")  # JSON is YAML
-    return file
+def worker_variables(section: LaunchSection, root: Path) -> dict[str, str]:
+    """What `accelerate launch` would put into the environment of each process, and what this one has for its tools.
+
+    For processes that another launcher starts, perhaps on other machines. Secrets are left out: those who start such
+    processes write their environment into logs.
+    """
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    with tempfile.TemporaryDirectory(prefix="sft-launch-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        words = [*launch_options(section, root, Path(folder)), "--module", "stages"]
+        args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+        found = prepare_multi_gpu_env(args)
+    return {name: value for name, value in found.items() if _PASSED_ON.match(name) and not is_secret(name)}
 
 
 def machine_rank(section: LaunchSection, environment: Mapping[str, str]) -> int:

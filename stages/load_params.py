@@ -9,6 +9,7 @@ from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import AfterValidator, Field, model_validator
 
+from stages.redaction import redact
 from stages.section import Fraction, Section, Seed
 
 
@@ -18,6 +19,15 @@ def _template(text: str) -> str:
     except TemplateSyntaxError as error:
         raise ValueError(f"not a Jinja template: {error.message}, line {error.lineno}") from error
     return text
+
+
+def _without_secrets(path: str) -> str:
+    if redact(path, {}) != path:
+        raise ValueError(
+            "a name or password in an address would be recorded wherever params.yaml is (git, DVC, MLflow); leave it "
+            "out: credentials are found in ~/.netrc or the environment, as the file system finds them"
+        )
+    return path
 
 
 Template = Annotated[str, AfterValidator(_template)]
@@ -50,7 +60,11 @@ class MappedSection(Section):
 class SourceSection(MappedSection):
     """One source of training rows; only `path` must be stated."""
 
-    path: Annotated[str, Field(min_length=1, description="File, folder or pattern in data/, URL, or hub id")]
+    path: Annotated[
+        str,
+        AfterValidator(_without_secrets),
+        Field(min_length=1, description="File, folder or pattern in data/, URL, or hub id"),
+    ]
     hub: Annotated[bool, Field(description="path is a data set id on the hub")] = False
     config: Annotated[str | None, Field(description="Configuration of the hub data set")] = None
     split: Annotated[str, Field(description="Split of the hub data set")] = "train"

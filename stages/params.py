@@ -79,6 +79,7 @@ ENGINES = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
 class LaunchSection(Section):
     """The processes of a training."""
 
+    launcher: Annotated[Literal["accelerate", "ray"], Field(description="What starts the processes")]
     engine: Annotated[
         str, Field(description="ddp, fsdp2, deepspeed_zero2, deepspeed_zero3, or an accelerate YAML file")
     ]
@@ -87,7 +88,7 @@ class LaunchSection(Section):
     machine_rank: Annotated[
         int | None, Field(ge=0, description="This machine's number; null = the environment says it")
     ]
-    address: Annotated[str | None, Field(description="First machine's name or IP; null = MASTER_ADDR")]
+    address: Annotated[str | None, Field(description="First machine's name or IP, or the Ray cluster's")]
     port: Annotated[int | None, Field(ge=1, le=65535, description="Free port of the first machine; null = any")]
 
     @model_validator(mode="after")
@@ -98,9 +99,20 @@ class LaunchSection(Section):
             raise ValueError(f"engine {self.engine!r} is unknown; {hint}")
         if self.processes % self.machines:
             raise ValueError(f"{self.processes} processes can't be shared equally by {self.machines} machines")
-        if self.machines == 1 and (self.machine_rank or self.address):
+        if self.launcher == "ray":
+            self._fits_ray()
+        elif self.machines == 1 and (self.machine_rank or self.address):
             raise ValueError("machine_rank and address would be ignored on one machine; set them to null")
         return self
+
+    def _fits_ray(self) -> None:
+        if self.machines > 1 or self.machine_rank is not None or self.port is not None:
+            raise ValueError(
+                "machines, machine_rank and port would be ignored: Ray places the processes itself; set machines to 1, "
+                "the others to null"
+            )
+        if self.engine.startswith("deepspeed"):
+            raise ValueError(f"engine {self.engine!r} needs launcher accelerate; fsdp2 shares the model under ray, too")
 
 
 class TrainSection(Section):

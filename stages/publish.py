@@ -174,7 +174,7 @@ def log_run(
             run.log_file(path, folder=path.parent.relative_to(paths.root).as_posix())
         for file in ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock"):
             if (paths.root / file).exists():
-                run.log_file(paths.root / file, folder="lineage")
+                log_text(run, file, (paths.root / file).read_text(encoding="utf-8"))
         if git and git.dirty:
             log_patch(run, paths.root)
         run.set_tag(PROGRESS_TAG, PUBLISHED)
@@ -185,10 +185,15 @@ def log_run(
 
 def log_patch(run: Any, root: Path) -> None:
     """The uncommitted changes, without which the commit would not reproduce the result."""
+    log_text(run, "uncommitted.patch", lineage.git_diff(root))
+
+
+def log_text(run: Any, name: str, text: str) -> None:
+    """Log a text of the checkout, without the secrets that may stand in it."""
     with tempfile.TemporaryDirectory() as folder:
-        patch = Path(folder) / "uncommitted.patch"
-        write_text(patch, redact(lineage.git_diff(root)))
-        run.log_file(patch, folder="lineage")
+        file = Path(folder) / name
+        write_text(file, redact(text))
+        run.log_file(file, folder="lineage")
 
 
 def figures(paths: Paths) -> dict[str, float]:

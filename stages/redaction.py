@@ -12,6 +12,11 @@ _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 _SECRET_NAME = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|API_KEY|ACCESS_KEY|CREDENTIALS?)$", re.IGNORECASE)
 
 
+def is_secret(name: str) -> bool:
+    """Whether a variable of this name holds a secret."""
+    return _SECRET_NAME.search(name) is not None
+
+
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     """The text without secrets.
 
@@ -21,7 +26,7 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
             process's own. Values shorter than 8 characters are words rather than secrets.
     """
     values = os.environ if environment is None else environment
-    secrets = [value for name, value in values.items() if _SECRET_NAME.search(name) and len(value) >= MIN_LENGTH]
+    secrets = [value for name, value in values.items() if is_secret(name) and len(value) >= MIN_LENGTH]
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return _IN_URL.sub(HIDDEN, text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,44 @@ def test_a_template_that_prints_without_end_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(chat_template, "MAX_CHARACTERS", 1000)
     with pytest.raises(ValueError, match="made 2000 characters of one conversation"):
         ChatTemplate("{{ 'ab' * 1000 }}", VARIABLES).render([CHAT])
+
+
+GIANT_NUMBERS = [
+    "{{ 10 ** (10 ** 9) }}",
+    "{{ 1|round(-1000000000) }}",
+    "{{ 1.5|round(1000000000, 'ceil') }}",
+    "{% set n = namespace(x=7) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
+]
+GIANT_TEXTS = [
+    "{{ 'ab' * 10 ** 11 }}",
+    "{{ 'a'|center(10 ** 12) }}",
+    "{{ '%999999999999d' % 1 }}",
+    "{{ '{:>999999999999}'.format(1) }}",
+    "{{ 'a'|indent(10 ** 12, true) }}",
+    "{% set x = 'a' * 10 ** 8 %}{% for i in range(10000) %}{{ x }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("source", GIANT_NUMBERS)
+def test_a_number_that_would_take_hours_is_refused_at_once(source: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="the chat template refused the conversation: "):
+        ChatTemplate(source, VARIABLES).render([CHAT])
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is bounded on Linux alone")
+@pytest.mark.parametrize("source", GIANT_TEXTS)
+def test_a_text_that_would_fill_the_memory_is_refused(source: str) -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(ValueError, match="the chat template wanted more than 2 GiB of memory"):
+        ChatTemplate(source, VARIABLES).render([CHAT])
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_ordinary_arithmetic_of_templates_is_as_ever() -> None:
+    source = "{{ 2 ** 10 }} {{ 7 // 2 }} {{ 'ab' * 2 }} {{ 'a%s' % 'b' }} {{ 2.57|round(1) }} {{ 4 ** 0.5 }}"
+    assert ChatTemplate(source, VARIABLES).render([CHAT]) == ["1024 3 abab ab 2.6 2.0"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ def test_memory_files_and_threads_stay_flat_over_two_thousand_steps(tmp_path: Pa
     lines = [line.removeprefix("FIGURES ") for line in result.stdout.splitlines() if line.startswith("FIGURES ")]
     figures = {entry["step"]: entry for entry in map(json.loads, lines)}
     first, last = figures[SETTLED], figures[NUM_STEPS]
+    growth = {name: f"{first[name]:,} -> {last[name]:,}" for name in ("bytes", "files", "threads")}
+    print(f"from step {SETTLED} to {NUM_STEPS}: {growth}, {last['bytes'] / first['bytes'] - 1:+.2%} of memory")
     assert last["bytes"] < 1.01 * first["bytes"], figures
     assert last["files"] <= first["files"]
     assert last["threads"] <= first["threads"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from transformers import TrainerCallback
 from sft.config import SFTConfig
 from sft.loss_policy import BAD_UPDATE, MAX_IN_A_ROW, NUM_NEEDED, LossWatch
 from sft.trainer import SFTTrainer
+from tests.sft.test_processes import free_port
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": f"What is {number}?", "completion": f" It is {number}."} for number in range(40)]
@@ -29,7 +34,7 @@ class Poisoned(SFTTrainer):
         return super().compute_loss(*args, **kwargs) * self.poison.get(self.state.global_step + 1, 1.0)
 
 
-def train(folder: Path, poison: dict[int, float], **options: Any) -> Poisoned:
+def train(folder: Path, poison: dict[int, float], kind: type[Poisoned] = Poisoned, **options: Any) -> Poisoned:
     config = SFTConfig(
         output_dir=str(folder),
         use_cpu=True,
@@ -37,9 +42,7 @@ def train(folder: Path, poison: dict[int, float], **options: Any) -> Poisoned:
         disable_tqdm=True,
         **{"max_steps": 8, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "max_length": 32, **options},
     )
-    trainer = Poisoned(
-        tiny_model(), args=config, train_dataset=Dataset.from_list(ROWS), processing_class=tiny_tokenizer()
-    )
+    trainer = kind(tiny_model(), args=config, train_dataset=Dataset.from_list(ROWS), processing_class=tiny_tokenizer())
     trainer.poison = poison
     trainer.weights = {}
     trainer.add_callback(KeepWeights(trainer.weights))
@@ -55,6 +58,27 @@ class KeepWeights(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         self.weights[state.global_step] = torch.cat([value.detach().flatten() for value in model.parameters()])
+
+
+def test_one_bad_part_makes_an_accumulated_update_bad(tmp_path: Path) -> None:
+    class OnePart(Poisoned):
+        """Only the second of five parts is no number."""
+
+        parts = 0
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            self.parts += 1
+            return super().training_step(*args, **kwargs)
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = SFTTrainer.compute_loss(self, *args, **kwargs)
+            return loss * (NAN if self.parts == 5 * 3 + 2 else 1.0)
+
+    trainer = train(tmp_path, {}, OnePart, on_bad_loss="skip", gradient_accumulation_steps=5)
+    assert actions(trainer) == [(4, "skipped")]
+    torch.testing.assert_close(trainer.weights[4], trainer.weights[3], rtol=0, atol=0)
+    assert trainer.weights[8].isfinite().all()
+    assert not torch.equal(trainer.weights[5], trainer.weights[4])
 
 
 def actions(trainer: Poisoned) -> list[tuple[int, str]]:
@@ -123,6 +147,37 @@ def test_too_few_losses_make_no_spike() -> None:
     watch = LossWatch("skip", 2.0, recent=[1.0] * NUM_NEEDED)
     watch.add(torch.tensor(100.0))
     assert "100" in str(watch.problem(1.0, lambda tensor: tensor))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "bad"),
+    [("stop", []), ("skip", [[4, "skipped"]]), ("rollback", [[4, "went back to checkpoint-2"]])],
+)
+def test_all_processes_follow_the_policy_when_one_has_a_bad_part(
+    tmp_path: Path, policy: str, bad: list[list[Any]]
+) -> None:
+    module = ["tests.sft.poisoned_training", str(tmp_path), policy]
+    launcher = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "-m"]
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, *module],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    ends = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    assert ends[0] == ends[1]
+    assert ends[0]["finite"]
+    assert ends[0]["bad"] == bad
+    if policy == "stop":
+        assert "step 4: the norm of the gradient is nan; training stopped" in ends[0]["error"]
+        assert ends[0]["step"] == 3
+    else:
+        assert ends[0]["error"] is None
+        assert ends[0]["losses"] == [1, 2, 3, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(

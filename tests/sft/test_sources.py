@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
+from sft import text_rows
 from sft.row import Row, SourceError
 from sft.sources import data_files, hub_rows, read_rows
 
@@ -157,6 +158,31 @@ def test_a_truncated_archive_is_an_error(tmp_path: Path) -> None:
         rows_of(written(tmp_path / "a.jsonl.gz", content[: len(content) // 2]))
     with pytest.raises(SourceError, match=r"b\.jsonl\.gz:1: the compressed data is damaged"):
         rows_of(written(tmp_path / "b.jsonl.gz", b"plain text"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_an_archive_that_unpacks_to_far_more_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, compression: str
+) -> None:
+    monkeypatch.setattr(text_rows, "MAX_UNPACKED", 1 << 20)
+    row = {".jsonl": b'{"text": "a"}\n', ".json": b'{"text": "a"} ', ".csv": b"text\n"}[suffix]
+    file = tmp_path / f"rows{suffix}.{'gz' if compression == 'gzip' else 'zst'}"
+    file.write_bytes(pa.compress(row * 1_000_000, compression, asbytes=True))
+    assert len(row) * 1_000_000 > text_rows.MAX_EXPANSION * file.stat().st_size
+    with pytest.raises(SourceError, match=r"rows\S+:\d+: unpacked, it is more than 200 times as large"):
+        list(read_rows(file))
+
+
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_rows, "MAX_LINE", 1 << 20)
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * (2 << 20) + b'"}\n')
+    with pytest.raises(SourceError, match=r"rows\.jsonl:2: a line of more than 1 MiB; each row has a line of its own"):
+        list(read_rows(tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.json").write_bytes(b'[{"text": "' + b"a" * (2 << 20) + b'"}]')
+    assert len(list(read_rows(tmp_path / "rows.json"))) == 1
 
 
 def test_what_is_not_there_says_what_is(tmp_path: Path) -> None:

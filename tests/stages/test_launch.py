@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import signal
 import socket
@@ -14,10 +15,12 @@ from typing import Any
 import psutil
 import pytest
 from datasets import Dataset
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from stages.artifacts import read_json
-from stages.launch import describe, engine_file, machine_rank, rendezvous_address
+from stages.engines import engine_file
+from stages.launch import describe, launch, machine_rank, rendezvous_address
 from stages.params import LaunchSection, ParamsError, load_params
 from stages.paths import Paths
 from tests.stages.training_root import (
@@ -67,6 +70,7 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_fsdp2_trains_resumes_with_other_numbers_of_processes_and_merges_to_the_same(
     tmp_path: Path, method: str
@@ -90,6 +94,7 @@ def test_fsdp2_trains_resumes_with_other_numbers_of_processes_and_merges_to_the_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_machines_meet_at_the_address_of_the_first(tmp_path: Path) -> None:
     one = make_training_root(tmp_path / "one")
     run_stage(one)
@@ -101,7 +106,7 @@ def test_two_machines_meet_at_the_address_of_the_first(tmp_path: Path) -> None:
     # both train on this machine's processor, which one training has for itself
     second = start_stage(two, SFT_MACHINE_RANK="1", SFT_LOCK_DIR=str(tmp_path / "locks"))
     run_stage(two, SFT_MACHINE_RANK="0")
-    output, _ = second.communicate(timeout=60)
+    output, _ = second.communicate(timeout=200)
     assert second.returncode == 0, output
     assert_same_training(two, one, "lora")
 
@@ -208,9 +213,9 @@ def test_impossible_launches_are_refused_with_params(tmp_path: Path, values: dic
 
 def test_an_engine_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
-        engine_file("mine.yaml", tmp_path, tmp_path)
+        engine_file(section(engine="mine.yaml"), tmp_path, tmp_path)
     with pytest.raises(ValueError, match="needs the package deepspeed"):
-        engine_file("deepspeed_zero3", tmp_path, tmp_path)
+        engine_file(section(engine="deepspeed_zero3"), tmp_path, tmp_path)
 
 
 @pytest.mark.slow
@@ -222,3 +227,94 @@ def test_a_launcher_of_ones_own_must_start_as_many_processes_as_params_state(tmp
     assert "a launcher started 4 processes" in read_json(error_file)["message"]["message"]
     output = run_stage(paths, code=1, LOCAL_RANK="0", RANK="3", WORLD_SIZE="4")
     assert "error: process 3 of 4: train.launch.processes is 1" in output
+
+
+# what `accelerate config` writes for FSDP2 on one machine
+WRITTEN_FILE = """\
+compute_environment: LOCAL_MACHINE
+debug: false
+distributed_type: FSDP
+downcast_bf16: 'no'
+enable_cpu_affinity: false
+fsdp_config:
+  fsdp_activation_checkpointing: false
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_cpu_ram_efficient_loading: true
+  fsdp_offload_params: false
+  fsdp_reshard_after_forward: true
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+  fsdp_version: 2
+machine_rank: 0
+main_training_function: main
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+rdzv_backend: static
+same_network: true
+tpu_env: []
+tpu_use_cluster: false
+tpu_use_sudo: false
+use_cpu: false
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("content", [WRITTEN_FILE, "distributed_type: MULTI_CPU\nuse_cpu: true\n"], ids=["fsdp", "cpu"])
+def test_a_file_of_accelerate_is_an_engine(tmp_path: Path, content: str) -> None:
+    one = make_training_root(tmp_path / "one")
+    run_stage(one)
+    launch = {"processes": 2, "engine": "mine.yaml"}
+    two = make_training_root(tmp_path / "two", per_device_train_batch_size=2, launch=launch)
+    (two.root / "mine.yaml").write_text(content)
+    assert "starting 2 processes: mine.yaml" in run_stage(two)
+    assert_same_training(two, one, "lora")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("distributed_type: NO\n", "shares no training among processes"),
+        ("distributed_type: 'XLA'\n", "distributed_type is XLA"),
+        ("distributed_type: DEEPSPEED\n", r"mine\.yaml: distributed_type DEEPSPEED needs the package deepspeed"),
+        (
+            WRITTEN_FILE.replace("num_processes: 2", "num_processes: 8"),
+            "num_processes is 8, but train.launch.processes 2",
+        ),
+        (
+            WRITTEN_FILE.replace("precision: 'no'", "precision: bf16"),
+            "mixed_precision is 'bf16', but model.dtype decides",
+        ),
+        (WRITTEN_FILE + "main_process_port: 7\n", r"main_process_port is 7, but train\.launch\.port"),
+        (WRITTEN_FILE + "dynamo_config: {dynamo_backend: INDUCTOR}\n", "compiles nothing"),
+        (WRITTEN_FILE + "fsdp_konfig: {}\n", "fsdp_konfig"),
+        ("a: [\n", r"mine\.yaml can't be read as YAML"),
+        ("- a\n", r"mine\.yaml holds no settings"),
+        ("", r"mine\.yaml holds no settings"),
+    ],
+)
+def test_a_file_of_accelerate_that_can_not_be_followed_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        launch("train", section(engine="mine.yaml", processes=2), Paths(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["slurm.sh", "kubernetes.yaml"])
+def test_values_that_the_cluster_templates_ask_for_are_valid(name: str) -> None:
+    text = (REPO / "docs" / "launch" / name).read_text(encoding="utf-8")
+    (values,) = re.findall(r"train\.launch: (\{.*\})", text)
+    stated = section(**YAML(typ="safe").load(values))
+    assert stated.machines == {"slurm.sh": 8, "kubernetes.yaml": 2}[name]
+    assert stated.processes == 8 * stated.machines
+    assert stated.machine_rank is None, "the cluster says which machine is which"
+
+
+def test_pods_of_the_kubernetes_job_find_the_first_one_by_its_name() -> None:
+    documents = (REPO / "docs" / "launch" / "kubernetes.yaml").read_text(encoding="utf-8")
+    service, job = YAML(typ="safe").load_all(documents)
+    pod = job["spec"]["template"]["spec"]
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    address = {"name": "MASTER_ADDR", "value": f"{job['metadata']['name']}-0.{pod['subdomain']}"}
+    assert address in pod["containers"][0]["env"]

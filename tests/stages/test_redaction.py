@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from stages.__main__ import fail
-from stages.publish import log_patch
+from stages.params import ParamsError, load_params
+from stages.publish import log_patch, log_text
 from stages.redaction import redact
+from tests.stages.training_root import REPO
 
 
 @pytest.mark.parametrize(
@@ -44,3 +46,25 @@ def test_a_recorded_patch_holds_no_password(tmp_path: Path, monkeypatch: pytest.
 
     log_patch(Run(), tmp_path)
     assert recorded == ["+  tracking_uri: postgresql://***@db/mlflow\n"]
+
+
+def test_params_with_a_password_in_a_source_are_refused(tmp_path: Path) -> None:
+    text = (REPO / "params.yaml").read_text(encoding="utf-8")
+    file = tmp_path / "params.yaml"
+    file.write_text(text.replace("- path: data/shop_train.jsonl", "- path: https://ada:hunter22@host/rows.jsonl"))
+    with pytest.raises(
+        ParamsError, match=r"load\.sources\.0\.path: .*would be recorded wherever params\.yaml is"
+    ) as caught:
+        load_params(file)
+    assert "hunter22" not in redact(str(caught.value))
+
+
+def test_a_recorded_params_file_holds_no_password() -> None:
+    recorded = {}
+
+    class Run:
+        def log_file(self, path: Path, folder: str) -> None:
+            recorded[f"{folder}/{path.name}"] = path.read_text()
+
+    log_text(Run(), "params.yaml", "tracking_uri: postgresql://ada:hunter22@db/mlflow\n")
+    assert recorded == {"lineage/params.yaml": "tracking_uri: postgresql://***@db/mlflow\n"}

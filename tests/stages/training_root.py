@@ -94,6 +94,6 @@ def start_stage(paths: Paths, stage: str = "train", **variables: str) -> subproc
 def run_stage(paths: Paths, stage: str = "train", code: int = 0, **variables: str) -> str:
     """Run a stage to its end; returns what it printed."""
     process = start_stage(paths, stage, **variables)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == code, output
     return output
