@@ -10,6 +10,7 @@ import json
 import sys
 import zlib
 from collections.abc import Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -21,6 +22,8 @@ COMPRESSIONS = (".gz", ".zst")
 BOM = b"\xef\xbb\xbf"
 _WHITESPACE = " \t\r\n"
 MAX_DIGITS = 4300
+MAX_LINE_BYTES = 256 << 20
+"""Longest line, and largest .json file: both are read whole, and a small archive may hold anything."""
 # Names under which a JSON file may hold its list of rows.
 _WRAPPERS = {"data", "rows", "examples", "instances", "train"}
 
@@ -47,7 +50,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with _open(path) as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise SourceError(f"{path}:{number}: a line of more than {_LIMIT}, which is no row; {_ONE_A_LINE}")
                 yield number, _decode(line.removeprefix(BOM) if number == 1 else line, path, number)
     except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, OSError) as error:
         # a damaged .zst is an error of the operating system to Arrow, one without a number
@@ -112,6 +117,8 @@ class LongNumberError(ValueError):
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
 _TOO_DEEP = "lists or objects lie too deep in one another to be read"
+_LIMIT = f"{MAX_LINE_BYTES >> 20} MB"
+_ONE_A_LINE = "write one object a line (jq -c '.[]' FILE.json > FILE.jsonl)"
 _LIST_HINT = "; a list of all rows is a .json file: rename it to .json, or write one object a line"
 _JSON_NAMES: dict[type, str] = {list: "list", str: "text", bool: "truth value", int: "number", float: "number"}
 
@@ -133,7 +140,7 @@ def _object(value: Any, place: str) -> dict[str, Any]:
 
 def json_rows(path: Path, name: str) -> Iterator[Row]:
     """Rows of a JSON file: a list of objects, one object that holds such a list, or objects one after the other."""
-    text = "".join(line for _, line in _lines(path))
+    text = _whole(path)
     line, position, on_line = 1, 0, 0
     try:
         for at, value in _elements(text):
@@ -148,6 +155,17 @@ def json_rows(path: Path, name: str) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         place = f"{path}:{error.lineno}:{error.colno}"
         raise SourceError(f"{place}: not JSON: {error.msg}, in {_excerpt(error)}") from error
+
+
+def _whole(path: Path) -> str:
+    """The text of a file that is read at once."""
+    lines, size = [], 0
+    for _, line in _lines(path):
+        lines.append(line)
+        size += len(line)
+        if size > MAX_LINE_BYTES:
+            raise SourceError(f"{path}: more than {_LIMIT} of JSON in one piece; {_ONE_A_LINE}")
+    return "".join(lines)
 
 
 def _elements(text: str) -> Iterator[tuple[int, Any]]:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
+from sft import text_rows
 from sft.row import Row, SourceError
 from sft.sources import data_files, hub_rows, read_rows
 
@@ -221,3 +222,19 @@ def test_a_chat_of_two_hundred_turns_is_one_row(tmp_path: Path) -> None:
     assert rows_of(written(tmp_path / "a.jsonl", as_jsonl([{"messages": turns}]))) == [
         Row("a.jsonl:1", {"messages": turns})
     ]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.json", "lines.json"])
+def test_what_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(text_rows, "MAX_LINE_BYTES", 1000)
+    row = '{"text": "' + "a" * 400 + '"}'
+    content = (f"[{row},\n{row},\n{row}]" if name == "lines.json" else f'{{"text": "{"a" * 2000}"}}').encode()
+    path = written(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(SourceError, match=r"more than 256 MB.*; write one object a line"):
+        rows_of(path)
+
+
+def test_rows_up_to_the_limit_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = '{"text": "' + "a" * 400 + '"}\n'
+    monkeypatch.setattr(text_rows, "MAX_LINE_BYTES", len(line))
+    assert len(rows_of(written(tmp_path / "a.jsonl", line * 3))) == 3
