@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
@@ -89,7 +89,12 @@ class Rendered:
 
     def to_row(self) -> dict[str, Any]:
         """The same as plain JSON values."""
-        return {**asdict(self), "spans": [list(span) for span in self.spans]}
+        return {
+            "text": self.text,
+            "spans": [list(span) for span in self.spans],
+            "add_special_tokens": self.add_special_tokens,
+            "append_eos": self.append_eos,
+        }
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Rendered:

@@ -7,7 +7,6 @@ their lengths tell where they lie (`sft.token_bytes`); elsewhere the tokenizer's
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
@@ -22,6 +21,7 @@ from sft.chat import Rendered, Span
 from sft.labels import IGNORE_INDEX
 from sft.ragged import list_array
 from sft.token_bytes import Run, TokenBytes
+from sft.word_cache import Ids, WordCache
 
 # Whitespace of every kind that tokenizers report as covering no characters when they trim offsets.
 _TRIM_PROBE = "a b\n\nc  d"
@@ -38,7 +38,7 @@ class Encoded(TypedDict):
 class Document(NamedTuple):
     """Token ids of one document, and which of its tokens are trained."""
 
-    ids: list[int]
+    ids: Ids
     runs: list[Run]
 
 
@@ -93,6 +93,7 @@ class Encoder:
             )
         self._rules = _plain_rules(tokenizer)
         self._bytes = TokenBytes.of(self._rules)
+        self._words = None if self._bytes is None else WordCache.of(self._rules)
         self._eos = tokenizer.eos_token_id
 
     def encode(self, rendered: Sequence[Rendered], *, with_weights: bool | None = None) -> list[Encoded]:
@@ -103,10 +104,10 @@ class Encoder:
         """Encode a batch into arrays, which takes less time and memory than lists; see `encode_batch`."""
         if with_weights is None:
             with_weights = any(span.weight != 1.0 for item in rendered for span in item.spans)
-        documents = self._tokenize(rendered)
-        for item, document in zip(rendered, documents, strict=True):
-            if item.append_eos:
-                self._close(item, document)
+        documents = [
+            self._closed(item, document) if item.append_eos else document
+            for item, document in zip(rendered, self._tokenize(rendered), strict=True)
+        ]
         return _flatten(documents, with_weights)
 
     def _tokenize(self, rendered: Sequence[Rendered]) -> list[Document]:
@@ -114,7 +115,7 @@ class Encoder:
         if self._bytes is not None:
             chosen = [index for index, item in enumerate(rendered) if self._bytes.covers(item)]
             texts = [rendered[index].text for index in chosen]
-            ids = [encoding.ids for encoding in self._rules.encode_batch_fast(texts, add_special_tokens=False)]
+            ids = self._ids(texts)
             found = self._bytes.runs([rendered[index] for index in chosen], ids)
             documents = {
                 index: Document(tokens, runs)
@@ -127,25 +128,32 @@ class Encoder:
             for index, encoding in zip(left, self._rules.encode_batch(texts, add_special_tokens=flag), strict=True):
                 item = rendered[index]
                 runs = [(*token_run(encoding, span, len(item.text)), span.weight) for span in item.spans]
-                documents[index] = Document(encoding.ids, runs)
+                documents[index] = Document(np.array(encoding.ids, dtype=np.int32), runs)
         return [documents[index] for index in range(len(rendered))]
 
-    def _close(self, item: Rendered, document: Document) -> None:
-        """Put the end-of-sequence token behind a text; it is trained when the text's end is."""
+    def _ids(self, texts: list[str]) -> list[Ids]:
+        if self._words is not None:
+            return self._words.encode(texts)
+        encodings = self._rules.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _closed(self, item: Rendered, document: Document) -> Document:
+        """The document with the end-of-sequence token behind it; it is trained when the text's end is."""
         ids, runs = document
         if self._eos is None:
             raise ValueError("the tokenizer has no end-of-sequence token to close a text with; set its eos_token")
-        if not ids or ids[-1] != self._eos:
-            ids.append(self._eos)
+        if not len(ids) or ids[-1] != self._eos:
+            ids = np.append(ids, np.int32(self._eos))
         if item.spans and item.spans[-1].end == len(item.text):
             first, _, weight = runs[-1]
-            runs[-1] = (first, len(ids), weight)
+            runs = [*runs[:-1], (first, len(ids), weight)]
+        return Document(ids, runs)
 
 
 def _flatten(documents: Sequence[Document], with_weights: bool) -> TokenBatch:
     lengths = np.array([len(document.ids) for document in documents], dtype=np.int64)
     total = int(lengths.sum())
-    ids = np.fromiter(itertools.chain.from_iterable(document.ids for document in documents), np.int32, total)
+    ids = np.concatenate([np.zeros(0, dtype=np.int32), *(document.ids for document in documents)])
     labels = np.full(total, IGNORE_INDEX, dtype=np.int32)
     weights = np.zeros(total, dtype=np.float32) if with_weights else None
     for start, document in zip((np.cumsum(lengths) - lengths).tolist(), documents, strict=True):

@@ -26,6 +26,9 @@ _CONTROL = re.compile(
     "|[\U000e0001\U000e0020-\U000e007f](?<![\U0001f3f4\U000e0020-\U000e007f].)[\U000e0020-\U000e007f]*"
 )
 LOST = "\ufffd"
+# more than what ftfy looks at in one place, of which one character at least is not ASCII
+_REACH = 8
+_NOT_ASCII = re.compile(rf"[^\x00-\x7f]+(?:[\x00-\x7f]{{1,{2 * _REACH}}}[^\x00-\x7f]+)*")
 
 
 def truncated_answer(record: Mapping[str, Any]) -> Problem | None:
@@ -70,17 +73,19 @@ def mojibake(record: Mapping[str, Any]) -> Problem | None:
         if LOST in content.text:
             at = content.text.index(LOST)
             return Problem("mojibake", f"{content.place} holds U+FFFD, a lost character: {_around(content.text, at)}")
-        match = _badness().search(content.text)
+        match = _badly_decoded(content.text)
         if match:
             around = _around(content.text, match.start())
             return Problem("mojibake", f"{content.place} reads as if it was decoded wrongly: {around}")
     return None
 
 
-def _badness() -> re.Pattern[str]:
+def _badly_decoded(text: str) -> re.Match[str] | None:
+    """Where ftfy's pattern is found; it is slow, and looked for only around characters that are not ASCII."""
     from ftfy.badness import BADNESS_RE
 
-    return BADNESS_RE
+    near = (text[max(0, part.start() - _REACH) : part.end() + _REACH] for part in _NOT_ASCII.finditer(text))
+    return BADNESS_RE.search(text) if any(map(BADNESS_RE.search, near)) else None
 
 
 def _around(text: str, at: int) -> str:

@@ -7,7 +7,6 @@ that takes whitespace along, a normalizer that changes the text) shows in the su
 
 from __future__ import annotations
 
-import itertools
 import json
 import unicodedata
 from collections.abc import Sequence
@@ -63,7 +62,7 @@ class TokenBytes:
             return False
         return not self.is_normalizing or unicodedata.is_normalized("NFC", item.text)
 
-    def runs(self, rendered: Sequence[Rendered], ids: Sequence[Sequence[int]]) -> list[list[Run] | None]:
+    def runs(self, rendered: Sequence[Rendered], ids: Sequence[npt.NDArray[np.int32]]) -> list[list[Run] | None]:
         """The trained tokens of every document of a batch; None for one whose tokens do not add up to its text.
 
         Args:
@@ -71,7 +70,7 @@ class TokenBytes:
             ids: Token ids of each.
         """
         counts = np.array([len(tokens) for tokens in ids], dtype=np.int64)
-        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(counts.sum()))
+        flat = np.concatenate([np.zeros(0, dtype=np.int32), *ids])
         borders = np.concatenate([[0], np.cumsum(self.lengths[flat])])
         first_tokens = np.cumsum(counts) - counts
         bases = borders[first_tokens]

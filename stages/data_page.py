@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -144,12 +144,14 @@ def choose_previews(documents: Documents, tokenizer: PreTrainedTokenizerBase) ->
     return [preview(documents[number], tokenizer) for number in sample_rows(len(documents), NUM_PREVIEWS, seed=0)]
 
 
-def preview(row: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """One document: its id, its tokens, how many of them are trained and how many are not shown."""
+def preview(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """One document: its id, its tokens, how many the limit cut away and how many are not shown."""
     pieces = token_pieces(row["input_ids"][:MAX_PREVIEW_TOKENS], row["labels"][:MAX_PREVIEW_TOKENS], tokenizer)
     return {
         "id": row["id"],
         "pieces": pieces,
         "num_tokens": len(row["input_ids"]),
+        "start": row["start"],
+        "num_in_document": row["num_in_document"],
         "num_hidden": max(0, len(row["input_ids"]) - MAX_PREVIEW_TOKENS),
     }

@@ -15,7 +15,9 @@ from sft.chat import Rendered
 from sft.encoding import Encoder, TokenBatch
 from sft.ragged import Integers, Pieces
 from sft.token_store import FileColumn, TokenStore
-from stages.shards import Shard, run_shards, shards_of
+from stages.params import PackSection
+from stages.shard import Shard, shards_of
+from stages.shards import run_shards
 
 BATCH_SIZE = 1000
 
@@ -75,19 +77,19 @@ class Documents:
     trained: Integers
 
 
-def encode_split(path: Path, tokenizer: Path, scratch: Path, num_proc: int) -> Documents:
+def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSection) -> Documents:
     """Tokenize a file of rendered chats.
 
     Args:
         path: Rows that `format` wrote.
         tokenizer: Folder of the tokenizer.
         scratch: Folder for files that live as long as the documents are read.
-        num_proc: Processes at most.
+        section: Says who tokenizes.
     """
     scratch.mkdir(parents=True)
     store = TokenStore(scratch)
     ids = [pa.array([], type=pa.string())]
-    for encoded in run_shards(EncodingWork(tokenizer), shards_of(path), num_proc):
+    for encoded in run_shards(EncodingWork(tokenizer), shards_of(path), section.num_proc, section.workers):
         ids.append(pa.array(encoded.ids, type=pa.string()))
         for batch in encoded.batches:
             store.append(batch)
@@ -113,4 +115,6 @@ class Kept:
     def __getitem__(self, number: int) -> dict[str, Any]:
         piece = self._pieces[number : number + 1]
         tokens = {name: column.gather(piece, np.int32).tolist() for name, column in self._documents.columns.items()}
-        return {"id": self._documents.ids[int(piece.document[0])].as_py(), **tokens}
+        document = int(piece.document[0])
+        place = {"start": int(piece.start[0]), "num_in_document": int(self._documents.lengths[document])}
+        return {"id": self._documents.ids[document].as_py(), **place, **tokens}

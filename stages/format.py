@@ -18,7 +18,8 @@ from stages.outfolder import Action, JsonlWriter, Ledger, replacing_folder
 from stages.params import FormatSection, Params
 from stages.paths import Paths
 from stages.rendering import RenderingWork
-from stages.shards import run_shards, shards_of
+from stages.shard import shards_of
+from stages.shards import run_shards
 
 SPLITS = ("train", "eval")
 
@@ -164,7 +165,7 @@ class Formatter:
     def take(self, split: str, path: Path, num_rows: int) -> None:
         """Render all records of a file; those of the split eval are prompts too."""
         work = replace(self._work, with_prompts=split == "eval")
-        for part in run_shards(work, shards_of(path), self._section.num_proc):
+        for part in run_shards(work, shards_of(path), self._section.num_proc, self._section.workers):
             progress(self._num_in[split], num_rows, f"{split} rows")
             self._num_in[split] += part.num_in
             self._num_characters[split] += part.num_characters

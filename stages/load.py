@@ -109,10 +109,16 @@ class Intake(ExitStack):
         """The row as a record that is fit for training, and what was found in it."""
         record, of_numbers = self._normalized(row, source)
         record, notes = self._row_checks.inspect(record)
+        return record, [*of_numbers, *notes, *self._validated(record)]
+
+    def _validated(self, record: dict[str, Any]) -> list[Note]:
+        """Make sure that a record is fit for training; a note of empty answers where they may stay."""
         problems = validate_record(record, require_alternation=self._section.require_alternation)
-        if problems:
-            raise RowError(problems[0].reason, "; ".join(problem.detail for problem in problems))
-        return record, [*of_numbers, *notes]
+        wanted = self._section.checks.empty_answer
+        unfit = [problem for problem in problems if problem.reason != "empty_answer" or wanted == "drop"]
+        if unfit:
+            raise RowError(unfit[0].reason, "; ".join(problem.detail for problem in unfit))
+        return [Note(Action(wanted), problem) for problem in problems[:1] if wanted != "off"]
 
     def _normalized(self, row: Row, source: Source) -> tuple[dict[str, Any], list[Note]]:
         """The row as a record; with numbers as text where params.yaml says so, and a note of it."""

@@ -140,6 +140,7 @@ class ChecksSection(Section):
     near_duplicate: Annotated[Action, Field(description="Nearly the same as an earlier training row")]
     near_eval: Annotated[Action, Field(description="Nearly the same as a held-out row")]
     similarity: Annotated[float, Field(ge=0.3, le=1.0, description="Word triples shared by rows nearly the same")]
+    empty_answer: Annotated[Action, Field(description="An answer without text")]
     number: Annotated[Literal["repair", "drop", "fail"], Field(description="A number where text is needed")]
     truncated_answer: Annotated[Action, Field(description="An answer that breaks off")]
     mojibake: Annotated[MendingAction, Field(description="Text decoded with the wrong encoding")]

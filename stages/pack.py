@@ -40,7 +40,7 @@ def run(params: Params, paths: Paths) -> None:
         for number, split in enumerate(SPLITS):
             progress(number, len(SPLITS), f"packing {split}")
             rendered = paths.out("format", f"{split}.jsonl")
-            documents = encode_split(rendered, tokenizer_folder, folder / SCRATCH / split, params.pack.num_proc)
+            documents = encode_split(rendered, tokenizer_folder, folder / SCRATCH / split, params.pack)
             splits[split], kept = pack_split(documents, params.pack, split, folder, ledger)
             if split == "train":
                 packed = load_from_disk(str(folder / split))

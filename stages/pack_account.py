@@ -12,6 +12,9 @@ import pyarrow as pa
 from sft.overflow import OverflowReport
 from sft.ragged import Pieces, RowPlan
 
+DONE = {"truncated": "cut", "split": "split", "divided": "split", "dropped": "drop", "masked": "drop"}
+"""Reason of an entry -> what was done to the document."""
+
 
 class Lost(NamedTuple):
     """One document that was cut, divided or left out.
@@ -31,7 +34,14 @@ class Lost(NamedTuple):
 
     def to_row(self) -> dict[str, Any]:
         """The entry as the ledger has it."""
-        return {"id": self.id, "stage": "pack", **{key: item for key, item in self._asdict().items() if key != "id"}}
+        return {
+            "id": self.id,
+            "stage": "pack",
+            "reason": self.reason,
+            "action": DONE[self.reason],
+            "tokens_lost": self.tokens_lost,
+            "trained_tokens_lost": self.trained_tokens_lost,
+        }
 
 
 def losses(ids: pa.ChunkedArray, report: OverflowReport, pieces: Pieces, plan: RowPlan) -> Iterator[Lost]:

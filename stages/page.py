@@ -14,8 +14,15 @@ from stages.differences import soft_breaks
 from stages.paths import Paths
 
 MAX_LEDGER_IDS = 5
-# what the ledger calls what was done -> how a page says it; a reason such as "truncated" says it itself
-ACTIONS = {"drop": "left out", "omit": "not taken", "repair": "repaired", "warn": "stays"}
+# what the ledger calls what was done -> how a page says it
+ACTIONS = {
+    "drop": "left out",
+    "omit": "not taken",
+    "repair": "repaired",
+    "warn": "stays",
+    "cut": "cut off at the limit",
+    "split": "divided, nothing lost",
+}
 NBSP = "\u00a0"
 
 
@@ -45,7 +52,7 @@ def ledger_summary(paths: Paths) -> list[dict[str, Any]]:
     for stage in ("load", "format", "pack"):
         path = paths.out(stage, "ledger.jsonl")
         for entry in read_jsonl(path) if path.exists() else ():
-            key = (entry["stage"], entry["reason"], ACTIONS.get(entry.get("action", ""), ""))
+            key = (entry["stage"], entry["reason"], ACTIONS[entry["action"]])
             counts[key] += 1
             first = ids.setdefault(key, [])
             if len(first) < MAX_LEDGER_IDS:

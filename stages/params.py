@@ -44,6 +44,9 @@ class ModelSection(Section):
     trust_remote_code: Annotated[bool, Field(description="Run Python code that comes with the model")]
 
 
+Workers = Literal["processes", "ray"]
+
+
 class FormatSection(Section):
     """Records to rendered chats."""
 
@@ -59,6 +62,7 @@ class FormatSection(Section):
     ]
     max_dropped_fraction: Annotated[Fraction, Field(description="Stop when more rows than this were dropped")]
     num_proc: Annotated[Positive, Field(description="Processes that render; the result is the same")]
+    workers: Annotated[Workers, Field(description="Processes of this machine, or actors of Ray")]
 
 
 class PackSection(Section):
@@ -71,6 +75,16 @@ class PackSection(Section):
     ]
     max_lost_fraction: Annotated[Fraction, Field(description="Stop when more trained tokens than this are cut")]
     num_proc: Annotated[Positive, Field(description="Processes that tokenize; the result is the same")]
+    workers: Annotated[Workers, Field(description="Processes of this machine, or actors of Ray")]
+
+    @model_validator(mode="after")
+    def _agree_on_long_documents(self) -> Self:
+        if self.strategy == "bfd_split" and self.overflow != "split":
+            raise ValueError(
+                f"strategy bfd_split divides longer documents, and overflow {self.overflow} would not; state overflow: "
+                "split, or strategy: bfd"
+            )
+        return self
 
 
 ENGINES = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")

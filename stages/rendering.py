@@ -14,7 +14,7 @@ from sft.chat import ChatRenderer, TrainOn
 from sft.special_text import SpecialText
 from sft.terminator import TerminatorCheck
 from stages.outfolder import Action
-from stages.shards import Shard
+from stages.shard import Shard
 
 
 @dataclass

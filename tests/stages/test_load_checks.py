@@ -25,6 +25,7 @@ FOUND: dict[str, list[dict[str, Any]]] = {
     "in_eval": [turn("Held out?", LONG)],
     "near_duplicate": [turn("Near?", LONG + " one"), turn("Near?", LONG + " other")],
     "near_eval": [turn("Held out!", LONG)],
+    "empty_answer": [turn("Nothing?", " ")],
     "truncated_answer": [turn("Broken off?", '{"a": [1,')],
     "mojibake": [turn("Coffee?", BROKEN)],
     "control_characters": [turn("Bell?", "Ding\x07.")],

@@ -10,7 +10,7 @@ import pytest
 from datasets import load_from_disk
 
 from sft.labels import IGNORE_INDEX
-from stages import pack, preview, shards
+from stages import pack, preview, shard, shards
 from stages.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from stages.pack_account import origin_of
 from stages.params import Params, load_params
@@ -117,7 +117,8 @@ def test_a_cut_document_is_in_the_ledger(paths: Paths) -> None:
     assert {entry["reason"] for entry in ledger} == {"truncated"}
     figures = read_json(paths.metrics("pack"))
     assert figures["train"]["truncated"] == len(ledger)
-    assert ledger[0].keys() == {"id", "stage", "reason", "tokens_lost", "trained_tokens_lost"}
+    assert ledger[0].keys() == {"id", "stage", "reason", "action", "tokens_lost", "trained_tokens_lost"}
+    assert {entry["action"] for entry in ledger} == {"cut"}
 
 
 OVERFLOWS = [
@@ -126,7 +127,14 @@ OVERFLOWS = [
     {"overflow": "split"},
     {"overflow": "truncate", "strategy": "none"},
     {"overflow": "split", "strategy": "wrapped"},
+    {"overflow": "split", "strategy": "bfd_split"},
 ]
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "drop", "error"])
+def test_a_strategy_that_divides_is_refused_where_the_limit_does_not(overflow: str) -> None:
+    with pytest.raises(ValueError, match=r"strategy bfd_split divides longer documents.* state overflow: split"):
+        params(strategy="bfd_split", overflow=overflow)
 
 
 @pytest.mark.parametrize("section", OVERFLOWS)
@@ -168,8 +176,8 @@ def test_every_packed_token_leads_back_to_its_record_and_its_place_there(paths: 
 def test_the_same_bytes_whatever_the_number_of_processes(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     pack.run(params(max_length=100, max_lost_fraction=0.9, num_proc=1), paths)
     first = {path: path.read_bytes() for path in paths.out("pack").rglob("*") if path.is_file()}
-    monkeypatch.setattr(shards, "SHARD_BYTES", 600)
-    assert len(shards.shards_of(paths.out("format", "train.jsonl"))) >= 2 * shards.SHARDS_A_PROCESS
+    monkeypatch.setattr(shard, "SHARD_BYTES", 600)
+    assert len(shard.shards_of(paths.out("format", "train.jsonl"))) >= 2 * shards.SHARDS_A_PROCESS
     pack.run(params(max_length=100, max_lost_fraction=0.9, num_proc=2), paths)
     assert {path: path.read_bytes() for path in paths.out("pack").rglob("*") if path.is_file()} == first
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from stages import shards
+from stages import shard
 from stages.artifacts import write_jsonl
-from stages.shards import Shard, run_shards, shards_of
+from stages.shard import Shard, shards_of
+from stages.shards import run_shards
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Reading:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(shards, "SHARD_BYTES", 100)
+    monkeypatch.setattr(shard, "SHARD_BYTES", 100)
     write_jsonl(tmp_path / "rows.jsonl", ({"number": number, "text": "\u2028é" * (number % 7)} for number in range(40)))
     return tmp_path / "rows.jsonl"
 
