@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.flows.test_ui import free_port
-from tests.test_cancelled import Operator
+from tests.test_kills import Operator
 from tests.test_operations import commit
 from tests.test_pipeline import ROOT, call, make_project
 
