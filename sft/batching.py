@@ -95,5 +95,5 @@ def settle_dispatch(config: SFTConfig, packing: Packing, datasets_given: list[An
             "accelerator_config has dispatch_batches=True, but flat batches (packing, padding_free) are one row and "
             "can't be divided among processes; leave it out"
         )
-    if (packing.flat or streamed) and accelerator.dispatch_batches is None:
+    if (packing.flat is not False or streamed) and accelerator.dispatch_batches is None:
         accelerator.dispatch_batches = False

@@ -64,6 +64,7 @@ class Stream(torch.utils.data.IterableDataset):
         (FLAT, Dataset.from_dict({"text": ["a"]}), False),
         (PADDED, Dataset.from_dict({"text": ["a"]}).to_iterable_dataset(), False),
         (PADDED, Stream(), False),
+        (Packing(train=False, eval=False, flat=None), Dataset.from_dict({"text": ["a"]}), False),
     ],
 )
 def test_each_process_reads_its_own_flat_or_streamed_batches(

@@ -93,8 +93,8 @@ def trainer_for(model: Any, folder: Path, rows: list[dict[str, Any]], **options:
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"loss_type": "dft"}], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shared_step_equals_the_step_on_all_tokens(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    shared = first_step(trainer_for(make(name), tmp_path, shared_rows(), **options))
-    whole = first_step(trainer_for(make(name), tmp_path, shared_rows(), share_tokens=False, **options))
+    shared = first_step(trainer_for(make(name, None), tmp_path, shared_rows(), **options))
+    whole = first_step(trainer_for(make(name, None), tmp_path, shared_rows(), share_tokens=False, **options))
     assert len(shared[2]["computed"]) < 0.7 * shared[2]["input_ids"].shape[1]
     assert "computed" not in whole[2]
     assert_same(shared[:2], whole[:2])
@@ -105,7 +105,9 @@ def test_adapters_and_weighted_tokens_give_the_same_step(tmp_path: Path) -> None
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     steps = []
     for share in (True, False):
-        steps.append(first_step(trainer_for(make("llama"), tmp_path, rows, share_tokens=share, peft_config=config)))
+        steps.append(
+            first_step(trainer_for(make("llama", None), tmp_path, rows, share_tokens=share, peft_config=config))
+        )
     assert "computed" in steps[0][2]
     assert_same(steps[0][:2], steps[1][:2])
 
@@ -113,7 +115,7 @@ def test_adapters_and_weighted_tokens_give_the_same_step(tmp_path: Path) -> None
 def test_evaluation_is_the_same_and_every_token_is_counted(tmp_path: Path) -> None:
     figures = []
     for share in (True, False):
-        trainer = trainer_for(make("llama"), tmp_path, shared_rows(), share_tokens=share)
+        trainer = trainer_for(make("llama", None), tmp_path, shared_rows(), share_tokens=share)
         trainer.train()
         figures.append((trainer.evaluate(trainer.train_dataset)["eval_loss"], trainer.state.num_input_tokens_seen))
     assert figures[0][0] == pytest.approx(figures[1][0], rel=1e-5)
@@ -122,7 +124,7 @@ def test_evaluation_is_the_same_and_every_token_is_counted(tmp_path: Path) -> No
 
 def test_metrics_on_logits_get_those_of_every_token(tmp_path: Path) -> None:
     seen = []
-    trainer = trainer_for(make("llama"), tmp_path, shared_rows())
+    trainer = trainer_for(make("llama", None), tmp_path, shared_rows())
     trainer.compute_metrics = lambda prediction: seen.append(prediction.predictions.shape) or {}
     trainer.evaluate(trainer.train_dataset)
     assert seen[0][:2] == (1, sum(len(row["input_ids"]) for row in shared_rows()))
@@ -137,7 +139,7 @@ def test_metrics_on_logits_get_those_of_every_token(tmp_path: Path) -> None:
     ],
 )
 def test_what_speaks_against_sharing_is_said(family: str, options: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    trainer = trainer_for(make(family), tmp_path, shared_rows(), **options)
+    trainer = trainer_for(make(family, None), tmp_path, shared_rows(), **options)
     assert reason in trainer.sharing
     assert "computed" not in next(iter(trainer.get_train_dataloader()))
 
