@@ -55,7 +55,7 @@ def field(page: Any, name: str) -> Any:
     return page.locator(".schema-form-property").filter(has=label).last.locator("input")
 
 
-def test_wrong_value_in_the_form_is_refused_and_a_right_one_runs(operator: Operator, page: Any) -> None:
+def test_form_refuses_a_wrong_value_and_runs_a_right_one_and_its_run_is_compared(operator: Operator, page: Any) -> None:
     page.goto(operator.form)
     field(page, "max_steps").fill("-5")
     page.get_by_role("button", name="Submit").click()
@@ -70,8 +70,6 @@ def test_wrong_value_in_the_form_is_refused_and_a_right_one_runs(operator: Opera
     page.get_by_text("Completed", exact=True).first.wait_for(timeout=10 * TIMEOUT_MS)
     assert operator.state(run_id)["message"] == "5 completed, 3 restored"
 
-
-def test_two_runs_are_compared_side_by_side(operator: Operator, page: Any) -> None:
     page.goto(operator.mlflow)
     page.get_by_text("2 matching runs").wait_for()
     page.get_by_label("Select all runs").check(force=True)
