@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from stages.artifacts import read_json
 from stages.engines import engine_file
 from stages.launch import describe, launch, machine_rank, rendezvous_address
-from stages.params import LaunchSection, ParamsError, load_params
+from stages.params import ParamsError, load_params
 from stages.paths import Paths
 from tests.stages.training_root import (
+    ENDLESS,
     NUM_ROWS,
     REPO,
+    launch_section,
     make_training_root,
     packed_row,
     run_stage,
@@ -33,14 +35,8 @@ from tests.stages.training_root import (
     start_stage,
 )
 
-ENDLESS = {"max_steps": 1_000_000, "save_steps": 1_000_000, "eval_steps": 1_000_000, "logging_steps": 1}
 TWO = {"processes": 2}
 WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
-
-
-def section(**values: Any) -> LaunchSection:
-    shipped = load_params(REPO / "params.yaml").train.launch.model_dump()
-    return LaunchSection.model_validate({**shipped, **values})
 
 
 def curve(paths: Paths) -> list[dict[str, str]]:
@@ -185,9 +181,9 @@ def test_the_message_is_the_cause_and_not_what_the_others_said_when_they_lost_it
 
 
 def test_which_machine_this_is_comes_from_params_or_from_the_environment() -> None:
-    several = section(processes=4, machines=2, port=29500)
+    several = launch_section(processes=4, machines=2, port=29500)
     assert machine_rank(several, {"SLURM_NODEID": "1"}) == 1
-    assert machine_rank(section(processes=4, machines=2, machine_rank=1), {"SLURM_NODEID": "0"}) == 1
+    assert machine_rank(launch_section(processes=4, machines=2, machine_rank=1), {"SLURM_NODEID": "0"}) == 1
     with pytest.raises(ValueError, match="which one is this"):
         machine_rank(several, {})
     with pytest.raises(ValueError, match="JOB_COMPLETION_INDEX is 2"):
@@ -213,9 +209,9 @@ def test_impossible_launches_are_refused_with_params(tmp_path: Path, values: dic
 
 def test_an_engine_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
-        engine_file(section(engine="mine.yaml"), tmp_path, tmp_path)
+        engine_file(launch_section(engine="mine.yaml"), tmp_path, tmp_path)
     with pytest.raises(ValueError, match="needs the package deepspeed"):
-        engine_file(section(engine="deepspeed_zero3"), tmp_path, tmp_path)
+        engine_file(launch_section(engine="deepspeed_zero3"), tmp_path, tmp_path)
 
 
 @pytest.mark.slow
@@ -296,14 +292,14 @@ def test_a_file_of_accelerate_is_an_engine(tmp_path: Path, content: str) -> None
 def test_a_file_of_accelerate_that_can_not_be_followed_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(ValueError, match=message):
-        launch("train", section(engine="mine.yaml", processes=2), Paths(tmp_path))
+        launch("train", launch_section(engine="mine.yaml", processes=2), Paths(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["slurm.sh", "kubernetes.yaml"])
 def test_values_that_the_cluster_templates_ask_for_are_valid(name: str) -> None:
     text = (REPO / "docs" / "launch" / name).read_text(encoding="utf-8")
     (values,) = re.findall(r"train\.launch: (\{.*\})", text)
-    stated = section(**YAML(typ="safe").load(values))
+    stated = launch_section(**YAML(typ="safe").load(values))
     assert stated.machines == {"slurm.sh": 8, "kubernetes.yaml": 2}[name]
     assert stated.processes == 8 * stated.machines
     assert stated.machine_rank is None, "the cluster says which machine is which"

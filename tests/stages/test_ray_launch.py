@@ -20,8 +20,9 @@ from stages.params import LaunchSection, ParamsError, load_params
 from stages.paths import Paths
 from stages.ray_launch import WorkerLines, check_resources, launch_with_ray
 from tests.stages.training_root import (
+    ENDLESS,
     NUM_ROWS,
-    REPO,
+    launch_section,
     make_training_root,
     packed_row,
     run_stage,
@@ -30,13 +31,11 @@ from tests.stages.training_root import (
 )
 
 RAY = {"launcher": "ray", "processes": 2}
-ENDLESS = {"max_steps": 1_000_000, "save_steps": 1_000_000, "eval_steps": 1_000_000, "logging_steps": 1}
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`")
 
 
 def section(**values: Any) -> LaunchSection:
-    shipped = load_params(REPO / "params.yaml").train.launch.model_dump()
-    return LaunchSection.model_validate({**shipped, **RAY, **values})
+    return launch_section(**{**RAY, **values})
 
 
 def errors_said(output: str) -> list[str]:

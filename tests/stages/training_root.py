@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from sft.labels import IGNORE_INDEX
 from stages.artifacts import write_json, write_jsonl
 from stages.base_model import folder_digest
-from stages.params import load_params
+from stages.params import LaunchSection, load_params
 from stages.paths import Paths
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -30,6 +30,14 @@ SHORT = {
     "eval_steps": 4,
     "save_steps": 2,
 }
+
+ENDLESS = {"max_steps": 1_000_000, "save_steps": 1_000_000, "eval_steps": 1_000_000, "logging_steps": 1}
+
+
+def launch_section(**values: Any) -> LaunchSection:
+    """The shipped `train.launch` with other values."""
+    shipped = load_params(REPO / "params.yaml").train.launch.model_dump()
+    return LaunchSection.model_validate({**shipped, **values})
 
 
 def make_training_root(root: Path, **train: Any) -> Paths:
