@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from sft.chat import Rendered, Span
 from sft.labels import IGNORE_INDEX
 from sft.ragged import list_array
+from sft.token_borders import Crossing, crossing_of, describe
 from sft.token_bytes import Run, TokenBytes
 from sft.word_cache import Ids, WordCache
 
@@ -36,10 +37,11 @@ class Encoded(TypedDict):
 
 
 class Document(NamedTuple):
-    """Token ids of one document, and which of its tokens are trained."""
+    """Token ids of one document, which of its tokens are trained, and one that lies across the border of those."""
 
     ids: Ids
     runs: list[Run]
+    crossing: Crossing | None = None
 
 
 class TokenBatch(NamedTuple):
@@ -50,12 +52,14 @@ class TokenBatch(NamedTuple):
         input_ids: `(num_tokens,)` int32.
         labels: `(num_tokens,)` int32, the id where a token is trained.
         loss_weights: `(num_tokens,)` float32; None where every trained token weighs 1.
+        crossings: Document -> what is wrong where one of its tokens lies across the border of what is trained.
     """
 
     lengths: npt.NDArray[np.int64]
     input_ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
     loss_weights: npt.NDArray[np.float32] | None
+    crossings: dict[int, str]
 
     def columns(self) -> dict[str, np.ndarray[Any, Any]]:
         """The values of every token column by its name."""
@@ -108,7 +112,12 @@ class Encoder:
             self._closed(item, document) if item.append_eos else document
             for item, document in zip(rendered, self._tokenize(rendered), strict=True)
         ]
-        return _flatten(documents, with_weights)
+        crossings = {
+            number: describe(crossing, item.text, int(document.ids[crossing.token]), self._rules)
+            for number, (item, document) in enumerate(zip(rendered, documents, strict=True))
+            if (crossing := document.crossing) is not None
+        }
+        return _flatten(documents, crossings, with_weights)
 
     def _tokenize(self, rendered: Sequence[Rendered]) -> list[Document]:
         documents: dict[int, Document] = {}
@@ -116,19 +125,17 @@ class Encoder:
             chosen = [index for index, item in enumerate(rendered) if self._bytes.covers(item)]
             texts = [rendered[index].text for index in chosen]
             ids = self._ids(texts)
-            found = self._bytes.runs([rendered[index] for index in chosen], ids)
+            found, crossings = self._bytes.runs([rendered[index] for index in chosen], ids)
             documents = {
-                index: Document(tokens, runs)
-                for index, tokens, runs in zip(chosen, ids, found, strict=True)
+                index: Document(tokens, runs, crossings.get(number))
+                for number, (index, tokens, runs) in enumerate(zip(chosen, ids, found, strict=True))
                 if runs is not None
             }
         for flag in (False, True):
             left = [i for i, item in enumerate(rendered) if i not in documents and item.add_special_tokens is flag]
             texts = [rendered[index].text for index in left]
             for index, encoding in zip(left, self._rules.encode_batch(texts, add_special_tokens=flag), strict=True):
-                item = rendered[index]
-                runs = [(*token_run(encoding, span, len(item.text)), span.weight) for span in item.spans]
-                documents[index] = Document(np.array(encoding.ids, dtype=np.int32), runs)
+                documents[index] = _document(encoding, rendered[index])
         return [documents[index] for index in range(len(rendered))]
 
     def _ids(self, texts: list[str]) -> list[Ids]:
@@ -139,7 +146,7 @@ class Encoder:
 
     def _closed(self, item: Rendered, document: Document) -> Document:
         """The document with the end-of-sequence token behind it; it is trained when the text's end is."""
-        ids, runs = document
+        ids, runs, crossing = document
         if self._eos is None:
             raise ValueError("the tokenizer has no end-of-sequence token to close a text with; set its eos_token")
         if not len(ids) or ids[-1] != self._eos:
@@ -147,10 +154,18 @@ class Encoder:
         if item.spans and item.spans[-1].end == len(item.text):
             first, _, weight = runs[-1]
             runs = [*runs[:-1], (first, len(ids), weight)]
-        return Document(ids, runs)
+        return Document(ids, runs, crossing)
 
 
-def _flatten(documents: Sequence[Document], with_weights: bool) -> TokenBatch:
+def _document(encoding: Encoding, item: Rendered) -> Document:
+    """A text by its tokenizer's table of offsets."""
+    runs: list[Run] = [(*token_run(encoding, span, len(item.text)), span.weight) for span in item.spans]
+    crossings = (crossing_of(encoding, span, *run[:2]) for span, run in zip(item.spans, runs, strict=True))
+    first = next((crossing for crossing in crossings if crossing is not None), None)
+    return Document(np.array(encoding.ids, dtype=np.int32), runs, first)
+
+
+def _flatten(documents: Sequence[Document], crossings: dict[int, str], with_weights: bool) -> TokenBatch:
     lengths = np.array([len(document.ids) for document in documents], dtype=np.int64)
     total = int(lengths.sum())
     ids = np.concatenate([np.zeros(0, dtype=np.int32), *(document.ids for document in documents)])
@@ -161,7 +176,7 @@ def _flatten(documents: Sequence[Document], with_weights: bool) -> TokenBatch:
             labels[start + first : start + last] = ids[start + first : start + last]
             if weights is not None:
                 weights[start + first : start + last] = weight
-    return TokenBatch(lengths, ids, labels, weights)
+    return TokenBatch(lengths, ids, labels, weights, crossings)
 
 
 def encode_batch(

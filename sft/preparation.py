@@ -292,11 +292,21 @@ class BatchEncoder:
         self.as_table = as_table
         self.renderer = ChatRenderer(tokenizer, plan.train_on)
         self.encoder = Encoder(tokenizer)
+        self._has_warned = False
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]] | pa.Table:
         """Encode a batch (column -> values of its rows)."""
         rendered = [self.render(self.record(batch, place, row)) for place, row in enumerate(indices)]
         encoded = self.encoder.encode_flat(rendered, with_weights=self.plan.with_weights)
+        if encoded.crossings and not self._has_warned:
+            self._has_warned = True
+            number, detail = next(iter(encoded.crossings.items()))
+            logger.warning(
+                "row %d and perhaps others: %s. When the model generates, its prompt ends there in other tokens than "
+                "in training; let what comes before end in a whole token (no space at the end of a generation prompt)",
+                indices[number],
+                detail,
+            )
         if self.as_table:
             return encoded.table()
         rows = encoded.rows()

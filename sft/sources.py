@@ -2,7 +2,7 @@
 
 Understood are JSON, JSON lines, CSV and TSV (each also as .gz and .zst), Parquet, Arrow files, folders of those,
 folders written by `datasets.save_to_disk`, glob patterns, and data sets of the hub. A damaged file is an error that
-names the file, the line and, where there is one, the column; nothing is skipped.
+names the file, the line and, where there is one, the column; nothing is skipped unless asked for, and then it is said.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sft.csv_rows import csv_rows
+from sft.json_rows import json_rows, jsonl_rows
 from sft.row import Row, SourceError
 from sft.table_rows import arrow_rows, parquet_rows, saved_rows
-from sft.text_rows import COMPRESSIONS, csv_rows, data_suffix, json_rows, jsonl_rows
+from sft.text_lines import COMPRESSIONS, data_suffix
 
 # What only a folder of `datasets.save_to_disk` holds: one split, or several.
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
@@ -80,22 +82,26 @@ def _reader(path: Path) -> Callable[[Path, str], Iterator[Row]]:
     return READERS[data_suffix(path)]
 
 
-def read_rows(path: Path, name: str | None = None, *, split: str = "train") -> Iterator[Row]:
+def read_rows(
+    path: Path, name: str | None = None, *, split: str = "train", with_damaged: bool = False
+) -> Iterator[Row]:
     """Read one file, or one folder of `datasets.save_to_disk`.
 
     Args:
         path: What `data_files` returned.
         name: What ids call it; its file name unless given.
         split: Which split of a folder that holds several.
+        with_damaged: Give single rows that can't be read too, with their `damage`, instead of stopping there: lines
+            that are not JSON, not UTF-8 or no object, and rows of a table with too many or too few fields.
 
     Raises:
         SourceError: Not readable; says where.
     """
     name = name or path.name
-    if is_saved_dataset(path):
-        yield from saved_rows(path, name, split)
-    else:
-        yield from _reader(path)(path, name)
+    for row in saved_rows(path, name, split) if is_saved_dataset(path) else _reader(path)(path, name):
+        if row.damage is not None and not with_damaged:
+            raise row.damage
+        yield row
 
 
 def hub_rows(

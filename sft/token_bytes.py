@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from sft.chat import Rendered
+from sft.token_borders import Crossing
 
 Run = tuple[int, int, float]
 """First token that is trained, the token after the last one, and the weight of their loss."""
@@ -62,12 +63,18 @@ class TokenBytes:
             return False
         return not self.is_normalizing or unicodedata.is_normalized("NFC", item.text)
 
-    def runs(self, rendered: Sequence[Rendered], ids: Sequence[npt.NDArray[np.int32]]) -> list[list[Run] | None]:
-        """The trained tokens of every document of a batch; None for one whose tokens do not add up to its text.
+    def runs(
+        self, rendered: Sequence[Rendered], ids: Sequence[npt.NDArray[np.int32]]
+    ) -> tuple[list[list[Run] | None], dict[int, Crossing]]:
+        """The trained tokens of every document of a batch.
 
         Args:
             rendered: Texts with their spans.
             ids: Token ids of each.
+
+        Returns:
+            The runs of every document, None for one whose tokens do not add up to its text; and for documents in
+            which a token lies across the border of a span the first such token.
         """
         counts = np.array([len(tokens) for tokens in ids], dtype=np.int64)
         flat = np.concatenate([np.zeros(0, dtype=np.int32), *ids])
@@ -83,10 +90,20 @@ class TokenBytes:
         # the first token that ends behind a span's start, and the first that begins at or behind its end
         first = np.searchsorted(borders[1:], bases[documents] + starts, side="right") - first_tokens[documents]
         last = np.searchsorted(borders[:-1], bases[documents] + ends, side="left") - first_tokens[documents]
+        # both index borders: the one before a run's first token, and the one behind its last
+        early = borders[first_tokens[documents] + np.minimum(first, counts[documents])] < bases[documents] + starts
+        late = borders[first_tokens[documents] + last] > bases[documents] + ends
+        crossings: dict[int, Crossing] = {}
+        for place in np.flatnonzero(early | late).tolist():
+            number, _, span = spans[place]
+            if span.start < span.end:
+                at_start = bool(early[place])
+                token = int(first[place] if at_start else last[place] - 1)
+                crossings.setdefault(number, Crossing(token, span.start if at_start else span.end))
         runs: list[list[Run]] = [[] for _ in rendered]
         for (number, _, span), begin, stop in zip(spans, first.tolist(), last.tolist(), strict=True):
             runs[number].append((begin, stop, span.weight) if span.start < span.end else (0, 0, span.weight))
-        return [found if fit else None for found, fit in zip(runs, fits, strict=True)]
+        return [found if fit else None for found, fit in zip(runs, fits, strict=True)], crossings
 
 
 def _num_bytes(text: str, num_characters: int) -> int:

@@ -30,4 +30,4 @@ def run(params: Params, paths: Paths) -> None:
         sources.append((held_out, "load.eval.path"))
     for section, key in sources:
         if not (section.hub or is_url(section.path)) and data_size(section, paths, key) <= LARGEST_READ_BYTES:
-            open_source(section, paths, key)
+            open_source(section, paths, key, with_damaged=params.load.checks.unreadable == "drop")

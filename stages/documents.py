@@ -15,6 +15,8 @@ from sft.chat import Rendered
 from sft.encoding import Encoder, TokenBatch
 from sft.ragged import Integers, Pieces
 from sft.token_store import FileColumn, TokenStore
+from stages.outfolder import JsonlWriter
+from stages.pack_account import crossed
 from stages.params import PackSection
 from stages.shard import Shard, shards_of
 from stages.shards import run_shards
@@ -23,10 +25,11 @@ BATCH_SIZE = 1000
 
 
 class EncodedShard(NamedTuple):
-    """Ids and tokens of the documents of a shard, batch by batch."""
+    """Ids and tokens of the documents of a shard, batch by batch, and what the ledger is to say of them."""
 
     ids: list[str]
     batches: list[TokenBatch]
+    crossings: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,13 @@ class ShardEncoder:
 
     def __call__(self, shard: Shard) -> EncodedShard:
         """Tokenize and mask all rows of a shard."""
-        encoded = EncodedShard([], [])
+        encoded = EncodedShard([], [], [])
         rows = shard.rows()
         while batch := list(itertools.islice(rows, BATCH_SIZE)):
             encoded.ids.extend(row["id"] for row in batch)
-            encoded.batches.append(self._encoder.encode_flat([Rendered.from_row(row) for row in batch]))
+            tokens = self._encoder.encode_flat([Rendered.from_row(row) for row in batch])
+            encoded.batches.append(tokens)
+            encoded.crossings.extend((batch[number]["id"], detail) for number, detail in tokens.crossings.items())
         return encoded
 
 
@@ -69,15 +74,17 @@ class Documents:
         columns: Token columns.
         lengths: `(num_documents,)` tokens of each.
         trained: `(num_documents,)` trained tokens of each.
+        num_crossed: In how many a token lies across the border of what is trained.
     """
 
     ids: pa.ChunkedArray
     columns: dict[str, FileColumn]
     lengths: Integers
     trained: Integers
+    num_crossed: int
 
 
-def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSection) -> Documents:
+def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSection, ledger: JsonlWriter) -> Documents:
     """Tokenize a file of rendered chats.
 
     Args:
@@ -85,16 +92,21 @@ def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSectio
         tokenizer: Folder of the tokenizer.
         scratch: Folder for files that live as long as the documents are read.
         section: Says who tokenizes.
+        ledger: Gets the documents in which a token lies across the border of what is trained.
     """
     scratch.mkdir(parents=True)
     store = TokenStore(scratch)
     ids = [pa.array([], type=pa.string())]
+    num_crossed = 0
     for encoded in run_shards(EncodingWork(tokenizer), shards_of(path), section.num_proc, section.workers):
         ids.append(pa.array(encoded.ids, type=pa.string()))
         for batch in encoded.batches:
             store.append(batch)
+        num_crossed += len(encoded.crossings)
+        for row_id, detail in encoded.crossings:
+            ledger.write(crossed(row_id, detail))
     columns = store.columns()
-    return Documents(pa.chunked_array(ids), columns, columns["input_ids"].lengths(), store.trained())
+    return Documents(pa.chunked_array(ids), columns, columns["input_ids"].lengths(), store.trained(), num_crossed)
 
 
 class Kept:

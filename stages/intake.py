@@ -15,7 +15,7 @@ from huggingface_hub import is_offline_mode
 
 from sft.records import Kind, Layout, detect_layout
 from sft.remote import fetch_files, is_url
-from sft.row import Row
+from sft.row import Row, SourceError
 from sft.sources import data_files, hub_rows, is_saved_dataset, read_rows
 from stages.base_model import cache_folder
 from stages.load_params import SourceSection
@@ -49,6 +49,7 @@ class Source:
         unused: Columns that nothing is read from.
         num_rows: How many rows it has.
         digests: SHA-256 of every file by its name, or of the rows of a data set of the hub.
+        with_damaged: Whether single rows that can't be read are among its rows, rather than an error.
     """
 
     section: SourceSection
@@ -58,10 +59,11 @@ class Source:
     unused: tuple[str, ...]
     num_rows: int
     digests: dict[str, str]
+    with_damaged: bool
 
     def rows(self) -> Iterator[Row]:
         """All rows, in the same order at every call."""
-        return _rows(self.section, self.files)
+        return _rows(self.section, self.files, with_damaged=self.with_damaged)
 
     def card(self) -> dict[str, Any]:
         """What is worth knowing of it later."""
@@ -75,13 +77,14 @@ class Source:
         return {**self.section.model_dump(), **layout, **found}
 
 
-def open_source(section: SourceSection, paths: Paths, key: str) -> Source:
+def open_source(section: SourceSection, paths: Paths, key: str, *, with_damaged: bool = False) -> Source:
     """Find a source and read it once: nothing is written before every row of every source could be read.
 
     Args:
         section: What params.yaml says of it.
         paths: Paths of the checkout.
         key: Its key in params.yaml, for messages.
+        with_damaged: Take single rows that can't be read for rows, which the ledger will name.
 
     Raises:
         ValueError: It is not there, lies outside data/, is damaged, empty, or has no columns that make sense.
@@ -89,14 +92,19 @@ def open_source(section: SourceSection, paths: Paths, key: str) -> Source:
     files = () if section.hub else _files(section, paths, key)
     mapping = RowMapping(section)
     digest = hashlib.sha256()
-    num_rows = 0
-    for row in _hub_rows(section, key) if section.hub else _rows(section, files):
+    num_rows = num_damaged = 0
+    first_damage: SourceError | None = None
+    for row in _hub_rows(section, key) if section.hub else _rows(section, files, with_damaged=with_damaged):
         num_rows += 1
+        num_damaged += row.damage is not None
+        first_damage = first_damage or row.damage
         mapping.observe(row.columns)
         if section.hub:
             digest.update(json.dumps(row.columns, sort_keys=True, default=str).encode())
     if num_rows == 0:
         raise ValueError(f"params.yaml, {key}: {section.path} holds no row; give a source that has some")
+    if first_damage is not None and num_damaged == num_rows:
+        raise first_damage
     try:
         layout = detect_layout(mapping.columns())
     except ValueError as error:
@@ -108,7 +116,7 @@ def open_source(section: SourceSection, paths: Paths, key: str) -> Source:
         )
     digests = {section.path: digest.hexdigest()} if section.hub else _digests(files)
     unused = mapping.unused(layout)
-    return Source(section, files, mapping, layout, unused, num_rows, digests)
+    return Source(section, files, mapping, layout, unused, num_rows, digests, with_damaged)
 
 
 def data_size(section: SourceSection, paths: Paths, key: str) -> int:
@@ -121,9 +129,11 @@ def data_size(section: SourceSection, paths: Paths, key: str) -> int:
     return sum(part.stat().st_size for file in files for part in _parts(file.path) if part.is_file())
 
 
-def _rows(section: SourceSection, files: tuple[DataFile, ...]) -> Iterator[Row]:
+def _rows(section: SourceSection, files: tuple[DataFile, ...], *, with_damaged: bool) -> Iterator[Row]:
     if not section.hub:
-        return itertools.chain.from_iterable(read_rows(file.path, file.name, split=section.split) for file in files)
+        return itertools.chain.from_iterable(
+            read_rows(file.path, file.name, split=section.split, with_damaged=with_damaged) for file in files
+        )
     streaming = section.streaming
     rows = hub_rows(section.path, section.config, section.split, section.revision, streaming=streaming)
     # a stream may be too long to choose from all of it
@@ -133,7 +143,7 @@ def _rows(section: SourceSection, files: tuple[DataFile, ...]) -> Iterator[Row]:
 def _hub_rows(section: SourceSection, key: str) -> Iterator[Row]:
     """Rows of a data set of the hub; what keeps it from being read is named with its key."""
     try:
-        yield from _rows(section, ())
+        yield from _rows(section, (), with_damaged=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         offline = "HF_HUB_OFFLINE is set: unset it, or " if is_offline_mode() else ""

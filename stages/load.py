@@ -34,9 +34,11 @@ def run(params: Params, paths: Paths) -> None:
             pipeline found something, no row is left, or the base model can't be found.
     """
     section = params.load
-    train = [open_source(part, paths, f"load.sources[{i}].path") for i, part in enumerate(section.sources)]
-    held_out_file = section.eval.source()
-    held_out = [open_source(held_out_file, paths, "load.eval.path")] if held_out_file else []
+    with_damaged = section.checks.unreadable == "drop"
+    sources = [(part, f"load.sources[{i}].path") for i, part in enumerate(section.sources)]
+    train = [open_source(part, paths, key, with_damaged=with_damaged) for part, key in sources]
+    file = section.eval.source()
+    held_out = [open_source(file, paths, "load.eval.path", with_damaged=with_damaged)] if file else []
     base_model = resolve_base_model(params.model, paths.root)
     with replacing_folder(paths.out("load")) as folder:
         with Intake(folder, section) as intake:
@@ -122,6 +124,8 @@ class Intake(ExitStack):
 
     def _normalized(self, row: Row, source: Source) -> tuple[dict[str, Any], list[Note]]:
         """The row as a record; with numbers as text where params.yaml says so, and a note of it."""
+        if row.damage is not None:
+            raise RowError("unreadable", str(row.damage))
         columns = source.mapping.apply(row.columns)
         try:
             return normalize(columns, source.layout, prune_nulls=row.from_arrow), []

@@ -113,7 +113,7 @@ REASONS = (
     *("empty_text", "in_eval", "length_outlier", "missing_column", "mojibake", "near_duplicate", "near_eval"),
     *("no_answer", "no_final_answer", "no_messages", "not_text", "number", "rare_language", "system_of_text"),
     *("template", "tool_call", "tool_schema", "truncated_answer", "two_system_messages", "unknown_role"),
-    "wrong_order",
+    *("unreadable", "wrong_order"),
 )
 """What the ledger of `load` gives as a reason, what `max_rows` and `weight` leave out aside."""
 
@@ -140,6 +140,7 @@ class ChecksSection(Section):
     near_duplicate: Annotated[Action, Field(description="Nearly the same as an earlier training row")]
     near_eval: Annotated[Action, Field(description="Nearly the same as a held-out row")]
     similarity: Annotated[float, Field(ge=0.3, le=1.0, description="Word triples shared by rows nearly the same")]
+    unreadable: Annotated[Literal["drop", "fail"], Field(description="A line or table row that can't be read")]
     empty_answer: Annotated[Action, Field(description="An answer without text")]
     number: Annotated[Literal["repair", "drop", "fail"], Field(description="A number where text is needed")]
     truncated_answer: Annotated[Action, Field(description="An answer that breaks off")]

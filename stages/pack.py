@@ -29,6 +29,10 @@ from stages.paths import Paths
 
 SPLITS = ("train", "eval")
 SCRATCH = "scratch"
+CROSSED = (
+    "in {} documents a token lies across the border of what is trained, so that their prompts end in other tokens when "
+    "the model generates; border_in_token in outs/pack/ledger.jsonl names them, docs/data.md says more"
+)
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -40,7 +44,7 @@ def run(params: Params, paths: Paths) -> None:
         for number, split in enumerate(SPLITS):
             progress(number, len(SPLITS), f"packing {split}")
             rendered = paths.out("format", f"{split}.jsonl")
-            documents = encode_split(rendered, tokenizer_folder, folder / SCRATCH / split, params.pack)
+            documents = encode_split(rendered, tokenizer_folder, folder / SCRATCH / split, params.pack, ledger)
             splits[split], kept = pack_split(documents, params.pack, split, folder, ledger)
             if split == "train":
                 packed = load_from_disk(str(folder / split))
@@ -49,6 +53,9 @@ def run(params: Params, paths: Paths) -> None:
         shutil.rmtree(folder / SCRATCH)
     write_json(paths.metrics("pack"), {split: facts.figures for split, facts in splits.items()})
     write_data_page(paths, splits, previews)
+    num_crossed = sum(facts.figures["border_in_token"] for facts in splits.values())
+    if num_crossed:
+        print(f"warning: {CROSSED.format(num_crossed)}", flush=True)
     progress(len(SPLITS), len(SPLITS), summary(splits["train"].figures))
 
 
@@ -95,6 +102,7 @@ def pack_split(
         "truncated": report.num_truncated,
         "split": report.num_split,
         "dropped": report.num_dropped,
+        "border_in_token": documents.num_crossed,
         "tokens_lost": int(lost[0]),
         "trained_tokens_lost": int(lost[1]),
     }

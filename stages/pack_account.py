@@ -44,6 +44,12 @@ class Lost(NamedTuple):
         }
 
 
+def crossed(row_id: str, detail: str) -> dict[str, Any]:
+    """The ledger's entry of a document in which a token lies across the border of what is trained."""
+    nothing = {"tokens_lost": 0, "trained_tokens_lost": 0}
+    return {"id": row_id, "stage": "pack", "reason": "border_in_token", "action": "warn", "detail": detail, **nothing}
+
+
 def losses(ids: pa.ChunkedArray, report: OverflowReport, pieces: Pieces, plan: RowPlan) -> Iterator[Lost]:
     """One entry for every document that the limit touched or a row's end divided.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import time
 from functools import lru_cache
 
 import pytest
@@ -228,21 +227,6 @@ def test_empty_batches_and_texts() -> None:
     assert encode_batch([Rendered("", [])], tokenizer) == [{"input_ids": [], "labels": []}]
 
 
-def test_masking_costs_little_beside_tokenizing() -> None:
-    tokenizer = tiny_tokenizer()
-    chat = [{"role": role, "content": CORPUS[i % 5]} for i in range(4) for role in ("user", "assistant")]
-    rows = [render({"messages": chat}, tokenizer)] * 300
-    encoder = Encoder(tokenizer)
-    encoder.encode(rows)
-    started = time.perf_counter()
-    encoder.encode(rows)
-    ours = time.perf_counter() - started
-    started = time.perf_counter()
-    tokenizer([row.text for row in rows], add_special_tokens=False)
-    theirs = time.perf_counter() - started
-    assert ours < 3 * theirs, (ours, theirs)
-
-
 def byte_level_variant(variant: str) -> PreTrainedTokenizerFast:
     """Byte-level tokenizers whose tokens may not be the bytes of the text."""
     rules = Tokenizer.from_str(_rules("bytes"))
@@ -269,6 +253,27 @@ def test_lengths_of_bytes_find_the_tokens_that_offsets_find(before: str, answer:
     found = encoder.encode(batch)
     encoder._bytes = None
     assert found == encoder.encode(batch)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytes_trimmed", "sentencepiece_never"])
+def test_a_token_across_the_border_of_what_is_trained_is_named(kind: str) -> None:
+    tokenizer = trained_tokenizer(kind)
+    word = next(text for text in CORPUS[0].split()[1:] if len(tokenizer.tokenize(f" {text}")) == 1)
+    text = f"[INST] a[/INST] {word}</s>"
+    exact, early = text.index(f" {word}"), text.index(word)
+    rows = [
+        Rendered(text, [Span(exact, len(text))]),
+        Rendered(text, [Span(early, len(text))]),
+        Rendered(text, [Span(exact, early + 1)]),
+        Rendered(text, [Span(0, len(text))]),
+    ]
+    crossings = Encoder(tokenizer).encode_flat(rows).crossings
+    assert sorted(crossings) == [1, 2]
+    assert crossings[1].startswith("the token ")
+    assert word in crossings[1]
+    assert crossings[1].endswith(
+        f"lies across the border of what is trained: {text[:early][-16:]!r} | {text[early:]!r}"
+    )
 
 
 def test_only_tokenizers_whose_tokens_are_bytes_are_measured_by_them() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sft import text_rows
+from sft import text_lines
 from sft.row import Row, SourceError
 from sft.sources import data_files, hub_rows, read_rows
 
@@ -152,6 +156,87 @@ def test_damage_is_named_with_its_place(tmp_path: Path, name: str, content: str 
         rows_of(written(tmp_path / name, content))
 
 
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=4), children, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.sampled_from(["text", "data", "\u00e9"]), JSON_VALUES), max_size=5),
+    layout=st.sampled_from(["list", "wrapped", "lines"]),
+    indent=st.sampled_from([None, 0, 1]),
+    size=st.integers(1, 40),
+)
+def test_a_json_file_read_in_pieces_gives_the_rows_that_it_holds(
+    rows: list[dict[str, Any]], layout: str, indent: int | None, size: int
+) -> None:
+    texts = {"list": [rows], "wrapped": [{"rows": rows}], "lines": rows}
+    content = "\n".join(json.dumps(part, indent=indent, ensure_ascii=size % 2 == 0) for part in texts[layout])
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = written(Path(folder) / "a.json", content)
+        whole = rows_of(path)
+        patch.setattr(text_lines, "PIECE", size)
+        assert rows_of(path) == whole
+    expected = rows[0]["data"] if layout == "lines" and len(rows) == 1 and is_wrapper(rows[0]) else rows
+    if all(isinstance(row, dict) for row in expected):
+        assert [row.columns for row in whole] == expected
+
+
+def is_wrapper(row: dict[str, Any]) -> bool:
+    return list(row) == ["data"] and isinstance(row["data"], list)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1 << 20])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[\n {"text": "x"},\n {"text" 1}\n]', r"a\.json:3:10: not JSON: Expecting ':' delimiter"),
+        (b'[{"text": "x"}, {"text": "y"} {"text": "z"}]', r"a\.json:1:31: not JSON: expected , or \]"),
+        (b'{"data": [{"text": "x"}, {"text" 1}]}', r"a\.json:1:34: not JSON: Expecting ':' delimiter"),
+        (b'[{"text": "x"},\n {"text": "\xe9t"}]', r"a\.json:2:12: not UTF-8 \(bytes e9"),
+        (b'[{"text": "x"}, {"text": "\xc3', r"a\.json:1:27: not UTF-8 \(bytes c3"),
+    ],
+)
+def test_damage_has_the_same_place_in_pieces_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str, size: int
+) -> None:
+    monkeypatch.setattr(text_lines, "PIECE", size)
+    with pytest.raises(SourceError, match=message):
+        rows_of(written(tmp_path / "a.json", content))
+
+
+def test_a_long_json_list_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    row = json.dumps({"text": "a" * 1000})
+    path = written(tmp_path / "a.json", "[" + ",\n".join([row] * 32_000) + "]")
+    tracemalloc.start()
+    num_rows = sum(1 for _ in read_rows(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert num_rows == 32_000
+    assert peak < path.stat().st_size / 3
+
+
+def test_rows_that_cannot_be_read_are_given_with_their_damage_when_asked_for(tmp_path: Path) -> None:
+    lines = [b'{"text": "a"}', b'{"text": "b"', b"\xff", b"5", b'{"text": "c"}']
+    written(tmp_path / "a.jsonl", b"\n".join(lines))
+    written(tmp_path / "b.csv", "x,y\n1,2\n3\n4,5\n")
+    written(tmp_path / "c.json", '[{"text": "a"}, 7, {"text": "b"}]')
+    found = [row for name in ("a.jsonl", "b.csv", "c.json") for row in read_rows(tmp_path / name, with_damaged=True)]
+    damaged = {row.id: str(row.damage) for row in found if row.damage is not None}
+    assert list(damaged) == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "b.csv:3", "c.json:1#2"]
+    assert all(said.startswith(f"{tmp_path}/{place.split('#')[0]}") for place, said in damaged.items())
+    assert [list(row.columns.values()) for row in found if row.damage is None] == [
+        *(["a"], ["c"], ["1", "2"], ["4", "5"], ["a"], ["b"]),
+    ]
+
+
+def test_a_packed_file_without_its_ending_is_recognized(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"a\.jsonl:1:2: not UTF-8 .* give its name the ending \.gz"):
+        rows_of(written(tmp_path / "a.jsonl", gzip.compress(b'{"text": "a"}')))
+
+
 def test_a_truncated_archive_is_an_error(tmp_path: Path) -> None:
     content = gzip.compress(as_jsonl(ROWS * 1000).encode())
     with pytest.raises(SourceError, match=r"a\.jsonl\.gz:\d+: the compressed data is damaged or ends too early"):
@@ -165,11 +250,11 @@ def test_a_truncated_archive_is_an_error(tmp_path: Path) -> None:
 def test_an_archive_that_unpacks_to_far_more_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, compression: str
 ) -> None:
-    monkeypatch.setattr(text_rows, "MAX_UNPACKED", 1 << 20)
+    monkeypatch.setattr(text_lines, "MAX_UNPACKED", 1 << 20)
     row = {".jsonl": b'{"text": "a"}\n', ".json": b'{"text": "a"} ', ".csv": b"text\n"}[suffix]
     file = tmp_path / f"rows{suffix}.{'gz' if compression == 'gzip' else 'zst'}"
     file.write_bytes(pa.compress(row * 1_000_000, compression, asbytes=True))
-    assert len(row) * 1_000_000 > text_rows.MAX_EXPANSION * file.stat().st_size
+    assert len(row) * 1_000_000 > text_lines.MAX_EXPANSION * file.stat().st_size
     with pytest.raises(SourceError, match=r"rows\S+:\d+: unpacked, it is more than 200 times as large"):
         list(read_rows(file))
 
@@ -177,7 +262,7 @@ def test_an_archive_that_unpacks_to_far_more_is_refused(
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_rows, "MAX_LINE", 1 << 20)
+    monkeypatch.setattr(text_lines, "MAX_LINE", 1 << 20)
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * (2 << 20) + b'"}\n')
     with pytest.raises(SourceError, match=r"rows\.jsonl:2: a line of more than 1 MiB; each row has a line of its own"):
         list(read_rows(tmp_path / "rows.jsonl"))

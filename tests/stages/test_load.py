@@ -89,6 +89,26 @@ def test_every_bad_row_stands_in_the_ledger_with_its_reason(root: DataRoot) -> N
     assert "wrong_order" not in relaxed["dropped"]
 
 
+def test_lines_that_cannot_be_read_stop_the_stage_or_go_to_the_ledger(root: DataRoot) -> None:
+    root.write("train.jsonl", ROWS)
+    with (root.paths.data / "train.jsonl").open("ab") as file:
+        file.write(b'{"messages": [\n\xff\xfe\n7\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl:21:\d+: not JSON"):
+        run(root)
+    figures = run(root, checks={"unreadable": "drop"}, max_dropped_fraction=0.5)
+    ledger = root.rows("load", "ledger.jsonl")
+    assert [(entry["id"], entry["reason"], entry["action"]) for entry in ledger] == [
+        (f"train.jsonl:{number}", "unreadable", "drop") for number in (21, 22, 23)
+    ]
+    assert "not UTF-8 (bytes ff fe" in ledger[1]["detail"]
+    assert figures["num_rows_in"] == figures["num_train"] + figures["num_eval"] + 3 == 23
+    with pytest.raises(ValueError, match=r"unreadable 3 times, first train\.jsonl:21"):
+        run(root, checks={"unreadable": "drop"}, max_dropped_fraction=0.05)
+    (root.paths.data / "train.jsonl").write_text("no\nrow\n")
+    with pytest.raises(ValueError, match=r"train\.jsonl:1:1: not JSON"):
+        run(root, checks={"unreadable": "drop"}, max_dropped_fraction=0.5)
+
+
 def test_too_many_dropped_rows_stop_and_say_which(root: DataRoot) -> None:
     root.write("train.jsonl", [*ROWS, *[turn(f"Empty {i}", "") for i in range(4)], ROWS[0]])
     with pytest.raises(

@@ -182,6 +182,20 @@ def test_the_same_bytes_whatever_the_number_of_processes(paths: Paths, monkeypat
     assert {path: path.read_bytes() for path in paths.out("pack").rglob("*") if path.is_file()} == first
 
 
+def test_a_token_across_a_border_is_warned_of_and_listed(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [rendered(number, 2) for number in range(12)]
+    for row in rows[3:5]:
+        row["spans"][0][0] += 2
+    write_jsonl(paths.out("format", "train.jsonl"), iter(rows))
+    pack.run(params(), paths)
+    figures = read_json(paths.metrics("pack"))
+    ledger = [entry for entry in read_jsonl(paths.out("pack", "ledger.jsonl")) if entry["reason"] == "border_in_token"]
+    assert [(entry["id"], entry["action"]) for entry in ledger] == [("rows.jsonl:3", "warn"), ("rows.jsonl:4", "warn")]
+    assert ledger[0]["detail"].startswith("the token 'The' lies across the border of what is trained: ")
+    assert (figures["train"]["border_in_token"], figures["eval"]["border_in_token"]) == (2, 0)
+    assert "warning: in 2 documents a token lies across the border" in capsys.readouterr().out
+
+
 def test_too_many_lost_tokens_stop_the_stage_with_the_way_out(paths: Paths) -> None:
     with pytest.raises(
         ValueError, match=r"trained tokens of the train rows are lost at pack\.max_length 60.*raise pack"
