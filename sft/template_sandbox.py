@@ -6,6 +6,7 @@ take the machine's memory. Both come before any limit on the time of Python code
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,5 +101,9 @@ def data_bytes() -> int:
     """What the process has allocated: the kernel's count that RLIMIT_DATA is compared with."""
     import resource
 
-    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - twice as fast, and called for every chat
-        return int(file.read().split()[5]) * resource.getpagesize()
+    # called for every chat; a file object takes three times as long
+    file = os.open("/proc/self/statm", os.O_RDONLY)
+    try:
+        return int(os.read(file, 200).split()[5]) * resource.getpagesize()
+    finally:
+        os.close(file)

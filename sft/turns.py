@@ -90,11 +90,12 @@ def _turns_by_content_marks(
     template: ChatTemplate, profile: TemplateProfile, messages: Messages, tools: list[Any] | None
 ) -> tuple[str, dict[int, Turn]]:
     """The rendered text, and the turns of all messages whose marks the template carries through."""
-    plain = template.render([messages], tools)[0]
+    chats = [messages, _with_marks(messages)] if len(messages) <= _MAX_MARKED // 2 else [messages]
     try:
-        marked = template.render([_with_marks(messages)], tools)[0] if len(messages) <= _MAX_MARKED // 2 else ""
-    except ValueError:  # the template inspects what is marked, and accepts the chat itself
-        marked = ""
+        plain, *others = template.render(chats, tools)
+    except ValueError:  # the template may inspect what is marked, and accept the chat itself
+        plain, others = template.render([messages], tools)[0], []
+    marked = others[0] if others else ""
     marks = _find_marks(marked)
     if _MARKS.search(plain) or _MARKS.sub("", marked) != plain:
         return plain, {}
