@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft.chat_template import ChatTemplate, Messages, TemplateProfile
+from sft.template_contents import only_prints_contents
 from sft.turns_by_rendering import Turn, assistant_indices, turns_by_rendering
 
 # Plane 15 and 16 of Unicode hold private-use characters only: two for each message of a chat.
@@ -91,6 +92,13 @@ def _turns_by_content_marks(
 ) -> tuple[str, dict[int, Turn]]:
     """The rendered text, and the turns of all messages whose marks the template carries through."""
     chats = [messages, _with_marks(messages)] if len(messages) <= _MAX_MARKED // 2 else [messages]
+    if len(chats) == 2 and _is_printed_as_it_is(template, messages):
+        marked = template.render(chats[1:], tools)[0]
+        marks = _find_marks(marked)
+        num_marked = sum(bool(message["content"].strip()) for message in messages)
+        if len(marks.places) == 2 * num_marked == len(marks.starts) + len(marks.ends):
+            plain = _MARKS.sub("", marked)
+            return plain, _turns_of(plain, messages, marks, profile)
     try:
         plain, *others = template.render(chats, tools)
     except ValueError:  # the template may inspect what is marked, and accept the chat itself
@@ -99,8 +107,21 @@ def _turns_by_content_marks(
     marks = _find_marks(marked)
     if _MARKS.search(plain) or _MARKS.sub("", marked) != plain:
         return plain, {}
+    return plain, _turns_of(plain, messages, marks, profile)
+
+
+def _is_printed_as_it_is(template: ChatTemplate, messages: Messages) -> bool:
+    """Whether the marked chat shows all there is to see: nothing but texts are marked, and no template reads those."""
+    return (
+        template.takes_text
+        and only_prints_contents(template.source)
+        and all(isinstance(message.get("content"), str) and not message.get("tool_calls") for message in messages)
+    )
+
+
+def _turns_of(plain: str, messages: Messages, marks: Marked, profile: TemplateProfile) -> dict[int, Turn]:
     turns = [_turn(plain, index, messages[index], marks, profile) for index in assistant_indices(messages)]
-    return plain, {turn.message: turn for turn in turns if turn is not None}
+    return {turn.message: turn for turn in turns if turn is not None}
 
 
 def _with_marks(messages: Messages) -> list[dict[str, Any]]:
