@@ -75,7 +75,9 @@ def _reached(url: str, function: Callable[..., Any], *args: Any) -> Any:
 def _file_system(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
-    return url_to_fs(url)
+    system, path = url_to_fs(url)
+    system.invalidate_cache()  # a process that lives long would see what was there at its first look
+    return system, path
 
 
 def _names(system: Any, path: str, protocol: str) -> list[str]:

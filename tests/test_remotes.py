@@ -1,7 +1,9 @@
-"""Another machine: a clone and a DVC remote suffice to have every result again, without running anything."""
+"""Another machine: a clone and a DVC remote suffice to have every result again; data may lie on S3 too."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,7 +13,10 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from stages import load
+from stages.artifacts import read_json
 from tests.flows.conftest import commit, ran_template, run, template
+from tests.stages.data_root import ROWS, DataRoot
 
 __all__ = ["ran_template", "template"]  # fixtures
 DVC = (sys.executable, "-m", "dvc")
@@ -79,3 +84,29 @@ def test_s3_as_a_remote(ran_project: Path, tmp_path: Path, s3: str) -> None:
     assert sum("files/md5/" in key for key in keys) == len({*keys} - {key for key in keys if "/runs/" in key}) >= 2
 
     check_same(ran_project, restored(ran_project, tmp_path / "elsewhere"))
+
+
+def test_rows_of_s3_are_read_and_a_changed_object_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    client = boto3.client("s3", endpoint_url=s3)
+    for number, part in enumerate((ROWS[:12], ROWS[12:])):
+        content = "".join(json.dumps(row) + "\n" for row in part).encode()
+        client.put_object(Bucket="store", Key=f"chats/{number}.jsonl.gz", Body=gzip.compress(content))
+    root = DataRoot(tmp_path / "root")
+    params = root.params(load={"sources": [{"path": "s3://store/chats/*.jsonl.gz"}]})
+    load.run(params, root.paths)
+    assert read_json(root.paths.metrics("load"))["num_rows_in"] == 20
+    assert {row["id"].rpartition(":")[0] for row in root.rows("load", "train.jsonl")} == {
+        f"s3://store/chats/{number}.jsonl.gz" for number in (0, 1)
+    }
+    version = read_json(root.paths.out("load", "card.json"))["sources"][0]["versions"]["s3://store/chats/1.jsonl.gz"]
+    assert version["etag"]
+
+    client.put_object(Bucket="store", Key="chats/1.jsonl.gz", Body=gzip.compress(json.dumps(ROWS[12]).encode()))
+    load.run(params, root.paths)
+    assert read_json(root.paths.metrics("load"))["num_rows_in"] == 13
+    with pytest.raises(ValueError, match=r"sources\[0\]\.path: s3://nowhere/a\.jsonl does not exist"):
+        load.run(root.params(load={"sources": [{"path": "s3://nowhere/a.jsonl"}]}), root.paths)
