@@ -21,7 +21,7 @@ from sft.config import SFTConfig
 from sft.hardware import Hardware, current_hardware
 from sft.models import MIXED_PRECISIONS
 from sft.packed_kernels import has_row_kernel
-from sft.unwrapping import causal_lm
+from sft.unwrapping import causal_lm, learns_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def _refuse_flat_attention(model: Any, config: SFTConfig, hardware: Hardware) ->
         return "output_attentions is set"
     if getattr(text_config, "attention_chunk_size", None) is not None:
         return "layers attend in chunks"
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if learns_prompt(model):
         return "prompt tuning puts its tokens before each row"
     if model.device.type != config.device.type:
         return "the model is not on its device yet"
@@ -106,8 +106,7 @@ def _refuse_flat_attention(model: Any, config: SFTConfig, hardware: Hardware) ->
 
 def computed_in(model: Any, config: SFTConfig) -> Any:
     """The precision of attention's products: that of mixed precision, or the model's own."""
-    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None
-    return MIXED_PRECISIONS[precision] if precision else model.dtype
+    return MIXED_PRECISIONS[config.autocast_precision] if config.autocast_precision else model.dtype
 
 
 def settle_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:

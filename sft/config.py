@@ -228,6 +228,11 @@ class SFTConfig(TrainingArguments):
         return None if value is None else bool(value)
 
     @property
+    def autocast_precision(self) -> str | None:
+        """`bf16` or `fp16`; None for the model's own precision."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else None
+
+    @property
     def skip_prepare_dataset(self) -> bool:
         """Whether the data set goes to the collator as it is."""
         return bool(self.dataset_option("skip_prepare_dataset"))

@@ -12,7 +12,7 @@ from torch import nn
 from sft.layout import document_layout
 from sft.linear_cross_entropy import Head
 from sft.targets import Batch, model_arguments
-from sft.unwrapping import causal_lm, evaluating
+from sft.unwrapping import causal_lm, evaluating, learns_prompt
 
 
 def takes_logits_to_keep(model: nn.Module) -> bool:
@@ -20,7 +20,7 @@ def takes_logits_to_keep(model: nn.Module) -> bool:
 
     Prompt tuning lengthens the row, which would shift the positions, so it gets all logits.
     """
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if learns_prompt(model):
         return False
     return "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
 

@@ -12,7 +12,7 @@ from sft.collators import DataCollatorForSFT
 from sft.config import SFTConfig
 from sft.layout import batch_layout, document_layout
 from sft.loss import supervised_logits
-from sft.unwrapping import causal_lm, evaluating
+from sft.unwrapping import causal_lm, evaluating, learns_prompt
 
 
 def settle_sharing(model: Any, config: SFTConfig, data_collator: Any) -> str:
@@ -49,7 +49,7 @@ def refuse_sharing_reason(model: Any, config: SFTConfig, data_collator: Any) -> 
         return f"attention {text_config._attn_implementation} reads rows as they are"
     if config.neftune_noise_alpha is not None:
         return "NEFTune draws noise for each token"
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if learns_prompt(model):
         return "prompt tuning lengthens the row"
     if getattr(text_config, "output_router_logits", False):
         return "the routers' loss counts every token"

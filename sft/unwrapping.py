@@ -23,6 +23,11 @@ def causal_lm(model: nn.Module) -> Any:
             return inner
 
 
+def learns_prompt(model: nn.Module) -> bool:
+    """Whether the adapter is learnt tokens before the row (prompt tuning and the like), which lengthen it."""
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; afterwards every module is back in its own mode, frozen parts included."""

@@ -62,8 +62,7 @@ def resolve_model(model: Any, config: SFTConfig) -> Any:
     """Load a model given as a name, with `model_init_kwargs`; pass an object through."""
     if not isinstance(model, str):
         return model
-    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else None
-    return load_model(model, mixed_precision=precision, **model_arguments(config))
+    return load_model(model, mixed_precision=config.autocast_precision, **model_arguments(config))
 
 
 def resolve_processor(processing_class: Any, model: Any, config: SFTConfig) -> Any:

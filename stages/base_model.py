@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts import read_json, write_json
+from stages.artifacts import file_digest, read_json, write_json
 
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_RECORD = ".sft-model.json"
@@ -161,12 +161,6 @@ def folder_digest(folder: Path, remember: bool = True) -> str:
     if remember and fresh != memory:
         write_json(memory_file, fresh)
     return total.hexdigest()
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of one file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _find(record: dict[str, Any], root: Path) -> Path:

@@ -12,12 +12,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from stages.artifacts import write_json
+from stages.artifacts import file_digest, write_json
 from stages.base_model import (
     EMBEDDED_RECORD,
     cache_folder,
     embedded_folder,
-    file_digest,
     folder_digest,
     installed_damage,
     model_files,
