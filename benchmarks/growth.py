@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -102,6 +102,7 @@ def microseconds_per_token(setting: Setting) -> float:
             peft_config=LoraConfig(r=setting.rank, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[clock],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return min(clock.seconds[1:]) / setting.num_tokens * 1e6
 
@@ -135,6 +136,8 @@ def draw(results: dict[str, list[tuple[int, float]]], path: Path) -> None:
             if CURVES[name][0] == quantity:
                 panel.plot(*zip(*points, strict=True), marker="o", label=name)
         panel.set(xscale="log", xlabel=quantity, ylim=(0, None))
+        measured = sorted({n for name, points in results.items() if CURVES[name][0] == quantity for n, _ in points})
+        panel.set_xticks(measured, [f"{n:,}" if n < 10_000 else f"{n // 1024}k" for n in measured], fontsize=8)
         panel.set_xticks([], minor=True)
         panel.legend(fontsize=8)
     panels[0].set_ylabel("microseconds a token")
