@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sft.gptq_checks import check_layers_fit
+from sft.gptq_checks import check_layers_fit, pick_device
 from sft.models import load_tokenizer
 from stages.base_model import read_base_model
 from stages.params import Params, QuantizeSection
@@ -43,7 +43,7 @@ def check_later_stages(params: Params, paths: Paths) -> None:
 def check_quantization(section: QuantizeSection, folder: Path) -> None:
     """Whether the method takes the base model's layers; raises ValueError where it does not."""
     if section.method == "gptq":
-        check_layers_fit(folder, section.bits, section.group_size)
+        check_layers_fit(folder, section.bits, section.group_size, pick_device("auto"), section.sym)
     elif section.method != "none":
         from sft.kbit_checkpoint import check_widths  # imports bitsandbytes
 

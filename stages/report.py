@@ -181,6 +181,7 @@ def quantization_section(report: Mapping[str, Any]) -> dict[str, Any]:
         "mean": report["mean_relative_error"],
         "calibrated": report["method"] == "gptq",
         "num_retries": report.get("num_damping_retries", 0),
+        "kept": report.get("kept_full_precision", []),
     }
 
 
@@ -189,9 +190,12 @@ def quantization_method(report: Mapping[str, Any]) -> str:
     if report["method"] != "gptq":
         return f"{report['method']} (bitsandbytes), without calibration"
     settings = report["settings"]
+    distinct = report["num_distinct_rows"]
+    same = f", of which only {distinct} differ" if distinct < report["num_rows"] else ""
+    groups = "without groups" if settings["group_size"] == -1 else f"in groups of {settings['group_size']}"
     return (
-        f"{settings['bits']} bit in groups of {settings['group_size']}, calibrated on "
-        f"{report['num_tokens']:,} tokens in {report['num_rows']} training rows"
+        f"{settings['bits']} bit {groups}, calibrated on "
+        f"{report['num_tokens']:,} tokens in {report['num_rows']} training rows{same}"
     )
 
 

@@ -74,7 +74,13 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
         for name in ("mlp.up_proj", "self_attn.q_proj")
     ]
     settings = {"bits": 4, "group_size": 64}
-    sizes = {"num_rows": 32, "num_tokens": 8192, "source_bytes": 538e6, "quantized_bytes": 114.6e6}
+    sizes = {
+        "num_rows": 32,
+        "num_distinct_rows": 32,
+        "num_tokens": 8192,
+        "source_bytes": 538e6,
+        "quantized_bytes": 114.6e6,
+    }
     rest = {"mean_relative_error": 0.6, "num_damping_retries": 1}
     write_json(
         paths.out("quantize", "report.json"),
