@@ -24,6 +24,7 @@ from stages.regression import read_records, render_records
 from stages.report import write_report
 from stages.results import Measured, comparisons
 from stages.scoring import load_tasks, task_names
+from stages.soundness import broken_promises, check_finite
 from stages.variants import Variant, find_variants, load_variant, size_mb
 
 TOKENS_PER_BATCH = 2048
@@ -59,13 +60,15 @@ def run(params: Params, paths: Paths) -> None:
         model = load_variant(variant, params.model, len(tokenizer), new_token_ids)
         tuned = measured.get(REFERENCE)
         result = measuring.measure(model, variant, held_out, tuned)
+        check_finite(variant, result)
         result.figures["size_mb"] = size_mb(variant)
         if general is not None:
             result.add_general(measuring.measure(model, variant, general, tuned.general if tuned else None))
         measured[variant.name] = result
         del model
     measured = {variant.name: measured[variant.name] for variant in variants}
-    gate = check_gate(conditions, {name: result.figures for name, result in measured.items()})
+    figures = {name: result.figures for name, result in measured.items()}
+    gate = [*broken_promises(figures, params, paths), *check_gate(conditions, figures)]
     write_outputs(paths, section, held_out, general.num_documents if general else 0, measured, gate)
     write_general(paths, general, measured)
     write_report(params, paths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 REGRESSION = "regression_"
@@ -43,6 +44,15 @@ FIGURES: dict[str, Figure] = {
     "token_accuracy": Figure("Token accuracy", "percent", 1),
     "size_mb": Figure("Size on disk", "megabytes", -1),
 }
+# Of those that are no shares.
+RANGES = {
+    "loss": (0.0, math.inf),
+    "perplexity": (1.0, math.inf),
+    "kl": (0.0, math.inf),
+    "size_mb": (0.0, math.inf),
+    "bleu": (0.0, 100.0),
+    "chrf": (0.0, 100.0),
+}
 # Of the other stages, which no table shows.
 LOWER_ELSEWHERE = ("relative_error", "dropped", "lost", "logit_diff", "deviation", "bad_updates")
 LOWER = (*(name for name, figure in FIGURES.items() if figure.direction < 0), *LOWER_ELSEWHERE)
@@ -56,6 +66,14 @@ def figure_of(name: str) -> Figure:
             f"General prompts: {label[0].lower() if label[1:2].islower() else label[0]}{label[1:]}", kind, direction
         )
     return FIGURES.get(name, Figure(name))
+
+
+def range_of(name: str) -> tuple[float, float]:
+    """The least and the largest value that a figure can have, by the last part of its name."""
+    figure = name.rpartition(".")[2].removeprefix(REGRESSION)
+    if figure in FIGURES and FIGURES[figure].kind == "percent":
+        return 0.0, 1.0
+    return RANGES.get(figure, (-math.inf, math.inf))
 
 
 def in_order(names: set[str]) -> list[str]:

@@ -17,8 +17,10 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 
 from sft.gate import parse_gate
+from sft.gate_ranges import check_ranges
 from sft.gptq_checks import GROUP_SIZES
 from stages.evaluate_params import EvaluateSection
+from stages.figures import range_of
 from stages.load_params import LoadSection
 from stages.measured import metric_names
 from stages.section import Fraction, Positive, Section, Seed
@@ -232,7 +234,7 @@ class Params(Section):
             ("publish.gate", self.publish.gate, available | champions),
         ):
             try:
-                parse_gate(gate, names)
+                check_ranges(parse_gate(gate, names), range_of)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
         return self
