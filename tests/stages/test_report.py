@@ -239,3 +239,17 @@ def test_bad_updates_and_code_that_came_with_the_model_are_shown(paths: Paths, t
     quiet = paths.report.read_text(encoding="utf-8")
     assert "Updates that were no good" not in quiet
     assert "that comes with the model was run" not in quiet
+
+
+def test_divergence_that_is_none_by_construction_is_no_best() -> None:
+    models = {"base": {"kl": 3.0}, "tuned": {}, "merged": {"kl": 0.0}, "quantized": {"kl": 0.1, "regression_kl": 0.2}}
+    rows = report.comparison({"models": models, "intervals": {}})
+    assert [row["label"] for row in rows][0] == "KL from the tuned model, nats a token"
+    assert not any(cell["best"] for row in rows for cell in row["cells"])
+
+
+def test_page_says_what_the_promotion_will_do(page: str) -> None:
+    section = page.split('id="promotion"')[1].split("</section>")[0]
+    assert "The gate is open." in section
+    assert "<code>champion</code> moves too, unless a condition of <code>publish.gate</code> fails" in section
+    assert "outs/publish/promotion.html" in section
