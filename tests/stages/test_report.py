@@ -244,7 +244,7 @@ def test_bad_updates_and_code_that_came_with_the_model_are_shown(paths: Paths, t
 def test_divergence_that_is_none_by_construction_is_no_best() -> None:
     models = {"base": {"kl": 3.0}, "tuned": {}, "merged": {"kl": 0.0}, "quantized": {"kl": 0.1, "regression_kl": 0.2}}
     rows = report.comparison({"models": models, "intervals": {}})
-    assert [row["label"] for row in rows][0] == "KL from the tuned model, nats a token"
+    assert next(row["label"] for row in rows) == "KL from the tuned model, nats a token"
     assert not any(cell["best"] for row in rows for cell in row["cells"])
 
 
