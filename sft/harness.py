@@ -128,7 +128,9 @@ def _find_tasks(names: Sequence[str], folder: Path | None) -> Any:
     if unknown:
         near = difflib.get_close_matches(unknown[0], manager.task_index, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"lm-eval knows no task {unknown[0]!r}, and no YAML file of your own defines it{hint}")
+        raise ValueError(
+            f"lm-eval knows no task {unknown[0]!r}, and no YAML file of your own that can be read defines it{hint}"
+        )
     return manager
 
 
