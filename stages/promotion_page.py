@@ -48,7 +48,8 @@ class Decision:
         if self.promoted and stood == self.version:
             return f"Version {self.version} is the champion, as before"
         if self.promoted:
-            return f"Promoted: version {self.version} is the {f'champion after {stood}' if stood else 'first champion'}"
+            place = "the first champion" if stood is None else f"the champion after version {stood}"
+            return f"Promoted: version {self.version} is {place}"
         if stood is None:
             return f"Not promoted: version {self.version} is a candidate, and there is no champion"
         if stood == self.version:  # published again with other conditions
@@ -68,7 +69,7 @@ class Decision:
             )
             if number
         ]
-        return f"{' and '.join(texts)}."
+        return f"{' and '.join(texts)}." if texts else "The gate is closed."
 
     def aliases(self) -> list[tuple[str, str, str, str]]:
         """Alias, where it stood, where it stands, and why."""

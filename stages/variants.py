@@ -101,13 +101,14 @@ def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_t
 
 
 def saved_dtype(checkpoint: Path) -> str | None:
-    """The dtype that a quantized checkpoint has to be loaded in, None for a plain one.
+    """The dtype that a checkpoint of bitsandbytes has to be loaded in, None for any other.
 
     transformers leaves the norms of such a checkpoint in their own dtype whatever it is asked for, and torch's layer
     norm takes no other.
     """
     config = read_json(checkpoint / "config.json")
-    return config.get("dtype") if "quantization_config" in config else None
+    is_rounded = config.get("quantization_config", {}).get("quant_method") == "bitsandbytes"
+    return config.get("dtype") if is_rounded else None
 
 
 def size_mb(variant: Variant) -> float:

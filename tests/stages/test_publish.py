@@ -295,10 +295,10 @@ def test_page_of_the_promotion_says_what_decided_who_was_champion_and_what_moved
     assert '<td class="num no">+0.500</td><td>yes</td>' in row
     worsen(checkout, -1.0)
     promotion(checkout)
-    assert "<h1>Promoted: version 3 is the champion after 1</h1>" in page(checkout)
+    assert "<h1>Promoted: version 3 is the champion after version 1</h1>" in page(checkout)
     assert '<td class="num yes">-0.500</td><td>yes</td>' in page(checkout)
     summary.run(tiny_params(), checkout)
-    assert "Promoted: version 3 is the champion after 1: " in capsys.readouterr().out
+    assert "Promoted: version 3 is the champion after version 1: " in capsys.readouterr().out
     promotion(checkout)
     assert "<h1>Version 3 is the champion, as before</h1>" in page(checkout)
 
