@@ -80,7 +80,7 @@ class Decision:
         ):
             stood = self.before[alias]
             stands = self.version if moves else stood
-            rows.append((alias, _version(stood), _version(stands), why if stood != stands else f"{why}: it stays"))
+            rows.append((alias, _version(stood), _version(stands), why if stood != stands else f"it stays: {why}"))
         return rows
 
 
@@ -119,7 +119,8 @@ def figure_rows(decision: Decision, conditions: Sequence[str], results: Mapping[
     """This result beside the champion: first the figures that conditions name, then the task's and the losses."""
     models, champion = results["models"], decision.champion.figures if decision.champion else {}
     named = [n.removeprefix(f"{CHAMPION}.") for c in parse_gate(conditions) for n in c.names]
-    others = [f"{model}.{figure}" for model in models for figure in (*results["figures"], "loss", "size_mb")]
+    shipped = ("tuned", "quantized" if "quantized" in models else "merged")
+    others = [f"{model}.{figure}" for model in shipped for figure in (*results["figures"], "loss", "size_mb")]
     rows = []
     for name in dict.fromkeys([*named, *others]):
         model, _, metric = name.partition(".")
