@@ -47,6 +47,8 @@ def percent(value: float) -> str:
 
 def show_change(value: float, kind: str) -> str:
     """A difference with its sign; of shares in points."""
+    if kind == "megabytes":
+        return f"{value:+,.1f}{NBSP}MB"
     return f"{100 * value:+.1f}{NBSP}points" if kind == "percent" else f"{value:+.3f}"
 
 
