@@ -27,7 +27,8 @@ ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 HINT = "write e.g. `tuned.exact_match >= 0.85` or `quantized.loss <= 1.05 * tuned.loss`"
 MAX_LENGTH = 300
 # What was promoted before may stand beside the result itself.
-NAME = re.compile(r"(champion\.)?\w+\.\w+")
+# Figures of a task of lm-eval have its name in between.
+NAME = re.compile(r"(champion\.)?\w+\.\w+(\.\w+)?")
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,15 @@ def parse_condition(text: str) -> Condition:
     return Condition(text.strip(), COMPARISONS[type(tree.ops[0])][0], tree.left, tree.comparators[0], names)
 
 
-def parse_gate(conditions: Sequence[str], available: Collection[str] | None = None) -> list[Condition]:
+def parse_gate(
+    conditions: Sequence[str], available: Collection[str] | None = None, open_ended: Sequence[str] = ()
+) -> list[Condition]:
     """Parse all conditions and report everything that is wrong with them at once.
 
     Args:
         conditions: as params state them.
         available: the `model.metric` names that will exist; None to check the grammar only.
+        open_ended: beginnings of names that will exist, whose ends nobody knows yet.
 
     Raises:
         ValueError: lists every bad condition; an unknown name comes with the nearest known one.
@@ -91,7 +95,7 @@ def parse_gate(conditions: Sequence[str], available: Collection[str] | None = No
             continue
         parsed.append(condition)
         if available is not None:
-            unknown = [name for name in condition.names if name not in available]
+            unknown = [n for n in condition.names if n not in available and not n.startswith(tuple(open_ended))]
             problems += [f"gate condition {text!r}: {_unknown_name(name, available)}" for name in unknown]
     if problems:
         raise ValueError("\n".join(problems))
@@ -111,8 +115,7 @@ def check_gate(conditions: Sequence[Condition], results: Results) -> list[GateRo
 def _check(condition: Condition, results: Results) -> GateRow:
     values = {}
     for name in condition.names:
-        model, _, metric = name.rpartition(".")
-        value = results.get(model, {}).get(metric)
+        value = _find(name, results)
         if value is None:
             return GateRow(condition.text, None, None, False, f"{name} was not measured")
         values[name] = float(value)
@@ -126,6 +129,16 @@ def _check(condition: Condition, results: Results) -> GateRow:
     passed = bool(compare(left, right))
     reason = f"{left:.4g} {condition.comparison} {right:.4g}" + ("" if passed else " does not hold")
     return GateRow(condition.text, left, right, passed, reason)
+
+
+def _find(name: str, results: Results) -> float | None:
+    """The value of `model.metric`, where either part may have dots in it."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        value = results.get(".".join(parts[:end]), {}).get(".".join(parts[end:]))
+        if value is not None:
+            return value
+    return None
 
 
 def _names(node: ast.expr, text: str) -> list[str]:

@@ -17,7 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft.gptq_checks import check_calibration, check_layers_fit, check_weights_finite
+from sft.gptq_checks import (
+    check_calibration,
+    check_layers_fit,
+    check_weights_finite,
+    describe_poison,
+    pick_device,
+)
 from sft.gptq_layout import finish_checkpoint, weight_errors, weights_size_bytes
 from sft.gptq_loading import loading_deviation
 from sft.quantization_report import LayerError, QuantizationReport
@@ -74,6 +80,7 @@ class QuantizeReport(QuantizationReport):
 
     settings: GPTQSettings
     num_rows: int
+    num_distinct_rows: int
     num_tokens: int
     modules: tuple[ModuleError, ...]
     kept_full_precision: tuple[str, ...]
@@ -109,25 +116,27 @@ def quantize_gptq(
 
     Raises:
         ValueError: NaN or Inf in the weights, calibration ids outside the vocabulary, bits or group size that do not
-            fit a layer, or a layer whose Hessian stays singular at full damping.
+            fit a layer, a layer whose Hessian stays singular at full damping, or a row that the model gives NaN on.
     """
     model_dir, output_dir = Path(model_dir).resolve(), Path(output_dir).resolve()
     settings = settings or GPTQSettings()
-    device = _device(settings.device)
-    check_layers_fit(model_dir, settings.bits, settings.group_size, device)
+    device = pick_device(settings.device)
+    check_layers_fit(model_dir, settings.bits, settings.group_size, device, settings.sym)
     check_calibration(model_dir, calibration)
     check_weights_finite(model_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as work:
         raw_dir = Path(work) / "model"
-        rows = _run_gptqmodel(model_dir, raw_dir, calibration, settings, on_progress)
-        kept = finish_checkpoint(model_dir, raw_dir)
-        errors = weight_errors(model_dir, raw_dir)
-        with _kept_out_of_the_way(Path(work)):
-            deviation = loading_deviation(raw_dir, calibration[0])
+        with _poison_named(model_dir, calibration):
+            rows = _run_gptqmodel(model_dir, raw_dir, calibration, settings, on_progress)
+            kept = finish_checkpoint(model_dir, raw_dir)
+            errors = weight_errors(model_dir, raw_dir)
+            with _kept_out_of_the_way(Path(work)):
+                deviation = loading_deviation(raw_dir, calibration[0])
         report = QuantizeReport(
             settings=settings,
             num_rows=len(calibration),
+            num_distinct_rows=len({tuple(row) for row in calibration}),
             num_tokens=sum(len(row) for row in calibration),
             source_bytes=weights_size_bytes(model_dir),
             quantized_bytes=weights_size_bytes(raw_dir),
@@ -154,7 +163,7 @@ def _run_gptqmodel(
         import torch
         from gptqmodel import GPTQModel, QuantizeConfig
 
-        device = _device(settings.device)
+        device = pick_device(settings.device)
         config = QuantizeConfig(
             bits=settings.bits,
             group_size=settings.group_size,
@@ -183,14 +192,6 @@ def _run_gptqmodel(
     return _solved_rows(log)
 
 
-def _device(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        return name
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
 @contextlib.contextmanager
 def _kept_out_of_the_way(work: Path) -> Iterator[None]:
     """Run in `work`, where GPTQModel writes its `logs/`, with its banner, bars and tables in a file there too."""
@@ -201,6 +202,18 @@ def _kept_out_of_the_way(work: Path) -> Iterator[None]:
         contextlib.redirect_stderr(log),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _poison_named(model_dir: Path, calibration: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Where a quantization fails for a row that the model can't compute, say which."""
+    try:
+        yield
+    except ValueError as error:
+        poison = describe_poison(model_dir, calibration)
+        if poison is None:
+            raise
+        raise ValueError(f"{poison}. {error}") from error
 
 
 class _LayerProgress:

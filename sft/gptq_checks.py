@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 VALUES_PER_WORD = {2: 16, 3: 32, 4: 8, 8: 4}
 """Weights that fill whole 32-bit words, by bits; 3-bit weights only come out even after 32 of them (three words)."""
@@ -13,6 +14,7 @@ VALUES_PER_WORD = {2: 16, 3: 32, 4: 8, 8: 4}
 GROUP_SIZES = (32, 64, 128)
 """What all readers take (besides -1): torch's packed CPU kernel refuses 16, vLLM everything above 128."""
 CPU_GROUPS = (32, 64, 128, 256)
+MAX_NAMED = 5
 MIN_ROW_TOKENS = 11
 """GPTQModel leaves out rows of ten tokens or fewer without a word."""
 
@@ -62,6 +64,41 @@ def check_calibration(model_dir: Path, calibration: Sequence[Sequence[int]]) -> 
                 )
 
 
+def describe_poison(model_dir: Path, calibration: Sequence[Sequence[int]]) -> str | None:
+    """Name the calibration rows on which the plain model itself gives NaN or Inf, and the tokens that do it alone.
+
+    It takes a pass through the whole model, and is asked for only when a quantization has failed.
+
+    Returns:
+        One sentence; None where the model computes all rows.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sft.logit_proof import iterate_logits
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    found = [index for index, row in enumerate(iterate_logits(model, calibration)) if not row.isfinite().all()]
+    if not found:
+        return None
+    tokens = sorted({token for index in found for token in calibration[index]})
+    alone = [
+        token
+        for token, row in zip(tokens, iterate_logits(model, [[t] for t in tokens]), strict=True)
+        if not row.isfinite().all()
+    ]
+    rows = ", ".join(map(str, found[:MAX_NAMED]))
+    because = (
+        f"the embeddings of token ids {', '.join(map(str, alone[:MAX_NAMED]))} do that"
+        if alone
+        else ("no token does that alone, look for weights that are too large")
+    )
+    return (
+        f"the model gives NaN or Inf on {len(found)} of {len(calibration)} calibration rows (number {rows}) before "
+        f"anything is quantized: {because}"
+    )
+
+
 def check_weights_finite(model_dir: Path) -> None:
     """Refuse weights with NaN or Inf, of which GPTQ would make plausible garbage.
 
@@ -81,8 +118,8 @@ def check_weights_finite(model_dir: Path) -> None:
         raise ValueError(f"{model_dir} has NaN or Inf in {len(broken)} tensors: {'; '.join(broken[:5])}")
 
 
-def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = "cpu") -> None:
-    """Refuse bits and group sizes that some linear layer's width does not allow.
+def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = "cpu", sym: bool = True) -> None:
+    """Refuse what some linear layer does not allow: bits, group sizes, and layers that transformers can't load.
 
     GPTQModel itself would write such a checkpoint, with a last group that standard readers misplace.
 
@@ -91,7 +128,14 @@ def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = 
     """
     if bits not in VALUES_PER_WORD:
         raise ValueError(f"bits is {bits}, GPTQ checkpoints come in {', '.join(map(str, VALUES_PER_WORD))}")
-    widths = linear_widths(model_dir)
+    layers = _linear_layers(model_dir)
+    _check_loadable(model_dir, layers)
+    if (bits, group_size, sym, device) == (4, -1, False, "cpu"):
+        raise ValueError(
+            "torch's kernel for CPUs misreads asymmetric 4-bit rows without groups: use sym: true, or a group_size of "
+            f"{', '.join(map(str, GROUP_SIZES))}"
+        )
+    widths = {name: _widths(layer) for name, layer in layers.items()}
     if not widths:
         raise ValueError(f"{model_dir} has no linear layer to quantize")
     if group_size != -1 and group_size not in GROUP_SIZES:
@@ -122,6 +166,10 @@ def _group_problem(width: int, bits: int, group_size: int, device: str) -> str:
 
 def linear_widths(model_dir: Path) -> dict[str, tuple[int, int]]:
     """Input and output width of every linear layer but the head, by name, read from the configuration alone."""
+    return {name: _widths(layer) for name, layer in _linear_layers(model_dir).items()}
+
+
+def _linear_layers(model_dir: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -130,13 +178,37 @@ def linear_widths(model_dir: Path) -> dict[str, tuple[int, int]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
-    widths = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            widths[name] = (module.in_features, module.out_features)
-        elif isinstance(module, Conv1D):
-            widths[name] = (module.weight.shape[0], module.weight.shape[1])
-    return widths
+    kinds = (torch.nn.Linear, Conv1D)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds) and module is not head}
+
+
+def _widths(layer: Any) -> tuple[int, int]:
+    import torch
+
+    if isinstance(layer, torch.nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.weight.shape[0], layer.weight.shape[1]  # Conv1D keeps its weight as (inputs, outputs)
+
+
+def _check_loadable(model_dir: Path, layers: dict[str, Any]) -> None:
+    """transformers initializes GPT-2's projections by their `weight`, which a GPTQ layer has not, and so fails."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = [name for name, layer in layers.items() if isinstance(layer, Conv1D)]
+    if found:
+        raise ValueError(
+            f"{found[0]} of {model_dir} is a Conv1D, as GPT-2 has them, and transformers can't load such a model from "
+            "a GPTQ checkpoint; use int8 or nf4"
+        )
+
+
+def pick_device(name: str) -> str:
+    """The device that a name means; "auto" is a GPU if there is one."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def weight_files(model_dir: Path) -> list[Path]:

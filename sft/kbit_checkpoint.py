@@ -18,6 +18,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from sft.gptq_checks import check_calibration, check_weights_finite, linear_widths
 from sft.gptq_layout import open_tensors, weights_size_bytes
@@ -68,6 +69,7 @@ def quantize_kbit(
     check_widths(model_dir, method)
     check_calibration(model_dir, sample_input_ids)
     check_weights_finite(model_dir)
+    check_half_precision(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float16, quantization_config=config)
     _say(on_progress, 1, f"rounded to {method}")
     with open_tensors(model_dir) as sources:
@@ -107,6 +109,22 @@ def check_widths(model_dir: Path, method: str) -> None:
             )
 
 
+def check_half_precision(model_dir: Path) -> None:
+    """Refuse weights that half precision, in which all that is not rounded is saved, has no number for.
+
+    Raises:
+        ValueError: Names the first such tensor.
+    """
+    with open_tensors(model_dir) as places:
+        for name, file in places.items():
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not tensor.half().isfinite().all():
+                raise ValueError(
+                    f"{name} of {model_dir} holds {float(tensor.abs().max()):.3g}, beyond the range of half precision; "
+                    "use gptq, which keeps such a tensor as it is"
+                )
+
+
 def _config(method: str) -> BitsAndBytesConfig:
     if method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -131,6 +149,8 @@ def _layer_errors(model: Any, sources: dict[str, Any]) -> Iterator[LayerError]:
         if not isinstance(module, (Linear4bit, Linear8bitLt)):
             continue
         weight = sources[f"{name}.weight"].get_tensor(f"{name}.weight").float()
+        if issubclass(getattr(module, "source_cls", type(module)), Conv1D):
+            weight = weight.T
         error = float((weight - _restored(module)).norm() / weight.norm().clamp_min(1e-12))
         place = re.search(r"\.(\d+)\.(.+)$", name)
         assert place is not None, f"{name} is in no block"

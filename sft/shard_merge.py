@@ -99,14 +99,15 @@ class ShardMerge:
         ends = _Ends(source, self.tied)
         place: dict[str, str] = {}
         total = 0
+        shelf = _Shelf(max(_num_weights(source, file) for file in files), self.dtype)
         for file in files:
-            tensors: dict[str, torch.Tensor] = {}
-            for unit in source.units:
-                if source.files.place[next(iter(unit.tensors.values()))].name == file:
-                    tensors |= {name: value.to(self.dtype).contiguous() for name, value in ends.merged(unit)}
-            save_file(tensors, folder / names[file], metadata={"format": "pt"})
-            place |= dict.fromkeys(tensors, names[file])
-            total += sum(tensor.nbytes for tensor in tensors.values())
+            for unit in _units_of(source, file):
+                for name, value in ends.merged(unit):
+                    shelf.put(name, value)
+            save_file(shelf.tensors, folder / names[file], metadata={"format": "pt"})
+            place |= dict.fromkeys(shelf.tensors, names[file])
+            total += sum(tensor.nbytes for tensor in shelf.tensors.values())
+            shelf.clear()
         if len(files) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -127,6 +128,38 @@ class ShardMerge:
         """How far the checkpoint in a folder is from base + adapter."""
         written = Streamed(folder)
         return compare_logits(iterate_logits(self.streamed.model, rows), iterate_logits(written.model, rows))
+
+
+def _units_of(source: Streamed, file: str) -> list[Unit]:
+    """The units whose weights stand in a file."""
+    return [unit for unit in source.units if source.files.place[next(iter(unit.tensors.values()))].name == file]
+
+
+def _num_weights(source: Streamed, file: str) -> int:
+    """How many weights a merged file can hold at most: a head that is the embeddings may come out as one of its own."""
+    units = _units_of(source, file)
+    return sum(unit.inner.get_parameter(name).numel() for unit in units for name in unit.tensors)
+
+
+class _Shelf:
+    """One block of memory for the tensors of a file, used again for the next one.
+
+    As single tensors among the many short-lived ones of a merge they would tear the heap into pieces that the system
+    does not get back: by the end as much as the whole model.
+    """
+
+    def __init__(self, num_weights: int, dtype: torch.dtype) -> None:
+        self._block = torch.empty(num_weights, dtype=dtype)
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._used = 0
+
+    def put(self, name: str, value: torch.Tensor) -> None:
+        place = self._block[self._used : self._used + value.numel()].view(value.shape)
+        self.tensors[name] = place.copy_(value)
+        self._used += value.numel()
+
+    def clear(self) -> None:
+        self.tensors, self._used = {}, 0
 
 
 class _Ends:

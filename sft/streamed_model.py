@@ -53,12 +53,16 @@ class Unit:
         module: What is called: the module, or the adapter's layer around it.
         inner: What holds the base model's weights.
         tensors: Name of a parameter in `inner` -> name of its tensor in the files.
+        stand_ins: Name of a parameter in `inner` -> what is there while the weight is not. Made once: a new one at
+            every release would take a bite out of the memory that the weight left, and the next weight then has no
+            room there.
     """
 
     path: str
     module: nn.Module
     inner: nn.Module
     tensors: dict[str, str]
+    stand_ins: dict[str, nn.Parameter]
 
     @property
     def is_adapted(self) -> bool:
@@ -99,12 +103,12 @@ class Streamed:
     def load(self, unit: Unit) -> None:
         """Give a unit its weights."""
         for name, tensor in unit.tensors.items():
-            _set(unit.inner, name, self.files.tensor(tensor))
+            _set(unit.inner, name, nn.Parameter(self.files.tensor(tensor), requires_grad=False))
 
     def release(self, unit: Unit) -> None:
         """Take them away."""
-        for name in unit.tensors:
-            _set(unit.inner, name, _stand_in(unit.inner.get_parameter(name)))
+        for name, stand_in in unit.stand_ins.items():
+            _set(unit.inner, name, stand_in)
 
 
 class _Loader:
@@ -182,7 +186,8 @@ def _units(model: PreTrainedModel, aliases: dict[str, str]) -> Iterator[Unit]:
         else:
             inner, names = module, [name for name, value in module._parameters.items() if value is not None]
         if names:
-            yield Unit(path, module, inner, {name: aliases[f"{path}.{name}"] for name in names})
+            tensors = {name: aliases[f"{path}.{name}"] for name in names}
+            yield Unit(path, module, inner, tensors, {name: inner.get_parameter(name) for name in names})
 
 
 def _inner(path: str, module: nn.Module) -> nn.Module:
@@ -192,6 +197,6 @@ def _inner(path: str, module: nn.Module) -> nn.Module:
     return inner
 
 
-def _set(module: nn.Module, name: str, value: torch.Tensor) -> None:
+def _set(module: nn.Module, name: str, value: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    setattr(module.get_submodule(owner), leaf, value)

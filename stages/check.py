@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sft.remote import is_url
+from stages.harness_tasks import check_installed
 from stages.intake import data_size, open_source
 from stages.model_sources import check_named
 from stages.params import Params
@@ -24,6 +25,7 @@ def run(params: Params, paths: Paths) -> None:
     check_named(params.model, paths.root)
     load_tasks(params.evaluate.task, paths.root)
     read_records(params.evaluate.regression, paths.root)
+    check_installed(params.evaluate.lm_eval)
     sources = [(part, f"load.sources[{i}].path") for i, part in enumerate(params.load.sources)]
     held_out = params.load.eval.source()
     if held_out is not None:

@@ -16,6 +16,7 @@ from sft.gate import GateRow, check_gate, parse_gate
 from sft.generation import generate_batch
 from sft.models import load_tokenizer
 from stages.artifacts import progress, read_json, write_json, write_jsonl
+from stages.harness_tasks import load_harness
 from stages.measured import ANSWERING, LIKELIHOOD, REFERENCE
 from stages.params import EvaluateSection, Params
 from stages.paths import Paths
@@ -24,6 +25,7 @@ from stages.regression import read_records, render_records
 from stages.report import write_report
 from stages.results import Measured, comparisons
 from stages.scoring import load_tasks, task_names
+from stages.soundness import broken_promises, check_finite
 from stages.variants import Variant, find_variants, load_variant, size_mb
 
 TOKENS_PER_BATCH = 2048
@@ -47,9 +49,11 @@ def run(params: Params, paths: Paths) -> None:
     tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
     held_out = read_held_out(section, paths, tokenizer)
     general = read_general(section, paths, tokenizer)
+    harness = load_harness(section.lm_eval, paths.root)
     variants = find_variants(paths)
     conditions = parse_gate(section.gate)  # the names in it were checked with params.yaml
-    meter = Meter(sum(amount(rows, variant) for variant in variants for rows in (held_out, general) if rows))
+    total = sum(amount(rows, variant) for variant in variants for rows in (held_out, general) if rows)
+    meter = Meter(total + sum(harness.answers(variant.name) for variant in variants if harness is not None))
     measuring = Measuring(tokenizer, section.batch_size, meter)
     new_token_ids = read_json(paths.out("format", "summary.json"))["new_token_ids"]
     measured: dict[str, Measured] = {}
@@ -59,14 +63,20 @@ def run(params: Params, paths: Paths) -> None:
         model = load_variant(variant, params.model, len(tokenizer), new_token_ids)
         tuned = measured.get(REFERENCE)
         result = measuring.measure(model, variant, held_out, tuned)
+        check_finite(variant, result)
         result.figures["size_mb"] = size_mb(variant)
         if general is not None:
             result.add_general(measuring.measure(model, variant, general, tuned.general if tuned else None))
+        if harness is not None and harness.answers(variant.name):
+            harness.measure(model, tokenizer, result)
+            meter(1, 1, "lm-eval")
         measured[variant.name] = result
         del model
     measured = {variant.name: measured[variant.name] for variant in variants}
-    gate = check_gate(conditions, {name: result.figures for name, result in measured.items()})
-    write_outputs(paths, section, held_out, general.num_documents if general else 0, measured, gate)
+    figures = {name: result.with_errors() for name, result in measured.items()}
+    gate = [*broken_promises(figures, params, paths), *check_gate(conditions, figures)]
+    sizes = {"num_general": general.num_documents if general else 0, "lm_eval": harness.notes() if harness else {}}
+    write_outputs(paths, section, held_out, sizes, measured, gate)
     write_general(paths, general, measured)
     write_report(params, paths)
     print(summary(measured, gate, paths), flush=True)
@@ -148,7 +158,7 @@ def write_outputs(
     paths: Paths,
     section: EvaluateSection,
     held_out: EvalRows,
-    num_general: int,
+    sizes: dict[str, Any],
     measured: dict[str, Measured],
     gate: list[GateRow],
 ) -> None:
@@ -159,7 +169,7 @@ def write_outputs(
         "tasks": task_names(section.task),
         "figures": list(held_out.task.names),
         "num_prompts": len(held_out.prompts),
-        "num_general": num_general,
+        **sizes,
         "max_new_tokens": section.max_new_tokens,
         "models": figures,
         "intervals": {name: result.intervals for name, result in measured.items()},
@@ -170,7 +180,8 @@ def write_outputs(
     }
     write_json(paths.out("evaluate", "results.json"), results)
     write_jsonl(paths.out("evaluate", "generations.jsonl"), generation_rows(held_out, measured))
-    write_json(paths.metrics("evaluate"), {**figures, "gate_passed": int(passed)})
+    with_errors = {name: result.with_errors() for name, result in measured.items()}
+    write_json(paths.metrics("evaluate"), {**with_errors, "gate_passed": int(passed)})
     write_json(paths.timings("evaluate"), {name: result.seconds for name, result in measured.items()})
 
 

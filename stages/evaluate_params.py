@@ -33,6 +33,26 @@ class RegressionSection(Section):
     max_new_tokens: Annotated[Positive, Field(description="Longest answer")]
 
 
+def _all_different(names: list[str]) -> list[str]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"every task can be stated once, found {', '.join(twice)} twice")
+    return names
+
+
+HarnessTask = Annotated[str, Field(min_length=1)]
+
+
+class LmEvalSection(Section):
+    """Tasks of lm-eval, an optional extra."""
+
+    tasks: Annotated[list[HarnessTask], AfterValidator(_all_different), Field(description="Names; [] = none are run")]
+    limit: Annotated[Positive | None, Field(description="Rows of each task; null = all")]
+    num_fewshot: Annotated[int | None, Field(ge=0, description="Examples before each row; null = as the task has it")]
+    apply_chat_template: Annotated[bool, Field(description="Ask in the chat template, not as plain text")]
+    batch_size: Annotated[Positive, Field(description="Requests computed at a time")]
+
+
 class EvaluateSection(Section):
     """Base, tuned, merged and quantized side by side."""
 
@@ -41,4 +61,5 @@ class EvaluateSection(Section):
     batch_size: Annotated[Positive, Field(description="Rows generated at a time")]
     max_new_tokens: Annotated[Positive, Field(description="Longest generation")]
     regression: Annotated[RegressionSection, Field(description="General prompts that must not get worse")]
+    lm_eval: Annotated[LmEvalSection, Field(description="Tasks of lm-eval by name")]
     gate: Annotated[list[str], Field(description="Conditions that must hold before the champion is replaced")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 REGRESSION = "regression_"
@@ -43,8 +44,37 @@ FIGURES: dict[str, Figure] = {
     "token_accuracy": Figure("Token accuracy", "percent", 1),
     "size_mb": Figure("Size on disk", "megabytes", -1),
 }
+# Of those that are no shares.
+RANGES = {
+    "loss": (0.0, math.inf),
+    "perplexity": (1.0, math.inf),
+    "kl": (0.0, math.inf),
+    "size_mb": (0.0, math.inf),
+    "bleu": (0.0, 100.0),
+    "chrf": (0.0, 100.0),
+}
+# Of lm-eval's tasks: the beginning of a metric's name, which a filter's may follow.
+HARNESS = {
+    "acc_norm": Figure("accuracy by length", "percent", 1),
+    "acc": Figure("accuracy", "percent", 1),
+    "exact_match": Figure("exact match", "percent", 1),
+    "f1": Figure("F1", "percent", 1),
+    "word_perplexity": Figure("perplexity of a word", "number", -1),
+    "byte_perplexity": Figure("perplexity of a byte", "number", -1),
+    "bits_per_byte": Figure("bits a byte", "number", -1),
+    "perplexity": Figure("perplexity", "number", -1),
+}
 # Of the other stages, which no table shows.
-LOWER_ELSEWHERE = ("relative_error", "dropped", "lost", "logit_diff", "deviation", "bad_updates")
+LOWER_ELSEWHERE = (
+    "stderr",
+    "bits_per_byte",
+    "relative_error",
+    "dropped",
+    "lost",
+    "logit_diff",
+    "deviation",
+    "bad_updates",
+)
 LOWER = (*(name for name, figure in FIGURES.items() if figure.direction < 0), *LOWER_ELSEWHERE)
 
 
@@ -55,7 +85,28 @@ def figure_of(name: str) -> Figure:
         return Figure(
             f"General prompts: {label[0].lower() if label[1:2].islower() else label[0]}{label[1:]}", kind, direction
         )
+    task, dot, metric = name.partition(".")
+    if dot:
+        return _of_harness(task, metric)
     return FIGURES.get(name, Figure(name))
+
+
+def _of_harness(task: str, metric: str) -> Figure:
+    for known, (label, kind, direction) in HARNESS.items():
+        if metric == known or metric.startswith(f"{known}_"):
+            chosen = metric.removeprefix(known).strip("_").replace("_", " ")
+            return Figure(f"{task}: {label}{f' ({chosen})' if chosen else ''}", kind, direction)
+    return Figure(f"{task}: {metric}")
+
+
+def range_of(name: str) -> tuple[float, float]:
+    """The least and the largest value that a figure can have, by the last part of its name."""
+    figure = name.rpartition(".")[2].removeprefix(REGRESSION)
+    if figure.startswith("acc"):
+        return 0.0, 1.0
+    if figure in FIGURES and FIGURES[figure].kind == "percent":
+        return 0.0, 1.0
+    return RANGES.get(figure, (-math.inf, math.inf))
 
 
 def in_order(names: set[str]) -> list[str]:

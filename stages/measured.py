@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sft.harness import figure_part
 from stages.evaluate_params import EvaluateSection
 from stages.figures import REGRESSION
 from stages.scoring import figure_names
@@ -27,6 +28,12 @@ def metric_names(section: EvaluateSection, *, with_quantized: bool) -> set[str]:
     """
     models = [model for model in MODELS if with_quantized or model != "quantized"]
     return {f"{model}.{name}" for model in models for name in _names(section, model)}
+
+
+def open_ended_names(section: EvaluateSection, *, with_quantized: bool) -> list[str]:
+    """What names of lm-eval's figures begin with, `model.task.`: which metrics a task has, only lm-eval knows."""
+    models = [model for model in ANSWERING if with_quantized or model != "quantized"]
+    return [f"{model}.{figure_part(task)}." for model in models for task in section.lm_eval.tasks]
 
 
 def _names(section: EvaluateSection, model: str) -> list[str]:

@@ -45,6 +45,22 @@ def percent(value: float) -> str:
     return f"{text.removesuffix('.0')}{NBSP}%"
 
 
+def show_change(value: float, kind: str) -> str:
+    """A difference with its sign; of shares in points."""
+    if kind == "megabytes":
+        return f"{value:+,.1f}{NBSP}MB"
+    return f"{100 * value:+.1f}{NBSP}points" if kind == "percent" else f"{value:+.3f}"
+
+
+def show(value: float, kind: str) -> str:
+    """A figure as people read it."""
+    if kind == "percent":
+        return percent(value)
+    if kind == "megabytes":
+        return f"{value:,.0f}{NBSP}MB" if value >= 10 else f"{value:.2g}{NBSP}MB"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
 def ledger_summary(paths: Paths) -> list[dict[str, Any]]:
     """Rows that were left out, cut, repaired or warned of, counted by stage, reason and action, with the first ids."""
     counts: Counter[tuple[str, str, str]] = Counter()

@@ -17,10 +17,12 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 
 from sft.gate import parse_gate
+from sft.gate_ranges import check_ranges
 from sft.gptq_checks import GROUP_SIZES
 from stages.evaluate_params import EvaluateSection
+from stages.figures import range_of
 from stages.load_params import LoadSection
-from stages.measured import metric_names
+from stages.measured import metric_names, open_ended_names
 from stages.section import Fraction, Positive, Section, Seed
 
 
@@ -225,14 +227,17 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _gate_speaks_of_what_is_measured(self) -> Params:
-        available = metric_names(self.evaluate, with_quantized=self.quantize.method != "none")
+        is_quantized = self.quantize.method != "none"
+        available = metric_names(self.evaluate, with_quantized=is_quantized)
+        beginnings = open_ended_names(self.evaluate, with_quantized=is_quantized)
         champions = {f"champion.{name}" for name in available}
-        for key, gate, names in (
-            ("evaluate.gate", self.evaluate.gate, available),
-            ("publish.gate", self.publish.gate, available | champions),
+        of_champion = [f"champion.{name}" for name in beginnings]
+        for key, gate, names, begun in (
+            ("evaluate.gate", self.evaluate.gate, available, beginnings),
+            ("publish.gate", self.publish.gate, available | champions, beginnings + of_champion),
         ):
             try:
-                parse_gate(gate, names)
+                check_ranges(parse_gate(gate, names, begun), range_of)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
         return self

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sft.gptq_checks import check_layers_fit
+from sft.gptq_checks import check_layers_fit, pick_device
 from sft.models import load_tokenizer
 from stages.base_model import read_base_model
+from stages.harness_tasks import load_harness
 from stages.params import Params, QuantizeSection
 from stages.paths import Paths
 from stages.references import read_prompts
@@ -34,6 +35,7 @@ def check_later_stages(params: Params, paths: Paths) -> None:
         except ValueError as error:
             raise ValueError(f"quantize.export_gguf: {error}") from None
     read_prompts(params.evaluate, load_tasks(params.evaluate.task, paths.root), paths)
+    load_harness(params.evaluate.lm_eval, paths.root)
     general = params.evaluate.regression
     if general.path is not None:
         tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
@@ -43,7 +45,7 @@ def check_later_stages(params: Params, paths: Paths) -> None:
 def check_quantization(section: QuantizeSection, folder: Path) -> None:
     """Whether the method takes the base model's layers; raises ValueError where it does not."""
     if section.method == "gptq":
-        check_layers_fit(folder, section.bits, section.group_size)
+        check_layers_fit(folder, section.bits, section.group_size, pick_device("auto"), section.sym)
     elif section.method != "none":
         from sft.kbit_checkpoint import check_widths  # imports bitsandbytes
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from sft.gate import Condition, GateRow, check_gate, parse_gate
@@ -29,36 +31,54 @@ def held_out_digest(paths: Paths) -> str:
     return hashlib.sha256(repr([(row["prompt"], row["reference"]) for row in rows]).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Champion:
+    """What the alias points at.
+
+    Args:
+        version: Of the registered model.
+        run_id: Its run's.
+        name: Its run's.
+        figures: `champion.MODEL` -> metric -> value.
+        held_out: Digest of the rows that it was measured on.
+    """
+
+    version: str
+    run_id: str
+    name: str
+    figures: Mapping[str, Mapping[str, float]]
+    held_out: str | None
+
+
 def check_promotion(
-    tracking: Tracking, params: Params, paths: Paths, run_id: str, models: Mapping[str, Any]
+    params: Params, paths: Paths, run_id: str, models: Mapping[str, Any], champion: Champion | None
 ) -> list[GateRow]:
     """Check `publish.gate`; conditions on the champion hold while there is none, or while it is this very result.
 
     Args:
-        tracking: Where the champion is recorded.
         params: With the conditions.
         paths: Of the checkout.
         run_id: The run of this result.
         models: The figures of this result's models.
+        champion: Before this result.
     """
     conditions = parse_gate(params.publish.gate)  # the names in it were checked with params.yaml
-    champion = find_champion(tracking, params.publish.registered_model) if conditions else None
-    results = {**models, **(champion_figures(champion) if champion else {})}
+    results = {**models, **(champion.figures if champion else {})}
     rows = []
     for condition, row in zip(conditions, check_gate(conditions, results), strict=True):
         rows.append(judge(condition, row, champion, run_id, held_out_digest(paths)))
     return rows
 
 
-def judge(condition: Condition, row: GateRow, champion: Run | None, run_id: str, held_out: str) -> GateRow:
+def judge(condition: Condition, row: GateRow, champion: Champion | None, run_id: str, held_out: str) -> GateRow:
     """The verdict on one condition, which on a champion is only worth something for the same held-out rows."""
     if not any(name.startswith(f"{CHAMPION}.") for name in condition.names):
         return row
     if champion is None:
         return GateRow(condition.text, None, None, True, "there is no champion yet")
-    if champion.info.run_id == run_id:
+    if champion.run_id == run_id:
         return GateRow(condition.text, None, None, True, "this result is the champion")
-    if champion.data.tags.get(HELD_OUT_TAG) != held_out:
+    if champion.held_out != held_out:
         reason = (
             "the champion was measured on other held-out rows; move the alias by hand once, or take this condition out"
         )
@@ -66,15 +86,24 @@ def judge(condition: Condition, row: GateRow, champion: Run | None, run_id: str,
     return row
 
 
-def find_champion(tracking: Tracking, name: str) -> Run | None:
-    """The run of the version that the alias points at."""
+def find_champion(tracking: Tracking, name: str) -> Champion | None:
+    """The version that the alias points at, and what its run has recorded."""
+    version = alias_version(tracking, name, CHAMPION)
+    if version is None:
+        return None
+    run = tracking.client.get_run(version.run_id)
+    held_out = run.data.tags.get(HELD_OUT_TAG)
+    return Champion(str(version.version), run.info.run_id, run.info.run_name, champion_figures(run), held_out)
+
+
+def alias_version(tracking: Tracking, name: str, alias: str) -> ModelVersion | None:
+    """The version that an alias points at, None where it points at none."""
     try:
-        version = tracking.client.get_model_version_by_alias(name, CHAMPION)
+        return tracking.client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-    return tracking.client.get_run(version.run_id)
 
 
 def champion_figures(champion: Run) -> dict[str, dict[str, float]]:

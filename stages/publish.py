@@ -22,18 +22,26 @@ from stages.mlflow_run import PROGRESS_TAG, PUBLISHED, TRAINING_TAG, Tracking, o
 from stages.model_card import write_card
 from stages.params import Params
 from stages.paths import Paths
-from stages.promotion import CHAMPION, HELD_OUT_TAG, check_promotion, held_out_digest
+from stages.promotion import (
+    CHAMPION,
+    HELD_OUT_TAG,
+    Champion,
+    alias_version,
+    check_promotion,
+    find_champion,
+    held_out_digest,
+)
+from stages.promotion_page import CANDIDATE, Decision, write_page
 from stages.redaction import redact
 
 DIGEST_TAG = "sft.result_digest"
 MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate")
-CANDIDATE = "candidate"
 
 
 def run(params: Params, paths: Paths) -> None:
     """Log the result, register the model, move the aliases, write the card, push where asked.
 
-    outs/publish/run.json is written last.
+    outs/publish/promotion.html says what became of the result; outs/publish/run.json is written last.
 
     Raises:
         ValueError: The tracking store can't be used, or the hub refuses.
@@ -45,9 +53,22 @@ def run(params: Params, paths: Paths) -> None:
     progress(1, 3, f"recording in {redact(tracking.uri)}")
     run_id = record_result(tracking, params, paths, digest, passed=results["passed"])
     progress(2, 3, f"registering {params.publish.registered_model}")
-    promotion = check_promotion(tracking, params, paths, run_id, results["models"])
+    champion, before = champion_before(tracking, params.publish.registered_model)
+    promotion = check_promotion(params, paths, run_id, results["models"], champion)
     promoted = results["passed"] and all(row.passed for row in promotion)
     version = register(tracking, params, paths, run_id, digest, results, promoted)
+    decision = Decision(
+        name=params.publish.registered_model,
+        version=version,
+        before=before,
+        champion=champion,
+        is_comparable=champion is not None and champion.held_out == held_out_digest(paths),
+        gate=results["gate"],
+        promotion=promotion,
+        promoted=promoted,
+    )
+    conditions = [*params.evaluate.gate, *params.publish.gate]
+    write_page(paths.out("publish", "promotion.html"), decision, conditions, results)
     shipped = shipped_model(results)
     write_card(paths.out("publish", "README.md"), params, paths, shipped, digest)
     pushed = push_shipped(params, paths, shipped, digest, promoted)
@@ -68,6 +89,13 @@ def run(params: Params, paths: Paths) -> None:
     for row in promotion:
         print(f"  {'holds' if row.passed else 'FAILS'}  {row.condition}  ({row.reason})", flush=True)
     progress(3, 3, f"run {run_id}, model version {version}: {alias_text(results['passed'], promoted)}")
+
+
+def champion_before(tracking: Tracking, name: str) -> tuple[Champion | None, dict[str, str | None]]:
+    """The champion, and the version that each alias stands at; None for one that stands at none."""
+    found = {alias: alias_version(tracking, name, alias) for alias in (CANDIDATE, CHAMPION)}
+    versions = {alias: None if version is None else str(version.version) for alias, version in found.items()}
+    return find_champion(tracking, name), versions
 
 
 def shipped_model(results: dict[str, Any]) -> str:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from datasets import load_from_disk
 
 from sft.gptq import GPTQSettings, QuantizeReport, quantize_gptq
-from sft.gptq_checks import select_calibration
+from sft.gptq_checks import MIN_ROW_TOKENS, select_calibration
 from stages.artifacts import fresh_folder, progress, write_json
 from stages.params import Params, QuantizeSection
 from stages.paths import Paths
 
 SKIPPED = "quantize.method is none: the merged checkpoint is shipped as it is"
+KEPT = "left in full precision, as half precision has no number for some of their values"
 NUM_COMPARED_ROWS = 4
 
 
@@ -25,16 +27,18 @@ def run(params: Params, paths: Paths) -> None:
     """
     section = params.quantize
     started = time.monotonic()
+    needs_rows = section.method != "none" or section.export_gguf is not None
+    rows = calibration_rows(section, paths) if needs_rows else []
     if section.method == "none":
         fresh_folder(paths.out("quantize", "model"))
         report: dict[str, Any] = {"method": "none", "reason": SKIPPED}
         measured: dict[str, float | int | str] = {"method": "none"}
         progress(1, 1, SKIPPED)
     else:
-        report, measured = quantize(section, paths, calibration_rows(section, paths))
+        report, measured = quantize(section, paths, rows)
     shutil.rmtree(paths.out("quantize", "gguf"), ignore_errors=True)
     if section.export_gguf is not None:
-        measured |= export(section.export_gguf, paths, calibration_rows(section, paths))
+        measured |= export(section.export_gguf, paths, rows)
     write_json(paths.out("quantize", "report.json"), report)
     write_json(paths.metrics("quantize"), measured)
     if report["method"] != "none":
@@ -60,6 +64,8 @@ def quantize(
         damp_percent=section.damp_percent,
     )
     gptq = quantize_gptq(merged, quantized, calibration, settings, on_progress=progress)
+    if gptq.kept_full_precision:
+        print(f"note: {KEPT}: {', '.join(gptq.kept_full_precision)}", flush=True)
     report = {"method": "gptq", **gptq.to_dict()}
     return report, figures(report, gptq)
 
@@ -84,12 +90,22 @@ def calibration_rows(section: QuantizeSection, paths: Paths) -> list[list[int]]:
     train = load_from_disk(str(paths.out("pack", "train")))
     rows = train["input_ids"][:]
     chosen = select_calibration(rows, section.num_calibration_rows, section.calibration_length, section.seed)
-    if len(chosen) < section.num_calibration_rows and section.method == "gptq":
-        print(
-            f"note: {len(chosen)} calibration rows, all there are, instead of {section.num_calibration_rows}",
-            flush=True,
-        )
+    if section.method == "gptq":
+        num_short = sum(len(row) < MIN_ROW_TOKENS for row in rows)
+        for note in calibration_notes(chosen, num_short, section.num_calibration_rows):
+            print(f"note: {note}", flush=True)
     return chosen
+
+
+def calibration_notes(chosen: list[list[int]], num_short: int, num_wanted: int) -> Iterator[str]:
+    """What a user should know about the rows that were found, one sentence each."""
+    if len(chosen) < num_wanted:
+        yield f"{len(chosen)} calibration rows, all there are, instead of {num_wanted}"
+    if num_short:
+        yield f"packed training rows of fewer than {MIN_ROW_TOKENS} tokens, which calibrate nothing: {num_short}"
+    num_distinct = len({tuple(row) for row in chosen})
+    if num_distinct < len(chosen):
+        yield f"only {num_distinct} of {len(chosen)} calibration rows differ: GPTQ fits the weights to those alone"
 
 
 def common_figures(report: dict[str, Any]) -> dict[str, float | int | str]:
@@ -111,6 +127,7 @@ def figures(report: dict[str, Any], gptq: QuantizeReport) -> dict[str, float | i
         **common_figures(report),
         "num_damping_retries": gptq.num_damping_retries,
         "num_calibration_rows": gptq.num_rows,
+        "num_distinct_calibration_rows": gptq.num_distinct_rows,
         "num_calibration_tokens": gptq.num_tokens,
     }
 

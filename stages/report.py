@@ -10,12 +10,14 @@ from stages import lineage
 from stages.answers import generations
 from stages.artifacts import read_json, write_text
 from stages.charts import heat_strip
-from stages.figures import figure_of, in_order
-from stages.page import NBSP, ledger_summary, percent, render_page, rows_sentence
+from stages.figures import REGRESSION, figure_of, in_order
+from stages.page import NBSP, ledger_summary, percent, render_page, rows_sentence, show, show_change
 from stages.params import Params
 from stages.paths import Paths
 from stages.training_section import bad_updates, curves
 
+# The divergence of the merged model is none by construction, so that no other could be better.
+BY_CONSTRUCTION = ("kl",)
 TEMPLATE = "report_template.html.jinja"
 
 
@@ -78,7 +80,8 @@ def comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for metric in in_order({name for figures in models.values() for name in figures}):
         label, kind, direction = figure_of(metric)
         values = {name: figures[metric] for name, figures in models.items() if metric in figures}
-        best = max(values.values(), key=lambda value: direction * value) if direction else None
+        is_ranked = bool(direction) and metric.removeprefix(REGRESSION) not in BY_CONSTRUCTION
+        best = max(values.values(), key=lambda value: direction * value) if is_ranked else None
         cells = [
             comparison_cell(values.get(name), results["intervals"].get(name, {}).get(metric), kind, best)
             for name in models
@@ -116,20 +119,6 @@ def changes(pair: Mapping[str, Any]) -> dict[str, Any]:
             }
         )
     return {"before": pair["before"], "after": pair["after"], "rows": rows}
-
-
-def show_change(value: float, kind: str) -> str:
-    """A difference with its sign; of shares in points."""
-    return f"{100 * value:+.1f}{NBSP}points" if kind == "percent" else f"{value:+.3f}"
-
-
-def show(value: float, kind: str) -> str:
-    """A figure as people read it."""
-    if kind == "percent":
-        return percent(value)
-    if kind == "megabytes":
-        return f"{value:,.0f}{NBSP}MB" if value >= 10 else f"{value:.2g}{NBSP}MB"
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
 def data_section(paths: Paths) -> dict[str, Any]:
@@ -181,6 +170,7 @@ def quantization_section(report: Mapping[str, Any]) -> dict[str, Any]:
         "mean": report["mean_relative_error"],
         "calibrated": report["method"] == "gptq",
         "num_retries": report.get("num_damping_retries", 0),
+        "kept": report.get("kept_full_precision", []),
     }
 
 
@@ -189,9 +179,12 @@ def quantization_method(report: Mapping[str, Any]) -> str:
     if report["method"] != "gptq":
         return f"{report['method']} (bitsandbytes), without calibration"
     settings = report["settings"]
+    distinct = report["num_distinct_rows"]
+    same = f", of which only {distinct} differ" if distinct < report["num_rows"] else ""
+    groups = "without groups" if settings["group_size"] == -1 else f"in groups of {settings['group_size']}"
     return (
-        f"{settings['bits']} bit in groups of {settings['group_size']}, calibrated on "
-        f"{report['num_tokens']:,} tokens in {report['num_rows']} training rows"
+        f"{settings['bits']} bit {groups}, calibrated on "
+        f"{report['num_tokens']:,} tokens in {report['num_rows']} training rows{same}"
     )
 
 

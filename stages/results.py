@@ -12,11 +12,12 @@ from sft.generation import Generation
 from sft.intervals import Interval, compare_paired, mean_interval, ratio_interval
 from sft.metrics import mean_scores
 from sft.tasks import Task
-from stages.figures import REGRESSION
+from stages.figures import REGRESSION, range_of
 
 SECONDS = ("likelihood", "generation")
 # (before, after): what training changed, and what quantization did.
 COMPARED = (("base", "tuned"), ("tuned", "quantized"))
+NORMAL_95 = 1.96
 PER_TOKEN = ("loss", "token_accuracy")
 # Of general prompts these two would only say again what the loss says.
 NOT_OF_GENERAL = ("perplexity", "token_accuracy")
@@ -26,7 +27,7 @@ NOT_OF_GENERAL = ("perplexity", "token_accuracy")
 class Measured:
     """What one model did: figures, their intervals, answers with their scores, seconds; sums a document.
 
-    `general` is the same of the general prompts, where there are any.
+    `general` is the same of the general prompts, where there are any; `errors` are standard errors that lm-eval gave.
     """
 
     figures: dict[str, float]
@@ -36,6 +37,7 @@ class Measured:
     scores: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     general: Measured | None = None
+    errors: dict[str, float] = field(default_factory=dict)
 
     def add_documents(self) -> None:
         """Add intervals of the figures that are means over tokens, and the divergence where it was measured."""
@@ -66,6 +68,19 @@ class Measured:
         self.figures |= _of_general(general.figures)
         self.intervals |= _of_general(general.intervals)
         self.seconds["general"] = round(sum(general.seconds[name] for name in SECONDS if name in general.seconds), 1)
+
+    def add_tasks(self, figures: Mapping[str, float], errors: Mapping[str, float]) -> None:
+        """Add what lm-eval measured, with the intervals that its standard errors stand for."""
+        self.figures |= figures
+        self.errors |= errors
+        for name, error in errors.items():
+            low, high = range_of(name)
+            value, spread = figures[name], NORMAL_95 * error
+            self.intervals[name] = (max(low, value - spread), min(high, value + spread))
+
+    def with_errors(self) -> dict[str, float]:
+        """All figures, and standard errors as figures of their own."""
+        return {**self.figures, **{f"{name}_stderr": value for name, value in self.errors.items()}}
 
     def rows(self) -> list[dict[str, float]]:
         """Scores of every answer, and whether it ended by itself."""

@@ -26,6 +26,7 @@ def run(params: Params, paths: Paths) -> None:
                 *table(results["models"], ["loss", "token_accuracy", *results["figures"], "size_mb"]),
                 "",
                 *gate_lines(results),
+                *promotion_lines(paths),
                 "",
                 *places(params, paths),
             ]
@@ -48,6 +49,12 @@ def gate_lines(results: dict[str, Any]) -> list[str]:
     lines = [f"  {'holds' if row['passed'] else 'FAILS'}  {row['condition']}" for row in results["gate"]]
     verdict = "gate passed" if results["passed"] else "gate FAILED: the champion stays as it is"
     return [*lines, f"  {verdict}"]
+
+
+def promotion_lines(paths: Paths) -> list[str]:
+    """What `publish` did with the last result that it saw."""
+    file = paths.out("publish", "promotion.json")
+    return [f"  {read_json(file)['verdict']}: {file.with_suffix('.html')}"] if file.exists() else []
 
 
 def places(params: Params, paths: Paths) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from sft.chat_formats import resize_embeddings
 from sft.gptq_loading import load_dequantized
 from sft.models import load_model, training_device
+from stages.artifacts import read_json
 from stages.base_model import read_base_model
 from stages.params import ModelSection
 from stages.paths import Paths
@@ -85,7 +86,7 @@ def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_t
         return load_dequantized(variant.checkpoint)
     model = load_model(
         variant.checkpoint,
-        dtype=section.dtype,
+        dtype=saved_dtype(variant.checkpoint) or section.dtype,
         attn_implementation=section.attn_implementation,
         trust_remote_code=section.trust_remote_code,
         device_map={"": training_device()},
@@ -97,6 +98,17 @@ def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_t
 
         model = load_adapter(model, variant.adapter)
     return model.eval()
+
+
+def saved_dtype(checkpoint: Path) -> str | None:
+    """The dtype that a checkpoint of bitsandbytes has to be loaded in, None for any other.
+
+    transformers leaves the norms of such a checkpoint in their own dtype whatever it is asked for, and torch's layer
+    norm takes no other.
+    """
+    config = read_json(checkpoint / "config.json")
+    is_rounded = config.get("quantization_config", {}).get("quant_method") == "bitsandbytes"
+    return config.get("dtype") if is_rounded else None
 
 
 def size_mb(variant: Variant) -> float:

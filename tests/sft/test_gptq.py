@@ -249,6 +249,45 @@ def test_activations_that_overflow_are_an_error_and_no_round_to_nearest(tmp_path
     assert not (tmp_path / "q").exists()
 
 
+def test_row_that_the_model_gives_nan_on_is_named_with_its_token(tmp_path: Path) -> None:
+    options = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "tie_word_embeddings": False}
+    model = tiny_model("phi", **options)
+    model.get_input_embeddings().weight.data[7] = 3e38  # a layer norm makes NaN of it
+    model.save_pretrained(tmp_path / "source")
+    clean = [[token if token != 7 else 8 for token in row] for row in ROWS[:3]]
+    poisoned = [9] * 30 + [7] * 34
+    expected = (
+        r"NaN or Inf on 1 of 3 calibration rows \(number 2\) .*: the embeddings of token ids 7 do that\. 12 of 12"
+    )
+    with pytest.raises(ValueError, match=expected):
+        quantize_gptq(tmp_path / "source", tmp_path / "q", [*clean[:2], poisoned], GPTQSettings(group_size=32))
+    assert not (tmp_path / "q").exists()
+    report = quantize_gptq(tmp_path / "source", tmp_path / "q", clean, GPTQSettings(group_size=32))
+    assert report.kept_full_precision == ("model.embed_tokens.weight",)
+
+
+def test_rows_that_are_the_same_are_counted_once(source: Path, tmp_path: Path) -> None:
+    report = quantize_gptq(source, tmp_path / "q", [ROWS[0]] * 4, GPTQSettings(group_size=32))
+    assert (report.num_rows, report.num_distinct_rows) == (4, 1)
+    assert report.max_relative_error < 0.2
+
+
+def test_layers_that_transformers_could_not_load_again_are_refused(tmp_path: Path) -> None:
+    tiny_model("gpt2", hidden_size=64).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"transformer.h.0.attn.c_attn of .* is a Conv1D, .*; use int8 or nf4"):
+        check_layers_fit(tmp_path, bits=4, group_size=32)
+
+
+def test_asymmetric_rows_without_groups_are_refused_where_the_kernel_misreads_them(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, intermediate_size=128)
+    with pytest.raises(ValueError, match=r"misreads asymmetric 4-bit rows without groups: use sym: true, or a group"):
+        check_layers_fit(folder, bits=4, group_size=-1, sym=False)
+    check_layers_fit(folder, bits=4, group_size=-1, sym=True)
+    check_layers_fit(folder, bits=4, group_size=32, sym=False)
+    check_layers_fit(folder, bits=3, group_size=-1, sym=False)
+    check_layers_fit(folder, bits=4, group_size=-1, device="cuda:0", sym=False)
+
+
 def test_calibration_rows_are_chosen_by_seed_and_cut_to_length() -> None:
     rows = [[index] * (8 + index % 5) for index in range(40)]
     chosen = select_calibration(rows, num_rows=6, length=11, seed=3)

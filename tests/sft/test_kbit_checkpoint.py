@@ -112,3 +112,26 @@ def test_layers_too_narrow_for_the_cpu_kernel_are_named(tmp_path: Path) -> None:
         ValueError, match=r"self_attn\.k_proj has 64 inputs and 16 outputs; on a CPU nf4 needs multiples"
     ):
         check_widths(tmp_path, "nf4")
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_layers_that_keep_their_weight_the_other_way_round_have_the_same_error(tmp_path: Path, method: str) -> None:
+    folder = tmp_path / "gpt2"
+    tiny_model("gpt2", hidden_size=64, n_embd=64).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    report = quantize_kbit(folder, tmp_path / "q", method, ROWS)
+    names = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}  # c_proj of the attention is square
+    assert {module.module for module in report.modules} == names
+    low, high = {"int8": (0.002, 0.02), "nf4": (0.05, 0.15)}[method]
+    assert all(low < module.relative_error < high for module in report.modules)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+
+
+def test_weights_beyond_half_precision_are_refused_by_name(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "source")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][7] = 1e6
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight of .* holds 1e\+06, beyond the range of half"):
+        quantize_kbit(folder, tmp_path / "q", "int8", ROWS)
+    assert not (tmp_path / "q").exists()

@@ -220,8 +220,10 @@ from sft.merge import merge_adapter
 from tests.sft.test_merge import Memory
 folder = Path(sys.argv[1])
 merge_adapter(folder / "small", folder / "small_adapter", folder / "unused", [[5]])  # imports what there is to import
+dtype, tolerance = sys.argv[2], float(sys.argv[3])
 with Memory() as memory:
-    report = merge_adapter(folder / "base", folder / "adapter", folder / "merged", [[5, 6, 7], [9]])
+    rows = [[5, 6, 7], [9]]
+    report = merge_adapter(folder / "base", folder / "adapter", folder / "merged", rows, tolerance, dtype)
 print(json.dumps({"peak_mb": memory.peak_mb, "difference": report.max_logit_diff}))
 """
 
@@ -256,26 +258,29 @@ def own_mb() -> float:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux tells it")
-def test_memory_is_bounded_by_the_largest_file_and_not_by_the_model(tmp_path: Path) -> None:
-    model = tiny_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=40)
-    model.save_pretrained(tmp_path / "base", max_shard_size="8MB")
-    adapted = get_peft_model(model, lora(init_lora_weights=False))
+@pytest.mark.parametrize(("dtype", "tolerance", "shard"), [("float32", 1e-3, "8MB"), ("bfloat16", 1.0, "4MB")])
+def test_memory_is_bounded_by_the_largest_file_and_not_by_the_model(
+    tmp_path: Path, dtype: str, tolerance: float, shard: str
+) -> None:
+    model = tiny_model(hidden_size=256, intermediate_size=1024, num_hidden_layers=40).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "base", max_shard_size=shard)
+    adapted = get_peft_model(model.float(), lora(init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
     files = sorted((tmp_path / "base").glob("*.safetensors"))
     total_mb, largest_mb = (fold(file.stat().st_size / 1e6 for file in files) for fold in (sum, max))
     assert len(files) > 15
     small = get_peft_model(load_model(save_base(tmp_path / "small")), lora(init_lora_weights=False))
     small.save_pretrained(tmp_path / "small_adapter")
-    command = [sys.executable, "-c", SHARDS, str(tmp_path)]
+    command = [sys.executable, "-c", SHARDS, str(tmp_path), dtype, str(tolerance)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["difference"] < 1e-3
-    # a model in memory takes all of it, and merging it more; most of what is left here are adapters and empty layers
-    assert found["peak_mb"] < 0.75 * total_mb
-    assert largest_mb < 0.1 * total_mb
+    assert found["difference"] < tolerance
+    # adapters and empty layers of two models take 20 to 25 MB, whatever the size of the base
+    assert found["peak_mb"] < 3 * largest_mb + 32 < 0.7 * total_mb
     merged = sorted((tmp_path / "merged").glob("*.safetensors"))
     assert [file.name for file in merged] == [file.name for file in files]
-    assert_peft_merges_the_same(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    if dtype == "float32":  # what peft merges is not rounded
+        assert_peft_merges_the_same(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_what_can_not_be_merged_by_file_is_merged_whole_with_a_warning(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from stages import evaluate
-from stages.artifacts import read_json, read_jsonl, write_jsonl
+from stages import evaluate, merge
+from stages.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from stages.paths import Paths
 from tests.stages.tiny_run import tiny_params, write_tiny_run
+from tests.tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,7 @@ def test_results_hold_no_wall_times_and_are_the_same_at_every_run(finished: tupl
 def test_page_says_the_verdict_first_and_escapes_what_the_data_holds(finished: tuple[Paths, str]) -> None:
     page = finished[1]
     assert "The gate is closed: 1 of 2 conditions does not hold" in page.split("</h1>")[0]
+    assert "<p>The gate is closed. The stage <code>publish</code>" in page
     assert "&lt;b&gt;Rome&lt;/b&gt;" in page
     assert "<b>Rome" not in page
 
@@ -154,7 +158,7 @@ def test_reference_that_does_not_fit_the_task_is_named_by_its_row(tmp_path: Path
 
 def test_text_task_scores_words(tmp_path: Path) -> None:
     paths = write_tiny_run(tmp_path)
-    evaluate.run(tiny_params(evaluate={"task": "text", "gate": ["tuned.word_f1 >= 0"]}), paths)
+    evaluate.run(tiny_params(evaluate={"task": "text", "gate": ["tuned.word_f1 < 1"]}), paths)
     results = json.loads(paths.out("evaluate", "results.json").read_text())
     assert results["passed"] is True
     assert "word_f1" in results["models"]["tuned"]
@@ -172,3 +176,67 @@ def test_several_tasks_and_an_own_function_are_scored_and_shown(tmp_path: Path) 
     page = paths.report.read_text(encoding="utf-8")
     assert "chrF, 0 to 100 on 3 held-out rows: base" in page
     assert "tuned is wrong" not in page  # no score says what is right
+
+
+def scale(file: Path, name: str, factor: float) -> None:
+    tensors = load_file(file)
+    tensors[name] *= factor
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def broken(paths: Paths) -> list[str]:
+    """The gate's rows that say what is broken, with an evaluation whose own conditions all hold."""
+    evaluate.run(tiny_params(evaluate={"gate": ["tuned.loss > 0"]}), paths)
+    results = read_json(paths.out("evaluate", "results.json"))
+    assert results["gate"][-1]["passed"] is True
+    rows = results["gate"][:-1]
+    assert results["passed"] is (not rows)
+    assert all(row["reason"] in paths.report.read_text(encoding="utf-8") for row in rows)
+    return [f"{row['condition']}: {row['reason']}" for row in rows]
+
+
+def test_one_scaled_tensor_of_the_merged_model_closes_the_gate(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    assert broken(paths) == []
+    scale(paths.out("merge", "model", "model.safetensors"), "model.layers.0.mlp.up_proj.weight", 1.1)
+    (row,) = broken(paths)
+    assert row.startswith("merged.kl <= 1e-06: the merged model is not the tuned one, its answers diverge by ")
+    assert row.endswith("its folder was changed behind the stage `merge`; `dvc repro merge` makes it again")
+
+
+def test_head_of_the_base_that_a_merge_left_behind_closes_the_gate(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    folder = paths.out("merge", "model")
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    head = tensors["model.embed_tokens.weight"]
+    save_file(
+        {**tensors, "lm_head.weight": head + 0.01 * torch.randn(head.shape, generator=generator)},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**config, "tie_word_embeddings": False})
+    assert [row.split(":")[0] for row in broken(paths)] == ["merged.kl <= 1e-06"]
+
+
+def test_adapter_with_another_scale_than_it_was_trained_with_closes_the_gate(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    file = paths.out("train", "model", "adapter_config.json")
+    config = read_json(file)
+    write_json(file, {**config, "lora_alpha": 4 * config["lora_alpha"]})
+    merged, tuned = broken(paths)
+    assert merged.startswith("merged.kl <= 1e-06: ")
+    assert "behind the stage `train`; `dvc repro train` makes it again" in tuned
+    # what merges such an adapter agrees with it, but not with the training
+    shutil.rmtree(paths.out("merge"))
+    tiny_tokenizer().save_pretrained(paths.out("train", "model"))
+    merge.run(tiny_params(), paths)
+    assert [row.split(" within ")[0] for row in broken(paths)] == ["tuned.loss"]
+
+
+def test_model_that_gives_nan_is_named_with_its_folder_and_the_stage_that_makes_it(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    scale(paths.out("merge", "model", "model.safetensors"), "model.norm.weight", float("nan"))
+    with pytest.raises(ValueError, match=r"the merged model has a loss of nan .*outs/merge/model are broken.* `merge`"):
+        evaluate.run(tiny_params(), paths)

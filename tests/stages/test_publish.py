@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from stages import evaluate, lineage, publish
+from stages import evaluate, lineage, publish, summary
 from stages.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from stages.live_run import LiveRun
 from stages.mlflow_run import TRAINING_TAG, open_tracking
+from stages.page import NBSP
 from stages.paths import Paths
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 
@@ -268,3 +270,50 @@ def test_wrong_name_in_the_promotion_gate_is_refused_with_params() -> None:
         tiny_params(publish={"gate": ["tuned.loss <= champion.tuned.los"]})
     with pytest.raises(ValueError, match=r"evaluate\.gate: .*nothing is called champion\.tuned\.loss"):
         tiny_params(evaluate={"gate": ["tuned.loss <= champion.tuned.loss"]})
+
+
+def page(checkout: Paths) -> str:
+    return checkout.out("publish", "promotion.html").read_text(encoding="utf-8").replace(NBSP, " ")
+
+
+def test_page_of_the_promotion_says_what_decided_who_was_champion_and_what_moved(
+    checkout: Paths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promotion(checkout)
+    first = page(checkout)
+    assert "<h1>Promoted: version 1 is the first champion</h1>" in first
+    assert "There was no champion." in first
+    assert "<code>candidate</code>: none → version 1, it moves to every result." in first
+    assert "<code>champion</code>: none → version 1, every condition holds." in first
+    worsen(checkout, 0.5)
+    promotion(checkout)
+    second = page(checkout)
+    assert "<h1>Not promoted: version 1 stays the champion</h1>" in second
+    assert "1 of 1 conditions of publish.gate does not hold." in second
+    assert "<code>candidate</code>: version 1 → version 2, it moves to every result." in second
+    assert "<code>champion</code>: version 1, it stays: a condition does not hold." in second
+    (row,) = re.findall(r'<th scope="row">tuned: loss, nats a token \*</th>.*', second)
+    assert '<td class="no">+0.500</td>' in row
+    worsen(checkout, -1.0)
+    promotion(checkout)
+    assert "<h1>Promoted: version 3 is the champion after version 1</h1>" in page(checkout)
+    assert '<td class="yes">-0.500</td>' in page(checkout)
+    summary.run(tiny_params(), checkout)
+    assert "Promoted: version 3 is the champion after version 1: " in capsys.readouterr().out
+    promotion(checkout)
+    assert "<h1>Version 3 is the champion, as before</h1>" in page(checkout)
+
+
+def test_page_of_the_promotion_says_that_the_gate_is_closed_and_other_rows_were_measured(checkout: Paths) -> None:
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    rows = list(read_jsonl(checkout.out("evaluate", "generations.jsonl")))
+    write_jsonl(checkout.out("evaluate", "generations.jsonl"), rows[1:])
+    results = read_json(checkout.out("evaluate", "results.json"))
+    failed = {**results["gate"][0], "passed": False, "reason": "2 <= 1 does not hold"}
+    write_json(checkout.out("evaluate", "results.json"), {**results, "gate": [failed], "passed": False})
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    assert "Not promoted: version 1 stays the champion" in page(checkout)
+    assert "1 of 1 conditions of evaluate.gate does not hold." in page(checkout)
+    assert "evaluate.gate: 2 &lt;= 1 does not hold" in page(checkout)
+    assert "It was measured on other held-out rows, so that differences say little." in page(checkout)
+    assert '<td class="yes">' not in page(checkout)

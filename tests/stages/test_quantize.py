@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
+from sft.kbit_checkpoint import quantize_kbit
 from stages import evaluate, quantize
 from stages.artifacts import read_json
 from stages.paths import Paths
+from stages.variants import Variant, load_variant
 from tests.stages.tiny_run import tiny_params, write_tiny_run
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +33,7 @@ def test_checkpoint_report_and_figures_are_written(finished: Paths) -> None:
     assert figures["size_ratio"] == pytest.approx(figures["quantized_mb"] / figures["source_mb"])
     # two packed rows of which one is longer than the calibration length of 32
     assert (figures["num_calibration_rows"], figures["num_calibration_tokens"]) == (2, 64)
+    assert figures["num_distinct_calibration_rows"] == 2
 
 
 def test_seed_chooses_the_calibration_rows_among_the_packed_training_rows(finished: Paths) -> None:
@@ -83,3 +88,24 @@ def test_gguf_file_of_the_merged_model_is_written_beside_and_taken_away_again(tm
 def test_group_size_that_does_not_fit_is_refused_before_the_work(finished: Paths) -> None:
     with pytest.raises(ValueError, match="group_size 64 does not divide the width 32"):
         quantize.run(tiny_params(quantize={"group_size": 64}), finished)
+
+
+def test_short_and_repeated_calibration_rows_are_said() -> None:
+    rows = [[1] * 11, [1] * 11, [2] * 11]
+    assert list(quantize.calibration_notes(rows, num_short=0, num_wanted=3)) == [
+        "only 2 of 3 calibration rows differ: GPTQ fits the weights to those alone"
+    ]
+    notes = list(quantize.calibration_notes(rows[1:], num_short=1, num_wanted=4))
+    assert notes == [
+        "2 calibration rows, all there are, instead of 4",
+        "packed training rows of fewer than 11 tokens, which calibrate nothing: 1",
+    ]
+
+
+def test_rounded_model_with_layer_norms_is_loaded_in_the_dtype_that_it_was_saved_in(tmp_path: Path) -> None:
+    tiny_model("phi", hidden_size=64).save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    quantize_kbit(tmp_path / "source", tmp_path / "q", "int8", [list(range(5, 45))])
+    model = load_variant(Variant("quantized", tmp_path / "q"), tiny_params().model, len(tiny_tokenizer()), [])
+    assert tiny_params().model.dtype == "float32"  # in which transformers would load it, and torch refuse it
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()

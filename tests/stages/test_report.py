@@ -29,6 +29,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
         "figures": ["exact_match"],
         "num_prompts": 2,
         "num_general": 0,
+        "lm_eval": {},
         "max_new_tokens": 8,
         "models": {
             "base": figures,
@@ -74,7 +75,13 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
         for name in ("mlp.up_proj", "self_attn.q_proj")
     ]
     settings = {"bits": 4, "group_size": 64}
-    sizes = {"num_rows": 32, "num_tokens": 8192, "source_bytes": 538e6, "quantized_bytes": 114.6e6}
+    sizes = {
+        "num_rows": 32,
+        "num_distinct_rows": 32,
+        "num_tokens": 8192,
+        "source_bytes": 538e6,
+        "quantized_bytes": 114.6e6,
+    }
     rest = {"mean_relative_error": 0.6, "num_damping_retries": 1}
     write_json(
         paths.out("quantize", "report.json"),
@@ -232,3 +239,17 @@ def test_bad_updates_and_code_that_came_with_the_model_are_shown(paths: Paths, t
     quiet = paths.report.read_text(encoding="utf-8")
     assert "Updates that were no good" not in quiet
     assert "that comes with the model was run" not in quiet
+
+
+def test_divergence_that_is_none_by_construction_is_no_best() -> None:
+    models = {"base": {"kl": 3.0}, "tuned": {}, "merged": {"kl": 0.0}, "quantized": {"kl": 0.1, "regression_kl": 0.2}}
+    rows = report.comparison({"models": models, "intervals": {}})
+    assert next(row["label"] for row in rows) == "KL from the tuned model, nats a token"
+    assert not any(cell["best"] for row in rows for cell in row["cells"])
+
+
+def test_page_says_what_the_promotion_will_do(page: str) -> None:
+    section = page.split('id="promotion"')[1].split("</section>")[0]
+    assert "The gate is open." in section
+    assert "<code>champion</code> moves too, unless a condition of <code>publish.gate</code> fails" in section
+    assert "outs/publish/promotion.html" in section

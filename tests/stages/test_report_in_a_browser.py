@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from sft.gate import GateRow
+from stages.promotion import Champion
+from stages.promotion_page import Decision, write_page
 from tests.stages.test_report import paths  # noqa: F401  (a fixture)
 
 CHROMIUM = next((found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None)
@@ -65,6 +68,26 @@ def test_verdict_is_seen_first_and_nothing_overflows(paths: Any, tmp_path: Path,
         assert seen["bottom"] < 400
         assert seen["text"] >= 15
         assert (brightness(seen["paper"]) < brightness(seen["ink"])) is dark
+
+
+def test_page_of_a_promotion_fits_a_phone(tmp_path: Path) -> None:
+    champion = Champion("7", "0f" * 16, "tiny-0f0f0f0f", {"champion.tuned": {"loss": 0.5, "exact_match": 0.9}}, "rows")
+    condition = "tuned.exact_match >= champion.tuned.exact_match - 0.02"
+    decision = Decision(
+        name="shop-extractor",
+        version="8",
+        before={"candidate": "7", "champion": "7"},
+        champion=champion,
+        is_comparable=True,
+        gate=[{"condition": "tuned.loss <= 2 * base.loss", "passed": True, "reason": "0.5 <= 4"}],
+        promotion=[GateRow(condition, 0.8, 0.88, False, "0.8 >= 0.88 does not hold")],
+        promoted=False,
+    )
+    models = {"base": {"loss": 2.0, "exact_match": 0.0}, "tuned": {"loss": 0.6, "exact_match": 0.8, "size_mb": 500.0}}
+    write_page(tmp_path / "promotion.html", decision, [condition], {"models": models, "figures": ["exact_match"]})
+    for width, seen in zip(WIDTHS, look(tmp_path / "promotion.html", tmp_path, dark=False), strict=True):
+        assert (seen["width"], seen["heading"]) == (width, "Not promoted: version 7 stays the champion")
+        assert seen["scroll"] <= width
 
 
 def brightness(colour: str) -> float:

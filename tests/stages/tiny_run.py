@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from sft.evaluation import evaluate_model
 from sft.labels import IGNORE_INDEX
 from stages.artifacts import write_json, write_jsonl, write_text
 from stages.base_model import folder_digest
@@ -24,7 +25,7 @@ WIDE = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 CURVE = """step,loss,eval_loss,learning_rate,grad_norm,mean_token_accuracy,eval_mean_token_accuracy
 1,2.5,,0.0001,3.5,0.4,
 2,1.5,1.6,0.0005,2.5,0.6,0.55
-3,0.5,0.7,0.0001,1.5,0.9,0.85
+3,0.5,{eval_loss},0.0001,1.5,0.9,0.85
 """
 SOURCE = {
     "purpose": "train",
@@ -101,8 +102,10 @@ def _write_rows(paths: Paths, tokenizer: PreTrainedTokenizerFast) -> None:
 def _write_training(paths: Paths, base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     adapter = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     adapter.save_pretrained(paths.out("train", "model"))
-    write_text(paths.out("train", "curve.csv"), CURVE)
-    write_json(paths.metrics("train"), {"loss": 0.5, "eval_loss": 0.7, "steps": 3})
+    rows = load_from_disk(str(paths.out("pack", "eval"))).to_list()
+    eval_loss = evaluate_model(adapter.eval(), rows, tokens_per_batch=2048)["loss"]
+    write_text(paths.out("train", "curve.csv"), CURVE.format(eval_loss=eval_loss))
+    write_json(paths.metrics("train"), {"loss": 0.5, "eval_loss": eval_loss, "steps": 3})
     merged = PeftModel.from_pretrained(tiny_model(**WIDE), paths.out("train", "model")).merge_and_unload()
     _save(merged, tokenizer, paths.out("merge", "model"))
     write_json(paths.metrics("merge"), {"max_logit_diff": 1.2e-6})
