@@ -424,3 +424,14 @@ def test_time_is_linear_in_turns() -> None:
             assert len(renderer.render(record).spans) == num_messages // 2
         seconds.append(time.perf_counter() - started)
     assert seconds[1] / seconds[0] < 9, seconds
+
+
+def test_content_in_parts_that_the_template_prints_as_a_list_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Yes."}]
+    record = {"messages": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": parts}]}
+    for train_on in (TrainOn.ASSISTANT, TrainOn.ALL):
+        with pytest.raises(
+            ValueError, match=r"message 1 has content in parts \(text, thinking\), which the chat templa"
+        ):
+            ChatRenderer(tokenizer, train_on).render(record)
