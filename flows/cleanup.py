@@ -24,6 +24,7 @@ from flows.cache_cleaning import clean_cache  # noqa: E402
 from flows.graph import RunRefused  # noqa: E402
 from flows.leftovers import find_leftovers, remove_leftovers  # noqa: E402
 from flows.terminal import run_in_terminal  # noqa: E402
+from flows.unfinished_runs import end_unfinished_runs, find_unfinished_runs  # noqa: E402
 
 KEEP_DAYS = 14
 
@@ -35,7 +36,8 @@ def cleanup(
     """Find what nobody needs any more, and remove it when asked.
 
     Args:
-        remove: Remove it. Off: only say what could go.
+        remove: Remove it, and end the runs in MLflow whose training can't be resumed any more. Off: only say what
+            could go.
         keep_days: Days that an unfinished training may wait to be resumed, and a log to be read.
         cache: Look into DVC's cache, too: what neither the checkout, nor a git commit, nor a run recorded in MLflow
             refers to can go.
@@ -44,6 +46,8 @@ def cleanup(
     leftovers = find_leftovers(root, keep_days)
     rows = [(str(one.path.relative_to(root)), one.why, one.num_bytes) for one in leftovers]
     try:
+        tracking, runs = find_unfinished_runs(root, leftovers)
+        rows += [(f"run {run.name} in MLflow", "ends as KILLED with its checkpoints", 0) for run in runs]
         if cache:
             unreferenced = clean_cache(root, dry=not remove)
             if unreferenced.num_objects:
@@ -52,6 +56,8 @@ def cleanup(
     except (RunRefused, ValueError) as refusal:
         return Failed(message=str(refusal))
     if remove:
+        if tracking is not None:
+            end_unfinished_runs(tracking, runs)
         remove_leftovers(root, leftovers)
     summary = summarize(rows, remove)
     shown = [{"what": what, "why": why, "MB": f"{num_bytes / 1e6:.1f}"} for what, why, num_bytes in rows]

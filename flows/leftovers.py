@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows import worktree
+from stages.lock_holders import trainings_at_work
 
 DAY_S = 86400.0
 FINISHED = "finished"
@@ -39,13 +40,15 @@ def find_leftovers(root: Path, keep_days: float) -> list[Leftover]:
         root: The checkout.
         keep_days: Days that an unfinished training may wait to be resumed, and a log to be read.
     """
+    # whichever checkpoints it writes: few days may be fewer than it takes to the next one
+    training = any(folder.is_relative_to(root) for folder in trainings_at_work())
     found = [(path, "its run is gone") for path in worktree.abandoned(root)]
     state = root / ".state"
     for folder in sorted((state / "train").glob("*/")):
         age = time.time() - newest(folder)
         if (folder / FINISHED).exists() and age > FINISHED_AGE_S:
             found.append((folder, "checkpoints of a training that has finished"))
-        elif age > keep_days * DAY_S:
+        elif age > keep_days * DAY_S and not training:
             found.append((folder, f"checkpoints that nobody resumed for {age / DAY_S:.0f} days"))
     for log in sorted((state / "logs").glob("*.log")):
         age = time.time() - log.stat().st_mtime

@@ -18,6 +18,7 @@ prepare_prefect()
 
 from prefect import flow, runtime  # noqa: E402
 from prefect.client.schemas.objects import State  # noqa: E402
+from prefect.logging import get_run_logger  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 from pydantic import Field  # noqa: E402
 
@@ -117,7 +118,6 @@ def sweep(
         board = run_trials(prepared, asked)
     except (RunRefused, ValueError) as refusal:
         return Failed(message=str(refusal))
-    board.publish()
     print(board.text(), flush=True)
     if board.best is None:
         return Failed(message=board.summary())
@@ -151,7 +151,8 @@ def run_trials(prepared: Prepared, asked: SweepAsked) -> Leaderboard:
             board.trials.append(done if isinstance(done, Trial) else Trial(number, values, problem=str(state.message)))
             check_measured(board.trials[-1], asked.figure)
             prepared.search.tell(board.score(board.trials[-1]))
-            print(f"trial {number} of {prepared.num_trials}: {board.summary()}", flush=True)
+            get_run_logger().info(f"trial {number} of {prepared.num_trials}: {board.summary()}")
+            board.publish()  # whoever opens the page meanwhile, or cancels the rest, has those that ended
         record.log_leaderboard(board.rows(), board.best.values if board.best else {})
     return board
 

@@ -197,7 +197,7 @@ class ChatRenderer:
     def _turns(self, record: Mapping[str, Any]) -> tuple[str, list[Turn], TemplateProfile]:
         template, profile = self.template(record), self.profile(record)
         text, turns = assistant_turns(template, profile, _prepared(template, record), _tools(record))
-        _check_calls(text, record)
+        _check_printed(text, record)
         return text, turns, profile
 
     def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
@@ -206,7 +206,7 @@ class ChatRenderer:
         if self.train_on is TrainOn.ALL:
             template = self.template(record)
             text = template.render([_prepared(template, record)], _tools(record))[0]
-            _check_calls(text, record)
+            _check_printed(text, record)
             return Rendered(text, [Span(0, len(text))])
         text, turns, _ = self._turns(record)
         first_trained = len(record["prompt"]) if "prompt" in record else 0
@@ -256,9 +256,15 @@ def _prepared(template: ChatTemplate, record: Mapping[str, Any]) -> list[dict[st
     return template_messages(messages, arguments_as_text=has_calls and wants_text_arguments(template.source))
 
 
-def _check_calls(text: str, record: Mapping[str, Any]) -> None:
-    """Refuse a template that leaves out the calls that the record is about."""
+def _check_printed(text: str, record: Mapping[str, Any]) -> None:
+    """Refuse a template that leaves out calls, or prints content in parts as the list that it is."""
     for index, message in enumerate(_messages(record)):
+        if isinstance(message["content"], list) and str(message["content"]) in text:
+            kinds = ", ".join(sorted({str(part["type"]) for part in message["content"]}))
+            raise ValueError(
+                f"message {index} has content in parts ({kinds}), which the chat template does not know; give text, or "
+                f"{_USE_ANOTHER.partition(' ')[2]}"
+            )
         for call in message.get("tool_calls") or ():
             if call["function"]["name"] not in text:
                 name = call["function"]["name"]

@@ -27,6 +27,8 @@ class SFTConfig(TrainingArguments):
         model_init_kwargs: Arguments of `from_pretrained`, used when the model is given as a name.
         chat_template_path: Jinja file, or folder or hub id of a tokenizer whose chat template replaces the model's.
         dataset_text_field: Column that holds plain text.
+        image_folder: Where paths of images in rows start, and which folder they may not lead out of; None = the working
+            directory, "/" = anywhere.
         dataset_kwargs: `skip_prepare_dataset`: hand the data set to the collator as it is. Of plain text (a chat
             template prints such tokens itself): `add_special_tokens`: let the tokenizer add its own (a text that begins
             with bos gets no other); `append_concat_token`: put the end-of-sequence token after each document. Both are
@@ -93,6 +95,7 @@ class SFTConfig(TrainingArguments):
     chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file or tokenizer to take it from."})
 
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds plain text."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder that images of rows may lie in."})
     dataset_kwargs: dict[str, Any] | str | None = field(default=None, metadata={"help": "Options of the preparation."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
     dataset_batch_size: int = field(default=1000, metadata={"help": "Rows prepared at a time."})

@@ -187,8 +187,9 @@ def _run_gptqmodel(
         model = GPTQModel.load(str(model_dir), config, dtype=dtype)
         model.layer_callback = _LayerProgress(on_progress, model.model.config.num_hidden_layers)
         rows = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in calibration]
-        log = model.quantize(rows, batch_size=max(1, TOKENS_PER_BATCH // max(map(len, calibration))))
-        model.save(str(raw_dir))
+        with _failures_of_threads():
+            log = model.quantize(rows, batch_size=max(1, TOKENS_PER_BATCH // max(map(len, calibration))))
+            model.save(str(raw_dir))
     return _solved_rows(log)
 
 
@@ -214,6 +215,21 @@ def _poison_named(model_dir: Path, calibration: Sequence[Sequence[int]]) -> Iter
         if poison is None:
             raise
         raise ValueError(f"{poison}. {error}") from error
+
+
+@contextlib.contextmanager
+def _failures_of_threads() -> Iterator[None]:
+    """Raise what went wrong in a thread of GPTQModel, which would end the process without a word to its caller."""
+    from gptqmodel.utils.threadx import _DeviceWorker
+
+    failures: list[BaseException] = []
+    abort, _DeviceWorker._abort_process = _DeviceWorker._abort_process, lambda worker, error: failures.append(error)
+    try:
+        yield
+    finally:
+        _DeviceWorker._abort_process = abort
+        if failures:
+            raise failures[0]  # whatever the caller made of it
 
 
 class _LayerProgress:

@@ -34,6 +34,12 @@ ROLES = {
 }
 
 
+IMAGE_COLUMNS = ("images", "image")
+"""Columns that hold a row's images."""
+
+MEDIA = ("image", "image_url", "input_image", "video", "video_url", "input_video", "audio", "audio_url", "input_audio")
+"""Types of content parts that are no text."""
+
 # what a message about an unknown role names; the other names are read too
 MAIN_ROLES = "system, user, assistant or tool"
 
@@ -206,11 +212,38 @@ def validate_messages(messages: Sequence[Mapping[str, Any]], *, require_alternat
         All problems in the order of the messages, empty when there is none.
     """
     problems = [problem for index, message in enumerate(messages) for problem in _message_problems(message, index)]
+    problems += media_problems(messages)
     if not any(message["role"] == "assistant" for message in messages):
         problems.append(Problem("no_answer", f"{len(messages)} messages, none by the assistant"))
     elif require_alternation:
         problems += _order_problems([(message["role"], bool(message.get("tool_calls"))) for message in messages])
     return problems
+
+
+def media_problems(messages: Sequence[Mapping[str, Any]]) -> list[Problem]:
+    """List the parts of normalized messages that no model of text can see."""
+    return [
+        Problem("has_media", f"message {index} has a part of type {part['type']!r}, and only text is trained here")
+        for index, message in enumerate(messages)
+        if is_messages(message["content"])
+        for part in message["content"]
+        if part["type"] in MEDIA
+    ]
+
+
+def check_text_alone(record: Mapping[str, Any]) -> None:
+    """Refuse a conversation with images or sounds, of which a template would print the names at best.
+
+    Raises:
+        ValueError: Names the message and the part.
+    """
+    chats = [record[name] for name in ("messages", "prompt", "completion") if is_messages(record.get(name))]
+    problems = [problem for chat in chats for problem in media_problems(chat)]
+    if problems:
+        raise ValueError(
+            f"{problems[0].detail}; remove such parts, or give processing_class=AutoProcessor.from_pretrained(...) and "
+            "a data set whose first row has an image, or with a column images"
+        )
 
 
 def _message_problems(message: Mapping[str, Any], index: int) -> list[Problem]:

@@ -47,6 +47,11 @@ def check_ignored(config: SFTConfig, collator: Callable | None, packing: Packing
                 f"{option}={asked} would be ignored: {_name(collator)} makes the batches; give it there, or leave "
                 "data_collator out"
             )
+    if config.image_folder is not None and getattr(collator, "image_folder", None) != config.image_folder:
+        where = "the data has no images" if collator is None else f"{_name(collator)} makes the batches"
+        raise ValueError(
+            f"image_folder={config.image_folder!r} would be ignored: {where}; leave it out, or give it there"
+        )
     rest = evaluation if isinstance(evaluation, dict) else {"": evaluation}
     named = [
         ("train", train, packing.train),

@@ -17,7 +17,7 @@ from sft.chat import ChatRenderer, Rendered, TrainOn, asked_part
 from sft.config import DEFAULT_MAX_LENGTH, SFTConfig
 from sft.encoding import Encoder
 from sft.packing import apply_overflow, limit_and_pack, pack_dataset
-from sft.records import CONVERSATION_COLUMNS, Kind, Layout, detect_layout, normalize
+from sft.records import CONVERSATION_COLUMNS, Kind, Layout, check_text_alone, detect_layout, normalize
 from sft.tokenized import MASKS, StreamLimit, labels_of_tokens, nothing_trained, warn_of_double_bos
 
 logger = logging.getLogger(__name__)
@@ -338,7 +338,9 @@ class BatchEncoder:
             if self.plan.layout.kind is Kind.TEXT:
                 row = {"text": row[self.plan.text_field]}
                 return {**normalize(row, Layout(Kind.TEXT, ("text",))), "id": name}
-            return {**normalize(row, self.plan.layout, prune_nulls=True), "id": name}
+            record = normalize(row, self.plan.layout, prune_nulls=True)
+            check_text_alone(record)
+            return {**record, "id": name}
         except ValueError as error:
             raise ValueError(f"row {name}: {error}") from error
 

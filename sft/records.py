@@ -22,7 +22,9 @@ from enum import StrEnum
 from typing import Any
 
 from sft.messages import (
+    IMAGE_COLUMNS,
     RowError,
+    check_text_alone,
     described,
     is_messages,
     normalize_messages,
@@ -32,9 +34,11 @@ from sft.messages import (
 )
 
 __all__ = [
+    "IMAGE_COLUMNS",
     "Kind",
     "Layout",
     "RowError",
+    "check_text_alone",
     "detect_kind",
     "detect_layout",
     "normalize",

@@ -16,15 +16,14 @@ from sft.chat import Rendered, TrainOn, asked_part
 from sft.collators import DataCollatorForSFT
 from sft.encoding import Encoder
 from sft.labels import IGNORE_INDEX
-from sft.records import Kind, Layout, detect_layout, normalize
+from sft.records import IMAGE_COLUMNS, Kind, Layout, detect_layout, normalize
 from sft.vision_chat import (
-    IMAGE_COLUMNS,
     VisionRenderer,
     VisionRow,
+    column_images,
     expand,
     placeholder,
     put_images_first,
-    read_images,
     take_images,
 )
 
@@ -59,6 +58,8 @@ class DataCollatorForVisionLanguageModeling:
         return_tensors: `pt`.
         assistant_only_loss: Train on assistant turns only.
         last_turn_only_loss: Train on the last assistant turn only.
+        image_folder: Paths in rows start in this folder and may not lead out of it; None = the working directory, "/" =
+            anywhere.
     """
 
     processor: ProcessorMixin
@@ -69,6 +70,7 @@ class DataCollatorForVisionLanguageModeling:
     return_tensors: str = "pt"
     assistant_only_loss: bool = False
     last_turn_only_loss: bool = False
+    image_folder: str | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.processor, "tokenizer") or not hasattr(self.processor, "image_processor"):
@@ -119,8 +121,8 @@ class DataCollatorForVisionLanguageModeling:
             if layout.kind is Kind.TEXT:
                 given = {"text": given[self.dataset_text_field]}
             record = normalize(given, layout, prune_nulls=True)
-            images = [image for column in IMAGE_COLUMNS for image in read_images(row.get(column))]
-            record, images = place_images(record, images, placeholder(self.processor))
+            images = column_images(row, self.image_folder)
+            record, images = place_images(record, images, placeholder(self.processor), self.image_folder)
         except ValueError as error:
             raise ValueError(f"row {name}: {error}") from error
         rendered = self._renderer(train_on).render({**record, "id": name})
@@ -295,13 +297,16 @@ class DataCollatorForVisionLanguageModeling:
         return token_id
 
 
-def place_images(record: dict[str, Any], images: list[Any], image_token: str) -> tuple[dict[str, Any], list[Any]]:
+def place_images(
+    record: dict[str, Any], images: list[Any], image_token: str, folder: str | None = None
+) -> tuple[dict[str, Any], list[Any]]:
     """Bring the images of a record's columns and of its messages together, each with one place in the messages.
 
     Args:
         record: As `sft.records.normalize` returns it.
         images: Of the columns, decoded.
         image_token: A placeholder that texts may hold themselves.
+        folder: Where paths in messages may lie.
 
     Returns:
         The record with bare image parts, and all of its images.
@@ -312,12 +317,12 @@ def place_images(record: dict[str, Any], images: list[Any], image_token: str) ->
     columns = [name for name in ("messages", "prompt", "completion") if isinstance(record.get(name), list)]
     if not columns:
         return record, images
-    messages, inline, num_places = take_images([message for name in columns for message in record[name]])
+    messages, inline, num_places = take_images([message for name in columns for message in record[name]], folder)
     if inline and images:
         raise ValueError(
             f"{len(images)} images in a column and {len(inline)} in its messages; give them in one of both"
         )
-    images = images or read_images(inline)
+    images = images or inline
     num_places += sum(_texts(message).count(image_token) for message in messages if image_token)
     if images and not num_places:
         messages, num_places = put_images_first(messages, len(images)), len(images)

@@ -7,22 +7,18 @@ that form each time they are rendered, so that the search for assistant turns wo
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
 from transformers import ProcessorMixin
-from transformers.image_utils import is_valid_image, load_image
 
 from sft.chat import ChatRenderer, Rendered, Span, TrainOn
 from sft.chat_template import PROBE_CHAT, ChatTemplate, chat_template_of, in_parts, prints_probe
-from sft.messages import is_messages
+from sft.image_files import read_images
+from sft.records import IMAGE_COLUMNS, is_messages
 
-IMAGE_COLUMNS = ("images", "image")
 _PART_KEYS = ("image", "image_url", "url", "path", "base64")
 
 
@@ -123,60 +119,29 @@ class VisionRow:
     images: list[Any] = field(default_factory=list)
 
 
-def read_images(value: Any) -> list[Any]:
-    """Decode a column's images: nothing, one, or a list of PIL images, arrays, paths, URLs, `{"bytes", "path"}`.
+def column_images(row: Mapping[str, Any], folder: str | None = None) -> list[Any]:
+    """Decode the images of a row's columns.
+
+    Args:
+        row: As the data set has it.
+        folder: Where paths may lie.
 
     Raises:
-        ValueError: A value is no image.
+        ValueError: A value is no image, or lies elsewhere.
     """
-    if value is None:
-        return []
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [read_image(item) for item in values if item is not None]
+    return [image for column in IMAGE_COLUMNS for image in read_images(row.get(column), folder)]
 
 
-def read_image(value: Any) -> Any:
-    """Decode one image, turned upright as its EXIF data says; what is decoded already is left as it is.
-
-    Raises:
-        ValueError: It is none, or can't be read; says where it should come from.
-    """
-    if isinstance(value, Mapping):
-        stored = value.get("bytes") or value.get("path") or value.get("url")
-        return _decode(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
-    if isinstance(value, bytes):
-        return _decode(io.BytesIO(value))
-    if isinstance(value, (str, Path)):
-        return _decode(str(value))
-    if not is_valid_image(value):
-        raise ValueError(
-            f"{type(value).__name__} {value!r:.60} is no image; give PIL images, arrays, paths, or a dict with "
-            "bytes or path"
-        )
-    return value
-
-
-def _decode(source: Any) -> Any:
-    """Open a file, or let transformers fetch a URL or base64 text."""
-    if source is None:
-        raise ValueError("an image has neither bytes nor path; cast the column with datasets.Image() or load it")
-    try:
-        if isinstance(source, str) and not Path(source[:255]).is_file():
-            return load_image(source)
-        return ImageOps.exif_transpose(Image.open(source))
-    except (OSError, ValueError) as error:
-        what = f"{source!r:.120}" if isinstance(source, str) else "the image's bytes"
-        raise ValueError(f"{what} can't be read as an image: {error}") from error
-
-
-def take_images(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Any], int]:
+def take_images(
+    messages: list[dict[str, Any]], folder: str | None = None
+) -> tuple[list[dict[str, Any]], list[Any], int]:
     """Take images out of the parts of messages, leaving bare `{"type": "image"}` parts.
 
     Returns:
-        The messages, the images found (still encoded), and how many image parts there are.
+        The messages, the images found, decoded, and how many image parts there are.
 
     Raises:
-        ValueError: A part is neither text nor image.
+        ValueError: A part is neither text nor image, or its image can't be read.
     """
     found: list[Any] = []
     num_parts = 0
@@ -196,7 +161,7 @@ def take_images(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], l
                 parts.append({"type": "image"} if is_image else {"type": "text", "text": part.get("text", "")})
             message = {**message, "content": parts}
         result.append(message)
-    return result, found, num_parts
+    return result, read_images(found, folder), num_parts
 
 
 def _source_of(part: Mapping[str, Any]) -> Any:

@@ -8,8 +8,8 @@ from datasets import IterableDataset
 from transformers import ProcessorMixin
 
 from sft.config import SFTConfig
+from sft.records import IMAGE_COLUMNS
 from sft.vision import DataCollatorForVisionLanguageModeling
-from sft.vision_chat import IMAGE_COLUMNS
 
 
 def choose_vision_collator(
@@ -67,6 +67,7 @@ def choose_vision_collator(
         dataset_text_field=config.dataset_text_field,
         assistant_only_loss=config.assistant_only_loss,
         last_turn_only_loss=config.last_turn_only_loss,
+        image_folder=config.image_folder,
     )
 
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from stages.full_disk import explain_full_disk, is_full_disk
 from stages.measured import MODELS
 from stages.params import ParamsError, load_params
 from stages.paths import Paths
@@ -57,10 +58,12 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_STOPPED
     except ParamsError as error:
         return fail(error, EXIT_USAGE)
-    except (ValueError, OSError) as error:
-        if os.environ.get("SFT_TRACEBACK"):
+    except Exception as error:
+        full = is_full_disk(error, paths.root)
+        if os.environ.get("SFT_TRACEBACK") or not (full or isinstance(error, (ValueError, OSError))):
             raise
-        return fail(error, getattr(error, "exit_code", EXIT_FAILED))
+        told = explain_full_disk(error, args.name, paths.root) if full else error
+        return fail(told, getattr(error, "exit_code", EXIT_FAILED))
     return 0
 
 

@@ -6,7 +6,6 @@ on the disk. A kill at any moment, a full disk or a damaged file leaves the one 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -20,13 +19,12 @@ from typing import Any
 from transformers import TrainerCallback
 
 from stages.artifacts import read_json, write_json
+from stages.full_disk import is_full_disk
 from stages.params import Params, TrainSection
 from stages.paths import Paths
 
 FINISHED = "finished"
 SEAL = "seal.json"
-FULL_BYTES = 1_000_000
-"""A disk with less than this is full: whoever could not write has filled it up to the last block."""
 PICKLED_ARGUMENTS = "training_args.bin"
 
 
@@ -150,16 +148,6 @@ def explaining_full_disk(state: TrainingState) -> Iterator[None]:
             f"no space left for a checkpoint in {state.folder}; {kept}. Free some space and type the command again to "
             "go on"
         ) from error
-
-
-def is_full_disk(error: Exception, folder: Path) -> bool:
-    """Whether an error means that there is no space left in a folder: Python's own, safetensors' or torch's."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    if "No space left on device" in str(error):
-        return True
-    # torch.save only says that its stream broke
-    return "inline_container.cc" in str(error) and shutil.disk_usage(folder).free < FULL_BYTES
 
 
 def fingerprint_files(paths: Paths) -> Iterator[Path]:

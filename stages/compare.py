@@ -12,14 +12,14 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from stages.figures import lower_is_better
-from stages.lineage import main_checkout
+from stages.lineage import PARENT_TAG, main_checkout
 from stages.machine import MACHINE
-from stages.mlflow_run import SQLITE, Tracking, absolute_uri, open_tracking
+from stages.mlflow_run import KIND_TAG, SQLITE, SWEEP, Tracking, absolute_uri, open_tracking
 from stages.params import Params
 from stages.paths import Paths
 from stages.publish import DIGEST_TAG, MEASURED_STAGES
 
-VERSION, COMMIT, DIRTY, BASE = "version.", "git.commit", "git.dirty", "sft.base_model"
+VERSION, COMMIT, DIRTY, CODE, BASE = "version.", "git.commit", "git.dirty", "git.changed_code", "sft.base_model"
 MAX_VALUE = 60
 NOISE = 1e-9
 """Figures that differ by less differ in what rounding left over."""
@@ -46,7 +46,7 @@ def run(params: Params, paths: Paths, *, runs: list[str]) -> None:
         ValueError: There is no such run, or several are meant.
     """
     tracking = open_recorded(params, main_checkout(paths.root))
-    first, second = (find_run(tracking, name, params.publish.registered_model) for name in runs)
+    first, second = (find_result(tracking, name, params.publish.registered_model) for name in runs)
     print("\n".join(report(first, second)), flush=True)
 
 
@@ -82,6 +82,21 @@ def find_run(tracking: Tracking, name: str, model: str) -> Run:
     raise ValueError(f"{what} {name!r}; give the beginning of an id, a name, or an alias such as champion:\n{shown}")
 
 
+def find_result(tracking: Tracking, name: str, model: str) -> Run:
+    """The finished run that a user means, which must be one result.
+
+    Raises:
+        ValueError: There is none, the name fits several, or it is that of a sweep.
+    """
+    run = find_run(tracking, name, model)
+    if run.data.tags.get(KIND_TAG) != SWEEP:
+        return run
+    of_sweep = f"tags.`{PARENT_TAG}` = '{run.info.run_id}' and attributes.status = 'FINISHED'"
+    trials = tracking.client.search_runs([tracking.experiment_id], of_sweep, order_by=["attributes.start_time ASC"])
+    shown = "\n".join(f"  {trial.info.run_id[:12]}  {trial.info.run_name}" for trial in trials)
+    raise ValueError(f"{run.info.run_name!r} is a sweep; give one of its trials:\n{shown or '  none ended well'}")
+
+
 def report(first: Run, second: Run) -> list[str]:
     """The comparison as lines of text: who, what differs, what it did."""
     lines = [f"A  {title(first)}", f"B  {title(second)}", ""]
@@ -91,7 +106,7 @@ def report(first: Run, second: Run) -> list[str]:
         "params": sorted(differences(first.data.params, second.data.params), key=name_of),
         "data": differences(data_of(first), data_of(second)),
         "base model": tagged(first, second, lambda name: name.startswith(BASE)),
-        "code": tagged(first, second, lambda name: name in (COMMIT, DIRTY)),
+        "code": tagged(first, second, lambda name: name in code_tags(first, second)),
         "versions": tagged(first, second, lambda name: name.startswith(VERSION)),
         "machine": tagged(first, second, lambda name: name.startswith(MACHINE)),
     }
@@ -131,6 +146,11 @@ def data_of(run: Run) -> dict[str, str]:
     """Data file -> SHA-256."""
     inputs = run.inputs.dataset_inputs if run.inputs else []
     return {item.dataset.name: json.loads(item.dataset.source)["sha256"] for item in inputs}
+
+
+def code_tags(*runs: Run) -> tuple[str, ...]:
+    """Tags that tell the code: the commit, and what differed from it; older runs only say whether anything did."""
+    return (COMMIT, CODE) if all(CODE in run.data.tags for run in runs) else (COMMIT, DIRTY)
 
 
 def metrics_of(run: Run) -> dict[str, float]:
@@ -175,8 +195,14 @@ def quality(name: str, change: float) -> str:
 
 def verdict(first: Run, second: Run, causes: set[str], effects: list[Difference]) -> str:
     """The comparison in a sentence or two."""
-    if first.data.tags.get(DIGEST_TAG) == second.data.tags.get(DIGEST_TAG):
+    digests = [run.data.tags.get(DIGEST_TAG) for run in (first, second)]
+    if digests[0] is not None and digests[0] == digests[1]:
         return "Same params, same result to the last digit."
+    if all(effect.before is None or effect.after is None for effect in effects):
+        without = [name for name, digest in zip("AB", digests, strict=True) if digest is None]
+        ended = f" {' and '.join(without)} ended before the evaluation." if without else ""
+        others = f"B differs from A in {', '.join(sorted(causes))}" if causes else "Nothing that is recorded differs"
+        return f"{others}; the figures that both have are the same.{ended}"
     if not causes:
         return "No recorded cause, but the results differ: another processor, or something that is not recorded."
     reasons = ", ".join(sorted(causes))

@@ -39,6 +39,7 @@ PARENT_VARIABLE, PARENT_TAG = "SFT_PARENT_RUN", "mlflow.parentRunId"
 
 # A run rewrites these itself.
 WRITTEN_BY_RUNS = ("dvc.lock", "reports/")
+RECORDED_APART = ("params.yaml", "data/")
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,16 @@ def git_state(root: Path) -> GitState | None:
     return GitState(commit.strip(), tuple(name for name in changed if not name.startswith(WRITTEN_BY_RUNS)))
 
 
-def git_diff(root: Path) -> str:
-    """The changes that `GitState.changed` names, as a patch."""
-    excluded = [f":(exclude){name}" for name in WRITTEN_BY_RUNS]
+def git_diff(root: Path, without: tuple[str, ...] = ()) -> str:
+    """The changes that `GitState.changed` names, as a patch; those of some files or folders left out."""
+    excluded = [f":(exclude){name}" for name in (*WRITTEN_BY_RUNS, *without)]
     return _git(root, "diff", "HEAD", "--", ".", *excluded) or ""
+
+
+def changed_code(root: Path) -> str:
+    """Digest of what differs from the commit beside params and data, which are recorded for themselves."""
+    patch = git_diff(root, RECORDED_APART)
+    return hashlib.sha256(patch.encode()).hexdigest()[:16] if patch else "none"
 
 
 def main_checkout(root: Path) -> Path:
@@ -143,6 +150,7 @@ def circumstances(paths: Paths) -> dict[str, str]:
         "sft.base_model_digest": base["digest"],
         "git.commit": git.commit if git else "none",
         "git.dirty": str(bool(git and git.dirty)).lower(),
+        "git.changed_code": changed_code(paths.root),
         **{f"version.{name}": value for name, value in versions().items()},
         **{tag: os.environ[name] for name, tag in told.items() if os.environ.get(name)},
     }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from sft.numbers import numbers_as_text
-from sft.records import RowError, normalize, record_digest, validate_record
+from sft.records import IMAGE_COLUMNS, Layout, RowError, normalize, record_digest, validate_record
 from sft.row import Row
 from stages.accounts import Accounts
 from stages.artifacts import progress, write_json
@@ -49,6 +49,21 @@ def run(params: Params, paths: Paths) -> None:
         write_json(folder / "card.json", {"sources": intake.accounts.cards, **figures})
         write_json(folder / "base_model.json", base_model.record())
     write_json(paths.metrics("load"), figures)
+
+
+def refuse_images(columns: Mapping[str, Any], layout: Layout) -> None:
+    """Refuse a row with images, which would be trained as if it had none.
+
+    Raises:
+        RowError: Names the column.
+    """
+    found = [name for name in IMAGE_COLUMNS if name not in layout.content and columns.get(name)]
+    if found:
+        raise RowError(
+            "has_media",
+            f"the column {found[0]} holds images, and the pipeline trains on text alone; remove it, or train with "
+            "SFTTrainer and a processor",
+        )
 
 
 class OmittedRow(RowError):
@@ -127,6 +142,7 @@ class Intake(ExitStack):
         if row.damage is not None:
             raise RowError("unreadable", str(row.damage))
         columns = source.mapping.apply(row.columns)
+        refuse_images(columns, source.layout)
         try:
             return normalize(columns, source.layout, prune_nulls=row.from_arrow), []
         except RowError as error:

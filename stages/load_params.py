@@ -110,8 +110,17 @@ class EvalSection(MappedSection):
 REASONS = (
     *("bad_flag", "bad_history", "bad_messages", "bad_template_kwargs", "bad_tool_call", "bad_tools"),
     *("bad_unicode", "content_not_text", "control_characters", "duplicate", "empty_answer", "empty_content"),
-    *("empty_text", "in_eval", "length_outlier", "missing_column", "mojibake", "near_duplicate", "near_eval"),
-    *("no_answer", "no_final_answer", "no_messages", "not_text", "number", "rare_language", "system_of_text"),
+    *("empty_text", "has_media", "in_eval", "length_outlier", "missing_column", "mojibake", "near_duplicate"),
+    *(
+        "near_eval",
+        "no_answer",
+        "no_final_answer",
+        "no_messages",
+        "not_text",
+        "number",
+        "rare_language",
+        "system_of_text",
+    ),
     *("template", "tool_call", "tool_schema", "truncated_answer", "two_system_messages", "unknown_role"),
     *("unreadable", "wrong_order"),
 )

@@ -25,6 +25,9 @@ TRAINING_TAG = "sft.training_digest"
 """Of a run whose training has ended: what `publish` finds it by."""
 
 PROGRESS_TAG, PUBLISHED = "sft.progress", "published"
+KIND_TAG, SWEEP = "sft.kind", "sweep"
+"""Of a run that is no result but the parent of several."""
+
 # Makes the page show the runs as trainings rather than as evaluations of a prompt.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 

@@ -6,23 +6,19 @@ trains, for the time of the training, so that every way of starting one meets it
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
 from stages.artifacts import write_json
-from stages.base_model import cache_folder
+from stages.lock_holders import HOLDER_SUFFIX, describe_holder, lock_folder
 
-FOLDER_VARIABLE, BUSY_VARIABLE = "SFT_LOCK_DIR", "SFT_WHEN_BUSY"
+BUSY_VARIABLE = "SFT_WHEN_BUSY"
 WAIT, REFUSE = "wait", "refuse"
 POLL_S = 0.2
 REMIND_S = 60.0
@@ -53,14 +49,6 @@ def sole_training(root: Path) -> Iterator[None]:
         yield
 
 
-def lock_folder() -> Path:
-    """Where the locks of this machine lie: $SFT_LOCK_DIR, for several users of one machine, else the user's own cache.
-
-    A home folder may be that of many machines, so the machine's name is part of the path.
-    """
-    return Path(os.environ.get(FOLDER_VARIABLE) or cache_folder() / "locks") / socket.gethostname()
-
-
 def visible_gpus() -> list[str]:
     """Identities of the GPUs that this process may use: the same for every process."""
     import torch  # the stage is about to import it anyway; other users of this module need not
@@ -86,7 +74,7 @@ def devices_used(gpus: list[str], local_rank: str | None) -> list[str]:
 @contextmanager
 def _one_device(folder: Path, device: str, root: Path, when_busy: str) -> Iterator[None]:
     name = re.sub(r"[^\w-]", "_", device)
-    holder_file = folder / f"{name}.holder.json"
+    holder_file = folder / f"{name}{HOLDER_SUFFIX}"
     # others who share the folder must be able to open the file, too
     lock = FileLock(folder / f"{name}.lock", mode=0o666, poll_interval=POLL_S)
     _acquire(lock, device, holder_file, when_busy)
@@ -115,20 +103,3 @@ def _acquire(lock: FileLock, device: str, holder_file: Path, when_busy: str) -> 
             return
         except Timeout:
             continue
-
-
-def describe_holder(device: str, holder_file: Path) -> str:
-    """Who has a device: process, folder, since when."""
-    what = "the processor of this machine" if device == "cpu" else device.replace("gpu-", "GPU ", 1)
-    try:
-        holder = json.loads(holder_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        holder = None
-    if holder is None or not psutil.pid_exists(holder["pid"]):  # written a moment after the lock is taken
-        return f"another training has {what}; it has just begun"
-    since = datetime.fromtimestamp(holder["since"])
-    minutes = (time.time() - holder["since"]) / 60
-    return (
-        f"another training has {what}: process {holder['pid']} in {holder['folder']}, "
-        f"since {since:%Y-%m-%d %H:%M:%S} ({minutes:.0f} min)"
-    )

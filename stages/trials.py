@@ -11,7 +11,8 @@ from typing import Any
 
 from stages import lineage
 from stages.artifacts import read_json, write_json
-from stages.mlflow_run import PROGRESS_TAG, TRAINING_TAG, RunWriter, Tracking, open_tracking
+from stages.machine import machine_tags
+from stages.mlflow_run import KIND_TAG, PROGRESS_TAG, SWEEP, TRAINING_TAG, RunWriter, Tracking, open_tracking
 from stages.params import load_params
 from stages.paths import Paths
 from stages.publish import record_result, result_files
@@ -31,7 +32,7 @@ def recorded_sweep(root: Path, name: str, facts: Mapping[str, Any]) -> Iterator[
     Raises:
         ValueError: The tracking store can't be used.
     """
-    with open_store(root).whole_run(name, {"sft.kind": "sweep"}) as parent:
+    with open_store(root).whole_run(name, {KIND_TAG: SWEEP}) as parent:
         parent.log_params(facts)
         yield SweepRecord(parent)
 
@@ -79,10 +80,13 @@ def log_trial(root: Path, parent_run: str, name: str, figures: Mapping[str, floa
     trained = paths.out("train", "curve.csv").exists()
     if "evaluate.gate_passed" not in figures:
         begun = tracking.find_unfinished(TRAINING_TAG, lineage.training_digest(params, paths)) if trained else []
-        tags[PROGRESS_TAG] = "ended before the evaluation"
+        loaded = paths.out("load", "card.json").exists()
+        circumstances = {**lineage.circumstances(paths), **machine_tags()} if loaded else {}
+        tags = {**circumstances, **tags, PROGRESS_TAG: "ended before the evaluation"}
         with tracking.whole_run(name, tags, begun[0] if begun else None) as run:
             run.log_params(lineage.result_params(params))
             run.log_metrics(figures)
+            run.log_data(lineage.data_digests(paths) if loaded else {})
         return run.run_id
     digest = lineage.result_digest(params, paths, result_files(paths))
     passed = read_json(paths.out("evaluate", "results.json"))["passed"]

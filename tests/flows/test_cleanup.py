@@ -13,9 +13,13 @@ from flows.cleanup import cleanup, main
 from flows.graph import RunRefused, read_plan
 from flows.leftovers import DAY_S, find_leftovers
 from flows.worktree import isolated_checkout
+from stages.artifacts import write_json
 from stages.lineage import dvc_hashes
-from stages.mlflow_run import open_tracking
+from stages.live_run import KEY_FILE, KEY_TAG
+from stages.lock_holders import FOLDER_VARIABLE
+from stages.mlflow_run import PROGRESS_TAG, Tracking, open_tracking
 from stages.params import load_params
+from stages.training_lock import sole_training
 from tests.flows.conftest import replace_param, run
 
 
@@ -130,3 +134,51 @@ def test_from_the_terminal_nothing_goes_without_remove(project: Path, capsys: py
     assert "checkpoints that nobody resumed for 20 days" in capsys.readouterr().out
     assert main(["--no-cache", "--remove"]) == 0
     assert not folder.exists()
+
+
+@pytest.fixture
+def begun(project: Path) -> Tracking:
+    """Three trainings that have begun a run: one that nobody resumes, one that failed, one that may go on."""
+    tracking = open_tracking(load_params(project / "params.yaml").publish, project)
+    for name, days in {"forgotten": 20.0, "failed": 20.0, "resumable": 1.0}.items():
+        folder = project / ".state" / "train" / name
+        write_json(folder / KEY_FILE, {"key": name})
+        age(folder, days)
+        run_id = tracking.client.create_run(
+            tracking.experiment_id, run_name=f"{name}-unfinished", tags={KEY_TAG: name, PROGRESS_TAG: "training"}
+        ).info.run_id
+        if name == "failed":
+            tracking.client.set_terminated(run_id, "FAILED")
+    return tracking
+
+
+def fates(tracking: Tracking) -> dict[str, tuple[str, str]]:
+    found = tracking.client.search_runs([tracking.experiment_id])
+    return {run.info.run_name: (run.info.status, run.data.tags[PROGRESS_TAG]) for run in found}
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_run_whose_training_loses_its_checkpoints_ends(
+    project: Path, begun: Tracking, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = fates(begun)
+
+    assert main(["--no-cache"]) == 0
+
+    assert "run forgotten-unfinished in MLflow: ends as KILLED with its checkpoints" in capsys.readouterr().out
+    assert fates(begun) == before
+    assert main(["--no-cache", "--remove"]) == 0
+    why = "given up, its checkpoints were removed: checkpoints that nobody resumed for 20 days"
+    assert fates(begun) == {**before, "forgotten-unfinished": ("KILLED", why)}
+    assert [folder.name for folder in (project / ".state" / "train").iterdir()] == ["resumable"]
+
+
+def test_checkpoints_stay_while_a_training_is_at_work(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(project / "locks"))
+    folder = project / ".state" / "train" / "forgotten"
+    folder.mkdir(parents=True)
+    age(folder, 20)
+    with sole_training(project / ".worktrees" / "trial"):
+        assert find_leftovers(project, keep_days=0) == []
+    with sole_training(project.with_name("elsewhere")):
+        assert [one.path for one in find_leftovers(project, keep_days=0)] == [folder]

@@ -35,10 +35,15 @@ def outcomes(printed: str) -> list[tuple[str, str]]:
     return [(cells[0].strip(), next(cell for cell in cells[1:] if cell).strip()) for cells in rows]
 
 
-def artifacts(state: State[Any]) -> dict[str, Any]:
+def all_artifacts(state: State[Any]) -> list[Any]:
+    """Those of a run, the oldest first."""
     with get_client(sync_client=True) as client:
         of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id]))
-        return {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=of_run)}
+        return sorted(client.read_artifacts(artifact_filter=of_run), key=lambda artifact: artifact.created)
+
+
+def artifacts(state: State[Any]) -> dict[str, Any]:
+    return {artifact.key: artifact for artifact in all_artifacts(state)}
 
 
 def test_outcomes_progress_and_closing_table(ran_project: Path, capsys: pytest.CaptureFixture[str]) -> None:

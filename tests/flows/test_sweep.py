@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from flows.sweep import main, sweep
 from stages.params import load_params
 from tests.flows.conftest import commit, run
-from tests.flows.test_pipeline import artifacts
+from tests.flows.test_pipeline import all_artifacts, artifacts
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -61,6 +61,9 @@ def test_grid_is_ranked_recorded_and_what_trials_share_runs_once(
         ("3", "0.5", ""),
         ("4", "0.5", ""),
     ]
+    # it grows with the trials, for whoever looks meanwhile
+    grown = [len(json.loads(board.data)) for board in all_artifacts(state) if board.key == "sweep-leaderboard"]
+    assert grown == [1, 2, 3, 4, 5, 6]
     assert table[-1]["problem"] == "train: training ended with loss nan; lower train.learning_rate"
     printed = capsys.readouterr().out
     assert "python -m flows.pipeline --set 'train.learning_rate=0.004' --set 'train.seed=0'" in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import EvalPrediction
+from transformers.trainer_utils import get_last_checkpoint
 
 from sft.config import SFTConfig
 from sft.labels import IGNORE_INDEX
@@ -18,6 +20,9 @@ from sft.trainer import SFTTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 NUM_STEPS = 20
+CHECKPOINTS = "RANK_TRAINING_CHECKPOINTS"
+"""Names a folder where checkpoints are kept, and gone on from where there are some."""
+
 FIGURES = ("loss", "grad_norm", "num_tokens", "mean_token_accuracy", "eval_loss", "eval_targets", "eval_hits")
 # 21 rows are two batches of 8 and one of 5, and packed ones leave a process without any row in the last batch
 ROWS = [
@@ -43,11 +48,20 @@ def count_hits(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def train(name: str, per_device: int, accumulation: int, **options: Any) -> dict[str, Any]:
-    """Train 20 steps; what each logged, and all weights."""
+    """Train 20 steps, or those behind a checkpoint; what each step of all logged, and all weights.
+
+    Args:
+        name: Method and route.
+        per_device: Rows a forward pass of a process.
+        accumulation: Forward passes an update.
+        options: Other options of the training.
+    """
     method, route = name.split(" ")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as nowhere:
+        folder = Path(os.environ[CHECKPOINTS], name) if CHECKPOINTS in os.environ else Path(nowhere)
+        last = get_last_checkpoint(str(folder)) if folder.exists() else None
         config = SFTConfig(
-            output_dir=folder,
+            output_dir=str(folder),
             use_cpu=True,
             per_device_train_batch_size=per_device,
             per_device_eval_batch_size=per_device,
@@ -57,7 +71,8 @@ def train(name: str, per_device: int, accumulation: int, **options: Any) -> dict
                 "max_length": 48,
                 "learning_rate": 1e-2,
                 "logging_steps": 1,
-                "save_strategy": "no",
+                "save_strategy": "steps" if CHECKPOINTS in os.environ else "no",
+                "save_steps": NUM_STEPS // 2,
                 "eval_strategy": "steps",
                 "eval_steps": 10,
                 "max_grad_norm": 0.15,
@@ -76,7 +91,7 @@ def train(name: str, per_device: int, accumulation: int, **options: Any) -> dict
             compute_metrics=count_hits if route == "measured" else None,
             peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear") if method == "lora" else None,
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=last)
     history = trainer.state.log_history
     weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     return {**{name: [entry[name] for entry in history if name in entry] for name in FIGURES}, "weights": weights}

@@ -422,3 +422,14 @@ def test_work_is_linear_in_turns() -> None:
             assert len(renderer.render({"messages": chat[:num_messages]}).spans) == num_messages // 2
         num_calls.append(sum(entry.callcount for entry in profile.getstats()))
     assert 3 < num_calls[1] / num_calls[0] < 5, num_calls
+
+
+def test_content_in_parts_that_the_template_prints_as_a_list_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Yes."}]
+    record = {"messages": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": parts}]}
+    for train_on in (TrainOn.ASSISTANT, TrainOn.ALL):
+        with pytest.raises(
+            ValueError, match=r"message 1 has content in parts \(text, thinking\), which the chat templa"
+        ):
+            ChatRenderer(tokenizer, train_on).render(record)

@@ -300,3 +300,15 @@ def test_calibration_rows_are_chosen_by_seed_and_cut_to_length() -> None:
         select_calibration([[1], []], num_rows=1, length=11, seed=0)
     with pytest.raises(ValueError, match="at least one row of 11 tokens, got 1 rows of 8"):
         select_calibration(rows, num_rows=1, length=8, seed=0)
+
+
+def test_a_failure_in_a_thread_of_gptqmodel_is_raised_and_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gptqmodel.quantization.gptq.GPTQ.quantize", fail)
+    with pytest.raises(OSError, match="No space left"):
+        quantize_gptq(source, tmp_path / "out", ROWS, GPTQSettings(group_size=32))
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from sft.even_rows import FILLER, EvenCollator, EvenRows
-from tests.sft.rank_training import FIGURES, NAMES, NUM_STEPS, ROWS
+from tests.sft.rank_training import CHECKPOINTS, FIGURES, NAMES, NUM_STEPS, ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,14 +26,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(file: Path, processes: int, per_device: int, accumulation: int) -> dict[str, Any]:
+def run(file: Path, processes: int, per_device: int, accumulation: int, **variables: str) -> dict[str, Any]:
     """All trainings in so many processes, a thread each."""
     launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}", "-m"]
     command = [*(launcher if processes > 1 else []), "tests.sft.rank_training", str(file)]
     result = subprocess.run(
         [sys.executable, "-m", *command, str(per_device), str(accumulation), *NAMES],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables},
         capture_output=True,
         text=True,
         timeout=200,
@@ -60,6 +61,26 @@ def test_losses_and_weights_do_not_depend_on_the_number_of_processes(
 ) -> None:
     expected = whole_batches(tmp_path_factory.getbasetemp())
     found = run(tmp_path_factory.mktemp("parts") / "parts.pt", *layout)
+    assert_same(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize(("before", "after"), [((2, 4, 1), (1, 8, 1)), ((1, 8, 1), (2, 4, 1)), ((2, 4, 1), (4, 2, 1))])
+def test_a_training_goes_on_with_another_number_of_processes(
+    tmp_path_factory: pytest.TempPathFactory, before: tuple[int, int, int], after: tuple[int, int, int]
+) -> None:
+    expected = whole_batches(tmp_path_factory.getbasetemp())
+    folder = tmp_path_factory.mktemp("resumed")
+    run(folder / "before.pt", *before, **{CHECKPOINTS: str(folder)})
+    for name in NAMES:
+        assert sorted(path.name for path in (folder / name).glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-20"]
+        shutil.rmtree(folder / name / "checkpoint-20")
+    found = run(folder / "after.pt", *after, **{CHECKPOINTS: str(folder)})
+    assert_same(found, expected)
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name in NAMES:
         assert len(expected[name]["loss"]) == NUM_STEPS
         assert max(expected[name]["grad_norm"]) > 0.15, "gradients should have been clipped"

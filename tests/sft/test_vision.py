@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import logging
 import pickle
@@ -20,16 +21,18 @@ from peft import LoraConfig
 from transformers import ProcessorMixin
 from transformers.models.llava.processing_llava import LlavaProcessor
 
+from sft.batching import choose_packing
 from sft.chat import ChatRenderer, TrainOn
 from sft.checkpoint import load_processor
 from sft.config import SFTConfig
+from sft.image_files import read_image
 from sft.labels import IGNORE_INDEX
 from sft.loss import supervised_loss
+from sft.pitfalls import check_ignored
 from sft.trainer import SFTTrainer
 from sft.vision import DataCollatorForVisionLanguageModeling
-from sft.vision_chat import read_image
 from sft.vision_setup import choose_vision_collator, images_in
-from tests.tiny import CHATML, quiet_config
+from tests.tiny import CHATML, quiet_config, tiny_model, tiny_tokenizer
 from tests.tiny_vision import (
     COLOURS,
     FAMILIES,
@@ -263,7 +266,9 @@ def test_images_may_be_objects_arrays_files_or_bytes(tmp_path: Path) -> None:
         {"bytes": None, "path": str(path)},
         png("red"),
     ]
-    collate = collator("llava")
+    encoded = base64.b64encode(png("red")).decode()
+    forms += ["red.png", encoded, f"data:image/png;base64,{encoded}"]
+    collate = collator("llava", image_folder=str(tmp_path))
     batches = [collate([{"image": form, "messages": chat("a", "red")}]) for form in forms]
     batches.append(collate([{"messages": chat([{"type": "image", "image": square("red")}, say("a")], "red")}]))
     url = {"type": "image_url", "image_url": {"url": str(path)}}
@@ -299,9 +304,17 @@ def test_an_image_column_of_datasets_is_read_decoded_or_not() -> None:
             {"id": "r7", "images": [], "messages": chat([IMAGE, say("a")], "red")},
             r"row r7: .*1 image placeholders.*0 images",
         ),
+        (
+            {"messages": chat([{"type": "image", "path": "../a.png"}, say("a")], "b")},
+            r"row 1 .*'../a.png' lies outside",
+        ),
         ({"messages": chat("see <image>", "red")}, r"\('see <image>'\): .*1 image placeholders.*0 images"),
         ({"image": square("red"), "text": "no place"}, r"row 1 of the batch.*0 placeholders '<image>'.*1 images"),
-        ({"image": "/nowhere.png", "messages": chat("a", "red")}, r"row 1 .*/nowhere.png.*can't be read as an image"),
+        ({"image": "nowhere.png", "messages": chat("a", "red")}, r"row 1 .*nowhere.png.*can't be read as an image"),
+        (
+            {"image": "/etc/passwd", "messages": chat("a", "red")},
+            r"row 1 .*/etc/passwd' lies outside of .*image_folder",
+        ),
         ({"image": 3.5, "messages": chat("a", "red")}, "row 1 .*float 3.5 is no image"),
         ({"image": {"bytes": b"x"}, "messages": chat("a", "red")}, "row 1 .*the image's bytes can't be read"),
         ({"image": {"bytes": None}, "messages": chat("a", "red")}, "row 1 .*neither bytes nor path"),
@@ -458,6 +471,27 @@ def test_images_choose_the_collator_and_keep_their_columns(tmp_path: Path) -> No
     assert (chosen.max_length, chosen.assistant_only_loss, chosen.pad_to_multiple_of) == (64, True, 8)
     assert config.skip_prepare_dataset
     assert config.remove_unused_columns is False
+
+
+def test_folder_of_images_reaches_the_collator_and_is_refused_where_none_would_follow_it(tmp_path: Path) -> None:
+    options = {"report_to": [], "use_cpu": True, "image_folder": "photos"}
+    config = SFTConfig(output_dir=str(tmp_path), **options)
+    chosen = choose_vision_collator(processor("llava"), config, [Dataset.from_list(colour_rows())])
+    assert chosen is not None
+    assert chosen.image_folder == "photos"
+    config, texts = SFTConfig(output_dir=str(tmp_path), **options), Dataset.from_list([{"text": "a"}])
+    with pytest.raises(ValueError, match="image_folder='photos' would be ignored: the data has no images"):
+        check_ignored(config, None, choose_packing(config, None, [texts, None]), texts, None)
+    with pytest.raises(ValueError, match=r"image_folder='photos' would be ignored: DataCollatorForVision.* makes the"):
+        check_ignored(config, collator("llava"), choose_packing(config, None, [texts, None]), texts, None)
+
+
+def test_an_image_behind_rows_of_text_is_refused_rather_than_printed(tmp_path: Path) -> None:
+    image = {"type": "image", "text": None, "image": "/etc/passwd"}
+    rows = [{"messages": chat([say("a")], [say("b")])}, {"messages": chat([say("a"), image], [say("b")])}]
+    config = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, max_length=64)
+    with pytest.raises(ValueError, match="row 1: message 0 has a part of type 'image', and only text is trained here"):
+        SFTTrainer(tiny_model(), args=config, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer())
 
 
 def test_where_a_data_set_has_images() -> None:

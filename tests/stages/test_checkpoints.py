@@ -154,33 +154,49 @@ def test_a_training_killed_many_times_ends_as_one_that_never_was(tmp_path: Path,
     assert read_json(killed.metrics("train")) == read_json(whole.metrics("train"))
 
 
+SMALL = 20 * 2**20
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
+    """A file system of twenty megabytes."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(mount).returncode:
         pytest.skip("only root can mount a small file system")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_last_whole_checkpoint_and_says_so(tmp_path: Path, small_disk: Path) -> None:
-    paths = make_training_root(tmp_path / "root", max_steps=20, save_steps=1)
-    (small_disk / "ballast").write_bytes(bytes(750_000))
+@pytest.mark.timeout(400)
+def test_a_full_disk_leaves_the_last_whole_checkpoint_from_which_the_same_weights_are_reached(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    whole = make_training_root(tmp_path / "whole", max_steps=20, save_steps=1, lora_dropout=0.1)
+    run_stage(whole)
+    paths = make_training_root(tmp_path / "root", max_steps=20, save_steps=1, lora_dropout=0.1)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(SMALL - 300_000))
+
     output = run_stage(paths, code=1, SFT_STATE_DIR=str(small_disk))
+
     said = output.rpartition("PROGRESS")[2].splitlines()
     errors = [line for line in said if line.startswith("error: ")]
     assert len(errors) == 1, output
     assert "no space left for a checkpoint" in errors[0]
     assert "Traceback" not in output
-    (folder,) = (small_disk / "train").iterdir()
-    names = [path.name for path in folder.iterdir()]
-    assert f"{max(names)} is whole" in errors[0]
-    assert all(what_is_wrong(folder / name) is None for name in names)
-    (small_disk / "ballast").unlink()
-    assert "resuming from checkpoint-" in run_stage(paths, SFT_STATE_DIR=str(small_disk))
+    kept = sorted((small_disk / "train").glob("*/checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert f"{kept[-1].name} is whole" in errors[0]
+    assert all(what_is_wrong(checkpoint) is None for checkpoint in kept)
+    assert not paths.out("train").exists()
+
+    ballast.unlink()
+    assert f"resuming from {kept[-1].name}" in run_stage(paths, SFT_STATE_DIR=str(small_disk))
+    for name in ("model/adapter_model.safetensors", "curve.csv"):
+        assert paths.out("train", name).read_bytes() == whole.out("train", name).read_bytes(), name
+    assert read_json(paths.metrics("train")) == read_json(whole.metrics("train"))
 
 
 def test_other_errors_than_a_full_disk_pass_unchanged(paths: Paths) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from stages.__main__ import main
-from stages.compare import find_run, report
-from stages.mlflow_run import Tracking, open_tracking
+from stages.compare import find_result, find_run, report
+from stages.lineage import PARENT_TAG
+from stages.mlflow_run import KIND_TAG, SWEEP, Tracking, open_tracking
 from stages.params import load_params
 from stages.publish import DIGEST_TAG
 
@@ -46,14 +47,10 @@ def add(
     exact_match: float = 0.9,
     digest: str = "a",
     extra: dict[str, str] | None = None,
+    **tags: str,
 ) -> str:
-    tags = {
-        "git.commit": commit,
-        "git.dirty": "false",
-        "version.torch": torch,
-        DIGEST_TAG: digest,
-        "sft.gate": "passed",
-    }
+    of_result = {DIGEST_TAG: digest, "sft.gate": "passed"} if digest else {}
+    tags = {"git.commit": commit, "git.dirty": "false", "version.torch": torch, **of_result, **tags}
     with tracking.whole_run(name, tags) as run:
         run.log_params({"train.learning_rate": rate, "train.lora_r": "16"} | (extra or {}))
         run.log_metrics(
@@ -90,6 +87,52 @@ def test_several_causes_are_all_named_and_none_is_blamed(tracking: Tracking) -> 
 def test_same_result_and_same_run(tracking: Tracking) -> None:
     assert "Same params, same result to the last digit." in compared(tracking, "one-11111111", "one-again")
     assert "These are the same run." in compared(tracking, "champion", "one-11111111")
+
+
+def store(folder: Path) -> Tracking:
+    """A store of a test's own."""
+    return open_tracking(PUBLISH, folder)
+
+
+def test_what_differed_from_the_commit_is_part_of_the_code_and_changed_params_are_not(tmp_path: Path) -> None:
+    tracking = store(tmp_path)
+    for name, dirty, changed in (("clean", "false", "none"), ("params", "true", "none"), ("code", "true", "abc")):
+        tags = {"git.dirty": dirty, "git.changed_code": changed}
+        add(tracking, name, digest=name, exact_match=0.1 * len(name), **tags)
+    add(tracking, "older", digest="older", **{"git.dirty": "true"})
+    assert "code: no differences" in compared(tracking, "clean", "params")
+    assert "code: 1 difference\n  git.changed_code: none -> abc\n" in compared(tracking, "params", "code")
+    assert "code: 1 difference\n  git.dirty: false -> true\n" in compared(tracking, "clean", "older")
+
+
+def test_runs_that_ended_before_the_evaluation_are_not_taken_for_the_same_result(tmp_path: Path) -> None:
+    tracking = store(tmp_path)
+    for name, rate, loss in (("trial-1", "0.1", 0.5), ("trial-2", "0.2", 0.4), ("trial-3", "0.2", 0.4)):
+        with tracking.whole_run(name, {"git.commit": "c1"}) as run:
+            run.log_params({"train.learning_rate": rate})
+            run.log_metrics({"train.eval_loss": loss})
+    add(tracking, "whole", rate="0.2", extra={"train.lora_r": "8"})
+    assert compared(tracking, "trial-1", "trial-2").endswith(
+        "B differs from A in params; 0 figures of the evaluation are better in B, 0 worse. That is all that differs, "
+        "so it is the reason."
+    )
+    assert compared(tracking, "trial-2", "trial-3").endswith(
+        "Nothing that is recorded differs; the figures that both have are the same. A and B ended before the "
+        "evaluation."
+    )
+    assert compared(tracking, "trial-2", "whole").endswith(
+        "the figures that both have are the same. A ended before the evaluation."
+    )
+
+
+def test_a_sweep_is_no_result_and_its_trials_are_named(tmp_path: Path) -> None:
+    tracking = store(tmp_path)
+    with tracking.whole_run("sweep rates", {KIND_TAG: SWEEP}) as sweep:
+        pass
+    trial = add(tracking, "trial-1", **{PARENT_TAG: sweep.run_id})
+    with pytest.raises(ValueError, match=f"'sweep rates' is a sweep; give one of its trials:\n  {trial[:12]}  trial-1"):
+        find_result(tracking, "sweep rates", MODEL)
+    assert find_result(tracking, "trial-1", MODEL).info.run_id == trial
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id(tracking: Tracking) -> None:

@@ -90,6 +90,23 @@ def test_fsdp2_trains_resumes_with_other_numbers_of_processes_and_merges_to_the_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+def test_ddp_goes_on_with_another_number_of_processes(tmp_path: Path, before: int, after: int) -> None:
+    one = make_training_root(tmp_path / "one")
+    run_stage(one)
+    shared = make_training_root(tmp_path / "shared")
+    for processes, resumed in ((before, False), (after, True)):
+        set_params(shared.root, per_device_train_batch_size=4 // processes, launch={"processes": processes})
+        output = run_stage(shared)
+        assert ("resuming from checkpoint-6" in output) == resumed, output
+        assert_same_training(shared, one, "lora")
+        (last,) = (shared.state / "train").glob("*/checkpoint-8")
+        shutil.rmtree(last)
+        shutil.rmtree(shared.out("train"))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_machines_meet_at_the_address_of_the_first(tmp_path: Path) -> None:
     one = make_training_root(tmp_path / "one")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.lineage import (
+    changed_code,
     dvc_hashes,
     flatten,
     git_diff,
@@ -54,6 +55,18 @@ def test_changed_code_does_and_is_in_the_patch(checkout: Path) -> None:
     assert state is not None
     assert state.changed == ("code.py",)
     assert "+2" in git_diff(checkout)
+
+
+def test_changed_code_is_told_by_a_digest_that_params_and_data_do_not_change(checkout: Path) -> None:
+    for name in ("params.yaml", "data/rows.jsonl"):
+        (checkout / name).parent.mkdir(exist_ok=True)
+        (checkout / name).write_text("1\n")
+        git(checkout, "add", name)
+        assert changed_code(checkout) == "none"
+    (checkout / "code.py").write_text("2\n")
+    first = changed_code(checkout)
+    (checkout / "code.py").write_text("3\n")
+    assert len({"none", first, changed_code(checkout)}) == 3
 
 
 def test_outside_of_git_and_before_the_first_commit_there_is_no_commit(tmp_path: Path) -> None:

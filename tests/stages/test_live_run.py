@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,27 @@ def curve(root: Path, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, f"curve.{name}")]
 
 
+def machine_points(root: Path) -> int:
+    """How many points the curve of the processor's load has; where it has any, memory in use has some as well."""
+    (run,) = all_runs(root)
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    history = client.get_metric_history(run.info.run_id, "system/cpu_utilization_percentage")
+    assert not history or run.data.metrics["system/system_memory_usage_megabytes"] > 0
+    assert len({point.step for point in history}) == len(history)
+    return len(history)
+
+
 def live(tracking: Tracking, folder: Path) -> LiveRun:
     return LiveRun(lambda: tracking, folder, "tiny-unfinished", {"train.seed": 0}, {"git.commit": "abc"})
 
 
 def wait_for_points(root: Path, number: int, process: subprocess.Popen[str]) -> None:
+    wait_until(lambda: bool(all_runs(root)) and len(curve(root, "loss")) >= number, process)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while not all_runs(root) or len(curve(root, "loss")) < number:
+    while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -67,10 +82,12 @@ def wait_for_points(root: Path, number: int, process: subprocess.Popen[str]) -> 
 def test_curve_grows_while_it_trains_and_goes_on_after_a_kill(tmp_path: Path, empty_store: Path) -> None:
     paths = make_training_root(tmp_path / "root", max_steps=400, save_steps=2, eval_steps=8)
     shutil.copy(empty_store, paths.root / "mlflow.db")
-    process = start_stage(paths, **ON)
+    load = {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}
+    process = start_stage(paths, **ON, **load)
     wait_for_points(paths.root, 3, process)
     first = len(curve(paths.root, "loss"))
     wait_for_points(paths.root, first + 3, process)
+    wait_until(lambda: machine_points(paths.root) > 0, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     (run,) = all_runs(paths.root)
@@ -79,9 +96,11 @@ def test_curve_grows_while_it_trains_and_goes_on_after_a_kill(tmp_path: Path, em
     assert run.data.params["train.learning_rate"] == "0.01"
     reached = curve(paths.root, "loss")[-1][0]
 
-    output = run_stage(paths, **ON)
+    loads = machine_points(paths.root)
+    output = run_stage(paths, **ON, **load)
 
     assert "resuming from checkpoint-" in output
+    assert machine_points(paths.root) > loads > 0  # the second attempt goes on with them, too
     assert "warning" not in output
     steps = [step for step, _ in curve(paths.root, "loss")]
     assert steps == list(range(1, 401))

@@ -109,6 +109,24 @@ def test_lines_that_cannot_be_read_stop_the_stage_or_go_to_the_ledger(root: Data
         run(root, checks={"unreadable": "drop"}, max_dropped_fraction=0.5)
 
 
+def test_rows_with_images_are_dropped_rather_than_trained_without_them(root: DataRoot) -> None:
+    part = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
+    answer = {"role": "assistant", "content": "B"}
+    bad = [
+        {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "Who?"}]}, answer]},
+        {**turn("What is this?", "Nothing."), "images": ["../../secret.png"]},
+    ]
+    root.write("train.jsonl", [*ROWS, *bad, {**turn("And this?", "Text."), "images": []}])
+    assert run(root, max_dropped_fraction=0.5)["dropped"] == {"has_media": 2}
+    assert [entry["detail"] for entry in root.rows("load", "ledger.jsonl")] == [
+        "message 0 has a part of type 'image_url', and only text is trained here",
+        "the column images holds images, and the pipeline trains on text alone; remove it, or train with "
+        "SFTTrainer and a processor",
+    ]
+    with pytest.raises(ValueError, match="has_media 2 times"):
+        run(root, max_dropped_fraction=0.05)
+
+
 def test_too_many_dropped_rows_stop_and_say_which(root: DataRoot) -> None:
     root.write("train.jsonl", [*ROWS, *[turn(f"Empty {i}", "") for i in range(4)], ROWS[0]])
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,35 @@ def test_an_interrupted_stage_says_so_in_one_line(
 
     monkeypatch.setattr("stages.load.run", interrupted)
     assert run(root, capsys) == (130, "stopped: load. Type the command again to go on.\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "/somewhere/rows.jsonl"),
+        Exception("No space left on device (os error 28)"),  # as tokenizers and safetensors say it
+    ],
+)
+def test_a_full_disk_is_one_message_and_leaves_no_half_of_a_file(
+    root: DataRoot, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    before = sorted(root.paths.root.rglob("*"))
+
+    def fill(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text.encode()[:10])
+        raise error
+
+    monkeypatch.setattr("pathlib.Path.write_text", fill)
+    refused(root, capsys, 1, "no space left on the disk: `load` could not write", "Free some space")
+    left = [path for path in root.paths.root.rglob("*") if path.is_file() and path not in before]
+    assert left == []
+
+
+def test_an_error_of_the_code_keeps_its_traceback(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(*arguments: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr("stages.load.run", break_down)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        main(["load", "--root", str(root.paths.root)])

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from ruamel.yaml import YAML
 
 from stages import evaluate, lineage, publish, summary
 from stages.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from stages.live_run import LiveRun
-from stages.mlflow_run import TRAINING_TAG, open_tracking
+from stages.mlflow_run import PROGRESS_TAG, TRAINING_TAG, open_tracking
 from stages.page import NBSP
 from stages.paths import Paths
+from stages.trials import log_trial, recorded_sweep
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 
 OPEN, CLOSED = ["tuned.loss <= 2 * base.loss"], ["tuned.exact_match >= 0.5"]
@@ -194,6 +196,21 @@ def test_uncommitted_changes_are_named_and_kept_as_a_patch(checkout: Paths) -> N
     assert run.data.tags["git.dirty"] == "true"
     folder = Path(store(checkout.root).download_artifacts(run.info.run_id, "lineage"))
     assert "+x = 2" in (folder / "uncommitted.patch").read_text()
+
+
+def test_trial_that_ends_before_the_evaluation_tells_its_data_and_code_all_the_same(checkout: Paths) -> None:
+    with checkout.params.open("w") as file:
+        YAML().dump(tiny_params().model_dump(), file)
+    with recorded_sweep(checkout.root, "sweep", {}) as sweep:
+        parent = sweep.parent.run_id
+    run_id = log_trial(checkout.root, parent, "trial-1", {"train.eval_loss": 0.7}, {"prefect.flow_run_id": "f1"})
+    run = store(checkout.root).get_run(run_id)
+    assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["tiny.jsonl"]
+    assert run.data.tags["git.changed_code"] == "none"
+    assert run.data.tags["git.commit"] == git(checkout.root, "rev-parse", "HEAD").strip()
+    assert run.data.tags[PROGRESS_TAG] == "ended before the evaluation"
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.data.metrics["train.eval_loss"] == 0.7
 
 
 def test_worktree_records_into_the_main_checkout(checkout: Paths, tmp_path: Path) -> None:

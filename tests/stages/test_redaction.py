@@ -37,7 +37,7 @@ def test_an_error_is_printed_without_secrets(
 
 def test_a_recorded_patch_holds_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patch = "+  tracking_uri: postgresql://ada:hunter22@db/mlflow\n"
-    monkeypatch.setattr("stages.lineage.git_diff", lambda root: patch)
+    monkeypatch.setattr("stages.lineage.git_diff", lambda root, without=(): patch)
     recorded = []
 
     class Run:

@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 
 from stages.__main__ import main
-from stages.training_lock import BUSY_VARIABLE, FOLDER_VARIABLE, REFUSE, devices_used, sole_training
+from stages.lock_holders import FOLDER_VARIABLE
+from stages.training_lock import BUSY_VARIABLE, REFUSE, devices_used, sole_training
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from stages.training_lock import sole_training
 with sole_training(Path(sys.argv[1])):
     print("training", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.readline()
 """
 
 
@@ -32,10 +33,12 @@ def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(BUSY_VARIABLE, raising=False)
 
 
-def start(folder: Path, seconds: float) -> subprocess.Popen[str]:
+def start(folder: Path) -> subprocess.Popen[str]:
+    """A training that ends when it is told to."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", HOLD, str(folder), str(seconds)]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True)
 
 
 def first_line(process: subprocess.Popen[str]) -> str:
@@ -44,7 +47,7 @@ def first_line(process: subprocess.Popen[str]) -> str:
 
 
 def test_second_training_is_refused_with_the_name_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = start(tmp_path, 60)
+    first = start(tmp_path)
     try:
         assert first_line(first) == "training"
         monkeypatch.setenv(BUSY_VARIABLE, REFUSE)
@@ -57,20 +60,22 @@ def test_second_training_is_refused_with_the_name_of_the_first(tmp_path: Path, m
 
 
 def test_second_training_waits_until_the_first_has_ended(tmp_path: Path) -> None:
-    first = start(tmp_path, 2)
+    first = start(tmp_path)
     assert first_line(first) == "training"
-    second = start(tmp_path, 0)
+    second = start(tmp_path)
 
     assert first_line(second).startswith(
         f"waiting: another training has the processor of this machine: process {first.pid}"
     )
+    first.communicate("end\n")
     assert first_line(second) == "training"
-    assert first.poll() is not None or first.wait(timeout=5) == 0
-    assert second.wait(timeout=10) == 0
+    assert first.wait(timeout=5) == 0
+    second.communicate("end\n")
+    assert second.returncode == 0
 
 
 def test_killed_training_frees_the_device_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = start(tmp_path, 60)
+    first = start(tmp_path)
     assert first_line(first) == "training"
     first.send_signal(signal.SIGKILL)
     first.wait()
