@@ -24,6 +24,7 @@ from sft.gptq_checks import check_calibration, check_weights_finite, linear_widt
 from sft.gptq_layout import open_tensors, weights_size_bytes
 from sft.logit_proof import compare_logits, logits_of
 from sft.quantization_report import LayerError, QuantizationReport
+from sft.tokenizer_files import save_tokenizer
 
 METHODS = ("int8", "nf4")
 NF4_BLOCK = 64
@@ -79,7 +80,7 @@ def quantize_kbit(
     with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as work:
         raw_dir = Path(work) / "model"
         model.save_pretrained(raw_dir)
-        AutoTokenizer.from_pretrained(model_dir).save_pretrained(raw_dir)
+        save_tokenizer(AutoTokenizer.from_pretrained(model_dir), raw_dir)
         deviation = _loading_deviation(model, raw_dir, sample_input_ids)
         shutil.rmtree(output_dir, ignore_errors=True)
         raw_dir.rename(output_dir)

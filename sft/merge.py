@@ -24,6 +24,7 @@ from sft.peft_merge import (
 )
 from sft.shard_merge import NotStreamableError, ShardMerge
 from sft.token_rows import is_tied
+from sft.tokenizer_files import save_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -194,13 +195,12 @@ class _Output:
         with _new_folder(self.folder) as folder:
             if self.tokenizer is not None:
                 _stop_at_eos(model, self.tokenizer)
-                self.tokenizer.save_pretrained(folder)
+                save_tokenizer(self.tokenizer, folder)
             model.save_pretrained(folder)
             # code of a model that needs it was allowed to run when the base was loaded
             written = load_model(folder, trust_remote_code=hasattr(model.config, "auto_map"))
             difference = compare_logits(reference, logits_of(written, rows))
-            advice = "" if self.dtype is torch.float32 else ROUNDING_ADVICE
-            check_logits(difference, self.tolerance, f"read back from disk as {_name(self.dtype)}", advice)
+            self._check_written(difference)
         return difference
 
     def fill(self, job: ShardMerge, rows: Rows) -> LogitDifference:
@@ -208,7 +208,7 @@ class _Output:
         with _new_folder(self.folder) as folder:
             if self.tokenizer is not None:
                 _stop_at_eos(job.plain, self.tokenizer)
-                self.tokenizer.save_pretrained(folder)
+                save_tokenizer(self.tokenizer, folder)
             job.write(folder)
             difference = job.compare(folder, rows)
             self._check_written(difference)

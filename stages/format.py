@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from sft.chat_formats import FORMATS, align_eos_with_template, apply_chat_format, ensure_pad_token, find_format
 from sft.chat_template import TemplateSourceError
 from sft.terminator import TerminatorCheck
+from sft.tokenizer_files import save_tokenizer
 from stages.artifacts import progress, read_json, read_jsonl, write_json
 from stages.base_model import read_base_model
 from stages.outfolder import Action, JsonlWriter, Ledger, replacing_folder
@@ -40,7 +41,7 @@ def run(params: Params, paths: Paths) -> None:
     stop_token_ids = _stop_token_ids(base)
     new_eos = prepare_tokenizer(tokenizer, section, paths, stop_token_ids)
     with replacing_folder(paths.out("format")) as folder:
-        tokenizer.save_pretrained(folder / "tokenizer")
+        save_tokenizer(tokenizer, folder / "tokenizer")
         work = RenderingWork(
             folder / "tokenizer",
             params.model.trust_remote_code,

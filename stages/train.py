@@ -22,6 +22,7 @@ from sft.config import ModelConfig, SFTConfig
 from sft.loss_policy import BAD_UPDATE
 from sft.models import load_model
 from sft.quantization import get_quantization_config
+from sft.tokenizer_files import save_tokenizer
 from sft.trainer import SFTTrainer
 from stages.artifacts import file_digest, progress, read_json, write_json, write_jsonl, write_text
 from stages.base_model import read_base_model
@@ -308,7 +309,7 @@ def save_trained_model(trainer: SFTTrainer, target: Path) -> None:
     with replacing_folder(target) as folder:
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that holds this machine's paths
-        trainer.processing_class.save_pretrained(folder)
+        save_tokenizer(trainer.processing_class, folder)
 
 
 def curve_csv(history: list[dict[str, Any]]) -> str:
