@@ -108,7 +108,9 @@ def check_checkpoint(folder: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        loader = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_number_of_layers(folder, config)
+        loader = auto_class(config)
         options = {
             "trust_remote_code": False,
             "device_map": "meta",
@@ -116,6 +118,8 @@ def check_checkpoint(folder: Path) -> None:
             "ignore_mismatched_sizes": True,
         }
         info = loader.from_pretrained(folder, output_loading_info=True, **options)[1]
+    except CheckpointError:
+        raise
     except Exception:
         return
     finally:
@@ -123,6 +127,25 @@ def check_checkpoint(folder: Path) -> None:
         if has_bar:
             logging.enable_progress_bar()
     check_loading_info(folder, info)
+
+
+def check_number_of_layers(folder: Path, config: Any) -> None:
+    """Refuse a config that asks for more layers than there are weights: building them all could take for ever.
+
+    Raises:
+        CheckpointError: Names both numbers.
+    """
+    from safetensors import safe_open
+
+    asked = getattr(config.get_text_config(), "num_hidden_layers", None)
+    found = 0
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            found += len(weights.keys())
+    if isinstance(asked, int) and asked > found:
+        raise CheckpointError(
+            f"The config.json of '{folder}' asks for {asked} layers, and there are {found} weights in all. {WAY_OUT}"
+        )
 
 
 def auto_class(config: Any) -> Any:

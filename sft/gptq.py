@@ -227,9 +227,10 @@ def _failures_of_threads() -> Iterator[None]:
     try:
         yield
     finally:
-        _DeviceWorker._abort_process = abort
         if failures:
             raise failures[0]  # whatever the caller made of it
+    # after a failure it stays: other threads may still be at work, and must not end the process either
+    _DeviceWorker._abort_process = abort
 
 
 class _LayerProgress:

@@ -98,26 +98,34 @@ class SealCheckpoints(TrainerCallback):
 
 
 def seal(checkpoint: Path) -> None:
-    """Write down a checkpoint's files, their sizes and digests, when they are safely on the disk."""
+    """Write down whose it is, and its files with sizes and digests, when they are safely on the disk."""
     files = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[path.relative_to(checkpoint).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
-    write_json(checkpoint / SEAL, files)
+    write_json(checkpoint / SEAL, {**belongs_to(checkpoint), "files": files})
+
+
+def belongs_to(checkpoint: Path) -> dict[str, str]:
+    """The training and the step of a checkpoint, by where it lies."""
+    return {"training": checkpoint.parent.name, "checkpoint": checkpoint.name}
 
 
 def what_is_wrong(checkpoint: Path) -> str | None:
     """Why a checkpoint can't be resumed; None when it is as it was sealed."""
     try:
-        files = read_json(checkpoint / SEAL)
+        sealed = read_json(checkpoint / SEAL)
     except OSError:
         return "it was being written when the training ended"
     except ValueError:
-        files = None
+        sealed = None
+    files = sealed.get("files") if isinstance(sealed, dict) else None
     if not isinstance(files, dict) or not files or not all(isinstance(entry, dict) for entry in files.values()):
         return f"{SEAL} is damaged"
+    if any(sealed.get(name) != value for name, value in belongs_to(checkpoint).items()):
+        return f"it is {sealed.get('checkpoint')} of training {sealed.get('training')}, put here by hand"
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():

@@ -9,9 +9,12 @@ from pathlib import Path
 FULL_BYTES = 1_000_000
 """A disk with less than this is full: whoever could not write has filled it up to the last block."""
 
+FULL = ("No space left on device", "database or disk is full")
+"""What tokenizers and safetensors say, and SQLite."""
+
 
 def is_full_disk(error: BaseException, folder: Path) -> bool:
-    """Whether an error means that there is no space left: Python's own, tokenizers', safetensors', Arrow's or torch's.
+    """Whether an error means that there is no space left: Python's own, tokenizers', safetensors', SQLite's or torch's.
 
     Args:
         error: What was raised.
@@ -19,7 +22,7 @@ def is_full_disk(error: BaseException, folder: Path) -> bool:
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    if "No space left on device" in str(error):
+    if any(text in str(error) for text in FULL):
         return True
     # torch.save only says that its stream broke
     return "inline_container.cc" in str(error) and shutil.disk_usage(folder).free < FULL_BYTES

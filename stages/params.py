@@ -276,6 +276,10 @@ def load_params(path: Path) -> Params:
         raise ParamsError(f"{path}:{line}: not valid YAML: {error.reason} ({error.character!r})") from None
     except YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ParamsError(f"{path}: values are nested far deeper than any of params.yaml") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ParamsError(f"{path}: a value can't be read: {' '.join(str(error).split())}") from None
     return check_params(values, source=str(path))
 
 

@@ -92,10 +92,12 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
     recorders = [throughput, *([] if live is None else [LiveCurve(live, CURVE_COLUMNS)])]
     try:
         trainer = make_trainer(params, paths, config, recorders)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(
-            f"out of memory before the first step: the model alone is too large ({error}); try train.method: qlora, "
-            "model.dtype: bfloat16, or more devices with train.launch.engine: fsdp2"
+            f"out of memory before the first step: model and adapter alone are too large ({error}); try a smaller "
+            "train.lora_r, train.method: qlora, model.dtype: bfloat16, or more devices with train.launch.engine: fsdp2"
         ) from None
     started = time.monotonic()
     try:
@@ -105,7 +107,7 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
         if not any("eval_loss" in entry for entry in last):
             trainer.evaluate()  # the last step fell between two evaluations
     except RuntimeError as error:
-        if not should_reduce_batch_size(error) and not isinstance(error, torch.OutOfMemoryError):
+        if not is_out_of_memory(error):
             raise
         rows = section.per_device_train_batch_size
         problem = f"out of memory in step {trainer.state.global_step + 1} with {rows} rows a forward pass"
@@ -116,6 +118,11 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
     if trainer.is_world_process_zero():
         write_timings(paths, time.monotonic() - started, trainer.state.num_input_tokens_seen, throughput)
     return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's memory, or the processor's, did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: list[TrainerCallback]) -> SFTTrainer:

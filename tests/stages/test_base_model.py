@@ -313,6 +313,14 @@ def test_folder_that_cannot_be_trained_is_refused(tmp_path: Path, files: dict[st
         resolve_base_model(section(str(place)))
 
 
+@pytest.mark.timeout(30)
+def test_more_layers_than_there_are_weights_are_refused_rather_than_built(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1_000_000}))
+    with pytest.raises(ValueError, match=r"model\.name_or_path: .*asks for 1000000 layers, and there are \d+ weights"):
+        resolve_base_model(section(str(folder)))
+
+
 def test_weights_that_the_config_asks_for_must_be_there(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,6 +85,17 @@ def test_a_truncated_altered_or_missing_file_is_noticed(paths: Paths) -> None:
     assert found == 12
     (folder / SEAL).write_text("{")
     assert what_is_wrong(folder) == "seal.json is damaged"
+
+
+def test_a_checkpoint_of_another_training_or_step_is_not_gone_on_from(paths: Paths) -> None:
+    state, other = (TrainingState.open(params(learning_rate=rate), paths) for rate in (1e-3, 2e-3))
+    own = checkpoint(state, 20)
+    foreign = shutil.copytree(checkpoint(other, 40), state.folder / "checkpoint-40")
+    renamed = shutil.copytree(own, state.folder / "checkpoint-60")
+    assert what_is_wrong(foreign) == f"it is checkpoint-40 of training {other.folder.name}, put here by hand"
+    assert what_is_wrong(renamed) == f"it is checkpoint-20 of training {state.folder.name}, put here by hand"
+    assert state.last_checkpoint() == own
+    assert not foreign.exists()
 
 
 def test_how_many_processes_share_an_update_does_not_matter_but_how_large_it_is_does(paths: Paths) -> None:

@@ -132,6 +132,7 @@ def test_an_interrupted_stage_says_so_in_one_line(
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded", "/somewhere/rows.jsonl"),
         Exception("No space left on device (os error 28)"),  # as tokenizers and safetensors say it
+        RuntimeError("(sqlite3.OperationalError) database or disk is full"),
     ],
 )
 def test_a_full_disk_is_one_message_and_leaves_no_half_of_a_file(

@@ -102,6 +102,15 @@ def test_where_parts_may_not_or_can_not_be_smaller_the_ways_out_are_named(
         make_smaller(section(**values), TrainingState(tmp_path), "out of memory with 8 rows")
 
 
+def test_a_model_that_never_fits_is_one_message_and_no_attempt_with_fewer_rows(tmp_path: Path) -> None:
+    paths = make_training_root(tmp_path, lora_r=99_999_999_999)
+    output = run_stage(paths, code=1)
+    (said,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "out of memory before the first step" in said
+    assert "a smaller train.lora_r" in said
+    assert "Traceback" not in output
+
+
 def test_update_keeps_its_rows(tmp_path: Path) -> None:
     asked = section(per_device_train_batch_size=12, gradient_accumulation_steps=2, on_oom="halve")
     rows = []

@@ -96,6 +96,8 @@ def test_a_blank_token_is_refused(values: dict[str, Any], token: str) -> None:
         ("train:\n  lora_r: \x01\n", r"params\.yaml:2: not valid YAML: special characters are not allowed"),
         ("", "expected sections such as `train:`, found an empty file"),
         ("- a\n- b\n", "expected sections such as `train:`, found list"),
+        (f"a: {'[' * 20_000}", r"params\.yaml: values are nested far deeper than any"),
+        (f"a: {'9' * 5000}", r"params\.yaml: a value can't be read: Exceeds the limit"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str, message: str) -> None:
