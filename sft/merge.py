@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.adapter_mix import AdapterMix, load_mix
 from sft.logit_proof import LogitDifference, check_logits, compare_logits, iterate_logits, logits_of
-from sft.models import load_model, parse_dtype
+from sft.models import load_model, parse_dtype, save_tokenizer
 from sft.peft_merge import (
     check_adapter_folder,
     count_adapted_modules,
@@ -24,7 +24,6 @@ from sft.peft_merge import (
 )
 from sft.shard_merge import NotStreamableError, ShardMerge
 from sft.token_rows import is_tied
-from sft.tokenizer_files import save_tokenizer
 
 logger = logging.getLogger(__name__)
 

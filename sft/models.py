@@ -27,6 +27,7 @@ from sft.checkpoint import (
 )
 from sft.checkpoint import load_processor as load_processor
 from sft.checkpoint import load_tokenizer as load_tokenizer
+from sft.tokenizer_files import save_tokenizer as save_tokenizer
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

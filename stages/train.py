@@ -20,9 +20,8 @@ from sft.adapters import count_parameters, get_peft_config
 from sft.chat_formats import resize_embeddings
 from sft.config import ModelConfig, SFTConfig
 from sft.loss_policy import BAD_UPDATE
-from sft.models import load_model
+from sft.models import load_model, save_tokenizer
 from sft.quantization import get_quantization_config
-from sft.tokenizer_files import save_tokenizer
 from sft.trainer import SFTTrainer
 from stages.artifacts import file_digest, progress, read_json, write_json, write_jsonl, write_text
 from stages.base_model import read_base_model

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft import text_lines
@@ -163,6 +163,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=st.lists(st.dictionaries(st.sampled_from(["text", "data", "\u00e9"]), JSON_VALUES), max_size=5),
     layout=st.sampled_from(["list", "wrapped", "lines"]),
