@@ -127,6 +127,7 @@ def empty_tokenizer() -> PreTrainedTokenizerFast:
 def draw(results: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """One panel for each quantity on the horizontal axis."""
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # letters as letters: smaller by a third
     import matplotlib.pyplot as plt
 
     axes_names = list(dict.fromkeys(CURVES[name][0] for name in results))
