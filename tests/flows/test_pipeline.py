@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,10 @@ def test_ended_flow_takes_stage_and_server_with_it(ran_project: Path, number: si
     commit(ran_project)
     command = [sys.executable, "-m", "flows.pipeline", "--set", "pack.max_length=256"]
     environment = {**child_environment(PYTHONPATH=str(ROOT)), "PREFECT_HOME": str(ran_project / "home")}
+    # tests that run in a shell's background ignore the interrupt, and so would their children
+    hearing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with (ran_project / "printed.log").open("wb") as log:
-        flow = subprocess.Popen(command, cwd=ran_project, env=environment, stdout=log, stderr=log)
+        flow = subprocess.Popen(command, cwd=ran_project, env=environment, stdout=log, stderr=log, preexec_fn=hearing)
     deadline = time.monotonic() + 120
     while not (ran_project / "started").exists():
         assert flow.poll() is None, (ran_project / "printed.log").read_text()
