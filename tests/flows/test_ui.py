@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,18 @@ def free_port() -> int:
 
 
 def fetch(url: str, data: dict[str, Any] | None = None) -> Any:
+    """Ask a server; a busy one is asked again, as Prefect's own client does."""
     body = None if data is None else json.dumps(data).encode()
     request = urllib.request.Request(url, data=body, headers={"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)
+    for wait_s in (0.5, 1, 2, 4, 8, None):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or wait_s is None:
+                raise
+            time.sleep(wait_s)
+    return None
 
 
 def test_busy_port_is_named_with_the_option_that_changes_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +30,14 @@ def test_memory_files_and_threads_stay_flat_over_two_thousand_steps(tmp_path: Pa
     lines = [line.removeprefix("FIGURES ") for line in result.stdout.splitlines() if line.startswith("FIGURES ")]
     figures = {entry["step"]: entry for entry in map(json.loads, lines)}
     first, last = figures[SETTLED], figures[NUM_STEPS]
-    growth = {name: f"{first[name]:,} -> {last[name]:,}" for name in ("bytes", "files", "threads")}
-    print(f"from step {SETTLED} to {NUM_STEPS}: {growth}, {last['bytes'] / first['bytes'] - 1:+.2%} of memory")
-    assert last["bytes"] < 1.01 * first["bytes"], figures
+    # single readings are 1 % off when they meet a buffer that is held for a moment, or one that is not
+    early, late = (
+        statistics.median(figures[step]["bytes"] for step in steps)
+        for steps in (range(SETTLED, SETTLED + 1000, 200), range(NUM_STEPS - 800, NUM_STEPS + 1, 200))
+    )
+    print(
+        f"steps {SETTLED} to {SETTLED + 800}: {early:,} bytes; {NUM_STEPS - 800} to {NUM_STEPS}: {late / early - 1:+.2%}"
+    )
+    assert late < 1.01 * early, figures
     assert last["files"] <= first["files"]
     assert last["threads"] <= first["threads"]
