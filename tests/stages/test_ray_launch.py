@@ -113,7 +113,7 @@ def test_a_killed_worker_ends_the_others_and_is_named(tmp_path: Path) -> None:
     started = time.monotonic()
     output, _ = stage.communicate(timeout=120)
     assert time.monotonic() - started < 100
-    assert stage.returncode == 1
+    assert stage.returncode == 137  # flows try again
     (message,) = errors_said(output)
     assert "was ended by signal 9 (out of memory?)" in message
 
