@@ -29,12 +29,13 @@ READERS = ("compute_loss", "training_step", "prediction_step", "_prepare_inputs"
 """Methods of a trainer that are given batches."""
 
 
-def settle_batches(trainer: Any, *, flat: bool | None) -> str:
+def settle_batches(trainer: Any, trainer_class: type, *, flat: bool | None) -> str:
     """Set the attention for the batches, and decide whether they are flat where nobody said so.
 
     Args:
         trainer: An `SFTTrainer` whose model is on the device that will train it. Its collator is set to flat batches
             where these were chosen.
+        trainer_class: `SFTTrainer`, whose own methods read joined rows.
         flat: Whether batches are one row without padding; None = where that is faster and nothing needs padded ones.
 
     Returns:
@@ -46,7 +47,7 @@ def settle_batches(trainer: Any, *, flat: bool | None) -> str:
     model, config = trainer.model, trainer.args
     if flat is not None:
         return settle_attention(model, config, flat=flat)
-    reason = refuse_flat_reason(trainer, current_hardware(config.device))
+    reason = refuse_flat_reason(trainer, trainer_class, current_hardware(config.device))
     before = model.config._attn_implementation
     if reason is None:
         try:
@@ -60,17 +61,22 @@ def settle_batches(trainer: Any, *, flat: bool | None) -> str:
     return f"{settle_attention(model, config, flat=False)}: {reason}"
 
 
-def refuse_flat_reason(trainer: Any, hardware: Hardware) -> str | None:
+def refuse_flat_reason(trainer: Any, trainer_class: type, hardware: Hardware) -> str | None:
     """Why batches had better be padded where nobody said how they should be, or None when nothing speaks for it.
 
     Args:
         trainer: An `SFTTrainer` with its own collator.
+        trainer_class: `SFTTrainer`; a method that a subclass or a script replaced may expect padded batches.
         hardware: See `current_hardware`.
     """
     model, config = trainer.model, trainer.args
     if trainer.compute_loss_func is not None or trainer.compute_metrics is not None:
         return "compute_loss_func and compute_metrics are given one row for each example"
-    own = [name for name in READERS if getattr(trainer, name).__module__ not in ("sft.trainer", "transformers.trainer")]
+    own = [
+        name
+        for name in READERS
+        if getattr(getattr(trainer, name), "__func__", None) is not getattr(trainer_class, name)
+    ]
     if own:
         return f"{own[0]} is the script's own, and may read padded batches"
     for option in ("pad_to_multiple_of", "torch_compile", "force_flash_sdp", "parallelism_config", "deepspeed"):

@@ -153,7 +153,7 @@ class SFTTrainer(Trainer):
         self.neftune_noise_alpha = None  # upstream scales the noise by the whole row's length; see `train`
         self.loss_is_scaled_for_ga = True
         with self.accelerator.autocast():
-            self.attention = settle_batches(self, flat=packing.flat)
+            self.attention = settle_batches(self, SFTTrainer, flat=packing.flat)
             self.sharing = self._settle_sharing(config)
         self._say_what_is_trained()
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+import sft
+import stages
 from stages.artifacts import read_json, write_json
 from stages.full_disk import is_full_disk
 from stages.params import Params, TrainSection
@@ -46,7 +48,7 @@ class TrainingState:
         digest.update(json.dumps(values, sort_keys=True).encode())
         for path in fingerprint_files(paths):
             with path.open("rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+                digest.update(named(path, paths).encode() + hashlib.file_digest(file, "sha256").digest())
         return cls(paths.state / "train" / digest.hexdigest()[:16])
 
     @classmethod
@@ -163,6 +165,14 @@ def fingerprint_files(paths: Paths) -> Iterator[Path]:
     yield paths.out("load", "base_model.json")
     for folder in (paths.out("pack", "train"), paths.out("pack", "eval"), paths.out("format", "tokenizer")):
         yield from sorted(path for path in folder.rglob("*") if path.is_file())
-    package = Path(__file__).resolve().parent.parent / "sft"
-    yield from sorted(package.glob("*.py"))
-    yield Path(__file__).resolve().parent / "train.py"
+    library, training = Path(sft.__file__).resolve().parent, Path(stages.__file__).resolve().parent
+    yield from sorted(library.rglob("*.py"))
+    yield training / "train.py"
+
+
+def named(path: Path, paths: Paths) -> str:
+    """The name under which a file enters the digest: relative to what it belongs to, so that no two share one."""
+    for root in (paths.root, Path(sft.__file__).resolve().parent.parent):
+        if path.is_relative_to(root):
+            return path.relative_to(root).as_posix()
+    return path.name

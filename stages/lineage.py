@@ -39,6 +39,7 @@ PARENT_VARIABLE, PARENT_TAG = "SFT_PARENT_RUN", "mlflow.parentRunId"
 
 # A run rewrites these itself.
 WRITTEN_BY_RUNS = ("dvc.lock", "reports/")
+CODE = ("sft/", "stages/")
 RECORDED_APART = ("params.yaml", "data/")
 
 
@@ -104,6 +105,11 @@ def dvc_hashes(root: Path) -> dict[str, str]:
     stages = (YAML(typ="safe", pure=True).load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
     entries = [entry for stage in stages.values() for part in ("deps", "outs") for entry in stage.get(part, [])]
     return {entry["path"]: entry[entry.get("hash", "md5")] for entry in entries if entry.get("hash", "md5") in entry}
+
+
+def dvc_data_hashes(root: Path) -> dict[str, str]:
+    """The part of `dvc_hashes` that is data and results, without the code of this package."""
+    return {path: digest for path, digest in dvc_hashes(root).items() if not path.startswith(CODE)}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

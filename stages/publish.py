@@ -190,7 +190,7 @@ def log_run(
         HELD_OUT_TAG: held_out_digest(paths),
         **lineage.circumstances(paths),
         **machine_tags(),
-        **{f"dvc.{path}": value for path, value in lineage.dvc_hashes(paths.root).items() if not path.endswith(".py")},
+        **{f"dvc.{path}": value for path, value in lineage.dvc_data_hashes(paths.root).items()},
         **(more or {}),
     }
     with tracking.whole_run(f"{lineage.model_name(paths)}-{digest[:8]}", tags, begun) as run:

@@ -195,9 +195,7 @@ def lineage_section(params: Params, paths: Paths, base: Mapping[str, Any]) -> di
         "commit": git.commit if git else "not in git",
         "changed": list(git.changed) if git else [],
         "base": [(key.replace("_", " "), as_text(value)) for key, value in base.items()],
-        "hashes": [
-            (path, digest) for path, digest in lineage.dvc_hashes(paths.root).items() if not path.endswith(".py")
-        ],
+        "hashes": list(lineage.dvc_data_hashes(paths.root).items()),
         "versions": list(lineage.versions().items()),
         "params": [(name, as_text(value)) for name, value in lineage.result_params(params).items()],
     }

@@ -165,7 +165,7 @@ def test_a_device_without_a_kernel_for_whole_rows_gets_padded_batches(
     folder: str, hardware: Hardware, dtype: torch.dtype, flat: bool
 ) -> None:
     chosen = trainer(folder, tiny_model().to(dtype))
-    reason = refuse_flat_reason(chosen, hardware)
+    reason = refuse_flat_reason(chosen, SFTTrainer, hardware)
     assert (reason is None) is flat
     assert flat or "has no kernel" in str(reason)
 

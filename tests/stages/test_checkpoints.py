@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import sft
 from stages.artifacts import read_json, write_json
 from stages.checkpoints import SEAL, TrainingState, explaining_full_disk, seal, what_is_wrong
 from stages.params import Params, load_params
@@ -122,6 +123,20 @@ def test_other_params_rows_or_base_do_not_see_the_checkpoints(paths: Paths, what
         write_json(paths.out("load", "base_model.json"), {"digest": "b"})
     changed = params(learning_rate=2e-3) if what == "rate" else params()
     assert TrainingState.open(changed, paths).last_checkpoint() is None
+
+
+@pytest.mark.parametrize("place", ["labels.py", "rooms/deep/loss.py"])
+def test_code_anywhere_in_the_library_is_part_of_what_a_checkpoint_belongs_to(
+    paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    library = tmp_path / "elsewhere" / "sft"
+    for name in ("__init__.py", "labels.py", "rooms/deep/loss.py", "rooms/deep/labels.py"):
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(f"# {name}\n")
+    monkeypatch.setattr(sft, "__file__", str(library / "__init__.py"))
+    before = TrainingState.of(params(), paths).folder
+    (library / place).write_text("# changed\n")
+    assert TrainingState.of(params(), paths).folder != before
 
 
 def test_a_finished_training_is_cleared_away_by_the_next_one_not_by_itself(paths: Paths) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from stages.lineage import (
     changed_code,
+    dvc_data_hashes,
     dvc_hashes,
     flatten,
     git_diff,
@@ -91,6 +92,14 @@ def test_hashes_come_from_dvc_lock(tmp_path: Path) -> None:
         "    outs:\n    - {path: outs/load, hash: md5, md5: bb.dir, size: 1}\n"
     )
     assert dvc_hashes(tmp_path) == {"data/a.jsonl": "aa", "outs/load": "bb.dir"}
+
+
+def test_code_is_no_data_whether_a_file_or_a_room_is_recorded(tmp_path: Path) -> None:
+    names = ("sft/labels.py", "sft/data", "stages/pages/templates", "stages/load.py", "data", "outs/load", "tasks")
+    entries = "".join(f"    - {{path: {name}, hash: md5, md5: aa, size: 1}}\n" for name in names)
+    (tmp_path / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n  load:\n    cmd: x\n    deps:\n{entries}")
+    assert list(dvc_hashes(tmp_path)) == list(names)
+    assert list(dvc_data_hashes(tmp_path)) == ["data", "outs/load", "tasks"]
 
 
 def test_digest_depends_on_params_and_files_but_not_on_where_they_are_published(tmp_path: Path) -> None:
