@@ -139,10 +139,10 @@ def switch_off(trick: str | None) -> dict[str, Any]:
     if trick == "head on targets":
         return {"compute_loss_func": full_loss}
     if trick == "attention by document":
-        from sft import attention_setup
-        from sft.attention import AttentionChoice
+        from sft.attention.choice import AttentionChoice
+        from sft.train import batches
 
-        attention_setup.choose_packed_attention = lambda *_: AttentionChoice("sdpa", "for comparison")
+        batches.choose_packed_attention = lambda *_: AttentionChoice("sdpa", "for comparison")
     return {}
 
 

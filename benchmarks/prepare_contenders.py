@@ -39,7 +39,7 @@ def preparer(library: str, rows: Dataset, tokenizer: Any, max_length: int, num_p
         disable_tqdm=True,
     )
     if library == "sft":
-        prepare_dataset = __import__("sft.preparation", fromlist=["prepare_dataset"]).prepare_dataset
+        prepare_dataset = __import__("sft.train.datasets", fromlist=["prepare_dataset"]).prepare_dataset
         return lambda dataset: prepare_dataset(dataset, tokenizer, config, packing=True)
     # trl prepares in a method of its trainer, which needs a model: the smallest there can be
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

@@ -24,7 +24,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from stages.params import load_params  # noqa: E402
+from stages.params.schema import load_params  # noqa: E402
 
 STAGES = ("load", "format", "pack")
 WORDS_A_ROW, SPREAD = 165, 0.6

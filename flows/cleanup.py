@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from flows.environment import prepare_prefect
+from flows.processes.environment import prepare_prefect
 
 prepare_prefect()
 
@@ -20,11 +20,11 @@ from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 from pydantic import Field  # noqa: E402
 
-from flows.cache_cleaning import clean_cache  # noqa: E402
-from flows.graph import RunRefused  # noqa: E402
-from flows.leftovers import find_leftovers, remove_leftovers  # noqa: E402
-from flows.terminal import run_in_terminal  # noqa: E402
-from flows.unfinished_runs import end_unfinished_runs, find_unfinished_runs  # noqa: E402
+from flows.cleaning.cache import clean_cache  # noqa: E402
+from flows.cleaning.leftovers import find_leftovers, remove_leftovers  # noqa: E402
+from flows.cleaning.unfinished_runs import end_unfinished_runs, find_unfinished_runs  # noqa: E402
+from flows.processes.terminal import run_in_terminal  # noqa: E402
+from flows.runs.graph import RunRefused  # noqa: E402
 
 KEEP_DAYS = 14
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows.environment import prepare_prefect
+from flows.processes.environment import prepare_prefect
 
 prepare_prefect()
 
@@ -23,10 +23,10 @@ from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.events import emit_event  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
-from flows.graph import RunRefused, read_plan  # noqa: E402
 from flows.pipeline import pipeline  # noqa: E402
-from flows.recorded import present_inputs, recorded_inputs  # noqa: E402
-from flows.terminal import run_in_terminal  # noqa: E402
+from flows.processes.terminal import run_in_terminal  # noqa: E402
+from flows.runs.graph import RunRefused, read_plan  # noqa: E402
+from flows.runs.recorded import present_inputs, recorded_inputs  # noqa: E402
 
 EVENT = "sft.nightly"
 """Beginning of the events' names, `sft.nightly.promoted` and so on: an automation can wait for them."""

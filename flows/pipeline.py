@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.environment import prepare_prefect
+from flows.processes.environment import prepare_prefect
 
 prepare_prefect()
 
@@ -26,9 +26,10 @@ from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.logging import get_run_logger  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
-from flows import worktree  # noqa: E402
-from flows.dvc_stage import Listener, Outcome, StageFailed, run_stage  # noqa: E402
-from flows.forms import (  # noqa: E402
+from flows.processes.terminal import refuse, run_in_terminal  # noqa: E402
+from flows.runs import worktree  # noqa: E402
+from flows.runs.dvc_stage import Listener, Outcome, StageFailed, run_stage  # noqa: E402
+from flows.runs.forms import (
     Overrides,
     StageName,
     apply_overrides,
@@ -37,10 +38,9 @@ from flows.forms import (  # noqa: E402
     parse_assignments,
     refuse_overrides_without_effect,
 )
-from flows.graph import Plan, RunRefused, read_plan  # noqa: E402
-from flows.report import ProgressBar, Row, RunReport, read_headline  # noqa: E402
-from flows.terminal import refuse, run_in_terminal  # noqa: E402
-from stages.params import ParamsError  # noqa: E402
+from flows.runs.graph import Plan, RunRefused, read_plan  # noqa: E402
+from flows.runs.report import ProgressBar, Row, RunReport, read_headline  # noqa: E402
+from stages.params.schema import ParamsError  # noqa: E402
 
 NUM_RETRIES = 2
 RETRY_DELAY_S = 5

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from flows.environment import prepare_prefect
+from flows.processes.environment import prepare_prefect
 
 prepare_prefect()
 
@@ -22,13 +22,20 @@ from prefect.logging import get_run_logger  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 from pydantic import Field  # noqa: E402
 
-from flows.forms import Overrides, apply_overrides, flatten, overridden, parse_assignments, with_values  # noqa: E402
-from flows.graph import RunRefused  # noqa: E402
-from flows.leaderboard import Leaderboard, Trial  # noqa: E402
 from flows.pipeline import ask, flow_run_variables, pipeline, prune_worktrees, run_plan, workplace  # noqa: E402
-from flows.report import RunReport, read_figures  # noqa: E402
-from flows.search import FORM  # noqa: E402
-from flows.sweep_plan import (  # noqa: E402
+from flows.processes.terminal import refuse, run_in_terminal  # noqa: E402
+from flows.runs.forms import (  # noqa: E402
+    Overrides,
+    apply_overrides,
+    flatten,
+    overridden,
+    parse_assignments,
+    with_values,
+)
+from flows.runs.graph import RunRefused  # noqa: E402
+from flows.runs.report import RunReport, read_figures  # noqa: E402
+from flows.sweeps.leaderboard import Leaderboard, Trial  # noqa: E402
+from flows.sweeps.plan import (
     DEFAULT_OBJECTIVE,
     NUM_TRIALS,
     DimensionText,
@@ -38,11 +45,11 @@ from flows.sweep_plan import (  # noqa: E402
     SweepAsked,
     prepare,
 )
-from flows.terminal import refuse, run_in_terminal  # noqa: E402
-from stages.artifacts import write_text  # noqa: E402
-from stages.lineage import FLOW_RUN_VARIABLES, PARENT_VARIABLE  # noqa: E402
-from stages.params import ParamsError  # noqa: E402
-from stages.trials import log_trial, recorded_sweep  # noqa: E402
+from flows.sweeps.search import FORM  # noqa: E402
+from stages.checkout.artifacts import write_text  # noqa: E402
+from stages.params.schema import ParamsError  # noqa: E402
+from stages.tracking.lineage import FLOW_RUN_VARIABLES, PARENT_VARIABLE  # noqa: E402
+from stages.tracking.trials import log_trial, recorded_sweep  # noqa: E402
 
 
 @flow(

@@ -15,10 +15,10 @@ import urllib.parse
 from pathlib import Path
 from types import FrameType
 
-from flows.environment import UiLock, child_environment, prefect_home
-from flows.servers import HOST, ServerFailed, Servers, get, post, prefect_server_command, refuse_busy_port
-from stages.params import ParamsError, load_params
-from stages.redaction import redact
+from flows.processes.environment import UiLock, child_environment, prefect_home
+from flows.processes.servers import HOST, ServerFailed, Servers, get, post, prefect_server_command, refuse_busy_port
+from stages.checkout.redaction import redact
+from stages.params.schema import ParamsError, load_params
 
 WORK_POOL = "local"
 

@@ -9,24 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sft.adapter_mix import AdapterMix
-    from sft.adapters import get_peft_config
-    from sft.attention import document_layout, probe_isolation
-    from sft.chat_formats import clone_chat_template, setup_chat_format
-    from sft.collators import DataCollatorForSFT
-    from sft.completion_collator import DataCollatorForCompletionOnlyLM
+    from sft.attention.choice import document_layout, probe_isolation
+    from sft.batches.collator import DataCollatorForSFT
+    from sft.batches.completion_collator import DataCollatorForCompletionOnlyLM
+    from sft.chat.formats import clone_chat_template, setup_chat_format
     from sft.config import ModelConfig, SFTConfig
-    from sft.constant_length import ConstantLengthDataset
-    from sft.evaluation import evaluate_model
-    from sft.gptq import quantize_gptq
+    from sft.evaluate.likelihood import evaluate_model
+    from sft.export.gptq import quantize_gptq
+    from sft.export.merge import merge_adapter
+    from sft.export.merge_in_memory import AdapterMix
     from sft.labels import IGNORE_INDEX
-    from sft.merge import merge_adapter
-    from sft.models import load_model, load_tokenizer
-    from sft.packing import pack_dataset, truncate_dataset
-    from sft.preview import preview_masks
-    from sft.quantization import get_kbit_device_map, get_quantization_config, prepare_model_for_kbit_training
-    from sft.trainer import SFTTrainer
-    from sft.vision import DataCollatorForVisionLanguageModeling
+    from sft.models.adapters import get_peft_config
+    from sft.models.kbit import get_kbit_device_map, get_quantization_config, prepare_model_for_kbit_training
+    from sft.models.loading import load_model, load_tokenizer
+    from sft.tokens.constant_length import ConstantLengthDataset
+    from sft.tokens.packing import pack_dataset, truncate_dataset
+    from sft.tokens.preview import preview_masks
+    from sft.train.trainer import SFTTrainer
+    from sft.vision.collator import DataCollatorForVisionLanguageModeling
 
 __all__ = [
     "IGNORE_INDEX",
@@ -57,31 +57,31 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AdapterMix": "adapter_mix",
-    "ConstantLengthDataset": "constant_length",
-    "DataCollatorForCompletionOnlyLM": "completion_collator",
-    "DataCollatorForSFT": "collators",
-    "DataCollatorForVisionLanguageModeling": "vision",
+    "AdapterMix": "export.merge_in_memory",
+    "ConstantLengthDataset": "tokens.constant_length",
+    "DataCollatorForCompletionOnlyLM": "batches.completion_collator",
+    "DataCollatorForSFT": "batches.collator",
+    "DataCollatorForVisionLanguageModeling": "vision.collator",
     "IGNORE_INDEX": "labels",
     "ModelConfig": "config",
     "SFTConfig": "config",
-    "SFTTrainer": "trainer",
-    "clone_chat_template": "chat_formats",
-    "document_layout": "attention",
-    "evaluate_model": "evaluation",
-    "get_kbit_device_map": "quantization",
-    "get_peft_config": "adapters",
-    "get_quantization_config": "quantization",
-    "load_model": "models",
-    "load_tokenizer": "models",
-    "merge_adapter": "merge",
-    "pack_dataset": "packing",
-    "prepare_model_for_kbit_training": "quantization",
-    "preview_masks": "preview",
-    "probe_isolation": "attention",
-    "quantize_gptq": "gptq",
-    "setup_chat_format": "chat_formats",
-    "truncate_dataset": "packing",
+    "SFTTrainer": "train.trainer",
+    "clone_chat_template": "chat.formats",
+    "document_layout": "attention.choice",
+    "evaluate_model": "evaluate.likelihood",
+    "get_kbit_device_map": "models.kbit",
+    "get_peft_config": "models.adapters",
+    "get_quantization_config": "models.kbit",
+    "load_model": "models.loading",
+    "load_tokenizer": "models.loading",
+    "merge_adapter": "export.merge",
+    "pack_dataset": "tokens.packing",
+    "prepare_model_for_kbit_training": "models.kbit",
+    "preview_masks": "tokens.preview",
+    "probe_isolation": "attention.choice",
+    "quantize_gptq": "export.gptq",
+    "setup_chat_format": "chat.formats",
+    "truncate_dataset": "tokens.packing",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from sft.loss_policy import check_policy
+from sft.train.bad_updates import check_policy
 
 DEFAULT_MAX_LENGTH = 1024
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
@@ -46,12 +46,12 @@ class SFTConfig(TrainingArguments):
             `packing_strategy`.
         chars_per_token: The same; characters that a token is taken to have while that buffer is filled.
         padding_free: Join a batch's rows into one row without padding; None = where that is faster and nothing needs
-            padded batches (`sft.attention_setup.settle_batches`).
+            padded batches (`sft.train.batches.settle_batches`).
         share_tokens: In packed and padding-free batches, compute what documents of a row begin with alike once, and
             nothing behind a document's last target: same losses and gradients in less time. Left aside where a model or
             an option draws noise for each token, or logits of all tokens are asked for.
-        fused_lora: Run plain LoRA layers as one autograd step each (`sft.lora_linear`).
-        fused_layers: The same for RMS norms and SwiGLU layers in float32 (`sft.fused_layers`).
+        fused_lora: Run plain LoRA layers as one autograd step each (`sft.kernels.lora`).
+        fused_layers: The same for RMS norms and SwiGLU layers in float32 (`sft.kernels.layers`).
         force_flash_sdp: Compute attention with torch's own flash kernel alone (Flash Attention 1's route: needs `sdpa`,
             half precision on a GPU, and packed or padding-free batches, since that kernel takes no mask).
         pad_to_multiple_of: Padded length is a multiple of this.

@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from stages.full_disk import explain_full_disk, is_full_disk
-from stages.measured import MODELS
-from stages.params import ParamsError, load_params
-from stages.paths import Paths
-from stages.redaction import redact
+from stages.checkout.full_disk import explain_full_disk, is_full_disk
+from stages.checkout.paths import Paths
+from stages.checkout.redaction import redact
+from stages.params.measured import MODELS
+from stages.params.schema import ParamsError, load_params
 
 STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
 TOOLS = ("chat", "check", "compare", "estimate", "preview", "reproduce", "serve", "summary")
@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         params = load_params(args.root / "params.yaml")
         if args.name == "train":  # hours may lie between here and the stage that a wrong value belongs to
-            importlib.import_module("stages.preflight").check_later_stages(params, paths)
+            importlib.import_module("stages.tools.preflight").check_later_stages(params, paths)
         with alone(args.name, paths.root):
-            importlib.import_module(f"stages.{args.name}").run(params, paths, **options)
+            importlib.import_module(home(args.name)).run(params, paths, **options)
     except KeyboardInterrupt:
         print(f"stopped: {args.name}. Type the command again to go on.", file=sys.stderr, flush=True)
         return EXIT_STOPPED
@@ -109,9 +109,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def home(name: str) -> str:
+    """The module that runs a stage or a tool."""
+    return f"stages.tools.{name}" if name in TOOLS else f"stages.{name}"
+
+
 def run_launched(name: str, root: Path, paths: Paths) -> int:
     """Run a stage as one of several processes: what goes wrong is left to the launcher, which says it once."""
-    launcher = importlib.import_module("stages.launch")
+    launcher = importlib.import_module("stages.launch.processes")
     launcher.tie_to_launcher()
     try:
         importlib.import_module(f"stages.{name}").run(load_params(root / "params.yaml"), paths)
@@ -128,7 +133,7 @@ def alone(name: str, root: Path) -> AbstractContextManager[None]:
     """What a stage runs in: `train` has its device for itself."""
     if name != "train":
         return nullcontext()
-    from stages.training_lock import sole_training  # the other names need not load it
+    from stages.launch.lock import sole_training  # the other names need not load it
 
     return sole_training(root)
 

@@ -9,18 +9,18 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from sft.chat_formats import FORMATS, align_eos_with_template, apply_chat_format, ensure_pad_token, find_format
-from sft.chat_template import TemplateSourceError
-from sft.terminator import TerminatorCheck
-from sft.tokenizer_files import save_tokenizer
-from stages.artifacts import progress, read_json, read_jsonl, write_json
-from stages.base_model import read_base_model
-from stages.outfolder import Action, JsonlWriter, Ledger, replacing_folder
-from stages.params import FormatSection, Params
-from stages.paths import Paths
-from stages.rendering import RenderingWork
-from stages.shard import shards_of
-from stages.shards import run_shards
+from sft.chat.checks import TerminatorCheck
+from sft.chat.formats import FORMATS, align_eos_with_template, apply_chat_format, ensure_pad_token, find_format
+from sft.chat.template import TemplateSourceError
+from sft.models.tokenizer_files import save_tokenizer
+from stages.checkout.artifacts import progress, read_json, read_jsonl, write_json
+from stages.checkout.ledger import Action, JsonlWriter, Ledger, replacing_folder
+from stages.checkout.paths import Paths
+from stages.models.base import read_base_model
+from stages.params.schema import FormatSection, Params
+from stages.shards.rendering import RenderingWork
+from stages.shards.shard import shards_of
+from stages.shards.shards import run_shards
 
 SPLITS = ("train", "eval")
 

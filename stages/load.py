@@ -7,19 +7,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sft.numbers import numbers_as_text
-from sft.records import IMAGE_COLUMNS, Layout, RowError, normalize, record_digest, validate_record
-from sft.row import Row
-from stages.accounts import Accounts
-from stages.artifacts import progress, write_json
-from stages.intake import Source, open_source
-from stages.model_sources import resolve_base_model
-from stages.outfolder import Action, JsonlWriter, Ledger, replacing_folder
-from stages.params import LoadSection, Params
-from stages.paths import Paths
-from stages.row_checks import Note, Problem, RowChecks
-from stages.selection import Selection
-from stages.set_checks import SetChecks
+from sft.data.numbers import numbers_as_text
+from sft.data.records import IMAGE_COLUMNS, Layout, RowError, normalize, record_digest, validate_record
+from sft.data.row import Row
+from stages.checkout.artifacts import progress, write_json
+from stages.checkout.ledger import Action, JsonlWriter, Ledger, replacing_folder
+from stages.checkout.paths import Paths
+from stages.loading.accounts import Accounts
+from stages.loading.checks import SetChecks
+from stages.loading.row_checks import Note, Problem, RowChecks
+from stages.loading.selection import Selection
+from stages.loading.sources import Source, open_source
+from stages.models.resolve import resolve_base_model
+from stages.params.schema import LoadSection, Params
 
 ROWS_BETWEEN_PROGRESS = 10_000
 NOT_TEXT = ("not_text", "content_not_text")

@@ -9,13 +9,13 @@ from typing import Any
 
 from datasets import load_from_disk
 
-from sft.merge import MergeReport, copy_checkpoint, merge_adapter
-from sft.models import load_tokenizer
-from stages.artifacts import progress, write_json
-from stages.base_model import read_base_model
-from stages.outfolder import replacing_folder
-from stages.params import Params
-from stages.paths import Paths
+from sft.export.merge import MergeReport, copy_checkpoint, merge_adapter
+from sft.models.loading import load_tokenizer
+from stages.checkout.artifacts import progress, write_json
+from stages.checkout.ledger import replacing_folder
+from stages.checkout.paths import Paths
+from stages.models.base import read_base_model
+from stages.params.schema import Params
 
 ADAPTER_CONFIG = "adapter_config.json"
 NUM_STEPS = 2

@@ -14,18 +14,18 @@ from datasets import load_from_disk
 from transformers import AutoTokenizer
 
 from sft.labels import IGNORE_INDEX
-from sft.overflow import plan_overflow
-from sft.packing import plan_rows
-from sft.preview import preview_masks
-from sft.ragged import Pieces, RowPlan, row_tables
-from sft.row_files import write_rows
-from stages.artifacts import progress, write_json, write_jsonl, write_text
-from stages.data_page import SplitFacts, choose_previews, write_data_page
-from stages.documents import Documents, Kept, encode_split
-from stages.outfolder import JsonlWriter, replacing_folder
+from sft.tokens.columns import Pieces, RowPlan, row_tables
+from sft.tokens.overflow import plan_overflow
+from sft.tokens.packing import plan_rows
+from sft.tokens.preview import preview_masks
+from sft.tokens.row_files import write_rows
+from stages.checkout.artifacts import progress, write_json, write_jsonl, write_text
+from stages.checkout.ledger import JsonlWriter, replacing_folder
+from stages.checkout.paths import Paths
 from stages.pack_account import Lost, index_entries, losses
-from stages.params import PackSection, Params
-from stages.paths import Paths
+from stages.pages.data import SplitFacts, choose_previews, write_data_page
+from stages.params.schema import PackSection, Params
+from stages.shards.encoding import Documents, Kept, encode_split
 
 SPLITS = ("train", "eval")
 SCRATCH = "scratch"

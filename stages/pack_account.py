@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sft.overflow import OverflowReport
-from sft.ragged import Pieces, RowPlan
+from sft.tokens.columns import Pieces, RowPlan
+from sft.tokens.overflow import OverflowReport
 
 DONE = {"truncated": "cut", "split": "split", "divided": "split", "dropped": "drop", "masked": "drop"}
 """Reason of an entry -> what was done to the document."""

@@ -14,15 +14,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stages import lineage
-from stages.artifacts import progress, read_json, write_json, write_text
+from stages.checkout.artifacts import progress, read_json, write_json, write_text
+from stages.checkout.paths import Paths
+from stages.checkout.redaction import redact
 from stages.hub_upload import push
-from stages.machine import machine_tags
-from stages.mlflow_run import PROGRESS_TAG, PUBLISHED, TRAINING_TAG, Tracking, open_tracking
-from stages.model_card import write_card
-from stages.params import Params
-from stages.paths import Paths
-from stages.promotion import (
+from stages.pages.model_card import write_card
+from stages.pages.promotion import CANDIDATE, Decision, write_page
+from stages.params.schema import Params
+from stages.tracking import lineage
+from stages.tracking.champion import (
     CHAMPION,
     HELD_OUT_TAG,
     Champion,
@@ -31,8 +31,8 @@ from stages.promotion import (
     find_champion,
     held_out_digest,
 )
-from stages.promotion_page import CANDIDATE, Decision, write_page
-from stages.redaction import redact
+from stages.tracking.machine import machine_tags
+from stages.tracking.store import PROGRESS_TAG, PUBLISHED, TRAINING_TAG, Tracking, open_tracking
 
 DIGEST_TAG = "sft.result_digest"
 MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate")

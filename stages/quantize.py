@@ -9,11 +9,11 @@ from typing import Any
 
 from datasets import load_from_disk
 
-from sft.gptq import GPTQSettings, QuantizeReport, quantize_gptq
-from sft.gptq_checks import MIN_ROW_TOKENS, select_calibration
-from stages.artifacts import fresh_folder, progress, write_json
-from stages.params import Params, QuantizeSection
-from stages.paths import Paths
+from sft.export.gptq import GPTQSettings, QuantizeReport, quantize_gptq
+from sft.export.quantization import MIN_ROW_TOKENS, select_calibration
+from stages.checkout.artifacts import fresh_folder, progress, write_json
+from stages.checkout.paths import Paths
+from stages.params.schema import Params, QuantizeSection
 
 SKIPPED = "quantize.method is none: the merged checkpoint is shipped as it is"
 KEPT = "left in full precision, as half precision has no number for some of their values"
@@ -52,7 +52,7 @@ def quantize(
     """Write outs/quantize/model; returns the report and the figures."""
     merged, quantized = paths.out("merge", "model"), paths.out("quantize", "model")
     if section.method != "gptq":
-        from sft.kbit_checkpoint import quantize_kbit  # imports bitsandbytes
+        from sft.export.kbit import quantize_kbit  # imports bitsandbytes
 
         kbit = quantize_kbit(merged, quantized, section.method, calibration[:NUM_COMPARED_ROWS], progress)
         return kbit.to_dict(), common_figures(kbit.to_dict())
@@ -72,7 +72,7 @@ def quantize(
 
 def export(precision: str, paths: Paths, rows: list[list[int]]) -> dict[str, float | int | str]:
     """Write outs/quantize/gguf/model-PRECISION.gguf; returns its figures."""
-    from sft.gguf_export import export_gguf  # imports slowly, and most runs export nothing
+    from sft.export.gguf import export_gguf  # imports slowly, and most runs export nothing
 
     file = paths.out("quantize", "gguf", f"model-{precision}.gguf")
     report = export_gguf(paths.out("merge", "model"), file, precision, rows[:NUM_COMPARED_ROWS])

@@ -16,26 +16,26 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import load_from_disk
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
-from sft.adapters import count_parameters, get_peft_config
-from sft.chat_formats import resize_embeddings
+from sft.chat.formats import resize_embeddings
 from sft.config import ModelConfig, SFTConfig
-from sft.loss_policy import BAD_UPDATE
-from sft.models import load_model, save_tokenizer
-from sft.quantization import get_quantization_config
-from sft.trainer import SFTTrainer
-from stages.artifacts import file_digest, progress, read_json, write_json, write_jsonl, write_text
-from stages.base_model import read_base_model
-from stages.checkpoints import SealCheckpoints, TrainingState, explaining_full_disk
-from stages.launch import launch, needs_launcher
-from stages.live_curve import MEMORY_TAG, LiveCurve, live_run
-from stages.out_of_memory import OutOfMemory, figures, fitted, history, make_smaller
-from stages.outfolder import replacing_folder
-from stages.params import ModelSection, Params, TrainSection
-from stages.paths import Paths
-from stages.throughput import Throughput
+from sft.models.adapters import count_parameters, get_peft_config
+from sft.models.kbit import get_quantization_config
+from sft.models.loading import load_model, save_tokenizer
+from sft.train.bad_updates import BAD_UPDATE
+from sft.train.trainer import SFTTrainer
+from stages.checkout.artifacts import file_digest, progress, read_json, write_json, write_jsonl, write_text
+from stages.checkout.ledger import replacing_folder
+from stages.checkout.paths import Paths
+from stages.launch.processes import launch, needs_launcher
+from stages.models.base import read_base_model
+from stages.params.schema import ModelSection, Params, TrainSection
+from stages.training.checkpoints import SealCheckpoints, TrainingState, explaining_full_disk
+from stages.training.curve import MEMORY_TAG, LiveCurve, live_run
+from stages.training.out_of_memory import OutOfMemory, figures, fitted, history, make_smaller
+from stages.training.throughput import Throughput
 
 if TYPE_CHECKING:
-    from stages.live_run import LiveRun
+    from stages.tracking.live_run import LiveRun
 
 CURVE_COLUMNS = (
     "step",

@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.__main__ import STAGES
-from stages.params import Params
+from stages.params.schema import Params
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("sft", "stages", "flows")
@@ -29,13 +29,13 @@ UPSTREAM_SIGNATURES = {
 PLUMBING = {
     "stages",
     "stages.__main__",
-    "stages.preflight",
-    "stages.live_curve",  # only hands figures on to MLflow; nothing comes back
-    "stages.params",
-    "stages.load_params",
-    "stages.evaluate_params",
-    "stages.section",
-    "stages.paths",
+    "stages.tools.preflight",
+    "stages.training.curve",  # only hands figures on to MLflow; nothing comes back
+    "stages.params.schema",
+    "stages.params.load_params",
+    "stages.params.evaluate_params",
+    "stages.params.section",
+    "stages.checkout.paths",
     "sft",
 }
 
@@ -174,7 +174,9 @@ def test_library_has_no_import_cycle() -> None:
 def test_only_the_trainer_knows_many_siblings() -> None:
     counts = {name: len(first_party(path) - {name, "sft"}) for name, path in modules("sft").items()}
     assert {
-        name: count for name, count in counts.items() if count > MAX_SIBLINGS and name not in ("sft.trainer", "sft")
+        name: count
+        for name, count in counts.items()
+        if count > MAX_SIBLINGS and name not in ("sft.train.trainer", "sft")
     } == {}
 
 

@@ -14,7 +14,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from stages import load
-from stages.artifacts import read_json
+from stages.checkout.artifacts import read_json
 from tests.flows.conftest import commit, ran_template, run, template
 from tests.stages.data_root import ROWS, DataRoot
 

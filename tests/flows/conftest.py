@@ -16,8 +16,8 @@ import pytest
 # Prefect reads its settings at import; the flows would otherwise use the home of the checkout.
 os.environ.setdefault("PREFECT_HOME", tempfile.mkdtemp(prefix="prefect-home-"))
 
-from flows.environment import ROOT, child_environment
-from flows.forms import apply_overrides
+from flows.processes.environment import ROOT, child_environment
+from flows.runs.forms import apply_overrides
 
 DVC_YAML = """\
 stages:

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from flows.cache_cleaning import clean_cache
+from flows.cleaning.cache import clean_cache
+from flows.cleaning.leftovers import DAY_S, find_leftovers
 from flows.cleanup import cleanup, main
-from flows.graph import RunRefused, read_plan
-from flows.leftovers import DAY_S, find_leftovers
-from flows.worktree import isolated_checkout
-from stages.artifacts import write_json
-from stages.lineage import dvc_hashes
-from stages.live_run import KEY_FILE, KEY_TAG
-from stages.lock_holders import FOLDER_VARIABLE
-from stages.mlflow_run import PROGRESS_TAG, Tracking, open_tracking
-from stages.params import load_params
-from stages.training_lock import sole_training
+from flows.runs.graph import RunRefused, read_plan
+from flows.runs.worktree import isolated_checkout
+from stages.checkout.artifacts import write_json
+from stages.launch.lock import sole_training
+from stages.launch.lock_holders import FOLDER_VARIABLE
+from stages.params.schema import load_params
+from stages.tracking.lineage import dvc_hashes
+from stages.tracking.live_run import KEY_FILE, KEY_TAG
+from stages.tracking.store import PROGRESS_TAG, Tracking, open_tracking
 from tests.flows.conftest import replace_param, run
 
 

@@ -19,7 +19,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL
 from ruamel.yaml import YAML
 
-from flows.environment import ROOT, child_environment
+from flows.processes.environment import ROOT, child_environment
 from tests.flows.conftest import commit
 
 POOLS = ROOT / "flows" / "pools"

@@ -18,11 +18,11 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectAlreadyExists, PrefectHTTPStatusError
 
 from flows import pipeline as module
-from flows import worktree
-from flows.dvc_stage import Listener, Outcome, run_stage
-from flows.environment import ROOT, child_environment
-from flows.forms import parse_assignments
 from flows.pipeline import main, pipeline
+from flows.processes.environment import ROOT, child_environment
+from flows.runs import worktree
+from flows.runs.dvc_stage import Listener, Outcome, run_stage
+from flows.runs.forms import parse_assignments
 from tests.flows.conftest import commit, replace_param, run
 
 pytestmark = pytest.mark.usefixtures("prefect_server")

@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.sweep import main, sweep
-from stages.params import load_params
+from stages.params.schema import load_params
 from tests.flows.conftest import commit, run
 from tests.flows.test_pipeline import all_artifacts, artifacts
 

@@ -20,7 +20,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Pending, Running
 
-from flows.environment import ROOT, UiLock, child_environment, prefect_home
+from flows.processes.environment import ROOT, UiLock, child_environment, prefect_home
 from flows.ui import end_runs_of_the_dead, main
 from tests.flows.conftest import commit
 

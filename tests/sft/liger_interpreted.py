@@ -28,12 +28,12 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from triton.runtime import interpreter
 
-from sft.attention import SFT_DOCUMENTS
-from sft.collators import DataCollatorForSFT
-from sft.layout import document_layout
-from sft.liger import interpreting, liger_kernel_config
-from sft.linear_cross_entropy import Head, linear_cross_entropy_sums
-from sft.loss import LossOptions, supervised_loss
+from sft.attention.choice import SFT_DOCUMENTS
+from sft.batches.collator import DataCollatorForSFT
+from sft.batches.layout import document_layout
+from sft.kernels.liger import interpreting, liger_kernel_config
+from sft.loss.linear_cross_entropy import Head, linear_cross_entropy_sums
+from sft.loss.supervised import LossOptions, supervised_loss
 from tests.tiny import tiny_model, tiny_tokenizer
 
 Tensors = list[torch.Tensor]
@@ -172,7 +172,7 @@ def trainer(use_liger_kernel: bool) -> list[float]:
     from datasets import Dataset
 
     from sft.config import SFTConfig
-    from sft.trainer import SFTTrainer
+    from sft.train.trainer import SFTTrainer
 
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from sft.config import SFTConfig
-from sft.trainer import SFTTrainer
+from sft.train.trainer import SFTTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 EVERY = 200

@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset
 
 from sft.config import SFTConfig
-from sft.loss_policy import BAD_UPDATE
-from sft.trainer import SFTTrainer
+from sft.train.bad_updates import BAD_UPDATE
+from sft.train.trainer import SFTTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [{"prompt": f"What is {number}?", "completion": f" It is {number}."} for number in range(64)]

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sft.config import SFTConfig
 from sft.labels import IGNORE_INDEX
-from sft.trainer import SFTTrainer
+from sft.train.trainer import SFTTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 NUM_STEPS = 20

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import HfArgumentParser
 
-from sft.adapters import get_peft_config
 from sft.config import ModelConfig, SFTConfig
+from sft.models.adapters import get_peft_config
 
 
 def parsed(*arguments: str) -> tuple[SFTConfig, ModelConfig]:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from transformers import DataCollatorWithFlattening
 
-from sft.attention import SFT_DOCUMENTS, document_layout, probe_isolation
-from sft.completion_collator import DataCollatorForCompletionOnlyLM
-from sft.constant_length import ConstantLengthDataset
-from sft.loss import supervised_loss
-from sft.packing import pack_dataset
-from sft.trainer import SFTTrainer
+from sft.attention.choice import SFT_DOCUMENTS, document_layout, probe_isolation
+from sft.batches.completion_collator import DataCollatorForCompletionOnlyLM
+from sft.loss.supervised import supervised_loss
+from sft.tokens.constant_length import ConstantLengthDataset
+from sft.tokens.packing import pack_dataset
+from sft.train.trainer import SFTTrainer
 from tests.tiny import quiet_config, random_model, tiny_model, tiny_tokenizer
 
 LENGTHS = (19, 3, 11, 26, 7, 14)

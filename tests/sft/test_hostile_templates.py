@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft import chat_template
-from sft.chat_template import ChatTemplate
-from sft.time_limit import TimeLimitError, time_limit
+from sft.chat.render import template
+from sft.chat.template import ChatTemplate
+from sft.chat.time_limit import TimeLimitError, time_limit
 
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -24,7 +24,7 @@ LONG = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 
 @pytest.fixture
 def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "FIRST_CHAT_S", 0.3)
+    monkeypatch.setattr(template, "FIRST_CHAT_S", 0.3)
 
 
 def test_a_template_that_loops_for_ever_is_ended_and_named(short_limit: None) -> None:
@@ -35,7 +35,7 @@ def test_a_template_that_loops_for_ever_is_ended_and_named(short_limit: None) ->
 
 
 def test_a_template_that_prints_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(template, "MAX_CHARACTERS", 1000)
     with pytest.raises(ValueError, match="made 2000 characters of one conversation"):
         ChatTemplate("{{ 'ab' * 1000 }}", VARIABLES).render([CHAT])
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sft.even_rows import FILLER, EvenCollator, EvenRows
+from sft.train.processes import FILLER, EvenCollator, EvenRows
 from tests.sft.rank_training import CHECKPOINTS, FIGURES, NAMES, NUM_STEPS, ROWS
 
 ROOT = Path(__file__).resolve().parents[2]

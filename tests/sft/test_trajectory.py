@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from sft.config import SFTConfig
-from sft.trainer import SFTTrainer
+from sft.train.trainer import SFTTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 NUM_STEPS = 20

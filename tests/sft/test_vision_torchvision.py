@@ -9,9 +9,9 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
-from sft.checkpoint import load_processor
 from sft.labels import IGNORE_INDEX
-from sft.trainer import SFTTrainer
+from sft.models.checkpoint import load_processor
+from sft.train.trainer import SFTTrainer
 from tests.tiny import quiet_config
 from tests.tiny_vision import COLOURS, square, tiny_processor, tiny_vision_model
 

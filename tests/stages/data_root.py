@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stages.artifacts import read_jsonl
-from stages.params import Params, load_params
-from stages.paths import Paths
+from stages.checkout.artifacts import read_jsonl
+from stages.checkout.paths import Paths
+from stages.params.schema import Params, load_params
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from stages import train
-from stages.params import load_params
-from stages.paths import Paths
+from stages.checkout.paths import Paths
+from stages.params.schema import load_params
 
 
 def start(root: Path) -> tuple[int, int]:

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import evaluate, merge
-from stages.artifacts import read_json, read_jsonl, write_json, write_jsonl
-from stages.paths import Paths
+from stages.checkout.artifacts import read_json, read_jsonl, write_json, write_jsonl
+from stages.checkout.paths import Paths
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 from tests.tiny import tiny_tokenizer
 
@@ -130,7 +130,7 @@ def test_tokens_that_the_base_does_not_have_get_rows_as_in_training(tmp_path: Pa
     paths = write_tiny_run(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     tokenizer.add_tokens(["<new>"], special_tokens=True)
-    from stages.variants import find_variants, load_variant
+    from stages.models.variants import find_variants, load_variant
 
     base = load_variant(find_variants(paths)[0], tiny_params().model, len(tokenizer), [])
     assert base.get_input_embeddings().num_embeddings == len(tokenizer)

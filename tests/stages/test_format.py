@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from stages import format, load, rendering, shard, shards
-from stages.artifacts import read_json
+from stages import format, load
+from stages.checkout.artifacts import read_json
+from stages.shards.shards import rendering, shard, shards
 from tests.sft.template_styles import PLAIN, QWEN3
 from tests.stages.data_root import ROWS, DataRoot, turn
 

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from sft.records import detect_layout, normalize
-from sft.sources import read_rows
-from stages.checkpoints import SEAL, seal, what_is_wrong
-from stages.params import check_params, load_params
+from sft.data.records import detect_layout, normalize
+from sft.data.sources import read_rows
+from stages.params.schema import check_params, load_params
+from stages.training.checkpoints import SEAL, seal, what_is_wrong
 from tests.stages.training_root import REPO
 
 SHIPPED = YAML(typ="safe", pure=True).load((REPO / "params.yaml").read_text(encoding="utf-8"))

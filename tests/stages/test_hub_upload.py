@@ -13,9 +13,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from stages import publish
-from stages.artifacts import read_json, write_json
-from stages.model_card import form, write_card
-from stages.paths import Paths
+from stages.checkout.artifacts import read_json, write_json
+from stages.checkout.paths import Paths
+from stages.pages.model_card import form, write_card
 from tests.stages.hub_upload_server import COMMIT, REPO, UploadHandler, serve_uploads
 from tests.stages.tiny_run import REPO as CHECKOUT
 from tests.stages.tiny_run import tiny_params, write_tiny_run

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages import load
-from stages.artifacts import read_json
+from stages.checkout.artifacts import read_json
 from tests.stages.data_root import ROWS, DataRoot, turn
 
 

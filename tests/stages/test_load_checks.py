@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from stages import load
-from stages.artifacts import read_json
-from stages.load_params import REASONS, ChecksSection
+from stages.checkout.artifacts import read_json
+from stages.params.load_params import REASONS, ChecksSection
 from tests.stages.data_root import ROOT, ROWS, DataRoot, turn
 
 LONG = " ".join(f"word{number}" for number in range(60))

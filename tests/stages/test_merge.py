@@ -12,8 +12,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from stages.checkout.paths import Paths
 from stages.merge import run, split_row
-from stages.paths import Paths
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -10,11 +10,13 @@ import pytest
 from datasets import load_from_disk
 
 from sft.labels import IGNORE_INDEX
-from stages import pack, preview, shard, shards
-from stages.artifacts import read_json, read_jsonl, write_json, write_jsonl
+from stages import pack
+from stages.checkout.artifacts import read_json, read_jsonl, write_json, write_jsonl
+from stages.checkout.paths import Paths
 from stages.pack_account import origin_of
-from stages.params import Params, load_params
-from stages.paths import Paths
+from stages.params.schema import Params, load_params
+from stages.shards.shards import shard, shards
+from stages.tools import preview
 from tests.stages.data_root import ROOT
 from tests.tiny import tiny_tokenizer
 

@@ -12,13 +12,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from ruamel.yaml import YAML
 
-from stages import evaluate, lineage, publish, summary
-from stages.artifacts import read_json, read_jsonl, write_json, write_jsonl
-from stages.live_run import LiveRun
-from stages.mlflow_run import PROGRESS_TAG, TRAINING_TAG, open_tracking
-from stages.page import NBSP
-from stages.paths import Paths
-from stages.trials import log_trial, recorded_sweep
+from stages import evaluate, publish
+from stages.checkout.artifacts import read_json, read_jsonl, write_json, write_jsonl
+from stages.checkout.paths import Paths
+from stages.pages.page import NBSP
+from stages.tools import summary
+from stages.tracking import lineage
+from stages.tracking.live_run import LiveRun
+from stages.tracking.store import PROGRESS_TAG, TRAINING_TAG, open_tracking
+from stages.tracking.trials import log_trial, recorded_sweep
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 
 OPEN, CLOSED = ["tuned.loss <= 2 * base.loss"], ["tuned.exact_match >= 0.5"]

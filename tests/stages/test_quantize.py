@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sft.kbit_checkpoint import quantize_kbit
+from sft.export.kbit import quantize_kbit
 from stages import evaluate, quantize
-from stages.artifacts import read_json
-from stages.paths import Paths
-from stages.variants import Variant, load_variant
+from stages.checkout.artifacts import read_json
+from stages.checkout.paths import Paths
+from stages.models.variants import Variant, load_variant
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from sft.gate import GateRow
-from stages.promotion import Champion
-from stages.promotion_page import Decision, write_page
+from sft.evaluate.gate import GateRow
+from stages.pages.promotion import Decision, write_page
+from stages.tracking.champion import Champion
 from tests.stages.test_report import paths  # noqa: F401  (a fixture)
 
 CHROMIUM = next((found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stages import train
-from stages.params import Params, TrainSection, load_params
+from stages.params.schema import Params, TrainSection, load_params
 from tests.stages.data_root import ROOT
 
 

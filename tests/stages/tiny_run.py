@@ -10,12 +10,12 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from sft.evaluation import evaluate_model
+from sft.evaluate.likelihood import evaluate_model
 from sft.labels import IGNORE_INDEX
-from stages.artifacts import write_json, write_jsonl, write_text
-from stages.base_model import folder_digest
-from stages.params import Params, load_params
-from stages.paths import Paths
+from stages.checkout.artifacts import write_json, write_jsonl, write_text
+from stages.checkout.paths import Paths
+from stages.models.base import folder_digest
+from stages.params.schema import Params, load_params
 from tests.tiny import tiny_model, tiny_tokenizer
 
 REPO = Path(__file__).resolve().parents[2]

@@ -13,10 +13,10 @@ from datasets import Dataset
 from ruamel.yaml import YAML
 
 from sft.labels import IGNORE_INDEX
-from stages.artifacts import write_json, write_jsonl
-from stages.base_model import folder_digest
-from stages.params import LaunchSection, load_params
-from stages.paths import Paths
+from stages.checkout.artifacts import write_json, write_jsonl
+from stages.checkout.paths import Paths
+from stages.models.base import folder_digest
+from stages.params.schema import LaunchSection, load_params
 from tests.tiny import tiny_model, tiny_tokenizer
 
 REPO = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""Cleanup of caches and leftovers. Imports `flows.processes` and `flows.runs`."""

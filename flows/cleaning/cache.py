@@ -1,0 +1,108 @@
+"""DVC's cache without what neither the checkout, nor a git commit, nor a run recorded in MLflow refers to."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+
+from flows.processes.environment import child_environment
+from flows.processes.supervised import run_supervised
+from flows.runs import worktree
+from flows.runs.graph import RunRefused
+from stages.params.schema import load_params
+from stages.tracking.lineage import main_checkout
+from stages.tracking.store import SQLITE, absolute_uri, open_tracking
+
+HASH_TAG = "dvc."
+_HASH = re.compile(r"^[0-9a-f]{32}(\.dir)?$")
+_REMOVING = re.compile(r"^Removing (.+)$")
+
+
+@dataclass(frozen=True)
+class Unreferenced:
+    """What of the cache can go.
+
+    Args:
+        num_objects: Files of the cache.
+        num_bytes: Their size.
+    """
+
+    num_objects: int
+    num_bytes: int
+
+
+def clean_cache(root: Path, dry: bool) -> Unreferenced:
+    """Let `dvc gc` remove what nothing refers to.
+
+    Args:
+        root: The checkout.
+        dry: Only look.
+
+    Raises:
+        RunRefused: A run is at work, whose results nothing refers to yet; or DVC refuses.
+        ValueError: The tracking store can't be read, so that nobody knows what it refers to.
+    """
+    at_work = worktree.living(root)
+    if at_work:
+        raise RunRefused(f"the cache is in use by {', '.join(at_work)}; clean it when these runs have ended")
+    hashes = recorded_hashes(root)
+    with tempfile.TemporaryDirectory() as folder, Repo(str(root)) as repo:
+        keep = Path(folder) / "recorded"
+        write_references(keep, hashes, Path(repo.cache.legacy.path))
+        listed = _collect(root, keep, dry=True)
+        found = Unreferenced(len(listed), sum(path.stat().st_size for path in listed if path.is_file()))
+        if listed and not dry:
+            _collect(root, keep, dry=False)
+    return found
+
+
+def recorded_hashes(root: Path) -> set[str]:
+    """DVC hashes of all data and results of the runs in MLflow's store, whatever experiment they belong to."""
+    home = main_checkout(root)
+    publish = load_params(root / "params.yaml").publish
+    uri = absolute_uri(publish.tracking_uri, home)
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        return set()
+    client = open_tracking(publish, home).client
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    hashes: set[str] = set()
+    token: str | None = None
+    while True:
+        page: Any = client.search_runs(experiments, page_token=token)
+        for run in page:
+            tags = run.data.tags.items()
+            hashes |= {value for name, value in tags if name.startswith(HASH_TAG) and _HASH.match(value)}
+        token = page.token
+        if not token:
+            return hashes
+
+
+def write_references(folder: Path, hashes: set[str], cache: Path) -> None:
+    """Make a DVC project that refers to these hashes and shares the cache: `dvc gc --projects` spares them."""
+    folder.mkdir()
+    for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
+        subprocess.run(command, cwd=folder, env=child_environment(), check=True, capture_output=True)
+    (folder / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n", encoding="utf-8")
+    outs = [{"md5": value, "hash": "md5", "path": f"recorded-{value}"} for value in sorted(hashes)]
+    with (folder / "recorded.dvc").open("w", encoding="utf-8") as file:
+        YAML().dump({"outs": outs}, file)
+    identity = ["-c", "user.name=cleanup", "-c", "user.email=cleanup@localhost"]
+    for arguments in (["add", "--all"], [*identity, "commit", "--quiet", "--message", "references"]):
+        subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def _collect(root: Path, keep: Path, dry: bool) -> list[Path]:
+    lines: list[str] = []
+    command = [sys.executable, "-m", "dvc", "gc", "--all-commits", "--force", *(["--dry"] if dry else [])]
+    code = run_supervised([*command, "--projects", str(keep)], root, child_environment(), lines.append)
+    if code != 0:
+        raise RunRefused("dvc gc: " + " ".join(line.strip() for line in lines if line.strip()))
+    return [Path(match[1]) for line in lines if (match := _REMOVING.match(line))]

@@ -1,0 +1,62 @@
+"""Starting commands under `supervise.py`, and ending them with everything they started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from flows.processes import supervise
+
+GRACE_S = 20.0
+"""Time that a process has between being asked to end and being killed."""
+
+
+def start_supervised(
+    command: list[str], root: Path, environment: dict[str, str], output: int | IO[Any]
+) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own whose process tree ends with it, or with this process."""
+    guard = [sys.executable, "-P", str(Path(supervise.__file__)), str(os.getpid()), str(GRACE_S)]
+    return subprocess.Popen(
+        [*guard, *command],
+        cwd=root,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def run_supervised(command: list[str], root: Path, environment: dict[str, str], on_line: Callable[[str], None]) -> int:
+    """Run a command in a session of its own, pass on its lines, and leave no process behind, whatever happens.
+
+    Returns:
+        Its exit code, 128 plus the number when a signal ended it.
+    """
+    process = start_supervised(command, root, environment, subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            # A progress bar redraws itself with carriage returns; only its last state is a line.
+            on_line(line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2])
+        code = process.wait()
+    except BaseException:
+        end_supervised(process)
+        raise
+    finally:
+        process.stdout.close()
+    return code if code >= 0 else 128 - code
+
+
+def end_supervised(process: subprocess.Popen[bytes]) -> None:
+    """Ask a supervised process to end its tree, and wait until it has."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=GRACE_S + 5)
+    process.kill()
+    process.wait()

@@ -1,0 +1,61 @@
+"""Running a flow in a terminal: with the server of `make ui` when there is one, else with one of its own."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flows.processes.environment import prepare_prefect
+
+prepare_prefect()
+
+from prefect.client.schemas.objects import State  # noqa: E402
+from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
+
+from flows.processes.servers import ServerFailed, start_own_prefect_server  # noqa: E402
+
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def run_in_terminal(call: Callable[[], State[Any]]) -> int:
+    """Run a flow to its end.
+
+    Args:
+        call: Calls the flow and returns its final state.
+
+    Returns:
+        0 on success, 1 when it failed, 130 after Ctrl-C or SIGTERM.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with api_settings():
+            state = call()
+    except KeyboardInterrupt:
+        print("error: interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except ServerFailed as failure:
+        return refuse(failure, EXIT_FAILED)
+    if state.is_completed():
+        return 0
+    print(f"error: {state.message}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def refuse(reason: Exception, code: int = EXIT_REFUSED) -> int:
+    """Say why a run can't be started as asked; returns the exit code for it."""
+    print(f"error: {reason}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def api_settings() -> Iterator[None]:
+    """Use the Prefect API that is set up, or a server of this run's own."""
+    if PREFECT_API_URL.value() is not None:
+        yield
+        return
+    with temporary_settings({PREFECT_API_URL: start_own_prefect_server(Path.cwd().resolve())}):
+        yield

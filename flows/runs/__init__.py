@@ -1,0 +1,1 @@
+"""One run: plan, form, stage, worktree, recorded inputs, report. Imports `flows.processes`."""

@@ -1,0 +1,177 @@
+"""One stage, run as `dvc repro --single-item STAGE` in a process tree that can't outlive the flow."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from flows.processes.environment import child_environment
+from flows.processes.supervised import run_supervised
+from flows.runs.recorded import discard_record, present_inputs, recorded_inputs
+
+SIGNALS_THAT_PASS = (1, 9, 15)
+"""Hang-up, kill (out of memory, pre-emption) and terminate come from outside; others are the stage's own fault."""
+
+_PROGRESS = re.compile(r"^PROGRESS (\d+)/(\d+) ?(.*)$")
+_EXITED = re.compile(r", exited with (-?\d+)$")
+_NOISE = re.compile(
+    r"^(\s*git add .*|To track the changes with git, run:|To enable auto staging, run:"
+    r"|\s*dvc config core.autostage true|Use `dvc push` .*|(Updating|Generating) lock file .*"
+    r"|Data and pipelines are up to date\.|\s*)$"
+)
+
+
+class Outcome(StrEnum):
+    """What a stage's turn amounted to."""
+
+    COMPLETED = "Completed"
+    RESTORED = "Restored"
+    UNCHANGED = "Unchanged"
+    FAILED = "Failed"
+    KILLED = "Killed"
+    NOT_RUN = "Not run"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One `PROGRESS i/n text` line of a stage."""
+
+    done: int
+    total: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who hears of a running stage: each line as it comes, and its progress."""
+
+    on_line: Callable[[str], None]
+    on_progress: Callable[[Progress], None]
+
+
+class StageFailed(RuntimeError):
+    """A stage that did not end well.
+
+    Args:
+        message: One line, or the stage's own list of problems.
+        killed: A signal from outside ended it, so that another attempt may succeed.
+    """
+
+    def __init__(self, message: str, killed: bool = False) -> None:
+        super().__init__(message)
+        self.killed = killed
+
+
+class StageOutput:
+    """Reads what DVC and the stage print, line by line, and keeps what tells the outcome."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.outcome = Outcome.COMPLETED
+        self.exit_code: int | None = None
+        self.error_lines: list[str] = []
+        self.dvc_error_lines: list[str] = []
+        self._last_line = ""
+        self._listener = listener
+
+    def feed(self, line: str) -> None:
+        """Take in one line without its end."""
+        if _NOISE.match(line):
+            return
+        progress = _PROGRESS.match(line)
+        if progress:
+            self._listener.on_progress(Progress(int(progress[1]), int(progress[2]), progress[3]))
+            return
+        self._listener.on_line(line)
+        self._keep(line)
+
+    def _keep(self, line: str) -> None:
+        if line.startswith("Stage '") and line.endswith("didn't change, skipping"):
+            self.outcome = Outcome.UNCHANGED
+        elif line.startswith("Stage '") and " is cached - skipping run" in line:
+            self.outcome = Outcome.RESTORED
+        elif line.startswith("error: ") or (self.error_lines and line.startswith("  ")):
+            self.error_lines.append(line.removeprefix("error: "))
+        elif line.startswith("ERROR: ") or self.dvc_error_lines:
+            self.dvc_error_lines.append(line.removeprefix("ERROR: "))
+            exited = _EXITED.search(line)
+            self.exit_code = int(exited[1]) if exited else self.exit_code
+        else:
+            self._last_line = line
+
+    def failure(self, stage: str, dvc_code: int) -> StageFailed:
+        """What went wrong, in the words of whoever knows best: the stage, then the signal, then DVC."""
+        code = self.exit_code if self.exit_code is not None else dvc_code
+        number = _signal_number(code)
+        killed = number in SIGNALS_THAT_PASS
+        if self.error_lines:
+            return StageFailed(f"{stage}: " + "\n".join(self.error_lines), killed)
+        if number is not None:
+            hint = "; out of memory?" if number == 9 else ""
+            return StageFailed(f"{stage}: ended by signal {number}{hint}", killed)
+        if self.exit_code is None and self.dvc_error_lines:
+            return StageFailed(f"{stage}: " + " ".join(part.strip() for part in self.dvc_error_lines))
+        return StageFailed(f"{stage}: exit code {code}: {self._last_line or 'it printed nothing'}")
+
+
+def run_stage(root: Path, stage: str, listener: Listener, force: bool = False, **variables: str) -> Outcome:
+    """Let DVC bring one stage up to date, and wait.
+
+    Whatever ends this function early (cancellation, time-out, Ctrl-C) first ends the whole process tree. If params,
+    code or data changed while the stage ran, its result belongs to neither state, DVC would file it under the new
+    one (dvc#11058), and what it filed is taken back.
+
+    Args:
+        root: The checkout.
+        stage: The stage's name in dvc.yaml.
+        listener: Gets every line, and progress, as they come.
+        force: Run the stage even when its result is known.
+        variables: Added to the stage's environment.
+
+    Returns:
+        `COMPLETED` when the stage ran, `RESTORED` when its result came from the cache, `UNCHANGED` when it was there.
+
+    Raises:
+        StageFailed: The stage, or DVC, failed; or inputs were edited meanwhile.
+    """
+    before = present_inputs(root, stage)
+    figures = read_figures(root)
+    started = time.time()
+    output = StageOutput(listener)
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage, *(["--force"] if force else [])]
+    code = run_supervised(command, root, child_environment(**variables), output.feed)
+    if code != 0:
+        restore(root, stage, figures)
+        raise output.failure(stage, code)
+    if output.outcome is Outcome.COMPLETED:
+        recorded = recorded_inputs(root, stage)
+        edited = sorted(key for key in before.keys() | recorded.keys() if before.get(key) != recorded.get(key))
+        if edited:
+            discard_record(root, stage, since=started)
+            raise StageFailed(f"{stage}: {', '.join(edited)} changed while it ran, nothing was recorded; run it again")
+    return output.outcome
+
+
+def read_figures(root: Path) -> dict[Path, bytes]:
+    """The metrics files, which DVC does not cache."""
+    return {path: path.read_bytes() for path in (root / "reports" / "metrics").glob("*.json")}
+
+
+def restore(root: Path, stage: str, figures: dict[Path, bytes]) -> None:
+    """Bring back the outs that DVC removed before a stage that then failed; there are none before its first success."""
+    command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing", stage]
+    subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, check=False)
+    for path, content in figures.items():
+        if not path.exists():
+            path.write_bytes(content)
+
+
+def _signal_number(code: int) -> int | None:
+    if code < 0:
+        return -code
+    return code - 128 if 128 < code < 128 + 65 else None

@@ -1,0 +1,140 @@
+"""What a run shows: how far a stage is, and at the end a table and a page of its outcome."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.logging import get_run_logger
+
+from flows.runs.dvc_stage import Outcome, Progress
+from flows.runs.forms import flatten, read_mapping
+
+UPDATE_INTERVAL_S = 2.0
+NUM_HEADLINES = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage's line in the closing table."""
+
+    stage: str
+    outcome: Outcome
+    seconds: float | None = None
+    headline: str = ""
+
+
+class ProgressBar:
+    """One progress artifact for each stage that says how far it is, updated every two seconds at most."""
+
+    def __init__(self, stage: str) -> None:
+        self.text = ""
+        self._stage = stage
+        self._artifact: UUID | None = None
+        self._updated = 0.0
+
+    def show(self, progress: Progress) -> None:
+        """Take in one step; the first and the last are always shown."""
+        finished = progress.done >= progress.total
+        self.text = progress.text
+        if self._artifact is not None and not finished and time.monotonic() - self._updated < UPDATE_INTERVAL_S:
+            return
+        percent = 100.0 * min(progress.done, progress.total) / max(progress.total, 1)
+        text = f"{self._stage}: {progress.done} of {progress.total} {progress.text}".rstrip()
+        get_run_logger().info(text)
+        self._updated = time.monotonic()
+        if self._artifact is None:
+            created = create_progress_artifact(percent, key=f"progress-{self._stage}", description=text)
+            assert isinstance(created, UUID)
+            self._artifact = created
+        else:
+            update_progress_artifact(self._artifact, percent, description=text)
+
+
+def read_figures(root: Path, stages: list[str]) -> dict[str, float]:
+    """`<stage>.<metric>` -> value of these stages, as MLflow has them."""
+    figures: dict[str, float] = {}
+    for stage in stages:
+        path = root / "reports" / "metrics" / f"{stage}.json"
+        if path.exists():
+            flat = flatten(json.loads(path.read_text(encoding="utf-8")), f"{stage}.")
+            figures |= {name: float(value) for name, value in flat.items() if isinstance(value, (int, float))}
+    return figures
+
+
+def read_headline(root: Path, stage: str) -> str:
+    """A stage's figures that count: those which its params name (a gate does), else the first of its metrics file."""
+    path = root / "reports" / "metrics" / f"{stage}.json"
+    if not path.exists():
+        return ""
+    figures = flatten(json.loads(path.read_text(encoding="utf-8")))
+    numbers = {name: value for name, value in figures.items() if type(value) in (int, float)}
+    params = json.dumps(read_mapping(root / "params.yaml").get(stage, {}))
+    named = [name for name in numbers if "." in name and re.search(rf"\b{re.escape(name)}\b", params)]
+    return ", ".join(f"{name} {_figure(numbers[name])}" for name in (named or list(numbers))[:NUM_HEADLINES])
+
+
+def _figure(value: int | float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+@dataclass
+class RunReport:
+    """Gathers the rows of a run.
+
+    Args:
+        overrides: What differs from params.yaml, by dotted name.
+        rows: One for each stage that had its turn.
+    """
+
+    overrides: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """How often each outcome occurred, such as `2 completed, 6 unchanged`."""
+        counts = {outcome: sum(row.outcome is outcome for row in self.rows) for outcome in Outcome}
+        return ", ".join(f"{count} {outcome.lower()}" for outcome, count in counts.items() if count)
+
+    def text_table(self) -> str:
+        """The table for a terminal."""
+        cells = [("stage", "outcome", "seconds", "figures"), *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in cells) for column in range(3)]
+        return "\n".join(
+            f"{stage:<{widths[0]}}  {outcome:<{widths[1]}}  {seconds:>{widths[2]}}  {figures}".rstrip()
+            for stage, outcome, seconds, figures in cells
+        )
+
+    def publish(self, problem: str | None) -> None:
+        """Close the run with a table artifact and a markdown artifact."""
+        table = [dict(zip(("stage", "outcome", "seconds", "figures"), _cells(row), strict=True)) for row in self.rows]
+        create_table_artifact(table, key="pipeline-stages", description=self.summary())
+        create_markdown_artifact(self.markdown(problem), key="pipeline-report", description=self.summary())
+
+    def markdown(self, problem: str | None) -> str:
+        """The page that tells what was asked, what happened, and where the result is."""
+        lines = [f"## {self.summary()}", ""]
+        if problem:
+            lines += ["```", problem, "```", ""]
+        lines += ["| stage | outcome | seconds | figures |", "|---|---|---:|---|"]
+        lines += ["| " + " | ".join(_cells(row)) + " |" for row in self.rows]
+        if self.overrides:
+            lines += ["", "### Overrides", "", "| param | value |", "|---|---|"]
+            lines += [f"| `{name}` | `{json.dumps(value)}` |" for name, value in self.overrides.items()]
+            lines += ["", "To adopt this result, put these values into params.yaml and run the pipeline again:"]
+            lines += ["everything, reports/report.html included, is then restored from the cache."]
+        return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row) -> tuple[str, str, str, str]:
+    return row.stage, str(row.outcome), "" if row.seconds is None else f"{row.seconds:.1f}", row.headline

@@ -1,0 +1,1 @@
+"""Sweeps: search, plan, leaderboard. Imports `flows.runs`."""

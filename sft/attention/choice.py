@@ -1,0 +1,289 @@
+"""Which attention a packed batch runs on, and the proof that it keeps documents apart.
+
+Importing this module registers `sft_documents` with transformers, so that it can be named as `attn_implementation`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from sft.attention.document_attention import document_attention_forward, document_attention_mask
+from sft.attention.kernels import HALF_PRECISIONS
+from sft.batches.layout import DocumentLayout, current_layout, document_layout
+from sft.hardware import Hardware, current_hardware
+from sft.inner_model import causal_lm, evaluating
+
+__all__ = [
+    "SFT_DOCUMENTS",
+    "AttentionChoice",
+    "Hardware",
+    "IsolationReport",
+    "check_attention_request",
+    "check_flash_sdp",
+    "choose_packed_attention",
+    "current_hardware",
+    "current_layout",
+    "document_layout",
+    "flash_sdp_only",
+    "probe_isolation",
+    "refuse_packing_reason",
+    "rounding_tolerances",
+]
+
+SFT_DOCUMENTS = "sft_documents"
+"""Name of the per-document attention in transformers' registries."""
+
+AttentionInterface.register(SFT_DOCUMENTS, document_attention_forward)
+AttentionMaskInterface.register(SFT_DOCUMENTS, document_attention_mask)
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """An `attn_implementation` and one line that says why."""
+
+    implementation: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _FlashPackage:
+    """What a generation of Flash Attention asks of a machine."""
+
+    capability: tuple[int, int]
+    module: str
+    pip_name: str
+
+
+FLASH_PACKAGES = {
+    "2": _FlashPackage((8, 0), "flash_attn", "flash-attn"),
+    "3": _FlashPackage((9, 0), "flash_attn_interface", "flash-attn-3"),
+    "4": _FlashPackage((9, 0), "flash_attn", "flash-attn-4"),
+}
+
+
+def check_attention_request(requested: str, dtype: torch.dtype, hardware: Hardware) -> None:
+    """Refuse an `attn_implementation` that this machine cannot run, saying what it lacks.
+
+    Args:
+        requested: the name as transformers spells it.
+        dtype: the precision that attention runs in (the model's, or that of autocast).
+        hardware: see `current_hardware`.
+
+    Raises:
+        ValueError: names what was asked, what was found and what to use.
+    """
+    problems = []
+    flash, from_hub = _flash_package(requested), "/" in requested
+    if requested.startswith("paged|"):
+        problems.append("it serves generation with a paged cache, and keeps nothing for a backward pass")
+    elif (flash or from_hub or requested == "flex_attention") and hardware.device_type != "cuda":
+        problems.append(f"it trains on CUDA devices only, and the model is on {hardware.device_type!r}")
+    if flash and dtype not in HALF_PRECISIONS:
+        problems.append(f"it takes float16 or bfloat16, and the model computes in {dtype} (set bf16=True or a dtype)")
+    if flash and hardware.device_type == "cuda" and hardware.capability < flash.capability:
+        needed = f"{flash.capability[0]}.{flash.capability[1]}"
+        problems.append(f"it needs compute capability {needed}, and the GPU has {_dotted(hardware)}")
+    # transformers fetches a hub kernel in place of a flash package that is missing, if it has `kernels` to fetch with
+    if from_hub and "kernels" not in hardware.packages:
+        problems.append("the package that fetches it is not installed (pip install kernels)")
+    elif flash and not from_hub and not hardware.packages & {flash.module, "kernels"}:
+        problems.append(f"the package that provides it is not installed (pip install {flash.pip_name})")
+    if problems:
+        raise ValueError(
+            f"attn_implementation={requested!r} cannot be used: {'; '.join(problems)}. Use 'sdpa' or 'auto'."
+        )
+
+
+def _dotted(hardware: Hardware) -> str:
+    return f"{hardware.capability[0]}.{hardware.capability[1]}"
+
+
+def _flash_package(requested: str) -> _FlashPackage | None:
+    """The generation of Flash Attention behind a name of transformers' or of the hub; 2 where the name is silent."""
+    found = re.search(r"flash[-_]att(?:ention|n)[-_]?(\d?)", requested)
+    return FLASH_PACKAGES.get(found[1] or "2") if found else None
+
+
+def check_flash_sdp(attention: str, dtype: torch.dtype, hardware: Hardware, flat: bool) -> None:
+    """Refuse `force_flash_sdp` where torch's own flash kernel would find no way to run, or would not be asked.
+
+    Args:
+        attention: the `attn_implementation` that was settled on.
+        dtype: the precision that attention runs in (the model's, or that of autocast).
+        hardware: see `current_hardware`.
+        flat: whether batches are packed or padding-free.
+
+    Raises:
+        ValueError: lists all that is missing, with the options to set.
+    """
+    problems = []
+    if not flat:
+        problems.append("it needs packing=True or padding_free=True, since the kernel takes no mask for padding")
+    if attention not in ("auto", "sdpa", SFT_DOCUMENTS):
+        problems.append(f"attn_implementation={attention!r} does not use that kernel: set it to 'sdpa'")
+    if hardware.device_type not in ("cpu", "cuda"):
+        problems.append(f"torch has that kernel for CUDA and CPU, and the model is on {hardware.device_type!r}")
+    if hardware.device_type == "cuda" and dtype not in HALF_PRECISIONS:
+        problems.append(f"on a GPU it takes float16 or bfloat16, and the model computes in {dtype} (set bf16=True)")
+    if hardware.device_type == "cuda" and hardware.capability < (8, 0):
+        problems.append(f"it needs compute capability 8.0, and the GPU has {_dotted(hardware)}")
+    if problems:
+        raise ValueError(f"force_flash_sdp=True cannot be used: {'; '.join(problems)}. Or set force_flash_sdp=False.")
+
+
+def refuse_packing_reason(model: torch.nn.Module) -> str | None:
+    """Say why this model cannot hold several documents in a row, or None when nothing speaks against it so far."""
+    base = causal_lm(model)
+    config = base.config.get_text_config()
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return "its forward takes no position_ids, so positions cannot restart at each document"
+    if getattr(config, "alibi", False):
+        return "it derives positions from the attention mask (ALiBi), which runs on across documents"
+    if not base._can_set_attn_implementation():
+        return "it computes attention in its own layers, which transformers' attention interface does not reach"
+    return None
+
+
+def choose_packed_attention(
+    model: torch.nn.Module, requested: str | None, hardware: Hardware | None = None, dtype: torch.dtype | None = None
+) -> AttentionChoice:
+    """Pick the attention for packed or padding-free batches.
+
+    Args:
+        model: a transformers causal model, wrapped or not.
+        requested: the user's `attn_implementation`; None and "auto" leave the choice to us.
+        hardware: found from the model's device when None.
+        dtype: the precision that attention runs in; the model's when None.
+
+    Returns:
+        A name for `model.set_attn_implementation`, with its reason. `probe_isolation` checks it on the model itself.
+
+    Raises:
+        ValueError: the model cannot hold packed rows, or the machine cannot run what was asked.
+    """
+    base = causal_lm(model)
+    reason = refuse_packing_reason(base)
+    if reason is not None:
+        raise ValueError(f"{base.config.model_type} models cannot train on packed rows: {reason}. Use packing=False.")
+    hardware = hardware or current_hardware(base.device)
+    requested = requested or "auto"
+    check_attention_request(requested, dtype or base.dtype, hardware)
+    chunk = getattr(base.config.get_text_config(), "attention_chunk_size", None)
+    if chunk is not None and requested in ("auto", "sdpa", SFT_DOCUMENTS):
+        return AttentionChoice("sdpa", f"layers attend in chunks of {chunk}: a mask over the row keeps documents apart")
+    if requested in ("auto", "sdpa", SFT_DOCUMENTS):
+        return AttentionChoice(SFT_DOCUMENTS, "scaled dot product attention document by document, no mask over the row")
+    return AttentionChoice(requested, "as requested; documents are told apart by position_ids")
+
+
+@contextmanager
+def flash_sdp_only() -> Iterator[None]:
+    """Force the flash kernel of `scaled_dot_product_attention`: Flash Attention 1's route, without another package.
+
+    That kernel takes no mask, so batches must be packed or padding-free; `check_flash_sdp` asks for that beforehand.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        yield
+
+
+@dataclass(frozen=True)
+class IsolationReport:
+    """Largest differences of logits that the probe saw, relative to the largest logit."""
+
+    neighbour_effect: float
+    packing_error: float
+    neighbour_tolerance: float
+    packing_tolerance: float
+
+
+PROBE_LENGTHS = (13, 10)
+
+
+@torch.no_grad()
+def probe_isolation(model: torch.nn.Module) -> IsolationReport:
+    """Run two documents in one row, change the first, and see that the second does not notice.
+
+    Also compares both with the same documents run alone. Four forward passes of at most 23 tokens.
+
+    Args:
+        model: a transformers causal model with the attention set that is to be used.
+
+    Returns:
+        The differences found, all within tolerance.
+
+    Raises:
+        ValueError: a document sees its neighbour, or packing changes its logits.
+    """
+    base = causal_lm(model)
+    with evaluating(model):
+        report = _measure_isolation(model, base)
+    name = f"{base.config.model_type} with attn_implementation={base.config._attn_implementation!r}"
+    way_out = "Use packing=False."
+    if base.config._attn_implementation != SFT_DOCUMENTS:
+        way_out = "Use attn_implementation='auto', or packing=False."
+    if report.neighbour_effect > report.neighbour_tolerance:
+        raise ValueError(
+            f"documents packed into one row see each other in {name}: changing one moved its neighbour's logits by "
+            f"{report.neighbour_effect:.1e} of their size (limit {report.neighbour_tolerance:.1e}). {way_out}"
+        )
+    if report.packing_error > report.packing_tolerance:
+        raise ValueError(
+            f"packing changes what {name} computes: logits differ by {report.packing_error:.1e} of their size from the "
+            f"unpacked ones (limit {report.packing_tolerance:.1e}). {way_out}"
+        )
+    return report
+
+
+def _measure_isolation(model: torch.nn.Module, base: Any) -> IsolationReport:
+    vocab_size = base.get_input_embeddings().weight.shape[0]
+    first, second = (_probe_document(vocab_size, length, seed) for seed, length in enumerate(PROBE_LENGTHS))
+    changed = _probe_document(vocab_size, PROBE_LENGTHS[0], seed=len(PROBE_LENGTHS))
+    packed = _flat_logits(model, base, [first, second])
+    perturbed = _flat_logits(model, base, [changed, second])
+    alone = torch.cat([_flat_logits(model, base, [first]), _flat_logits(model, base, [second])])
+    scale = alone.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    start_of_second = PROBE_LENGTHS[0]
+    neighbour_tolerance, packing_tolerance = rounding_tolerances(base)
+    return IsolationReport(
+        neighbour_effect=((packed - perturbed)[start_of_second:].abs().max() / scale).item(),
+        packing_error=((packed - alone).abs().max() / scale).item(),
+        neighbour_tolerance=neighbour_tolerance,
+        packing_tolerance=packing_tolerance,
+    )
+
+
+def rounding_tolerances(base: Any) -> tuple[float, float]:
+    """Limits for a neighbour's effect and for packing's; rounding alone stays well below, leaks lie well above.
+
+    The former compares runs of equal shape, which round alike; the latter does not, and TF32 products round more.
+    """
+    device_type = base.device.type
+    if base.dtype != torch.float32 or torch.is_autocast_enabled(device_type):
+        return 5e-2, 5e-2
+    return 1e-5, 1e-4 if device_type == "cpu" else 1e-2
+
+
+def _probe_document(vocab_size: int, length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+
+
+def _flat_logits(model: torch.nn.Module, base: Any, documents: list[list[int]]) -> torch.Tensor:
+    """Logits `(num_tokens, vocab)` in fp32 of documents run in one flat row."""
+    layout = DocumentLayout(tuple(len(document) for document in documents))
+    input_ids = torch.tensor([list(chain.from_iterable(documents))], device=base.device)
+    position_ids = torch.tensor([[place for length in layout.lengths for place in range(length)]], device=base.device)
+    with document_layout(layout):
+        logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    return logits[0].float()

@@ -1,0 +1,210 @@
+"""Kernels that take a whole flat row at once and stop at document boundaries themselves; the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from sft.attention.math import AttentionOptions, attend_by_document
+from sft.batches.layout import DocumentLayout
+from sft.hardware import Hardware
+
+HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DocumentLayout, AttentionOptions], torch.Tensor]
+
+
+class Kernel(StrEnum):
+    """Ways to compute attention over a flat row."""
+
+    FLASH_3 = "flash_attn_interface"
+    FLASH_2 = "flash_attn"
+    TORCH_VARLEN = "torch.nn.attention.varlen"
+    FLEX = "flex_attention"
+    BY_DOCUMENT = "by_document"
+
+
+def choose_kernel(
+    hardware: Hardware, dtype: torch.dtype, dims: tuple[int, int], options: AttentionOptions, longest: int
+) -> Kernel:
+    """The fastest kernel that computes exactly what is asked for on this device.
+
+    Args:
+        hardware: the device and the packages at hand.
+        dtype: of the queries.
+        dims: width of a query head and of a value head.
+        options: what the layer asks for.
+        longest: tokens of the longest document.
+    """
+    if hardware.device_type != "cuda" or hardware.capability < (8, 0) or options.sinks is not None:
+        return Kernel.BY_DOCUMENT
+    flash = dtype in HALF_PRECISIONS and dims[0] == dims[1] <= 256 and dims[0] % 8 == 0
+    capped, dropping = options.softcap is not None, options.dropout > 0
+    able = {
+        Kernel.FLASH_3: flash and not dropping and hardware.capability[0] == 9,
+        Kernel.FLASH_2: flash and not (capped and dropping),
+        Kernel.TORCH_VARLEN: flash and not capped and not dropping,
+    }
+    for kernel, can in able.items():
+        if can and kernel in hardware.packages:
+            return kernel
+    if not options.plain_for(longest) and not dropping and "triton" in hardware.packages:
+        return Kernel.FLEX
+    return Kernel.BY_DOCUMENT
+
+
+def has_row_kernel(hardware: Hardware, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether plain causal attention takes a whole flat row at once here, rather than one document after the other."""
+    options = AttentionOptions(scaling=head_dim**-0.5)
+    kernel = choose_kernel(hardware, dtype, (head_dim, head_dim), options, longest=1)
+    return kernel in (Kernel.FLASH_2, Kernel.FLASH_3, Kernel.TORCH_VARLEN)
+
+
+def _as_tokens(states: torch.Tensor) -> torch.Tensor:
+    """`(1, heads, tokens, dim)` to `(tokens, heads, dim)`."""
+    return states.squeeze(0).transpose(0, 1)
+
+
+def _window(options: AttentionOptions) -> tuple[int, int]:
+    """Tokens seen to the left and to the right of a token, -1 being all."""
+    reach = -1 if options.sliding_window is None else options.sliding_window - 1
+    return reach, 0 if options.is_causal else reach
+
+
+def attend_torch_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DocumentLayout, options: AttentionOptions
+) -> torch.Tensor:
+    """torch's own variable-length flash attention; shapes as in `attend_by_document`."""
+    ends = layout.boundaries(query.device)
+    output = import_module(Kernel.TORCH_VARLEN).varlen_attn(
+        _as_tokens(query),
+        _as_tokens(key),
+        _as_tokens(value),
+        ends,
+        ends,
+        layout.longest,
+        layout.longest,
+        scale=options.scaling,
+        window_size=_window(options),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.unsqueeze(0)
+
+
+def attend_flash_2(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DocumentLayout, options: AttentionOptions
+) -> torch.Tensor:
+    """The package flash-attn (arXiv:2307.08691); shapes as in `attend_by_document`."""
+    return _flash(Kernel.FLASH_2, (query, key, value), layout, options, {"dropout_p": options.dropout})
+
+
+def attend_flash_3(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DocumentLayout, options: AttentionOptions
+) -> torch.Tensor:
+    """Flash Attention 3 (arXiv:2407.08608), which has no dropout; shapes as in `attend_by_document`."""
+    return _flash(Kernel.FLASH_3, (query, key, value), layout, options, {})
+
+
+def _flash(
+    package: Kernel,
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    layout: DocumentLayout,
+    options: AttentionOptions,
+    further: dict[str, Any],
+) -> torch.Tensor:
+    ends = layout.boundaries(states[0].device)
+    output = import_module(package).flash_attn_varlen_func(
+        *(_as_tokens(tensor) for tensor in states),
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        max_seqlen_q=layout.longest,
+        max_seqlen_k=layout.longest,
+        softmax_scale=options.scaling,
+        causal=options.is_causal,
+        window_size=_window(options) if options.sliding_window is not None else (-1, -1),
+        softcap=options.softcap or 0.0,
+        **further,
+    )
+    return (output[0] if isinstance(output, tuple) else output).unsqueeze(0)
+
+
+class DocumentMask:
+    """flex attention's mask: same document, not later, within the window."""
+
+    def __init__(self, document_ids: torch.Tensor, options: AttentionOptions) -> None:
+        self.document_ids = document_ids
+        self.is_causal = options.is_causal
+        self.window = options.sliding_window
+
+    def __call__(self, batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether these queries may see these keys."""
+        visible = self.document_ids[query] == self.document_ids[key]
+        if self.is_causal:
+            visible = visible & (query >= key)
+        if self.window is not None:
+            visible = visible & ((query - key).abs() < self.window)
+        return visible
+
+
+class SoftCap:
+    """flex attention's change of the scores."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def __call__(self, score: torch.Tensor, batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+        """Scores bent so that they stay within the limit."""
+        return torch.tanh(score / self.limit) * self.limit
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex_attention() -> Any:
+    return torch.compile(import_module("torch.nn.attention.flex_attention").flex_attention, dynamic=True)
+
+
+def attend_flex(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DocumentLayout, options: AttentionOptions
+) -> torch.Tensor:
+    """flex attention (arXiv:2412.05496), for caps and windows; shapes as in `attend_by_document`."""
+    flex = import_module("torch.nn.attention.flex_attention")
+    attention = _compiled_flex_attention() if query.is_cuda else flex.flex_attention
+    output = attention(
+        query,
+        key,
+        value,
+        score_mod=None if options.softcap is None else SoftCap(options.softcap),
+        block_mask=_block_mask(layout, options, query.device),
+        scale=options.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2)
+
+
+def _block_mask(layout: DocumentLayout, options: AttentionOptions, device: torch.device) -> Any:
+    """The mask by blocks, made once for all layers of a kind."""
+    key = f"block_mask:{options.is_causal}:{options.sliding_window}:{device}"
+    if key not in layout.cache:
+        layout.cache[key] = import_module("torch.nn.attention.flex_attention").create_block_mask(
+            DocumentMask(layout.document_ids(device), options),
+            None,
+            None,
+            layout.num_tokens,
+            layout.num_tokens,
+            device=device,
+            _compile=device.type == "cuda",
+        )
+    return layout.cache[key]
+
+
+ATTEND: dict[Kernel, Attend] = {
+    Kernel.FLASH_3: attend_flash_3,
+    Kernel.FLASH_2: attend_flash_2,
+    Kernel.TORCH_VARLEN: attend_torch_varlen,
+    Kernel.FLEX: attend_flex,
+    Kernel.BY_DOCUMENT: attend_by_document,
+}

@@ -1,0 +1,4 @@
+"""Records rendered to text, with the character spans that are trained: templates, formats, sandbox.
+
+Imports `sft.data`.
+"""

@@ -1,0 +1,305 @@
+"""Records to text, with the character ranges that are trained.
+
+Spans are characters of the whole text, so that a prompt and its answer are tokenized together, as they are when
+generating: tokenizing them apart gives other tokens wherever a token crosses the border.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, NamedTuple, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from sft.chat.template import (
+    ChatTemplate,
+    TemplateProfile,
+    chat_template_of,
+    special_token_texts,
+    template_messages,
+    wants_text_arguments,
+)
+from sft.chat.turns import assistant_turns
+from sft.chat.turns_by_rendering import Turn
+
+_USE_ANOTHER = "use one that does, as the named format chatml"
+
+
+class TrainOn(StrEnum):
+    """What the loss is taken on."""
+
+    ALL = "all"
+    COMPLETION = "completion"
+    ASSISTANT = "assistant"
+    LAST_ASSISTANT = "last_assistant"
+
+
+class PartOptions(Protocol):
+    """The options of `SFTConfig` that say which part of a row is trained."""
+
+    completion_only_loss: bool | None
+    assistant_only_loss: bool
+    last_turn_only_loss: bool
+
+
+def asked_part(options: PartOptions, *, has_completion: bool) -> TrainOn | None:
+    """The part that options ask for; None where that is a completion and the rows have none.
+
+    Args:
+        options: What is trained.
+        has_completion: Whether rows are a prompt and its completion.
+    """
+    if options.last_turn_only_loss:
+        return TrainOn.LAST_ASSISTANT
+    if options.assistant_only_loss:
+        return TrainOn.ASSISTANT
+    if has_completion:
+        return TrainOn.ALL if options.completion_only_loss is False else TrainOn.COMPLETION
+    return None if options.completion_only_loss else TrainOn.ALL
+
+
+class Span(NamedTuple):
+    """Trained characters `start` to `end` of a text, and the weight of their loss."""
+
+    start: int
+    end: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One record as text.
+
+    Args:
+        text: The whole text.
+        spans: What is trained of it, in order, without overlap.
+        add_special_tokens: Whether the tokenizer adds its own, such as a beginning-of-sequence token; a chat template
+            prints them itself.
+        append_eos: Whether the end-of-sequence token follows the text.
+    """
+
+    text: str
+    spans: list[Span]
+    add_special_tokens: bool = False
+    append_eos: bool = False
+
+    def to_row(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return {
+            "text": self.text,
+            "spans": [list(span) for span in self.spans],
+            "add_special_tokens": self.add_special_tokens,
+            "append_eos": self.append_eos,
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Rendered:
+        """Undo `to_row`; other keys of the row are left out."""
+        spans = [Span(int(start), int(end), float(weight)) for start, end, weight in row["spans"]]
+        return cls(row["text"], spans, row["add_special_tokens"], row["append_eos"])
+
+
+class LastTurn(NamedTuple):
+    """The last answer of a record: what to prompt a model with, and what the record answers."""
+
+    prompt: str
+    reference: str
+    add_special_tokens: bool
+
+
+class ChatRenderer:
+    """Renders records with one tokenizer's chat template.
+
+    Args:
+        tokenizer: Its template and special tokens are used, as they are when a kind of record first comes up.
+        train_on: What the spans cover. `assistant` and `last_assistant` mean the completion for prompt and completion
+            as text, and turns of the completion only when they are messages.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = TrainOn.ASSISTANT) -> None:
+        self.tokenizer = tokenizer
+        self.train_on = TrainOn(train_on)
+        self._special_tokens = special_token_texts(tokenizer)
+        self._templates: dict[tuple[bool, str], ChatTemplate] = {}
+        self._profiles: dict[tuple[bool, str], TemplateProfile] = {}
+
+    def render(self, record: Mapping[str, Any]) -> Rendered:
+        """Render a record and find what is trained of it.
+
+        Raises:
+            ValueError: The template refuses the record, a turn cannot be located, or `train_on` does not apply to it;
+                names the record's id.
+        """
+        try:
+            if "text" in record:
+                return self._render_text(record["text"])
+            if isinstance(record.get("completion"), str):
+                return self._render_pair(record["prompt"], record["completion"])
+            return self._render_chat(record)
+        except ValueError as error:
+            raise ValueError(f"{_name(record)}: {error}") from error
+
+    def last_turn(self, record: Mapping[str, Any]) -> LastTurn | None:
+        """Split a record before its last answer, for generation; nothing when it has none, as plain text has.
+
+        Returns:
+            The text up to where generation begins, and the answer without its terminator.
+        """
+        if "text" in record:
+            return None
+        if isinstance(record.get("completion"), str):
+            return LastTurn(record["prompt"], record["completion"], not self._begins_with_bos(record["prompt"]))
+        try:
+            text, turns, profile = self._turns(record)
+        except ValueError as error:
+            raise ValueError(f"{_name(record)}: {error}") from error
+        if not turns:
+            return None
+        last = [turn for turn in turns if turn.message == turns[-1].message]
+        answer = text[last[0].start : last[-1].end]
+        return LastTurn(text[: last[0].start], answer.removesuffix(profile.terminator), False)
+
+    def template(self, record: Mapping[str, Any]) -> ChatTemplate:
+        """The template that a record uses: its tools may choose another one, and it may bring variables of its own."""
+        key = _template_key(record)
+        if key not in self._templates:
+            template = chat_template_of(self.tokenizer, _tools(record))
+            self._templates[key] = replace(template, variables={**template.variables, **json.loads(key[1])})
+        return self._templates[key]
+
+    def profile(self, record: Mapping[str, Any]) -> TemplateProfile:
+        """What probing the template of a record showed; every template is probed once."""
+        key = _template_key(record)
+        if key not in self._profiles:
+            self._profiles[key] = TemplateProfile.probe(self.template(record), self._special_tokens)
+        return self._profiles[key]
+
+    def _render_text(self, text: str) -> Rendered:
+        if self.train_on is not TrainOn.ALL:
+            raise ValueError(
+                f"plain text has no {self.train_on.value} part to train on; train on all, or give messages"
+            )
+        return Rendered(text, [Span(0, len(text))], not self._begins_with_bos(text), append_eos=True)
+
+    def _render_pair(self, prompt: str, completion: str) -> Rendered:
+        text = prompt + completion
+        start = 0 if self.train_on is TrainOn.ALL else len(prompt)
+        return Rendered(text, [Span(start, len(text))], not self._begins_with_bos(text), append_eos=True)
+
+    def _begins_with_bos(self, text: str) -> bool:
+        bos = self.tokenizer.bos_token
+        return bool(bos) and text.startswith(str(bos))
+
+    def _turns(self, record: Mapping[str, Any]) -> tuple[str, list[Turn], TemplateProfile]:
+        template, profile = self.template(record), self.profile(record)
+        text, turns = assistant_turns(template, profile, _prepared(template, record), _tools(record))
+        _check_printed(text, record)
+        return text, turns, profile
+
+    def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
+        messages = _messages(record)
+        _check_flags(messages, self.train_on)
+        if self.train_on is TrainOn.ALL:
+            template = self.template(record)
+            text = template.render([_prepared(template, record)], _tools(record))[0]
+            _check_printed(text, record)
+            return Rendered(text, [Span(0, len(text))])
+        text, turns, _ = self._turns(record)
+        first_trained = len(record["prompt"]) if "prompt" in record else 0
+        turns = [turn for turn in turns if turn.message >= first_trained]
+        return Rendered(text, _spans(text, turns, messages, self.train_on, is_completion="prompt" in record))
+
+
+def _spans(
+    text: str, turns: list[Turn], messages: Sequence[Mapping[str, Any]], train_on: TrainOn, *, is_completion: bool
+) -> list[Span]:
+    if train_on is TrainOn.COMPLETION:
+        if not is_completion:
+            raise ValueError("train_on completion needs prompt and completion; conversations have assistant turns")
+        return [Span(turns[0].start, len(text))] if turns else []
+    if train_on is TrainOn.LAST_ASSISTANT and turns:
+        turns = [turn for turn in turns if turn.message == turns[-1].message]
+    spans = [Span(turn.start, turn.end, _weight(messages[turn.message])) for turn in turns]
+    return [span for span in spans if span.weight > 0 and span.end > span.start]
+
+
+def _weight(message: Mapping[str, Any]) -> float:
+    return float(message.get("weight", 1.0)) if message.get("train", True) else 0.0
+
+
+def _check_flags(messages: Sequence[Mapping[str, Any]], train_on: TrainOn) -> None:
+    """Refuse flags that would have no effect."""
+    for index, message in enumerate(messages):
+        flagged = message.get("train") is False or message.get("weight", 1.0) != 1.0
+        if flagged and train_on in (TrainOn.ALL, TrainOn.COMPLETION):
+            raise ValueError(
+                f"message {index} has a train or weight flag, which train_on {train_on.value} does not look at"
+            )
+        if message["role"] != "assistant" and (message.get("train") or message.get("weight")):
+            raise ValueError(f"message {index} by {message['role']} asks to be trained; only assistant turns can be")
+
+
+def _prepared(template: ChatTemplate, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Messages as the template expects them.
+
+    Raises:
+        ValueError: The template would leave out the tools.
+    """
+    if record.get("tools") and "tools" not in template.source:
+        raise ValueError(f"the record has tools, and the chat template never prints them; {_USE_ANOTHER}")
+    messages = _messages(record)
+    has_calls = any(message.get("tool_calls") for message in messages)
+    return template_messages(messages, arguments_as_text=has_calls and wants_text_arguments(template.source))
+
+
+def _check_printed(text: str, record: Mapping[str, Any]) -> None:
+    """Refuse a template that leaves out calls, or prints content in parts as the list that it is."""
+    for index, message in enumerate(_messages(record)):
+        if isinstance(message["content"], list) and str(message["content"]) in text:
+            kinds = ", ".join(sorted({str(part["type"]) for part in message["content"]}))
+            raise ValueError(
+                f"message {index} has content in parts ({kinds}), which the chat template does not know; give text, or "
+                f"{_USE_ANOTHER.partition(' ')[2]}"
+            )
+        for call in message.get("tool_calls") or ():
+            if call["function"]["name"] not in text:
+                name = call["function"]["name"]
+                raise ValueError(
+                    f"message {index} calls {name!r}, and the chat template does not print the call; {_USE_ANOTHER}"
+                )
+
+
+def _template_key(record: Mapping[str, Any]) -> tuple[bool, str]:
+    return bool(record.get("tools")), record.get("chat_template_kwargs") or "{}"
+
+
+def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return record["messages"] if "messages" in record else [*record["prompt"], *record["completion"]]
+
+
+def _tools(record: Mapping[str, Any]) -> list[Any] | None:
+    tools = record.get("tools")
+    return (json.loads(tools) if isinstance(tools, str) else list(tools)) if tools else None
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    return f"row {record['id']}" if "id" in record else f"row {json.dumps(dict(record), default=str)[:80]}"
+
+
+@functools.lru_cache(maxsize=8)
+def _renderer(tokenizer: PreTrainedTokenizerBase, template: str, train_on: TrainOn) -> ChatRenderer:
+    """A renderer per tokenizer object; the template is part of the key because users set it on the object."""
+    del template
+    return ChatRenderer(tokenizer, train_on)
+
+
+def render(
+    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = TrainOn.ASSISTANT
+) -> Rendered:
+    """Render one record; `ChatRenderer` does the same for many."""
+    key = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, len(tokenizer)])
+    return _renderer(tokenizer, key, TrainOn(train_on)).render(record)

@@ -1,0 +1,333 @@
+"""Rendering chats with a tokenizer's template, and what can be learned of a template by probing it once.
+
+Templates are programs: nothing is read off their source. A probe conversation shows where a generation prompt ends
+and how an assistant turn is closed; both are then looked for in every rendered chat.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from sft.chat.sandbox import MAX_BYTES, bounded_templates
+from sft.chat.time_limit import TimeLimitError, time_limit
+
+GENERATION_MARK = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
+# Words that no template treats specially, and that occur in none.
+PROBE_QUESTION, PROBE_ANSWER = "Zyquestionprobe", "Zyanswerprobe"
+FIRST_CHAT_S, CHAT_S = 10.0, 0.1
+"""How long a template may take, some thousand times what any needs."""
+MAX_CHARACTERS = 100_000_000
+# What Python raises when a template computes nonsense, besides Jinja's own errors.
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+_QUESTION, _ANSWER = {"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}
+PROBE_CHAT = [_QUESTION, _ANSWER]
+_SECOND_QUESTION = {"role": "user", "content": "Zysecondquestion"}
+_SECOND_ANSWER = {"role": "assistant", "content": "Zysecondanswer"}
+_TRAINING_FLAGS = ("train", "weight")
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class TemplateSourceError(ValueError):
+    """A template that is no valid Jinja, whatever conversation it is given."""
+
+
+def syntax_message(source: str, error: TemplateSyntaxError) -> str:
+    """What is wrong with a template's source, with the number and the text of the line."""
+    lines = source.splitlines()
+    text = lines[error.lineno - 1].strip() if 0 < error.lineno <= len(lines) else ""
+    return f"the chat template is not valid Jinja: line {error.lineno}: {error.message}, in {text!r:.120}"
+
+
+def template_messages(messages: Messages, *, arguments_as_text: bool = False) -> list[dict[str, Any]]:
+    """Messages as a template expects them: no training flags, no nulls, tool calls complete.
+
+    Args:
+        messages: Messages as `sft.data.records.normalize` returns them.
+        arguments_as_text: Leave tool-call arguments the JSON text that they are; most templates expect an object.
+    """
+    result = []
+    ids: list[str] = []
+    for message in messages:
+        plain = {key: item for key, item in message.items() if item is not None and key not in _TRAINING_FLAGS}
+        if "tool_calls" in plain:
+            calls = [_tool_call(call, number, arguments_as_text) for number, call in enumerate(plain["tool_calls"])]
+            ids = [call["id"] for call in calls]
+            plain["tool_calls"] = calls
+        elif plain["role"] == "tool" and ids:
+            answered = ids.pop(0)
+            plain.setdefault("tool_call_id", answered)
+        result.append(plain)
+    return result
+
+
+def _tool_call(call: Mapping[str, Any], number: int, arguments_as_text: bool) -> dict[str, Any]:
+    """A tool call with an id (nine letters and digits, all that some templates accept) and arguments as asked."""
+    function = dict(call["function"])
+    if isinstance(function.get("arguments"), str) and not arguments_as_text:
+        try:
+            arguments = json.loads(function["arguments"])
+        except json.JSONDecodeError:
+            arguments = None
+        if isinstance(arguments, dict):
+            function["arguments"] = arguments
+    return {"id": f"call{number:05d}", **call, "function": function}
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """One template together with the variables that a tokenizer gives it.
+
+    Args:
+        source: Jinja source.
+        variables: Special tokens by name, and whatever a row adds.
+        takes_text: Whether content may be text. Templates of vision models that take a list of parts leave text out.
+    """
+
+    source: str
+    variables: Mapping[str, Any]
+    takes_text: bool = True
+
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the template itself states what the assistant generates, with `{% generation %}`."""
+        return GENERATION_MARK.search(self.source) is not None
+
+    def render(
+        self, chats: Sequence[Messages], tools: list[Any] | None = None, *, add_generation_prompt: bool = False
+    ) -> list[str]:
+        """Render several chats in transformers' sandbox, exactly as `apply_chat_template` does.
+
+        Raises:
+            ValueError: The template refused the chat, or is no Jinja (`TemplateSourceError`).
+        """
+        return self._render(chats, tools, add_generation_prompt=add_generation_prompt)[0]
+
+    def render_marked(self, chat: Messages, tools: list[Any] | None = None) -> tuple[str, list[tuple[int, int]]]:
+        """Render one chat; returns the text and the character ranges inside the template's generation marks."""
+        texts, ranges = self._render([chat], tools, return_assistant_tokens_mask=True)
+        return texts[0], ranges[0]
+
+    def _render(
+        self, chats: Sequence[Messages], tools: list[Any] | None, **options: bool
+    ) -> tuple[list[str], list[Any]]:
+        limit_s = FIRST_CHAT_S + CHAT_S * len(chats)
+        conversations = list(chats) if self.takes_text else [in_parts(chat) for chat in chats]
+        try:
+            with time_limit(limit_s), bounded_templates():
+                texts, ranges = render_jinja_template(
+                    conversations=conversations, tools=tools, chat_template=self.source, **options, **self.variables
+                )
+        except TemplateSyntaxError as error:
+            raise TemplateSourceError(syntax_message(self.source, error)) from error
+        except SyntaxError as error:  # Jinja parses a loop's break outside of a loop, Python does not compile it
+            raise TemplateSourceError(f"the chat template is not valid Jinja: {error.msg}") from error
+        except TimeLimitError:
+            raise ValueError(
+                f"the chat template did not come to an end within {limit_s:g} s for {len(chats)} conversations; look "
+                "for a loop in it that never ends"
+            ) from None
+        except MemoryError:
+            raise ValueError(
+                f"the chat template wanted more than {MAX_BYTES >> 30} GiB of memory for {len(chats)} conversations; "
+                "look for what it repeats"
+            ) from None
+        except TEMPLATE_ERRORS as error:
+            what = str(error) or type(error).__name__
+            raise ValueError(f"the chat template refused the conversation: {what}") from error
+        longest = max((len(text) for text in texts), default=0)
+        if longest > MAX_CHARACTERS:
+            raise ValueError(
+                f"the chat template made {longest} characters of one conversation, more than {MAX_CHARACTERS}; look "
+                "for what it repeats"
+            )
+        return texts, ranges
+
+
+def in_parts(messages: Messages) -> list[dict[str, Any]]:
+    """Messages whose texts are lists of one part, `{"type": "text", "text": ...}`; empty ones have none."""
+    return [{**message, "content": _parts(message.get("content"))} for message in messages]
+
+
+def _parts(content: Any) -> Any:
+    if not isinstance(content, str):
+        return content
+    return [{"type": "text", "text": content}] if content else []
+
+
+def prints_probe(template: ChatTemplate, messages: Messages) -> bool:
+    """Whether a template prints the probe's question and answer, rather than nothing or Python's notation of them."""
+    try:
+        text = template.render([messages])[0]
+    except ValueError:
+        return False
+    return PROBE_QUESTION in text and PROBE_ANSWER in text and "'text'" not in text and '"text"' not in text
+
+
+@functools.lru_cache(maxsize=64)
+def wants_text_arguments(source: str) -> bool:
+    """Whether a template joins tool-call arguments to text, and so refuses the object that most templates print."""
+    template = ChatTemplate(source, {"bos_token": "", "eos_token": ""})
+    call = {"type": "function", "function": {"name": PROBE_ANSWER, "arguments": '{"x": 1}'}}
+    chat: Messages = [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    accepted = []
+    for as_text in (False, True):
+        try:
+            template.render([template_messages(chat, arguments_as_text=as_text)])
+        except ValueError:
+            accepted.append(False)
+        else:
+            accepted.append(True)
+    return accepted == [False, True]
+
+
+def chat_template_of(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> ChatTemplate:
+    """The template that a tokenizer uses for a chat with or without tools, given content in the form it takes.
+
+    Raises:
+        ValueError: The tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, so conversations cannot be rendered: name "
+            "a format (chatml, llama3, ...) or a Jinja file, or give the data as text"
+        )
+    template = ChatTemplate(tokenizer.get_chat_template(None, tools), dict(tokenizer.special_tokens_map))
+    only_parts = not prints_probe(template, PROBE_CHAT) and prints_probe(template, in_parts(PROBE_CHAT))
+    return replace(template, takes_text=not only_parts)
+
+
+@dataclass(frozen=True)
+class TemplateProfile:
+    """What a few probe conversations show of a template.
+
+    Args:
+        generation_prompt: The text that `add_generation_prompt` adds, e.g. `<|im_start|>assistant\\n`; empty when the
+            template adds nothing.
+        after_question: All text between the last question and the point where generation begins.
+        header: What a conversation has of the generation prompt before an answer; less than all of it where the prompt
+            begins the answer too, as with `<think>`.
+        lead: Text between that point and the answer, e.g. the space in `[/INST] answer`.
+        tail: All text after a final answer.
+        terminators: What closes an answer, e.g. `<|im_end|>`: after a final answer, and after an inner one where that
+            is another text. A final answer of a template without special tokens is closed by its whole tail.
+        stop_token: The special token that closes a final answer; None when there is none.
+    """
+
+    generation_prompt: str
+    after_question: str
+    header: str
+    lead: str
+    tail: str
+    terminators: tuple[str, ...]
+    stop_token: str | None
+
+    @property
+    def terminator(self) -> str:
+        """What closes a final answer."""
+        return self.terminators[0]
+
+    @classmethod
+    def probe(cls, template: ChatTemplate, special_tokens: Sequence[str]) -> TemplateProfile:
+        """Render a question with and without generation prompt, and the question with its answer.
+
+        Args:
+            template: The template.
+            special_tokens: Texts of all tokens that the tokenizer never splits.
+
+        Raises:
+            ValueError: The template does not render a plain question and answer.
+        """
+        asked, answered = template.render([[_QUESTION], [_QUESTION, _ANSWER]])
+        prompt = template.render([[_QUESTION]], add_generation_prompt=True)[0]
+        if PROBE_QUESTION not in prompt or PROBE_ANSWER not in answered:
+            raise ValueError(f"the chat template does not print a plain question and its answer, but {answered!r:.200}")
+        before, _, tail = answered.partition(PROBE_ANSWER)
+        terminators, stop_token = _terminators(tail, _inner_tail(template), special_tokens)
+        return cls(
+            generation_prompt=prompt[len(asked) :] if prompt.startswith(asked) else "",
+            after_question=prompt[prompt.rfind(PROBE_QUESTION) + len(PROBE_QUESTION) :],
+            header=before[len(asked) : common_length(prompt, before)] if prompt.startswith(asked) else "",
+            lead=before[len(prompt) :] if before.startswith(prompt) else "",
+            tail=tail,
+            terminators=terminators,
+            stop_token=stop_token,
+        )
+
+
+def _inner_tail(template: ChatTemplate) -> tuple[str, bool]:
+    """What follows an answer inside a conversation, whoever speaks next; and whether that is certain.
+
+    What a question and another answer are both preceded by belongs to the answer before them. Where a template refuses
+    two answers in a row, the text before a question is all there is, and its end may announce the question.
+    """
+    try:
+        text = template.render([[_QUESTION, _ANSWER, _SECOND_QUESTION, _SECOND_ANSWER]])[0]
+    except ValueError:
+        return "", False
+    before_question = text.partition(PROBE_ANSWER)[2].partition(_SECOND_QUESTION["content"])[0]
+    try:
+        text = template.render([[_QUESTION, _ANSWER, _SECOND_ANSWER]])[0]
+    except ValueError:
+        return before_question, False
+    before_answer = text.partition(PROBE_ANSWER)[2].partition(_SECOND_ANSWER["content"])[0]
+    return before_question[: common_length(before_question, before_answer)], True
+
+
+def _terminators(
+    tail: str, inner: tuple[str, bool], special_tokens: Sequence[str]
+) -> tuple[tuple[str, ...], str | None]:
+    """What closes a final and an inner answer, and the special token that closes a final one."""
+    inner_tail, is_certain = inner
+    shared = _special_tokens_in(tail[: common_length(tail, inner_tail)], special_tokens)
+    own = _special_tokens_in(tail, special_tokens)
+    if shared:
+        # several may close a turn together, and what a final answer has besides ends the conversation
+        end, token = shared[-1]
+        return (tail[:end],), token
+    inside = _special_tokens_in(inner_tail, special_tokens) if is_certain else []
+    inner_terminator = (inner_tail[: inside[0][0]],) if inside else ()
+    if own:
+        end, token = own[0]
+        return (tail[:end], *inner_terminator), token
+    return (tail, *inner_terminator), None
+
+
+def _special_tokens_in(text: str, special_tokens: Sequence[str]) -> list[tuple[int, str]]:
+    """End and text of all special tokens in a text, in order; the longest where several begin at one place."""
+    if not special_tokens:
+        return []
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    return [(match.end(), match.group()) for match in re.finditer("|".join(map(re.escape, longest_first)), text)]
+
+
+def common_length(left: str, right: str) -> int:
+    """How many characters two texts share from their beginning."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle - 1)
+    return low
+
+
+def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of all tokens that a tokenizer never splits, runs of whitespace left out."""
+    texts = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    return sorted(text for text in texts if text.strip())

@@ -1,0 +1,131 @@
+"""What looks wrong with the text of a row: answers that break off, text that was decoded wrongly, control characters.
+
+All of these are heuristics: they find what a person should look at, and rather stay silent than cry wolf.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sft.data.contents import Content, contents, with_texts
+from sft.data.messages import Problem
+
+Finder = Callable[[Mapping[str, Any]], Problem | None]
+
+# Shorter answers are often fragments on purpose.
+MIN_FRAGMENT, MIN_PROSE, MIN_LAST_LINE = 40, 200, 80
+_SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s")
+_NAME_OF_SOMETHING = re.compile(r"[/._@=`*]")
+# C0 without tab and line ends, DEL and C1, a byte order mark inside of text, characters that reverse the direction of
+# reading, noncharacters; and tags, which show nothing and are text all the same, unless they spell a flag.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\u202a-\u202e\u2066-\u2069\ufffe\uffff]"
+    "|[\U000e0001\U000e0020-\U000e007f](?<![\U0001f3f4\U000e0020-\U000e007f].)[\U000e0020-\U000e007f]*"
+)
+LOST = "\ufffd"
+# more than what ftfy looks at in one place, of which one character at least is not ASCII
+_REACH = 8
+_NOT_ASCII = re.compile(rf"[^\x00-\x7f]+(?:[\x00-\x7f]{{1,{2 * _REACH}}}[^\x00-\x7f]+)*")
+
+
+def truncated_answer(record: Mapping[str, Any]) -> Problem | None:
+    """Find an answer that seems to break off: inside a code block, inside JSON, or in the midst of a sentence."""
+    for content in contents(record):
+        sign = _break(content.text.rstrip()) if content.is_answer else None
+        if sign:
+            return Problem("truncated_answer", f"{content.place} {sign}: {content.text.rstrip()[-40:]!r}")
+    return None
+
+
+def _break(text: str) -> str | None:
+    if text.count("```") % 2:
+        return "ends inside a code block"
+    if text[:1] in ("{", "[") and _is_begun_json(text):
+        return "ends inside JSON"
+    if len(text) >= MIN_FRAGMENT and text[-1] in ",:([{":
+        return f"ends in {text[-1]!r}"
+    line = text[text.rfind("\n") + 1 :]
+    is_prose = len(text) >= MIN_PROSE and len(line) >= MIN_LAST_LINE and line[-1].islower()
+    # an address or a formula at the end of a paragraph needs no full stop
+    if is_prose and not _NAME_OF_SOMETHING.search(line.rsplit(maxsplit=1)[-1]) and _SENTENCE_END.search(line):
+        return "ends in the midst of a sentence"
+    return None
+
+
+def _is_begun_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text) or error.msg.startswith("Unterminated string")
+    except RecursionError:
+        return False
+    return False
+
+
+def mojibake(record: Mapping[str, Any]) -> Problem | None:
+    """Find text that was decoded with the wrong encoding (by ftfy's heuristic), or in which characters were lost."""
+    for content in contents(record):
+        if content.text.isascii():
+            continue
+        if LOST in content.text:
+            at = content.text.index(LOST)
+            return Problem("mojibake", f"{content.place} holds U+FFFD, a lost character: {_around(content.text, at)}")
+        match = _badly_decoded(content.text)
+        if match:
+            around = _around(content.text, match.start())
+            return Problem("mojibake", f"{content.place} reads as if it was decoded wrongly: {around}")
+    return None
+
+
+def _badly_decoded(text: str) -> re.Match[str] | None:
+    """Where ftfy's pattern is found; it is slow, and looked for only around characters that are not ASCII."""
+    from ftfy.badness import BADNESS_RE
+
+    near = (text[max(0, part.start() - _REACH) : part.end() + _REACH] for part in _NOT_ASCII.finditer(text))
+    return BADNESS_RE.search(text) if any(map(BADNESS_RE.search, near)) else None
+
+
+def _around(text: str, at: int) -> str:
+    return repr(text[max(0, at - 15) : at + 15])
+
+
+def without_mojibake(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with wrongly decoded text put right, as far as ftfy can tell what it was."""
+    from ftfy import fix_encoding
+
+    return _changed(record, lambda content: content.text if content.text.isascii() else fix_encoding(content.text))
+
+
+def control_characters(record: Mapping[str, Any]) -> Problem | None:
+    """Find characters that no one sees and a model would learn: control characters, turned directions, hidden tags."""
+    for content in contents(record):
+        match = _CONTROL.search(content.text)
+        if match:
+            names = f"U+{ord(match[0][0]):04X}"
+            where = _around(content.text, match.start())
+            return Problem("control_characters", f"{content.place} holds {names}: {where}")
+    return None
+
+
+def without_control_characters(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without the characters that `control_characters` finds."""
+    return _changed(record, lambda content: _CONTROL.sub("", content.text))
+
+
+def _changed(record: Mapping[str, Any], change: Callable[[Content], str]) -> dict[str, Any]:
+    texts = {content.path: change(content) for content in contents(record)}
+    return with_texts(record, texts)
+
+
+FINDERS: dict[str, Finder] = {
+    "truncated_answer": truncated_answer,
+    "mojibake": mojibake,
+    "control_characters": control_characters,
+}
+REPAIRS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "mojibake": without_mojibake,
+    "control_characters": without_control_characters,
+}

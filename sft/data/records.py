@@ -1,0 +1,291 @@
+"""Training rows of any common shape, brought into one of four kinds of record.
+
+A record is a dict of plain JSON values with an optional `"id"` and one of
+
+    {"messages": [{"role", "content", "train"?, "weight"?, "tool_calls"?, ...}], "tools"?: JSON text}
+    {"prompt": str | messages, "completion": str | messages, "tools"?: JSON text}
+    {"text": str}
+    {"input_ids": [...], "labels"?, "completion_mask"?, "assistant_masks"?}      left as it is
+
+Tool schemas and tool-call arguments are kept as JSON text: Arrow unifies the structs of a column and would write a null
+for every key that another row has, and the chat template would print those nulls.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from sft.data.messages import (
+    IMAGE_COLUMNS,
+    RowError,
+    check_text_alone,
+    described,
+    is_messages,
+    normalize_messages,
+    tools_text,
+    validate_messages,
+    validate_record,
+)
+
+__all__ = [
+    "IMAGE_COLUMNS",
+    "Kind",
+    "Layout",
+    "RowError",
+    "check_text_alone",
+    "detect_kind",
+    "detect_layout",
+    "normalize",
+    "record_digest",
+    "validate_messages",
+    "validate_record",
+]
+
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+QUESTION_ANSWER_COLUMNS = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("instruction", "completion"),
+    ("instruction", "answer"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("prompt", "response"),
+    ("prompt", "output"),
+    ("input", "output"),
+)
+CONTEXT_COLUMNS = ("input", "context")
+OPTIONAL_COLUMNS = ("tools", "chat_template_kwargs")
+TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
+
+
+class Kind(StrEnum):
+    """What a record holds."""
+
+    MESSAGES = "messages"
+    PROMPT_COMPLETION = "prompt_completion"
+    TEXT = "text"
+    TOKENIZED = "tokenized"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns of a data set hold what.
+
+    Args:
+        kind: The kind of record that the rows become.
+        content: The column(s) that hold the conversation: one for messages and text, two for question and answer.
+        context: Column whose text follows the question, when it has any.
+        system: Column with a system message.
+        history: Column with earlier (question, answer) pairs.
+    """
+
+    kind: Kind
+    content: tuple[str, ...]
+    context: str | None = None
+    system: str | None = None
+    history: str | None = None
+
+    @property
+    def is_question_answer(self) -> bool:
+        """Whether two plain columns become a user and an assistant turn."""
+        return self.kind is Kind.MESSAGES and len(self.content) == 2
+
+
+def detect_layout(columns: Iterable[str]) -> Layout:
+    """Decide from all columns of a data set how its rows are read.
+
+    Args:
+        columns: The union of the columns of all rows: the first row alone may lack some.
+
+    Raises:
+        ValueError: No known combination of columns is there.
+    """
+    return _layout(tuple(sorted(set(columns))))
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(columns: tuple[str, ...]) -> Layout:
+    system = "system" if "system" in columns else None
+    if "input_ids" in columns:
+        return Layout(Kind.TOKENIZED, tuple(name for name in TOKEN_COLUMNS if name in columns))
+    for name in CONVERSATION_COLUMNS:
+        if name in columns:
+            return Layout(Kind.MESSAGES, (name,), system=system)
+    if "prompt" in columns and "completion" in columns:
+        return Layout(Kind.PROMPT_COMPLETION, ("prompt", "completion"), system=system)
+    for question, answer in QUESTION_ANSWER_COLUMNS:
+        if question in columns and answer in columns:
+            context = next((name for name in CONTEXT_COLUMNS if name in columns and name != question), None)
+            history = "history" if "history" in columns else None
+            return Layout(Kind.MESSAGES, (question, answer), context, system, history)
+    if "text" in columns:
+        return Layout(Kind.TEXT, ("text",))
+    lowered = tuple(sorted({name.strip().lower() for name in columns}))
+    if lowered != columns:
+        try:
+            _layout(lowered)
+        except ValueError:
+            pass
+        else:
+            other = [name for name in columns if name != name.strip().lower()]
+            raise ValueError(
+                f"columns {list(columns)} are known only in lower case and without spaces around them: rename "
+                f"{', '.join(f'{name!r} to {name.strip().lower()!r}' for name in other)}"
+            )
+    raise ValueError(
+        f"columns {list(columns)} are none of: messages (or conversations); prompt and completion; instruction and "
+        "output (or question and answer, query and response); text; input_ids. Rename the columns of the data"
+    )
+
+
+def detect_kind(columns: Iterable[str]) -> Kind:
+    """The kind of record that rows with these columns become; see `detect_layout`."""
+    return detect_layout(columns).kind
+
+
+def normalize(row: Mapping[str, Any], layout: Layout | Kind, *, prune_nulls: bool = False) -> dict[str, Any]:
+    """Bring one row into its record.
+
+    Args:
+        row: Column -> value.
+        layout: What `detect_layout` found for the whole data set. A bare kind makes the row's own columns decide, which
+            must then lead to that kind.
+        prune_nulls: Remove null-valued keys from tool schemas and arguments: right for rows out of Arrow tables, which
+            hold nulls that nobody wrote.
+
+    Raises:
+        RowError: The row does not fit the layout; `.reason` is a short code, the message says what was found.
+    """
+    if isinstance(layout, Kind):
+        layout = _layout_of_row(row, layout)
+    missing = [name for name in layout.content if row.get(name) is None]
+    if missing and not (layout.kind is Kind.TOKENIZED and row.get("input_ids") is not None):
+        raise RowError("missing_column", f"no value in {missing}; the row has {sorted(row)}")
+    match layout.kind:
+        case Kind.MESSAGES:
+            record = _messages_record(row, layout, prune_nulls)
+        case Kind.PROMPT_COMPLETION:
+            record = _pair_record(row, layout, prune_nulls)
+        case Kind.TEXT:
+            record = {"text": _text(row, "text")}
+        case Kind.TOKENIZED:
+            return _tokenized_record(row)
+    return {**record, **_extras(row, layout.kind, prune_nulls)}
+
+
+def _layout_of_row(row: Mapping[str, Any], kind: Kind) -> Layout:
+    layout = detect_layout(row)
+    if layout.kind is not kind:
+        raise RowError(
+            "other_kind", f"the data set is of kind {kind.value}, this row of kind {layout.kind.value}: {sorted(row)}"
+        )
+    return layout
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise RowError("not_text", f"column {column!r} holds {described(value)}, text is needed")
+    return value
+
+
+def _messages_record(row: Mapping[str, Any], layout: Layout, prune_nulls: bool) -> dict[str, Any]:
+    if layout.is_question_answer:
+        messages = _question_answer(row, layout)
+    else:
+        messages = normalize_messages(row[layout.content[0]], prune_nulls=prune_nulls)
+    return {"messages": _with_system(messages, row, layout)}
+
+
+def _question_answer(row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]]:
+    question, answer = (_text(row, name) for name in layout.content)
+    context = _text(row, layout.context) if layout.context and row.get(layout.context) is not None else ""
+    messages = []
+    history = (row.get(layout.history) if layout.history else None) or []
+    for pair in history if is_messages(history) else [history]:
+        if not is_messages(pair) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise RowError("bad_history", f"history holds {pair!r:.80}, pairs of question and answer are needed")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    user = "\n\n".join(part for part in (question, context) if part.strip())
+    return [*messages, {"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+
+
+def _with_system(messages: list[dict[str, Any]], row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]]:
+    system = row.get(layout.system) if layout.system else None
+    if not system:
+        return messages
+    if messages[0]["role"] == "system":
+        if messages[0]["content"] != system:
+            raise RowError("two_system_messages", f"the conversation has one, and column 'system' holds {system!r:.80}")
+        return messages
+    return [{"role": "system", "content": _text(row, "system")}, *messages]
+
+
+def _pair_record(row: Mapping[str, Any], layout: Layout, prune_nulls: bool) -> dict[str, Any]:
+    prompt, completion = row["prompt"], row["completion"]
+    if not is_messages(prompt) and not is_messages(completion):
+        if layout.system and row.get("system"):
+            raise RowError("system_of_text", "a system column needs prompt and completion as messages, not as text")
+        return {"prompt": _text(row, "prompt"), "completion": _text(row, "completion")}
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    prompt = _with_system(normalize_messages(prompt, prune_nulls=prune_nulls), row, layout)
+    return {"prompt": prompt, "completion": normalize_messages(completion, prune_nulls=prune_nulls)}
+
+
+def _tokenized_record(row: Mapping[str, Any]) -> dict[str, Any]:
+    record = {name: row[name] for name in TOKEN_COLUMNS if row.get(name) is not None}
+    for name, value in record.items():
+        if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
+            raise RowError("token_type", f"{name} must be a list of numbers, not {type(value).__name__} {value!r:.60}")
+    lengths = {name: len(value) for name, value in record.items()}
+    if len(set(lengths.values())) > 1:
+        raise RowError("token_lengths", f"columns of one row differ in length: {lengths}")
+    return record
+
+
+def _extras(row: Mapping[str, Any], kind: Kind, prune_nulls: bool) -> dict[str, Any]:
+    """The columns that a chat template reads besides the conversation, as JSON text."""
+    extras: dict[str, Any] = {}
+    if kind in (Kind.MESSAGES, Kind.PROMPT_COMPLETION):
+        tools = tools_text(row["tools"], prune_nulls=prune_nulls) if row.get("tools") else "[]"
+        if tools != "[]":
+            extras["tools"] = tools
+        if row.get("chat_template_kwargs"):
+            extras["chat_template_kwargs"] = _template_variables(row["chat_template_kwargs"])
+    return extras
+
+
+def _template_variables(value: Any) -> str:
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except (json.JSONDecodeError, RecursionError):
+        parsed = value
+    if not isinstance(parsed, Mapping):
+        raise RowError("bad_template_kwargs", f"chat_template_kwargs holds {described(value)}, an object is needed")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """32 hexadecimal digits that are the same for records of the same content, whatever their id.
+
+    Raises:
+        RowError: The content cannot be written as UTF-8, since it holds one half of a surrogate pair.
+    """
+    content = {name: value for name, value in record.items() if name != "id"}
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:32]
+    except UnicodeEncodeError as error:
+        around = canonical[max(0, error.start - 20) : error.start + 20]
+        raise RowError("bad_unicode", f"half a surrogate pair, which is no text, in {around!r}") from error

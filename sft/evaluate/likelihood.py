@@ -1,0 +1,174 @@
+"""Token-weighted evaluation of a causal model: the same figures whatever the batch size, the packing or the padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from sft.evaluate.prefix import SharedPrefix, forward_parameters, share_prefix
+from sft.labels import IGNORE_INDEX
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document, cut behind its last supervised token; `index` is its position in the input."""
+
+    index: int
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def supervised(self) -> list[int]:
+        """Positions that have a label and something before them to be predicted from."""
+        return [p for p, label in enumerate(self.labels) if label != IGNORE_INDEX and p > 0]
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    tokens_per_batch: int = 2048,
+    on_progress: Progress | None = None,
+    on_predictions: Callable[[Document, list[int]], None] | None = None,
+    on_logits: Callable[[Sequence[Document], torch.Tensor, torch.Tensor], None] | None = None,
+) -> dict[str, float]:
+    """Loss, perplexity and token accuracy of a causal model on supervised tokens.
+
+    Packed rows are taken apart into their documents, so that nothing depends on how they were packed or on the
+    attention that packed rows need. Documents of like length share a padded batch; what all of them begin with is
+    computed once; the head runs on positions that have
+    a label.
+
+    Args:
+        model: a causal language model (an adapter model too).
+        rows: dicts with `input_ids` and `labels`, both `(length,)`, `labels[i]` belonging to `input_ids[i]` and
+            `IGNORE_INDEX` where nothing is learned; `seq_lengths` with the documents' lengths where rows are packed.
+        tokens_per_batch: most tokens of a padded batch, at least one document.
+        on_progress: called with (documents done, of how many, text).
+        on_predictions: called with every document and the likeliest token at each of its supervised positions.
+        on_logits: called with a batch's documents, logits `(num_supervised, vocabulary)` in their order, and targets.
+
+    Returns:
+        `loss` (mean negative log-likelihood in nats a supervised token), `perplexity`, `token_accuracy`, `num_tokens`.
+
+    Raises:
+        ValueError: no row has a supervised token.
+    """
+    documents = list(split_documents(rows))
+    if not documents:
+        raise ValueError(f"none of the {len(rows)} rows has a token with a label: there is nothing to evaluate")
+    training = model.training
+    model.eval()
+    losses, hits, num_tokens, done = 0.0, 0, 0, 0
+    try:
+        limit = min(map(_first_supervised, documents)) - 1
+        prefix = share_prefix(model, [document.input_ids for document in documents], limit)
+        for batch in _batches(documents, tokens_per_batch, prefix.length):
+            logits, targets = _supervised_logits(model, batch, prefix)
+            losses += float(cross_entropy(logits, targets, reduction="sum"))
+            predicted = logits.argmax(-1)
+            hits += int((predicted == targets).sum())
+            num_tokens += targets.numel()
+            done += len(batch)
+            if on_logits is not None:
+                on_logits(batch, logits, targets)
+            if on_predictions is not None:
+                counts = [len(document.supervised) for document in batch]
+                for document, tokens in zip(batch, predicted.split(counts), strict=True):
+                    on_predictions(document, tokens.tolist())
+            if on_progress is not None:
+                on_progress(done, len(documents), "documents evaluated")
+    finally:
+        model.train(training)
+    loss = losses / num_tokens
+    # exp overflows past 709 nats, which a broken model can reach.
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {"loss": loss, "perplexity": perplexity, "token_accuracy": hits / num_tokens, "num_tokens": num_tokens}
+
+
+def split_documents(rows: Sequence[Mapping[str, Any]]) -> Iterator[Document]:
+    """Take packed rows apart; documents without a supervised token are left out, tokens behind the last one are cut.
+
+    Raises:
+        ValueError: a row's `seq_lengths` do not add up to its length.
+    """
+    index = 0
+    for number, row in enumerate(rows):
+        input_ids, labels = list(row["input_ids"]), list(row["labels"])
+        lengths = list(row.get("seq_lengths") or [len(input_ids)])
+        if sum(lengths) != len(input_ids) or len(labels) != len(input_ids):
+            raise ValueError(
+                f"row {number}: {len(input_ids)} ids, {len(labels)} labels, but seq_lengths add up to {sum(lengths)}"
+            )
+        start = 0
+        for length in lengths:
+            piece = slice(start, start + length)
+            start += length
+            supervised = Document(index, input_ids[piece], labels[piece]).supervised
+            if supervised:
+                last = supervised[-1] + 1
+                yield Document(index, input_ids[piece][:last], labels[piece][:last])
+                index += 1
+
+
+def _batches(documents: Sequence[Document], tokens_per_batch: int, num_shared: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    for document in sorted(documents, key=_length, reverse=True):
+        # Longest first: the first document of a batch sets its padded width.
+        if batch and (_length(batch[0]) - num_shared) * (len(batch) + 1) > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(document)
+    if batch:
+        yield batch
+
+
+def _length(document: Document) -> int:
+    return len(document.input_ids)
+
+
+def _first_supervised(document: Document) -> int:
+    return document.supervised[0]
+
+
+def _supervised_logits(
+    model: nn.Module, batch: Sequence[Document], prefix: SharedPrefix
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 logits `(num_supervised, vocabulary)` and targets `(num_supervised,)` of a padded batch."""
+    device = next(model.parameters()).device
+    input_ids, mask, targets = (tensor.to(device) for tensor in _pad(batch, prefix.length))
+    positions = (targets != IGNORE_INDEX).any(0).nonzero().squeeze(1)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": prefix.mask(mask), "use_cache": False}
+    parameters = forward_parameters(model)
+    if prefix.length:
+        inputs |= {"past_key_values": prefix.rows(len(batch)), "use_cache": True}
+        inputs["position_ids"] = torch.arange(prefix.length, prefix.length + input_ids.shape[1], device=device)[None]
+    if "logits_to_keep" in parameters:
+        logits = model(**inputs, logits_to_keep=positions).logits
+    else:
+        logits = model(**inputs).logits[:, positions]
+    targets = targets[:, positions]
+    supervised = targets != IGNORE_INDEX
+    return logits[supervised].float(), targets[supervised]
+
+
+def _pad(batch: Sequence[Document], num_shared: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input ids, attention mask and next-token targets `(batch, longest)` of what follows the shared prefix."""
+    width = _length(batch[0]) - num_shared
+    input_ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask, targets = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORE_INDEX)
+    for row, document in enumerate(batch):
+        length = _length(document) - num_shared
+        input_ids[row, :length] = torch.tensor(document.input_ids[num_shared:])
+        mask[row, :length] = 1
+        # Position p predicts token p + 1.
+        targets[row, : length - 1] = torch.tensor(document.labels[num_shared + 1 :])
+    return input_ids, mask, targets

@@ -1,0 +1,281 @@
+"""GPTQ quantization to 2, 3, 4 or 8 bit (Frantar et al., arXiv:2210.17323), computed by GPTQModel on a CPU or GPU.
+
+The checkpoint loads in plain `AutoModelForCausalLM.from_pretrained` and keeps the layout vLLM expects. What GPTQModel
+leaves to chance is pinned down here: weights and calibration are checked before the long computation, a layer that
+could not be calibrated is an error rather than a silent round-to-nearest, and two runs on the same input write the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft.export.gptq_format import finish_checkpoint, weight_errors, weights_size_bytes
+from sft.export.gptq_loading import loading_deviation
+from sft.export.quantization import (
+    check_calibration,
+    check_layers_fit,
+    check_weights_finite,
+    describe_poison,
+    pick_device,
+)
+from sft.export.quantization_report import LayerError, QuantizationReport
+
+Progress = Callable[[int, int, str], None]
+
+TOKENS_PER_BATCH = 2048
+UNSOLVED_LOSS = 1e8
+"""GPTQModel reports 999999999 as the loss of a module whose Hessian it could not invert at any damping."""
+
+
+@dataclass(frozen=True)
+class GPTQSettings:
+    """How to quantize: the names are those of GPTQModel's `QuantizeConfig`.
+
+    Args:
+        bits: width of a weight; 2, 3, 4 or 8.
+        group_size: input columns that share a scale; must divide every layer's input width. -1: one group a row.
+        sym: symmetric around zero (what the fast kernels want).
+        desc_act: quantize the columns of large activations first; slower to run, mostly better at 2 and 3 bit.
+        damp_percent: share of the mean Hessian diagonal that is added to it.
+        damp_auto_increment: step by which the damping grows, up to 1, while a Hessian has no Cholesky factor.
+        true_sequential: calibrate the parts of a block one after the other, each seeing the errors of those before, at
+            two and a half times the forward passes; at 4 bit the errors came out the same without (0.134 either way).
+        device: "auto" (a GPU if there is one), "cpu", "cuda:0", ...
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    sym: bool = True
+    desc_act: bool = False
+    damp_percent: float = 0.05
+    damp_auto_increment: float = 0.01
+    true_sequential: bool = False
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleError(LayerError):
+    """What GPTQ did to one linear layer.
+
+    `loss` is GPTQ's own objective, the squared error of the layer's output per calibration sample; `damp` is the
+    damping that was needed.
+    """
+
+    loss: float
+    damp: float
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeReport(QuantizationReport):
+    """Result of `quantize_gptq`; `loading_deviation` is that of `sft.export.gptq_loading`."""
+
+    settings: GPTQSettings
+    num_rows: int
+    num_distinct_rows: int
+    num_tokens: int
+    modules: tuple[ModuleError, ...]
+    kept_full_precision: tuple[str, ...]
+
+    @property
+    def num_damping_retries(self) -> int:
+        """How many modules needed more damping than asked for."""
+        return sum(m.damp > self.settings.damp_percent + 1e-9 for m in self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {**super().to_dict(), "num_damping_retries": self.num_damping_retries}
+
+
+def quantize_gptq(
+    model_dir: str | Path,
+    output_dir: str | Path,
+    calibration: Sequence[Sequence[int]],
+    settings: GPTQSettings | None = None,
+    on_progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantize a plain checkpoint folder and write a GPTQ checkpoint folder, tokenizer and generation config included.
+
+    Args:
+        model_dir: folder with `config.json` and safetensors.
+        output_dir: folder to write; replaced only once everything has succeeded.
+        calibration: token ids of the calibration rows, `(num_rows, length)`, ragged allowed.
+        settings: see `GPTQSettings`.
+        on_progress: called with (done, total, text) after every transformer block.
+
+    Returns:
+        Sizes and one error record a quantized layer.
+
+    Raises:
+        ValueError: NaN or Inf in the weights, calibration ids outside the vocabulary, bits or group size that do not
+            fit a layer, a layer whose Hessian stays singular at full damping, or a row that the model gives NaN on.
+    """
+    model_dir, output_dir = Path(model_dir).resolve(), Path(output_dir).resolve()
+    settings = settings or GPTQSettings()
+    device = pick_device(settings.device)
+    check_layers_fit(model_dir, settings.bits, settings.group_size, device, settings.sym)
+    check_calibration(model_dir, calibration)
+    check_weights_finite(model_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as work:
+        raw_dir = Path(work) / "model"
+        with _poison_named(model_dir, calibration):
+            rows = _run_gptqmodel(model_dir, raw_dir, calibration, settings, on_progress)
+            kept = finish_checkpoint(model_dir, raw_dir)
+            errors = weight_errors(model_dir, raw_dir)
+            with _kept_out_of_the_way(Path(work)):
+                deviation = loading_deviation(raw_dir, calibration[0])
+        report = QuantizeReport(
+            settings=settings,
+            num_rows=len(calibration),
+            num_distinct_rows=len({tuple(row) for row in calibration}),
+            num_tokens=sum(len(row) for row in calibration),
+            source_bytes=weights_size_bytes(model_dir),
+            quantized_bytes=weights_size_bytes(raw_dir),
+            modules=tuple(_module_error(row, errors) for row in rows),
+            kept_full_precision=tuple(kept),
+            loading_deviation=deviation,
+        )
+        shutil.rmtree(output_dir, ignore_errors=True)
+        raw_dir.rename(output_dir)
+    return report
+
+
+def _run_gptqmodel(
+    model_dir: Path,
+    raw_dir: Path,
+    calibration: Sequence[Sequence[int]],
+    settings: GPTQSettings,
+    on_progress: Progress | None,
+) -> list[dict[str, Any]]:
+    # GPTQModel sizes its pools from this at import and asks for two workers of a pool of one on a machine with two
+    # cores.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 1)))
+    with _kept_out_of_the_way(raw_dir.parent):
+        import torch
+        from gptqmodel import GPTQModel, QuantizeConfig
+
+        device = pick_device(settings.device)
+        config = QuantizeConfig(
+            bits=settings.bits,
+            group_size=settings.group_size,
+            sym=settings.sym,
+            desc_act=settings.desc_act,
+            damp_percent=settings.damp_percent,
+            damp_auto_increment=settings.damp_auto_increment,
+            true_sequential=settings.true_sequential,
+            device=device,
+            act_group_aware=settings.group_size != -1 and not settings.desc_act,
+            # Format 1 stores zero points minus one and so cannot hold a zero point of 0, which only asymmetric weights
+            # have.
+            format="gptq" if settings.sym else "gptq_v2",
+            # The default falls back to round-to-nearest without a word; we want the failure instead.
+            fallback=None,
+            # Packs the same bytes as the default, but without compiling a C++ extension at first use.
+            pack_impl="original",
+            offload_to_disk=False,
+        )
+        dtype = torch.float32 if device == "cpu" else "auto"
+        model = GPTQModel.load(str(model_dir), config, dtype=dtype)
+        model.layer_callback = _LayerProgress(on_progress, model.model.config.num_hidden_layers)
+        rows = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in calibration]
+        with _failures_of_threads():
+            log = model.quantize(rows, batch_size=max(1, TOKENS_PER_BATCH // max(map(len, calibration))))
+            model.save(str(raw_dir))
+    return _solved_rows(log)
+
+
+@contextlib.contextmanager
+def _kept_out_of_the_way(work: Path) -> Iterator[None]:
+    """Run in `work`, where GPTQModel writes its `logs/`, with its banner, bars and tables in a file there too."""
+    with (
+        (work / "gptqmodel.log").open("a", encoding="utf-8") as log,
+        contextlib.chdir(work),
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _poison_named(model_dir: Path, calibration: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Where a quantization fails for a row that the model can't compute, say which."""
+    try:
+        yield
+    except ValueError as error:
+        poison = describe_poison(model_dir, calibration)
+        if poison is None:
+            raise
+        raise ValueError(f"{poison}. {error}") from error
+
+
+@contextlib.contextmanager
+def _failures_of_threads() -> Iterator[None]:
+    """Raise what went wrong in a thread of GPTQModel, which would end the process without a word to its caller."""
+    from gptqmodel.utils.threadx import _DeviceWorker
+
+    failures: list[BaseException] = []
+    abort, _DeviceWorker._abort_process = _DeviceWorker._abort_process, lambda worker, error: failures.append(error)
+    try:
+        yield
+    finally:
+        if failures:
+            raise failures[0]  # whatever the caller made of it
+    # after a failure it stays: other threads may still be at work, and must not end the process either
+    _DeviceWorker._abort_process = abort
+
+
+class _LayerProgress:
+    def __init__(self, on_progress: Progress | None, num_layers: int) -> None:
+        self.on_progress, self.num_layers, self.done = on_progress, num_layers, set[int]()
+
+    def layer_complete(self, layer_idx: int, submodule_finalized: bool) -> None:
+        if self.on_progress is None or layer_idx in self.done:
+            return
+        self.done.add(layer_idx)
+        self.on_progress(len(self.done), self.num_layers, f"block {layer_idx} quantized")
+
+
+def _solved_rows(log: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    rows = [row for name in sorted(log) for row in log[name]]
+    failed = [f"layer {r['layer']} {r['module']} (loss {r['loss']})" for r in rows if not _is_solved(str(r["loss"]))]
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(rows)} layers could not be quantized, their Hessian has no inverse at any damping: "
+            f"{'; '.join(failed[:5])}. Calibrate on more or longer rows, or look for constant or huge activations."
+        )
+    # Modules finish in the order their threads do.
+    return sorted(rows, key=_place)
+
+
+def _is_solved(loss: str) -> bool:
+    try:
+        return float(loss) < UNSOLVED_LOSS
+    except ValueError:
+        return False
+
+
+def _place(row: dict[str, Any]) -> tuple[int, str]:
+    return int(row["layer"]), str(row["module"])
+
+
+def _module_error(row: dict[str, Any], errors: dict[str, float]) -> ModuleError:
+    layer, module = int(row["layer"]), str(row["module"])
+    names = [name for name in errors if f".{layer}.{module}." in f".{name}."]
+    assert len(names) == 1, f"layer {layer} {module} matches {names} in the checkpoint"
+    return ModuleError(
+        layer=layer,
+        module=module,
+        loss=float(row["loss"]),
+        relative_error=errors[names[0]],
+        damp=float(row["damp"]),
+        num_samples=int(row["samples"]),
+    )

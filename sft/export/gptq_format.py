@@ -1,0 +1,151 @@
+"""The files of a GPTQ checkpoint: read packed weights back, and make what GPTQModel saved small and reproducible.
+
+Layout (as AutoGPTQ defined it and vLLM and transformers read it), for a layer of `inputs` by `outputs`:
+`qweight` int32 `(inputs * bits / 32, outputs)`, packed down the input axis;
+`qzeros` int32 `(groups, outputs * bits / 32)`, packed along the outputs, less one in format "gptq" but not "gptq_v2";
+`scales` float16 `(groups, outputs)`; `g_idx` int32 `(inputs,)`, the group of every input column.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sft.export.quantization import weight_files
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+def weights_size_bytes(model_dir: Path) -> int:
+    """Size of the weight files of a checkpoint folder."""
+    return sum(path.stat().st_size for path in weight_files(model_dir))
+
+
+def finish_checkpoint(model_dir: Path, quantized_dir: Path) -> list[str]:
+    """Save what stayed unquantized in half precision and restore the source's config, tokenizer and generation config.
+
+    GPTQModel changes the generation config (it turns sampling on) and writes timings and temporary paths into the
+    folder; both would give every run another digest.
+
+    Args:
+        model_dir: the source checkpoint.
+        quantized_dir: the folder GPTQModel has saved; changed in place.
+
+    Returns:
+        Names of tensors that hold values beyond float16's range and were therefore left as they were.
+    """
+    kept: list[str] = []
+    for path in weight_files(quantized_dir):
+        kept += _halve_file(path)
+    quantization = _stable_quantization_config(quantized_dir)
+    for path in quantized_dir.iterdir():
+        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
+            path.unlink()
+    for path in model_dir.iterdir():
+        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copyfile(path, quantized_dir / path.name)
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config |= {"dtype": "float16", "quantization_config": quantization}
+    _write_json(quantized_dir / "config.json", config)
+    # vLLM reads this file, transformers the section in config.json.
+    _write_json(quantized_dir / "quantize_config.json", quantization)
+    return kept
+
+
+def weight_errors(model_dir: Path, quantized_dir: Path) -> dict[str, float]:
+    """Relative Frobenius error `|W - Wq| / |W|` of every quantized layer, by its name in the checkpoint.
+
+    Raises:
+        ValueError: a quantized layer has a scale that is NaN or Inf.
+    """
+    config = json.loads((quantized_dir / "quantize_config.json").read_text(encoding="utf-8"))
+    errors = {}
+    with open_tensors(model_dir) as sources:
+        for name, packed in packed_layers(quantized_dir):
+            if not packed["scales"].isfinite().all():
+                raise ValueError(
+                    f"quantized layer {name} has scales beyond float16's range; its weights are too large for GPTQ"
+                )
+            weight = sources[f"{name}.weight"].get_tensor(f"{name}.weight").float()
+            restored = dequantize(packed, config["bits"], zeros_minus_one=config["checkpoint_format"] == "gptq")
+            # Conv1D layers keep their weight as (inputs, outputs) already.
+            reference = weight if weight.shape == restored.shape and weight.shape[0] != weight.shape[1] else weight.T
+            errors[name] = float((reference - restored).norm() / reference.norm().clamp_min(1e-12))
+    return errors
+
+
+def packed_layers(quantized_dir: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Name and packed tensors (`qweight`, `qzeros`, `scales`, `g_idx`) of each quantized layer, one layer at a time."""
+    with open_tensors(quantized_dir) as places:
+        for name in places:
+            if name.endswith(".qweight"):
+                layer = name.removesuffix(".qweight")
+                tensors = {part: places[f"{layer}.{part}"].get_tensor(f"{layer}.{part}") for part in PARTS}
+                yield layer, tensors
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """Tensor name -> the open safetensors file that holds it: opening costs more than reading a small tensor."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
+        yield {name: file for file in files for name in sorted(file.keys())}
+
+
+def dequantize(packed: dict[str, torch.Tensor], bits: int, zeros_minus_one: bool = True) -> torch.Tensor:
+    """The weight `(inputs, outputs)` in float32 that a packed layer stands for."""
+    levels = _unpack(packed["qweight"], bits, axis=0)
+    zeros = _unpack(packed["qzeros"], bits, axis=1) + int(zeros_minus_one)
+    group = packed["g_idx"].long()
+    return (levels - zeros[group]).float().mul_(packed["scales"].float()[group])
+
+
+def _unpack(words: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
+    """Integers of `bits` bits out of a matrix of int32 words, little end first, along one axis."""
+    if 32 % bits == 0:
+        # The sign that an arithmetic shift draws in from the left is masked away.
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+        shifts = shifts.view(-1, 1) if axis == 0 else shifts
+        return ((words.unsqueeze(axis + 1) >> shifts) & (2**bits - 1)).flatten(axis, axis + 1)
+    # Three-bit values cross word borders: take the bits one by one.
+    wide = words.movedim(axis, -1).to(torch.int64) & 0xFFFFFFFF
+    stream = ((wide.unsqueeze(-1) >> torch.arange(32)) & 1).flatten(-2)
+    fields = stream.unflatten(-1, (-1, bits))
+    return (fields << torch.arange(bits)).sum(-1).movedim(-1, axis)
+
+
+def _halve_file(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    kept = []
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.dtype == torch.float16:
+            continue
+        half = tensor.to(torch.float16)
+        if half.isfinite().all():
+            tensors[name] = half
+        else:
+            kept.append(name)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return kept
+
+
+def _stable_quantization_config(quantized_dir: Path) -> dict[str, Any]:
+    config = json.loads((quantized_dir / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    meta = config.get("meta", {})
+    config["meta"] = {key: value for key, value in meta.items() if "offload" not in key and "device" not in key}
+    return config
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,178 @@
+"""Checkpoints in 8 and 4 bits (bitsandbytes): LLM.int8 (arXiv:2208.07339) and NF4 of QLoRA (arXiv:2305.14314).
+
+Neither needs calibration: every block of weights is rounded by itself. Plain `from_pretrained` loads the folder, on a
+CPU too, wherever bitsandbytes is installed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from sft.export.gptq_format import open_tensors, weights_size_bytes
+from sft.export.proof import compare_logits, logits_of
+from sft.export.quantization import check_calibration, check_weights_finite, linear_widths
+from sft.export.quantization_report import LayerError, QuantizationReport
+from sft.models.tokenizer_files import save_tokenizer
+
+METHODS = ("int8", "nf4")
+NF4_BLOCK = 64
+CPU_OUTPUTS = 32
+"""Rows of a weight that bitsandbytes' kernel for CPUs takes at a time."""
+MAX_DEVIATION = 0.05
+NUM_STEPS = 3
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KbitReport(QuantizationReport):
+    """Result of `quantize_kbit`; `method` is int8 or nf4."""
+
+    method: str
+
+
+def quantize_kbit(
+    model_dir: str | Path,
+    output_dir: str | Path,
+    method: str,
+    sample_input_ids: Sequence[Sequence[int]],
+    on_progress: Progress | None = None,
+) -> KbitReport:
+    """Round the linear layers of a plain checkpoint folder and write a folder that plain transformers loads.
+
+    Embeddings, norms and the head stay in half precision.
+
+    Args:
+        model_dir: Folder with `config.json`, safetensors and tokenizer.
+        output_dir: Folder to write; replaced only once everything has succeeded.
+        method: int8, or nf4 in blocks of 64 weights whose scales are quantized too.
+        sample_input_ids: Rows of token ids on which the folder is compared with the model that was saved.
+        on_progress: Called with (done, total, text) after every step.
+
+    Raises:
+        ValueError: Another method, widths that nf4 does not take, NaN or Inf in the weights, ids outside the
+            vocabulary, or a folder that loads as something else than was saved.
+    """
+    model_dir, output_dir = Path(model_dir), Path(output_dir)
+    config = _config(method)
+    check_widths(model_dir, method)
+    check_calibration(model_dir, sample_input_ids)
+    check_weights_finite(model_dir)
+    check_half_precision(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float16, quantization_config=config)
+    _say(on_progress, 1, f"rounded to {method}")
+    with open_tensors(model_dir) as sources:
+        errors = tuple(_layer_errors(model, sources))
+    _say(on_progress, 2, f"errors of {len(errors)} layers measured")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as work:
+        raw_dir = Path(work) / "model"
+        model.save_pretrained(raw_dir)
+        save_tokenizer(AutoTokenizer.from_pretrained(model_dir), raw_dir)
+        deviation = _loading_deviation(model, raw_dir, sample_input_ids)
+        shutil.rmtree(output_dir, ignore_errors=True)
+        raw_dir.rename(output_dir)
+    _say(on_progress, 3, "written and read back")
+    return KbitReport(
+        method=method,
+        source_bytes=weights_size_bytes(model_dir),
+        quantized_bytes=weights_size_bytes(output_dir),
+        modules=errors,
+        loading_deviation=deviation,
+    )
+
+
+def check_widths(model_dir: Path, method: str) -> None:
+    """Refuse layers that bitsandbytes would write in nf4 and then fail to run on a CPU.
+
+    Raises:
+        ValueError: Names the first layer, its widths and what they must be multiples of.
+    """
+    if method != "nf4":
+        return
+    for name, (inputs, outputs) in linear_widths(model_dir).items():
+        if inputs % NF4_BLOCK or outputs % CPU_OUTPUTS:
+            raise ValueError(
+                f"{name} has {inputs} inputs and {outputs} outputs; on a CPU nf4 needs multiples of {NF4_BLOCK} and "
+                f"{CPU_OUTPUTS}: use int8 or gptq"
+            )
+
+
+def check_half_precision(model_dir: Path) -> None:
+    """Refuse weights that half precision, in which all that is not rounded is saved, has no number for.
+
+    Raises:
+        ValueError: Names the first such tensor.
+    """
+    with open_tensors(model_dir) as places:
+        for name, file in places.items():
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() and not tensor.half().isfinite().all():
+                raise ValueError(
+                    f"{name} of {model_dir} holds {float(tensor.abs().max()):.3g}, beyond the range of half precision; "
+                    "use gptq, which keeps such a tensor as it is"
+                )
+
+
+def _config(method: str) -> BitsAndBytesConfig:
+    if method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if method == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            # goes into the folder: what every device computes, and the same file on every machine
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    raise ValueError(f"quantization method {method!r} does not exist here, these do: {', '.join(METHODS)}")
+
+
+def _say(on_progress: Progress | None, done: int, text: str) -> None:
+    if on_progress is not None:
+        on_progress(done, NUM_STEPS, text)
+
+
+def _layer_errors(model: Any, sources: dict[str, Any]) -> Iterator[LayerError]:
+    for name, module in model.named_modules():
+        if not isinstance(module, (Linear4bit, Linear8bitLt)):
+            continue
+        weight = sources[f"{name}.weight"].get_tensor(f"{name}.weight").float()
+        if issubclass(getattr(module, "source_cls", type(module)), Conv1D):
+            weight = weight.T
+        error = float((weight - _restored(module)).norm() / weight.norm().clamp_min(1e-12))
+        place = re.search(r"\.(\d+)\.(.+)$", name)
+        assert place is not None, f"{name} is in no block"
+        yield LayerError(layer=int(place[1]), module=place[2], relative_error=error)
+
+
+def _restored(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
+    weight: Any = module.weight
+    if isinstance(module, Linear4bit):
+        return dequantize_4bit(weight.data, weight.quant_state).float().cpu()
+    return int8_vectorwise_dequant(weight.data, weight.SCB).float().cpu()
+
+
+def _loading_deviation(model: Any, folder: Path, rows: Sequence[Sequence[int]]) -> float:
+    expected = logits_of(model, rows)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    difference = compare_logits(expected, logits_of(loaded, rows))
+    deviation = difference.mean / float(torch.cat(expected).std())
+    if not deviation <= MAX_DEVIATION:
+        raise ValueError(
+            f"loaded by transformers, {folder.name} computes something else than was saved: its logits are off by "
+            f"{deviation:.3f} standard deviations, {MAX_DEVIATION} is the limit"
+        )
+    return deviation

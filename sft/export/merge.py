@@ -1,0 +1,297 @@
+"""Merge an adapter into its base, and prove on real rows that the checkpoint on disk computes what was trained."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sft.export.merge_by_file import NotStreamableError, ShardMerge
+from sft.export.merge_in_memory import AdapterMix, load_mix
+from sft.export.proof import LogitDifference, check_logits, compare_logits, iterate_logits, logits_of
+from sft.models.loading import load_model, parse_dtype, save_tokenizer
+from sft.models.saved_adapters import (
+    check_adapter_folder,
+    count_adapted_modules,
+    grow_to_adapter,
+    load_adapter,
+    merge_into_base,
+)
+from sft.models.token_rows import is_tied
+
+logger = logging.getLogger(__name__)
+
+ROUNDING_ADVICE = "Rounding the weights to this dtype does that: raise the tolerance, or save float32."
+
+Rows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How far the checkpoint on disk is from what was trained, over all positions of the sample rows.
+
+    Args:
+        max_logit_diff: Largest absolute difference of a logit.
+        mean_logit_diff: Mean absolute difference.
+        top_token_agreement: Share of positions with the same most likely token.
+        num_positions: Positions compared.
+        adapter_effect: Largest absolute change of a logit that the adapter makes to the base, over the first row; 0
+            without adapter.
+        num_adapted_modules: Modules that carried adapter weights; 0 without adapter.
+        dtype: Data type of the checkpoint.
+        tied_embeddings: Whether head and embeddings are one tensor in it.
+    """
+
+    max_logit_diff: float
+    mean_logit_diff: float
+    top_token_agreement: float
+    num_positions: int
+    adapter_effect: float
+    num_adapted_modules: int
+    dtype: str
+    tied_embeddings: bool
+
+    def to_dict(self) -> dict[str, float | int | str | bool]:
+        """The figures by name."""
+        return asdict(self)
+
+
+def merge_adapter(
+    base: str | Path,
+    adapter: str | Path | AdapterMix,
+    output_dir: str | Path,
+    sample_input_ids: Rows,
+    tolerance: float = 1e-3,
+    dtype: str | torch.dtype = "float32",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Merge an adapter into its base and write one plain checkpoint, with tokenizer and generation config.
+
+    It goes through the base file by file, in float32, with no more in memory than one file holds; adapters and models
+    with which that can't be done are merged by peft with the whole model in memory, and a warning says why. An adapter
+    that was trained on a 4- or 8-bit copy goes into the plain base: the quantization error of that copy stays out of
+    the result. The checkpoint is read back from disk and compared with base + adapter.
+
+    Args:
+        base: Hub id or folder of the plain base.
+        adapter: Folder that `PeftModel.save_pretrained` wrote, or several of them with weights.
+        output_dir: New or empty folder; on any failure nothing is left in it.
+        sample_input_ids: Rows of token ids to compare on. The logits of one row are held in memory (tokens x
+            vocabulary x 4 bytes), of all rows where the whole model is.
+        tolerance: Largest absolute difference of a logit.
+        dtype: Of the checkpoint. Half precision rounds the weights, which moves logits by some hundredths.
+        tokenizer: Saved along; embeddings grow to its length where training had grown them.
+        trust_remote_code: Run Python code that comes with the base.
+
+    Raises:
+        ValueError: The logits differ by more than the tolerance; the adapter does not fit the base, changes nothing, or
+            is of a kind that can't be merged; the base on disk is quantized.
+    """
+    output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer)
+    output.check(sample_input_ids)
+    if isinstance(adapter, AdapterMix):
+        adapter.check()
+    else:
+        adapter = Path(adapter)
+        check_adapter_folder(adapter)
+    _check_plain(base, trust_remote_code)
+    try:
+        return _merge_by_file(base, adapter, output, sample_input_ids)
+    except NotStreamableError as reason:
+        logger.warning("the base %s is merged with the whole model in memory: %s", base, reason)
+    return _merge_whole(base, adapter, output, sample_input_ids, trust_remote_code)
+
+
+def _merge_by_file(base: str | Path, adapter: Path | AdapterMix | None, output: _Output, rows: Rows) -> MergeReport:
+    """Merge with no more in memory than a file of the base holds.
+
+    Raises:
+        NotStreamableError: It can't be done so; nothing was written.
+        ValueError: As `merge_adapter`.
+    """
+    if isinstance(adapter, AdapterMix):
+        raise NotStreamableError("several adapters are combined by peft on the model")
+    job = ShardMerge(Path(base), adapter, output.dtype, output.tokenizer)
+    effect = job.effect(rows)
+    if adapter is not None:
+        _check_effect(effect)
+    difference = output.fill(job, rows)
+    return _report(difference, effect, job.num_adapted, output.dtype, tied=job.tied)
+
+
+def _merge_whole(
+    base: str | Path, adapter: Path | AdapterMix, output: _Output, rows: Rows, trust_remote_code: bool
+) -> MergeReport:
+    """Merge by peft with the whole model in memory."""
+    model = load_model(base, trust_remote_code=trust_remote_code)
+    if isinstance(adapter, AdapterMix):
+        peft_model = load_mix(model, adapter)
+    else:
+        grow_to_adapter(model, adapter, output.tokenizer)
+        peft_model = load_adapter(model, adapter)
+    reference = logits_of(peft_model, rows)
+    with peft_model.disable_adapter():
+        effect = compare_logits(reference[:1], iterate_logits(peft_model, rows[:1])).largest
+    _check_effect(effect)
+    num_adapted = count_adapted_modules(peft_model)
+    merged = merge_into_base(peft_model)
+    difference = output.save(merged, rows, reference)
+    return _report(difference, effect, num_adapted, output.dtype, tied=is_tied(merged))
+
+
+def copy_checkpoint(
+    source: str | Path,
+    output_dir: str | Path,
+    sample_input_ids: Rows,
+    tolerance: float = 1e-3,
+    dtype: str | torch.dtype = "float32",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Write a checkpoint that was trained in full once more, in a dtype, under the same proof as a merge.
+
+    Arguments and errors are those of `merge_adapter`.
+    """
+    output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer)
+    output.check(sample_input_ids)
+    try:
+        return _merge_by_file(source, None, output, sample_input_ids)
+    except NotStreamableError as reason:
+        logger.warning("the checkpoint %s is copied with the whole model in memory: %s", source, reason)
+    model = load_model(source, trust_remote_code=trust_remote_code)
+    difference = output.save(model, sample_input_ids, logits_of(model, sample_input_ids))
+    return _report(difference, 0.0, 0, output.dtype, tied=is_tied(model))
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Where the checkpoint goes, in which form, and how exact it has to be."""
+
+    folder: Path
+    tolerance: float
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def check(self, rows: Rows) -> None:
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is not empty: a checkpoint is written into a folder of its own.")
+        if not len(rows) or not all(len(row) for row in rows):
+            raise ValueError("sample_input_ids has no rows, or empty ones: nothing would be proven on them.")
+
+    def save(self, model: PreTrainedModel, rows: Rows, reference: list[torch.Tensor]) -> LogitDifference:
+        """Save, read back, compare; the folder appears only when the proof holds."""
+        if self.dtype is not torch.float32:
+            in_memory = compare_logits(reference, logits_of(model, rows))
+            check_logits(in_memory, self.tolerance, "merged in memory and not yet rounded")
+        model.to(self.dtype)
+        with _new_folder(self.folder) as folder:
+            if self.tokenizer is not None:
+                _stop_at_eos(model, self.tokenizer)
+                save_tokenizer(self.tokenizer, folder)
+            model.save_pretrained(folder)
+            # code of a model that needs it was allowed to run when the base was loaded
+            written = load_model(folder, trust_remote_code=hasattr(model.config, "auto_map"))
+            difference = compare_logits(reference, logits_of(written, rows))
+            self._check_written(difference)
+        return difference
+
+    def fill(self, job: ShardMerge, rows: Rows) -> LogitDifference:
+        """Write file by file and compare; the folder appears only when the proof holds."""
+        with _new_folder(self.folder) as folder:
+            if self.tokenizer is not None:
+                _stop_at_eos(job.plain, self.tokenizer)
+                save_tokenizer(self.tokenizer, folder)
+            job.write(folder)
+            difference = job.compare(folder, rows)
+            self._check_written(difference)
+        return difference
+
+    def _check_written(self, difference: LogitDifference) -> None:
+        advice = "" if self.dtype is torch.float32 else ROUNDING_ADVICE
+        check_logits(difference, self.tolerance, f"read back from disk as {_name(self.dtype)}", advice)
+
+
+@contextmanager
+def _new_folder(output_dir: Path) -> Iterator[Path]:
+    """A folder that takes the place of `output_dir` on success and vanishes on failure."""
+    partial = output_dir.with_name(f".{output_dir.name}.merging")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if output_dir.is_dir():
+            output_dir.rmdir()
+        partial.rename(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _plain_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    parsed = parse_dtype(dtype)
+    if isinstance(parsed, str):
+        raise ValueError("dtype 'auto' says nothing here, as a merge is computed in float32: name the dtype to save.")
+    return parsed
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_plain(base: str | Path, trust_remote_code: bool) -> None:
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except OSError:
+        return  # load_model comes upon the same and explains it
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise ValueError(
+            f"The weights of the base {str(base)!r} are quantized ({method}): a merge would round the adapter away. "
+            f"Give the plain base that they were made from."
+        )
+
+
+def _check_effect(effect: float) -> None:
+    if effect == 0.0:
+        raise ValueError(
+            "The adapter changes no logit of the first sample row: it was not trained, or its weights were not loaded. "
+            "A merge would give back the base."
+        )
+
+
+def _stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have generation stop at the tokenizer's eos too, which may be the token of a chat template that was trained."""
+    config = model.generation_config
+    if config is None or tokenizer.eos_token_id is None:
+        return
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if tokenizer.eos_token_id not in known:
+        stops = [tokenizer.eos_token_id, *(index for index in known if index is not None)]
+        config.eos_token_id = stops if len(stops) > 1 else stops[0]
+        model.config.eos_token_id = config.eos_token_id
+    if tokenizer.pad_token_id is not None:
+        config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _report(
+    difference: LogitDifference, effect: float, num_adapted: int, dtype: torch.dtype, *, tied: bool
+) -> MergeReport:
+    report = MergeReport(
+        max_logit_diff=difference.largest,
+        mean_logit_diff=difference.mean,
+        top_token_agreement=difference.top_token_agreement,
+        num_positions=difference.num_positions,
+        adapter_effect=effect,
+        num_adapted_modules=num_adapted,
+        dtype=_name(dtype),
+        tied_embeddings=tied,
+    )
+    logger.info("%s", report)
+    return report

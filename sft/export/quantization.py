@@ -1,0 +1,227 @@
+"""What must hold before the minutes of a GPTQ quantization are spent."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+VALUES_PER_WORD = {2: 16, 3: 32, 4: 8, 8: 4}
+"""Weights that fill whole 32-bit words, by bits; 3-bit weights only come out even after 32 of them (three words)."""
+
+GROUP_SIZES = (32, 64, 128)
+"""What all readers take (besides -1): torch's packed CPU kernel refuses 16, vLLM everything above 128."""
+CPU_GROUPS = (32, 64, 128, 256)
+MAX_NAMED = 5
+MIN_ROW_TOKENS = 11
+"""GPTQModel leaves out rows of ten tokens or fewer without a word."""
+
+
+def select_calibration(rows: Sequence[Sequence[int]], num_rows: int, length: int, seed: int) -> list[list[int]]:
+    """Choose calibration rows at random, the same ones for the same seed, each cut to `length` tokens.
+
+    Args:
+        rows: token ids of the training rows.
+        num_rows: how many to choose; all of them, shuffled, where there are fewer.
+        length: most tokens a row.
+        seed: of the choice.
+
+    Raises:
+        ValueError: there is no row to choose from, or a number is not positive.
+    """
+    if num_rows < 1 or length < MIN_ROW_TOKENS:
+        raise ValueError(
+            f"calibration needs at least one row of {MIN_ROW_TOKENS} tokens, got {num_rows} rows of {length}"
+        )
+    usable = [index for index, row in enumerate(rows) if len(row) >= MIN_ROW_TOKENS]
+    if not usable:
+        raise ValueError(
+            f"none of the {len(rows)} training rows has the {MIN_ROW_TOKENS} tokens that a calibration row needs"
+        )
+    chosen = random.Random(seed).sample(usable, min(num_rows, len(usable)))
+    return [list(rows[index][:length]) for index in chosen]
+
+
+def check_calibration(model_dir: Path, calibration: Sequence[Sequence[int]]) -> None:
+    """Refuse an empty calibration set and token ids that the model has no embedding for.
+
+    Raises:
+        ValueError: names the row, the position and the id.
+    """
+    if not calibration:
+        raise ValueError("calibration is empty: GPTQ needs rows of token ids that look like what the model will see")
+    vocab_size = _text_config(json.loads((model_dir / "config.json").read_text(encoding="utf-8")))["vocab_size"]
+    for index, row in enumerate(calibration):
+        if len(row) < MIN_ROW_TOKENS:
+            raise ValueError(f"calibration row {index} has {len(row)} tokens, at least {MIN_ROW_TOKENS} are needed")
+        for position, token in enumerate(row):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"calibration row {index} holds token id {token} at position {position}, the model knows 0 to "
+                    f"{vocab_size - 1}: were the rows packed with another tokenizer?"
+                )
+
+
+def describe_poison(model_dir: Path, calibration: Sequence[Sequence[int]]) -> str | None:
+    """Name the calibration rows on which the plain model itself gives NaN or Inf, and the tokens that do it alone.
+
+    It takes a pass through the whole model, and is asked for only when a quantization has failed.
+
+    Returns:
+        One sentence; None where the model computes all rows.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sft.export.proof import iterate_logits
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    found = [index for index, row in enumerate(iterate_logits(model, calibration)) if not row.isfinite().all()]
+    if not found:
+        return None
+    tokens = sorted({token for index in found for token in calibration[index]})
+    alone = [
+        token
+        for token, row in zip(tokens, iterate_logits(model, [[t] for t in tokens]), strict=True)
+        if not row.isfinite().all()
+    ]
+    rows = ", ".join(map(str, found[:MAX_NAMED]))
+    because = (
+        f"the embeddings of token ids {', '.join(map(str, alone[:MAX_NAMED]))} do that"
+        if alone
+        else ("no token does that alone, look for weights that are too large")
+    )
+    return (
+        f"the model gives NaN or Inf on {len(found)} of {len(calibration)} calibration rows (number {rows}) before "
+        f"anything is quantized: {because}"
+    )
+
+
+def check_weights_finite(model_dir: Path) -> None:
+    """Refuse weights with NaN or Inf, of which GPTQ would make plausible garbage.
+
+    Raises:
+        ValueError: names the tensors.
+    """
+    from safetensors import safe_open
+
+    broken = []
+    for path in weight_files(model_dir):
+        with safe_open(path, framework="pt") as handle:
+            for name in sorted(handle.keys()):
+                tensor = handle.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    broken.append(f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()})")
+    if broken:
+        raise ValueError(f"{model_dir} has NaN or Inf in {len(broken)} tensors: {'; '.join(broken[:5])}")
+
+
+def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = "cpu", sym: bool = True) -> None:
+    """Refuse what some linear layer does not allow: bits, group sizes, and layers that transformers can't load.
+
+    GPTQModel itself would write such a checkpoint, with a last group that standard readers misplace.
+
+    Raises:
+        ValueError: names the first layer that does not fit, its width and the group sizes that fit all layers.
+    """
+    if bits not in VALUES_PER_WORD:
+        raise ValueError(f"bits is {bits}, GPTQ checkpoints come in {', '.join(map(str, VALUES_PER_WORD))}")
+    layers = _linear_layers(model_dir)
+    _check_loadable(model_dir, layers)
+    if (bits, group_size, sym, device) == (4, -1, False, "cpu"):
+        raise ValueError(
+            "torch's kernel for CPUs misreads asymmetric 4-bit rows without groups: use sym: true, or a group_size of "
+            f"{', '.join(map(str, GROUP_SIZES))}"
+        )
+    widths = {name: _widths(layer) for name, layer in layers.items()}
+    if not widths:
+        raise ValueError(f"{model_dir} has no linear layer to quantize")
+    if group_size != -1 and group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {group_size}, readers know -1 and {', '.join(map(str, GROUP_SIZES))}")
+    for name, (width, outputs) in widths.items():
+        problem = _group_problem(width, bits, group_size, device)
+        if problem:
+            fitting = [str(size) for size in GROUP_SIZES if all(inputs % size == 0 for inputs, _ in widths.values())]
+            raise ValueError(
+                f"{problem} of {name}; sizes that fit: {', '.join(fitting) or 'none, quantize on a GPU with -1'}"
+            )
+        for what, size in (("input", width), ("output", outputs)):
+            if size % VALUES_PER_WORD[bits]:
+                raise ValueError(
+                    f"{bits}-bit weights are packed by {VALUES_PER_WORD[bits]}, which does not divide the {what} "
+                    f"width {size} of {name}; try other bits"
+                )
+
+
+def _group_problem(width: int, bits: int, group_size: int, device: str) -> str:
+    if group_size != -1 and width % group_size:
+        return f"group_size {group_size} does not divide the width {width}"
+    if group_size == -1 and bits == 4 and device == "cpu" and width not in CPU_GROUPS:
+        known = ", ".join(map(str, CPU_GROUPS))
+        return f"torch runs 4-bit groups of {known} on a CPU, and group_size -1 makes one of the whole width {width}"
+    return ""
+
+
+def linear_widths(model_dir: Path) -> dict[str, tuple[int, int]]:
+    """Input and output width of every linear layer but the head, by name, read from the configuration alone."""
+    return {name: _widths(layer) for name, layer in _linear_layers(model_dir).items()}
+
+
+def _linear_layers(model_dir: Path) -> dict[str, Any]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    config = AutoConfig.from_pretrained(model_dir)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    kinds = (torch.nn.Linear, Conv1D)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds) and module is not head}
+
+
+def _widths(layer: Any) -> tuple[int, int]:
+    import torch
+
+    if isinstance(layer, torch.nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.weight.shape[0], layer.weight.shape[1]  # Conv1D keeps its weight as (inputs, outputs)
+
+
+def _check_loadable(model_dir: Path, layers: dict[str, Any]) -> None:
+    """transformers initializes GPT-2's projections by their `weight`, which a GPTQ layer has not, and so fails."""
+    from transformers.pytorch_utils import Conv1D
+
+    found = [name for name, layer in layers.items() if isinstance(layer, Conv1D)]
+    if found:
+        raise ValueError(
+            f"{found[0]} of {model_dir} is a Conv1D, as GPT-2 has them, and transformers can't load such a model from "
+            "a GPTQ checkpoint; use int8 or nf4"
+        )
+
+
+def pick_device(name: str) -> str:
+    """The device that a name means; "auto" is a GPU if there is one."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = sorted(model_dir.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{model_dir} holds no .safetensors file: give a plain merged checkpoint folder")
+    return files
+
+
+def _text_config(config: dict) -> dict:
+    return config.get("text_config", config) if "vocab_size" not in config else config

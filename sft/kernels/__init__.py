@@ -1,0 +1,1 @@
+"""Faster versions of layers: matrix products, LoRA, norms, SwiGLU, Liger. Imports no other room."""

@@ -1,0 +1,209 @@
+"""RMS norms, gated feed-forward and linear layers as one autograd step each: fewer passes over memory, faster products.
+
+Written out, an RMS norm (Zhang & Sennrich, arXiv:1910.07467) keeps its input, its square and its normalized form for
+the backward pass, and a SwiGLU layer (Shazeer, arXiv:2002.05202) keeps the gate before and after its activation, and
+what LoRA reads of both. Here each keeps its inputs alone and computes the rest again, in place. Linear layers go
+through `sft.kernels.products`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from sft.inner_model import evaluating
+from sft.kernels.lora import fused_weights, gated_lora_linear
+from sft.kernels.products import MIN_WIDTH, back_through_linear, linear, onednn_for_float32
+
+Fused = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+class _RmsNorm(torch.autograd.Function):
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grads[0] * x).mul_(scale).reshape(-1, x.shape[-1]).sum(0)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        gradient = grads[0] * weight
+        along_x = (gradient * x).sum(-1, keepdim=True)
+        factor = scale.pow(3).mul_(along_x).div_(-x.shape[-1])
+        return gradient.mul_(scale).addcmul_(x, factor), grad_weight, None
+
+
+class _GatedSilu(torch.autograd.Function):
+    """`silu(gate) * up`."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
+        return grad_gate, F.silu(gate).mul_(grads[0])
+
+
+class _Linear(torch.autograd.Function):
+    """`x @ weight.T + bias`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(flat if ctx.needs_input_grad[1] else None, weight)
+        ctx.shape = x.shape
+        return linear(flat, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        flat, weight = ctx.saved_tensors
+        gradient = grads[0].reshape(-1, weight.shape[0])
+        grad_x = back_through_linear(gradient, weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_weight = gradient.t() @ flat if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, gradient.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm over the last dimension.
+
+    Args:
+        x: `(..., width)`.
+        weight: `(width,)`.
+        eps: added to the mean square.
+    """
+    output: torch.Tensor = _RmsNorm.apply(x, weight, eps)
+    return output
+
+
+def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up`, of two tensors of one shape."""
+    output: torch.Tensor = _GatedSilu.apply(gate, up)
+    return output
+
+
+def linear_layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x @ weight.T + bias`, with gradients.
+
+    Args:
+        x: `(..., in)`.
+        weight: `(out, in)`.
+        bias: `(out,)` or None.
+    """
+    output: torch.Tensor = _Linear.apply(x, weight, bias)
+    return output
+
+
+def _norm_eps(module: nn.Module) -> float:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return eps if isinstance(eps, float) else 0.0
+
+
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x, module.weight, _norm_eps(module))
+
+
+def _linear(module: Any, x: torch.Tensor) -> torch.Tensor:
+    if torch.is_autocast_enabled(x.device.type):  # it chooses the precision of products
+        return F.linear(x, module.weight, module.bias)
+    return linear_layer(x, module.weight, module.bias)
+
+
+def _feed_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    weights = fused_weights(module.down_proj, gate)
+    output: torch.Tensor = (
+        module.down_proj(gated_silu(gate, up)) if weights is None else gated_lora_linear(gate, up, weights)
+    )
+    return output
+
+
+def _looks_like_norm(module: nn.Module) -> bool:
+    weight: Any = getattr(module, "weight", None)
+    is_norm = "RMSNorm" in type(module).__name__ and not list(module.children()) and _norm_eps(module) > 0
+    return is_norm and type(weight) is nn.Parameter and weight.dim() == 1
+
+
+def _looks_like_feed_forward(module: nn.Module) -> bool:
+    return {name for name, _ in module.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+def _gains_from_products(module: nn.Module) -> bool:
+    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.device.type == "cpu"
+    return plain and min(module.weight.shape) >= MIN_WIDTH and onednn_for_float32()
+
+
+def fused_forward(module: nn.Module) -> Fused | None:
+    """What computes the same as this module in one step, or None; tried on a few random rows.
+
+    Args:
+        module: any; float32 only, and what has a forward or hooks of its own is left alone.
+    """
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if any(parameter.is_floating_point() and parameter.dtype != torch.float32 for parameter in module.parameters()):
+        return None
+    if _looks_like_norm(module):
+        width, compute = module.weight.shape[0], _norm
+    elif _gains_from_products(module):
+        width, compute = module.weight.shape[1], _linear
+    elif _looks_like_feed_forward(module):
+        width, compute = getattr(module.gate_proj, "in_features", None), _feed_forward
+    else:
+        return None
+    return compute if isinstance(width, int) and _is_same(module, compute, width) else None
+
+
+@torch.no_grad()
+def _is_same(module: nn.Module, compute: Fused, width: int) -> bool:
+    device, generator = next(module.parameters()).device, torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, width, generator=generator).to(device)
+    with evaluating(module):
+        expected, found = type(module).forward(module, x), compute(module, x)
+    return torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def _forward(module: nn.Module, compute: Fused, x: torch.Tensor) -> torch.Tensor:
+    if module.training and x.dtype == torch.float32:
+        return compute(module, x)
+    output: torch.Tensor = type(module).forward(module, x)
+    return output
+
+
+@contextmanager
+def fused_layers(model: nn.Module) -> Iterator[int]:
+    """Inside the block, layers that `fused_forward` knows run fused while they train.
+
+    Yields:
+        How many layers that is.
+    """
+    fused = [(module, compute) for module in model.modules() if (compute := fused_forward(module)) is not None]
+    for module, compute in fused:
+        module.forward = partial(_forward, module, compute)
+    try:
+        yield len(fused)
+    finally:
+        for module, _ in fused:
+            del module.forward

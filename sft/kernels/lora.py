@@ -1,0 +1,235 @@
+"""A frozen linear layer and its LoRA update in one autograd step.
+
+peft computes `base(x) + B(A(x)) * scaling` as five operations, each with a pass of its own over an activation of the
+layer's width, forward and backward. Here the update is accumulated into the base's product by the matrix product
+itself, in both directions (the order of products that unsloth describes, as a plain autograd function for any device).
+A base in 4 bits is unpacked for each product and never kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from sft.kernels.products import back_through_linear, linear
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """A frozen linear layer and its update.
+
+    Attributes:
+        weight: Frozen, `(out, in)`, or packed; gets no gradient.
+        bias: Frozen, `(out,)`, or None.
+        down: LoRA's A, `(rank, in)`.
+        up: LoRA's B, `(out, rank)`.
+        scaling: `lora_alpha / rank`, or what the adapter uses.
+        packing: bitsandbytes' `QuantState` of a weight in 4 bits.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    down: torch.Tensor
+    up: torch.Tensor
+    scaling: float
+    packing: Any = None
+
+    def project(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output `(num_rows, out)` and the inner state `(num_rows, rank)` of rows `(num_rows, in)`."""
+        inner = rows @ self.down.t()
+        output = linear(rows, self.unpacked(rows.dtype), self.bias)
+        return output.addmm_(inner, self.up.t(), alpha=self.scaling), inner
+
+    def back(
+        self, grad: torch.Tensor, rows: torch.Tensor, inner: torch.Tensor, needed: tuple[bool, ...]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of rows, A and B, those that are needed, from that of the output."""
+        grad_inner = (grad @ self.up).mul_(self.scaling)
+        grad_rows = None
+        if needed[0]:
+            grad_rows = back_through_linear(grad, self.unpacked(grad.dtype)).addmm_(grad_inner, self.down)
+        grad_down = grad_inner.t() @ rows if needed[1] else None
+        # transposed so that the small product reads the wide gradient row by row
+        grad_up = (inner.t() @ grad).mul_(self.scaling).t() if needed[2] else None
+        return grad_rows, grad_down, grad_up
+
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as `(out, in)`."""
+        if self.packing is None:
+            return self.weight
+        from bitsandbytes.functional import dequantize_4bit
+
+        dense: torch.Tensor = dequantize_4bit(self.weight, self.packing).to(dtype)
+        return dense
+
+
+class _LoraProduct(torch.autograd.Function):
+    """`x @ W.T + bias + scaling * (x @ A.T) @ B.T` with W and bias frozen, W perhaps in 4 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, frozen: LoraWeights) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        output, inner = replace(frozen, down=down, up=up).project(rows)
+        ctx.save_for_backward(rows, frozen.weight, down, up, inner)
+        ctx.rest, ctx.shape = (frozen.scaling, frozen.packing), x.shape
+        return output.view(*x.shape[:-1], up.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, down, up, inner = ctx.saved_tensors
+        weights = LoraWeights(weight, None, down, up, *ctx.rest)
+        grad = grads[0].reshape(-1, up.shape[0])
+        grad_x, grad_down, grad_up = weights.back(grad, rows, inner, ctx.needs_input_grad)
+        return None if grad_x is None else grad_x.view(ctx.shape), grad_down, grad_up, None
+
+
+class _GatedLoraProduct(torch.autograd.Function):
+    """The same of `silu(gate) * x`, which is computed again for the backward pass rather than kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, frozen: LoraWeights
+    ) -> torch.Tensor:
+        rows = F.silu(gate).mul_(x).reshape(-1, x.shape[-1])
+        output, inner = replace(frozen, down=down, up=up).project(rows)
+        ctx.save_for_backward(gate, x, frozen.weight, down, up, inner)
+        ctx.rest = frozen.scaling, frozen.packing
+        return output.view(*x.shape[:-1], up.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, x, weight, down, up, inner = ctx.saved_tensors
+        weights = LoraWeights(weight, None, down, up, *ctx.rest)
+        activated = F.silu(gate)
+        rows = (activated * x).reshape(-1, x.shape[-1])
+        grad = grads[0].reshape(-1, up.shape[0])
+        grad_rows, grad_down, grad_up = weights.back(grad, rows, inner, (True, *ctx.needs_input_grad[2:]))
+        assert grad_rows is not None  # it was asked for
+        grad_x = grad_rows.view(x.shape)
+        grad_gate = torch.ops.aten.silu_backward(grad_x * x, gate)
+        return grad_gate, activated.mul_(grad_x), grad_down, grad_up, None
+
+
+def lora_linear(x: torch.Tensor, weights: LoraWeights) -> torch.Tensor:
+    """Output of a frozen linear layer plus its LoRA update (Hu et al., arXiv:2106.09685).
+
+    Args:
+        x: Input, `(..., in)`.
+        weights: Of the layer.
+
+    Returns:
+        `(..., out)`. Keeps `x` and `(..., rank)` for the backward pass, nothing of the output's width.
+    """
+    output: torch.Tensor = _LoraProduct.apply(x, weights.down, weights.up, weights)
+    return output
+
+
+def gated_lora_linear(gate: torch.Tensor, x: torch.Tensor, weights: LoraWeights) -> torch.Tensor:
+    """`lora_linear` of `silu(gate) * x`, as SwiGLU layers end (Shazeer, arXiv:2002.05202).
+
+    Args:
+        gate: `(..., in)`.
+        x: `(..., in)`.
+        weights: Of the layer.
+
+    Returns:
+        `(..., out)`. Keeps `gate` and `x` for the backward pass, but not their product.
+    """
+    output: torch.Tensor = _GatedLoraProduct.apply(gate, x, weights.down, weights.up, weights)
+    return output
+
+
+def can_fuse(layer: nn.Module) -> bool:
+    """Whether `lora_linear` computes the same as this peft layer's own forward.
+
+    That needs one active plain LoRA (no DoRA or other variant, no dropout, no bias of its own) on a frozen `nn.Linear`
+    of the same dtype, or on one in bitsandbytes' 4 bits that computes in that dtype.
+    """
+    if not isinstance(layer, LoraLayer) or not (_is_plain(layer) or _is_4bit(layer)) or len(layer.active_adapters) != 1:
+        return False
+    name = layer.active_adapters[0]
+    if name not in layer.lora_A or name in layer.lora_variant:
+        return False
+    base, down, up = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+    tensors = [base.bias, down.weight, up.weight, *([] if _is_4bit(layer) else [base.weight])]
+    return (
+        isinstance(layer.lora_dropout[name], nn.Identity)
+        and down.bias is None
+        and up.bias is None
+        and not any(p is not None and p.requires_grad for p in (base.weight, base.bias))
+        and all(p is None or (type(p) is nn.Parameter and p.dtype == _computed_in(base)) for p in tensors)
+    )
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    return type(layer) is LoraLinear and type(layer.base_layer) is nn.Linear
+
+
+def _is_4bit(layer: LoraLayer) -> bool:
+    kind, base = type(layer), type(layer.base_layer)
+    return kind.__name__ == base.__name__ == "Linear4bit" and kind.__module__ == "peft.tuners.lora.bnb"
+
+
+def _computed_in(base: Any) -> torch.dtype:
+    """The dtype of a base layer's products."""
+    return base.compute_dtype if hasattr(base, "compute_dtype") else base.weight.dtype
+
+
+def fused_weights(layer: Any, x: torch.Tensor) -> LoraWeights | None:
+    """What `lora_linear` needs for this input, or None where the layer does not run fused now.
+
+    Args:
+        layer: A module inside `fused_lora`, or any other.
+        x: Its input.
+    """
+    forward = vars(layer).get("forward")
+    if getattr(forward, "func", None) is not _forward:
+        return None
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    base = layer.base_layer
+    # what can change between two calls: the mode, the input, an adapter switched off or merged for a while
+    plain = not (layer.disable_adapters or layer.merged) and layer.training and name in layer.lora_A
+    packing = getattr(base.weight, "quant_state", None)
+    if _is_4bit(layer):  # on some processors an evaluation repacks the weights
+        plain = plain and packing is not None and not getattr(packing, "packing_format_for_cpu", False)
+    if not plain or x.dtype != _computed_in(base) or torch.is_autocast_enabled(x.device.type):
+        return None
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return LoraWeights(base.weight, base.bias, down, up, layer.scaling[name], packing)
+
+
+def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    weights = None if args or kwargs else fused_weights(layer, x)
+    if weights is None:
+        output: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return output
+    return lora_linear(x, weights)
+
+
+@contextmanager
+def fused_lora(model: nn.Module) -> Iterator[int]:
+    """Inside the block, layers that `can_fuse` run through `lora_linear`; the model is as before afterwards.
+
+    Yields:
+        How many layers that is.
+    """
+    layers = [module for module in model.modules() if can_fuse(module)]
+    for layer in layers:
+        layer.forward = partial(_forward, layer)
+    try:
+        yield len(layers)
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -1,0 +1,246 @@
+"""Put adapters on models, or continue those that are there, and refuse configurations that would train nothing."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.other import match_target_against_key
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sft.models.kbit import (
+    HALF_PRECISIONS,
+    is_kbit,
+    is_quantized,
+    needs_kbit_preparation,
+    prepare_model_for_kbit_training,
+)
+from sft.models.lazy_gptqmodel import ask_peft_to_wait
+from sft.models.loading import keep_float32_products
+from sft.models.token_rows import (
+    embedding_name,
+    head_name,
+    is_tied,
+    names_module,
+    train_token_rows,
+    untrained_token_ids,
+)
+
+if TYPE_CHECKING:
+    from sft.config import ModelConfig
+
+ask_peft_to_wait()
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many weights a model has, and how many of them training changes."""
+
+    num_trainable: int
+    num_total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.num_trainable / max(self.num_total, 1)
+        return f"{self.num_trainable:,} of {self.num_total:,} parameters are trained ({share:.2f} %)"
+
+
+def get_peft_config(model_config: ModelConfig) -> LoraConfig | None:
+    """Turn the `lora_*` options into peft's configuration (LoRA: arXiv:2106.09685).
+
+    Returns:
+        The configuration, or None without `use_peft`.
+    """
+    if not model_config.use_peft:
+        return None
+    return LoraConfig(
+        r=model_config.lora_r,
+        lora_alpha=model_config.lora_alpha,
+        lora_dropout=model_config.lora_dropout,
+        target_modules=_as_targets(model_config.lora_target_modules),
+        modules_to_save=model_config.lora_modules_to_save,
+        task_type=model_config.lora_task_type,
+        use_rslora=model_config.use_rslora,
+        use_dora=model_config.use_dora,
+        bias="none",
+    )
+
+
+def _as_targets(targets: list[str] | str | None) -> list[str] | str:
+    """`all-linear`, names as a list, or a regular expression; peft would read a lone name as an expression."""
+    if targets is None:
+        return ALL_LINEAR
+    if isinstance(targets, list):
+        return ALL_LINEAR if targets == [ALL_LINEAR] else targets
+    return [targets] if targets != ALL_LINEAR and re.fullmatch(r"[\w.]+", targets) else targets
+
+
+def wrap_adapter(
+    model: PreTrainedModel | PeftModel,
+    peft_config: PeftConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    gradient_checkpointing: bool = False,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Give a model the adapter that will be trained.
+
+    Args:
+        model: A base, or a `PeftModel` whose active adapter is continued.
+        peft_config: What to put on a base; None = train the base itself, or continue.
+        tokenizer: When given, new special tokens must be trained: their rows are added to a LoRA adapter.
+        gradient_checkpointing: Turned on while a k-bit base is prepared.
+        gradient_checkpointing_kwargs: As of `torch.utils.checkpoint`.
+
+    Returns:
+        The model to train. The base's own parameters are frozen when there is an adapter.
+
+    Raises:
+        ValueError: Both a `PeftModel` and a configuration; names that mean no module; quantized weights without an
+            adapter; new tokens that this kind of adapter can't train.
+    """
+    checkpointing = {
+        "use_gradient_checkpointing": gradient_checkpointing,
+        "gradient_checkpointing_kwargs": gradient_checkpointing_kwargs,
+    }
+    if isinstance(model, PeftModel):
+        wrapped = _continue_adapter(model, peft_config, checkpointing)
+    elif peft_config is None:
+        _check_trainable_base(model)
+        return model
+    else:
+        wrapped = _add_adapter(model, peft_config, tokenizer, checkpointing)
+    keep_float32_products(wrapped)
+    logger.info("%s", count_parameters(wrapped))
+    return wrapped
+
+
+def count_parameters(model: torch.nn.Module) -> ParameterCount:
+    """Count weights; the two of them that share a byte of a 4-bit tensor count as two."""
+    num_trainable = num_total = 0
+    for parameter in model.parameters():
+        size = parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            size *= 2 * parameter.element_size()
+        num_total += size
+        num_trainable += size if parameter.requires_grad else 0
+    return ParameterCount(num_trainable, num_total)
+
+
+def check_module_names(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+    """Refuse entries of peft's lists of modules that name nothing: peft would leave most of them out silently.
+
+    Raises:
+        ValueError: Lists every such entry with the nearest names of modules.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    problems = []
+    for option in ("modules_to_save", "target_modules", "exclude_modules"):
+        entries = getattr(peft_config, option, None) or []
+        if isinstance(entries, str):
+            problems += _expression_problems(option, entries, names)
+        else:
+            unknown = [entry for entry in sorted(entries) if not any(names_module(entry, name) for name in names)]
+            problems += [f"{option} has {entry!r}, {_nearest(entry, names)}" for entry in unknown]
+    if problems:
+        raise ValueError(f"{type(model).__name__} has no module of that name: {'; '.join(problems)}.")
+
+
+def _expression_problems(option: str, expression: str, names: list[str]) -> list[str]:
+    if expression == ALL_LINEAR or any(match_target_against_key(expression, name) for name in names):
+        return []
+    as_list = f" (a string is a regular expression; names go into a list: [{expression!r}])"
+    return [f"{option} is {expression!r}, {_nearest(expression, names)}{as_list}"]
+
+
+def _nearest(entry: str, names: list[str]) -> str:
+    last_parts = {name.rpartition(".")[2] for name in names}
+    candidates = sorted(part for part in last_parts if not part.isdigit())
+    near = difflib.get_close_matches(entry.rpartition(".")[2], candidates, n=3)
+    if near:
+        return f"did you mean {' or '.join(repr(name) for name in near)}?"
+    return f"its modules are {', '.join(candidates[:20])}"
+
+
+def _continue_adapter(model: PeftModel, peft_config: PeftConfig | None, checkpointing: dict[str, Any]) -> PeftModel:
+    if peft_config is not None:
+        raise ValueError(
+            f"The model already has the adapter {model.active_adapter!r}, and peft_config asks for another one. To "
+            f"continue it, leave peft_config out; to start anew, pass model.merge_and_unload() or the base."
+        )
+    base = model.get_base_model()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if _is_unprepared(model):
+        prepare_model_for_kbit_training(base, **checkpointing)  # this freezes everything
+        for name in trained:
+            model.get_parameter(name).requires_grad_(True)
+    # PeftModel.from_pretrained freezes adapters unless is_trainable=True, and training would change nothing
+    if model.active_peft_config.is_prompt_learning:
+        model.prompt_encoder[model.active_adapter].requires_grad_(True)
+    else:
+        model.set_requires_grad(model.active_adapters, requires_grad=True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"No parameter of the adapter {model.active_adapter!r} can be trained. Load it with "
+            f"PeftModel.from_pretrained(base, adapter, is_trainable=True)."
+        )
+    return model
+
+
+def _is_unprepared(model: PeftModel) -> bool:
+    """Whether norms and embeddings below the adapter of a k-bit base are in half precision."""
+    if hasattr(model, "for_inference"):  # unsloth's own kernels want them so
+        return False
+    frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    return is_kbit(model.get_base_model()) and any(parameter.dtype in HALF_PRECISIONS for parameter in frozen)
+
+
+def _check_trainable_base(model: PreTrainedModel) -> None:
+    if is_quantized(model) and not getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "The weights of this base are quantized, so they can't be trained themselves. Give a peft_config (QLoRA), "
+            "or load the model without quantization_config."
+        )
+
+
+def _add_adapter(
+    model: PreTrainedModel,
+    peft_config: PeftConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    checkpointing: dict[str, Any],
+) -> PeftModel:
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"The model carries adapters {sorted(model.peft_config)} already (model.add_adapter), and peft_config asks "
+            f"for another one. Leave peft_config out, or pass a base without adapters."
+        )
+    check_module_names(model, peft_config)
+    config = copy.deepcopy(peft_config)  # peft writes into it
+    if tokenizer is not None:
+        config = train_token_rows(config, model, tokenizer, untrained_token_ids(model, tokenizer))
+    if is_tied(model) and _touches_embeddings(config, model) and hasattr(config, "ensure_weight_tying"):
+        # otherwise head and embeddings part ways: one of two equal rows is trained
+        config.ensure_weight_tying = True
+    if needs_kbit_preparation(model):
+        prepare_model_for_kbit_training(model, **checkpointing)
+    return get_peft_model(model, config)
+
+
+def _touches_embeddings(config: PeftConfig, model: PreTrainedModel) -> bool:
+    places = [name for name in (embedding_name(model), head_name(model)) if name is not None]
+    for option in ("modules_to_save", "target_modules"):
+        entries = getattr(config, option, None) or []
+        if isinstance(entries, str):
+            if entries != ALL_LINEAR and any(match_target_against_key(entries, place) for place in places):
+                return True
+        elif any(names_module(entry, place) for entry in entries for place in places):
+            return True
+    return False

@@ -1,0 +1,225 @@
+"""Load models and tokenizers, and say plainly why one can't be used."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sft.attention.choice import check_attention_request, current_hardware
+from sft.models.checkpoint import (
+    WAY_OUT,
+    CheckpointError,
+    auto_class,
+    check_loading_info,
+    check_weight_files,
+    explain_load_error,
+)
+from sft.models.checkpoint import load_processor as load_processor
+from sft.models.checkpoint import load_tokenizer as load_tokenizer
+from sft.models.tokenizer_files import save_tokenizer as save_tokenizer
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
+MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+PICKLE_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """Turn a name such as `bfloat16` or `torch.bfloat16` into torch's dtype; `auto` stays `auto`.
+
+    Raises:
+        ValueError: For anything else, with the name that was probably meant.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        return "auto"
+    if name in DTYPES:
+        return DTYPES[name]
+    near = [DTYPE_ALIASES[name]] if name in DTYPE_ALIASES else difflib.get_close_matches(name, DTYPES, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"dtype {dtype!r} is not one that models are trained in: {hint}Use auto, {', '.join(DTYPES)}.")
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    attn_implementation: str | dict[str, str] | None = None,
+    quantization_config: Any | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: Any | None = None,
+    mixed_precision: str | None = None,
+    **from_pretrained_kwargs: Any,
+) -> PreTrainedModel:
+    """Load a language model, or a vision-language model, from safetensors, after checks that name what is wrong.
+
+    Args:
+        name_or_path: Hub id or folder.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` for what the checkpoint states.
+        attn_implementation: `eager`, `sdpa`, `flash_attention_2`, `flash_attention_3`, `flex_attention`,
+            `kernels-community/...`; a dict of them by sub-model; None or `auto` = transformers' choice.
+        quantization_config: What `sft.models.kbit.get_quantization_config` returns.
+        revision: Hub branch, tag or commit.
+        trust_remote_code: Run Python code that comes with the model.
+        device_map: Placement as accelerate understands it; None = the CPU, from where a trainer moves it.
+        mixed_precision: `bf16` or `fp16` when training runs under autocast: attention then computes in it.
+        from_pretrained_kwargs: Any further argument of `from_pretrained`; `torch_dtype` is taken as `dtype`, and
+            `load_in_8bit` or `load_in_4bit` as a `quantization_config`.
+
+    Returns:
+        The model in eval mode, as `from_pretrained` leaves it.
+
+    Raises:
+        ValueError: A dtype or attention that does not exist or can't run here, weights that are pickled, damaged,
+            missing or of another size than the config asks for, or a model that can't be found.
+    """
+    parsed = _one_dtype(dtype, from_pretrained_kwargs)
+    quantization_config = _one_quantization(quantization_config, from_pretrained_kwargs, parsed)
+    _check_weight_format(name_or_path, from_pretrained_kwargs)
+    # "main" is the hub's word for no choice, and a folder has no revisions
+    source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    attention = None if attn_implementation in (None, "auto") else attn_implementation
+    sizes_may_differ = from_pretrained_kwargs.pop("ignore_mismatched_sizes", False)
+    arguments = {**from_pretrained_kwargs, **source, "dtype": parsed, "use_safetensors": True}
+    # transformers would only warn of missing weights, and not say which ones have another size
+    arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    for key, value in (
+        ("attn_implementation", attention),
+        ("quantization_config", quantization_config),
+        ("device_map", device_map),
+    ):
+        if value is not None:
+            arguments[key] = value
+    try:
+        if attention is not None:
+            computed = _compute_dtype(name_or_path, parsed, quantization_config, mixed_precision, source)
+            for name in attention.values() if isinstance(attention, dict) else [attention]:
+                check_attention(name, computed, device_map)
+        loader = auto_class(from_pretrained_kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **source))
+        model, info = loader.from_pretrained(name_or_path, **arguments)
+    except OSError as error:
+        raise ValueError(explain_load_error(name_or_path, error)) from error
+    except SafetensorError as error:
+        check_weight_files(Path(name_or_path))  # names the file, where it is one in a folder
+        raise CheckpointError(f"A weight file of {str(name_or_path)!r} is damaged: {error}. {WAY_OUT}") from error
+    check_loading_info(name_or_path, info, sizes_may_differ=sizes_may_differ)
+    keep_float32_products(model)
+    return model
+
+
+def keep_float32_products(model: torch.nn.Module) -> None:
+    """Have 4-bit layers that are to compute in float32 do so in evaluation, too.
+
+    On processors with bfloat16 products, bitsandbytes (0.50) computes in bfloat16 outside of training whatever dtype
+    was asked for, and rounds the weights' scales to bfloat16 for good: a training would go on from other weights
+    after its first evaluation.
+    """
+    for module in model.modules():
+        if getattr(module, "compute_dtype", None) == torch.float32 and hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_attention(attn_implementation: str, dtype: torch.dtype, device_map: Any | None = None) -> None:
+    """Refuse an attention that does not exist, or that this machine can't run in this dtype.
+
+    Raises:
+        ValueError: Names the request, what is missing, and what to use instead.
+    """
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    is_kernel = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?", attn_implementation) is not None
+    if attn_implementation not in known and not is_kernel:
+        near = difflib.get_close_matches(attn_implementation.lower(), known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"attn_implementation={attn_implementation!r} does not exist: {hint}"
+            f"Use auto, eager, sdpa, flash_attention_2, flash_attention_3, flex_attention or kernels-community/NAME."
+        )
+    check_attention_request(attn_implementation, dtype, current_hardware(training_device(device_map)))
+
+
+def training_device(device_map: Any | None = None) -> torch.device:
+    """The kind of device that a model with this map ends up on: an explicit place, else the machine's accelerator."""
+    placed = device_map.get("") if isinstance(device_map, dict) else device_map
+    if isinstance(placed, int):
+        return torch.device("cuda", placed)
+    if isinstance(placed, torch.device):
+        return placed
+    if placed in ("cpu", "cuda", "xpu", "mps"):
+        return torch.device(placed)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _one_dtype(dtype: str | torch.dtype, kwargs: dict[str, Any]) -> torch.dtype | str:
+    """The dtype under either of its two names; takes the old one out of `kwargs`."""
+    old = kwargs.pop("torch_dtype", None)
+    if old is None:
+        return parse_dtype(dtype)
+    parsed = parse_dtype(old)
+    if dtype != "float32" and parse_dtype(dtype) != parsed:
+        raise ValueError(f"dtype={dtype!r} and torch_dtype={old!r} are two names of one option: give dtype.")
+    return parsed
+
+
+def _one_quantization(given: Any | None, kwargs: dict[str, Any], dtype: torch.dtype | str) -> Any | None:
+    """The quantization under either of its names: transformers 5 no longer takes `load_in_8bit` by itself."""
+    switches = {name: kwargs.pop(name, False) for name in ("load_in_8bit", "load_in_4bit")}
+    if not any(switches.values()):
+        return given
+    if given is not None or all(switches.values()):
+        named = [name for name, is_on in switches.items() if is_on] + ["quantization_config"] * (given is not None)
+        raise ValueError(f"{' and '.join(named)} are given together: a base is quantized in one way.")
+    if switches["load_in_4bit"] and isinstance(dtype, torch.dtype):
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(**switches)
+
+
+def _check_weight_format(name_or_path: str | Path, kwargs: dict[str, Any]) -> None:
+    """Pickled weights run code when they are read: they are refused, wherever they come from."""
+    if kwargs.pop("use_safetensors", True) is False:
+        raise ValueError(
+            f"use_safetensors=False asks for pickled weights of {str(name_or_path)!r}, and unpickling runs code. "
+            f"Convert them: load once in a sandbox, then save_pretrained, which writes safetensors."
+        )
+    folder = Path(name_or_path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for pattern in PICKLE_WEIGHTS for file in folder.glob(pattern))
+    if pickled:
+        raise ValueError(
+            f"{folder} holds only pickled weights ({', '.join(pickled[:3])}), and unpickling runs code. "
+            f"Convert them to safetensors: load once in a sandbox, then save_pretrained."
+        )
+
+
+def _compute_dtype(
+    name_or_path: str | Path,
+    dtype: torch.dtype | str,
+    quantization_config: Any | None,
+    mixed_precision: str | None,
+    source: dict[str, Any],
+) -> torch.dtype:
+    """The dtype that queries and keys will have: autocast's, a 4-bit base's compute dtype, or the weights' own."""
+    if mixed_precision is not None:
+        return MIXED_PRECISIONS[mixed_precision]
+    if getattr(quantization_config, "load_in_4bit", False):
+        return getattr(quantization_config, "bnb_4bit_compute_dtype", torch.float32)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return AutoConfig.from_pretrained(name_or_path, **source).dtype or torch.float32

@@ -1,0 +1,147 @@
+"""Rows that are token ids already: their labels, a look at how they begin, the limit of those in a stream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
+from typing import Any
+
+from sft.data.records import Kind, normalize
+from sft.labels import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
+
+
+MASKS = ("completion_mask", "assistant_masks")
+
+
+def labels_of_tokens(
+    batch: Mapping[str, list[Any]], indices: list[int], masks: Sequence[str] = MASKS
+) -> dict[str, list[Any]]:
+    """Labels of rows that are tokenized already: their own, else the ids, where all masks are 1.
+
+    Padding, as a row's `attention_mask` says, is taken out: it would be trained, and would fill packed rows.
+
+    Args:
+        batch: Column -> values; `input_ids` and perhaps `labels`, `attention_mask` and masks.
+        indices: Row numbers, for messages.
+        masks: Columns of 0 and 1 that say what is trained, where a row has them.
+
+    Returns:
+        `input_ids` as they are but for padding, and `labels` of the same lengths.
+
+    Raises:
+        ValueError: A row is empty, or its columns differ in length; names the row.
+    """
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    read = [_read(row, number, masks) for number, row in zip(indices, rows, strict=True)]
+    return {"input_ids": [ids for ids, _ in read], "labels": [labels for _, labels in read]}
+
+
+def _read(row: Mapping[str, Any], row_number: int, masks: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The ids of one row and its labels, without padding."""
+    try:
+        record = normalize(row, Kind.TOKENIZED)
+    except ValueError as error:
+        raise ValueError(f"row {row_number}: {error}") from error
+    ids = record["input_ids"]
+    if not len(ids):
+        raise ValueError(f"row {row_number} has no input_ids")
+    labels = record.get("labels", ids)
+    given = [record[name] for name in masks if name in record]
+    if given:
+        keep = (all(marks) for marks in zip(*given, strict=True))
+        labels = [label if kept else IGNORE_INDEX for label, kept in zip(labels, keep, strict=True)]
+    attended = row.get("attention_mask")
+    if attended is None or all(attended):
+        return ids, labels
+    if len(attended) != len(ids):
+        raise ValueError(f"row {row_number}: attention_mask has {len(attended)} values for {len(ids)} input_ids")
+    return list(compress(ids, attended)), list(compress(labels, attended))
+
+
+def supervised(labels: Sequence[int]) -> bool:
+    """Whether a row has a target; its first label is none, having nothing before it."""
+    return any(label != IGNORE_INDEX for label in labels[1:])
+
+
+def warn_of_double_bos(rows: Iterable[Any], bos_token_id: int | None, name: str) -> int:
+    """Count rows that begin with the beginning-of-sequence token twice, and say so in the log.
+
+    A template that prints the token and a tokenizer that adds it make such rows; no model has seen them before.
+
+    Args:
+        rows: Token ids of each row.
+        bos_token_id: None = there is no such token.
+        name: What the message calls the data set.
+
+    Returns:
+        The count.
+    """
+    if bos_token_id is None:
+        return 0
+    twice = [number for number, ids in enumerate(rows) if list(ids[:2]) == [bos_token_id, bos_token_id]]
+    if twice:
+        logger.warning(
+            "%s data: %d rows begin with the beginning-of-sequence token (%d) twice (first: row %d): tokenize text "
+            "that has it already with add_special_tokens=False",
+            name,
+            len(twice),
+            bos_token_id,
+            twice[0],
+        )
+    return len(twice)
+
+
+class StreamLimit:
+    """Cuts the rows of a stream, leaves out those in which nothing is trained, and counts both in the log.
+
+    Args:
+        max_length: Longest row in tokens.
+        name: What messages call the data set.
+    """
+
+    def __init__(self, max_length: int, name: str) -> None:
+        self.max_length = max_length
+        self.name = name
+        self.num_rows = self.num_cut = self.num_left_out = 0
+        self._num_logged = 0
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """Limit a batch.
+
+        Raises:
+            ValueError: Nothing is trained in any row so far: then options or masks are wrong, not single rows.
+        """
+        cut = {name: [values[: self.max_length] for values in column] for name, column in batch.items()}
+        kept = [place for place, labels in enumerate(cut["labels"]) if supervised(labels)]
+        self.num_rows += len(cut["labels"])
+        self.num_cut += sum(len(ids) > self.max_length for ids in batch["input_ids"])
+        self.num_left_out += len(cut["labels"]) - len(kept)
+        if self.num_left_out == self.num_rows:
+            raise ValueError(nothing_trained(self.name, f"the first {self.num_rows}", self.max_length))
+        self._log()
+        return {name: [column[place] for place in kept] for name, column in cut.items()}
+
+    def _log(self) -> None:
+        """Speak at once, and again whenever the count has doubled: a stream may have millions of rows."""
+        if self.num_cut + self.num_left_out < max(1, 2 * self._num_logged):
+            return
+        self._num_logged = self.num_cut + self.num_left_out
+        logger.warning(
+            "%s data: limit of %d tokens: %d truncated, %d masked and left out, of %d rows so far",
+            self.name,
+            self.max_length,
+            self.num_cut,
+            self.num_left_out,
+            self.num_rows,
+        )
+
+
+def nothing_trained(name: str, rows: str, max_length: int) -> str:
+    """What to tell a user none of whose rows would be trained."""
+    return (
+        f"no trainable token in any of {rows} {name} rows at max_length={max_length}: look at the masks with "
+        "sft.preview_masks, raise max_length, or check completion_only_loss and assistant_only_loss"
+    )

@@ -1,0 +1,182 @@
+"""Mistakes that train a model silently wrong, looked for before training begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from sft.batches.collator import DataCollatorForSFT
+from sft.batches.completion_collator import DataCollatorForCompletionOnlyLM
+from sft.config import SFTConfig
+from sft.tokens.constant_length import ConstantLengthDataset
+from sft.train.batching import Packing
+from sft.train.model_limits import check_positions, check_token_ids
+
+NUM_ROWS_LOOKED_AT = 4
+COLUMN_OF_PART = {
+    "completion_only_loss": "completion_mask",
+    "assistant_only_loss": "assistant_masks",
+    "last_turn_only_loss": "labels",
+}
+
+
+def check_ignored(config: SFTConfig, collator: Callable | None, packing: Packing, train: Any, evaluation: Any) -> None:
+    """Refuse options that would have no effect on these data sets, or with this collator.
+
+    Args:
+        config: The options.
+        collator: As it was given to the trainer; None = its own, which follows all of them.
+        packing: Which of the data sets are to be packed.
+        train: As it was given.
+        evaluation: As it was given, perhaps a dict of data sets.
+
+    Raises:
+        ValueError: Names the option, why it would be ignored, and where it belongs.
+    """
+    if isinstance(train, dict):
+        raise ValueError(f"train_dataset has the splits {sorted(train)}; give one of them, such as dataset['train']")
+    for option in ("padding_free", "pad_to_multiple_of"):
+        asked = getattr(config, option)
+        if collator is not None and asked and getattr(collator, option, None) != asked:
+            raise ValueError(
+                f"{option}={asked} would be ignored: {_name(collator)} makes the batches; give it there, or leave "
+                "data_collator out"
+            )
+    if config.image_folder is not None and getattr(collator, "image_folder", None) != config.image_folder:
+        where = "the data has no images" if collator is None else f"{_name(collator)} makes the batches"
+        raise ValueError(
+            f"image_folder={config.image_folder!r} would be ignored: {where}; leave it out, or give it there"
+        )
+    rest = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    named = [
+        ("train", train, packing.train),
+        *((f"eval {key}".strip(), rows, packing.eval) for key, rows in rest.items()),
+    ]
+    for name, dataset, packed in named:
+        ignored = _ignored_in(dataset, config, collator, packed=packed)
+        if ignored is not None:
+            raise ValueError(
+                f"{ignored}=True would be ignored: the {name.strip()} data set goes to the collator as it is "
+                f"({'skip_prepare_dataset' if config.skip_prepare_dataset else type(dataset).__name__}); leave "
+                f"{ignored} out, or prepare the rows so"
+            )
+
+
+def _ignored_in(dataset: Any, config: SFTConfig, collator: Callable | None, *, packed: bool) -> str | None:
+    """An option that a data set which is not prepared would leave without effect."""
+    is_known = isinstance(dataset, (Dataset, IterableDataset))
+    if dataset is None or (is_known and not config.skip_prepare_dataset):
+        return None
+    is_constant = isinstance(dataset, ConstantLengthDataset)  # packed, and every token is trained
+    columns = ["seq_lengths"] if is_constant else getattr(dataset, "column_names", None)
+    if packed and "seq_lengths" not in (columns or ()):
+        return "packing"
+    for option, column in COLUMN_OF_PART.items():
+        followed = columns is None or not {column, "labels"}.isdisjoint(columns) or getattr(collator, option, False)
+        if getattr(config, option) and not followed:
+            return option
+    return None
+
+
+def _name(collator: Callable) -> str:
+    return getattr(collator, "__name__", type(collator).__name__)
+
+
+def check_borders(collator: Callable | None, train: Any, evaluation: Any) -> None:
+    """Refuse a user's collator that forgets where the documents of a packed row end.
+
+    Args:
+        collator: As it was given to the trainer; None = its own.
+        train: Prepared rows.
+        evaluation: Prepared rows, or a dict of them.
+
+    Raises:
+        ValueError: The batch of a row with `seq_lengths` has none, so that its documents would see each other.
+    """
+    if collator is None or isinstance(collator, (DataCollatorForSFT, DataCollatorForCompletionOnlyLM)):
+        return
+    for rows in [train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]:
+        first = next(iter(rows), None) if isinstance(rows, (Dataset, IterableDataset)) else None
+        if first is not None and "seq_lengths" in first and "seq_lengths" not in collator([first]):
+            raise ValueError(
+                f"rows are packed, and {_name(collator)} drops their seq_lengths, so that documents would see each "
+                "other: leave data_collator out, keep that column (as DataCollatorForSFT does), or set packing=False"
+            )
+
+
+def check_token_rows(model: Any, config: SFTConfig, collator: Callable | None, train: Any, evaluation: Any) -> None:
+    """Refuse prepared rows that the model, or the user's collator, can't take; see the three checks."""
+    check_borders(collator, train, evaluation)
+    check_token_ids(model, train, evaluation)
+    check_positions(model, config, train, evaluation)
+
+
+def check_collator(collator: Callable | None, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Look at what a user's collator trains of a data set.
+
+    Args:
+        collator: As it was given to the trainer; None = its own, which has neither mistake.
+        dataset: Prepared rows; only a `Dataset` is looked at, since looking would use up a stream.
+        tokenizer: Its eos and pad tokens are compared.
+
+    Raises:
+        ValueError: Nothing would be trained in any row, or the end-of-sequence token never.
+    """
+    if collator is None or not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    if isinstance(collator, DataCollatorForCompletionOnlyLM):
+        check_templates(collator, (batch["input_ids"][0] for batch in dataset.iter(1)), len(dataset))
+    elif tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        check_end_is_trained(collator, list(islice(iter(dataset), NUM_ROWS_LOOKED_AT)), tokenizer)
+
+
+def check_templates(collator: DataCollatorForCompletionOnlyLM, rows: Iterable[Any], num_rows: int) -> None:
+    """Make sure that an answer is found in some row; a template that fits the data is in the first one already.
+
+    Args:
+        collator: Finds the answers.
+        rows: Token ids of each row; read up to the first one that has an answer.
+        num_rows: How many there are, for the message.
+
+    Raises:
+        ValueError: No row has one; shows the templates' tokens and those of the first row.
+    """
+    first = None
+    for ids in rows:
+        first = first if first is not None else list(ids)
+        if collator.finds_answer(ids):
+            return
+    if first is not None:
+        raise ValueError(
+            f"none of the {num_rows} rows has {collator.templates()}, so nothing would be trained. The first row is "
+            f"{collator.tokenizer.convert_ids_to_tokens(first[:40])} {first[:40]}. Give the template as it stands in "
+            "the text, or its ids there; if a cut took the answers away, raise max_length"
+        )
+
+
+def check_end_is_trained(collator: Callable, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that a collator which masks padding by its id does not mask the end-of-sequence token with it.
+
+    Args:
+        collator: Called with `rows`.
+        rows: Some rows of the data set.
+        tokenizer: Pads with its end-of-sequence token.
+
+    Raises:
+        ValueError: The rows have trained end-of-sequence tokens, and the batch made of them has none.
+    """
+    eos = tokenizer.eos_token_id
+    if not any(eos in row.get("labels", row["input_ids"]) for row in rows):
+        return
+    labels = collator(rows).get("labels")
+    if labels is not None and not bool((torch.as_tensor(labels) == eos).any()):
+        raise ValueError(
+            f"pad_token and eos_token are both {tokenizer.eos_token!r}, and {type(collator).__name__} masks it as "
+            "padding, so the model would never learn to stop: pad with another token (SFTConfig(pad_token=...)), or "
+            "leave data_collator out: the trainer's own masks padding by its place"
+        )

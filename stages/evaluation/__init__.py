@@ -1,0 +1,1 @@
+"""The work of `evaluate`: rows, results, soundness, lm-eval. Imports `stages.models` and the rooms below it."""

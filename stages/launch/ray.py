@@ -1,0 +1,262 @@
+"""A stage in the workers of Ray Train: as many processes as `accelerate launch` would start, placed by Ray."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, TextIO
+
+import stages
+from stages.checkout.paths import Paths
+from stages.params.schema import LaunchSection, load_params
+
+_WORKER = re.compile(r"^\(RayTrainWorker [^)]*\) ?")
+_QUIET = (
+    "RAY_COLOR_PREFIX",
+    "RAY_DEDUP_LOGS",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",  # asks the dashboard, which is not there
+    "RAY_TRAIN_ENABLE_PRINT_PATCH",
+    "RAY_USAGE_STATS_ENABLED",
+)
+_CODE = Path(stages.__file__).resolve().parent.parent
+
+
+class WorkerFailure(NamedTuple):
+    """How a worker ended, in the form of `torch.distributed.elastic`'s `ProcessFailure`."""
+
+    message: dict[str, Any] | str
+    exitcode: int = 1
+    timestamp: int = 0
+
+
+class WorkersFailed(RuntimeError):
+    """Some workers failed.
+
+    Args:
+        failures: Rank -> how it ended.
+    """
+
+    def __init__(self, failures: Mapping[int, WorkerFailure]) -> None:
+        super().__init__(f"workers {sorted(failures)} failed")
+        self.failures = failures
+
+
+class WorkerError(RuntimeError):
+    """What went wrong in a worker, as text: the error's own class need not exist where it is read.
+
+    Args:
+        message: Kind and text of the error.
+        callstack: Where it came from.
+    """
+
+    def __init__(self, message: str, callstack: str) -> None:
+        super().__init__(message, callstack)
+        self.message, self.callstack = message, callstack
+
+
+class WorkerLines(io.TextIOBase):
+    """Prints what the workers printed as it was; Ray puts a name and a number before every line.
+
+    Args:
+        stream: Where it goes.
+        only_workers: Leave out what Ray says of itself.
+    """
+
+    def __init__(self, stream: TextIO, *, only_workers: bool) -> None:
+        self.stream, self.only_workers = stream, only_workers
+        self._passing = True
+
+    def write(self, text: str) -> int:
+        """Print a line, or the end of one."""
+        shown = _WORKER.sub("", text)
+        if text.strip():
+            self._passing = not self.only_workers or shown != text
+        if self._passing:
+            self.stream.write(shown)
+            self.stream.flush()
+        return len(text)
+
+
+def launch_with_ray(stage: str, section: LaunchSection, paths: Paths, variables: Mapping[str, str]) -> None:
+    """Run a stage in `section.processes` workers of Ray Train and wait for all of them.
+
+    Args:
+        stage: Its name.
+        section: `address` is that of a Ray cluster; without it, and without RAY_ADDRESS, Ray runs on this machine alone
+            for the time of the stage.
+        paths: The checkout; on a cluster all machines see it at the same place.
+        variables: What the workers find in their environment.
+
+    Raises:
+        ValueError: Ray is not installed, can't be reached, or gave up.
+        WorkersFailed: Says which ones, and why.
+        SystemExit: A signal ended this process; the workers were ended first.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError(
+            "train.launch.launcher ray needs the package ray, which is not installed; `pip install '.[ray]'`, or use "
+            "accelerate"
+        )
+    for name in _QUIET:
+        os.environ.setdefault(name, "0")  # Ray reads them when it is imported
+    print(f"starting {section.processes} workers of Ray Train: {section.engine}", flush=True)
+    quiet = not os.environ.get("SFT_TRACEBACK")
+    out, err = (WorkerLines(stream, only_workers=quiet) for stream in (sys.stdout, sys.stderr))
+    paths.state.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", dir=paths.state) as storage,
+        redirect_stdout(out),
+        redirect_stderr(err),
+        connected(section),
+        ending_with_signals(),
+    ):
+        train_with_ray(stage, section, paths, storage, variables)
+
+
+@contextmanager
+def ending_with_signals() -> Iterator[None]:
+    """Turn SIGTERM into an exit, so that Ray's processes are ended on the way; Ray's own handler aborts."""
+    handler = _Ending()
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    except SystemExit:
+        if handler.code is not None:  # Ray changes the code while it waits
+            sys.exit(handler.code)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Ending:
+    """A handler of signals that exits, and remembers with which code."""
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.code = 128 + number
+        sys.exit(self.code)
+
+
+@contextmanager
+def connected(section: LaunchSection) -> Iterator[None]:
+    """A connection to the cluster that is named, else a Ray of this process's own, gone afterwards.
+
+    Raises:
+        ValueError: The cluster can't be reached, or has too few GPUs.
+    """
+    import ray
+
+    address = section.address or os.environ.get("RAY_ADDRESS")
+    folder = None
+    try:
+        if address:
+            ray.init(address, logging_level="error", runtime_env={"env_vars": {"PYTHONPATH": str(_CODE)}})
+        else:
+            folder = tempfile.mkdtemp(prefix="sft-ray-")
+            cpus = max(os.cpu_count() or 1, section.processes)
+            ray.init("local", num_cpus=cpus, include_dashboard=False, logging_level="error", _temp_dir=folder)
+        check_resources(section, ray.cluster_resources(), address or "this machine")
+        yield
+    except ConnectionError as error:
+        raise ValueError(f"the Ray cluster at {address} can't be reached: {error}") from None
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_resources(section: LaunchSection, resources: Mapping[str, float], where: str) -> None:
+    """Refuse more workers than there are devices for: Ray would wait for them without end.
+
+    Args:
+        section: How many workers.
+        resources: What Ray has, by name.
+        where: Of what.
+
+    Raises:
+        ValueError: Says how many there are.
+    """
+    kind = "GPU" if resources.get("GPU") else "CPU"
+    found = int(resources.get(kind, 0))
+    if found < section.processes:
+        raise ValueError(
+            f"train.launch.processes is {section.processes}, but Ray on {where} has {found} {kind}s; lower it, or add "
+            "machines to the cluster"
+        )
+
+
+def train_with_ray(
+    stage: str, section: LaunchSection, paths: Paths, storage: str, variables: Mapping[str, str]
+) -> None:
+    """Run the stage in workers of the Ray that this process is connected to.
+
+    Raises:
+        WorkersFailed: Says which ones, and why.
+        ValueError: Ray gave up for a reason of its own.
+    """
+    import ray
+    from ray.train import LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+    from ray.train.torch import TorchTrainer
+
+    run_config = RunConfig(
+        name=stage,
+        storage_path=storage,
+        worker_runtime_env={"env_vars": dict(variables)},
+        logging_config=LoggingConfig(log_level="INFO" if os.environ.get("SFT_TRACEBACK") else "CRITICAL"),
+    )
+    trainer = TorchTrainer(
+        run_in_worker,
+        train_loop_config={"stage": stage, "root": str(paths.root)},
+        scaling_config=ScalingConfig(num_workers=section.processes, use_gpu=bool(ray.cluster_resources().get("GPU"))),
+        run_config=run_config,
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        raise WorkersFailed({rank: worker_failure(end) for rank, end in error.worker_failures.items()}) from None
+    except TrainingFailedError as error:
+        raise ValueError(f"Ray Train ended the training: {error}") from None
+
+
+def run_in_worker(config: Mapping[str, str]) -> None:
+    """Run a stage as one of several processes, in a worker of Ray.
+
+    Args:
+        config: `stage` and `root`.
+
+    Raises:
+        WorkerError: Whatever went wrong, as text.
+    """
+    root = Path(config["root"])
+    os.chdir(root)  # Ray's own is a folder for what it writes
+    importlib.import_module("stages.__main__").quiet_tools()
+    logging.getLogger().setLevel(logging.WARNING)  # Ray shows more
+    try:
+        importlib.import_module(f"stages.{config['stage']}").run(load_params(root / "params.yaml"), Paths(root))
+    except BaseException as error:
+        raise WorkerError(f"{type(error).__name__}: {error}", traceback.format_exc()) from None
+
+
+def worker_failure(error: BaseException) -> WorkerFailure:
+    """What Ray says of a worker's end: its own error, or that it is gone."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, WorkerError):
+            return WorkerFailure({"message": cause.message, "extraInfo": {"py_callstack": cause.callstack}})
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return WorkerFailure("", exitcode=-signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""The work of `load`: sources, checks, selection, counts. Imports `stages.checkout` and `stages.params`."""

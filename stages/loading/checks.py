@@ -1,0 +1,138 @@
+"""What `load` looks for in training rows as a whole: rows nearly the same, and rows unlike all others."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sft.data.messages import Problem
+from sft.data.outliers import language, length_limits, rare_languages
+from sft.data.similarity import NearDuplicateIndex, Pair, Triples, compared_text, similarity, triples
+from stages.checkout.ledger import Action, JsonlWriter
+from stages.loading.row_checks import Note
+from stages.params.load_params import ChecksSection
+
+NUM_CACHED = 4096
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Rows of one split in the order in which they were written, as plain numbers: there may be millions.
+
+    Args:
+        offsets: Byte at which each begins in its file.
+        lines: Line of the first copy of each, from 0.
+        copies: How often each was written.
+        sources: Which source each comes from.
+        lengths: Characters of each that are compared.
+    """
+
+    offsets: array[int] = field(default_factory=lambda: array("Q"))
+    lines: array[int] = field(default_factory=lambda: array("Q"))
+    copies: array[int] = field(default_factory=lambda: array("L"))
+    sources: array[int] = field(default_factory=lambda: array("L"))
+    lengths: array[int] = field(default_factory=lambda: array("Q"))
+
+
+class SetChecks:
+    """Takes note of rows as they are written, and says at the end which of the training rows have something.
+
+    Args:
+        section: The section `load.checks` of params.yaml.
+        writers: Files of the splits `train` and `eval`; rows that may be alike are read from there again.
+    """
+
+    def __init__(self, section: ChecksSection, writers: Mapping[str, JsonlWriter]) -> None:
+        self._section = section
+        self._writers = writers
+        self.rows = {split: Placed() for split in writers}
+        self._languages: list[str | None] = []
+        self._near = section.near_duplicate != "off" or section.near_eval != "off"
+        self._index = NearDuplicateIndex(section.similarity) if self._near else None
+        self._splits = bytearray()
+        self._places = array("Q")
+        self._cached_triples = functools.lru_cache(NUM_CACHED)(self._triples)
+
+    def add(self, record: Mapping[str, Any], split: str, copies: int, source: int) -> None:
+        """Take note of a row that is about to be written."""
+        rows, writer, text = self.rows[split], self._writers[split], compared_text(record)
+        if self._index is not None and (split == "train" or self._section.near_eval != "off"):
+            self._index.add(text)
+            self._splits.append(split == "train")
+            self._places.append(len(rows.offsets))
+        rows.offsets.append(writer.num_bytes)
+        rows.lines.append(writer.num_rows)
+        rows.copies.append(copies)
+        rows.sources.append(source)
+        rows.lengths.append(len(text))
+        if split == "train" and self._section.rare_language != "off":
+            self._languages.append(language(text))
+
+    def findings(self) -> Iterator[tuple[int, Note]]:
+        """What was found, as numbers of training rows with a note; none after the note that drops the row."""
+        dropped: set[int] = set()
+        for row, note in itertools.chain(self._alike(dropped), self._outliers(), self._foreign()):
+            if row in dropped:
+                continue
+            if note.action is Action.DROP:
+                dropped.add(row)
+            yield row, note
+
+    def row_id(self, row: int, split: str = "train") -> str:
+        """Where a row comes from."""
+        return str(self._read(row, split)["id"])
+
+    def _read(self, row: int, split: str) -> dict[str, Any]:
+        return self._writers[split].read(self.rows[split].offsets[row])
+
+    def _triples(self, row: int, split: str) -> Triples:
+        return triples(compared_text(self._read(row, split)))
+
+    def _alike(self, dropped: set[int]) -> Iterator[tuple[int, Note]]:
+        if self._index is None or len(self._index) == 0:
+            return
+        # held-out rows first, so that they are what a training row is compared with, and never the other way round
+        order = np.argsort(np.frombuffer(bytes(self._splits), dtype=np.uint8), kind="stable")
+        for later, pairs in itertools.groupby(self._index.pairs(order), key=lambda pair: pair.later):
+            if self._splits[later]:
+                yield from self._notes_of(self._places[later], pairs, dropped)
+
+    def _notes_of(self, row: int, pairs: Iterator[Pair], dropped: set[int]) -> Iterator[tuple[int, Note]]:
+        own = self._triples(row, "train")
+        nearest: dict[str, tuple[float, int]] = {}
+        for pair in pairs:
+            split = "train" if self._splits[pair.earlier] else "eval"
+            other = self._places[pair.earlier]
+            if split == "train" and other in dropped:
+                continue
+            likeness = similarity(own, self._cached_triples(other, split))
+            if likeness >= self._section.similarity and likeness > nearest.get(split, (0.0, 0))[0]:
+                nearest[split] = (likeness, other)
+        for split, name in (("eval", "near_eval"), ("train", "near_duplicate")):
+            action = getattr(self._section, name)
+            if split in nearest and action != "off":
+                likeness, other = nearest[split]
+                detail = f"{likeness:.0%} the same as {self.row_id(other, split)}"
+                yield row, Note(Action(action), Problem(name, detail))
+
+    def _outliers(self) -> Iterator[tuple[int, Note]]:
+        if self._section.length_outlier == "off":
+            return
+        lengths = self.rows["train"].lengths
+        shortest, longest = length_limits(lengths)
+        for row in np.flatnonzero((np.asarray(lengths) < shortest) | (np.asarray(lengths) > longest)).tolist():
+            detail = f"{lengths[row]} characters, nearly all training rows have {shortest:.0f} to {longest:.0f}"
+            yield row, Note(Action(self._section.length_outlier), Problem("length_outlier", detail))
+
+    def _foreign(self) -> Iterator[tuple[int, Note]]:
+        rare = rare_languages(self._languages)
+        for row, label in enumerate(self._languages):
+            if label is not None and label in rare:
+                detail = f"in language {label!r}, as {rare[label]} of {len(self._languages)} training rows"
+                yield row, Note(Action(self._section.rare_language), Problem("rare_language", detail))

@@ -1,0 +1,197 @@
+"""The base model as the pipeline knows it: what was resolved, a digest of its files, and where they lie.
+
+The record that goes down the pipeline needs no path, so that it is the same on every machine; `read_base_model` finds
+the files again and makes sure that they are still those that were recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.checkout.artifacts import file_digest, read_json, write_json
+
+EMBEDDED_PREFIX = "embedded:"
+EMBEDDED_RECORD = ".sft-model.json"
+WEIGHTS_PATTERN = "*.safetensors"
+# Everything that changes what a model computes or how text becomes tokens; readmes and pickled weights do not count.
+MODEL_PATTERNS = (WEIGHTS_PATTERN, "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+WAY_OUT = "To take the model as it is now: dvc repro -f load"
+# Copies of the weights in other layouts, which would be downloaded and never read.
+HUB_IGNORED = ("*/*", "consolidated*", "*.gguf")
+FETCH = "To get it: dvc repro -f load"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """One resolved base model.
+
+    Args:
+        name_or_path: As params.yaml states it.
+        revision: As params.yaml states it.
+        resolved: Commit on the hub, the folder, or `wheel==version` of an embedded model.
+        digest: SHA-256 over the content of its files.
+        path: Folder that `from_pretrained` loads.
+    """
+
+    name_or_path: str
+    revision: str | None
+    resolved: str
+    digest: str
+    path: str
+
+    def record(self) -> dict[str, Any]:
+        """What outs/load/base_model.json holds: everything but the path, which differs between machines."""
+        fields = asdict(self)
+        del fields["path"]
+        return fields
+
+
+def cache_folder() -> Path:
+    """Where models and copies of data are kept outside the repository: $SFT_CACHE, or ~/.cache/sft."""
+    return Path(os.environ.get("SFT_CACHE") or "~/.cache/sft").expanduser().absolute()
+
+
+def embedded_folder(name: str) -> Path:
+    """Where an embedded model lies once it has been installed."""
+    return cache_folder() / "models" / name.removeprefix(EMBEDDED_PREFIX)
+
+
+def local_folder(name: str, root: Path) -> Path:
+    """The folder that a name in params.yaml means; it need not exist.
+
+    A run with overrides works in a git worktree, which holds what is committed and no models: there, a relative name
+    means the folder in the main checkout.
+    """
+    folder = (root / Path(name).expanduser()).resolve()
+    pointer = root / ".git"
+    if folder.is_dir() or not pointer.is_file():
+        return folder
+    git_folder = Path(pointer.read_text(encoding="utf-8").removeprefix("gitdir:").strip())  # MAIN/.git/worktrees/NAME
+    return (git_folder.parents[2] / Path(name).expanduser()).resolve()
+
+
+def read_base_model(record_file: Path) -> BaseModel:
+    """Read outs/load/base_model.json and find the model's files, unchanged, on this machine.
+
+    Raises:
+        ValueError: They are gone or changed; the message says how to get them back.
+    """
+    record = read_json(record_file)
+    root = record_file.resolve().parents[2]  # of outs/load/base_model.json: what a relative folder starts from
+    base_model = BaseModel(**{**record, "path": str(_find(record, root))})
+    verify(base_model)
+    return base_model
+
+
+def verify(base_model: BaseModel) -> None:
+    """Make sure that the files are those that were resolved, so that no stage mixes two models.
+
+    Raises:
+        ValueError: They are gone, incomplete or changed; the message says how to get them back.
+    """
+    folder = Path(base_model.path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"The base model {base_model.name_or_path!r} is no longer at {folder}. To get it: dvc repro -f load"
+        )
+    found = installed_digest(folder) if base_model.name_or_path.startswith(EMBEDDED_PREFIX) else folder_digest(folder)
+    if found != base_model.digest:
+        raise ValueError(
+            f"The files of the base model {base_model.name_or_path!r} in {folder} changed since `load` ran: their "
+            f"digest is {found[:12]}, and {base_model.digest[:12]} was recorded. {WAY_OUT}"
+        )
+
+
+def installed_digest(folder: Path) -> str:
+    """Digest of an embedded model, read from the record beside it after the sizes of all files were compared.
+
+    Raises:
+        ValueError: A file is missing or has another size, or there is no record.
+    """
+    damage = installed_damage(folder)
+    if damage is not None:
+        raise ValueError(
+            f"The cached model in {folder} is damaged: {damage}. Delete that folder, and type: dvc repro -f load"
+        )
+    return str(json.loads((folder / EMBEDDED_RECORD).read_text(encoding="utf-8"))["digest"])
+
+
+def installed_damage(folder: Path) -> str | None:
+    """What is wrong with an installed embedded model, None when nothing is."""
+    record_file = folder / EMBEDDED_RECORD
+    if not record_file.is_file():
+        return f"{EMBEDDED_RECORD} is missing"
+    sizes: dict[str, int] = json.loads(record_file.read_text(encoding="utf-8"))["sizes"]
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that make up a model, sorted by name; subfolders and hidden files do not count."""
+    found = {file for pattern in MODEL_PATTERNS for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if not file.name.startswith("."))
+
+
+def folder_digest(folder: Path, remember: bool = True) -> str:
+    """SHA-256 over names and contents of a model's files.
+
+    Hashing gigabytes at every stage would be slow, so the hash of a file is kept in the cache folder and reused while
+    the file's size and time of change are the same.
+    """
+    memory_file = cache_folder() / "digests" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]}.json"
+    memory: dict[str, list[Any]] = read_json(memory_file) if memory_file.is_file() else {}
+    fresh: dict[str, list[Any]] = {}
+    total = hashlib.sha256()
+    for file in model_files(folder):
+        stat = file.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        known = memory.get(file.name, [])
+        fresh[file.name] = [*stamp, known[2] if known[:2] == stamp else file_digest(file)]
+        total.update(f"{fresh[file.name][2]}  {file.name}\n".encode())
+    if remember and fresh != memory:
+        write_json(memory_file, fresh)
+    return total.hexdigest()
+
+
+def _find(record: dict[str, Any], root: Path) -> Path:
+    name: str = record["name_or_path"]
+    if name.startswith(EMBEDDED_PREFIX):
+        return embedded_folder(name)
+    if record["resolved"] == name:
+        return local_folder(name, root)
+    return _recorded_snapshot(name, record["resolved"])
+
+
+def hub_snapshot(repo_id: str, revision: str | None, local_files_only: bool = False) -> Path:
+    """Folder of the hub cache that holds a revision's model files; downloads what is missing unless told not to."""
+    from huggingface_hub import snapshot_download  # only hub models need it, and it imports slowly
+
+    folder = snapshot_download(
+        repo_id,
+        revision=revision,
+        allow_patterns=list(MODEL_PATTERNS),
+        ignore_patterns=list(HUB_IGNORED),
+        local_files_only=local_files_only,
+    )
+    return Path(folder)
+
+
+def _recorded_snapshot(repo_id: str, commit: str) -> Path:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return hub_snapshot(repo_id, commit, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise ValueError(
+            f"Commit {commit[:12]} of the base model {repo_id!r} is no longer in the hub cache. {FETCH}"
+        ) from None

@@ -1,0 +1,157 @@
+"""reports/data.html: one self-contained page on what is trained, to be looked at before the hours of training."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sft.tokens.preview import role_contents, sample_rows, token_pieces
+from stages.checkout.artifacts import read_json, read_jsonl, write_text
+from stages.checkout.paths import Paths
+from stages.pages.charts import histogram
+from stages.pages.page import ledger_summary, percent, render_page, rows_sentence
+
+TEMPLATE = "data.html.jinja"
+NUM_PREVIEWS = 5
+MAX_PREVIEW_TOKENS = 1500
+MAX_ROWS_FOR_ROLES = 20_000
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """What is known of one split once it is packed.
+
+    Args:
+        figures: Those of the metrics file.
+        lengths: `(num_documents,)` tokens of each document before the length limit.
+        trained: `(num_documents,)` trained tokens of each.
+        filled: `(num_rows,)` tokens of each packed row.
+    """
+
+    figures: Mapping[str, Any]
+    lengths: np.ndarray[Any, Any]
+    trained: np.ndarray[Any, Any]
+    filled: np.ndarray[Any, Any]
+
+
+def write_data_page(paths: Paths, splits: Mapping[str, SplitFacts], previews: list[dict[str, Any]]) -> None:
+    """Build the page from the outs of `load` and `format`, and from what `pack` knows, and write it.
+
+    Args:
+        paths: Paths of the checkout.
+        splits: Facts of `train` and `eval`.
+        previews: What `choose_previews` returned.
+    """
+    card, figures = read_json(paths.out("load", "card.json")), splits["train"].figures
+    context = {
+        "summary": summary(card, figures),
+        "splits": {name: split.figures for name, split in splits.items()},
+        "sources": card["sources"],
+        "ledger": ledger_summary(paths),
+        "charts": charts(splits["train"]),
+        "roles": role_table(paths),
+        "num_rows_for_roles": MAX_ROWS_FOR_ROLES,
+        "previews": previews,
+        "percent": percent,
+    }
+    write_text(paths.data_page, render_page(TEMPLATE, context))
+
+
+def summary(card: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    """One sentence on rows and one on tokens."""
+    share = figures["trained_tokens"] / figures["tokens"]
+    return (
+        f"{rows_sentence(card)} {figures['tokens']:,} tokens go into training, {percent(share)} of them "
+        f"are trained; they fill {figures['rows']:,} packed rows to {percent(figures['fill'])}."
+    )
+
+
+def charts(split: SplitFacts) -> list[Any]:
+    """How long documents are, how much of them is trained, how full rows are."""
+    return [
+        histogram("Tokens of a document", split.lengths.tolist(), "tokens"),
+        histogram("Trained tokens of a document", split.trained.tolist(), "tokens"),
+        histogram("Tokens of a packed row", split.filled.tolist(), "tokens"),
+    ]
+
+
+def role_table(paths: Paths) -> list[dict[str, Any]]:
+    """Characters that each role contributes, and which share of them is trained.
+
+    A message is looked for in the rendered text behind the message before it; what a template rewrote is not found, and
+    counts as text of the template.
+    """
+    total: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    records = read_jsonl(paths.out("load", "train.jsonl"))
+    rendered = read_jsonl(paths.out("format", "train.jsonl"))
+    for record, row in itertools.islice(matching(records, rendered), MAX_ROWS_FOR_ROLES):
+        count_row(record, row, total, trained)
+    everything = sum(total.values())
+    return [
+        {"role": role, "share": count / everything, "trained": trained[role] / count}
+        for role, count in total.most_common()
+        if count  # plain text has no template around it
+    ]
+
+
+def matching(
+    records: Iterable[dict[str, Any]], rendered: Iterable[dict[str, Any]]
+) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
+    """Records with their rendered rows: the same order, some records without one."""
+    rest = iter(records)
+    for row in rendered:
+        record = next((record for record in rest if record["id"] == row["id"]), None)
+        if record is None:
+            return
+        yield record, row
+
+
+def count_row(record: dict[str, Any], row: dict[str, Any], total: Counter[str], trained: Counter[str]) -> None:
+    """Add the characters of one rendered row to those of the roles, and of the template."""
+    text, spans, cursor = row["text"], row["spans"], 0
+    left, left_trained = len(text), sum(stop - start for start, stop, _ in spans)
+    for role, content in role_contents(record):
+        content = content.strip()
+        start = text.find(content, cursor) if content else -1
+        if start < 0:
+            continue
+        cursor = start + len(content)
+        inside = sum(max(0, min(cursor, stop) - max(start, begin)) for begin, stop, _ in spans)
+        total[role] += len(content)
+        trained[role] += inside
+        left, left_trained = left - len(content), left_trained - inside
+    total["template"] += left
+    trained["template"] += left_trained
+
+
+class Documents(Protocol):
+    """Tokenized documents by number, with their ids."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> dict[str, Any]: ...
+
+
+def choose_previews(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """A seeded sample of tokenized training documents, token by token."""
+    return [preview(documents[number], tokenizer) for number in sample_rows(len(documents), NUM_PREVIEWS, seed=0)]
+
+
+def preview(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """One document: its id, its tokens, how many the limit cut away and how many are not shown."""
+    pieces = token_pieces(row["input_ids"][:MAX_PREVIEW_TOKENS], row["labels"][:MAX_PREVIEW_TOKENS], tokenizer)
+    return {
+        "id": row["id"],
+        "pieces": pieces,
+        "num_tokens": len(row["input_ids"]),
+        "start": row["start"],
+        "num_in_document": row["num_in_document"],
+        "num_hidden": max(0, len(row["input_ids"]) - MAX_PREVIEW_TOKENS),
+    }

@@ -1,0 +1,146 @@
+"""outs/publish/promotion.html: what became of a result: the figures that decided, the champion before, the aliases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft.evaluate.gate import GateRow, parse_gate
+from stages.checkout.artifacts import write_json, write_text
+from stages.pages.page import render_page, show, show_change
+from stages.params.figures import figure_of
+from stages.tracking.champion import CHAMPION, Champion
+
+TEMPLATE = "promotion.html.jinja"
+CANDIDATE = "candidate"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """All that decided on a promotion, and what was done.
+
+    Args:
+        name: The registered model.
+        version: Of this result.
+        before: Alias -> version that it stood at; None where it stood at none.
+        champion: Before; None = there was none.
+        is_comparable: Whether the champion was measured on the same held-out rows.
+        gate: Rows of `evaluate.gate`.
+        promotion: Rows of `publish.gate`.
+        promoted: Whether this result became, or stayed, the champion.
+    """
+
+    name: str
+    version: str
+    before: Mapping[str, str | None]
+    champion: Champion | None
+    is_comparable: bool
+    gate: Sequence[Mapping[str, Any]]
+    promotion: Sequence[GateRow]
+    promoted: bool
+
+    @property
+    def headline(self) -> str:
+        """What happened, in one line."""
+        stood = self.before[CHAMPION]
+        if self.promoted and stood == self.version:
+            return f"Version {self.version} is the champion, as before"
+        if self.promoted:
+            place = "the first champion" if stood is None else f"the champion after version {stood}"
+            return f"Promoted: version {self.version} is {place}"
+        if stood is None:
+            return f"Not promoted: version {self.version} is a candidate, and there is no champion"
+        if stood == self.version:  # published again with other conditions
+            return f"Version {self.version} stays the champion, though its conditions do not hold now"
+        return f"Not promoted: version {stood} stays the champion"
+
+    @property
+    def reason(self) -> str:
+        """Why."""
+        failed = [len([row for row in rows if not _passed(row)]) for rows in (self.gate, self.promotion)]
+        if self.promoted:
+            return "Every condition of evaluate.gate and publish.gate holds."
+        texts = [
+            f"{number} of {len(rows)} conditions of {key} {'does' if number == 1 else 'do'} not hold"
+            for number, rows, key in zip(
+                failed, (self.gate, self.promotion), ("evaluate.gate", "publish.gate"), strict=True
+            )
+            if number
+        ]
+        return f"{' and '.join(texts)}." if texts else "The gate is closed."
+
+    def aliases(self) -> list[tuple[str, str, str, str]]:
+        """Alias, where it stood, where it stands, and why."""
+        rows = []
+        for alias, moves, why in (
+            (CANDIDATE, True, "it moves to every result"),
+            (CHAMPION, self.promoted, "every condition holds" if self.promoted else "a condition does not hold"),
+        ):
+            stood = self.before[alias]
+            stands = self.version if moves else stood
+            rows.append((alias, _version(stood), _version(stands), why if stood != stands else f"it stays: {why}"))
+        return rows
+
+
+def _passed(row: GateRow | Mapping[str, Any]) -> bool:
+    return bool(row.passed if isinstance(row, GateRow) else row["passed"])
+
+
+def _version(number: str | None) -> str:
+    return "none" if number is None else f"version {number}"
+
+
+def write_page(file: Path, decision: Decision, conditions: Sequence[str], results: Mapping[str, Any]) -> None:
+    """Write the page, and beside it what other tools show of it, as JSON.
+
+    Args:
+        file: Where to.
+        decision: On this result.
+        conditions: Of both gates, as params.yaml states them.
+        results: Of `evaluate`.
+    """
+    conditions_shown = [
+        *({"key": "evaluate.gate", **row} for row in decision.gate),
+        *({"key": "publish.gate", **vars(row)} for row in decision.promotion),
+    ]
+    context = {
+        "decision": decision,
+        "conditions": conditions_shown,
+        "figures": figure_rows(decision, conditions, results),
+    }
+    write_text(file, render_page(TEMPLATE, context))
+    short = {"verdict": decision.headline, "reason": decision.reason, "aliases_before": dict(decision.before)}
+    write_json(file.with_suffix(".json"), short)
+
+
+def figure_rows(decision: Decision, conditions: Sequence[str], results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """This result beside the champion: first the figures that conditions name, then the task's and the losses."""
+    models, champion = results["models"], decision.champion.figures if decision.champion else {}
+    named = [n.removeprefix(f"{CHAMPION}.") for c in parse_gate(conditions) for n in c.names]
+    shipped = ("tuned", "quantized" if "quantized" in models else "merged")
+    others = [f"{model}.{figure}" for model in shipped for figure in (*results["figures"], "loss", "size_mb")]
+    rows = []
+    for name in dict.fromkeys([*named, *others]):
+        model, _, metric = name.partition(".")
+        value = models.get(model, {}).get(metric)
+        if value is None:
+            continue
+        label, kind, direction = figure_of(metric)
+        then = champion.get(f"{CHAMPION}.{model}", {}).get(metric)
+        change = None if then is None else value - then
+        mark = (
+            "" if not (change and direction and decision.is_comparable) else "yes" if change * direction > 0 else "no"
+        )
+        rows.append(
+            {
+                "name": f"{model}: {label[0].lower()}{label[1:]}" if label[1:2].islower() else f"{model}: {label}",
+                "decides": name in named,
+                "value": show(value, kind),
+                "champion": "–" if then is None else show(then, kind),
+                "change": "–" if change is None else show_change(change, kind),
+                "mark": mark,
+            }
+        )
+    return rows

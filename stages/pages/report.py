@@ -1,0 +1,201 @@
+"""reports/report.html: one self-contained page that says first whether the model is good, then why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stages.checkout.artifacts import read_json, write_text
+from stages.checkout.paths import Paths
+from stages.pages.answers import generations
+from stages.pages.charts import heat_strip
+from stages.pages.page import NBSP, ledger_summary, percent, render_page, rows_sentence, show, show_change
+from stages.pages.training_section import bad_updates, curves
+from stages.params.figures import REGRESSION, figure_of, in_order
+from stages.params.schema import Params
+from stages.tracking import lineage
+
+# The divergence of the merged model is none by construction, so that no other could be better.
+BY_CONSTRUCTION = ("kl",)
+TEMPLATE = "report.html.jinja"
+
+
+def write_report(params: Params, paths: Paths) -> None:
+    """Build the page from the outs of all stages and write it."""
+    write_text(paths.report, render_page(TEMPLATE, context(params, paths)))
+
+
+def context(params: Params, paths: Paths) -> dict[str, Any]:
+    """Everything the template shows."""
+    results = read_json(paths.out("evaluate", "results.json"))
+    quantization = read_json(paths.out("quantize", "report.json"))
+    base = lineage.base_model(paths)
+    return {
+        "title": str(base["name_or_path"]).removeprefix("embedded:"),
+        "method": params.train.method,
+        "verdict": verdict(results),
+        "results": results,
+        "table": comparison(results),
+        "changes": [changes(pair) for pair in results["comparisons"]],
+        "curves": curves(paths),
+        "bad_updates": bad_updates(paths),
+        "trusted": params.model.trust_remote_code,
+        "generations": generations(paths.out("evaluate", "generations.jsonl")),
+        "general": generations(general) if (general := paths.out("evaluate", "general.jsonl")).exists() else None,
+        "data": data_section(paths),
+        "quantization": quantization_section(quantization),
+        "lineage": lineage_section(params, paths, base),
+        "percent": percent,
+    }
+
+
+def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Headline, one sentence of figures, and the gate."""
+    failed = [row for row in results["gate"] if not row["passed"]]
+    total = len(results["gate"])
+    if not total:
+        headline = "Measured, with no gate to pass"
+    elif failed:
+        headline = (
+            f"The gate is closed: {len(failed)} of {total} conditions {'does' if len(failed) == 1 else 'do'} not hold"
+        )
+    else:
+        headline = "The gate is open: every condition holds" if total > 1 else "The gate is open: its condition holds"
+    models = results["models"]
+    metric = results["figures"][0]
+    label, kind, _ = figure_of(metric)
+    scores = [f"{name} {show(models[name][metric], kind)}" for name in models if metric in models[name]]
+    sentence = f"{label} on {results['num_prompts']} held-out rows: {', '.join(scores)}."
+    if "quantized" in models:
+        ratio = models["quantized"]["size_mb"] / models["merged"]["size_mb"]
+        sentence += f" The quantized checkpoint has {percent(ratio)} of the merged one's size."
+    return {"passed": not failed, "headline": headline, "sentence": sentence}
+
+
+def comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The before/after table: one row a metric, one cell a model."""
+    models = results["models"]
+    rows = []
+    for metric in in_order({name for figures in models.values() for name in figures}):
+        label, kind, direction = figure_of(metric)
+        values = {name: figures[metric] for name, figures in models.items() if metric in figures}
+        is_ranked = bool(direction) and metric.removeprefix(REGRESSION) not in BY_CONSTRUCTION
+        best = max(values.values(), key=lambda value: direction * value) if is_ranked else None
+        cells = [
+            comparison_cell(values.get(name), results["intervals"].get(name, {}).get(metric), kind, best)
+            for name in models
+        ]
+        rows.append({"label": label, "cells": cells, "better": {1: "more", -1: "less"}.get(direction, "")})
+    return rows
+
+
+def comparison_cell(
+    value: float | None, interval: Sequence[float] | None, kind: str, best: float | None
+) -> dict[str, Any]:
+    """One value as text, its interval in small print, and whether no other model is better."""
+    if value is None:
+        return {"text": "–", "interval": "", "best": False}
+    small = f"{show(interval[0], kind).removesuffix(NBSP + '%')}–{show(interval[1], kind)}" if interval else ""
+    return {"text": show(value, kind), "interval": small, "best": best is not None and math.isclose(value, best)}
+
+
+def changes(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs between two models on the same rows: difference, its interval, and how likely by chance."""
+    rows = []
+    for metric in in_order(set(pair["figures"])):
+        label, kind, direction = figure_of(metric)
+        test = pair["figures"][metric]
+        difference, (low, high) = test["difference"], test["interval"]
+        certain = test["p_value"] < 0.05
+        rows.append(
+            {
+                "label": label,
+                "difference": show_change(difference, kind),
+                "interval": f"{show_change(low, kind)} to {show_change(high, kind)}",
+                "p_value": "< 0.001" if test["p_value"] < 0.001 else f"{test['p_value']:.3f}",
+                "test": test["test"],
+                "mark": ("yes" if difference * direction > 0 else "no") if certain and direction else "",
+            }
+        )
+    return {"before": pair["before"], "after": pair["after"], "rows": rows}
+
+
+def data_section(paths: Paths) -> dict[str, Any]:
+    """Sources with their digests, what became of their rows, and what was left out."""
+    card, packed = read_json(paths.out("load", "card.json")), read_json(paths.metrics("pack"))["train"]
+    documents, rows, tokens, trained = (f"{packed[n]:,}" for n in ("documents", "rows", "tokens", "trained_tokens"))
+    return {
+        "summary": (
+            f"{rows_sentence(card)} "
+            f"The training rows are {documents} documents of {tokens} tokens, {trained} of them trained, "
+            f"packed into {rows} rows that are {percent(packed['fill'])} full."
+        ),
+        "sources": card["sources"],
+        "ledger": ledger_summary(paths),
+    }
+
+
+def as_text(value: Any) -> str:
+    """A value of params or a card as a reader expects it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(as_text(item) for item in value) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {as_text(item)}" for key, item in value.items())
+    return str(value)
+
+
+def quantization_section(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Error of every quantized layer, as a strip of cells and as a table, the worst first."""
+    if report["method"] == "none":
+        return {"skipped": report["reason"]}
+    modules = report["modules"]
+    names = sorted({module["module"] for module in modules})
+    blocks = sorted({module["layer"] for module in modules})
+    values = {(module["module"], str(module["layer"])): module["relative_error"] for module in modules}
+    before, after = (show(report[size] / 1e6, "megabytes") for size in ("source_bytes", "quantized_bytes"))
+    return {
+        "skipped": "",
+        "summary": f"{quantization_method(report)}: {before} became {after}.",
+        "strip": heat_strip("|W − Wq| / |W| by block", names, [str(block) for block in blocks], values),
+        "modules": sorted(modules, key=lambda module: -module["relative_error"]),
+        "mean": report["mean_relative_error"],
+        "calibrated": report["method"] == "gptq",
+        "num_retries": report.get("num_damping_retries", 0),
+        "kept": report.get("kept_full_precision", []),
+    }
+
+
+def quantization_method(report: Mapping[str, Any]) -> str:
+    """How it was quantized, in words."""
+    if report["method"] != "gptq":
+        return f"{report['method']} (bitsandbytes), without calibration"
+    settings = report["settings"]
+    distinct = report["num_distinct_rows"]
+    same = f", of which only {distinct} differ" if distinct < report["num_rows"] else ""
+    groups = "without groups" if settings["group_size"] == -1 else f"in groups of {settings['group_size']}"
+    return (
+        f"{settings['bits']} bit {groups}, calibrated on "
+        f"{report['num_tokens']:,} tokens in {report['num_rows']} training rows{same}"
+    )
+
+
+def lineage_section(params: Params, paths: Paths, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Commit, digests, versions and params."""
+    git = lineage.git_state(paths.root)
+    return {
+        "commit": git.commit if git else "not in git",
+        "changed": list(git.changed) if git else [],
+        "base": [(key.replace("_", " "), as_text(value)) for key, value in base.items()],
+        "hashes": list(lineage.dvc_data_hashes(paths.root).items()),
+        "versions": list(lineage.versions().items()),
+        "params": [(name, as_text(value)) for name, value in lineage.result_params(params).items()],
+    }

@@ -1,0 +1,117 @@
+"""The tasks that `evaluate.task` names: those of `sft.evaluate.tasks`, and functions of your own in the folder tasks/.
+
+DVC tracks the whole folder, so that a changed function evaluates again; a function anywhere else would not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import re
+from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from sft.evaluate.tasks import Task, check_packages, find_task, join_tasks
+
+FOLDER = "tasks"
+OWN = re.compile(rf"{FOLDER}\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)")
+# Figures that every evaluation has.
+TAKEN = {"loss", "perplexity", "token_accuracy", "kl", "size_mb", "stop_rate"}
+
+
+def task_names(value: str | list[str]) -> list[str]:
+    """One name or several as a list."""
+    return [value] if isinstance(value, str) else value
+
+
+def figure_names(value: str | list[str]) -> tuple[str, ...]:
+    """The figures that tasks will have, found without running anyone's code.
+
+    Args:
+        value: `evaluate.task`.
+
+    Raises:
+        ValueError: a name is unknown, or two tasks would write the same figure.
+    """
+    names = task_names(value)
+    if not names:
+        raise ValueError("state at least one task")
+    tasks = [_declared(name) for name in names]
+    own = [name.rpartition(".")[2] for name in names if name.startswith(f"{FOLDER}.")]
+    others = [name for task in tasks for name in task.names]
+    for name in own:
+        if name in TAKEN or others.count(name) > 1:
+            raise ValueError(f"two figures would be called {name!r}; rename the function in {FOLDER}/")
+    if len(set(names)) < len(names) or others.count("regex_match") > 1:
+        raise ValueError(f"every task can be stated once, regex too, found {', '.join(names)}")
+    return join_tasks(tasks).names
+
+
+def load_tasks(value: str | list[str], root: Path) -> Task:
+    """All tasks as one, ready to score.
+
+    Args:
+        value: `evaluate.task`.
+        root: the checkout, which holds the folder tasks/.
+
+    Raises:
+        ValueError: a name is unknown, a package is missing, or a function of one's own can't be used.
+    """
+    tasks = []
+    for name in task_names(value):
+        task = _declared(name)
+        if own := OWN.fullmatch(name):
+            score = functools.partial(_score_own, _load_function(root, *own.groups()), name)
+            task = Task(task.names, score)
+        check_packages(task)
+        tasks.append(task)
+    return join_tasks(tasks)
+
+
+def _declared(name: str) -> Task:
+    """A task's names; a function of one's own gives the figure that is called as it is."""
+    if own := OWN.fullmatch(name):
+        return Task((own[2],))
+    if name.startswith(f"{FOLDER}.") or ("." in name and not name.startswith("regex:")):
+        raise ValueError(
+            f"task {name!r}: a function of your own is written {FOLDER}.FILE.FUNCTION and lies in {FOLDER}/FILE.py, "
+            "where DVC sees its changes"
+        )
+    return find_task(name)
+
+
+def _load_function(root: Path, module: str, function: str) -> Callable[..., Any]:
+    path = root / FOLDER / f"{module}.py"
+    if not path.is_file():
+        near = difflib.get_close_matches(module, [file.stem for file in path.parent.glob("*.py")], n=1, cutoff=0.5)
+        hint = f"; did you mean {FOLDER}.{near[0]}.{function}?" if near else ""
+        raise ValueError(f"task {FOLDER}.{module}.{function}: there is no file {FOLDER}/{module}.py{hint}")
+    spec = spec_from_file_location(f"{FOLDER}.{module}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(loaded)
+    except Exception as error:
+        raise ValueError(f"{FOLDER}/{module}.py can't be loaded: {type(error).__name__}: {error}") from error
+    found = getattr(loaded, function, None)
+    if not callable(found):
+        near = difflib.get_close_matches(function, vars(loaded), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{FOLDER}/{module}.py has no function {function!r}{hint}")
+    return found
+
+
+def _score_own(function: Callable[..., Any], name: str, prediction: str, reference: str) -> dict[str, float]:
+    """Call a function of the user's, and say which answer it failed on."""
+    place = f"task {name}, answer {prediction[:60]!r}, reference {reference[:60]!r}"
+    try:
+        value = function(prediction, reference)
+    except Exception as error:
+        raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
+    if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+        raise ValueError(f"{place}: returned {value!r}; a number is needed, or True and False")
+    return {name.rpartition(".")[2]: float(value)}

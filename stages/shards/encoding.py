@@ -1,0 +1,132 @@
+"""The tokenized documents of one split, kept in files while they are packed."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sft.chat.render import Rendered
+from sft.tokens.columns import Integers, Pieces
+from sft.tokens.encoding import Encoder, TokenBatch
+from sft.tokens.store import FileColumn, TokenStore
+from stages.checkout.ledger import JsonlWriter
+from stages.pack_account import crossed
+from stages.params.schema import PackSection
+from stages.shards.shard import Shard, shards_of
+from stages.shards.shards import run_shards
+
+BATCH_SIZE = 1000
+
+
+class EncodedShard(NamedTuple):
+    """Ids and tokens of the documents of a shard, batch by batch, and what the ledger is to say of them."""
+
+    ids: list[str]
+    batches: list[TokenBatch]
+    crossings: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class EncodingWork:
+    """Tokenizes shards of rendered chats.
+
+    Args:
+        tokenizer: Folder of the tokenizer.
+    """
+
+    tokenizer: Path
+
+    def build(self) -> ShardEncoder:
+        """Load the tokenizer."""
+        return ShardEncoder(AutoTokenizer.from_pretrained(self.tokenizer))
+
+
+class ShardEncoder:
+    """Rendered chats to tokens, with one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._encoder = Encoder(tokenizer)
+
+    def __call__(self, shard: Shard) -> EncodedShard:
+        """Tokenize and mask all rows of a shard."""
+        encoded = EncodedShard([], [], [])
+        rows = shard.rows()
+        while batch := list(itertools.islice(rows, BATCH_SIZE)):
+            encoded.ids.extend(row["id"] for row in batch)
+            tokens = self._encoder.encode_flat([Rendered.from_row(row) for row in batch])
+            encoded.batches.append(tokens)
+            encoded.crossings.extend((batch[number]["id"], detail) for number, detail in tokens.crossings.items())
+        return encoded
+
+
+@dataclass(frozen=True)
+class Documents:
+    """All documents of a split.
+
+    Args:
+        ids: `(num_documents,)` ids of their records.
+        columns: Token columns.
+        lengths: `(num_documents,)` tokens of each.
+        trained: `(num_documents,)` trained tokens of each.
+        num_crossed: In how many a token lies across the border of what is trained.
+    """
+
+    ids: pa.ChunkedArray
+    columns: dict[str, FileColumn]
+    lengths: Integers
+    trained: Integers
+    num_crossed: int
+
+
+def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSection, ledger: JsonlWriter) -> Documents:
+    """Tokenize a file of rendered chats.
+
+    Args:
+        path: Rows that `format` wrote.
+        tokenizer: Folder of the tokenizer.
+        scratch: Folder for files that live as long as the documents are read.
+        section: Says who tokenizes.
+        ledger: Gets the documents in which a token lies across the border of what is trained.
+    """
+    scratch.mkdir(parents=True)
+    store = TokenStore(scratch)
+    ids = [pa.array([], type=pa.string())]
+    num_crossed = 0
+    for encoded in run_shards(EncodingWork(tokenizer), shards_of(path), section.num_proc, section.workers):
+        ids.append(pa.array(encoded.ids, type=pa.string()))
+        for batch in encoded.batches:
+            store.append(batch)
+        num_crossed += len(encoded.crossings)
+        for row_id, detail in encoded.crossings:
+            ledger.write(crossed(row_id, detail))
+    columns = store.columns()
+    return Documents(pa.chunked_array(ids), columns, columns["input_ids"].lengths(), store.trained(), num_crossed)
+
+
+class Kept:
+    """What the length limit left of documents, as rows.
+
+    Args:
+        documents: The documents.
+        pieces: What is left of them.
+    """
+
+    def __init__(self, documents: Documents, pieces: Pieces) -> None:
+        self._documents = documents
+        self._pieces = pieces
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        piece = self._pieces[number : number + 1]
+        tokens = {name: column.gather(piece, np.int32).tolist() for name, column in self._documents.columns.items()}
+        document = int(piece.document[0])
+        place = {"start": int(piece.start[0]), "num_in_document": int(self._documents.lengths[document])}
+        return {"id": self._documents.ids[document].as_py(), **place, **tokens}

@@ -1,0 +1,134 @@
+"""Rendering the records of a shard: what `format` does in every one of its processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sft.chat.checks import TerminatorCheck
+from sft.chat.render import ChatRenderer, TrainOn
+from sft.chat.special_text import SpecialText
+from stages.checkout.ledger import Action
+from stages.shards.shard import Shard
+
+
+@dataclass
+class RenderedShard:
+    """What became of the records of a shard.
+
+    Args:
+        check: How trained turns end.
+        num_in: Records read.
+        num_characters: Characters of all rendered texts.
+        num_trained: How many of them are trained.
+        rows: Lines of rendered texts, as JSON.
+        prompts: Lines of prompts and references, as JSON.
+        entries: Id, reason, detail and action of every record that was left out, mended or warned of.
+    """
+
+    check: TerminatorCheck
+    num_in: int = 0
+    num_characters: int = 0
+    num_trained: int = 0
+    rows: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    entries: list[tuple[str, str, str, Action]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RenderingWork:
+    """Renders shards of records.
+
+    Args:
+        tokenizer: Folder of the tokenizer with the chat template.
+        trust_remote_code: Run Python code that comes with it.
+        train_on: What is trained.
+        system_message: Put before conversations that have none.
+        special_text: What becomes of special tokens that messages spell out.
+        meant_tokens: Those that messages may spell out.
+        stop_token_ids: Ids at which the base model's generation stops.
+        with_prompts: Also split each record before its last answer.
+    """
+
+    tokenizer: Path
+    trust_remote_code: bool
+    train_on: str
+    system_message: str | None
+    special_text: str
+    meant_tokens: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    with_prompts: bool
+
+    def build(self) -> ShardRenderer:
+        """Load the tokenizer."""
+        loaded = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=self.trust_remote_code)
+        return ShardRenderer(loaded, self)
+
+
+class ShardRenderer:
+    """Renders records one by one; those without anything trained are left out and said so."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, work: RenderingWork) -> None:
+        self._tokenizer = tokenizer
+        self._work = work
+        self._renderer = ChatRenderer(tokenizer, TrainOn(work.train_on))
+        self._special_text = SpecialText(tokenizer, allowed=work.meant_tokens)
+
+    def __call__(self, shard: Shard) -> RenderedShard:
+        """Render all records of a shard.
+
+        Raises:
+            ValueError: The template refuses a record, or a turn cannot be located.
+        """
+        done = RenderedShard(TerminatorCheck(self._tokenizer, self._work.stop_token_ids))
+        for record in shard.rows():
+            done.num_in += 1
+            self._render(with_system_message(record, self._work.system_message), done)
+        return done
+
+    def _render(self, given: dict[str, Any], done: RenderedShard) -> None:
+        record = self._guarded(given, done)
+        if record is None:
+            return
+        rendered = self._renderer.render(record)
+        if not rendered.spans:
+            detail = f"train_on {self._work.train_on} selects nothing"
+            done.entries.append((record["id"], "nothing_trained", detail, Action.DROP))
+            return
+        if self._work.train_on != TrainOn.ALL:
+            done.check.add(record["id"], rendered)
+        done.rows.append(json.dumps({"id": record["id"], **rendered.to_row()}, ensure_ascii=False))
+        done.num_characters += len(rendered.text)
+        done.num_trained += sum(span.end - span.start for span in rendered.spans)
+        last = self._renderer.last_turn(record) if self._work.with_prompts else None
+        if last is not None:
+            done.prompts.append(json.dumps({"id": record["id"], **last._asdict()}, ensure_ascii=False))
+
+    def _guarded(self, record: dict[str, Any], done: RenderedShard) -> dict[str, Any] | None:
+        """The record with special tokens that it spells out treated as params.yaml says; None when it is dropped."""
+        wanted = self._work.special_text
+        problem = None if wanted == "off" else self._special_text.find(record)
+        if problem is None:
+            return record
+        kept: dict[str, Any] | None = record
+        action = Action.REPAIR if wanted == "neutralise" else Action(wanted)
+        if wanted == "neutralise":
+            kept = self._special_text.neutralised(record)
+        if kept is None or action is Action.DROP:
+            kept, action = None, Action.DROP
+        done.entries.append((record["id"], problem.reason, problem.detail, action))
+        return kept
+
+
+def with_system_message(record: dict[str, Any], system_message: str | None) -> dict[str, Any]:
+    """A conversation that begins with a system message: its own, or the given one."""
+    key = "messages" if "messages" in record else "prompt"
+    messages: list[Mapping[str, Any]] | Any = record.get(key)
+    if system_message is None or not isinstance(messages, list) or messages[0]["role"] == "system":
+        return record
+    return {**record, key: [{"role": "system", "content": system_message}, *messages]}

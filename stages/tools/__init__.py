@@ -1,0 +1,1 @@
+"""`python -m stages` chat, check, compare, estimate, preview, reproduce, serve and summary. Imports the other rooms."""

@@ -1,0 +1,215 @@
+"""`python -m stages compare A B`: what differs between two recorded runs, in words, and what it did to the figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from stages.checkout.paths import Paths
+from stages.params.figures import lower_is_better
+from stages.params.schema import Params
+from stages.publish import DIGEST_TAG, MEASURED_STAGES
+from stages.tracking.lineage import PARENT_TAG, main_checkout
+from stages.tracking.machine import MACHINE
+from stages.tracking.store import KIND_TAG, SQLITE, SWEEP, Tracking, absolute_uri, open_tracking
+
+VERSION, COMMIT, DIRTY, CODE, BASE = "version.", "git.commit", "git.dirty", "git.changed_code", "sft.base_model"
+MAX_VALUE = 60
+NOISE = 1e-9
+"""Figures that differ by less differ in what rounding left over."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that two runs do not have in common; None where a run lacks it."""
+
+    name: str
+    before: Any
+    after: Any
+
+
+def run(params: Params, paths: Paths, *, runs: list[str]) -> None:
+    """Print the comparison.
+
+    Args:
+        params: Where runs are recorded.
+        paths: The checkout.
+        runs: Two runs: ids or their beginnings, names, or aliases of the registered model such as `champion`.
+
+    Raises:
+        ValueError: There is no such run, or several are meant.
+    """
+    tracking = open_recorded(params, main_checkout(paths.root))
+    first, second = (find_result(tracking, name, params.publish.registered_model) for name in runs)
+    print("\n".join(report(first, second)), flush=True)
+
+
+def open_recorded(params: Params, home: Path) -> Tracking:
+    """The store that holds earlier runs.
+
+    Raises:
+        ValueError: Nothing has been recorded yet, or the store can't be used.
+    """
+    uri = absolute_uri(params.publish.tracking_uri, home)
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        raise ValueError(f"nothing is recorded yet at {uri}: `make repro` ends with a recorded run")
+    return open_tracking(params.publish, home)
+
+
+def find_run(tracking: Tracking, name: str, model: str) -> Run:
+    """The finished run that a user means.
+
+    Raises:
+        ValueError: There is none, or the name fits several.
+    """
+    finished = tracking.client.search_runs([tracking.experiment_id], "attributes.status = 'FINISHED'")
+    try:
+        aliased = tracking.client.get_model_version_by_alias(model, name).run_id
+    except MlflowException:
+        aliased = None
+    found = [r for r in finished if name in (r.info.run_id, r.info.run_name) or r.info.run_id == aliased]
+    found = found or [r for r in finished if r.info.run_id.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    shown = "\n".join(f"  {r.info.run_id[:12]}  {r.info.run_name}" for r in (found or finished)[:20])
+    what = f"{len(found)} runs are called" if found else "no finished run is called"
+    raise ValueError(f"{what} {name!r}; give the beginning of an id, a name, or an alias such as champion:\n{shown}")
+
+
+def find_result(tracking: Tracking, name: str, model: str) -> Run:
+    """The finished run that a user means, which must be one result.
+
+    Raises:
+        ValueError: There is none, the name fits several, or it is that of a sweep.
+    """
+    run = find_run(tracking, name, model)
+    if run.data.tags.get(KIND_TAG) != SWEEP:
+        return run
+    of_sweep = f"tags.`{PARENT_TAG}` = '{run.info.run_id}' and attributes.status = 'FINISHED'"
+    trials = tracking.client.search_runs([tracking.experiment_id], of_sweep, order_by=["attributes.start_time ASC"])
+    shown = "\n".join(f"  {trial.info.run_id[:12]}  {trial.info.run_name}" for trial in trials)
+    raise ValueError(f"{run.info.run_name!r} is a sweep; give one of its trials:\n{shown or '  none ended well'}")
+
+
+def report(first: Run, second: Run) -> list[str]:
+    """The comparison as lines of text: who, what differs, what it did."""
+    lines = [f"A  {title(first)}", f"B  {title(second)}", ""]
+    if first.info.run_id == second.info.run_id:
+        return [*lines, "These are the same run."]
+    causes = {
+        "params": sorted(differences(first.data.params, second.data.params), key=name_of),
+        "data": differences(data_of(first), data_of(second)),
+        "base model": tagged(first, second, lambda name: name.startswith(BASE)),
+        "code": tagged(first, second, lambda name: name in code_tags(first, second)),
+        "versions": tagged(first, second, lambda name: name.startswith(VERSION)),
+        "machine": tagged(first, second, lambda name: name.startswith(MACHINE)),
+    }
+    for cause, found in causes.items():
+        lines += [heading(cause, found), *map(shown, found)]
+    effects = differences(metrics_of(first), metrics_of(second))
+    lines += ["", heading("figures", effects), *map(effect_shown, effects)]
+    return [*lines, "", verdict(first, second, {name for name, found in causes.items() if found}, effects)]
+
+
+def heading(what: str, found: list[Difference]) -> str:
+    """How many differences of one kind there are."""
+    return f"{what}: {len(found) or 'no'} difference{'s' if len(found) != 1 else ''}"
+
+
+def title(run: Run) -> str:
+    """A run on one line."""
+    tags = run.data.tags
+    commit = tags.get(COMMIT, "none")[:10] + (" with uncommitted changes" if tags.get(DIRTY) == "true" else "")
+    return f"{run.info.run_name} (run {run.info.run_id[:12]}, commit {commit}, gate {tags.get('sft.gate', 'unknown')})"
+
+
+def name_of(difference: Difference) -> str:
+    """To sort by."""
+    return difference.name
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
+    """What two mappings do not have in common, by name."""
+    names = [*before, *(name for name in after if name not in before)]
+    return [
+        Difference(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)
+    ]
+
+
+def data_of(run: Run) -> dict[str, str]:
+    """Data file -> SHA-256."""
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    return {item.dataset.name: json.loads(item.dataset.source)["sha256"] for item in inputs}
+
+
+def code_tags(*runs: Run) -> tuple[str, ...]:
+    """Tags that tell the code: the commit, and what differed from it; older runs only say whether anything did."""
+    return (COMMIT, CODE) if all(CODE in run.data.tags for run in runs) else (COMMIT, DIRTY)
+
+
+def metrics_of(run: Run) -> dict[str, float]:
+    """Figures of the stages, those of the evaluation first; curves and the model version's copies are left out."""
+    figures = {name: value for name, value in run.data.metrics.items() if name.partition(".")[0] in MEASURED_STAGES}
+    return {name: figures[name] for name in sorted(figures, key=lambda name: (not name.startswith("evaluate."), name))}
+
+
+def tagged(first: Run, second: Run, wanted: Callable[[str], bool]) -> list[Difference]:
+    """Tags of one kind that differ."""
+    before, after = (
+        {name: value for name, value in sorted(run.data.tags.items()) if wanted(name)} for run in (first, second)
+    )
+    return differences(before, after)
+
+
+def shown(difference: Difference) -> str:
+    """One cause on one line."""
+    before, after = (cut("-" if value is None else str(value)) for value in (difference.before, difference.after))
+    return f"  {difference.name}: {before} -> {after}"
+
+
+def cut(text: str) -> str:
+    """A value that fits on a line; of digests the beginning is enough."""
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
+
+
+def effect_shown(effect: Difference) -> str:
+    """One figure on one line, with how much it changed and whether that is good."""
+    if effect.before is None or effect.after is None:
+        return shown(effect)
+    change = effect.after - effect.before
+    return f"  {effect.name}: {effect.before:.6g} -> {effect.after:.6g} ({change:+.3g}{quality(effect.name, change)})"
+
+
+def quality(name: str, change: float) -> str:
+    """`, better` or `, worse` for the figures of the evaluation that differ by more than rounding, else nothing."""
+    if not name.startswith("evaluate.") or name == "evaluate.gate_passed" or abs(change) < NOISE:
+        return ""
+    return ", better" if (change < 0) == lower_is_better(name) else ", worse"
+
+
+def verdict(first: Run, second: Run, causes: set[str], effects: list[Difference]) -> str:
+    """The comparison in a sentence or two."""
+    digests = [run.data.tags.get(DIGEST_TAG) for run in (first, second)]
+    if digests[0] is not None and digests[0] == digests[1]:
+        return "Same params, same result to the last digit."
+    if all(effect.before is None or effect.after is None for effect in effects):
+        without = [name for name, digest in zip("AB", digests, strict=True) if digest is None]
+        ended = f" {' and '.join(without)} ended before the evaluation." if without else ""
+        others = f"B differs from A in {', '.join(sorted(causes))}" if causes else "Nothing that is recorded differs"
+        return f"{others}; the figures that both have are the same.{ended}"
+    if not causes:
+        return "No recorded cause, but the results differ: another processor, or something that is not recorded."
+    reasons = ", ".join(sorted(causes))
+    evaluated = [effect for effect in effects if effect.before is not None and effect.after is not None]
+    words = [quality(effect.name, effect.after - effect.before) for effect in evaluated]
+    better, worse = words.count(", better"), words.count(", worse")
+    alone = "That is all that differs, so it is the reason." if len(causes) == 1 else "They can't be told apart here."
+    if "data" in causes:
+        alone += " The data differ: the figures may be of different rows."
+    return f"B differs from A in {reasons}; {better} figures of the evaluation are better in B, {worse} worse. {alone}"

@@ -1,0 +1,223 @@
+"""`python -m stages estimate`: steps, parameters, memory and time of the training, from a probe of a few steps."""
+
+from __future__ import annotations
+
+import math
+import random
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, load_from_disk
+from transformers import AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from sft.models.adapters import ParameterCount, count_parameters, get_peft_config
+from sft.train.trainer import SFTTrainer
+from stages.checkout.paths import Paths
+from stages.params.schema import Params, TrainSection
+from stages.train import load_base, make_model_config, make_sft_config
+
+NUM_STEPS = 10
+NUM_WARMUP_STEPS = 2
+NUM_EVAL_ROWS = 4
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training consists of.
+
+    Args:
+        num_rows: Packed rows of an epoch.
+        num_tokens: Tokens of an epoch.
+        num_trained: Those of them with a label.
+        num_eval_tokens: Tokens of the held-out rows.
+        num_steps: Updates of the whole training.
+        num_epochs: Passes over the rows.
+    """
+
+    num_rows: int
+    num_tokens: int
+    num_trained: int
+    num_eval_tokens: int
+    num_steps: int
+    num_epochs: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few steps have shown; bytes and seconds.
+
+    Args:
+        tokens_per_second: Of training.
+        eval_tokens_per_second: Of evaluation.
+        parameters: Counts.
+        weights: Of the base model and the adapter.
+        before: What the process held before it loaded the model; 0 on a GPU.
+        peak: The most that was held.
+    """
+
+    tokens_per_second: float
+    eval_tokens_per_second: float
+    parameters: ParameterCount
+    weights: int
+    before: int
+    peak: int
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Print the estimate; needs the outs of `load`, `format` and `pack`, and trains nothing that is kept.
+
+    Raises:
+        ValueError: `pack` has not run here yet.
+    """
+    if not paths.out("pack", "train").exists():
+        raise ValueError(f"{paths.out('pack', 'train')} is missing: type `dvc repro pack` first")
+    train, held_out = (load_from_disk(str(paths.out("pack", split))) for split in ("train", "eval"))
+    work = count_work(train, held_out, params.train)
+    print(f"training {NUM_STEPS} steps to measure them ...", flush=True)
+    print("\n".join(report(work, probe(params, paths, train, held_out), params.train)))
+
+
+def count_work(train: Dataset, held_out: Dataset, section: TrainSection) -> Work:
+    """Tokens and updates of the whole training, as `transformers.Trainer` counts them."""
+    batches = math.ceil(len(train) / (section.per_device_train_batch_size * section.launch.processes))
+    updates = math.ceil(batches / section.gradient_accumulation_steps)
+    num_steps = section.max_steps if section.max_steps > 0 else math.ceil(updates * section.num_train_epochs)
+    return Work(
+        num_rows=len(train),
+        num_tokens=sum(row_lengths(train)),
+        num_trained=pc.sum(pc.greater_equal(pc.list_flatten(whole_column(train, "labels")), 0)).as_py(),
+        num_eval_tokens=sum(row_lengths(held_out)),
+        num_steps=num_steps,
+        num_epochs=num_steps / updates,
+    )
+
+
+def whole_column(rows: Dataset, name: str) -> pa.ChunkedArray:
+    """A column as it lies on disk."""
+    return rows.with_format("arrow")[:][name]
+
+
+def row_lengths(rows: Dataset) -> list[int]:
+    """Tokens of each row."""
+    lengths: list[int] = pc.list_value_length(whole_column(rows, "input_ids")).to_pylist()
+    return lengths
+
+
+def probe(params: Params, paths: Paths, train: Dataset, held_out: Dataset) -> Probe:
+    """Train a few steps as `train` would, on the longest rows and on some at random."""
+    before = psutil.Process().memory_info().rss
+    tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
+    model_config = make_model_config(params)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            load_base(params.model, model_config, tokenizer, paths),
+            args=probe_config(params.train, Path(folder)),
+            train_dataset=train.select(probe_rows(train, params.train)),
+            eval_dataset=held_out.select(range(min(NUM_EVAL_ROWS, len(held_out)))),
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_config),
+            callbacks=[clock],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        started = time.perf_counter()
+        trainer.evaluate()
+        eval_seconds = time.perf_counter() - started
+    on_gpu = trainer.args.device.type == "cuda"
+    return Probe(
+        tokens_per_second=clock.tokens_per_second(),
+        eval_tokens_per_second=sum(row_lengths(trainer.eval_dataset)) / eval_seconds,
+        parameters=count_parameters(trainer.model),
+        weights=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
+        before=0 if on_gpu else before,
+        # Linux counts in KiB
+        peak=torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
+    )
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def probe_config(section: TrainSection, folder: Path) -> Any:
+    """The training's own options, for a few steps that are neither evaluated nor saved."""
+    config = make_sft_config(section.model_copy(update={"max_steps": NUM_STEPS, "logging_steps": 1}), folder)
+    config.set_save(strategy="no")
+    config.set_evaluate(strategy="no")
+    config.train_sampling_strategy = "sequential"
+    return config
+
+
+def probe_rows(train: Dataset, section: TrainSection) -> list[int]:
+    """Rows of the probe: a batch of the longest, for the memory's sake, then a seeded sample, for the time's."""
+    lengths = row_lengths(train)
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    longest = longest[: section.per_device_train_batch_size]
+    wanted = NUM_STEPS * section.per_device_train_batch_size * section.gradient_accumulation_steps - len(longest)
+    return longest + random.Random(section.seed).choices(range(len(lengths)), k=max(0, wanted))
+
+
+class Clock(TrainerCallback):
+    """Times the steps of the probe behind the first ones, which warm up."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.tokens: list[int] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the time before the first step."""
+        if not self.times:
+            self.times.append(time.perf_counter())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Take time and tokens behind each step."""
+        if logs and "loss" in logs:
+            self.times.append(time.perf_counter())
+            self.tokens.append(logs["num_tokens"])
+
+    def tokens_per_second(self) -> float:
+        """Tokens of the steps behind the warm-up, by their time."""
+        tokens = self.tokens[-1] - self.tokens[NUM_WARMUP_STEPS - 1]
+        return tokens / (self.times[-1] - self.times[NUM_WARMUP_STEPS])
+
+
+def report(work: Work, found: Probe, section: TrainSection) -> list[str]:
+    """The estimate in lines."""
+    evaluations = work.num_steps // section.eval_steps + (work.num_steps % section.eval_steps > 0)
+    processes = section.launch.processes
+    training = work.num_tokens * work.num_epochs / found.tokens_per_second / processes
+    evaluation = evaluations * work.num_eval_tokens / found.eval_tokens_per_second / processes
+    shared = f" if {processes} processes share it without a loss; memory is one's without sharding" * (processes > 1)
+    trained = 4 * found.parameters.num_trainable
+    rest = found.peak - found.before - found.weights - 3 * trained
+    parts = [("weights", found.weights), ("gradients", trained), ("optimizer", 2 * trained)]
+    parts += [("activations and logits", rest), ("Python and its libraries", found.before)]
+    return [
+        f"rows        {work.num_rows:,} packed rows, {work.num_tokens:,} tokens, {work.num_trained:,} of them trained",
+        f"steps       {work.num_steps:,} updates, {work.num_epochs:.2f} epochs, "
+        f"{round(work.num_tokens * work.num_epochs):,} tokens",
+        f"parameters  {found.parameters.num_trainable:,} trained of {found.parameters.num_total:,}",
+        f"memory      {found.peak / GB:.2f} GB at its peak: "
+        + ", ".join(f"{name} {size / GB:.2f}" for name, size in parts if size > 0),
+        f"time        {duration(training + evaluation)} at {found.tokens_per_second:.0f} tokens/s, "
+        f"of it {duration(evaluation)} for {evaluations} evaluation{'s' * (evaluations != 1)}{shared}",
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

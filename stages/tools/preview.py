@@ -1,0 +1,26 @@
+"""`python -m stages preview`: packed rows in the terminal, token by token, trained ones marked."""
+
+from __future__ import annotations
+
+import sys
+
+from datasets import load_from_disk
+from transformers import AutoTokenizer
+
+from sft.tokens.preview import preview_masks
+from stages.checkout.paths import Paths
+from stages.params.schema import Params
+
+
+def run(params: Params, paths: Paths, *, rows: int = 3, seed: int = 0, split: str = "train") -> None:
+    """Print a seeded sample of what `pack` wrote.
+
+    Raises:
+        ValueError: `pack` has not run here yet.
+    """
+    folder = paths.out("pack", split)
+    if not folder.exists():
+        raise ValueError(f"{folder} is missing: type `dvc repro pack` first")
+    tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
+    packed = load_from_disk(str(folder))
+    print(preview_masks(packed, tokenizer, num_rows=rows, seed=seed, colour=sys.stdout.isatty()), end="")

@@ -1,0 +1,67 @@
+"""`python -m stages summary`: what the last run found, and where to look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stages.checkout.artifacts import read_json
+from stages.checkout.paths import Paths
+from stages.params.schema import Params
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Print the figures of every model, the gate, and where report, metrics and pages are.
+
+    Raises:
+        ValueError: The pipeline has not run here yet.
+    """
+    file = paths.out("evaluate", "results.json")
+    if not file.exists():
+        raise ValueError(f"{file} is missing: the pipeline has not run here yet; type `make repro`")
+    results = read_json(file)
+    print(
+        "\n".join(
+            [
+                "",
+                *table(results["models"], ["loss", "token_accuracy", *results["figures"], "size_mb"]),
+                "",
+                *gate_lines(results),
+                *promotion_lines(paths),
+                "",
+                *places(params, paths),
+            ]
+        )
+    )
+
+
+def table(models: dict[str, dict[str, float]], columns: list[str]) -> list[str]:
+    """One line a model, one column a figure that any of them has."""
+    columns = [name for name in columns if any(name in figures for figures in models.values())]
+    lines = ["  " + "model".ljust(10) + "".join(name.rjust(16) for name in columns)]
+    for name, figures in models.items():
+        cells = [f"{figures[column]:.4g}" if column in figures else "" for column in columns]
+        lines.append("  " + name.ljust(10) + "".join(cell.rjust(16) for cell in cells))
+    return lines
+
+
+def gate_lines(results: dict[str, Any]) -> list[str]:
+    """The conditions and the verdict."""
+    lines = [f"  {'holds' if row['passed'] else 'FAILS'}  {row['condition']}" for row in results["gate"]]
+    verdict = "gate passed" if results["passed"] else "gate FAILED: the champion stays as it is"
+    return [*lines, f"  {verdict}"]
+
+
+def promotion_lines(paths: Paths) -> list[str]:
+    """What `publish` did with the last result that it saw."""
+    file = paths.out("publish", "promotion.json")
+    return [f"  {read_json(file)['verdict']}: {file.with_suffix('.html')}"] if file.exists() else []
+
+
+def places(params: Params, paths: Paths) -> list[str]:
+    """Where to look further."""
+    return [
+        f"  report    {paths.report}",
+        "  metrics   dvc metrics show",
+        f"  model     {paths.out('quantize' if params.quantize.method != 'none' else 'merge', 'model')}",
+        "  pages     make ui    (Prefect and MLflow)",
+    ]

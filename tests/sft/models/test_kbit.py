@@ -1,0 +1,183 @@
+"""4- and 8-bit bases on whatever device there is: configuration, preparation, and one real step of LoRA."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from sft.config import ModelConfig
+from sft.models.adapters import wrap_adapter
+from sft.models.kbit import (
+    CAST_LOGGER,
+    get_kbit_device_map,
+    get_quantization_config,
+    is_kbit,
+    needs_kbit_preparation,
+    prepare_model_for_kbit_training,
+)
+from sft.models.loading import load_model
+from sft.train.trainer import SFTTrainer
+from tests.tiny import quiet_config, tiny_model, tiny_tokenizer
+
+FOUR_BIT = {"load_in_4bit": True, "use_bnb_nested_quant": True}
+EIGHT_BIT = {"load_in_8bit": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(path)
+    return path
+
+
+def load_kbit(folder: Path, dtype: str = "float32", **options: bool) -> PreTrainedModel:
+    config = get_quantization_config(ModelConfig(dtype=dtype, **options))
+    return load_model(folder, dtype=dtype, quantization_config=config, device_map=get_kbit_device_map())
+
+
+def test_neither_width_means_no_configuration() -> None:
+    assert get_quantization_config(ModelConfig()) is None
+
+
+def test_four_bit_options_reach_bitsandbytes() -> None:
+    config = get_quantization_config(
+        ModelConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", use_bnb_nested_quant=True, dtype="bfloat16")
+    )
+    assert config is not None
+    assert (config.load_in_4bit, config.load_in_8bit) == (True, False)
+    assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("fp4", True)
+    assert config.bnb_4bit_compute_dtype is torch.bfloat16
+
+
+def test_compute_dtype_of_its_own_wins_over_the_models() -> None:
+    config = get_quantization_config(ModelConfig(load_in_4bit=True, dtype="bfloat16", bnb_4bit_compute_dtype="float16"))
+    assert config is not None
+    assert config.bnb_4bit_compute_dtype is torch.float16
+
+
+def test_unknown_four_bit_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="bnb_4bit_quant_type='nf8' does not exist: use nf4 or fp4"):
+        get_quantization_config(ModelConfig(load_in_4bit=True, bnb_4bit_quant_type="nf8"))
+
+
+def test_both_widths_at_once_are_refused() -> None:
+    config = ModelConfig(load_in_4bit=True)
+    config.load_in_8bit = True
+    with pytest.raises(ValueError, match="held in one of them"):
+        get_quantization_config(config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an accelerator")
+def test_without_an_accelerator_there_is_no_device_map() -> None:
+    assert get_kbit_device_map() is None
+
+
+def test_each_process_takes_its_own_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert get_kbit_device_map() == {"": 0}
+
+
+@pytest.mark.parametrize("options", [FOUR_BIT, EIGHT_BIT], ids=["4 bit", "8 bit"])
+def test_fresh_base_needs_preparation_and_a_prepared_one_does_not(folder: Path, options: dict[str, bool]) -> None:
+    model = load_kbit(folder, dtype="bfloat16", **options)
+    assert needs_kbit_preparation(model)
+    prepare_model_for_kbit_training(model)
+    assert not needs_kbit_preparation(model)
+    assert model.is_gradient_checkpointing
+    assert model.get_input_embeddings().weight.dtype is torch.float32
+
+
+def test_preparation_by_peft_itself_is_recognised(folder: Path) -> None:
+    assert not needs_kbit_preparation(peft.prepare_model_for_kbit_training(load_kbit(folder, **EIGHT_BIT)))
+
+
+def test_plain_base_needs_no_preparation(folder: Path) -> None:
+    assert not needs_kbit_preparation(load_model(folder, dtype="bfloat16"))
+
+
+def test_log_says_once_that_inputs_are_cast(caplog: pytest.LogCaptureFixture) -> None:
+    for number in (8, 8, 8, 4):
+        logging.getLogger(CAST_LOGGER).warning("cast to %s in this test", number)
+    assert caplog.messages == ["cast to 8 in this test", "cast to 4 in this test"]
+
+
+@pytest.mark.parametrize("options", [FOUR_BIT, EIGHT_BIT], ids=["4 bit", "8 bit"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_on_a_kbit_base_learns(folder: Path, options: dict[str, bool], checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    base = load_kbit(folder, **options)
+    assert is_kbit(base)
+    frozen = base.model.layers[0].self_attn.q_proj.weight.detach().clone()
+    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = wrap_adapter(base, lora, gradient_checkpointing=checkpointing).train()
+    assert base.is_gradient_checkpointing is checkpointing
+    ids = torch.randint(5, 300, (2, 24))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert torch.equal(base.model.layers[0].self_attn.q_proj.base_layer.weight, frozen)
+
+
+@pytest.mark.parametrize("options", [FOUR_BIT, EIGHT_BIT], ids=["4 bit", "8 bit"])
+def test_trainer_fits_an_adapter_on_a_kbit_base_which_stays_as_it_was(
+    folder: Path, tmp_path: Path, options: dict[str, bool]
+) -> None:
+    rows = Dataset.from_dict({"input_ids": [list(range(5, 25)), list(range(40, 52))]})
+    config = quiet_config(
+        tmp_path,
+        save_strategy="no",
+        packing=True,
+        max_length=32,
+        max_steps=8,
+        logging_steps=1,
+        learning_rate=2e-2,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"every_n_layers": 2},
+        model_init_kwargs={"quantization_config": get_quantization_config(ModelConfig(dtype="float32", **options))},
+    )
+    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        str(folder), args=config, train_dataset=rows, processing_class=tiny_tokenizer(), peft_config=lora
+    )
+    base = {name: value.clone() for name, value in trainer.model.named_parameters() if "lora_" not in name}
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.3
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in base.items())
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = peft.PeftModel.from_pretrained(load_kbit(folder, **options), tmp_path / "adapter").eval()
+    ids = torch.tensor([rows[0]["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_leaves_a_4_bit_base_that_computes_in_float32_as_it_was(folder: Path) -> None:
+    model = load_kbit(folder, **FOUR_BIT)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = model.train()(ids).logits
+        in_evaluation = model.eval()(ids).logits
+        after = model.train()(ids).logits
+    torch.testing.assert_close(in_evaluation, before, rtol=1e-5, atol=1e-5)
+    assert torch.equal(after, before)
+
+
+def test_trainers_own_keys_of_checkpointing_are_left_to_it(folder: Path) -> None:
+    kwargs = {"offload": True, "every_n_layers": 2}
+    model = prepare_model_for_kbit_training(load_kbit(folder, **EIGHT_BIT), gradient_checkpointing_kwargs=kwargs)
+    model.train()(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+    assert kwargs == {"offload": True, "every_n_layers": 2}

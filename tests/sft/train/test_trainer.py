@@ -1,0 +1,282 @@
+"""The trainer is wiring: what it wires together gives the same numbers however the batch is laid out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from sft.config import SFTConfig
+from sft.train.offloading import offloaded_activations
+from sft.train.trainer import SFTTrainer, checkpointing_arguments
+from sft.train.trainer_data import prepare_all
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+class OwnForward(TrainerCallback):
+    """Notes at each step whether a module runs its own forward."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+        self.is_own: list[bool] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.is_own.append("forward" not in vars(self.module))
+
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Hello {number}"},
+            {"role": "assistant", "content": f"answer {number * 7}" * (1 + number % 3)},
+        ]
+    }
+    for number in range(8)
+]
+
+
+def make(folder: Path, *, streamed: bool = False, **options: Any) -> SFTTrainer:
+    config = SFTConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        max_steps=2,
+        max_length=128,
+        learning_rate=1e-2,
+        assistant_only_loss=True,
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+    rows = Dataset.from_list(ROWS)
+    return SFTTrainer(
+        tiny_model(),
+        args=config,
+        train_dataset=rows.to_iterable_dataset() if streamed else rows,
+        eval_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"packing": True},
+        {"padding_free": True},
+        {"padding_free": True, "force_flash_sdp": True},
+        {"packing": True, "force_flash_sdp": True},
+    ],
+)
+def test_eval_loss_does_not_depend_on_the_layout_of_batches(tmp_path: Path, layout: dict[str, Any]) -> None:
+    padded = make(tmp_path, per_device_eval_batch_size=3).evaluate()["eval_loss"]
+    assert make(tmp_path, per_device_eval_batch_size=2, **layout).evaluate()["eval_loss"] == pytest.approx(
+        padded, abs=1e-5
+    )
+
+
+def test_forced_flash_reaches_the_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(tmp_path, packing=True, force_flash_sdp=True)
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    class Watched:
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            seen.append((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()))
+            return attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", Watched())
+    for run in (trainer.train, trainer.evaluate):
+        seen.clear()
+        run()
+        assert set(seen) == {(True, False)}
+
+
+def test_forced_flash_needs_batches_without_padding(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="force_flash_sdp=True cannot be used: it needs packing=True"):
+        make(tmp_path, force_flash_sdp=True)
+
+
+def test_adapter_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    first, second = make(tmp_path, seed=3), make(tmp_path, seed=3)
+    for (name, left), (_, right) in zip(first.model.named_parameters(), second.model.named_parameters(), strict=True):
+        assert torch.equal(left, right), name
+
+
+def test_train_dataset_shows_what_is_trained(tmp_path: Path) -> None:
+    row = make(tmp_path).train_dataset[0]
+    kept = [token for token in row["labels"] if token >= 0]
+    assert tiny_tokenizer().decode(kept) == "answer 0<|im_end|>"
+
+
+def test_unknown_dataset_kwargs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"dataset_kwargs has unknown keys .*skip"):
+        make(tmp_path, dataset_kwargs={"skip": True})
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_flat_and_streamed_batches_are_read_by_each_process(tmp_path: Path, streamed: bool) -> None:
+    assert make(tmp_path, packing=not streamed, streamed=streamed).accelerator.dispatch_batches is False
+
+
+class Watching:
+    """Offloads from the CPU to the CPU, the way that activations take from an accelerator; keeps what was parked."""
+
+    def __init__(self) -> None:
+        self.num_bytes: list[int] = []
+
+    @contextmanager
+    def __call__(self, model: torch.nn.Module, *, enabled: bool) -> Iterator[None]:
+        with offloaded_activations(model, enabled=enabled, devices=("cpu",)) as store:
+            yield
+        self.num_bytes.append(store.num_bytes if store is not None else 0)
+
+
+def test_offloaded_activations_train_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watching = Watching()
+    monkeypatch.setattr("sft.train.trainer.offloaded_activations", watching)
+    trainers = [make(tmp_path, activation_offloading=offloading) for offloading in (False, True)]
+    for trainer in trainers:
+        trainer.train()
+    assert [size > 0 for size in watching.num_bytes] == [False, False, True, True]
+    assert_same_weights(*trainers)
+
+
+def assert_same_weights(first: SFTTrainer, second: SFTTrainer) -> None:
+    for (name, left), (_, right) in zip(first.model.named_parameters(), second.model.named_parameters(), strict=True):
+        assert torch.equal(left, right), name
+
+
+class Calls:
+    """A hook that counts the runs of a module while it trains."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, *args: Any) -> None:
+        self.count += args[0].training
+
+
+@pytest.mark.parametrize("kwargs", [None, {"use_reentrant": True}])
+def test_checkpointed_layers_run_twice_and_train_the_same_adapter(
+    tmp_path: Path, kwargs: dict[str, bool] | None
+) -> None:
+    trainers = [
+        make(tmp_path, gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=kwargs)
+        for checkpointing in (False, True)
+    ]
+    counts = [Calls(), Calls()]
+    for trainer, calls in zip(trainers, counts, strict=True):
+        trainer.model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(calls)
+        trainer.train()
+    assert [calls.count for calls in counts] == [2, 4]
+    assert trainers[1].args.activation_checkpointing_kwargs == (kwargs or {"use_reentrant": False})
+    assert_same_weights(*trainers)
+
+
+def test_tokens_seen_are_whole_at_the_end_though_nothing_was_logged(tmp_path: Path) -> None:
+    trainer = make(tmp_path, per_device_train_batch_size=len(ROWS), logging_strategy="no")
+    num_tokens = 2 * sum(len(row["input_ids"]) for row in trainer.train_dataset)
+    assert trainer.train().metrics["num_input_tokens_seen"] == num_tokens
+
+
+def test_a_checkpoint_knows_the_tokens_seen_though_nothing_was_logged(tmp_path: Path) -> None:
+    make(tmp_path, per_device_train_batch_size=len(ROWS), logging_strategy="no", save_steps=1).train()
+    states = [json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text()) for step in (1, 2)]
+    seen = [state["num_input_tokens_seen"] for state in states]
+    assert seen[0] > 0
+    assert seen[1] == 2 * seen[0]
+
+
+@pytest.mark.parametrize("option", ["fused_lora", "fused_layers"])
+def test_layers_are_fused_while_training_and_only_where_asked(tmp_path: Path, option: str) -> None:
+    for asked in (True, False):
+        trainer = make(tmp_path, **{option: asked})
+        layer = trainer.model.get_base_model().model.layers[0]
+        module = layer.self_attn.q_proj if option == "fused_lora" else layer.mlp
+        watch = OwnForward(module)
+        trainer.add_callback(watch)
+        trainer.train()
+        assert watch.is_own == [not asked, not asked]
+        assert "forward" not in vars(module)
+
+
+def test_preparation_of_a_kbit_base_knows_of_checkpointing(tmp_path: Path) -> None:
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    assert checkpointing_arguments(SFTConfig(output_dir=str(tmp_path), use_cpu=True, **options)) == options
+    plain = checkpointing_arguments(SFTConfig(output_dir=str(tmp_path), use_cpu=True))
+    assert plain["gradient_checkpointing"] is False
+
+
+@pytest.mark.parametrize("layout", [{}, {"packing": True}, {"eval_packing": True}, {"padding_free": True}])
+def test_rows_are_evaluated_as_raw_or_as_prepared_as_they_come(tmp_path: Path, layout: dict[str, Any]) -> None:
+    trainer = make(tmp_path, per_device_eval_batch_size=2, **layout)
+    raw = Dataset.from_list(ROWS[:5])
+    prepared = prepare_all(
+        raw, name="eval", packing=False, tokenizer=tiny_tokenizer(), config=trainer.args, formatting_func=None
+    )
+    whole = trainer.evaluate()["eval_loss"]
+    expected = make(tmp_path, **layout).evaluate(prepared)["eval_loss"]
+    assert expected != pytest.approx(whole, rel=1e-4)
+    for rows in (raw, raw.to_iterable_dataset(), prepared):
+        assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate({"some": raw})["eval_some_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.predict(raw).metrics["test_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_entropy_is_logged_when_asked_for(tmp_path: Path) -> None:
+    logs = []
+    for asked in (False, True):
+        trainer = make(tmp_path, log_entropy=asked, logging_steps=1)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    assert "entropy" not in logs[0]
+    assert 0 < logs[1]["entropy"] <= math.log(384) + 1e-3
+
+
+TWO_PROCESSES = """
+from datasets import Dataset
+from sft import SFTConfig, SFTTrainer
+from tests.tiny import tiny_model, tiny_tokenizer
+
+rows = Dataset.from_dict({"text": [f"fox number {n} jumps " * (1 + n % 4) for n in range(64)]}).to_iterable_dataset()
+for packing in (True, False):
+    config = SFTConfig(
+        output_dir="out", use_cpu=True, max_steps=2, packing=packing, max_length=64, per_device_train_batch_size=2
+    )
+    trainer = SFTTrainer(tiny_model(), args=config, train_dataset=rows, processing_class=tiny_tokenizer())
+    trainer.train()
+    print("WEIGHTS", packing, float(sum(p.double().sum() for p in trainer.model.parameters())), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_streamed_rows_to_the_same_weights(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    weights = re.findall(r"WEIGHTS (True|False) (\S+)", done.stdout)
+    assert len(weights) == 4
+    assert len(set(weights)) == 2, weights

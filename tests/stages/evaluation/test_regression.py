@@ -1,0 +1,128 @@
+"""General prompts: read from tasks/, measured beside the held-out rows, open to gates, shown in the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import evaluate
+from stages.checkout.artifacts import read_json, read_jsonl
+from stages.checkout.paths import Paths
+from stages.evaluation.regression import read_records
+from stages.params.evaluate_params import RegressionSection
+from stages.params.measured import metric_names
+from stages.params.schema import load_params
+from stages.tools.preflight import check_later_stages
+from tests.stages.tiny_run import REPO, tiny_params, write_tiny_run
+
+ROWS = [{"question": "What is the capital of France?", "answer": "Paris"}, {"question": "2?", "answer": "two"}]
+GENERAL = {"path": "tasks/general.jsonl", "task": "text", "max_new_tokens": 3}
+GATE = ["tuned.regression_loss <= 10 * base.regression_loss", "tuned.regression_exact_match >= 0.5"]
+
+
+def write_rows(root: Path, rows: list[dict[str, Any]], name: str = "general.jsonl") -> None:
+    (root / "tasks").mkdir(exist_ok=True)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (root / "tasks" / name).write_text("".join(lines), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Paths, str]:
+    paths = write_tiny_run(tmp_path_factory.mktemp("regression"))
+    write_rows(paths.root, ROWS)
+    evaluate.run(tiny_params(evaluate={"regression": GENERAL, "gate": GATE}), paths)
+    return paths, paths.report.read_text(encoding="utf-8")
+
+
+def test_every_model_has_figures_on_general_prompts_beside_those_on_held_out_rows(finished: tuple[Paths, str]) -> None:
+    results = read_json(finished[0].out("evaluate", "results.json"))
+    found = {f"{m}.{name}" for m, figures in results["models"].items() for name in figures}
+    section = tiny_params(evaluate={"regression": GENERAL}).evaluate
+    assert found == metric_names(section, with_quantized=False)
+    assert {name for name in found if "regression_" in name and name.startswith("tuned")} == {
+        "tuned.regression_loss",
+        "tuned.regression_exact_match",
+        "tuned.regression_word_f1",
+        "tuned.regression_stop_rate",
+    }
+    base, tuned, merged = (results["models"][name] for name in ("base", "tuned", "merged"))
+    assert merged["regression_loss"] == pytest.approx(tuned["regression_loss"], rel=1e-5)
+    assert tuned["regression_loss"] != pytest.approx(tuned["loss"], rel=1e-5)
+    assert base["regression_kl"] > 1e-4 > 1e-8 > abs(merged["regression_kl"])
+    assert read_json(finished[0].metrics("evaluate"))["base"]["regression_loss"] == base["regression_loss"]
+
+
+def test_general_prompts_have_intervals_paired_tests_and_conditions(finished: tuple[Paths, str]) -> None:
+    results = read_json(finished[0].out("evaluate", "results.json"))
+    low, high = results["intervals"]["tuned"]["regression_loss"]
+    assert low <= results["models"]["tuned"]["regression_loss"] <= high
+    test = results["comparisons"][0]["figures"]["regression_loss"]
+    models = results["models"]
+    difference = models["tuned"]["regression_loss"] - models["base"]["regression_loss"]
+    assert test["difference"] == pytest.approx(difference, abs=1e-5)
+    assert [row["passed"] for row in results["gate"]] == [True, False]
+
+
+def test_answers_to_general_prompts_are_kept_and_shown(finished: tuple[Paths, str]) -> None:
+    paths, page = finished
+    rows = list(read_jsonl(paths.out("evaluate", "general.jsonl")))
+    assert [(row["id"], row["reference"]) for row in rows] == [("general.jsonl:1", "Paris"), ("general.jsonl:2", "two")]
+    assert set(rows[0]["answers"]) == {"base", "tuned"}
+    assert "General prompts: loss, nats a token" in page
+    assert "general prompts are 2 rows that the training was not about" in page
+    assert "What is the capital of France?" in page[page.index('<details id="general">') :]
+
+
+def test_losses_alone_when_there_is_no_task_and_old_answers_go(finished: tuple[Paths, str]) -> None:
+    paths = finished[0]
+    evaluate.run(tiny_params(evaluate={"regression": {**GENERAL, "task": None}, "gate": []}), paths)
+    tuned = read_json(paths.out("evaluate", "results.json"))["models"]["tuned"]
+    assert [name for name in tuned if name.startswith("regression_")] == ["regression_loss"]
+    assert not paths.out("evaluate", "general.jsonl").exists()
+    assert '<details id="general">' not in paths.report.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "columns .* are none of"),
+        ([{"question": "2?", "answer": ""}], r"regression.path: general.jsonl:1: "),
+        ([*ROWS, {"question": "2?"}], r"general.jsonl:3: no value in \['answer'\]"),
+    ],
+)
+def test_rows_that_make_no_sense_are_named(tmp_path: Path, rows: list[dict[str, Any]], words: str) -> None:
+    write_rows(tmp_path, rows)
+    with pytest.raises(ValueError, match=words):
+        read_records(RegressionSection(**GENERAL), tmp_path)
+
+
+def test_file_elsewhere_and_file_that_is_missing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must lie in tasks/"):
+        tiny_params(evaluate={"regression": {**GENERAL, "path": "data/general.jsonl"}})
+    (tmp_path / "tasks").mkdir()
+    with pytest.raises(ValueError, match=r"evaluate.regression.path: .*general.jsonl does not exist"):
+        read_records(RegressionSection(**GENERAL), tmp_path)
+
+
+def test_conditions_on_general_prompts_need_some(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing is called tuned.regression_loss"):
+        tiny_params(evaluate={"gate": ["tuned.regression_loss <= 1"]})
+
+
+def test_answer_that_the_task_can_not_score_stops_before_training(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    write_rows(tmp_path, ROWS)
+    params = tiny_params(evaluate={"regression": {**GENERAL, "task": "json"}}, quantize={"method": "none"})
+    with pytest.raises(ValueError, match=r"evaluate.regression.task, row general.jsonl:1: the reference is not JSON"):
+        check_later_stages(params, paths)
+
+
+def test_shipped_rows_are_short_and_all_different() -> None:
+    section = load_params(REPO / "params.yaml").evaluate.regression
+    records = read_records(section, REPO)
+    assert len(records) == 32
+    assert len({record["messages"][0]["content"] for record in records}) == 32
+    assert all(len(record["messages"][1]["content"]) < 100 for record in records)

@@ -1,0 +1,123 @@
+"""params.yaml is typed: everything wrong with it is said at once, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from stages.params.schema import Params, ParamsError, check_params, load_params
+
+SHIPPED = Path(__file__).resolve().parents[3] / "params.yaml"
+
+
+@pytest.fixture
+def values() -> dict[str, Any]:
+    return YAML(typ="safe", pure=True).load(SHIPPED.read_text(encoding="utf-8"))
+
+
+def test_shipped_file_parses() -> None:
+    params = load_params(SHIPPED)
+    assert params.train.method == "lora"
+    assert isinstance(params.train.learning_rate, float)
+
+
+def test_every_key_of_the_shipped_file_has_a_comment() -> None:
+    silent = []
+    for line in SHIPPED.read_text(encoding="utf-8").splitlines():
+        key, colon, rest = line.partition(":")
+        if colon and not key.strip().startswith("#") and "#" not in rest:
+            silent.append(key.strip())
+    assert silent == []
+
+
+def test_all_problems_are_listed_at_once_with_place_and_nearest_name(values: dict[str, Any]) -> None:
+    values["train"]["lerning_rate"] = 1
+    values["pack"]["max_length"] = "512"
+    values["load"]["sources"][0]["pth"] = "x"
+    del values["merge"]["dtype"]
+    values["trian"] = {}
+    with pytest.raises(ParamsError) as error:
+        check_params(values)
+    assert str(error.value).splitlines() == [
+        "params.yaml: 5 problems",
+        "  load.sources.0.pth: unknown key; did you mean 'path'?",
+        "  pack.max_length: Input should be a valid integer, found '512'",
+        "  train.lerning_rate: unknown key; did you mean 'learning_rate'?",
+        "  merge.dtype: missing; the file must state it",
+        "  trian: unknown key; did you mean 'train'?",
+    ]
+
+
+def test_a_number_in_quotes_is_not_a_number(values: dict[str, Any]) -> None:
+    values["train"]["learning_rate"] = "fast"
+    with pytest.raises(ParamsError, match=r"train\.learning_rate: .*number, found 'fast'"):
+        check_params(values)
+
+
+def test_true_is_not_a_count(values: dict[str, Any]) -> None:
+    values["train"]["lora_r"] = True
+    with pytest.raises(ParamsError, match=r"train\.lora_r: .*integer, found True"):
+        check_params(values)
+
+
+def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
+    text = SHIPPED.read_text(encoding="utf-8").replace("learning_rate: 1.5e-3", "learning_rate: 2e-4")
+    (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+    assert load_params(tmp_path / "params.yaml").train.learning_rate == 2e-4
+
+
+def test_a_key_given_twice_is_an_error_with_its_place(tmp_path: Path) -> None:
+    text = SHIPPED.read_text(encoding="utf-8").replace("  lora_r: 16", "  lora_r: 16\n  lora_r: 8")
+    (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+    words = (
+        r"params\.yaml:\d+:\d+: not valid YAML: found duplicate key \"lora_r\": this section has it already; [^\n]*$"
+    )
+    with pytest.raises(ParamsError, match=words) as caught:
+        load_params(tmp_path / "params.yaml")
+    assert "http" not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["", " ", "\n"])
+def test_a_blank_token_is_refused(values: dict[str, Any], token: str) -> None:
+    values["format"]["add_special_tokens"] = ["<|x|>", token]
+    with pytest.raises(ParamsError, match=r"format\.add_special_tokens\.1: a token must have a character"):
+        check_params(values)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train: [1, 2", r"params\.yaml:1:\d+: not valid YAML"),
+        ("train:\n\tlora_r: 1\n", r"params\.yaml:2:1: not valid YAML: a tab where only spaces may stand[^\n]*$"),
+        ("train:\n  lora_r: \x01\n", r"params\.yaml:2: not valid YAML: special characters are not allowed"),
+        ("", "expected sections such as `train:`, found an empty file"),
+        ("- a\n- b\n", "expected sections such as `train:`, found list"),
+        (f"a: {'[' * 20_000}", r"params\.yaml: values are nested far deeper than any"),
+        (f"a: {'9' * 5000}", r"params\.yaml: a value can't be read: Exceeds the limit"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "params.yaml").write_text(content, encoding="utf-8")
+    with pytest.raises(ParamsError, match=message):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_missing_file_says_where_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match="no such file; run from the repository's root"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_eval_needs_exactly_one_of_path_and_fraction(values: dict[str, Any]) -> None:
+    values["load"]["eval"] = {"path": "data/x.jsonl", "fraction": 0.1}
+    with pytest.raises(ParamsError, match=r"load\.eval: state one of path, fraction and count"):
+        check_params(values)
+
+
+def test_params_are_frozen(values: dict[str, Any]) -> None:
+    params = Params.model_validate(values)
+    with pytest.raises(ValidationError, match="frozen"):
+        params.train.lora_r = 4  # type: ignore[misc]

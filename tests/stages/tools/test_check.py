@@ -1,0 +1,52 @@
+"""`python -m stages check` refuses what `load` would refuse, without touching anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stages.params.schema import Params
+from stages.tools import check
+from tests.stages.data_root import ROWS, DataRoot
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> DataRoot:
+    root = DataRoot(tmp_path)
+    root.write("train.jsonl", ROWS)
+    return root
+
+
+def with_model(params: Params, name: str) -> Params:
+    return params.model_copy(update={"model": params.model.model_copy(update={"name_or_path": name})})
+
+
+def test_usable_data_and_model_pass_and_nothing_is_written(root: DataRoot) -> None:
+    before = sorted(root.paths.root.rglob("*"))
+    check.run(root.params(), root.paths)
+    assert sorted(root.paths.root.rglob("*")) == before
+
+
+def test_a_broken_line_is_named(root: DataRoot) -> None:
+    file = root.paths.data / "train.jsonl"
+    file.write_text(file.read_text() + '{"messages": [\n')
+    with pytest.raises(ValueError, match=rf"train\.jsonl:{len(ROWS) + 1}"):
+        check.run(root.params(), root.paths)
+
+
+def test_a_missing_file_is_named_with_its_key(root: DataRoot) -> None:
+    with pytest.raises(ValueError, match=r"load\.sources\[0\]\.path: .*data/nothing\.jsonl does not exist"):
+        check.run(root.params({"sources": [{"path": "data/nothing.jsonl"}]}), root.paths)
+
+
+def test_large_data_are_only_looked_for(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root.paths.data / "train.jsonl").write_text("broken\n")
+    monkeypatch.setattr(check, "LARGEST_READ_BYTES", 1)
+    check.run(root.params(), root.paths)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "embedded:none-such"])
+def test_a_base_model_that_is_not_there_is_named(root: DataRoot, name: str) -> None:
+    with pytest.raises(ValueError, match=r"nowhere|none-such"):
+        check.run(with_model(root.params(), name), root.paths)

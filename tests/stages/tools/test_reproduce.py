@@ -1,0 +1,167 @@
+"""What is said of a repeated run; the repetition itself is in tests/test_operations.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run
+
+from stages.__main__ import main
+from stages.checkout.artifacts import write_json, write_text
+from stages.params.schema import load_params
+from stages.publish import DIGEST_TAG
+from stages.tools.compare import Difference
+from stages.tools.recorded_checkout import Record, fetched_record, recorded_checkout
+from stages.tools.reproduce import changed_files, circumstances, compare, read_lock
+from stages.tracking.lineage import versions
+from stages.tracking.store import Tracking, open_tracking
+
+ROOT = Path(__file__).resolve().parents[3]
+PUBLISH = load_params(ROOT / "params.yaml").publish
+LOCK = """\
+schema: '2.0'
+stages:
+  train:
+    cmd: python -m stages train
+    deps:
+    - {{path: outs/pack/train, hash: md5, md5: p.dir}}
+    - {{path: stages/train.py, hash: md5, md5: {code}}}
+    outs:
+    - {{path: outs/train, hash: md5, md5: {train}.dir}}
+    - {{path: reports/metrics/train.json, hash: md5, md5: m}}
+  pack:
+    cmd: python -m stages pack
+    outs:
+    - {{path: outs/pack, hash: md5, md5: q.dir}}
+  publish:
+    cmd: python -m stages publish
+    outs:
+    - {{path: outs/publish, hash: md5, md5: r.dir}}
+"""
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
+    return open_tracking(PUBLISH, tmp_path_factory.mktemp("reproduce"))
+
+
+def recorded(tracking: Tracking, tags: dict[str, str], files: dict[str, str]) -> Run:
+    """A finished run with a loss of 0.5 and these files of its lineage."""
+    folder = Path(tracking.uri.removeprefix("sqlite:///")).parent
+    with tracking.whole_run("one", {DIGEST_TAG: "a", **tags}) as run:
+        run.log_metrics({"train.loss": 0.5, "train.steps": 3, "evaluate.tuned.loss": 1.0})
+        for name, text in files.items():
+            write_text(folder / name, text)
+            run.log_file(folder / name, folder="lineage")
+    return tracking.client.get_run(run.run_id)
+
+
+def write_listing(cache: Path, digest: str, files: dict[str, str]) -> None:
+    entries = [{"relpath": name, "md5": value} for name, value in files.items()]
+    write_text(cache / "files" / "md5" / digest[:2] / digest[2:], json.dumps(entries))
+
+
+def test_lock_is_split_into_what_was_read_from_outside_and_what_was_made(tmp_path: Path) -> None:
+    write_text(tmp_path / "dvc.lock", LOCK.format(code="c1", train="t1"))
+    lock = read_lock(tmp_path / "dvc.lock")
+    assert lock.deps == {"stages/train.py": "c1"}
+    assert lock.outs == {"outs/train": "t1.dir", "outs/pack": "q.dir"}
+
+
+def test_what_differs_is_named_to_the_file_and_the_figure(tracking: Tracking, tmp_path: Path) -> None:
+    run = recorded(tracking, {}, {})
+    record, folder = tmp_path / "record", tmp_path / "folder"
+    write_text(record / "dvc.lock", LOCK.format(code="c1", train="t1"))
+    write_text(folder / "dvc.lock", LOCK.format(code="c2", train="t2"))
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    write_listing(folder / ".dvc" / "cache", "t1.dir", {"model/adapter.safetensors": "x", "curve.csv": "y"})
+    write_listing(folder / ".dvc" / "cache", "t2.dir", {"model/adapter.safetensors": "z", "curve.csv": "y"})
+    write_json(folder / "reports" / "metrics" / "train.json", {"loss": 0.75, "steps": 3})
+
+    outcome = compare(run, Record(record, "c", dirty=False), folder, folder)
+
+    text = "\n".join(outcome.lines)
+    assert "code and data: 1 differ\n  stages/train.py: c1 -> c2\n" in text
+    assert "outs/train: 1 of 2 files differ: model/adapter.safetensors\n" in text
+    assert "outs/pack: the same, bit for bit\n" in text
+    assert "figures: 1 of 2 differ\n  train.loss: 0.5 -> 0.75 (+0.25)" in text
+    assert (outcome.same, outcome.reason) == (False, "outs/train, train.loss differ")
+
+
+def test_same_outs_and_figures_are_a_reproduction(tracking: Tracking, tmp_path: Path) -> None:
+    run = recorded(tracking, {}, {})
+    write_text(tmp_path / "dvc.lock", LOCK.format(code="c1", train="t1"))
+    write_json(tmp_path / "reports" / "metrics" / "train.json", {"loss": 0.5, "steps": 3})
+    outcome = compare(run, Record(tmp_path, "c", dirty=False), tmp_path, tmp_path)
+    assert outcome.same
+    assert "figures: every figure is the same (2 of them)" in outcome.lines
+    assert outcome.lines[-1] == "reproduced: every result is the same, bit for bit"
+
+
+def test_versions_machine_and_uncommitted_changes_are_told_beforehand(tracking: Tracking, tmp_path: Path) -> None:
+    tags = {"version.torch": "1.0", "version.python": versions()["python"], "machine.cores": "many"}
+    write_text(tmp_path / "uncommitted.patch", "diff --git a/stages/x.py b/stages/x.py\n--- a/stages/x.py\n")
+    lines = circumstances(recorded(tracking, tags, {}), Record(tmp_path, "c", dirty=True))
+    assert lines[0] == "uncommitted changes: stages/x.py (applied)"
+    assert lines[1:3] == ["versions: 1 differ", f"  version.torch: 1.0 -> {versions()['torch']}"]
+    assert lines[3] == "machine: 1 differ"
+    assert lines[4].startswith("  machine.cores: many -> ")
+
+
+@pytest.mark.parametrize(("rank", "same"), [(4, True), (8, False)])
+def test_folder_of_the_base_model_in_a_config_is_no_difference_of_the_result(
+    tmp_path: Path, rank: int, same: bool
+) -> None:
+    write_json(
+        tmp_path / "files" / "md5" / "c1" / "0", {"r": 4, "target_modules": ["q", "v"], "base_model_name_or_path": "/a"}
+    )
+    write_json(
+        tmp_path / "files" / "md5" / "c2" / "0",
+        {"r": rank, "target_modules": ["v", "q"], "base_model_name_or_path": "/b"},
+    )
+    write_listing(tmp_path, "t1.dir", {"model/adapter_config.json": "c10", "model/README.md": "x"})
+    write_listing(tmp_path, "t2.dir", {"model/adapter_config.json": "c20", "model/README.md": "y"})
+
+    words = changed_files(Difference("outs/train", "t1.dir", "t2.dir"), [tmp_path])
+
+    assert words.startswith("the same, bit for bit, but for model/adapter_config.json, model/README.md, which") == same
+    assert words.startswith("2 of 2 files differ") != same
+
+
+def test_difference_without_listings_is_told_all_the_same(tmp_path: Path) -> None:
+    assert changed_files(Difference("outs/train", "a.dir", "b.dir"), [tmp_path]) == "differs"
+
+
+@pytest.mark.parametrize(
+    ("tags", "files", "missing"),
+    [
+        ({}, {"params.yaml": "x", "dvc.lock": "y"}, "a git commit"),
+        ({"git.commit": "c"}, {"params.yaml": "x"}, "dvc.lock"),
+    ],
+)
+def test_record_that_does_not_suffice_is_refused(
+    tracking: Tracking, tags: dict[str, str], files: dict[str, str], missing: str
+) -> None:
+    run = recorded(tracking, tags, files)
+    with pytest.raises(ValueError, match=f"recorded without {missing}"), fetched_record(tracking, run):
+        pass
+
+
+def test_commit_that_is_not_here_is_named(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    record = Record(tmp_path, "1234567", dirty=False)
+    with (
+        pytest.raises(ValueError, match="commit 1234567 is not in this repository; fetch it"),
+        recorded_checkout(tmp_path, record, "reproduce-1", keep=False),
+    ):
+        pass
+    assert list((tmp_path / ".worktrees").iterdir()) == []
+
+
+def test_command_line_takes_one_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["reproduce"])
+    assert "reproduce one" in capsys.readouterr().err
