@@ -44,10 +44,11 @@ repro: $(READY) ## run the pipeline: what is up to date is not run again
 	@$(RUN)/dvc repro || { code=$$?; $(BACK); exit $$code; }
 	@$(RUN)/python -m stages summary
 
-test: $(READY) ## style, types and tests
+test: $(READY) ## style, types, imports and tests
 	@$(RUN)/ruff check .
 	@$(RUN)/ruff format --check .
 	@$(RUN)/mypy
+	@$(RUN)/lint-imports --no-cache
 	@$(PYTEST)
 
 test-long: $(READY) ## the slow tests too

@@ -21,8 +21,7 @@ from prefect.states import Completed, Failed  # noqa: E402
 from pydantic import Field  # noqa: E402
 
 from flows.cleaning.cache import clean_cache  # noqa: E402
-from flows.cleaning.leftovers import find_leftovers, remove_leftovers  # noqa: E402
-from flows.cleaning.unfinished_runs import end_unfinished_runs, find_unfinished_runs  # noqa: E402
+from flows.cleaning.leftovers import end_unfinished_runs, find_leftovers, find_unfinished_runs, remove_leftovers  # noqa: E402  # noqa: E402
 from flows.processes.terminal import run_in_terminal  # noqa: E402
 from flows.runs.graph import RunRefused  # noqa: E402
 

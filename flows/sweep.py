@@ -22,7 +22,7 @@ from prefect.logging import get_run_logger  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 from pydantic import Field  # noqa: E402
 
-from flows.pipeline import ask, flow_run_variables, pipeline, prune_worktrees, run_plan, workplace  # noqa: E402
+from flows.pipeline import pipeline  # noqa: E402
 from flows.processes.terminal import refuse, run_in_terminal  # noqa: E402
 from flows.runs.forms import (  # noqa: E402
     Overrides,
@@ -34,8 +34,9 @@ from flows.runs.forms import (  # noqa: E402
 )
 from flows.runs.graph import RunRefused  # noqa: E402
 from flows.runs.report import RunReport, read_figures  # noqa: E402
+from flows.runs.run import ask, flow_run_variables, prune_worktrees, run_plan, workplace  # noqa: E402
 from flows.sweeps.leaderboard import Leaderboard, Trial  # noqa: E402
-from flows.sweeps.plan import (
+from flows.sweeps.plan import (  # noqa: E402
     DEFAULT_OBJECTIVE,
     NUM_TRIALS,
     DimensionText,

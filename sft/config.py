@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from sft.train.bad_updates import check_policy
+logger = logging.getLogger(__name__)
+
+POLICIES = ("stop", "skip", "rollback")
 
 DEFAULT_MAX_LENGTH = 1024
+
 PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
+
 LOSS_TYPES = ("nll", "dft")
+
 FLAG = {"help": "Compute activations again in the backward pass.", "nargs": "?", "const": True}
 """Of an option that a command line may name without a value."""
+
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+
 DATASET_KWARGS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_token")
 
 
@@ -308,3 +316,19 @@ class ModelConfig:
         if isinstance(self.lora_target_modules, list) and len(self.lora_target_modules) == 1:
             # a command line can only give a list, and "all-linear" is a word of its own
             self.lora_target_modules = self.lora_target_modules[0]
+
+
+def check_policy(policy: str | None, factor: float | None, fp16: bool) -> None:
+    """Refuse values that can't be followed.
+
+    Raises:
+        ValueError: Says which and why.
+    """
+    if policy is not None and policy not in POLICIES:
+        raise ValueError(f"on_bad_loss={policy!r}: use one of {', '.join(POLICIES)}, or None to never look")
+    if factor is not None and policy is None:
+        raise ValueError(f"bad_loss_factor={factor} would be ignored without on_bad_loss={' or '.join(POLICIES)}")
+    if factor is not None and factor <= 1:
+        raise ValueError(f"bad_loss_factor={factor}: every second loss is above the median; give more than 1")
+    if policy is not None and fp16:
+        raise ValueError("on_bad_loss can't be used with fp16, whose loss scaling skips such updates itself; use bf16")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import os
 import sys
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,16 @@ from typing import Any
 from stages.checkout.full_disk import explain_full_disk, is_full_disk
 from stages.checkout.paths import Paths
 from stages.checkout.redaction import redact
-from stages.params.measured import MODELS
+from stages.launch.quiet import quiet_tools
+from stages.params.figures import MODELS
 from stages.params.schema import ParamsError, load_params
 
 STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
+
 TOOLS = ("chat", "check", "compare", "estimate", "preview", "reproduce", "serve", "summary")
+
 NUM_RUNS = {"compare": 2, "reproduce": 1}
+
 # option -> the tools that take it
 OPTIONS = {
     "rows": ("preview",),
@@ -32,6 +34,7 @@ OPTIONS = {
     "port": ("serve",),
     "keep": ("reproduce",),
 }
+
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
 
 
@@ -50,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         params = load_params(args.root / "params.yaml")
         if args.name == "train":  # hours may lie between here and the stage that a wrong value belongs to
-            importlib.import_module("stages.tools.preflight").check_later_stages(params, paths)
+            importlib.import_module("stages.tools.check").check_later_stages(params, paths)
         with alone(args.name, paths.root):
             importlib.import_module(home(args.name)).run(params, paths, **options)
     except KeyboardInterrupt:
@@ -142,34 +145,6 @@ def fail(error: Exception, code: int) -> int:
     """Print one message instead of a traceback; SFT_TRACEBACK=1 shows where it came from."""
     print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
     return code
-
-
-class _AboutTorchao(logging.Filter):
-    """Drops what importing torchao makes torch say about torchao's own code; a level would be reset by torch."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "natively supported by torch.compile" not in record.getMessage()
-
-
-def quiet_tools() -> None:
-    """Switch telemetry off and keep other packages' chatter out of the log; a value set by the user wins."""
-    logging.getLogger("torch.utils._pytree").addFilter(_AboutTorchao())
-    # what libraries tell each other about their next versions
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # kernels for GPUs that are not there
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional package is missing
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar in a log is a line a tick
-    for name, value in {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "DO_NOT_TRACK": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DVC_NO_ANALYTICS": "1",
-        "TOKENIZERS_PARALLELISM": "true",
-    }.items():
-        os.environ.setdefault(name, value)
 
 
 if __name__ == "__main__":

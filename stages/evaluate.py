@@ -9,22 +9,19 @@ from typing import Any
 from datasets import load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from sft.evaluate.begun_answers import BegunAnswers
-from sft.evaluate.document_scores import DocumentScores
 from sft.evaluate.gate import GateRow, check_gate, parse_gate
-from sft.evaluate.generation import generate_batch
-from sft.evaluate.likelihood import evaluate_model
-from sft.models.loading import load_tokenizer
+from sft.evaluate.generation import BegunAnswers, generate_batch
+from sft.evaluate.likelihood import DocumentScores, evaluate_model
+from sft.models.checkpoint import load_tokenizer
 from stages.checkout.artifacts import progress, read_json, write_json, write_jsonl
 from stages.checkout.paths import Paths
 from stages.evaluation.lm_eval import load_harness
-from stages.evaluation.regression import read_records, render_records
 from stages.evaluation.results import Measured, comparisons
-from stages.evaluation.rows import EvalRows, read_prompts
+from stages.evaluation.rows import EvalRows, read_prompts, read_records, render_records
 from stages.evaluation.soundness import broken_promises, check_finite
 from stages.models.variants import Variant, find_variants, load_variant, size_mb
 from stages.pages.report import write_report
-from stages.params.measured import ANSWERING, LIKELIHOOD, REFERENCE
+from stages.params.figures import ANSWERING, LIKELIHOOD, REFERENCE
 from stages.params.schema import EvaluateSection, Params
 from stages.params.tasks import load_tasks, task_names
 

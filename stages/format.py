@@ -12,15 +12,14 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from sft.chat.checks import TerminatorCheck
 from sft.chat.formats import FORMATS, align_eos_with_template, apply_chat_format, ensure_pad_token, find_format
 from sft.chat.template import TemplateSourceError
-from sft.models.tokenizer_files import save_tokenizer
-from stages.checkout.artifacts import progress, read_json, read_jsonl, write_json
-from stages.checkout.ledger import Action, JsonlWriter, Ledger, replacing_folder
+from sft.models.checkpoint import save_tokenizer
+from stages.checkout.artifacts import JsonlWriter, progress, read_json, read_jsonl, replacing_folder, write_json
+from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
 from stages.params.schema import FormatSection, Params
 from stages.shards.rendering import RenderingWork
-from stages.shards.shard import shards_of
-from stages.shards.shards import run_shards
+from stages.shards.shards import run_shards, shards_of
 
 SPLITS = ("train", "eval")
 

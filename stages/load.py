@@ -7,15 +7,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sft.data.numbers import numbers_as_text
-from sft.data.records import IMAGE_COLUMNS, Layout, RowError, normalize, record_digest, validate_record
+from sft.data.messages import IMAGE_COLUMNS, Problem, RowError, validate_record
+from sft.data.records import (
+    Layout,
+    normalize,
+    numbers_as_text,
+    record_digest,
+)
 from sft.data.row import Row
-from stages.checkout.artifacts import progress, write_json
-from stages.checkout.ledger import Action, JsonlWriter, Ledger, replacing_folder
+from stages.checkout.artifacts import JsonlWriter, progress, replacing_folder, write_json
+from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
 from stages.loading.accounts import Accounts
-from stages.loading.checks import SetChecks
-from stages.loading.row_checks import Note, Problem, RowChecks
+from stages.loading.checks import Note, RowChecks, SetChecks
 from stages.loading.selection import Selection
 from stages.loading.sources import Source, open_source
 from stages.models.resolve import resolve_base_model

@@ -3,39 +3,74 @@
 The run is built from the outputs of the other stages alone, so that it is as complete when they came from the cache.
 One result is one run: it is found again by a digest of params and results, and logged anew only when the store lacks
 it.
+
+Push a model folder and its card to the hub, as one commit.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stages.checkout.artifacts import progress, read_json, write_json, write_text
+from stages.checkout.artifacts import progress, read_json, write_json
 from stages.checkout.paths import Paths
 from stages.checkout.redaction import redact
-from stages.hub_upload import push
 from stages.pages.model_card import write_card
-from stages.pages.promotion import CANDIDATE, Decision, write_page
+from stages.pages.promotion import Decision, write_page
 from stages.params.schema import Params
 from stages.tracking import lineage
 from stages.tracking.champion import (
+    CANDIDATE,
     CHAMPION,
-    HELD_OUT_TAG,
     Champion,
     alias_version,
     check_promotion,
     find_champion,
     held_out_digest,
 )
-from stages.tracking.machine import machine_tags
-from stages.tracking.store import PROGRESS_TAG, PUBLISHED, TRAINING_TAG, Tracking, open_tracking
+from stages.tracking.result import DIGEST_TAG, record_result, result_files
+from stages.tracking.store import Tracking, open_tracking
 
-DIGEST_TAG = "sft.result_digest"
-MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate")
+KEY = "publish.push_to_hub"
+
+
+def push(folder: Path, card: Path, repo_id: str, message: str) -> str:
+    """Make the repository private where it does not exist, and have it hold just this folder and its card.
+
+    Args:
+        folder: Plain checkpoint.
+        card: Becomes README.md.
+        repo_id: `owner/name`.
+        message: Of the commit.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        ValueError: The hub can't be reached or refuses; names the key.
+    """
+    # slow to import, and few runs push
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            for file in [*folder.iterdir(), card]:
+                (Path(work) / file.name).symlink_to(file.resolve())
+            api.create_repo(repo_id, private=True, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=work, commit_message=message, delete_patterns="*")
+    except LocalTokenNotFoundError:
+        raise ValueError(f"{KEY} {repo_id!r}: nobody is logged in; type `hf auth login`, or set HF_TOKEN") from None
+    except OfflineModeIsEnabled:
+        raise ValueError(f"{KEY} {repo_id!r}: HF_HUB_OFFLINE is set; unset it, or set {KEY}: null") from None
+    except (HTTPError, HFValidationError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{KEY} {repo_id!r}: the hub refused or can't be reached: {reason}") from error
+    return str(commit.commit_url)
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -127,111 +162,6 @@ def alias_text(passed: bool, promoted: bool) -> str:
     if passed:
         return f"`{CANDIDATE}` only, publish.gate does not hold and `{CHAMPION}` stays where it was"
     return f"`{CANDIDATE}` only, the gate is closed and `{CHAMPION}` stays where it was"
-
-
-def result_files(paths: Paths) -> list[Path]:
-    """The files that a result consists of: none of them holds a wall time, a commit or a path of this machine."""
-    outs = [
-        paths.out("load", "base_model.json"),
-        paths.out("load", "card.json"),
-        paths.out("train", "curve.csv"),
-        paths.out("evaluate", "results.json"),
-        paths.out("evaluate", "generations.jsonl"),
-    ]
-    return [*outs, *(path for stage in MEASURED_STAGES if (path := paths.metrics(stage)).exists())]
-
-
-def record_result(
-    tracking: Tracking,
-    params: Params,
-    paths: Paths,
-    digest: str,
-    passed: bool,
-    more: Mapping[str, str] | None = None,
-) -> str:
-    """The one run of a result: found, or the one that its training has begun, completed, or a new one.
-
-    Args:
-        tracking: The store.
-        params: The result's params.
-        paths: The checkout that holds the result.
-        digest: The result's.
-        passed: Whether the gate is open.
-        more: Tags of the run, beside those that every run has.
-
-    Returns:
-        Its id.
-    """
-    begun = tracking.find_unfinished(TRAINING_TAG, lineage.training_digest(params, paths))
-    known = tracking.find_run(DIGEST_TAG, digest)
-    if known is None:
-        return log_run(tracking, params, paths, digest, passed, more, begun[0] if begun else None)
-    print(f"this result is already run {known}", flush=True)
-    for run_id in begun:  # a forced training, say: it came to the same to the last digit
-        tracking.client.set_tag(run_id, PROGRESS_TAG, f"removed: the same result as run {known}")
-        tracking.client.delete_run(run_id)
-    return known
-
-
-def log_run(
-    tracking: Tracking,
-    params: Params,
-    paths: Paths,
-    digest: str,
-    passed: bool,
-    more: Mapping[str, str] | None = None,
-    begun: str | None = None,
-) -> str:
-    """Log params, figures, the curve, lineage and files as one finished run; a failure leaves none that is finished."""
-    git = lineage.git_state(paths.root)
-    tags = {
-        "mlflow.source.name": "python -m stages publish",
-        "sft.gate": "passed" if passed else "failed",
-        HELD_OUT_TAG: held_out_digest(paths),
-        **lineage.circumstances(paths),
-        **machine_tags(),
-        **{f"dvc.{path}": value for path, value in lineage.dvc_data_hashes(paths.root).items()},
-        **(more or {}),
-    }
-    with tracking.whole_run(f"{lineage.model_name(paths)}-{digest[:8]}", tags, begun) as run:
-        run.log_params(lineage.result_params(params))
-        run.log_metrics(figures(paths))
-        run.log_curve(paths.out("train", "curve.csv"))
-        run.log_data(lineage.data_digests(paths))
-        for path in [paths.report, *result_files(paths), paths.out("quantize", "report.json")]:
-            run.log_file(path, folder=path.parent.relative_to(paths.root).as_posix())
-        for file in ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock"):
-            if (paths.root / file).exists():
-                log_text(run, file, (paths.root / file).read_text(encoding="utf-8"))
-        if git and git.dirty:
-            log_patch(run, paths.root)
-        run.set_tag(PROGRESS_TAG, PUBLISHED)
-        # Last, so that a run that was cut short is never taken for a whole one.
-        run.set_tag(DIGEST_TAG, digest)
-    return run.run_id
-
-
-def log_patch(run: Any, root: Path) -> None:
-    """The uncommitted changes, without which the commit would not reproduce the result."""
-    log_text(run, "uncommitted.patch", lineage.git_diff(root))
-
-
-def log_text(run: Any, name: str, text: str) -> None:
-    """Log a text of the checkout, without the secrets that may stand in it."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / name
-        write_text(file, redact(text))
-        run.log_file(file, folder="lineage")
-
-
-def figures(paths: Paths) -> dict[str, float]:
-    """`<stage>.<metric>` -> value, of every stage that has figures."""
-    flat: dict[str, Any] = {}
-    for stage in MEASURED_STAGES:
-        path = paths.metrics(stage)
-        if path.exists():
-            flat |= lineage.flatten(read_json(path), f"{stage}.")
-    return {name: float(value) for name, value in flat.items() if isinstance(value, (int, float))}
 
 
 def register(

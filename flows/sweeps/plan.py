@@ -11,12 +11,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 from ruamel.yaml import YAML
 
-from flows.pipeline import ask
 from flows.runs.forms import Overrides, apply_overrides, flatten, overridden, with_values
 from flows.runs.graph import RunRefused
+from flows.runs.run import ask
 from flows.sweeps.search import PATTERN, Search, open_search, parse_dimension
-from stages.params.figures import lower_is_better
-from stages.params.measured import metric_names
+from stages.params.figures import lower_is_better, metric_names
 from stages.params.schema import check_params
 
 DEFAULT_OBJECTIVE = "evaluate.tuned.loss"

@@ -23,8 +23,7 @@ from sft.chat.template import (
     template_messages,
     wants_text_arguments,
 )
-from sft.chat.turns import assistant_turns
-from sft.chat.turns_by_rendering import Turn
+from sft.chat.turns import Turn, assistant_turns
 
 _USE_ANOTHER = "use one that does, as the named format chatml"
 

@@ -2,14 +2,20 @@
 
 A power of two large numbers is one step of C code that may take hours, and a repeated text one allocation that may
 take the machine's memory. Both come before any limit on the time of Python code is looked at.
+
+A limit on the time that foreign code, such as a chat template's, may take.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from jinja2.exceptions import SecurityError
@@ -20,6 +26,7 @@ from transformers.utils import chat_template_utils
 
 MAX_BITS = 4096
 """Of a whole number: more than any text of a template needs, and computed at once."""
+
 MAX_BYTES = 2 << 30
 """What a template may allocate besides what the process holds."""
 
@@ -107,3 +114,43 @@ def data_bytes() -> int:
         return int(os.read(file, 200).split()[5]) * resource.getpagesize()
     finally:
         os.close(file)
+
+
+class TimeLimitError(ValueError):
+    """Something took longer than it may."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise TimeLimitError
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End the block after so many seconds, wherever its Python code is then.
+
+    A timer that ran before goes on afterwards. Outside of the main thread, and where the system has no such timer,
+    nothing is limited.
+
+    Args:
+        seconds: Above 0.
+
+    Raises:
+        TimeLimitError: The time is over.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    started = time.monotonic()
+    left_s, interval_s = signal.getitimer(signal.ITIMER_REAL)
+    if 0 < left_s <= seconds:  # somebody else's limit comes first
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if left_s:
+            signal.setitimer(signal.ITIMER_REAL, max(left_s - (time.monotonic() - started), 1e-3), interval_s)

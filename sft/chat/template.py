@@ -17,8 +17,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft.chat.sandbox import MAX_BYTES, bounded_templates
-from sft.chat.time_limit import TimeLimitError, time_limit
+from sft.chat.sandbox import MAX_BYTES, TimeLimitError, bounded_templates, time_limit
 
 GENERATION_MARK = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
 # Words that no template treats specially, and that occur in none.

@@ -9,6 +9,8 @@ A record is a dict of plain JSON values with an optional `"id"` and one of
 
 Tool schemas and tool-call arguments are kept as JSON text: Arrow unifies the structs of a column and would write a null
 for every key that another row has, and the chat template would print those nulls.
+
+Numbers where text is needed, written as JSON writes them.
 """
 
 from __future__ import annotations
@@ -16,38 +18,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from sft.data.messages import (
-    IMAGE_COLUMNS,
     RowError,
-    check_text_alone,
     described,
     is_messages,
     normalize_messages,
     tools_text,
-    validate_messages,
-    validate_record,
 )
 
-__all__ = [
-    "IMAGE_COLUMNS",
-    "Kind",
-    "Layout",
-    "RowError",
-    "check_text_alone",
-    "detect_kind",
-    "detect_layout",
-    "normalize",
-    "record_digest",
-    "validate_messages",
-    "validate_record",
-]
-
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+
 QUESTION_ANSWER_COLUMNS = (
     ("instruction", "output"),
     ("instruction", "response"),
@@ -61,8 +47,11 @@ QUESTION_ANSWER_COLUMNS = (
     ("prompt", "output"),
     ("input", "output"),
 )
+
 CONTEXT_COLUMNS = ("input", "context")
+
 OPTIONAL_COLUMNS = ("tools", "chat_template_kwargs")
+
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 
@@ -289,3 +278,39 @@ def record_digest(record: Mapping[str, Any]) -> str:
     except UnicodeEncodeError as error:
         around = canonical[max(0, error.start - 20) : error.start + 20]
         raise RowError("bad_unicode", f"half a surrogate pair, which is no text, in {around!r}") from error
+
+
+CONTENT_KEYS = ("content", "value")
+
+
+def numbers_as_text(row: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[str]]:
+    """Write the numbers of a row as text where its layout expects text.
+
+    Args:
+        row: Column -> value.
+        layout: How the row is read.
+
+    Returns:
+        The row, and where it held which number; truth values, NaN and infinity are no numbers here.
+    """
+    result, found = dict(row), []
+    for column in (*layout.content, layout.context, layout.system):
+        value = row.get(column) if column else None
+        if column and _is_number(value):
+            result[column] = json.dumps(value)
+            found.append(f"column {column!r} holds the number {value}")
+        elif column and is_messages(value):
+            result[column] = [_message(message, index, found) for index, message in enumerate(value or ())]
+    return result, found
+
+
+def _message(message: Any, index: int, found: list[str]) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    numbers = {key: message[key] for key in CONTENT_KEYS if _is_number(message.get(key))}
+    found += [f"message {index} has the number {number} as {key}" for key, number in numbers.items()]
+    return {**message, **{key: json.dumps(number) for key, number in numbers.items()}}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

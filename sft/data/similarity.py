@@ -3,14 +3,18 @@
 The likeness of two texts is the Jaccard similarity of their sets of word triples: triples in both, divided by triples
 in either. Bands of MinHash values (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, chapter 3) are kept as one
 number each, 80 to 200 bytes a row, and sorted at the end: an index of Python sets would take thousands of bytes a row.
+
+Rows unlike the rest of a data set: in length, and in language.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from array import array
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,15 +22,22 @@ import numpy as np
 from sft.data.contents import contents
 
 NUM_VALUES = 128
+
 RECALL = 0.95
 """Part of the pairs exactly at the threshold that become candidates; of more alike ones nearly all."""
+
 NUM_NEIGHBOURS = 4
 """Rows of one band that a row is compared with: bounds the work where thousands of rows share most of their text."""
+
 _SHINGLES_AT_ONCE = 4096
+
 _MAX_REMEMBERED = 500_000
+
 # a word, or one letter of a script that is written without spaces, or one sign
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
+
 _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 
 Triples = set[tuple[str, ...]]
@@ -147,3 +158,57 @@ def _band_pairs(keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     far = np.arange(len(order)) - group > NUM_NEIGHBOURS
     found.append(order[far] << 32 | order[group[far]])
     return np.unique(np.concatenate(found))
+
+
+FAR_OUT = 3.0
+
+MIN_FACTOR = 2.0
+"""Rows less than twice as long, or as short, as the middle half are no outliers however alike the others are."""
+
+MIN_ROWS = 20
+
+RARE = 0.01
+"""A language is rare when a smaller part of the rows than this is in it."""
+
+MIN_LETTERS, MAX_CHARACTERS = 60, 1000
+
+
+def length_limits(lengths: Sequence[int]) -> tuple[float, float]:
+    """The shortest and the longest length that is no outlier: far-out fences on a log scale (Tukey 1977).
+
+    Args:
+        lengths: Lengths of all rows in characters.
+
+    Returns:
+        Lower and upper limit; 0 and infinity where there are too few rows to say.
+    """
+    if len(lengths) < MIN_ROWS:
+        return 0.0, float("inf")
+    low, high = np.quantile(np.log(np.maximum(lengths, 1)), (0.25, 0.75))
+    reach = max(FAR_OUT * (high - low), np.log(MIN_FACTOR))
+    return float(np.exp(low - reach)), float(np.exp(high + reach))
+
+
+def language(text: str) -> str | None:
+    """ISO 639-1 code of a text's language (by py3langid, offline); None where there is too little text to tell."""
+    beginning = text[:MAX_CHARACTERS]
+    if sum(map(str.isalpha, beginning)) < MIN_LETTERS:
+        return None
+    label, probability = _identifier().classify(beginning)
+    return label if probability >= 1.0 - RARE else None
+
+
+@functools.cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def rare_languages(languages: Sequence[str | None]) -> Counter[str]:
+    """Languages of which there are so few rows that they hardly belong there, with the number of rows."""
+    known = Counter(label for label in languages if label is not None)
+    total = sum(known.values())
+    if total < MIN_ROWS:
+        return Counter()
+    return Counter({label: count for label, count in known.items() if count < RARE * total})

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sft.data.csv_rows import csv_rows
 from sft.data.json_reader import json_rows, jsonl_rows
 from sft.data.row import Row, SourceError
 from sft.data.table_reader import arrow_rows, parquet_rows, saved_rows
-from sft.data.text_reader import COMPRESSIONS, data_suffix
+from sft.data.text_reader import COMPRESSIONS, csv_rows, data_suffix
 
 # What only a folder of `datasets.save_to_disk` holds: one split, or several.
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"

@@ -22,9 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from sft.export.gptq_format import open_tensors, weights_size_bytes
 from sft.export.proof import compare_logits, logits_of
-from sft.export.quantization import check_calibration, check_weights_finite, linear_widths
-from sft.export.quantization_report import LayerError, QuantizationReport
-from sft.models.tokenizer_files import save_tokenizer
+from sft.export.quantization import (
+    LayerError,
+    QuantizationReport,
+    check_calibration,
+    check_weights_finite,
+    linear_widths,
+)
+from sft.models.checkpoint import save_tokenizer
 
 METHODS = ("int8", "nf4")
 NF4_BLOCK = 64

@@ -13,16 +13,11 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.export.merge_by_file import NotStreamableError, ShardMerge
-from sft.export.merge_in_memory import AdapterMix, load_mix
+from sft.export.merge_in_memory import AdapterMix, grow_to_adapter, load_mix, merge_into_base
 from sft.export.proof import LogitDifference, check_logits, compare_logits, iterate_logits, logits_of
-from sft.models.loading import load_model, parse_dtype, save_tokenizer
-from sft.models.saved_adapters import (
-    check_adapter_folder,
-    count_adapted_modules,
-    grow_to_adapter,
-    load_adapter,
-    merge_into_base,
-)
+from sft.models.checkpoint import save_tokenizer
+from sft.models.loading import load_model, parse_dtype
+from sft.models.saved_adapters import check_adapter_folder, count_adapted_modules, load_adapter
 from sft.models.token_rows import is_tied
 
 logger = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,23 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import PreTrainedModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sft.models.saved_adapters import adapter_shapes, check_adapter_folder, check_complete, load_adapter
+from sft.chat.formats import resize_embeddings
+from sft.models.saved_adapters import adapter_shapes, check_adapter_folder, check_complete, load_adapter, outgrown
+
+logger = logging.getLogger(__name__)
+
+TIE_TOLERANCE = 1e-5
+"""Head and embeddings that differ by less, relative to the largest weight, were meant to be equal."""
 
 Combination = Literal["cat", "linear", "ties", "dare_linear", "dare_ties"]
+
 COMBINATIONS = ("cat", "linear", "ties", "dare_linear", "dare_ties")
+
 PRUNING = ("ties", "dare_linear", "dare_ties")
+
 MIX = "mix"
 
 
@@ -103,3 +114,59 @@ def _check_plain_lora(adapter: Path) -> None:
             f"The adapter in {adapter} holds weights that were trained whole ({', '.join(whole[:2])}), and two "
             f"versions of those can't be mixed."
         )
+
+
+def grow_to_adapter(model: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Give the base as many rows of embeddings as it had when the adapter was trained.
+
+    What is in the new rows does not matter: the adapter holds them, whole or as trained token rows.
+    """
+    wanted = outgrown(model, adapter, tokenizer)
+    if wanted:
+        resize_embeddings(model, wanted, [])
+
+
+def merge_into_base(peft_model: PeftModel) -> PreTrainedModel:
+    """Merge in memory; head and embeddings end up as one tensor only if they are equal.
+
+    peft merges into the weight that it finds. Where head and embeddings share it and carry LoRA of their own, each
+    delta would go into both, so the two are parted first and joined again when they come out equal.
+
+    Raises:
+        ValueError: A merged weight is not finite.
+    """
+    was_tied = bool(peft_model.get_base_model().config.get_text_config().tie_word_embeddings)
+    _part_adapted_ties(peft_model)
+    merged = peft_model.merge_and_unload(safe_merge=True)
+    if was_tied:
+        _settle_ties(merged)
+    return merged
+
+
+def _part_adapted_ties(peft_model: PeftModel) -> None:
+    base = peft_model.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is None or not any(isinstance(module, BaseTunerLayer) for module in (embedding, head)):
+        return
+    inner_head, inner_embedding = _base_layer(head), _base_layer(embedding)
+    if inner_head.weight is inner_embedding.weight:
+        inner_head.weight = torch.nn.Parameter(inner_head.weight.detach().clone(), requires_grad=False)
+
+
+def _base_layer(module: Any) -> Any:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _settle_ties(model: PreTrainedModel) -> None:
+    """Join head and embeddings that came out equal, and have the config say which it is."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        return
+    largest = float(embedding.weight.abs().max())
+    are_equal = float((head.weight - embedding.weight).abs().max()) <= TIE_TOLERANCE * largest
+    if are_equal:
+        head.weight = embedding.weight
+    else:
+        logger.info("head and embeddings were trained apart: the checkpoint holds both")
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = are_equal

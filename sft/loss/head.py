@@ -11,7 +11,7 @@ from torch import nn
 
 from sft.batches.layout import document_layout
 from sft.inner_model import causal_lm, evaluating, learns_prompt
-from sft.loss.linear_cross_entropy import Head
+from sft.loss.cross_entropy import Head
 from sft.loss.targets import Batch, model_arguments
 
 

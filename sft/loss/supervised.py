@@ -7,7 +7,6 @@ the batch was cut up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -16,22 +15,9 @@ import torch
 from torch import nn
 
 from sft.inner_model import causal_lm
-from sft.loss.cross_entropy import LOSS_TYPES, LossOptions, TokenSums, cross_entropy_sums
+from sft.loss.cross_entropy import LossOptions, TokenSums, cross_entropy_sums, linear_cross_entropy_sums
 from sft.loss.head import plain_head, states_before_head, takes_logits_to_keep
-from sft.loss.linear_cross_entropy import linear_cross_entropy_sums
-from sft.loss.targets import Batch, Targets, find_targets, model_arguments, num_targets
-
-__all__ = [
-    "LOSS_TYPES",
-    "LossOptions",
-    "SupervisedLogits",
-    "SupervisedLoss",
-    "TokenTotals",
-    "num_targets",
-    "sft_loss",
-    "supervised_logits",
-    "supervised_loss",
-]
+from sft.loss.targets import Batch, Targets, find_targets, model_arguments
 
 
 @dataclass(frozen=True)
@@ -209,63 +195,3 @@ def _router_loss(model: nn.Module, outputs: Any) -> torch.Tensor | None:
     if router_loss is None:
         return None
     return router_loss * causal_lm(model).config.get_text_config().router_aux_loss_coef
-
-
-class TokenTotals:
-    """Adds up the figures of batches, so that means are over tokens; nothing is read from the device before `means`."""
-
-    def __init__(self, sums: Mapping[str, float] | None = None) -> None:
-        self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in (sums or {}).items()}
-
-    def add(self, result: SupervisedLoss, *, skip_broken: bool = False) -> None:
-        """Take one batch in.
-
-        Args:
-            result: its loss and figures.
-            skip_broken: leave it out when its loss is not finite.
-        """
-        figures = {
-            "loss": result.loss_sum,
-            "weight": result.weight,
-            "hits": result.num_correct,
-            "targets": result.num_targets,
-            "entropy": result.entropy,
-            "router": None if result.router_loss is None else result.router_loss * result.weight,
-        }
-        finite = torch.isfinite(result.loss_sum) if skip_broken else None
-        for name, value in figures.items():
-            if value is not None:
-                value = value if finite is None else torch.where(finite, value, 0)
-                precise = value.double() if value.device.type in ("cpu", "cuda") else value.float()
-                self._sums[name] = self._sums[name].to(precise) + precise if name in self._sums else precise
-
-    def copy(self) -> TokenTotals:
-        """The same sums, to go back to."""
-        other = TokenTotals()
-        other._sums = dict(self._sums)  # sums are replaced, never changed in place
-        return other
-
-    def sums(self, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, float]:
-        """What was added up so far, over all processes; `gather` as for `means`."""
-        if not self._sums:
-            return {}
-        sums = torch.stack(list(self._sums.values()))
-        if gather is not None:
-            sums = gather(sums).reshape(-1, len(self._sums)).sum(0)
-        return dict(zip(self._sums, sums.tolist(), strict=True))
-
-    def means(self, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, float]:
-        """`loss`, `mean_token_accuracy` and, where they were summed, `entropy` and `aux_loss`; empty without targets.
-
-        Args:
-            gather: collects a tensor `(figures,)` from all processes into `(processes * figures,)`.
-        """
-        total = self.sums(gather)
-        if not total or not total["targets"]:
-            return {}
-        means = {"loss": total["loss"] / total["weight"], "mean_token_accuracy": total["hits"] / total["targets"]}
-        if "entropy" in total:
-            means["entropy"] = total["entropy"] / total["targets"]
-        if "router" in total:
-            means["aux_loss"] = total["router"] / total["weight"]
-        return means

@@ -21,8 +21,8 @@ from sft.models.kbit import (
     needs_kbit_preparation,
     prepare_model_for_kbit_training,
 )
-from sft.models.lazy_gptqmodel import ask_peft_to_wait
 from sft.models.loading import keep_float32_products
+from sft.models.saved_adapters import ask_peft_to_wait
 from sft.models.token_rows import (
     embedding_name,
     head_name,

@@ -1,4 +1,7 @@
-"""Whether a checkpoint is whole: files that can be read, a weight for every layer of its config, a tokenizer."""
+"""Whether a checkpoint is whole: files that can be read, a weight for every layer of its config, a tokenizer.
+
+The files of a tokenizer, the same wherever they are written.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+
 LFS_POINTER = b"version https://git-lfs"
+
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+
 PROBE = "Hello"
+
 WAY_OUT = "Download or copy the checkpoint again, or write it anew with save_pretrained."
 
 
@@ -269,3 +276,20 @@ def _tokenizer_way_out(name_or_path: str | Path) -> str:
         "Copy the model's tokenizer.json and tokenizer_config.json there again, or write them anew with "
         f"AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({str(name_or_path)!r})."
     )
+
+
+OF_THE_PROCESS = ("local_files_only",)
+"""What transformers writes down of the environment: with HF_HUB_OFFLINE the same tokenizer would be other bytes."""
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer, or a processor, without what depends on how this process was started.
+
+    Args:
+        tokenizer: With `save_pretrained`.
+        folder: Made if need be.
+    """
+    for part in (tokenizer, getattr(tokenizer, "tokenizer", None)):
+        for name in OF_THE_PROCESS:
+            getattr(part, "init_kwargs", {}).pop(name, None)
+    tokenizer.save_pretrained(folder)

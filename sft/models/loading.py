@@ -16,7 +16,8 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sft.attention.choice import check_attention_request, current_hardware
+from sft.attention.choice import check_attention_request
+from sft.hardware import current_hardware
 from sft.models.checkpoint import (
     WAY_OUT,
     CheckpointError,
@@ -27,7 +28,7 @@ from sft.models.checkpoint import (
 )
 from sft.models.checkpoint import load_processor as load_processor
 from sft.models.checkpoint import load_tokenizer as load_tokenizer
-from sft.models.tokenizer_files import save_tokenizer as save_tokenizer
+from sft.models.checkpoint import save_tokenizer as save_tokenizer
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

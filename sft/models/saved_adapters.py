@@ -1,27 +1,44 @@
-"""Load an adapter and merge it in memory, where head and embeddings may share one weight."""
+"""Load an adapter and merge it in memory, where head and embeddings may share one weight.
+
+Keep peft from importing GPTQModel for models that have no GPTQ layers.
+
+peft asks for every layer whether it is one of GPTQModel's, and imports that package to find out: seconds of start-up, a
+banner on the terminal and another logging set-up. But a layer of a package that was never imported does not exist:
+loading a GPTQ checkpoint imports the package first.
+"""
 
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sft.chat.formats import resize_embeddings
-from sft.models.lazy_gptqmodel import ask_peft_to_wait
-
 logger = logging.getLogger(__name__)
 
+PACKAGE = "gptqmodel"
+
+
+def gptqmodel_in_use() -> bool:
+    """Whether anything in this process has imported GPTQModel, without which none of its layers can exist."""
+    return PACKAGE in sys.modules
+
+
+def ask_peft_to_wait() -> None:
+    """Replace peft's question "is GPTQModel installed?" by "is it in use?", wherever peft has imported it to."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "peft" and hasattr(module, "is_gptqmodel_available"):
+            vars(module)["is_gptqmodel_available"] = gptqmodel_in_use
+
+
 ADAPTER_CONFIG = "adapter_config.json"
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-TIE_TOLERANCE = 1e-5
-"""Head and embeddings that differ by less, relative to the largest weight, were meant to be equal."""
 
 
 def check_adapter_folder(adapter: Path) -> None:
@@ -79,16 +96,6 @@ def adapter_shapes(adapter: Path) -> dict[str, list[int]]:
         return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
-def grow_to_adapter(model: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Give the base as many rows of embeddings as it had when the adapter was trained.
-
-    What is in the new rows does not matter: the adapter holds them, whole or as trained token rows.
-    """
-    wanted = outgrown(model, adapter, tokenizer)
-    if wanted:
-        resize_embeddings(model, wanted, [])
-
-
 def outgrown(model: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Rows of embeddings that the adapter needs, 0 where the base has enough."""
     rows, width = model.get_input_embeddings().weight.shape
@@ -96,23 +103,6 @@ def outgrown(model: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokeniz
     saved = [shape[0] for shape in whole if shape[1] == width and shape[0] > rows]
     wanted = max(saved, default=len(tokenizer) if tokenizer is not None else 0)
     return wanted if wanted > rows else 0
-
-
-def merge_into_base(peft_model: PeftModel) -> PreTrainedModel:
-    """Merge in memory; head and embeddings end up as one tensor only if they are equal.
-
-    peft merges into the weight that it finds. Where head and embeddings share it and carry LoRA of their own, each
-    delta would go into both, so the two are parted first and joined again when they come out equal.
-
-    Raises:
-        ValueError: A merged weight is not finite.
-    """
-    was_tied = bool(peft_model.get_base_model().config.get_text_config().tie_word_embeddings)
-    _part_adapted_ties(peft_model)
-    merged = peft_model.merge_and_unload(safe_merge=True)
-    if was_tied:
-        _settle_ties(merged)
-    return merged
 
 
 def count_adapted_modules(peft_model: PeftModel) -> int:
@@ -126,32 +116,3 @@ def count_adapted_modules(peft_model: PeftModel) -> int:
 def _is_whole_weight(key: str) -> bool:
     """Whether a key of an adapter's file belongs to embeddings or a module trained whole, not to an adapted layer."""
     return (key.endswith((".weight", ".bias")) and "lora_" not in key) or ".token_adapter." in key
-
-
-def _part_adapted_ties(peft_model: PeftModel) -> None:
-    base = peft_model.get_base_model()
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head is None or not any(isinstance(module, BaseTunerLayer) for module in (embedding, head)):
-        return
-    inner_head, inner_embedding = _base_layer(head), _base_layer(embedding)
-    if inner_head.weight is inner_embedding.weight:
-        inner_head.weight = torch.nn.Parameter(inner_head.weight.detach().clone(), requires_grad=False)
-
-
-def _base_layer(module: Any) -> Any:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _settle_ties(model: PreTrainedModel) -> None:
-    """Join head and embeddings that came out equal, and have the config say which it is."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None:
-        return
-    largest = float(embedding.weight.abs().max())
-    are_equal = float((head.weight - embedding.weight).abs().max()) <= TIE_TOLERANCE * largest
-    if are_equal:
-        head.weight = embedding.weight
-    else:
-        logger.info("head and embeddings were trained apart: the checkpoint holds both")
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = are_equal

@@ -3,6 +3,11 @@
 A token is trained when the characters it covers overlap a trained span. The tokens that overlap a span are neighbours:
 two look-ups give all of them, without a Python object for every token. Where a tokenizer's tokens are the text's bytes,
 their lengths tell where they lie (`sft.tokens.byte_level`); elsewhere the tokenizer's own offset table does.
+
+Tokens that lie across a border of what is trained: half in the prompt, half in the answer.
+
+Such a token is trained, and with it the end of the prompt. When the model generates, its prompt ends at the border, in
+other tokens than those it was trained behind. A template whose generation prompt ends in a space is the usual cause.
 """
 
 from __future__ import annotations
@@ -19,10 +24,45 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.chat.render import Rendered, Span
 from sft.labels import IGNORE_INDEX
-from sft.tokens.byte_level import Run, TokenBytes
+from sft.tokens.byte_level import Crossing, Ids, Run, TokenBytes, WordCache
 from sft.tokens.columns import list_array
-from sft.tokens.token_borders import Crossing, crossing_of, describe
-from sft.tokens.word_cache import Ids, WordCache
+
+_SHOWN = 16
+
+
+def crossing_of(encoding: Encoding, span: Span, first: int, stop: int) -> Crossing | None:
+    """The token across the start or the end of a span; None when tokens begin and end with it.
+
+    Args:
+        encoding: Tokens of the whole text.
+        span: Characters that are trained.
+        first: First token of the span.
+        stop: The token after its last one.
+    """
+    if first >= stop:
+        return None
+    begin, end = encoding.token_to_chars(first), encoding.token_to_chars(stop - 1)
+    if begin is not None and begin[0] < span.start < begin[1]:
+        return Crossing(first, span.start)
+    if end is not None and end[0] < span.end < end[1]:
+        return Crossing(stop - 1, span.end)
+    return None
+
+
+def describe(crossing: Crossing, text: str, token_id: int, rules: Tokenizer) -> str:
+    """What is wrong, in a sentence that shows the place.
+
+    Args:
+        crossing: The token and the border.
+        text: The document.
+        token_id: The token's id.
+        rules: The tokenizer.
+    """
+    at = crossing.border
+    before, behind = text[max(0, at - _SHOWN) : at], text[at : at + _SHOWN]
+    token = rules.decode([token_id], skip_special_tokens=False)
+    return f"the token {token!r} lies across the border of what is trained: {before!r} | {behind!r}"
+
 
 # Whitespace of every kind that tokenizers report as covering no characters when they trim offsets.
 _TRIM_PROBE = "a b\n\nc  d"

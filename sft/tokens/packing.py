@@ -3,12 +3,16 @@
 A packed row keeps its documents apart: `seq_lengths` lists their lengths, and a document that is divided goes on as
 another document. Best-fit decreasing is described in D. S. Johnson et al., "Worst-case performance bounds for simple
 one-dimensional packing algorithms" (1974); its use for training in arXiv:2404.10830.
+
+What becomes of documents that are longer than the limit: cut, split, dropped or refused, and always counted.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -17,21 +21,234 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
-from sft.tokens.columns import TOKEN_COLUMNS, Integers, Pieces, RowPlan, materialize, token_columns, whole
-from sft.tokens.overflow import Overflow, OverflowReport, apply_overflow, cut_pieces, plan_overflow, truncate_dataset
+from sft.tokens.columns import (
+    TOKEN_COLUMNS,
+    Columns,
+    Integers,
+    Pieces,
+    RowPlan,
+    count_trained,
+    materialize,
+    token_columns,
+    whole,
+)
 
-__all__ = [
-    "Overflow",
-    "OverflowReport",
-    "PackingStrategy",
-    "apply_overflow",
-    "limit_and_pack",
-    "pack_dataset",
-    "pack_with_plan",
-    "plan_bfd",
-    "plan_rows",
-    "truncate_dataset",
-]
+
+class Overflow(StrEnum):
+    """Policies for documents longer than the limit."""
+
+    TRUNCATE = "truncate"
+    SPLIT = "split"
+    DROP = "drop"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class OverflowReport:
+    """What a limit did to a data set; row numbers are those of the data set given.
+
+    Attributes:
+        policy: what was asked.
+        max_length: the limit in tokens.
+        num_rows: rows given.
+        truncated: rows cut at the limit.
+        split: rows divided into several.
+        dropped: rows left out for their length.
+        masked: rows left out because nothing in them is trained (any more, after a cut), empty ones among them.
+        tokens_lost: row -> its tokens that are in no output row, for every row touched.
+        trained_tokens_lost: row -> how many of them are trained.
+        source_rows: `(num output rows,)` the row that each output row comes from.
+    """
+
+    policy: Overflow
+    max_length: int
+    num_rows: int
+    truncated: list[int] = field(default_factory=list)
+    split: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    masked: list[int] = field(default_factory=list)
+    tokens_lost: dict[int, int] = field(default_factory=dict)
+    trained_tokens_lost: dict[int, int] = field(default_factory=dict)
+    source_rows: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens_lost(self) -> int:
+        """Tokens that are in no output row."""
+        return sum(self.tokens_lost.values())
+
+    @property
+    def num_truncated(self) -> int:
+        """Rows cut at the limit."""
+        return len(self.truncated)
+
+    @property
+    def num_split(self) -> int:
+        """Rows divided into several."""
+        return len(self.split)
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows left out, for their length or because nothing in them is trained."""
+        return len(self.dropped) + len(self.masked)
+
+    @property
+    def row_indices(self) -> dict[str, list[int]]:
+        """Rows touched, by what happened to them."""
+        return {
+            "truncated": self.truncated,
+            "split": self.split,
+            "dropped": self.dropped,
+            "masked": self.masked,
+        }
+
+    @property
+    def touched(self) -> list[int]:
+        """All of them, in order."""
+        return sorted(itertools.chain.from_iterable(self.row_indices.values()))
+
+    def summary(self) -> str:
+        """One line for the log; empty when nothing was touched."""
+        parts = [f"{len(rows)} {name} (first: row {rows[0]})" for name, rows in self.row_indices.items() if rows]
+        if not parts:
+            return ""
+        return f"limit of {self.max_length} tokens: {', '.join(parts)}; {self.num_tokens_lost} tokens lost"
+
+
+def cut_pieces(lengths: Integers, max_length: int, policy: Overflow) -> Pieces:
+    """Stretches of documents that stay, each at most `max_length` long (`error` is not handled here)."""
+    documents: Integers = np.arange(len(lengths))
+    if policy is Overflow.DROP:
+        documents = documents[lengths <= max_length]
+    kept = lengths[documents]
+    if policy is Overflow.TRUNCATE:
+        return Pieces(documents, np.zeros_like(documents), np.minimum(kept, max_length))
+    counts = np.maximum(1, -(-kept // max_length))
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    document, start = np.repeat(documents, counts), number * max_length
+    return Pieces(document, start, np.minimum(lengths[document] - start, max_length))
+
+
+def apply_overflow(dataset: Dataset, max_length: int, policy: str = "truncate") -> tuple[Dataset, OverflowReport]:
+    """Bring every document within the limit and leave out those in which nothing is trained.
+
+    Args:
+        dataset: tokenized rows; columns other than the token columns are kept as they are.
+        max_length: limit in tokens.
+        policy: `truncate` (keep the beginning), `split` (into documents of their own), `drop` or `error`.
+
+    Returns:
+        The data set (the very same one when nothing had to be done), and what was done to it.
+
+    Raises:
+        ValueError: the limit is below 1, or the policy is `error` and a document is too long.
+    """
+    columns = token_columns(dataset)
+    ids = dataset["id"] if "id" in dataset.column_names else None
+    pieces, report = plan_overflow(columns, max_length, policy, ids)
+    if len(pieces) == len(dataset) and not report.touched:
+        return dataset, report
+    others = dataset.remove_columns(list(columns)).select(report.source_rows)
+    return materialize(dataset, RowPlan(pieces, np.arange(1, len(pieces) + 1)), carry=others), report
+
+
+def plan_overflow(
+    columns: Columns, max_length: int, policy: str = "truncate", ids: Sequence[Any] | None = None
+) -> tuple[Pieces, OverflowReport]:
+    """Decide what `apply_overflow` does, without doing it.
+
+    Args:
+        columns: `input_ids`, and `labels` unless all tokens are trained.
+        max_length: limit in tokens.
+        policy: `truncate`, `split`, `drop` or `error`.
+        ids: `(num_documents,)` what messages call the documents.
+
+    Returns:
+        Stretches of documents that stay, and what was done to the others.
+
+    Raises:
+        ValueError: the limit is below 1, or the policy is `error` and a document is too long.
+    """
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, found {max_length}")
+    if policy not in list(Overflow):
+        raise ValueError(f"overflow policy {policy!r} is unknown; use one of {', '.join(Overflow)}")
+    chosen = Overflow(policy)
+    lengths = columns["input_ids"].lengths()
+    if chosen is Overflow.ERROR:
+        _refuse_long(lengths, max_length, ids)
+    pieces = cut_pieces(lengths, max_length, chosen)
+    if "labels" in columns:
+        trained, targets = count_trained(columns["labels"], pieces)
+    else:
+        trained = targets = pieces.length
+    kept = targets > 0
+    report = _report(chosen, max_length, lengths, pieces[kept])
+    _count_losses(report, columns, pieces[kept], trained[kept])
+    return pieces[kept], report
+
+
+def _count_losses(report: OverflowReport, columns: Columns, kept: Pieces, trained: Integers) -> None:
+    """Enter the tokens that each touched row lost."""
+    lengths = columns["input_ids"].lengths()
+    rows = np.array(report.touched, dtype=np.int64)
+    touched = whole(lengths)[rows]
+    before = count_trained(columns["labels"], touched)[0] if "labels" in columns else touched.length
+    after = np.bincount(kept.document, kept.length, len(lengths)).astype(np.int64)[rows]
+    after_trained = np.bincount(kept.document, trained, len(lengths)).astype(np.int64)[rows]
+    report.tokens_lost.update(zip(report.touched, (lengths[rows] - after).tolist(), strict=True))
+    report.trained_tokens_lost.update(zip(report.touched, (before - after_trained).tolist(), strict=True))
+
+
+def _report(policy: Overflow, max_length: int, lengths: Integers, kept: Pieces) -> OverflowReport:
+    too_long = np.flatnonzero(lengths > max_length)
+    gone = np.setdiff1d(np.arange(len(lengths)), kept.document)
+    long_and_kept = np.setdiff1d(too_long, gone)
+    dropped = too_long if policy is Overflow.DROP else too_long[:0]
+    return OverflowReport(
+        policy=policy,
+        max_length=max_length,
+        num_rows=len(lengths),
+        truncated=long_and_kept.tolist() if policy is Overflow.TRUNCATE else [],
+        split=long_and_kept.tolist() if policy is Overflow.SPLIT else [],
+        dropped=dropped.tolist(),
+        masked=np.setdiff1d(gone, dropped).tolist(),
+        source_rows=kept.document.tolist(),
+    )
+
+
+def _refuse_long(lengths: Integers, max_length: int, ids: Sequence[Any] | None) -> None:
+    too_long = np.flatnonzero(lengths > max_length)
+    if not len(too_long):
+        return
+    row = int(too_long[0])
+    name = "" if ids is None else f" (id {str(ids[row])!r})"
+    raise ValueError(
+        f"{len(too_long)} rows are longer than {max_length} tokens; the first is row {row}{name} with {lengths[row]}, "
+        f"the longest has {lengths.max()}. Raise max_length, or choose overflow truncate, split or drop."
+    )
+
+
+def truncate_dataset(dataset: Dataset | IterableDataset, max_length: int) -> Dataset | IterableDataset:
+    """Cut the token columns of every row at `max_length` tokens; no row is left out.
+
+    Args:
+        dataset: tokenized rows, streamed or not.
+        max_length: limit in tokens.
+    """
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, found {max_length}")
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(partial(_truncate_batch, max_length=max_length), batched=True)
+    columns = token_columns(dataset)
+    lengths = columns["input_ids"].lengths()
+    if not (lengths > max_length).any():
+        return dataset
+    plan = RowPlan(cut_pieces(lengths, max_length, Overflow.TRUNCATE), np.arange(1, len(lengths) + 1))
+    return materialize(dataset, plan, carry=dataset.remove_columns(list(columns)))
+
+
+def _truncate_batch(batch: dict[str, list[Any]], max_length: int) -> dict[str, list[Any]]:
+    return {name: [row[:max_length] for row in batch[name]] for name in TOKEN_COLUMNS if name in batch}
 
 
 class PackingStrategy(StrEnum):

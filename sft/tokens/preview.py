@@ -40,8 +40,8 @@ def preview_masks(
     """Show a seeded sample of rows token by token.
 
     Args:
-        rows: Token rows (`input_ids`, `labels`, packed or not), or records as `sft.data.records.normalize` returns them,
-            which are rendered and tokenized first and for which the shares of the roles are shown too.
+        rows: Token rows (`input_ids`, `labels`, packed or not), or records as `sft.data.records.normalize` returns
+            them, which are rendered and tokenized first and for which the shares of the roles are shown too.
         tokenizer: The tokenizer of the rows.
         num_rows: How many rows are shown.
         seed: Which ones.

@@ -21,9 +21,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 logger = logging.getLogger(__name__)
 
-POLICIES = ("stop", "skip", "rollback")
 NUM_RECENT, NUM_NEEDED = 50, 20
+
 MAX_IN_A_ROW = 10
+
 BAD_UPDATE = "bad_update"
 """Key of the log's entries on what was found and done."""
 
@@ -135,19 +136,3 @@ def roll_back(trainer: Any, step: int, problem: str) -> str:
     trainer._load_optimizer_and_scheduler(checkpoint)
     trainer.lr_scheduler.load_state_dict(schedule)
     return Path(checkpoint).name
-
-
-def check_policy(policy: str | None, factor: float | None, fp16: bool) -> None:
-    """Refuse values that can't be followed.
-
-    Raises:
-        ValueError: Says which and why.
-    """
-    if policy is not None and policy not in POLICIES:
-        raise ValueError(f"on_bad_loss={policy!r}: use one of {', '.join(POLICIES)}, or None to never look")
-    if factor is not None and policy is None:
-        raise ValueError(f"bad_loss_factor={factor} would be ignored without on_bad_loss={' or '.join(POLICIES)}")
-    if factor is not None and factor <= 1:
-        raise ValueError(f"bad_loss_factor={factor}: every second loss is above the median; give more than 1")
-    if policy is not None and fp16:
-        raise ValueError("on_bad_loss can't be used with fp16, whose loss scaling skips such updates itself; use bf16")

@@ -1,29 +1,132 @@
-"""The attention of one training: chosen for its device and precision, set on the model, and probed."""
+"""The attention of one training: chosen for its device and precision, set on the model, and probed.
+
+How rows become batches: which data sets are packed, which collator joins rows, which process reads them.
+
+Whether a training may leave out tokens that `sft.batches.shared_tokens` finds redundant, and the proof that it may.
+"""
 
 from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
+import datasets
+import torch
+from torch import nn
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sft.attention.choice import (
-    SFT_DOCUMENTS,
     check_attention_request,
     check_flash_sdp,
     choose_packed_attention,
     flash_sdp_only,
-    probe_isolation,
     refuse_packing_reason,
 )
-from sft.attention.kernels import has_row_kernel
+from sft.attention.isolation import probe_isolation, rounding_tolerances
+from sft.attention.kernels import SFT_DOCUMENTS, has_row_kernel
+from sft.batches.collator import DataCollatorForSFT
+from sft.batches.layout import batch_layout, document_layout
 from sft.config import SFTConfig
 from sft.hardware import Hardware, current_hardware
-from sft.inner_model import causal_lm, learns_prompt
+from sft.inner_model import causal_lm, evaluating, learns_prompt
+from sft.loss.supervised import supervised_logits
 from sft.models.loading import MIXED_PRECISIONS
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which data sets are packed, and whether batches are one flat row without padding; None = not decided yet."""
+
+    train: bool
+    eval: bool
+    flat: bool | None
+
+
+def take_over_collator(collator: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """This library's collator in place of transformers' own ones for token rows; any other one is handed back.
+
+    `DataCollatorForLanguageModeling` fails on rows with labels, and puts its own in their place. A flat row of
+    `DataCollatorWithFlattening` does not say where its documents end.
+
+    Args:
+        collator: As it was given to the trainer.
+        tokenizer: Its padding token fills batches.
+
+    Raises:
+        ValueError: Masked language modelling was asked for.
+    """
+    if type(collator) is DataCollatorWithFlattening:
+        return DataCollatorForSFT(tokenizer.pad_token_id, padding_free=True)
+    if type(collator) is not DataCollatorForLanguageModeling:
+        return collator
+    if collator.mlm:
+        raise ValueError(
+            "DataCollatorForLanguageModeling has mlm=True, which hides tokens for a model that reads in both "
+            "directions; a causal model needs mlm=False, or leave data_collator out"
+        )
+    return DataCollatorForSFT(tokenizer.pad_token_id, pad_to_multiple_of=collator.pad_to_multiple_of)
+
+
+def choose_packing(config: SFTConfig, data_collator: Any, datasets: list[Any]) -> Packing:
+    """Decide which data sets are packed and whether batches are flat.
+
+    Args:
+        config: `packing`, `eval_packing`, `padding_free`.
+        data_collator: The user's own, or None.
+        datasets: All data sets; rows that are packed already make batches flat.
+    """
+    eval_packing = config.packing if config.eval_packing is None else config.eval_packing
+    packed = config.packing or eval_packing
+    already = any("seq_lengths" in (getattr(dataset, "column_names", None) or ()) for dataset in datasets)
+    flat = packed or already or config.padding_free or getattr(data_collator, "padding_free", False)
+    undecided = data_collator is None and config.padding_free is None
+    return Packing(config.packing, eval_packing, flat or (None if undecided else False))
+
+
+def choose_collator(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, packing: Packing) -> DataCollatorForSFT:
+    """The collator for token rows: flat batches where rows are packed or padding is unwanted, else padded ones."""
+    return DataCollatorForSFT(
+        pad_token_id=tokenizer.pad_token_id,
+        padding_free=bool(packing.flat),
+        pad_to_multiple_of=config.pad_to_multiple_of,
+    )
+
+
+def settle_dispatch(config: SFTConfig, packing: Packing, datasets_given: list[Any]) -> None:
+    """On several processes, let each one read its own batches where batches can't be cut into equal parts.
+
+    accelerate would have the first process read streamed batches and hand each process a slice of dimension 0, which
+    in a flat batch is 1, and differs between rows of a stream that are padded batch by batch.
+
+    Args:
+        config: `accelerator_config.dispatch_batches` is set to False where it was left open.
+        packing: Whether batches are flat.
+        datasets_given: All data sets.
+
+    Raises:
+        ValueError: It was set to True, and batches are flat.
+    """
+    streamed = any(
+        isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)) for dataset in datasets_given
+    )
+    accelerator = config.accelerator_config
+    if packing.flat and accelerator.dispatch_batches:
+        raise ValueError(
+            "accelerator_config has dispatch_batches=True, but flat batches (packing, padding_free) are one row and "
+            "can't be divided among processes; leave it out"
+        )
+    if (packing.flat is not False or streamed) and accelerator.dispatch_batches is None:
+        accelerator.dispatch_batches = False
+
 
 READERS = ("compute_loss", "training_step", "prediction_step", "_prepare_inputs", "get_batch_samples")
 """Methods of a trainer that are given batches."""
@@ -159,3 +262,83 @@ def requested_attention(model: Any) -> str:
     current = model.config._attn_implementation
     own_choice = "sdpa" if causal_lm(model)._supports_sdpa else "eager"
     return "auto" if current in ("sdpa", own_choice) else current
+
+
+def settle_sharing(model: Any, config: SFTConfig, data_collator: Any) -> str:
+    """Have the collator plan which tokens are computed, where that changes nothing but time.
+
+    Args:
+        model: With its attention set, on the device that will train it.
+        config: `share_tokens`, and the options that speak against it.
+        data_collator: Its `share_tokens` is set when it is this library's own for flat batches.
+
+    Returns:
+        One line that says what was chosen and why.
+
+    Raises:
+        ValueError: The model computes something else when beginnings are shared.
+    """
+    reason = refuse_sharing_reason(model, config, data_collator)
+    if reason is not None:
+        return f"every token is computed: {reason}"
+    if model.device.type == config.device.type:  # FSDP and DeepSpeed move it later, piece by piece
+        probe_sharing(model)
+    data_collator.share_tokens = True
+    return "what documents begin with alike is computed once, nothing behind their last targets"
+
+
+def refuse_sharing_reason(model: Any, config: SFTConfig, data_collator: Any) -> str | None:
+    """Why each token must be computed on its own, or None when nothing speaks against sharing."""
+    text_config = causal_lm(model).config.get_text_config()
+    if not config.share_tokens:
+        return "share_tokens is off"
+    if type(data_collator) is not DataCollatorForSFT or not data_collator.padding_free:
+        return "batches are padded or made by another collator"
+    if text_config._attn_implementation != SFT_DOCUMENTS:
+        return f"attention {text_config._attn_implementation} reads rows as they are"
+    if config.neftune_noise_alpha is not None:
+        return "NEFTune draws noise for each token"
+    if learns_prompt(model):
+        return "prompt tuning lengthens the row"
+    if getattr(text_config, "output_router_logits", False):
+        return "the routers' loss counts every token"
+    return _noise(model, text_config)
+
+
+def _noise(model: nn.Module, text_config: Any) -> str | None:
+    dropping = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    names = ("attention_dropout", "attn_dropout", "attn_pdrop", "router_jitter_noise")
+    named = [name for name in names if getattr(text_config, name, None)]
+    return "dropout draws noise for each token" if dropping or named else None
+
+
+@torch.no_grad()
+def probe_sharing(model: Any) -> float:
+    """Run documents with a common beginning, shared and not, and see that the logits of their targets are the same.
+
+    Returns:
+        The largest difference, relative to the largest logit.
+
+    Raises:
+        ValueError: It is more than rounding.
+    """
+    vocab_size = causal_lm(model).get_input_embeddings().weight.shape[0]
+    begin = [(7 * place + 1) % vocab_size for place in range(12)]
+    rows = [{"input_ids": [*begin, *((place + end) % vocab_size for place in range(6))]} for end in (2, 3, 5)]
+    with evaluating(model):
+        alone, shared = (_logits(model, rows, share_tokens=sharing) for sharing in (False, True))
+    difference = ((alone - shared).abs().max() / alone.abs().max().clamp_min(1e-30)).item()
+    tolerance = rounding_tolerances(causal_lm(model))[1]
+    if difference > tolerance:
+        raise ValueError(
+            f"computing common beginnings once changes what {causal_lm(model).config.model_type} computes: logits "
+            f"differ by {difference:.1e} of their size (limit {tolerance:.1e}). Use share_tokens=False."
+        )
+    return difference
+
+
+def _logits(model: Any, rows: list[dict[str, list[int]]], *, share_tokens: bool) -> torch.Tensor:
+    batch = DataCollatorForSFT(pad_token_id=0, padding_free=True, share_tokens=share_tokens)(rows)
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    with document_layout(batch_layout(batch)):
+        return supervised_logits(model, batch).logits.float()

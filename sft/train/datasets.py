@@ -1,4 +1,7 @@
-"""From a data set of any known shape to token rows with labels: what `SFTTrainer` does before it trains."""
+"""From a data set of any known shape to token rows with labels: what `SFTTrainer` does before it trains.
+
+The data sets of a trainer: each prepared and packed as its options say, at the start or when it is evaluated.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,24 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.chat.render import ChatRenderer, Rendered, TrainOn, asked_part
 from sft.config import DEFAULT_MAX_LENGTH, SFTConfig
-from sft.data.records import CONVERSATION_COLUMNS, Kind, Layout, check_text_alone, detect_layout, normalize
+from sft.data.messages import check_text_alone
+from sft.data.records import (
+    CONVERSATION_COLUMNS,
+    Kind,
+    Layout,
+    detect_layout,
+    normalize,
+)
+from sft.tokens.constant_length import constant_length_rows
 from sft.tokens.encoding import Encoder
 from sft.tokens.packing import apply_overflow, limit_and_pack, pack_dataset
 from sft.tokens.pretokenized import MASKS, StreamLimit, labels_of_tokens, nothing_trained, warn_of_double_bos
+from sft.train.batches import choose_packing
 
 logger = logging.getLogger(__name__)
 
 NO_LIMIT = 2**31 - 1
+
 FormattingFunc = Callable[[Any], Any]
 
 
@@ -365,3 +378,44 @@ def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bo
     if not report.source_rows:
         raise ValueError(nothing_trained(name, f"the {len(dataset)}", max_length))
     return fitted
+
+
+def prepare_all(dataset: Any, *, name: str, **kwargs: Any) -> Any:
+    """`prepare_rows` for one data set, for each of a dict of them, or for none."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {key: prepare_rows(rows, name=f"{name} {key}", **kwargs) for key, rows in dataset.items()}
+    return prepare_rows(dataset, name=name, **kwargs)
+
+
+def prepare_rows(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SFTConfig,
+    *,
+    packing: bool,
+    formatting_func: FormattingFunc | None,
+    name: str,
+) -> Any:
+    """Prepare one data set; the options of `ConstantLengthDataset` have it packed in that way."""
+    is_raw = isinstance(dataset, (Dataset, IterableDataset)) and not config.skip_prepare_dataset
+    if not (packing and config.constant_length and is_raw):
+        return prepare_dataset(dataset, tokenizer, config, packing=packing, formatting_func=formatting_func, name=name)
+    if formatting_func is not None:
+        dataset = apply_formatting(dataset, formatting_func, config)
+    seq_length = resolve_max_length(config, tokenizer)
+    return constant_length_rows(dataset, tokenizer, config, seq_length=seq_length, name=name)
+
+
+def prepare_later(dataset: Any, config: SFTConfig, prepare: Callable[..., Any]) -> Any:
+    """Rows for an evaluation of their own: prepared as the trainer's evaluation rows were, unless they are already.
+
+    Args:
+        dataset: As it was given to `evaluate` or `predict`; None and names are handed back.
+        config: Whether evaluation rows are packed.
+        prepare: `prepare_all` with the trainer's tokenizer, options and formatting function.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)) or "labels" in (dataset.column_names or ()):
+        return dataset
+    return prepare(dataset, packing=choose_packing(config, None, []).eval, name="eval")

@@ -25,16 +25,19 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from sft.attention.choice import document_layout, flash_sdp_only
-from sft.batches.layout import batch_layout
+from sft.attention.choice import flash_sdp_only
+from sft.batches.layout import batch_layout, document_layout
 from sft.batches.shared_tokens import without_sharing
 from sft.config import SFTConfig
 from sft.kernels.layers import fused_layers
 from sft.kernels.lora import fused_lora
-from sft.loss.supervised import LossOptions, TokenTotals, num_targets, supervised_loss
+from sft.loss.cross_entropy import LossOptions
+from sft.loss.supervised import supervised_loss
+from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
 from sft.train.arguments import (
     apply_chat_template,
+    one_processor,
     resolve_config,
     resolve_model,
     resolve_processor,
@@ -42,20 +45,29 @@ from sft.train.arguments import (
     tokenizer_of,
 )
 from sft.train.bad_updates import LossWatch, act_on
-from sft.train.batches import settle_batches
-from sft.train.batching import choose_collator, choose_packing, settle_dispatch, take_over_collator
+from sft.train.batches import (
+    choose_collator,
+    choose_packing,
+    settle_batches,
+    settle_dispatch,
+    settle_sharing,
+    take_over_collator,
+)
 from sft.train.checks import check_collator, check_ignored, check_token_rows
-from sft.train.counters import TokensSeen
-from sft.train.datasets import FormattingFunc
-from sft.train.former_arguments import one_processor
+from sft.train.counters import TokensSeen, TokenTotals, UnloggedFigures
+from sft.train.datasets import FormattingFunc, prepare_all, prepare_later
+from sft.train.images import choose_vision_collator
 from sft.train.neftune import embedding_noise
 from sft.train.offloading import check_offloading, offloaded_activations
-from sft.train.processes import FILLER, EvenCollator, EvenOrder, EvenRows, can_be_filled
-from sft.train.sharding import settle_sharding, without_copies
-from sft.train.sharing_setup import settle_sharing
-from sft.train.trainer_data import prepare_all, prepare_later
-from sft.train.unlogged import UnloggedFigures
-from sft.vision.setup import choose_vision_collator
+from sft.train.processes import (
+    FILLER,
+    EvenCollator,
+    EvenOrder,
+    EvenRows,
+    can_be_filled,
+    settle_sharding,
+    without_copies,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 
 from sft.chat.render import ChatRenderer, Rendered, Span, TrainOn
 from sft.chat.template import PROBE_CHAT, ChatTemplate, chat_template_of, in_parts, prints_probe
-from sft.data.records import IMAGE_COLUMNS, is_messages
+from sft.data.messages import IMAGE_COLUMNS, is_messages
 from sft.vision.images import read_images
 
 _PART_KEYS = ("image", "image_url", "url", "path", "base64")

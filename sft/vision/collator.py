@@ -14,7 +14,13 @@ from transformers import ProcessorMixin
 
 from sft.batches.collator import DataCollatorForSFT
 from sft.chat.render import Rendered, TrainOn, asked_part
-from sft.data.records import IMAGE_COLUMNS, Kind, Layout, detect_layout, normalize
+from sft.data.messages import IMAGE_COLUMNS
+from sft.data.records import (
+    Kind,
+    Layout,
+    detect_layout,
+    normalize,
+)
 from sft.labels import IGNORE_INDEX
 from sft.tokens.encoding import Encoder
 from sft.vision.chat import VisionRenderer, VisionRow, column_images, expand, placeholder, put_images_first, take_images
@@ -31,8 +37,8 @@ _BUILT_HERE = ("input_ids", "attention_mask", "offset_mapping", "text_replacemen
 class DataCollatorForVisionLanguageModeling:
     """Make a batch of rows with images: renders, runs the processor, masks.
 
-    A row has `messages` (or another conversation that `sft.data.records` knows), `prompt` and `completion`, or text; and
-    `images` or `image`: PIL images, paths, `{"bytes", "path"}`, or nothing. Content is text or a list of
+    A row has `messages` (or another conversation that `sft.data.records` knows), `prompt` and `completion`, or
+    text; and `images` or `image`: PIL images, paths, `{"bytes", "path"}`, or nothing. Content is text or a list of
     `{"type": "image"}` and `{"type": "text", "text": ...}` parts; image parts may bring their image. Images that no
     message mentions stand at the beginning of the first question.
 

@@ -2,88 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any, Self
+
+from stages.checkout.artifacts import JsonlWriter
 
 NUM_EXAMPLES = 3
-
-
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to write to, which takes the place of `path` on success and vanishes on failure.
-
-    What was at `path` before stays untouched until then, so that a failed run destroys no earlier result.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    if path.is_dir():
-        shutil.rmtree(path)
-    partial.replace(path)
-
-
-class JsonlWriter:
-    """Writes one JSON object a line, as rows come; counts them, and knows at which byte the next one begins."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.num_rows = 0
-        self.num_bytes = 0
-        self._file: IO[bytes] = path.open("w+b")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Flush and close the file."""
-        self._file.close()
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row."""
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
-        self._file.write(line)
-        self.num_rows += 1
-        self.num_bytes += len(line)
-
-    def write_lines(self, lines: Sequence[str]) -> None:
-        """Append rows that are JSON already."""
-        encoded = [f"{line}\n".encode() for line in lines]
-        self._file.writelines(encoded)
-        self.num_rows += len(encoded)
-        self.num_bytes += sum(map(len, encoded))
-
-    def read(self, offset: int) -> dict[str, Any]:
-        """A row that was written, by the byte at which it begins."""
-        self._file.seek(offset)
-        row = json.loads(self._file.readline())
-        self._file.seek(0, os.SEEK_END)
-        return dict(row)
-
-    def remove(self, rows: Set[int]) -> None:
-        """Take out rows by their numbers, from 0."""
-        self._file.close()
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with self.path.open("rb") as lines, partial.open("wb") as kept:
-            kept.writelines(line for number, line in enumerate(lines) if number not in rows)
-            self.num_bytes = kept.tell()
-        partial.replace(self.path)
-        self.num_rows -= len(rows)
-        self._file = self.path.open("a+b")
 
 
 class Action(StrEnum):

@@ -53,3 +53,8 @@ class Paths:
     def state(self) -> Path:
         """Checkpoints of unfinished trainings: ignored by git and DVC, shared by worktrees through SFT_STATE_DIR."""
         return Path(os.environ.get("SFT_STATE_DIR") or self.root / ".state")
+
+
+def cache_folder() -> Path:
+    """Where models and copies of data are kept outside the repository: $SFT_CACHE, or ~/.cache/sft."""
+    return Path(os.environ.get("SFT_CACHE") or "~/.cache/sft").expanduser().absolute()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.evaluation.results import Measured
-from stages.params.evaluate_params import LmEvalSection
-from stages.params.measured import ANSWERING
+from stages.params.figures import ANSWERING
+from stages.params.schema import LmEvalSection
 from stages.params.tasks import FOLDER
 
 if TYPE_CHECKING:

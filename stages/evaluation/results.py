@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sft.evaluate.document_scores import DocumentScores
 from sft.evaluate.generation import Generation
 from sft.evaluate.intervals import Interval, compare_paired, mean_interval, ratio_interval
-from sft.evaluate.metrics import mean_scores
-from sft.evaluate.tasks import Task
+from sft.evaluate.likelihood import DocumentScores
+from sft.evaluate.tasks import Task, mean_scores
 from stages.params.figures import REGRESSION, range_of
 
 SECONDS = ("likelihood", "generation")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.checkout.ledger import LEAVES_OUT, Action, Ledger
-from stages.loading.row_checks import Note
-from stages.params.load_params import LoadSection
+from stages.loading.checks import Note
+from stages.params.schema import LoadSection
 
 
 class Accounts:

@@ -1,4 +1,7 @@
-"""What `load` looks for in training rows as a whole: rows nearly the same, and rows unlike all others."""
+"""What `load` looks for in training rows as a whole: rows nearly the same, and rows unlike all others.
+
+What `load` looks for in single rows, and what it does with a row that has it.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,71 @@ import itertools
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sft.data.messages import Problem
-from sft.data.outliers import language, length_limits, rare_languages
-from sft.data.similarity import NearDuplicateIndex, Pair, Triples, compared_text, similarity, triples
-from stages.checkout.ledger import Action, JsonlWriter
-from stages.loading.row_checks import Note
-from stages.params.load_params import ChecksSection
+from sft.data.messages import Problem, RowError
+from sft.data.quality import FINDERS, REPAIRS, tool_call, tool_schema
+from sft.data.similarity import (
+    NearDuplicateIndex,
+    Pair,
+    Triples,
+    compared_text,
+    language,
+    length_limits,
+    rare_languages,
+    similarity,
+    triples,
+)
+from stages.checkout.artifacts import JsonlWriter
+from stages.checkout.ledger import Action
+from stages.params.schema import ChecksSection
+
+ROW_CHECKS = {**FINDERS, "tool_schema": tool_schema, "tool_call": tool_call}
+
+
+class Note(NamedTuple):
+    """Something that was found in a row, and what is done about it."""
+
+    action: Action
+    problem: Problem
+
+
+class RowChecks:
+    """Looks at rows one by one, as the section says.
+
+    Args:
+        section: The section `load.checks` of params.yaml.
+    """
+
+    def __init__(self, section: ChecksSection) -> None:
+        actions = {name: getattr(section, name) for name in ROW_CHECKS}
+        self._actions = {name: Action(action) for name, action in actions.items() if action != "off"}
+
+    def inspect(self, record: Mapping[str, Any]) -> tuple[dict[str, Any], list[Note]]:
+        """Look at a row.
+
+        Returns:
+            The record, repaired where that was asked for, and what was found in it.
+
+        Raises:
+            RowError: Something was found for which rows are dropped, or that could not be repaired.
+        """
+        record, notes = dict(record), []
+        for name, action in self._actions.items():
+            problem = ROW_CHECKS[name](record)
+            if problem is None:
+                continue
+            if action is Action.REPAIR:
+                record = REPAIRS[name](record)
+                if ROW_CHECKS[name](record) is not None:
+                    raise RowError(name, f"can't be repaired: {problem.detail}")
+            if action is Action.DROP:
+                raise RowError(name, problem.detail)
+            notes.append(Note(action, problem))
+        return record, notes
+
 
 NUM_CACHED = 4096
 

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.checkout.artifacts import file_digest, read_json, write_json
+from stages.checkout.paths import cache_folder
 
 EMBEDDED_PREFIX = "embedded:"
+
 EMBEDDED_RECORD = ".sft-model.json"
+
 WEIGHTS_PATTERN = "*.safetensors"
+
 # Everything that changes what a model computes or how text becomes tokens; readmes and pickled weights do not count.
 MODEL_PATTERNS = (WEIGHTS_PATTERN, "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+
 WAY_OUT = "To take the model as it is now: dvc repro -f load"
+
 # Copies of the weights in other layouts, which would be downloaded and never read.
 HUB_IGNORED = ("*/*", "consolidated*", "*.gguf")
+
 FETCH = "To get it: dvc repro -f load"
 
 
@@ -49,11 +55,6 @@ class BaseModel:
         fields = asdict(self)
         del fields["path"]
         return fields
-
-
-def cache_folder() -> Path:
-    """Where models and copies of data are kept outside the repository: $SFT_CACHE, or ~/.cache/sft."""
-    return Path(os.environ.get("SFT_CACHE") or "~/.cache/sft").expanduser().absolute()
 
 
 def embedded_folder(name: str) -> Path:

@@ -13,14 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from stages.checkout.artifacts import file_digest, write_json
-from stages.models.base import (
-    EMBEDDED_RECORD,
-    cache_folder,
-    embedded_folder,
-    folder_digest,
-    installed_damage,
-    model_files,
-)
+from stages.checkout.paths import cache_folder
+from stages.models.base import EMBEDDED_RECORD, embedded_folder, folder_digest, installed_damage, model_files
 
 DOWNLOAD_TIMEOUT_S = 1800
 LOCK_TIMEOUT_S = 1800

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.chat.formats import resize_embeddings
-from sft.export.gptq_loading import load_dequantized
+from sft.export.gptq import load_dequantized
 from sft.models.loading import load_model, training_device
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths

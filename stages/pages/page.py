@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from stages.checkout.artifacts import read_jsonl
 from stages.checkout.paths import Paths
-from stages.pages.differences import soft_breaks
 
 TEMPLATES = Path(__file__).with_name("templates")
+
 MAX_LEDGER_IDS = 5
+
 # what the ledger calls what was done -> how a page says it
 ACTIONS = {
     "drop": "left out",
@@ -24,6 +27,7 @@ ACTIONS = {
     "cut": "cut off at the limit",
     "split": "divided, nothing lost",
 }
+
 NBSP = "\u00a0"
 
 
@@ -92,3 +96,8 @@ def rows_sentence(card: Mapping[str, Any]) -> str:
     if card["num_repeated"]:
         parts.append(f"{card['num_repeated']:,} of the training rows are repetitions by weight")
     return f"{card['num_rows_in']:,} rows were read: {', '.join(parts)}."
+
+
+def soft_breaks(text: str) -> Markup:
+    """Text, or marked text, that may break after punctuation: JSON without spaces would break inside words."""
+    return Markup(re.sub(r"([,:{}\[\]])(?=\S)", r"\1<wbr>", str(Markup("{}").format(text))))

@@ -11,10 +11,9 @@ from sft.evaluate.gate import GateRow, parse_gate
 from stages.checkout.artifacts import write_json, write_text
 from stages.pages.page import render_page, show, show_change
 from stages.params.figures import figure_of
-from stages.tracking.champion import CHAMPION, Champion
+from stages.tracking.champion import CANDIDATE, CHAMPION, Champion
 
 TEMPLATE = "promotion.html.jinja"
-CANDIDATE = "candidate"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,18 @@
-"""The figures of an evaluation: label, how they are shown, whether more or less is better; stated here alone."""
+"""The figures of an evaluation: label, how they are shown, whether more or less is better; stated here alone.
+
+Which `model.metric` figures an evaluation has: known beforehand, so that a wrong gate is refused at once.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from sft.evaluate.lm_eval import figure_part
+from stages.params.tasks import figure_names
+
+if TYPE_CHECKING:
+    from stages.params.schema import EvaluateSection
 
 REGRESSION = "regression_"
 
@@ -44,6 +53,7 @@ FIGURES: dict[str, Figure] = {
     "token_accuracy": Figure("Token accuracy", "percent", 1),
     "size_mb": Figure("Size on disk", "megabytes", -1),
 }
+
 # Of those that are no shares.
 RANGES = {
     "loss": (0.0, math.inf),
@@ -53,6 +63,7 @@ RANGES = {
     "bleu": (0.0, 100.0),
     "chrf": (0.0, 100.0),
 }
+
 # Of lm-eval's tasks: the beginning of a metric's name, which a filter's may follow.
 HARNESS = {
     "acc_norm": Figure("accuracy by length", "percent", 1),
@@ -64,6 +75,7 @@ HARNESS = {
     "bits_per_byte": Figure("bits a byte", "number", -1),
     "perplexity": Figure("perplexity", "number", -1),
 }
+
 # Of the other stages, which no table shows.
 LOWER_ELSEWHERE = (
     "stderr",
@@ -75,6 +87,7 @@ LOWER_ELSEWHERE = (
     "deviation",
     "bad_updates",
 )
+
 LOWER = (*(name for name, figure in FIGURES.items() if figure.direction < 0), *LOWER_ELSEWHERE)
 
 
@@ -119,3 +132,50 @@ def lower_is_better(name: str) -> bool:
     """Whether less of a figure is better, by the last part of its name: losses and sizes are, scores are not."""
     last = name.rpartition(".")[2]
     return last in LOWER or last.endswith(tuple(f"_{figure}" for figure in LOWER))
+
+
+# KL is measured of all others against the tuned model
+REFERENCE = "tuned"
+
+LIKELIHOOD = ("loss", "perplexity", "token_accuracy")
+
+MODELS = ("base", "tuned", "merged", "quantized")
+
+# `merge` has proved that the merged model's logits are those of the tuned one, so it need not answer again
+ANSWERING = ("base", "tuned", "quantized")
+
+STOP_RATE = "stop_rate"
+
+
+def metric_names(section: EvaluateSection, *, with_quantized: bool) -> set[str]:
+    """Every `model.metric` that `evaluate` will measure.
+
+    Args:
+        section: `evaluate` of params.yaml.
+        with_quantized: Whether `quantize` makes a model.
+
+    Raises:
+        ValueError: A task is unknown.
+    """
+    models = [model for model in MODELS if with_quantized or model != "quantized"]
+    return {f"{model}.{name}" for model in models for name in _names(section, model)}
+
+
+def open_ended_names(section: EvaluateSection, *, with_quantized: bool) -> list[str]:
+    """What names of lm-eval's figures begin with, `model.task.`: which metrics a task has, only lm-eval knows."""
+    models = [model for model in ANSWERING if with_quantized or model != "quantized"]
+    return [f"{model}.{figure_part(task)}." for model in models for task in section.lm_eval.tasks]
+
+
+def _names(section: EvaluateSection, model: str) -> list[str]:
+    """The figures of one model."""
+    kl = [] if model == REFERENCE else ["kl"]
+    names = [*LIKELIHOOD, *kl, "size_mb"]
+    if model in ANSWERING:
+        names += [*figure_names(section.task), STOP_RATE]
+    general = section.regression
+    if general.path is not None:
+        names += [f"{REGRESSION}{name}" for name in ("loss", *kl)]
+        if general.task is not None and model in ANSWERING:
+            names += [f"{REGRESSION}{name}" for name in (*figure_names(general.task), STOP_RATE)]
+    return names

@@ -15,11 +15,9 @@ from sft.chat.render import Rendered
 from sft.tokens.columns import Integers, Pieces
 from sft.tokens.encoding import Encoder, TokenBatch
 from sft.tokens.store import FileColumn, TokenStore
-from stages.checkout.ledger import JsonlWriter
-from stages.pack_account import crossed
+from stages.checkout.artifacts import JsonlWriter
 from stages.params.schema import PackSection
-from stages.shards.shard import Shard, shards_of
-from stages.shards.shards import run_shards
+from stages.shards.shards import Shard, run_shards, shards_of
 
 BATCH_SIZE = 1000
 
@@ -130,3 +128,9 @@ class Kept:
         document = int(piece.document[0])
         place = {"start": int(piece.start[0]), "num_in_document": int(self._documents.lengths[document])}
         return {"id": self._documents.ids[document].as_py(), **place, **tokens}
+
+
+def crossed(row_id: str, detail: str) -> dict[str, Any]:
+    """The ledger's entry of a document in which a token lies across the border of what is trained."""
+    nothing = {"tokens_lost": 0, "trained_tokens_lost": 0}
+    return {"id": row_id, "stage": "pack", "reason": "border_in_token", "action": "warn", "detail": detail, **nothing}

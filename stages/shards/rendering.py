@@ -10,11 +10,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sft.chat.checks import TerminatorCheck
+from sft.chat.checks import SpecialText, TerminatorCheck
 from sft.chat.render import ChatRenderer, TrainOn
-from sft.chat.special_text import SpecialText
 from stages.checkout.ledger import Action
-from stages.shards.shard import Shard
+from stages.shards.shards import Shard
 
 
 @dataclass

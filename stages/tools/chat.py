@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from sft.evaluate.generation import stop_token_ids
-from sft.models.loading import load_tokenizer
+from sft.models.checkpoint import load_tokenizer
 from stages.checkout.artifacts import read_json, read_jsonl
 from stages.checkout.paths import Paths
 from stages.models.variants import find_variant, load_variant

@@ -14,9 +14,8 @@ from mlflow.exceptions import MlflowException
 from stages.checkout.paths import Paths
 from stages.params.figures import lower_is_better
 from stages.params.schema import Params
-from stages.publish import DIGEST_TAG, MEASURED_STAGES
-from stages.tracking.lineage import PARENT_TAG, main_checkout
-from stages.tracking.machine import MACHINE
+from stages.tracking.lineage import MACHINE, PARENT_TAG, main_checkout
+from stages.tracking.result import DIGEST_TAG, MEASURED_STAGES
 from stages.tracking.store import KIND_TAG, SQLITE, SWEEP, Tracking, absolute_uri, open_tracking
 
 VERSION, COMMIT, DIRTY, CODE, BASE = "version.", "git.commit", "git.dirty", "git.changed_code", "sft.base_model"

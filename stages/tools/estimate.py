@@ -23,7 +23,7 @@ from sft.models.adapters import ParameterCount, count_parameters, get_peft_confi
 from sft.train.trainer import SFTTrainer
 from stages.checkout.paths import Paths
 from stages.params.schema import Params, TrainSection
-from stages.train import load_base, make_model_config, make_sft_config
+from stages.training.setup import load_base, make_model_config, make_sft_config
 
 NUM_STEPS = 10
 NUM_WARMUP_STEPS = 2

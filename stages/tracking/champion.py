@@ -20,8 +20,12 @@ from stages.checkout.paths import Paths
 from stages.params.schema import Params
 from stages.tracking.store import Tracking
 
+CANDIDATE = "candidate"
+
 CHAMPION = "champion"
+
 HELD_OUT_TAG = "sft.held_out"
+
 FIGURES = "evaluate."
 
 

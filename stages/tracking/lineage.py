@@ -1,4 +1,7 @@
-"""Where a result comes from: params, git commit, data and model digests, DVC hashes, versions."""
+"""Where a result comes from: params, git commit, data and model digests, DVC hashes, versions.
+
+The machine that computes: what decides, besides params, data, code and versions, on a result's last digits.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +36,17 @@ PACKAGES = (
     "mlflow",
     "prefect",
 )
+
 FLOW_RUN_VARIABLES = {"SFT_FLOW_RUN_ID": "prefect.flow_run_id", "SFT_FLOW_RUN_URL": "prefect.flow_run_url"}
+
 PARENT_VARIABLE, PARENT_TAG = "SFT_PARENT_RUN", "mlflow.parentRunId"
 """How flows tell stages for whom they run: the flow run, and the run of a sweep in MLflow."""
 
 # A run rewrites these itself.
 WRITTEN_BY_RUNS = ("dvc.lock", "reports/")
+
 CODE = ("sft/", "stages/")
+
 RECORDED_APART = ("params.yaml", "data/")
 
 
@@ -185,3 +192,33 @@ def _git(root: Path, *arguments: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout if done.returncode == 0 else None
+
+
+CPUINFO = Path("/proc/cpuinfo")
+
+MACHINE = "machine."
+
+
+def machine_facts() -> dict[str, str]:
+    """Processor, its cores that this process may use, and how many threads it was told to use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor_name(CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""),
+        "cores": str(cores),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "not set"),
+    }
+
+
+def machine_tags() -> dict[str, str]:
+    """This machine, as a run's tags name it."""
+    return {f"{MACHINE}{name}": value for name, value in machine_facts().items()}
+
+
+def processor_name(cpuinfo: str) -> str:
+    """The processor's name out of Linux's /proc/cpuinfo, or what Python knows elsewhere."""
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or "unknown"

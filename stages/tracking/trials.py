@@ -12,9 +12,9 @@ from typing import Any
 from stages.checkout.artifacts import read_json, write_json
 from stages.checkout.paths import Paths
 from stages.params.schema import load_params
-from stages.publish import record_result, result_files
 from stages.tracking import lineage
-from stages.tracking.machine import machine_tags
+from stages.tracking.lineage import machine_tags
+from stages.tracking.result import record_result, result_files
 from stages.tracking.store import KIND_TAG, PROGRESS_TAG, SWEEP, TRAINING_TAG, RunWriter, Tracking, open_tracking
 
 LEADERBOARD = "leaderboard.json"

@@ -14,8 +14,7 @@ from flows.cleanup import cleanup, main
 from flows.runs.graph import RunRefused, read_plan
 from flows.runs.worktree import isolated_checkout
 from stages.checkout.artifacts import write_json
-from stages.launch.lock import sole_training
-from stages.launch.lock_holders import FOLDER_VARIABLE
+from stages.launch.lock import FOLDER_VARIABLE, sole_training
 from stages.params.schema import load_params
 from stages.tracking.lineage import dvc_hashes
 from stages.tracking.live_run import KEY_FILE, KEY_TAG

@@ -28,12 +28,12 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from triton.runtime import interpreter
 
-from sft.attention.choice import SFT_DOCUMENTS
+from sft.attention.kernels import SFT_DOCUMENTS
 from sft.batches.collator import DataCollatorForSFT
 from sft.batches.layout import document_layout
 from sft.kernels.liger import interpreting, liger_kernel_config
-from sft.loss.linear_cross_entropy import Head, linear_cross_entropy_sums
-from sft.loss.supervised import LossOptions, supervised_loss
+from sft.loss.cross_entropy import Head, LossOptions, linear_cross_entropy_sums
+from sft.loss.supervised import supervised_loss
 from tests.tiny import tiny_model, tiny_tokenizer
 
 Tensors = list[torch.Tensor]

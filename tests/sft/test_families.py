@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from transformers import DataCollatorWithFlattening
 
-from sft.attention.choice import SFT_DOCUMENTS, document_layout, probe_isolation
+from sft.attention.isolation import probe_isolation
+from sft.attention.kernels import SFT_DOCUMENTS
 from sft.batches.completion_collator import DataCollatorForCompletionOnlyLM
+from sft.batches.layout import document_layout
 from sft.loss.supervised import supervised_loss
 from sft.tokens.constant_length import ConstantLengthDataset
 from sft.tokens.packing import pack_dataset

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.chat.render import template
+from sft.chat import template
+from sft.chat.sandbox import TimeLimitError, time_limit
 from sft.chat.template import ChatTemplate
-from sft.chat.time_limit import TimeLimitError, time_limit
 
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from stages import format, load
 from stages.checkout.artifacts import read_json
-from stages.shards.shards import rendering, shard, shards
+from stages.shards import rendering, shards
 from tests.sft.template_styles import PLAIN, QWEN3
 from tests.stages.data_root import ROWS, DataRoot, turn
 
@@ -257,8 +257,8 @@ def test_the_same_bytes_whatever_the_number_of_processes(root: DataRoot, monkeyp
     rows = [*ROWS, silent, *more]
     run(root, rows, num_proc=1)
     first = {path: path.read_bytes() for path in root.paths.out("format").rglob("*") if path.is_file()}
-    monkeypatch.setattr(shard, "SHARD_BYTES", 600)
-    assert len(shard.shards_of(root.paths.out("load", "train.jsonl"))) >= 2 * shards.SHARDS_A_PROCESS
+    monkeypatch.setattr(shards, "SHARD_BYTES", 600)
+    assert len(shards.shards_of(root.paths.out("load", "train.jsonl"))) >= 2 * shards.SHARDS_A_PROCESS
     run(root, rows, num_proc=2)
     assert {path: path.read_bytes() for path in root.paths.out("format").rglob("*") if path.is_file()} == first
     assert len(root.rows("format", "ledger.jsonl")) == 1

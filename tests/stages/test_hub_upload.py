@@ -28,7 +28,7 @@ RESULTS = {
     "gate": [{"condition": "tuned.exact_match >= 0.5", "passed": True}],
     "passed": True,
 }
-PUSH = "import sys; from pathlib import Path; from stages.hub_upload import push; " + (
+PUSH = "import sys; from pathlib import Path; from stages.publish import push; " + (
     "print(push(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], 'a message'))"
 )
 

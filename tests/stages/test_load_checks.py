@@ -11,7 +11,7 @@ import pytest
 
 from stages import load
 from stages.checkout.artifacts import read_json
-from stages.params.load_params import REASONS, ChecksSection
+from stages.params.schema import REASONS, ChecksSection
 from tests.stages.data_root import ROOT, ROWS, DataRoot, turn
 
 LONG = " ".join(f"word{number}" for number in range(60))
@@ -195,7 +195,7 @@ def test_a_reason_has_a_limit_of_its_own(root: DataRoot) -> None:
 
 
 def test_every_reason_that_the_code_gives_can_have_a_limit() -> None:
-    code = "".join(path.read_text() for floor in ("sft", "stages") for path in sorted((ROOT / floor).glob("*.py")))
+    code = "".join(path.read_text() for floor in ("sft", "stages") for path in sorted((ROOT / floor).rglob("*.py")))
     given = set(re.findall(r"(?:RowError|Problem|OmittedRow)\(\s*\"(\w+)\"", code))
     given |= set(re.findall(r"_parse\(\w+, \"(\w+)\"", code)) | set(ChecksSection.model_fields) | {"bad_tool_call"}
     assert len(given) > 30

@@ -13,9 +13,9 @@ from sft.labels import IGNORE_INDEX
 from stages import pack
 from stages.checkout.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from stages.checkout.paths import Paths
-from stages.pack_account import origin_of
+from stages.pack import origin_of
 from stages.params.schema import Params, load_params
-from stages.shards.shards import shard, shards
+from stages.shards import shards
 from stages.tools import preview
 from tests.stages.data_root import ROOT
 from tests.tiny import tiny_tokenizer
@@ -178,8 +178,8 @@ def test_every_packed_token_leads_back_to_its_record_and_its_place_there(paths: 
 def test_the_same_bytes_whatever_the_number_of_processes(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     pack.run(params(max_length=100, max_lost_fraction=0.9, num_proc=1), paths)
     first = {path: path.read_bytes() for path in paths.out("pack").rglob("*") if path.is_file()}
-    monkeypatch.setattr(shard, "SHARD_BYTES", 600)
-    assert len(shard.shards_of(paths.out("format", "train.jsonl"))) >= 2 * shards.SHARDS_A_PROCESS
+    monkeypatch.setattr(shards, "SHARD_BYTES", 600)
+    assert len(shards.shards_of(paths.out("format", "train.jsonl"))) >= 2 * shards.SHARDS_A_PROCESS
     pack.run(params(max_length=100, max_lost_fraction=0.9, num_proc=2), paths)
     assert {path: path.read_bytes() for path in paths.out("pack").rglob("*") if path.is_file()} == first
 

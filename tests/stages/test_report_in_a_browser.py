@@ -15,7 +15,7 @@ import pytest
 from sft.evaluate.gate import GateRow
 from stages.pages.promotion import Decision, write_page
 from stages.tracking.champion import Champion
-from tests.stages.test_report import paths  # noqa: F401  (a fixture)
+from tests.stages.pages.test_report import paths  # noqa: F401  (a fixture)
 
 CHROMIUM = next((found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

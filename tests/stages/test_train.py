@@ -9,6 +9,7 @@ import pytest
 
 from stages import train
 from stages.params.schema import Params, TrainSection, load_params
+from stages.training.setup import make_model_config, make_sft_config
 from tests.stages.data_root import ROOT
 
 
@@ -33,7 +34,7 @@ ELSEWHERE = {
 
 def test_every_key_of_the_section_reaches_the_trainer(tmp_path: Path) -> None:
     section = params(weight_decay=0.25, neftune_noise_alpha=5.0, loss_type="dft", max_grad_norm=0.5, seed=7).train
-    config = train.make_sft_config(section, tmp_path)
+    config = make_sft_config(section, tmp_path)
     for key in set(TrainSection.model_fields) - ELSEWHERE:
         assert getattr(config, key) == getattr(section, key), key
     assert config.warmup_steps == section.warmup_ratio
@@ -43,7 +44,7 @@ def test_every_key_of_the_section_reaches_the_trainer(tmp_path: Path) -> None:
     ("method", "use_peft", "four_bit"), [("lora", True, False), ("qlora", True, True), ("full", False, False)]
 )
 def test_method_decides_adapter_and_base(method: str, use_peft: bool, four_bit: bool) -> None:
-    config = train.make_model_config(params(method=method, lora_r=4, lora_alpha=6, lora_dropout=0.125))
+    config = make_model_config(params(method=method, lora_r=4, lora_alpha=6, lora_dropout=0.125))
     assert (config.use_peft, config.load_in_4bit) == (use_peft, four_bit)
     assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (4, 6, 0.125)
 

@@ -154,7 +154,10 @@ class Stopper:
 
 def test_tree_ends_with_a_flow_that_is_killed(ran_project: Path) -> None:
     (ran_project / "pack.sh").write_text("setsid sleep 301 & touch started; sleep 301")
-    code = "from pathlib import Path; from flows.runs.dvc_stage import *\nrun_stage(Path.cwd(), 'pack', Listener(print, print))"
+    code = (
+        "from pathlib import Path; from flows.runs.dvc_stage import *\n"
+        "run_stage(Path.cwd(), 'pack', Listener(print, print))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     flow = subprocess.Popen([sys.executable, "-c", code], cwd=ran_project, env=environment, stdout=subprocess.DEVNULL)
     wait_until_running(ran_project)

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from sft.attention.choice import (
-    SFT_DOCUMENTS,
-    Hardware,
     check_attention_request,
     check_flash_sdp,
     choose_packed_attention,
     flash_sdp_only,
-    probe_isolation,
     refuse_packing_reason,
 )
+from sft.attention.isolation import probe_isolation
+from sft.attention.kernels import SFT_DOCUMENTS
 from sft.batches.layout import DocumentLayout, current_layout, document_layout
+from sft.hardware import Hardware
 from tests.tiny import random_model, tiny_model
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt2", "opt", "phi", "gpt_neox"]

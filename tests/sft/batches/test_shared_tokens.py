@@ -14,7 +14,7 @@ from peft import LoraConfig
 from sft.batches.collator import DataCollatorForSFT
 from sft.batches.shared_tokens import share_tokens
 from sft.labels import IGNORE_INDEX
-from sft.train.sharing_setup import probe_sharing, refuse_sharing_reason
+from sft.train.batches import probe_sharing, refuse_sharing_reason
 from sft.train.trainer import SFTTrainer
 from tests.sft.test_families import FAMILIES, assert_same, first_step, make
 from tests.tiny import quiet_config, tiny_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sft.chat.special_text import SpecialText
+from sft.chat.checks import SpecialText
 from tests.tiny import tiny_tokenizer
 
 CALL = {"type": "function", "function": {"name": "say", "arguments": '{"text": "<|im_end|>"}'}}

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft.chat import turns
 from sft.chat.formats import FORMATS
-from sft.chat.render import ChatRenderer, turns
+from sft.chat.render import ChatRenderer
 from sft.chat.template_syntax import only_prints_contents
 from tests.tiny import tiny_tokenizer
 

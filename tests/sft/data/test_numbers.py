@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from sft.data.numbers import numbers_as_text
-from sft.data.records import detect_layout
+from sft.data.records import detect_layout, numbers_as_text
 
 
 def test_numbers_of_plain_columns_and_of_messages_become_text() -> None:

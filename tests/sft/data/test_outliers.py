@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sft.data.outliers import language, length_limits, rare_languages
+from sft.data.similarity import language, length_limits, rare_languages
 
 
 def test_only_lengths_far_from_the_others_are_outside() -> None:

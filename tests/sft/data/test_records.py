@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 
 from sft.data.contents import contents
+from sft.data.messages import RowError, validate_record
 from sft.data.records import (
     Kind,
     Layout,
-    RowError,
     detect_kind,
     detect_layout,
     normalize,
     record_digest,
-    validate_record,
 )
 
 ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sft.data.tool_schemas import tool_call, tool_schema
+from sft.data.quality import tool_call, tool_schema
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 

@@ -6,8 +6,7 @@ import random
 
 import torch
 
-from sft.evaluate.begun_answers import BegunAnswers
-from sft.evaluate.generation import generate_batch
+from sft.evaluate.generation import BegunAnswers, generate_batch
 from sft.evaluate.likelihood import Document, evaluate_model
 from sft.labels import IGNORE_INDEX
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from sft.evaluate.document_scores import NUM_KEPT, DocumentScores, divergence, keep_likeliest
-from sft.evaluate.likelihood import evaluate_model
+from sft.evaluate.likelihood import NUM_KEPT, DocumentScores, divergence, evaluate_model, keep_likeliest
 from sft.labels import IGNORE_INDEX
 from tests.tiny import tiny_model
 

@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from sft.evaluate.gate import parse_gate
-from sft.evaluate.gate_ranges import check_ranges
+from sft.evaluate.gate import check_ranges, parse_gate
 
 RANGES = {"tuned.share": (0.0, 1.0), "base.share": (0.0, 1.0), "tuned.loss": (0.0, math.inf)}
 

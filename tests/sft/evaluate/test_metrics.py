@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import pytest
 
-from sft.evaluate.metrics import exact_match, json_field_f1, json_fields, json_valid, last_found, last_number, word_f1
+from sft.evaluate.tasks import exact_match, json_field_f1, json_fields, json_valid, last_found, last_number, word_f1
 
 
 @pytest.mark.parametrize(

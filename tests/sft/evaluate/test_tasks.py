@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sft.evaluate.metrics import mean_scores
-from sft.evaluate.tasks import Task, check_packages, find_task, join_tasks
+from sft.evaluate.tasks import Task, check_packages, find_task, join_tasks, mean_scores
 
 
 def test_json_task_scores_rows_and_their_mean() -> None:

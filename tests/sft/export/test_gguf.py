@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft.evaluate.generation import generate_batch
 from sft.export import gguf
-from sft.export.gguf import check_exportable, export_gguf
-from sft.export.gguf_vocabulary import SPLIT_PATTERNS, splitter_name
+from sft.export.gguf import SPLIT_PATTERNS, check_exportable, export_gguf, splitter_name
 from sft.models.gguf import dequantize_gguf
 from tests.tiny import tiny_model, tiny_tokenizer
 

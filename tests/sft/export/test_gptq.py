@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft.export.gptq import GPTQSettings, QuantizeReport, quantize_gptq
+from sft.export.gptq import GPTQSettings, QuantizeReport, load_dequantized, loading_deviation, quantize_gptq
 from sft.export.gptq_format import dequantize, packed_layers
-from sft.export.gptq_loading import load_dequantized, loading_deviation
 from sft.export.quantization import check_calibration, check_layers_fit, check_weights_finite, select_calibration
 from tests.tiny import tiny_model, tiny_tokenizer
 

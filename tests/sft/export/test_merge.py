@@ -20,12 +20,13 @@ from sft.chat.formats import setup_chat_format
 from sft.config import ModelConfig
 from sft.export import merge, merge_by_file
 from sft.export.merge import copy_checkpoint, merge_adapter
+from sft.export.merge_by_file import Streamed, Unit
+from sft.export.merge_in_memory import merge_into_base
 from sft.export.proof import check_logits, compare_logits
-from sft.export.streamed_model import Streamed, Unit
 from sft.models.adapters import wrap_adapter
 from sft.models.kbit import get_quantization_config
 from sft.models.loading import load_model
-from sft.models.saved_adapters import load_adapter, merge_into_base
+from sft.models.saved_adapters import load_adapter
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -217,7 +218,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from sft.export.merge import merge_adapter
-from tests.sft.test_merge import Memory
+from tests.sft.export.test_merge import Memory
 folder = Path(sys.argv[1])
 merge_adapter(folder / "small", folder / "small_adapter", folder / "unused", [[5]])  # imports what there is to import
 dtype, tolerance = sys.argv[2], float(sys.argv[3])

@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft.loss.cross_entropy import LossOptions, cross_entropy_sums, row_chunks
-from sft.loss.linear_cross_entropy import Head, linear_cross_entropy_sums
-from sft.loss.supervised import cross_entropy
+from sft.loss import cross_entropy
+from sft.loss.cross_entropy import Head, LossOptions, cross_entropy_sums, linear_cross_entropy_sums, row_chunks
 
 ROWS, VOCAB, WIDTH = 23, 57, 8
 

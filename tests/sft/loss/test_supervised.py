@@ -9,20 +9,20 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from sft.attention.choice import SFT_DOCUMENTS, document_layout
+from sft.attention.kernels import SFT_DOCUMENTS
 from sft.batches.collator import DataCollatorForSFT
+from sft.batches.layout import document_layout
 from sft.labels import IGNORE_INDEX
+from sft.loss.cross_entropy import LossOptions
 from sft.loss.head import plain_head, states_before_head
 from sft.loss.supervised import (
-    LossOptions,
     SupervisedLoss,
-    TokenTotals,
-    num_targets,
     sft_loss,
     supervised_logits,
     supervised_loss,
 )
-from sft.loss.targets import find_targets, model_arguments
+from sft.loss.targets import find_targets, model_arguments, num_targets
+from sft.train.counters import TokenTotals
 from tests.tiny import random_model
 
 X = IGNORE_INDEX

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from sft.models.loading import load_model, load_tokenizer, parse_dtype, training_device
+from sft.models.checkpoint import load_tokenizer
+from sft.models.loading import load_model, parse_dtype, training_device
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from sft.models.tokenizer_files import save_tokenizer
+from sft.models.checkpoint import save_tokenizer
 from tests.tiny import tiny_tokenizer
 
 

@@ -9,11 +9,10 @@ import pytest
 from datasets import Dataset, load_from_disk
 
 from sft.chat.render import Rendered, Span
-from sft.tokens import row_files
-from sft.tokens.columns import Pieces, row_tables, whole
+from sft.tokens import columns
+from sft.tokens.columns import Pieces, row_tables, whole, write_rows
 from sft.tokens.encoding import Encoder
 from sft.tokens.packing import pack_with_plan, plan_rows
-from sft.tokens.row_files import write_rows
 from sft.tokens.store import TokenStore
 from tests.tiny import tiny_tokenizer
 
@@ -58,12 +57,12 @@ def test_rows_packed_from_files_are_those_packed_in_memory(tmp_path: Path, monke
     encoder, store = Encoder(tiny_tokenizer()), TokenStore(tmp_path)
     for _ in range(5):
         store.append(encoder.encode_flat(rendered()))
-    columns = store.columns()
+    stored = store.columns()
     expected = pack_with_plan(Dataset.from_list(encoder.encode(rendered()) * 5), 16, "bfd_split")[0]
     monkeypatch.setattr(columns, "TOKENS_PER_BATCH", 40)
-    monkeypatch.setattr(row_files, "MAX_FILE_BYTES", 600)
-    plan = plan_rows(whole(columns["input_ids"].lengths()), 16, "bfd_split")
-    write_rows(row_tables(columns, plan), tmp_path / "rows")
+    monkeypatch.setattr(columns, "MAX_FILE_BYTES", 600)
+    plan = plan_rows(whole(stored["input_ids"].lengths()), 16, "bfd_split")
+    write_rows(row_tables(stored, plan), tmp_path / "rows")
     found = load_from_disk(str(tmp_path / "rows"))
     assert len(list((tmp_path / "rows").glob("data-*.arrow"))) > 2
     assert {path.suffix for path in (tmp_path / "rows").iterdir()} == {".arrow", ".json"}

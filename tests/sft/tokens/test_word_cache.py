@@ -8,8 +8,8 @@ import random
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sft.tokens import word_cache
-from sft.tokens.word_cache import WordCache
+from sft.tokens import byte_level
+from sft.tokens.byte_level import WordCache
 
 GPT = pre_tokenizers.ByteLevel(add_prefix_space=False)
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -93,7 +93,7 @@ def test_texts_without_repetition_go_to_the_tokenizer_whole() -> None:
 
 
 def test_words_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_cache, "MAX_CHARACTERS", 10)
+    monkeypatch.setattr(byte_level, "MAX_CHARACTERS", 10)
     rules = tokenizer(GPT)
     cache = WordCache.of(rules)
     assert cache is not None

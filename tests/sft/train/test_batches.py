@@ -12,8 +12,10 @@ from datasets import Dataset
 from peft import PromptTuningConfig
 from transformers import PreTrainedModel
 
-from sft.attention.choice import SFT_DOCUMENTS, document_layout, flash_sdp_only
+from sft.attention.choice import flash_sdp_only
+from sft.attention.kernels import SFT_DOCUMENTS
 from sft.batches.collator import DataCollatorForSFT
+from sft.batches.layout import document_layout
 from sft.config import SFTConfig
 from sft.hardware import Hardware
 from sft.train import batches

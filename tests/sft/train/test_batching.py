@@ -12,7 +12,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlatte
 
 from sft.batches.collator import DataCollatorForSFT
 from sft.config import SFTConfig
-from sft.train.batching import Packing, choose_collator, choose_packing, settle_dispatch, take_over_collator
+from sft.train.batches import Packing, choose_collator, choose_packing, settle_dispatch, take_over_collator
 from tests.tiny import tiny_tokenizer
 
 PADDED = Packing(train=False, eval=False, flat=False)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sft.config import SFTConfig
-from sft.train.former_arguments import one_processor, take_over_arguments
+from sft.train.arguments import one_processor, take_over_arguments
 from tests.tiny import tiny_tokenizer
 
 

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from sft.tokens.constant_length import ConstantLengthDataset
-from sft.train.model_limits import check_positions, num_positions
+from sft.train.checks import check_positions, num_positions
 from sft.train.trainer import SFTTrainer
 from tests.tiny import quiet_config, tiny_model, tiny_tokenizer
 

@@ -20,9 +20,9 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from sft.config import SFTConfig
+from sft.train.datasets import prepare_all
 from sft.train.offloading import offloaded_activations
 from sft.train.trainer import SFTTrainer, checkpointing_arguments
-from sft.train.trainer_data import prepare_all
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

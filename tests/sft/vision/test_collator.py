@@ -26,12 +26,12 @@ from sft.config import SFTConfig
 from sft.labels import IGNORE_INDEX
 from sft.loss.supervised import supervised_loss
 from sft.models.checkpoint import load_processor
-from sft.train.batching import choose_packing
+from sft.train.batches import choose_packing
 from sft.train.checks import check_ignored
+from sft.train.images import choose_vision_collator, images_in
 from sft.train.trainer import SFTTrainer
 from sft.vision.collator import DataCollatorForVisionLanguageModeling
 from sft.vision.images import read_image
-from sft.vision.setup import choose_vision_collator, images_in
 from tests.tiny import CHATML, quiet_config, tiny_model, tiny_tokenizer
 from tests.tiny_vision import (
     COLOURS,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.checkout.artifacts import read_jsonl
-from stages.checkout.ledger import Action, JsonlWriter, Ledger, replacing_folder
+from stages.checkout.artifacts import JsonlWriter, read_jsonl, replacing_folder
+from stages.checkout.ledger import Action, Ledger
 
 
 def test_a_finished_folder_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:

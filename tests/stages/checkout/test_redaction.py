@@ -9,7 +9,7 @@ import pytest
 from stages.__main__ import fail
 from stages.checkout.redaction import redact
 from stages.params.schema import ParamsError, load_params
-from stages.publish import log_patch, log_text
+from stages.tracking.result import log_patch, log_text
 from tests.stages.training_root import REPO
 
 

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from stages import evaluate
 from stages.checkout.artifacts import read_json
 from stages.evaluation.lm_eval import check_installed, load_harness
-from stages.pages.report import NBSP
+from stages.pages.page import NBSP
 from stages.params.figures import figure_of, range_of
-from tests.sft.test_harness import needs_lm_eval, write_task
+from tests.sft.evaluate.test_lm_eval import needs_lm_eval, write_task
 from tests.stages.tiny_run import REPO, tiny_params, write_tiny_run
 
 LM_EVAL = {"tasks": ["cities"], "limit": 3, "num_fewshot": None, "apply_chat_template": False, "batch_size": 2}
@@ -30,9 +30,7 @@ def test_no_task_asks_for_nothing(tmp_path: Path) -> None:
 
 @needs_lm_eval
 def test_package_is_not_imported_where_no_task_is_named() -> None:
-    code = (
-        "import stages.evaluate, stages.tools.preflight, sys; print(sorted({'lm_eval', 'sklearn'} & set(sys.modules)))"
-    )
+    code = "import stages.evaluate, stages.tools.check, sys; print(sorted({'lm_eval', 'sklearn'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO)
     assert done.stdout.strip() == "[]"
 

@@ -11,11 +11,10 @@ import pytest
 from stages import evaluate
 from stages.checkout.artifacts import read_json, read_jsonl
 from stages.checkout.paths import Paths
-from stages.evaluation.regression import read_records
-from stages.params.evaluate_params import RegressionSection
-from stages.params.measured import metric_names
-from stages.params.schema import load_params
-from stages.tools.preflight import check_later_stages
+from stages.evaluation.rows import read_records
+from stages.params.figures import metric_names
+from stages.params.schema import RegressionSection, load_params
+from stages.tools.check import check_later_stages
 from tests.stages.tiny_run import REPO, tiny_params, write_tiny_run
 
 ROWS = [{"question": "What is the capital of France?", "answer": "Paris"}, {"question": "2?", "answer": "two"}]

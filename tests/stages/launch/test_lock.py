@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from stages.__main__ import main
-from stages.launch.lock import BUSY_VARIABLE, REFUSE, devices_used, sole_training
-from stages.launch.lock_holders import FOLDER_VARIABLE
+from stages.launch.lock import BUSY_VARIABLE, FOLDER_VARIABLE, REFUSE, devices_used, sole_training
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLD = """
@@ -91,9 +90,7 @@ def test_stage_train_takes_the_lock_and_others_do_not(
 ) -> None:
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     monkeypatch.setenv(BUSY_VARIABLE, REFUSE)
-    monkeypatch.setattr(
-        "stages.tools.preflight.check_later_stages", lambda params, paths: None
-    )  # it reads earlier outs
+    monkeypatch.setattr("stages.tools.check.check_later_stages", lambda params, paths: None)  # it reads earlier outs
     with sole_training(tmp_path):
         assert main(["train", "--root", str(tmp_path)]) == 1
         assert f"process {os.getpid()} in {tmp_path}" in capsys.readouterr().err

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from stages.pages.differences import mark_differences, shared_beginning, shared_ending, soft_breaks
+from stages.pages.answers import mark_differences, shared_beginning, shared_ending
+from stages.pages.page import soft_breaks
 
 
 def test_wrong_words_are_struck_and_missing_ones_shown() -> None:

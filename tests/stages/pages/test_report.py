@@ -10,7 +10,7 @@ import pytest
 
 from stages.checkout.artifacts import file_digest, write_json, write_jsonl
 from stages.checkout.paths import Paths
-from stages.pages import report, training_section
+from stages.pages import report
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 
 EVIL = "<script>alert(1)</script>\"'&"
@@ -218,10 +218,10 @@ def test_throughput_is_drawn_for_the_training_that_was_timed_and_for_no_other(tm
     paths = write_tiny_run(tmp_path)
     timed = {"curve_sha256": file_digest(paths.out("train", "curve.csv")), "throughput": [[2, 100.0], [3, 250.0]]}
     write_json(paths.timings("train"), timed)
-    assert "Tokens a second" in training_section.curves(paths)[-1]
-    assert "250" in training_section.curves(paths)[-1]
+    assert "Tokens a second" in report.curves(paths)[-1]
+    assert "250" in report.curves(paths)[-1]
     write_json(paths.timings("train"), {**timed, "curve_sha256": "another training"})
-    assert not any("Tokens a second" in chart for chart in training_section.curves(paths))
+    assert not any("Tokens a second" in chart for chart in report.curves(paths))
 
 
 def test_bad_updates_and_code_that_came_with_the_model_are_shown(paths: Paths, tmp_path: Path) -> None:

@@ -11,15 +11,15 @@ import pytest
 
 from stages import format, load, pack
 from stages.checkout.artifacts import write_jsonl
-from stages.shards.shard import shards_of
-from stages.shards.shards import run_shards, shard
+from stages.shards import shards
+from stages.shards.shards import run_shards, shards_of
 from tests.stages.data_root import ROWS, DataRoot
-from tests.stages.test_shards import Reading
+from tests.stages.shards.test_shards import Reading
 
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(shard, "SHARD_BYTES", 100)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100)
     write_jsonl(tmp_path / "rows.jsonl", ({"number": number} for number in range(60)))
     return tmp_path / "rows.jsonl"
 
@@ -76,7 +76,7 @@ def outputs(root: DataRoot) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_format_and_pack_write_the_same_bytes(ray: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard, "SHARD_BYTES", 600)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 600)
     root = DataRoot(tmp_path)
     root.write("train.jsonl", ROWS)
     params = root.params()

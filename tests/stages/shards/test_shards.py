@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from stages.checkout.artifacts import write_jsonl
-from stages.shards.shard import Shard, shards_of
-from stages.shards.shards import run_shards, shard
+from stages.shards import shards
+from stages.shards.shards import Shard, run_shards, shards_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Reading:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(shard, "SHARD_BYTES", 100)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100)
     write_jsonl(tmp_path / "rows.jsonl", ({"number": number, "text": "\u2028é" * (number % 7)} for number in range(40)))
     return tmp_path / "rows.jsonl"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sft.evaluate.generation import generate_batch
-from sft.models.loading import load_tokenizer
+from sft.models.checkpoint import load_tokenizer
 from stages import quantize
 from stages.__main__ import main
 from stages.checkout.artifacts import write_jsonl

@@ -8,9 +8,9 @@ import pytest
 
 from stages.__main__ import main
 from stages.params.schema import load_params
-from stages.publish import DIGEST_TAG
 from stages.tools.compare import find_result, find_run, report
 from stages.tracking.lineage import PARENT_TAG
+from stages.tracking.result import DIGEST_TAG
 from stages.tracking.store import KIND_TAG, SWEEP, Tracking, open_tracking
 
 ROOT = Path(__file__).resolve().parents[3]

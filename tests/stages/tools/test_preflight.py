@@ -9,7 +9,7 @@ import pytest
 from stages.checkout.artifacts import read_json, write_json, write_jsonl
 from stages.checkout.paths import Paths
 from stages.models.base import folder_digest
-from stages.tools.preflight import check_later_stages
+from stages.tools.check import check_later_stages
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 
 

@@ -12,11 +12,18 @@ from mlflow.entities import Run
 from stages.__main__ import main
 from stages.checkout.artifacts import write_json, write_text
 from stages.params.schema import load_params
-from stages.publish import DIGEST_TAG
 from stages.tools.compare import Difference
-from stages.tools.recorded_checkout import Record, fetched_record, recorded_checkout
-from stages.tools.reproduce import changed_files, circumstances, compare, read_lock
+from stages.tools.reproduce import (
+    Record,
+    changed_files,
+    circumstances,
+    compare,
+    fetched_record,
+    read_lock,
+    recorded_checkout,
+)
 from stages.tracking.lineage import versions
+from stages.tracking.result import DIGEST_TAG
 from stages.tracking.store import Tracking, open_tracking
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -17,7 +17,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from sft.evaluate.generation import generate_batch
-from sft.models.loading import load_tokenizer
+from sft.models.checkpoint import load_tokenizer
 from stages.checkout.paths import Paths
 from stages.models.variants import find_variant, load_variant
 from stages.tools import serve

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from stages.tracking.machine import machine_facts, processor_name
+from stages.tracking.lineage import machine_facts, processor_name
 
 
 def test_processor_is_the_one_that_linux_names() -> None:

@@ -18,7 +18,7 @@ from stages.launch.processes import ProcessKilled, failure_of
 from stages.params.schema import TrainSection, load_params
 from stages.training.checkpoints import TrainingState
 from stages.training.out_of_memory import OutOfMemory, fewer, fitted, make_smaller
-from tests.stages.test_launch import failure
+from tests.stages.launch.test_processes import failure
 from tests.stages.training_root import REPO, make_training_root, run_stage
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-from stages.training.throughput import Throughput, read_points
+from stages.training.curve import Throughput, read_points
 
 
 def run_steps(throughput: Throughput, first: int, last: int) -> None:

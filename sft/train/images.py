@@ -1,15 +1,17 @@
-"""Whether a training is on images, and what the trainer must then leave alone."""
+"""Choice of the collator for rows with images, and the options that such rows need."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import IterableDataset
 from transformers import ProcessorMixin
 
 from sft.config import SFTConfig
-from sft.data.records import IMAGE_COLUMNS
-from sft.vision.collator import DataCollatorForVisionLanguageModeling
+from sft.data.messages import IMAGE_COLUMNS
+
+if TYPE_CHECKING:
+    from sft.vision.collator import DataCollatorForVisionLanguageModeling
 
 
 def choose_vision_collator(
@@ -59,6 +61,8 @@ def choose_vision_collator(
     config.remove_unused_columns = False
     given = config.dataset_kwargs if isinstance(config.dataset_kwargs, dict) else {}
     config.dataset_kwargs = {**given, "skip_prepare_dataset": True}
+    from sft.vision.collator import DataCollatorForVisionLanguageModeling  # trainings on text do not depend on it
+
     return DataCollatorForVisionLanguageModeling(
         processing_class,
         max_length=config.max_length,

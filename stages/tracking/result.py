@@ -1,0 +1,129 @@
+"""stages.tracking.result."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.checkout.artifacts import read_json, write_text
+from stages.checkout.paths import Paths
+from stages.checkout.redaction import redact
+from stages.params.schema import Params
+from stages.tracking import lineage
+from stages.tracking.champion import (
+    HELD_OUT_TAG,
+    held_out_digest,
+)
+from stages.tracking.lineage import machine_tags
+from stages.tracking.store import PROGRESS_TAG, PUBLISHED, TRAINING_TAG, Tracking
+
+DIGEST_TAG = "sft.result_digest"
+
+MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate")
+
+
+def result_files(paths: Paths) -> list[Path]:
+    """The files that a result consists of: none of them holds a wall time, a commit or a path of this machine."""
+    outs = [
+        paths.out("load", "base_model.json"),
+        paths.out("load", "card.json"),
+        paths.out("train", "curve.csv"),
+        paths.out("evaluate", "results.json"),
+        paths.out("evaluate", "generations.jsonl"),
+    ]
+    return [*outs, *(path for stage in MEASURED_STAGES if (path := paths.metrics(stage)).exists())]
+
+
+def record_result(
+    tracking: Tracking,
+    params: Params,
+    paths: Paths,
+    digest: str,
+    passed: bool,
+    more: Mapping[str, str] | None = None,
+) -> str:
+    """The one run of a result: found, or the one that its training has begun, completed, or a new one.
+
+    Args:
+        tracking: The store.
+        params: The result's params.
+        paths: The checkout that holds the result.
+        digest: The result's.
+        passed: Whether the gate is open.
+        more: Tags of the run, beside those that every run has.
+
+    Returns:
+        Its id.
+    """
+    begun = tracking.find_unfinished(TRAINING_TAG, lineage.training_digest(params, paths))
+    known = tracking.find_run(DIGEST_TAG, digest)
+    if known is None:
+        return log_run(tracking, params, paths, digest, passed, more, begun[0] if begun else None)
+    print(f"this result is already run {known}", flush=True)
+    for run_id in begun:  # a forced training, say: it came to the same to the last digit
+        tracking.client.set_tag(run_id, PROGRESS_TAG, f"removed: the same result as run {known}")
+        tracking.client.delete_run(run_id)
+    return known
+
+
+def log_run(
+    tracking: Tracking,
+    params: Params,
+    paths: Paths,
+    digest: str,
+    passed: bool,
+    more: Mapping[str, str] | None = None,
+    begun: str | None = None,
+) -> str:
+    """Log params, figures, the curve, lineage and files as one finished run; a failure leaves none that is finished."""
+    git = lineage.git_state(paths.root)
+    tags = {
+        "mlflow.source.name": "python -m stages publish",
+        "sft.gate": "passed" if passed else "failed",
+        HELD_OUT_TAG: held_out_digest(paths),
+        **lineage.circumstances(paths),
+        **machine_tags(),
+        **{f"dvc.{path}": value for path, value in lineage.dvc_data_hashes(paths.root).items()},
+        **(more or {}),
+    }
+    with tracking.whole_run(f"{lineage.model_name(paths)}-{digest[:8]}", tags, begun) as run:
+        run.log_params(lineage.result_params(params))
+        run.log_metrics(figures(paths))
+        run.log_curve(paths.out("train", "curve.csv"))
+        run.log_data(lineage.data_digests(paths))
+        for path in [paths.report, *result_files(paths), paths.out("quantize", "report.json")]:
+            run.log_file(path, folder=path.parent.relative_to(paths.root).as_posix())
+        for file in ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock"):
+            if (paths.root / file).exists():
+                log_text(run, file, (paths.root / file).read_text(encoding="utf-8"))
+        if git and git.dirty:
+            log_patch(run, paths.root)
+        run.set_tag(PROGRESS_TAG, PUBLISHED)
+        # Last, so that a run that was cut short is never taken for a whole one.
+        run.set_tag(DIGEST_TAG, digest)
+    return run.run_id
+
+
+def log_patch(run: Any, root: Path) -> None:
+    """The uncommitted changes, without which the commit would not reproduce the result."""
+    log_text(run, "uncommitted.patch", lineage.git_diff(root))
+
+
+def log_text(run: Any, name: str, text: str) -> None:
+    """Log a text of the checkout, without the secrets that may stand in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / name
+        write_text(file, redact(text))
+        run.log_file(file, folder="lineage")
+
+
+def figures(paths: Paths) -> dict[str, float]:
+    """`<stage>.<metric>` -> value, of every stage that has figures."""
+    flat: dict[str, Any] = {}
+    for stage in MEASURED_STAGES:
+        path = paths.metrics(stage)
+        if path.exists():
+            flat |= lineage.flatten(read_json(path), f"{stage}.")
+    return {name: float(value) for name, value in flat.items() if isinstance(value, (int, float))}
