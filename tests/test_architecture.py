@@ -18,8 +18,13 @@ import pytest
 from ruamel.yaml import YAML
 
 import sft
+from flows.processes import environment
 from stages.__main__ import STAGES, TOOLS, home
+from stages.checkout.paths import Paths
+from stages.launch import ray
+from stages.pages.page import TEMPLATES
 from stages.params.schema import Params
+from stages.training.checkpoints import fingerprint_files
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("sft", "stages", "flows")
@@ -177,6 +182,17 @@ def test_every_public_name_and_command_has_a_module() -> None:
     assert sft.__all__ == sorted(sft.__all__)
     assert [name for name in sft.__all__ if getattr(sft, name, None) is None] == []
     assert [name for name in (*STAGES, *TOOLS) if home(name) not in modules("stages")] == []
+
+
+def test_places_that_modules_find_from_their_own_file() -> None:
+    assert environment.ROOT == ROOT
+    assert ray._CODE == ROOT
+    assert (TEMPLATES / "report.html.jinja").is_file()
+    assert sorted(path.name for path in fingerprint_files(Paths(ROOT)) if path.is_relative_to(ROOT / "stages")) == [
+        "__init__.py",
+        *sorted(path.name for path in rooms()["stages/training"]),
+        "train.py",
+    ]
 
 
 def test_modules_that_prose_names_exist() -> None:
