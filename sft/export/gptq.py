@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from sft.export.quantization import (
     describe_poison,
     pick_device,
 )
+from sft.folders import replacing_folder
 
 MAX_TOKENS = 64
 
@@ -206,16 +206,14 @@ def quantize_gptq(
     check_layers_fit(model_dir, settings.bits, settings.group_size, device, settings.sym)
     check_calibration(model_dir, calibration)
     check_weights_finite(model_dir)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as work:
-        raw_dir = Path(work) / "model"
+    with replacing_folder(output_dir) as raw_dir, tempfile.TemporaryDirectory() as work:
         with _poison_named(model_dir, calibration):
-            rows = _run_gptqmodel(model_dir, raw_dir, calibration, settings, on_progress)
+            rows = _run_gptqmodel(model_dir, raw_dir, Path(work), calibration, settings, on_progress)
             kept = finish_checkpoint(model_dir, raw_dir)
             errors = weight_errors(model_dir, raw_dir)
             with _kept_out_of_the_way(Path(work)):
                 deviation = loading_deviation(raw_dir, calibration[0])
-        report = QuantizeReport(
+        return QuantizeReport(
             settings=settings,
             num_rows=len(calibration),
             num_distinct_rows=len({tuple(row) for row in calibration}),
@@ -226,14 +224,12 @@ def quantize_gptq(
             kept_full_precision=tuple(kept),
             loading_deviation=deviation,
         )
-        shutil.rmtree(output_dir, ignore_errors=True)
-        raw_dir.rename(output_dir)
-    return report
 
 
 def _run_gptqmodel(
     model_dir: Path,
     raw_dir: Path,
+    work: Path,
     calibration: Sequence[Sequence[int]],
     settings: GPTQSettings,
     on_progress: Progress | None,
@@ -241,7 +237,7 @@ def _run_gptqmodel(
     # GPTQModel sizes its pools from this at import and asks for two workers of a pool of one on a machine with two
     # cores.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 1)))
-    with _kept_out_of_the_way(raw_dir.parent):
+    with _kept_out_of_the_way(work):
         import torch
         from gptqmodel import GPTQModel, QuantizeConfig
 

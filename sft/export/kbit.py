@@ -7,8 +7,6 @@ CPU too, wherever bitsandbytes is installed.
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from sft.export.quantization import (
     check_weights_finite,
     linear_widths,
 )
+from sft.folders import replacing_folder
 from sft.models.checkpoint import save_tokenizer
 
 METHODS = ("int8", "nf4")
@@ -81,14 +80,10 @@ def quantize_kbit(
     with open_tensors(model_dir) as sources:
         errors = tuple(_layer_errors(model, sources))
     _say(on_progress, 2, f"errors of {len(errors)} layers measured")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as work:
-        raw_dir = Path(work) / "model"
+    with replacing_folder(output_dir) as raw_dir:
         model.save_pretrained(raw_dir)
         save_tokenizer(AutoTokenizer.from_pretrained(model_dir), raw_dir)
         deviation = _loading_deviation(model, raw_dir, sample_input_ids)
-        shutil.rmtree(output_dir, ignore_errors=True)
-        raw_dir.rename(output_dir)
     _say(on_progress, 3, "written and read back")
     return KbitReport(
         method=method,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from sft.export.merge_by_file import NotStreamableError, ShardMerge
 from sft.export.merge_in_memory import AdapterMix, grow_to_adapter, load_mix, merge_into_base
 from sft.export.proof import LogitDifference, check_logits, compare_logits, iterate_logits, logits_of
+from sft.folders import replacing_folder
 from sft.models.checkpoint import save_tokenizer
 from sft.models.loading import load_model, parse_dtype
 from sft.models.saved_adapters import check_adapter_folder, count_adapted_modules, load_adapter
@@ -186,7 +185,7 @@ class _Output:
             in_memory = compare_logits(reference, logits_of(model, rows))
             check_logits(in_memory, self.tolerance, "merged in memory and not yet rounded")
         model.to(self.dtype)
-        with _new_folder(self.folder) as folder:
+        with replacing_folder(self.folder, overwrite=False) as folder:
             if self.tokenizer is not None:
                 _stop_at_eos(model, self.tokenizer)
                 save_tokenizer(self.tokenizer, folder)
@@ -199,7 +198,7 @@ class _Output:
 
     def fill(self, job: ShardMerge, rows: Rows) -> LogitDifference:
         """Write file by file and compare; the folder appears only when the proof holds."""
-        with _new_folder(self.folder) as folder:
+        with replacing_folder(self.folder, overwrite=False) as folder:
             if self.tokenizer is not None:
                 _stop_at_eos(job.plain, self.tokenizer)
                 save_tokenizer(self.tokenizer, folder)
@@ -211,21 +210,6 @@ class _Output:
     def _check_written(self, difference: LogitDifference) -> None:
         advice = "" if self.dtype is torch.float32 else ROUNDING_ADVICE
         check_logits(difference, self.tolerance, f"read back from disk as {_name(self.dtype)}", advice)
-
-
-@contextmanager
-def _new_folder(output_dir: Path) -> Iterator[Path]:
-    """A folder that takes the place of `output_dir` on success and vanishes on failure."""
-    partial = output_dir.with_name(f".{output_dir.name}.merging")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if output_dir.is_dir():
-            output_dir.rmdir()
-        partial.rename(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _plain_dtype(dtype: str | torch.dtype) -> torch.dtype:
