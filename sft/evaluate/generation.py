@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sft.evaluate.likelihood import Document
-from sft.evaluate.prefix import SharedPrefix, forward_parameters, share_prefix
+from sft.evaluate.prefix_cache import SharedPrefix, forward_parameters, share_prefix
 
 Progress = Callable[[int, int, str], None]
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from sft.evaluate.prefix import SharedPrefix, forward_parameters, share_prefix
+from sft.evaluate.prefix_cache import SharedPrefix, forward_parameters, share_prefix
 from sft.labels import IGNORE_INDEX
 
 Progress = Callable[[int, int, str], None]

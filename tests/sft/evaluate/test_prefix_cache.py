@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sft.evaluate.prefix import share_prefix
+from sft.evaluate.prefix_cache import share_prefix
 from tests.tiny import tiny_model
 
 IDS = list(range(5, 25))
