@@ -20,7 +20,7 @@ from sft.chat.formats import setup_chat_format
 from sft.config import ModelConfig
 from sft.export import merge, merge_by_file
 from sft.export.merge import copy_checkpoint, merge_adapter
-from sft.export.merge_by_file import Streamed, Unit
+from sft.export.merge_by_file import StreamedModel, Unit
 from sft.export.merge_in_memory import merge_into_base
 from sft.export.proof import check_logits, compare_logits
 from sft.models.adapters import wrap_adapter
@@ -57,7 +57,7 @@ def lora(**options: Any) -> LoraConfig:
 
 
 def assert_peft_merges_the_same(base: Path, adapter: Path, merged: Path) -> None:
-    """The checkpoint holds, tensor by tensor and to the bit, what peft merges with the whole model in memory."""
+    """Check that the checkpoint equals, bit by bit, what peft merges with the complete model in memory."""
     expected = merge_into_base(load_adapter(load_model(base), adapter))
     written = AutoModelForCausalLM.from_pretrained(merged).state_dict()
     assert written.keys() == expected.state_dict().keys()
@@ -90,7 +90,7 @@ def test_merged_logits_are_those_of_base_and_adapter(
     base = save_base(tmp_path / "base", tie_word_embeddings=tied)
     adapted = train_adapter(load_model(base), lora(**options), tmp_path / "adapter")
     report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-4)
-    assert "whole model in memory" not in caplog.text
+    assert "complete model in memory" not in caplog.text
     assert_peft_merges_the_same(base, tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = torch.tensor(ROWS[:1])
@@ -172,19 +172,19 @@ def test_failed_proof_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-@pytest.mark.parametrize("place", ["a layer", "the file", "the whole model"])
+@pytest.mark.parametrize("place", ["a layer", "the file", "the complete model"])
 def test_a_broken_merge_is_caught_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     base = save_base(tmp_path / "base")
     config: Any = lora()
-    if place == "the whole model":  # as other adapters than LoRA are merged
+    if place == "the complete model":  # as other adapters than LoRA are merged
         config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     train_adapter(load_model(base), config, tmp_path / "adapter")
     broken = {
         "a layer": (merge_by_file, "merged_weights", lose_a_layer),
         "the file": (merge_by_file, "save_file", lose_in_file),
-        "the whole model": (merge, "merge_into_base", lose_in_memory),
+        "the complete model": (merge, "merge_into_base", lose_in_memory),
     }
     monkeypatch.setattr(*broken[place])
     with pytest.raises(ValueError, match=r"logits differ by up to .* \(mean .*, and the tolerance is 1e-06"):
@@ -192,7 +192,7 @@ def test_a_broken_merge_is_caught_and_leaves_nothing(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def lose_a_layer(source: Streamed, unit: Unit) -> list[tuple[str, torch.Tensor]]:
+def lose_a_layer(source: StreamedModel, unit: Unit) -> list[tuple[str, torch.Tensor]]:
     """One layer comes out without its adapter."""
     if unit.path == "model.layers.1.mlp.up_proj":
         return [(f"{unit.path}.weight", source.files.tensor(f"{unit.path}.weight"))]
@@ -291,7 +291,7 @@ def test_what_can_not_be_merged_by_file_is_merged_whole_with_a_warning(
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     train_adapter(load_model(base), config, tmp_path / "adapter")
     merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-4)
-    assert "with the whole model in memory: a IA3 adapter" in caplog.text
+    assert "with the complete model in memory: adapters of type IA3" in caplog.text
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
