@@ -1,4 +1,4 @@
-"""Merge of an adapter into its base, with a comparison of the logits of the checkpoint on disk and the trained model."""
+"""Merge of an adapter into its base, and comparison of the checkpoint on disk with the trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merge of adapters into their base with the complete model in memory, and combination of several LoRA adapters into one.
+"""Merge of adapters into their base with the complete model in memory, and mixes of several LoRA adapters.
 
 Both are done by peft. This module adds the checks, the random seed and the handling of tied embeddings.
 """

@@ -78,7 +78,7 @@ def test_checkpoint_that_loads_as_something_else_is_refused(
     # transformers now takes zero points as they are, where the weights hold them less one.
     config["quantization_config"]["checkpoint_format"] = "gptq_v2"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="computes something else than its weights say"):
+    with pytest.raises(ValueError, match="does not compute what its weights stand for"):
         loading_deviation(folder, ROWS[0])
 
 
@@ -179,7 +179,7 @@ def test_group_size_that_does_not_divide_names_layer_width_and_sizes_that_fit(so
 
 def test_four_bit_rows_without_groups_are_refused_where_no_kernel_runs_them(source: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"one of the whole width 96 of model.layers.0.mlp.down_proj; sizes that fit: 32"
+        ValueError, match=r"makes one group of the width 96 of model.layers.0.mlp.down_proj; sizes that fit: 32"
     ):
         check_layers_fit(source, bits=4, group_size=-1, device="cpu")
     check_layers_fit(source, bits=4, group_size=-1, device="cuda:0")
@@ -193,9 +193,9 @@ def test_bits_that_do_not_pack_into_a_layer_name_it(tmp_path: Path) -> None:
         ValueError, match=r"2-bit weights are packed by 16, .* output width 8 of model.layers.0.self_attn.k"
     ):
         check_layers_fit(folder, bits=2, group_size=-1)
-    with pytest.raises(ValueError, match="bits is 5, GPTQ checkpoints come in 2, 3, 4, 8"):
+    with pytest.raises(ValueError, match="bits is 5, but GPTQ supports 2, 3, 4, 8"):
         check_layers_fit(folder, bits=5, group_size=-1)
-    with pytest.raises(ValueError, match="group_size is 24, readers know -1 and 32"):
+    with pytest.raises(ValueError, match="group_size is 24, but readers support -1 and 32"):
         check_layers_fit(folder, bits=4, group_size=24)
 
 
@@ -211,12 +211,12 @@ def test_weights_with_nan_are_named(tmp_path: Path) -> None:
 def test_poisoned_calibration_is_named(source: Path) -> None:
     row = list(range(4, 20))
     with pytest.raises(
-        ValueError, match="calibration row 1 holds token id 384 at position 2, the model knows 0 to 383"
+        ValueError, match="calibration row 1 has token id 384 at position 2, but the ids of the model are 0 to 383"
     ):
         check_calibration(source, [row, [1, 2, 384, *row]])
     with pytest.raises(ValueError, match="calibration row 0 has 10 tokens, at least 11"):
         check_calibration(source, [row[:10]])
-    with pytest.raises(ValueError, match="calibration row 1 holds token id nan at position 0"):
+    with pytest.raises(ValueError, match="calibration row 1 has token id nan at position 0"):
         check_calibration(source, [row, [float("nan"), *row]])
     with pytest.raises(ValueError, match="calibration is empty"):
         check_calibration(source, [])
@@ -242,7 +242,9 @@ def test_activations_that_overflow_are_an_error_and_no_round_to_nearest(tmp_path
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"].fill_(1e25)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    expected = "7 of 14 layers could not be quantized, their Hessian has no inverse at any damping: layer 1 self_attn"
+    expected = (
+        "7 of 14 layers could not be quantized, as their Hessian has no inverse at any damping: layer 1 self_attn"
+    )
     with pytest.raises(ValueError, match=expected):
         quantize_gptq(folder, tmp_path / "q", ROWS[:2], GPTQSettings(group_size=32))
     assert not (tmp_path / "q").exists()
@@ -256,7 +258,7 @@ def test_row_that_the_model_gives_nan_on_is_named_with_its_token(tmp_path: Path)
     clean = [[token if token != 7 else 8 for token in row] for row in ROWS[:3]]
     poisoned = [9] * 30 + [7] * 34
     expected = (
-        r"NaN or Inf on 1 of 3 calibration rows \(number 2\) .*: the embeddings of token ids 7 do that\. 12 of 12"
+        r"NaN or Inf on 1 of 3 calibration rows \(number 2\) .*: the embeddings of token ids 7 cause it\. 12 of 12"
     )
     with pytest.raises(ValueError, match=expected):
         quantize_gptq(tmp_path / "source", tmp_path / "q", [*clean[:2], poisoned], GPTQSettings(group_size=32))

@@ -156,7 +156,9 @@ def test_generation_stops_at_the_eos_of_the_tokenizer_too(tmp_path: Path) -> Non
 def test_half_precision_is_proven_against_its_own_rounding(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     train_adapter(load_model(base), lora(), tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"as bfloat16, is not the one.*raise the tolerance, or save float32"):
+    with pytest.raises(
+        ValueError, match=r"as bfloat16, differs from the trained one.*raise the tolerance, or save float32"
+    ):
         merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-6, dtype="bfloat16")
     report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=0.1, dtype="bfloat16")
     assert report.dtype == "bfloat16"
