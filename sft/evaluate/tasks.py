@@ -53,29 +53,6 @@ def json_fields(text: str) -> Counter[tuple[str, str]]:
     return Counter(_leaves("", json.loads(canonical)))
 
 
-def json_field_f1(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """F1 over the leaves (`json_fields`) that prediction and reference share.
-
-    A leaf is right when path and value are both right; a prediction that is not JSON misses all of its reference's
-    leaves.
-
-    Returns:
-        `micro`: 2 * right / (predicted + expected), counted over all rows, so that long answers weigh more;
-        `macro`: the mean of the rows' own F1, so that every row weighs the same.
-
-    Raises:
-        ValueError: the lists are empty or differ in length.
-    """
-    if len(predictions) != len(references) or not references:
-        raise ValueError(
-            f"need as many predictions as references and at least one, got {len(predictions)} and {len(references)}"
-        )
-    counts = [field_counts(*pair) for pair in zip(predictions, references, strict=True)]
-    right, total = sum(c[0] for c in counts), sum(c[1] for c in counts)
-    rows = [f1(*c) for c in counts]
-    return {"micro": f1(right, total), "macro": sum(rows) / len(rows)}
-
-
 def word_f1(prediction: str, reference: str) -> float:
     """F1 over the bags of lower-case words of two texts, as SQuAD scores answers (arXiv:1606.05250), articles kept."""
     left, right = (Counter(re.findall(r"\w+", text.lower())) for text in (prediction, reference))
