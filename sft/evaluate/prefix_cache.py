@@ -32,7 +32,7 @@ class SharedPrefix:
         return repeated
 
     def mask(self, rest: torch.Tensor) -> torch.Tensor:
-        """Return the attention mask of prefix and rest, `(batch, length + rest)`, from that of the rest `(batch, rest)`."""
+        """Prepend the prefix to the attention mask of the rest, `(batch, rest)`; returns `(batch, length + rest)`."""
         return torch.cat([rest.new_ones(rest.shape[0], self.length), rest], dim=1)
 
 

@@ -43,7 +43,9 @@ def write_task(root: Path, text: str = TASK) -> Path:
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="it is about the package not being there")
 def test_missing_package_names_the_extra() -> None:
-    with pytest.raises(ValueError, match=r"lm-eval is not installed, which is an extra: pip install '\.\[lm-eval\]'"):
+    with pytest.raises(
+        ValueError, match=r"lm-eval is not installed; it is an optional extra: pip install '\.\[lm-eval\]'"
+    ):
         check_harness()
 
 
@@ -87,7 +89,7 @@ def test_task_whose_data_are_missing_is_named(tmp_path: Path, monkeypatch: pytes
     folder = write_task(tmp_path)
     (folder / "cities.jsonl").unlink()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"the task cities can't be loaded: FileNotFoundError: .*cities.jsonl"):
+    with pytest.raises(ValueError, match=r"the task cities cannot be loaded: FileNotFoundError: .*cities.jsonl"):
         Harness(["cities"], folder)
 
 
