@@ -38,7 +38,7 @@ def test_package_is_not_imported_where_no_task_is_named() -> None:
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="it is about the package not being there")
 def test_task_without_the_package_names_key_and_extra_before_any_model_is_loaded(tmp_path: Path) -> None:
     params = tiny_params(evaluate={"lm_eval": LM_EVAL})
-    expected = r"evaluate.lm_eval.tasks: the package lm-eval is not installed, .* pip install '\.\[lm-eval\]'"
+    expected = r"evaluate.lm_eval.tasks: the package lm-eval is not installed; .* pip install '\.\[lm-eval\]'"
     with pytest.raises(ValueError, match=expected):
         check_installed(params.evaluate.lm_eval)
     paths = write_tiny_run(tmp_path)
