@@ -224,8 +224,9 @@ def loading_deviation(quantized_dir: Path, input_ids: Sequence[int]) -> float:
     deviation = float((logits - expected).abs().mean() / expected.std())
     if not deviation <= MAX_DEVIATION:
         raise ValueError(
-            f"loaded by transformers, {quantized_dir} does not compute what its weights stand for: the logits differ "
-            f"by {deviation:.3f} standard deviations, {MAX_DEVIATION} is the limit; try another group_size or bits"
+            f"loaded by transformers, {quantized_dir} gives wrong logits: they differ from those of its dequantized "
+            f"weights by {deviation:.3f} standard deviations, {MAX_DEVIATION} is the limit; try another group_size or "
+            "bits"
         )
     return deviation
 

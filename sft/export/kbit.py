@@ -176,7 +176,7 @@ def _loading_deviation(model: Any, folder: Path, rows: Sequence[Sequence[int]]) 
     deviation = difference.mean / float(torch.cat(expected).std())
     if not deviation <= MAX_DEVIATION:
         raise ValueError(
-            "loaded by transformers, the checkpoint does not compute what was saved: the logits differ by "
-            f"{deviation:.3f} standard deviations, {MAX_DEVIATION} is the limit"
+            "loaded by transformers, the checkpoint gives wrong logits: they differ from those of the model that was "
+            f"saved by {deviation:.3f} standard deviations, {MAX_DEVIATION} is the limit"
         )
     return deviation

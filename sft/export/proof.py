@@ -32,7 +32,7 @@ def logits_of(model: Any, rows: Iterable[Sequence[int]]) -> list[torch.Tensor]:
 
     Args:
         model: Causal language model; set to eval mode.
-        rows: Token ids, `(num_rows, length)`, ragged. Each row is a batch of its own.
+        rows: Token ids, `(num_rows, length)`, ragged. Each row is computed separately.
     """
     return list(iterate_logits(model, rows))
 

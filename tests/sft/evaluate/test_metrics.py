@@ -1,4 +1,4 @@
-"""Generation metrics: what counts as equal, valid and shared is stated here to the last field."""
+"""Metrics of generated answers: which answers are equal, which text is valid JSON, and which fields are shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared prefixes: found exactly, never longer than allowed, never where a cache forgets or a model has none."""
+"""Prefix cache: the exact shared length, within the limit, and only for models that cache all keys and values."""
 
 from __future__ import annotations
 

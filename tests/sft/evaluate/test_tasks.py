@@ -1,4 +1,4 @@
-"""Tasks by name: what they score, what they refuse, and how a name is found."""
+"""Tasks: their scores, the references that they reject, and how their names are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A GGUF file reads back as the model and the tokenizer that went in, or is refused and not left lying."""
+"""A GGUF file reads back as the model and the tokenizer that were exported, or is rejected and deleted."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_greedy_answers_of_the_file_are_those_of_the_checkpoint(
     assert report.num_bytes == (tmp_path / "out" / "tiny.gguf").stat().st_size
 
 
-def test_eight_bits_take_about_half_of_sixteen_and_norms_stay_whole(tmp_path: Path) -> None:
+def test_eight_bits_take_about_half_of_sixteen_and_norms_stay_in_single_precision(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     for precision in ("f16", "q8_0"):
         export_gguf(source, tmp_path / f"{precision}.gguf", precision, ROWS)
@@ -132,7 +132,7 @@ def test_unknown_precision_names_the_known_ones(tmp_path: Path) -> None:
         export_gguf(save_tiny(tmp_path / "source"), tmp_path / "tiny.gguf", "q4_k", ROWS)
 
 
-def test_weight_that_is_no_number_leaves_no_file(tmp_path: Path) -> None:
+def test_weight_that_is_nan_leaves_no_file(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
@@ -153,7 +153,7 @@ def test_weights_in_another_order_are_noticed_when_the_file_is_read_back(
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 
-def test_splitters_have_their_names_and_others_are_refused() -> None:
+def test_pre_tokenizers_have_their_names_and_others_are_refused() -> None:
     tokenizer = tiny_tokenizer()
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     assert pre_tokenizer_name(content) == "gpt-2"

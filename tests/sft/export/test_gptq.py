@@ -1,4 +1,4 @@
-"""GPTQ: bad input is refused before the work, the checkpoint loads anywhere, the layout is the one readers expect."""
+"""GPTQ: invalid input is rejected before the computation, and checkpoints have the layout that readers expect."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def quantized(source: Path) -> tuple[Path, QuantizeReport]:
     return target, quantize_gptq(source, target, ROWS, GPTQSettings(bits=4, group_size=32))
 
 
-def test_checkpoint_loads_plainly_and_computes_what_its_files_say(
+def test_checkpoint_loads_plainly_and_computes_what_its_files_contain(
     source: Path, quantized: tuple[Path, QuantizeReport]
 ) -> None:
     rebuilt = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -69,16 +69,16 @@ def test_dequantized_model_computes_what_the_packed_one_does_and_keeps_its_ties(
     assert 0 < quantized[1].loading_deviation < 0.05
 
 
-def test_checkpoint_that_loads_as_something_else_is_refused(
+def test_checkpoint_that_loads_as_a_different_model_is_refused(
     quantized: tuple[Path, QuantizeReport], tmp_path: Path
 ) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(quantized[0], folder)
     config = json.loads((folder / "config.json").read_text())
-    # transformers now takes zero points as they are, where the weights hold them less one.
+    # Transformers now reads the zero points unchanged, although the file stores them minus one.
     config["quantization_config"]["checkpoint_format"] = "gptq_v2"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="does not compute what its weights stand for"):
+    with pytest.raises(ValueError, match="gives wrong logits: they differ from those of its dequantized weights by"):
         loading_deviation(folder, ROWS[0])
 
 
@@ -162,7 +162,7 @@ def test_other_widths_load_and_err_as_much_as_their_bits_allow(
     settings = GPTQSettings(bits=bits, group_size=group_size, sym=sym, desc_act=desc_act)
     report = quantize_gptq(source, tmp_path / "q", ROWS, settings)
     assert report.max_relative_error < worst
-    # What transformers loads is what the files say, and what they say is near the source.
+    # Transformers loads the values of the files, and these are close to the source.
     assert report.loading_deviation < 0.01
     weight = load_file(source / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     restored = load_dequantized(tmp_path / "q").get_submodule("model.layers.0.mlp.up_proj").weight.detach()

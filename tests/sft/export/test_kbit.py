@@ -1,4 +1,4 @@
-"""int8 and nf4: the folder loads plainly on a CPU, is small, and each layer's error is what its bits allow."""
+"""int8 and nf4: the folder loads on a CPU, is small, and the error of each layer fits the number of bits."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_layers_too_narrow_for_the_cpu_kernel_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
-def test_layers_that_keep_their_weight_the_other_way_round_have_the_same_error(tmp_path: Path, method: str) -> None:
+def test_layers_that_store_their_weight_transposed_have_the_same_error(tmp_path: Path, method: str) -> None:
     folder = tmp_path / "gpt2"
     tiny_model("gpt2", hidden_size=64, n_embd=64).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A merged checkpoint, read back from disk, computes what base and adapter computed; otherwise there is none."""
+"""A merged checkpoint, read back from disk, computes the same as base and adapter; otherwise none is written."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_broken_merge_is_caught_and_leaves_nothing(
 ) -> None:
     base = save_base(tmp_path / "base")
     config: Any = lora()
-    if place == "the complete model":  # as other adapters than LoRA are merged
+    if place == "the complete model":  # adapters other than LoRA are merged in memory
         config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     train_adapter(load_model(base), config, tmp_path / "adapter")
     broken = {
@@ -195,20 +195,20 @@ def test_a_broken_merge_is_caught_and_leaves_nothing(
 
 
 def lose_a_layer(source: StreamedModel, unit: Unit) -> list[tuple[str, torch.Tensor]]:
-    """One layer comes out without its adapter."""
+    """Return the weights of a unit; for one layer, those without the adapter."""
     if unit.path == "model.layers.1.mlp.up_proj":
         return [(f"{unit.path}.weight", source.files.tensor(f"{unit.path}.weight"))]
     return RIGHT(source, unit)
 
 
 def lose_in_file(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """One row of a weight is written as zeros."""
+    """Save tensors with one row of a weight set to zero."""
     tensors["model.layers.1.mlp.up_proj.weight"][0] = 0.0
     save_file(tensors, file, metadata=metadata)
 
 
 def lose_in_memory(peft_model: PeftModel) -> PreTrainedModel:
-    """One row of a weight is zero."""
+    """Merge in memory, and set one row of a weight to zero."""
     merged = merge_into_base(peft_model)
     merged.model.layers[1].mlp.up_proj.weight.data[0] = 0.0
     return merged
@@ -222,7 +222,7 @@ torch.set_num_threads(1)
 from sft.export.merge import merge_adapter
 from tests.sft.export.test_merge import Memory
 folder = Path(sys.argv[1])
-merge_adapter(folder / "small", folder / "small_adapter", folder / "unused", [[5]])  # imports what there is to import
+merge_adapter(folder / "small", folder / "small_adapter", folder / "unused", [[5]])  # so that all imports are done before measuring
 dtype, tolerance = sys.argv[2], float(sys.argv[3])
 with Memory() as memory:
     rows = [[5, 6, 7], [9]]
@@ -232,7 +232,7 @@ print(json.dumps({"peak_mb": memory.peak_mb, "difference": report.max_logit_diff
 
 
 class Memory:
-    """Most memory of this process's own, files mapped into it aside, above what it had at the beginning."""
+    """Peak of the anonymous memory of this process (without mapped files), relative to its value at the start."""
 
     def __init__(self) -> None:
         self.peak_mb = 0.0
@@ -254,7 +254,7 @@ class Memory:
 
 
 def own_mb() -> float:
-    """Memory of this process that no file stands behind, in megabytes."""
+    """Return the anonymous memory of this process (without mapped files), in megabytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1000  # type: ignore[index]
 
@@ -278,7 +278,7 @@ def test_memory_is_bounded_by_the_largest_file_and_not_by_the_model(
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["difference"] < tolerance
-    # adapters and empty layers of two models take 20 to 25 MB, whatever the size of the base
+    # adapters and empty layers of two models take 20 to 25 MB for any size of the base
     assert found["peak_mb"] < 3 * largest_mb + 32 < 0.7 * total_mb
     merged = sorted((tmp_path / "merged").glob("*.safetensors"))
     assert [file.name for file in merged] == [file.name for file in files]
@@ -286,7 +286,7 @@ def test_memory_is_bounded_by_the_largest_file_and_not_by_the_model(
         assert_peft_merges_the_same(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 
-def test_what_can_not_be_merged_by_file_is_merged_whole_with_a_warning(
+def test_what_can_not_be_merged_by_file_is_merged_in_memory_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = save_base(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Several adapters become one: sums are exact, what drops at random does so by seed, what can't be mixed is refused."""
+"""Mixes of adapters: sums are exact, random dropping follows the seed, adapters that cannot be mixed are rejected."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_what_is_dropped_at_random_is_dropped_by_seed(places: dict[str, Path], t
         (["a", "base"], {"weights": [1, 1]}, "holds no adapter"),
     ],
 )
-def test_a_mix_that_says_nothing_sensible_is_refused(
+def test_invalid_options_of_a_mix_are_refused(
     places: dict[str, Path], tmp_path: Path, names: list[str], options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
