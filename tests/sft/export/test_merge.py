@@ -222,7 +222,7 @@ torch.set_num_threads(1)
 from sft.export.merge import merge_adapter
 from tests.sft.export.test_merge import Memory
 folder = Path(sys.argv[1])
-merge_adapter(folder / "small", folder / "small_adapter", folder / "unused", [[5]])  # so that all imports are done before measuring
+merge_adapter(folder / "small", folder / "small_adapter", folder / "unused", [[5]])  # imports all modules
 dtype, tolerance = sys.argv[2], float(sys.argv[3])
 with Memory() as memory:
     rows = [[5, 6, 7], [9]]
