@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from sft.chat.checks import TerminatorCheck
 from sft.chat.formats import FORMATS, align_eos_with_template, apply_chat_format, ensure_pad_token, find_format
 from sft.chat.template import TemplateSourceError
+from sft.folders import replacing_folder
 from sft.models.checkpoint import save_tokenizer
-from stages.checkout.artifacts import JsonlWriter, progress, read_json, read_jsonl, replacing_folder, write_json
+from stages.checkout.artifacts import JsonlWriter, progress, read_json, read_jsonl, write_json
 from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model

@@ -15,7 +15,8 @@ from sft.data.records import (
     record_digest,
 )
 from sft.data.row import Row
-from stages.checkout.artifacts import JsonlWriter, progress, replacing_folder, write_json
+from sft.folders import replacing_folder
+from stages.checkout.artifacts import JsonlWriter, progress, write_json
 from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
 from stages.loading.accounts import Accounts

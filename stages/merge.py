@@ -10,8 +10,9 @@ from typing import Any
 from datasets import load_from_disk
 
 from sft.export.merge import MergeReport, copy_checkpoint, merge_adapter
+from sft.folders import replacing_folder
 from sft.models.checkpoint import load_tokenizer
-from stages.checkout.artifacts import progress, replacing_folder, write_json
+from stages.checkout.artifacts import progress, write_json
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
 from stages.params.schema import Params

@@ -17,11 +17,12 @@ import pyarrow as pa
 from datasets import load_from_disk
 from transformers import AutoTokenizer
 
+from sft.folders import replacing_folder
 from sft.labels import IGNORE_INDEX
 from sft.tokens.columns import Pieces, RowPlan, row_tables, write_rows
 from sft.tokens.packing import OverflowReport, plan_overflow, plan_rows
 from sft.tokens.preview import preview_masks
-from stages.checkout.artifacts import JsonlWriter, progress, replacing_folder, write_json, write_jsonl, write_text
+from stages.checkout.artifacts import JsonlWriter, progress, write_json, write_jsonl, write_text
 from stages.checkout.paths import Paths
 from stages.pages.data import SplitFacts, choose_previews, write_data_page
 from stages.params.schema import PackSection, Params

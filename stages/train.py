@@ -15,17 +15,12 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from sft.config import SFTConfig
+from sft.folders import replacing_folder
 from sft.models.adapters import count_parameters
 from sft.models.checkpoint import save_tokenizer
 from sft.train.bad_updates import BAD_UPDATE
 from sft.train.trainer import SFTTrainer
-from stages.checkout.artifacts import (
-    file_digest,
-    replacing_folder,
-    write_json,
-    write_jsonl,
-    write_text,
-)
+from stages.checkout.artifacts import file_digest, write_json, write_jsonl, write_text
 from stages.checkout.paths import Paths
 from stages.launch.processes import launch, needs_launcher
 from stages.params.schema import Params

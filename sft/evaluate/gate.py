@@ -1,13 +1,12 @@
-"""Conditions that a result must meet before it is promoted, such as `quantized.loss <= 1.05 * tuned.loss`.
+"""The gate: conditions that a result must meet before it is promoted, such as `quantized.loss <= 1.05 * tuned.loss`.
 
-A condition compares two sums of products of numbers and `model.metric` names; those of the model that was promoted
-before are `champion.model.metric`. It is parsed by Python's own grammar and then walked node by node: nothing is ever
-evaluated as code.
+A condition compares two arithmetic expressions of numbers and `model.metric` names; `champion.model.metric` is the
+value of the model that was promoted before. Conditions are parsed with Python's `ast` and evaluated node by node, so
+that no text is ever executed as code.
 
-Conditions of a gate that no result could fail, or none could meet: such as a share that must be at least 85.
-
-Every side of a condition gets the range that it can be in, by interval arithmetic; a name that stands in it twice
-counts as two, so that a condition is only refused when it is certain.
+`check_ranges` finds conditions that are true for all results or for none, such as a share that must be at least 85. It
+computes the range of both sides by interval arithmetic. A name that occurs twice is treated as two independent values,
+which can only widen a range: a condition is never rejected by mistake.
 """
 
 from __future__ import annotations
@@ -21,6 +20,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 Results = Mapping[str, Mapping[str, float]]
+"""Model name -> metric name -> value."""
+
+Range = tuple[float, float]
+"""Smallest and largest possible value."""
+
+RangeOf = Callable[[str], Range]
+"""Function from `model.metric` to its range."""
+
+ANYTHING: Range = (-math.inf, math.inf)
 
 COMPARISONS = {
     ast.GtE: (">=", operator.ge),
@@ -35,14 +43,13 @@ HINT = "write e.g. `tuned.exact_match >= 0.85` or `quantized.loss <= 1.05 * tune
 
 MAX_LENGTH = 300
 
-# What was promoted before may stand beside the result itself.
-# Figures of a task of lm-eval have its name in between.
+# `model.metric`, with `champion.` before it for the promoted model; figures of lm-eval are `model.task.metric`.
 NAME = re.compile(r"(champion\.)?\w+\.\w+(\.\w+)?")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One parsed condition; `names` are the `model.metric` values that it needs."""
+    """Parsed condition; `names` are the `model.metric` values that it needs."""
 
     text: str
     comparison: str
@@ -53,7 +60,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class GateRow:
-    """One line of the gate's table: the condition, both sides as numbers (None without one), and the verdict."""
+    """Result of one condition: its text, the values of both sides (None if unknown), the verdict and its reason."""
 
     condition: str
     left: float | None
@@ -66,10 +73,10 @@ def parse_condition(text: str) -> Condition:
     """Parse one condition.
 
     Raises:
-        ValueError: shows the condition, what is wrong with it and how one looks.
+        ValueError: The condition is invalid; the message shows it, what is wrong with it, and a valid one.
     """
     if len(text) > MAX_LENGTH:
-        raise ValueError(f"gate condition of {len(text)} characters, the limit is {MAX_LENGTH}: {text[:40]!r}...")
+        raise ValueError(f"gate condition with {len(text)} characters, the limit is {MAX_LENGTH}: {text[:40]!r}...")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -88,12 +95,12 @@ def parse_gate(
     """Parse all conditions and report everything that is wrong with them at once.
 
     Args:
-        conditions: as params state them.
-        available: the `model.metric` names that will exist; None to check the grammar only.
-        open_ended: beginnings of names that will exist, whose ends nobody knows yet.
+        conditions: Conditions as text.
+        available: `model.metric` names that will exist; None to check the grammar only.
+        open_ended: Prefixes of further names that will exist, such as those of tasks whose metrics are not known yet.
 
     Raises:
-        ValueError: lists every bad condition; an unknown name comes with the nearest known one.
+        ValueError: Some conditions are invalid; the message lists each, with the nearest known name for an unknown one.
     """
     parsed, problems = [], []
     for text in conditions:
@@ -112,11 +119,11 @@ def parse_gate(
 
 
 def check_gate(conditions: Sequence[Condition], results: Results) -> list[GateRow]:
-    """Check conditions against results; a missing or non-finite value fails its condition and says so.
+    """Check conditions against results; a missing or non-finite value fails its condition, with that as the reason.
 
     Args:
-        conditions: from `parse_gate`.
-        results: model name -> metric name -> value.
+        conditions: From `parse_gate`.
+        results: Model name -> metric name -> value.
     """
     return [_check(condition, results) for condition in conditions]
 
@@ -141,7 +148,7 @@ def _check(condition: Condition, results: Results) -> GateRow:
 
 
 def _find(name: str, results: Results) -> float | None:
-    """The value of `model.metric`, where either part may have dots in it."""
+    """Return the value of `model.metric`, where both parts may contain dots; None if there is none."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         value = results.get(".".join(parts[:end]), {}).get(".".join(parts[end:]))
@@ -151,7 +158,7 @@ def _find(name: str, results: Results) -> float | None:
 
 
 def _names(node: ast.expr, text: str) -> list[str]:
-    """Check the grammar below a side of the comparison and collect the names in it."""
+    """Check the grammar of one side of a comparison and return the names in it."""
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
         return [*_names(node.left, text), *_names(node.right, text)]
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -161,7 +168,7 @@ def _names(node: ast.expr, text: str) -> list[str]:
     if isinstance(node, ast.Attribute) and NAME.fullmatch(ast.unparse(node)):
         return [ast.unparse(node)]
     raise ValueError(
-        f"gate condition {text!r} holds {ast.unparse(node)!r}: only numbers, + - * / and model.metric may stand there; "
+        f"gate condition {text!r} contains {ast.unparse(node)!r}: only numbers, + - * / and model.metric are allowed; "
         + HINT
     )
 
@@ -182,22 +189,15 @@ def _unknown_name(name: str, available: Collection[str]) -> str:
     return f"nothing is called {name}; {hint}"
 
 
-Range = tuple[float, float]
-
-RangeOf = Callable[[str], Range]
-
-ANYTHING: Range = (-math.inf, math.inf)
-
-
 def check_ranges(conditions: Sequence[Condition], range_of: RangeOf) -> None:
-    """Refuse conditions that say nothing.
+    """Check that each condition depends on the result: that it can be true and can be false.
 
     Args:
         conditions: From `parse_gate`.
-        range_of: `model.metric` -> the least and the largest value that it can have.
+        range_of: `model.metric` -> its smallest and largest possible value.
 
     Raises:
-        ValueError: Lists every such condition, with the range of what it names.
+        ValueError: Some do not; the message lists each, with the ranges of the names in it.
     """
     problems = [problem for condition in conditions if (problem := _problem(condition, range_of))]
     if problems:
@@ -209,17 +209,17 @@ def _problem(condition: Condition, range_of: RangeOf) -> str | None:
         return f"gate condition {condition.text!r} compares a figure with itself"
     left, right = _range(condition.left, range_of), _range(condition.right, range_of)
     at_least = condition.comparison in (">", ">=")
-    low, high = (left, right) if at_least else (right, left)  # holds when something in `low` exceeds one in `high`
+    low, high = (left, right) if at_least else (right, left)  # true if the value from `low` exceeds the one from `high`
     strict = condition.comparison in (">", "<")
     always = low[0] > high[1] if strict else low[0] >= high[1]
     never = low[1] <= high[0] if strict else low[1] < high[0]
     if not (always or never):
         return None
-    what = "holds whatever the result" if always else "can never hold"
-    return f"gate condition {condition.text!r} {what}: {', '.join(_known(condition, range_of))}"
+    what = "is true for all results" if always else "can never be true"
+    return f"gate condition {condition.text!r} {what}: {', '.join(_known_ranges(condition, range_of))}"
 
 
-def _known(condition: Condition, range_of: RangeOf) -> list[str]:
+def _known_ranges(condition: Condition, range_of: RangeOf) -> list[str]:
     texts = []
     for name in condition.names:
         low, high = range_of(name)

@@ -1,15 +1,13 @@
-"""Batched greedy generation that says whether a model stops by itself.
+"""Batched greedy generation, with a flag for answers that end with a stop token.
 
-What greedy answers begin with, learnt while references are scored: tokens that need not be generated again.
-
-Scoring a reference yields the likeliest token at each of its positions. As long as these are the reference's own, they
-are the greedy answer, and so is the first that differs: the verification step of speculative decoding (Leviathan et
-al., arXiv:2211.17192) with the reference as draft. A model that answers right has been asked already.
+`BegunAnswers` saves part of the generation. Scoring a reference yields the most likely token at each of its positions.
+As long as these tokens equal the reference, they are the greedy answer, and so is the first one that differs. This is
+the verification step of speculative decoding (Leviathan et al., arXiv:2211.17192) with the reference as draft.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +15,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sft.evaluate.likelihood import Document
-from sft.evaluate.prefix import SharedPrefix, forward_parameters, share_prefix
-
-Progress = Callable[[int, int, str], None]
+from sft.evaluate.likelihood import Document, Progress
+from sft.evaluate.prefix_cache import SharedPrefix, forward_parameters, share_prefix
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model answered: text without special tokens, whether a stop token ended it, tokens without that one."""
+    """One generated answer.
+
+    Args:
+        text: Without special tokens.
+        stopped: Whether it ended with a stop token.
+        num_tokens: Number of tokens without the stop token.
+    """
 
     text: str
     stopped: bool
@@ -42,36 +44,37 @@ def generate_batch(
     on_progress: Progress | None = None,
     begun: Sequence[Sequence[int]] | None = None,
 ) -> list[Generation]:
-    """Continue every prompt with the likeliest tokens.
+    """Generate greedy answers to prompts.
 
-    Prompts of like length share a batch, padded on the left. Rows that have stopped leave the batch, so that one long
-    answer does not keep all others computing.
+    Prompts of similar length share a batch, padded on the left. Rows that have stopped are removed from the batch, so
+    that one long answer does not keep the others computing.
 
     Args:
-        model: a causal language model (an adapter model too).
-        tokenizer: decodes the answers.
-        prompts: token ids, `(num_prompts, length)`, ragged.
-        max_new_tokens: where an answer is cut that does not stop.
-        batch_size: prompts generated together; the answers do not depend on it but for rounding.
-        on_progress: called with (prompts done, of how many, text).
-        begun: tokens that each answer is known to begin with (see `begun_answers`); only what follows is computed.
+        model: Causal language model, with or without an adapter.
+        tokenizer: Decodes the answers.
+        prompts: Token ids, `(num_prompts, length)`, ragged.
+        max_new_tokens: Largest number of tokens of an answer, stop token included.
+        batch_size: Number of prompts in a batch. The answers do not depend on it, except for rounding.
+        on_progress: Called with (prompts done, number of prompts, text).
+        begun: Known first tokens of each answer, `(num_prompts, length)`, ragged (see `BegunAnswers`); only the rest is
+            generated.
 
     Returns:
-        One generation a prompt, in the order of the prompts.
+        One generation per prompt, in the order of the prompts.
 
     Raises:
-        ValueError: a prompt is empty, or there is no stop token.
+        ValueError: A prompt is empty, or there is no stop token.
     """
     empty = [index for index, prompt in enumerate(prompts) if not prompt]
     if empty:
-        raise ValueError(f"prompt {empty[0]} is empty: nothing to continue")
+        raise ValueError(f"prompt {empty[0]} is empty: it needs at least one token")
     stop_ids = stop_token_ids(model, tokenizer)
-    answers = [_answer(tokens, stop_ids, max_new_tokens) for tokens in begun or [[] for _ in prompts]]
+    answers = [_truncate(tokens, stop_ids, max_new_tokens) for tokens in begun or [[] for _ in prompts]]
     texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    open_ones = [
+    unfinished = [
         i for i, tokens in enumerate(answers) if len(tokens) < max_new_tokens and not _stopped(tokens, stop_ids)
     ]
-    order = sorted(open_ones, key=[len(text) for text in texts].__getitem__)
+    order = sorted(unfinished, key=[len(text) for text in texts].__getitem__)
     done = len(prompts) - len(order)
     training = model.training
     model.eval()
@@ -84,7 +87,7 @@ def generate_batch(
             longest = max_new_tokens - min(len(answers[index]) for index in chosen)
             rests = [texts[index][prefix.length :] for index in chosen]
             for index, tokens in zip(chosen, _continue(model, rests, prefix, stop_ids, longest), strict=True):
-                answers[index] = _answer([*answers[index], *tokens], stop_ids, max_new_tokens)
+                answers[index] = _truncate([*answers[index], *tokens], stop_ids, max_new_tokens)
             done += len(chosen)
             if on_progress is not None:
                 on_progress(done, len(prompts), "prompts answered")
@@ -96,10 +99,10 @@ def generate_batch(
 
 
 def stop_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: those of the generation config, and the tokenizer's own end token.
+    """Return the token ids that end an answer: those of the generation config, and the tokenizer's eos token.
 
     Raises:
-        ValueError: there is none, so that no answer could ever end.
+        ValueError: There are none, so that no answer could end.
     """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = set(_as_list(configured)) | set(_as_list(tokenizer.eos_token_id))
@@ -114,8 +117,8 @@ def _as_list(value: int | Iterable[int] | None) -> list[int]:
     return [value] if isinstance(value, int) else list(value)
 
 
-def _answer(tokens: Sequence[int], stop_ids: list[int], max_new_tokens: int) -> list[int]:
-    """The tokens up to and with the first stop token, at most `max_new_tokens`."""
+def _truncate(tokens: Sequence[int], stop_ids: list[int], max_new_tokens: int) -> list[int]:
+    """Return the tokens up to and including the first stop token, at most `max_new_tokens`."""
     end = next((place + 1 for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
     return list(tokens[: min(end, max_new_tokens)])
 
@@ -127,7 +130,15 @@ def _stopped(answer: Sequence[int], stop_ids: list[int]) -> bool:
 def _continue(
     model: nn.Module, rests: Sequence[Sequence[int]], prefix: SharedPrefix, stop_ids: list[int], max_new_tokens: int
 ) -> list[list[int]]:
-    """Greedy continuations of prefix and rest, each up to and with its stop token."""
+    """Continue sequences greedily, each up to and including its first stop token.
+
+    Args:
+        model: Causal language model.
+        rests: Token ids of the sequences after the shared prefix, `(num_sequences, length)`, ragged.
+        prefix: Shared prefix of the sequences.
+        stop_ids: Token ids that end an answer.
+        max_new_tokens: Largest number of tokens per answer.
+    """
     input_ids, mask = _left_pad(rests, next(model.parameters()).device)
     mask, cache = prefix.mask(mask), prefix.rows(len(rests))
     answers: list[list[int]] = [[] for _ in rests]
@@ -154,7 +165,7 @@ def _continue(
 
 
 def _left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and attention mask `(batch, longest)`, rows flush right so that all go on at the same place."""
+    """Return input ids and attention mask `(batch, longest)`, padded on the left so that all rows end together."""
     width = max(len(row) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
     mask = torch.zeros_like(input_ids)
@@ -181,10 +192,12 @@ def _generation(tokens: list[int], stop_ids: list[int], tokenizer: PreTrainedTok
 
 
 class BegunAnswers:
-    """Collects beginnings of answers; its `learn` is `evaluate_model`'s `on_predictions`.
+    """First tokens of greedy answers, found while references are scored.
+
+    Pass `learn` to `evaluate_model` as `on_predictions`.
 
     Args:
-        prompts: token ids, `(num_prompts, length)`, ragged.
+        prompts: Token ids, `(num_prompts, length)`, ragged.
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -192,30 +205,30 @@ class BegunAnswers:
         self._known: dict[tuple[int, ...], list[int]] = {prompt: [] for prompt in self._prompts}
 
     def learn(self, document: Document, predicted: Sequence[int]) -> None:
-        """Look for prompts at the beginning of a document, and for what the model answers them with.
+        """Record the first tokens of the answers to all prompts that a document begins with.
 
         Args:
-            document: scored; a prompt is what stands before one of its supervised spans.
-            predicted: the likeliest token at each of its supervised positions.
+            document: Scored document. All tokens before one of its supervised spans may be a prompt.
+            predicted: Most likely token at each of its supervised positions.
         """
-        likeliest = dict(zip(document.supervised, predicted, strict=True))
-        for start in likeliest:
-            if start - 1 in likeliest:
+        most_likely = dict(zip(document.supervised, predicted, strict=True))
+        for start in most_likely:
+            if start - 1 in most_likely:
                 continue
             prompt = tuple(document.input_ids[:start])
             if prompt in self._known:
-                self._known[prompt] = _agreed(document, likeliest, start)
+                self._known[prompt] = _greedy_tokens(document, most_likely, start)
 
     def tokens(self) -> list[list[int]]:
-        """What each answer begins with, in the order of the prompts; empty where no document told."""
+        """Return the known first tokens of each answer, in the order of the prompts; empty for unknown ones."""
         return [self._known[prompt] for prompt in self._prompts]
 
 
-def _agreed(document: Document, likeliest: dict[int, int], position: int) -> list[int]:
-    """Greedy tokens from `position` on, up to and with the first that is not the document's."""
+def _greedy_tokens(document: Document, most_likely: dict[int, int], position: int) -> list[int]:
+    """Return the greedy tokens from `position` on, up to and including the first that differs from the document."""
     tokens: list[int] = []
-    while position in likeliest:
-        tokens.append(likeliest[position])
+    while position in most_likely:
+        tokens.append(most_likely[position])
         if tokens[-1] != document.input_ids[position]:
             break
         position += 1

@@ -1,7 +1,7 @@
-"""How far a figure would move with other rows of the same kind: 95 % intervals, and paired tests of two models.
+"""95 % confidence intervals of figures, and paired tests of two models on the same rows.
 
-The bootstrap (Efron, Ann. Statist. 7, 1979) draws rows, never tokens: tokens of one answer are not independent. All
-draws are seeded, so that a result repeats itself to the last digit.
+The bootstrap (Efron, Ann. Statist. 7, 1979) draws rows, not tokens, since the tokens of one answer are not independent.
+All draws are seeded, so that results are reproducible to the last digit.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ import numpy as np
 
 NUM_RESAMPLES = 2000
 CHUNK = 2_000_000
-"""Most rows drawn at a time, which bounds memory for long lists."""
+"""Largest number of rows drawn at a time, to limit memory for long lists."""
+
 Z95 = 1.959964
+"""97.5 % quantile of the standard normal distribution."""
 
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Paired:
-    """What changed between two models on the same rows.
+    """Difference of a figure between two models on the same rows.
 
     Args:
-        difference: of the figure, second model minus first.
+        difference: Second model minus first.
         interval: 95 % interval of the difference.
-        p_value: how often so large a difference would come up if the models were alike.
-        test: name of the test that gave the p-value.
+        p_value: Probability of a difference at least this large if the models were equally good.
+        test: Name of the test that gave the p-value.
     """
 
     difference: float
@@ -38,13 +40,13 @@ class Paired:
 
 
 def mean_interval(scores: Sequence[float], seed: int = 0) -> Interval:
-    """95 % interval of the mean of row scores.
+    """Return the 95 % interval of the mean of row scores.
 
-    Shares (all scores 0 or 1) get the Wilson score interval, which stays honest where every row is right or none is;
-    other scores get the percentile bootstrap.
+    Shares (all scores 0 or 1) get the Wilson score interval, which has the right coverage also if all rows or none are
+    correct. Other scores get the percentile bootstrap.
 
     Raises:
-        ValueError: there are no scores.
+        ValueError: There are no scores.
     """
     if not scores:
         raise ValueError("an interval needs at least one score")
@@ -54,15 +56,15 @@ def mean_interval(scores: Sequence[float], seed: int = 0) -> Interval:
 
 
 def ratio_interval(sums: Sequence[float], weights: Sequence[float], seed: int = 0) -> Interval:
-    """95 % percentile bootstrap interval of `sum(sums) / sum(weights)`, rows drawn with what belongs to them.
+    """Return the 95 % percentile bootstrap interval of `sum(sums) / sum(weights)`, drawing rows with their weights.
 
     Args:
-        sums: one number a row, such as the summed loss of its tokens.
-        weights: what it is divided by, such as the number of its tokens.
-        seed: of the draws.
+        sums: One number per row, such as the summed loss of its tokens.
+        weights: Weight of each row, such as the number of its tokens.
+        seed: Seed of the draws.
 
     Raises:
-        ValueError: the lists are empty or differ in length.
+        ValueError: The lists are empty or differ in length.
     """
     if not sums or len(sums) != len(weights):
         raise ValueError(f"an interval needs rows with a weight each, got {len(sums)} rows and {len(weights)} weights")
@@ -71,7 +73,7 @@ def ratio_interval(sums: Sequence[float], weights: Sequence[float], seed: int = 
     ratios: list[np.ndarray] = []
     for start in range(0, NUM_RESAMPLES, step := max(1, CHUNK // count)):
         drawn = table[:, rng.integers(0, count, (min(step, NUM_RESAMPLES - start), count))].sum(-1)
-        # A draw of rows that weigh nothing has no ratio; it counts as 0, as the figure itself does.
+        # A draw whose weights sum to 0 has no ratio; it counts as 0, as the figure itself does.
         ratios.append(np.divide(drawn[0], drawn[1], out=np.zeros(drawn.shape[1]), where=drawn[1] != 0))
     low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
     return float(low), float(high)
@@ -80,13 +82,13 @@ def ratio_interval(sums: Sequence[float], weights: Sequence[float], seed: int = 
 def sums_interval(
     rows: Sequence[Sequence[float]], figure: Callable[[list[float]], float], num_resamples: int, seed: int = 0
 ) -> Interval:
-    """95 % percentile bootstrap interval of a figure that is computed from what rows add up to, such as BLEU.
+    """Return the 95 % percentile bootstrap interval of a figure that is computed from sums over rows, such as BLEU.
 
     Args:
-        rows: counts, `(num_rows, num_counts)`.
-        figure: the rows' sums, `(num_counts,)`, -> the figure.
-        num_resamples: how often rows are drawn; the figure is computed as often.
-        seed: of the draws.
+        rows: Counts, `(num_rows, num_counts)`.
+        figure: Function from the sums over rows, `(num_counts,)`, to the figure.
+        num_resamples: Number of bootstrap samples; `figure` is called once for each.
+        seed: Seed of the draws.
     """
     table, rng = np.array(rows, dtype=np.float64), np.random.default_rng(seed)
     figures = [
@@ -102,16 +104,17 @@ def compare_paired(
     """Test whether two models differ on the same rows.
 
     Shares get McNemar's exact test on the rows where only one model is right (Psychometrika 12, 1947), other figures a
-    permutation test that swaps the models row by row. The interval is the paired bootstrap's.
+    permutation test that swaps the two models in random rows. The interval is that of the paired bootstrap.
 
     Args:
-        first: a number a row, of the first model.
-        second: the same rows' numbers of the second model.
-        weights: what both are divided by, row by row; None = 1, which gives means.
-        seed: of the draws.
+        first: One number per row, of the first model.
+        second: Numbers of the second model for the same rows.
+        weights: Weight of each row, by whose sum the differences are divided; None for equal weights, which gives
+            means.
+        seed: Seed of the draws.
 
     Raises:
-        ValueError: the lists are empty or differ in length.
+        ValueError: The lists are empty or differ in length.
     """
     if len(first) != len(second):
         raise ValueError(f"a paired test needs the same rows of both models, got {len(first)} and {len(second)}")
@@ -152,7 +155,7 @@ def _is_share(scores: Sequence[float]) -> bool:
 
 
 def _wilson(num_right: float, num_rows: int) -> Interval:
-    """Wilson's interval (J. Am. Stat. Assoc. 22, 1927) of a share at 95 %."""
+    """Return the 95 % Wilson score interval (J. Am. Stat. Assoc. 22, 1927) of a share."""
     share, spread = num_right / num_rows, Z95**2 / num_rows
     centre = (share + spread / 2) / (1 + spread)
     half = Z95 * math.sqrt(share * (1 - share) / num_rows + spread / (4 * num_rows)) / (1 + spread)

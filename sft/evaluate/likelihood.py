@@ -1,11 +1,12 @@
-"""Token-weighted evaluation of a causal model: the same figures whatever the batch size, the packing or the padding.
+"""Loss, perplexity and token accuracy of a causal model, and its divergence from another model, in one pass.
 
-What a model does on each document: loss, right tokens, and divergence from another model, without a second pass.
+The figures are weighted by tokens and do not depend on batch size, packing or padding. `DocumentScores` collects the
+same sums per document, which intervals and paired tests need.
 
-Intervals and paired tests draw documents, so they need figures a document. The divergence KL(reference || model) is
-taken over the reference's `NUM_KEPT` likeliest tokens and one class for all others: 0.5 kB a token are kept instead of
-a whole vocabulary. By the data processing inequality it is never above the divergence over the vocabulary, and it
-equals it where the model shares out what is left as the reference does.
+The divergence KL(reference || model) is computed over the reference's `NUM_KEPT` most likely tokens and one class for
+all other tokens, so that 0.5 kB per token are kept instead of the logits of the complete vocabulary. By the data
+processing inequality it is a lower bound of the divergence over the vocabulary. The two are equal if the model
+distributes the remaining probability over the other tokens as the reference does.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from sft.evaluate.prefix import SharedPrefix, forward_parameters, share_prefix
+from sft.evaluate.prefix_cache import SharedPrefix, forward_parameters, share_prefix
 from sft.labels import IGNORE_INDEX
 
 Progress = Callable[[int, int, str], None]
+"""Called with (done, total, text)."""
+
+NUM_KEPT = 64
+"""Number of most likely tokens per position that a divergence distinguishes."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document, cut behind its last supervised token; `index` is its position in the input."""
+    """One document, truncated after its last supervised token; `index` is its position in the input."""
 
     index: int
     input_ids: list[int]
@@ -35,7 +40,7 @@ class Document:
 
     @property
     def supervised(self) -> list[int]:
-        """Positions that have a label and something before them to be predicted from."""
+        """Positions that have a label and at least one token before them."""
         return [p for p, label in enumerate(self.labels) if label != IGNORE_INDEX and p > 0]
 
 
@@ -48,31 +53,33 @@ def evaluate_model(
     on_predictions: Callable[[Document, list[int]], None] | None = None,
     on_logits: Callable[[Sequence[Document], torch.Tensor, torch.Tensor], None] | None = None,
 ) -> dict[str, float]:
-    """Loss, perplexity and token accuracy of a causal model on supervised tokens.
+    """Compute loss, perplexity and token accuracy of a causal model on supervised tokens.
 
-    Packed rows are taken apart into their documents, so that nothing depends on how they were packed or on the
-    attention that packed rows need. Documents of like length share a padded batch; what all of them begin with is
-    computed once; the head runs on positions that have
-    a label.
+    Packed rows are split into their documents, so that the figures do not depend on the packing or on the attention
+    that packed rows need. Documents of similar length share a padded batch. The prefix that all documents share is
+    computed once, and the head runs only on positions that have a label.
 
     Args:
-        model: a causal language model (an adapter model too).
-        rows: dicts with `input_ids` and `labels`, both `(length,)`, `labels[i]` belonging to `input_ids[i]` and
-            `IGNORE_INDEX` where nothing is learned; `seq_lengths` with the documents' lengths where rows are packed.
-        tokens_per_batch: most tokens of a padded batch, at least one document.
-        on_progress: called with (documents done, of how many, text).
-        on_predictions: called with every document and the likeliest token at each of its supervised positions.
-        on_logits: called with a batch's documents, logits `(num_supervised, vocabulary)` in their order, and targets.
+        model: Causal language model, with or without an adapter.
+        rows: Dicts with `input_ids` and `labels`, both `(length,)`. `labels[i]` belongs to `input_ids[i]` and is
+            `IGNORE_INDEX` for tokens that are not trained. Packed rows also have `seq_lengths`, the lengths of their
+            documents.
+        tokens_per_batch: Largest number of tokens of a padded batch, which contains at least one document.
+        on_progress: Called with (documents done, number of documents, text).
+        on_predictions: Called with each document and the most likely token at each of its supervised positions.
+        on_logits: Called with the documents of a batch, their logits `(num_supervised, vocabulary)` in the same order,
+            and the targets `(num_supervised,)`.
 
     Returns:
-        `loss` (mean negative log-likelihood in nats a supervised token), `perplexity`, `token_accuracy`, `num_tokens`.
+        `loss` (mean negative log-likelihood in nats per supervised token), `perplexity`, `token_accuracy`,
+        `num_tokens`.
 
     Raises:
-        ValueError: no row has a supervised token.
+        ValueError: No row has a supervised token.
     """
     documents = list(split_documents(rows))
     if not documents:
-        raise ValueError(f"none of the {len(rows)} rows has a token with a label: there is nothing to evaluate")
+        raise ValueError(f"none of the {len(rows)} rows has a token with a label: nothing can be evaluated")
     training = model.training
     model.eval()
     losses, hits, num_tokens, done = 0.0, 0, 0, 0
@@ -103,10 +110,12 @@ def evaluate_model(
 
 
 def split_documents(rows: Sequence[Mapping[str, Any]]) -> Iterator[Document]:
-    """Take packed rows apart; documents without a supervised token are left out, tokens behind the last one are cut.
+    """Split packed rows into documents.
+
+    Documents without a supervised token are skipped, and tokens after the last supervised one are cut off.
 
     Raises:
-        ValueError: a row's `seq_lengths` do not add up to its length.
+        ValueError: The `seq_lengths` of a row do not add up to its length.
     """
     index = 0
     for number, row in enumerate(rows):
@@ -150,7 +159,7 @@ def _first_supervised(document: Document) -> int:
 def _supervised_logits(
     model: nn.Module, batch: Sequence[Document], prefix: SharedPrefix
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 logits `(num_supervised, vocabulary)` and targets `(num_supervised,)` of a padded batch."""
+    """Return float32 logits `(num_supervised, vocabulary)` and targets `(num_supervised,)` of a padded batch."""
     device = next(model.parameters()).device
     input_ids, mask, targets = (tensor.to(device) for tensor in _pad(batch, prefix.length))
     positions = (targets != IGNORE_INDEX).any(0).nonzero().squeeze(1)
@@ -169,7 +178,7 @@ def _supervised_logits(
 
 
 def _pad(batch: Sequence[Document], num_shared: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids, attention mask and next-token targets `(batch, longest)` of what follows the shared prefix."""
+    """Return input ids, attention mask and next-token targets, each `(batch, longest)`, after the shared prefix."""
     width = _length(batch[0]) - num_shared
     input_ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask, targets = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORE_INDEX)
@@ -182,12 +191,15 @@ def _pad(batch: Sequence[Document], num_shared: int) -> tuple[torch.Tensor, torc
     return input_ids, mask, targets
 
 
-NUM_KEPT = 64
-
-
 @dataclass(frozen=True)
 class Kept:
-    """The likeliest tokens of a document, `(num_supervised, NUM_KEPT)`, their logits, and that of all others."""
+    """Most likely tokens at the supervised positions of a document.
+
+    Args:
+        tokens: Their ids, `(num_supervised, NUM_KEPT)`.
+        logits: Their logits, of the same shape.
+        rest: Log-sum-exp of the logits of all other tokens, `(num_supervised,)`.
+    """
 
     tokens: torch.Tensor
     logits: torch.Tensor
@@ -196,11 +208,11 @@ class Kept:
 
 @dataclass
 class DocumentScores:
-    """Collects sums a document; its `add` is `evaluate_model`'s `on_logits`.
+    """Sums of loss, correct tokens and divergence per document; pass `add` to `evaluate_model` as `on_logits`.
 
     Args:
-        reference: what another model's `kept` holds after the same rows; None = no divergence is measured.
-        keep: whether to keep this model's likeliest tokens, for others to be measured against.
+        reference: `kept` of another model after the same rows. If None, no divergence is computed.
+        keep: Whether to keep this model's most likely tokens in `kept`, as the reference for other models.
     """
 
     reference: dict[int, Kept] | None = None
@@ -209,11 +221,11 @@ class DocumentScores:
     _sums: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def add(self, documents: Sequence[Document], logits: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take in a batch.
+        """Add the sums of a batch.
 
         Args:
-            documents: of the batch.
-            logits: `(num_supervised, vocabulary)`, documents one behind the other.
+            documents: Documents of the batch.
+            logits: Logits of all documents in order, `(num_supervised, vocabulary)`.
             targets: `(num_supervised,)`.
         """
         counts = [len(document.supervised) for document in documents]
@@ -228,38 +240,41 @@ class DocumentScores:
             self._sums[document.index] = sums
 
     def column(self, name: str) -> list[float]:
-        """One number a document, in their order: `num_tokens`, or the sum of a figure over its tokens."""
+        """Return one number per document, in order: `num_tokens`, or the sum of a figure over its tokens."""
         return [self._sums[index][name] for index in sorted(self._sums)]
 
 
 def keep_likeliest(logits: torch.Tensor) -> Kept:
-    """The part of logits `(n, vocabulary)` that a divergence needs, on the CPU."""
+    """Return the part of logits `(num_supervised, vocabulary)` that a divergence needs, on the CPU."""
     values, tokens = logits.topk(min(NUM_KEPT, logits.shape[-1]), dim=-1)
     return Kept(tokens.to("cpu", torch.int32), values.cpu(), _rest(logits, tokens).cpu())
 
 
 def divergence(reference: Kept, logits: torch.Tensor) -> torch.Tensor:
-    """KL(reference || model) in nats at each position `(n,)`, in float64.
+    """Return KL(reference || model) in nats at each position, `(num_supervised,)`, in float64.
 
     Args:
-        reference: what the other model holds likely.
-        logits: of this model, `(n, vocabulary)`.
+        reference: Most likely tokens of the other model.
+        logits: Logits of this model, `(num_supervised, vocabulary)`.
 
     Raises:
-        ValueError: the reference was made at other positions.
+        ValueError: The reference has a different number of positions.
     """
     tokens = reference.tokens.to(logits.device, torch.long)
     if len(tokens) != len(logits):
         raise ValueError(f"a divergence needs the same positions of both models, got {len(tokens)} and {len(logits)}")
     ours = _log_probabilities(logits.gather(-1, tokens).cpu(), _rest(logits, tokens).cpu())
     theirs = _log_probabilities(reference.logits, reference.rest)
-    # Where the reference sees no chance at all, 0 * log 0 counts as 0.
+    # If the reference has probability 0, 0 * log 0 counts as 0.
     parts = torch.where(theirs.isneginf(), 0.0, theirs.exp() * (theirs - ours))
     return parts.sum(-1)
 
 
 def _rest(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The logit of all tokens but some, taken as one, summed itself: 1 minus the others would be noise."""
+    """Return the log-sum-exp of all logits but those of some tokens.
+
+    It is summed directly, since 1 minus the probability of the tokens would be mostly rounding error.
+    """
     return logits.scatter(-1, tokens, -torch.inf).logsumexp(-1)
 
 

@@ -1,7 +1,7 @@
-"""Tasks of lm-eval (EleutherAI's evaluation harness) by name, run by its own library, which is an optional extra.
+"""Tasks of lm-eval (EleutherAI's evaluation harness), run by the library itself, which is an optional extra.
 
-lm-eval knows thousands of tasks and takes half a minute to look through them; a folder with task files of one's own is
-looked at first, and alone when all tasks are found there.
+lm-eval needs half a minute to index its thousands of tasks. The user's folder of task files is therefore indexed first,
+and the index of lm-eval is only built if a task is not found there.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 
 PACKAGE, EXTRA = "lm_eval", "lm-eval"
 BOOTSTRAP_ITERS = 1000
-"""Draws for the standard error of figures that are no means over rows; lm-eval's own 100,000 take minutes."""
+"""Number of draws for the standard error of figures that are not means over rows; lm-eval's 100,000 take minutes."""
 
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """What one model did.
+    """Results of one model.
 
     Args:
-        figures: `task.metric` -> value, such as `arc_easy.acc`; a filter's name is joined to the metric's by `_`.
-        errors: `task.metric` -> standard error, where lm-eval gives one.
-        tasks: Task -> rows that were evaluated, and examples shown before each; None where lm-eval says none, as for a
-            group.
+        figures: `task.metric` -> value, such as `arc_easy.acc`. The name of a filter is joined to the metric by `_`.
+        errors: `task.metric` -> standard error, for figures that have one.
+        tasks: Task -> `num_rows`, the number of evaluated rows, and `num_fewshot`, the number of examples before each;
+            None if lm-eval does not report it, as for a group.
     """
 
     figures: dict[str, float]
@@ -38,13 +38,13 @@ class HarnessResult:
 
 @dataclass(frozen=True)
 class HarnessOptions:
-    """How tasks are run.
+    """Options of a run.
 
     Args:
-        limit: Rows of each task, from its beginning; None = all.
-        num_fewshot: Examples shown before each row; None = what the task states.
-        apply_chat_template: Ask as a user's turn in the tokenizer's chat template, rather than as plain text.
-        batch_size: Requests computed at a time.
+        limit: Number of rows of each task, from its beginning; None for all.
+        num_fewshot: Number of examples before each row; None for the task's default.
+        apply_chat_template: Whether to ask as a user turn in the tokenizer's chat template instead of as plain text.
+        batch_size: Number of requests per batch.
     """
 
     limit: int | None = None
@@ -54,21 +54,21 @@ class HarnessOptions:
 
 
 def check_harness() -> None:
-    """Look for the package without importing it.
+    """Check that lm-eval is installed, without importing it.
 
     Raises:
-        ValueError: Names the extra.
+        ValueError: It is not; the message contains the `pip install` command.
     """
     if find_spec(PACKAGE) is None:
-        raise ValueError(f"the package {EXTRA} is not installed, which is an extra: pip install '.[{EXTRA}]'")
+        raise ValueError(f"the package {EXTRA} is not installed; it is an optional extra: pip install '.[{EXTRA}]'")
 
 
 class Harness:
-    """Tasks that are known and whose data can be read.
+    """Loaded tasks, ready to run on models.
 
     Args:
         tasks: Names of tasks, groups or tags.
-        folder: With YAML files of one's own tasks, beside those that come with lm-eval; None for none.
+        folder: Folder with YAML files of the user's tasks, in addition to those of lm-eval; None for none.
 
     Raises:
         ValueError: lm-eval is not installed, a name is unknown, or a task's files or data can't be read.
@@ -81,17 +81,17 @@ class Harness:
         for name in self.tasks:
             try:
                 self._manager.load([name])
-            except Exception as error:  # of the hub, of `datasets`, of a task's own code: whatever it is, say whose
+            except Exception as error:  # from the hub, `datasets` or the code of a task: name the task in any case
                 reason = " ".join(str(error).split())[:400]
-                raise ValueError(f"the task {name} can't be loaded: {type(error).__name__}: {reason}") from error
+                raise ValueError(f"the task {name} cannot be loaded: {type(error).__name__}: {reason}") from error
 
     def measure(self, model: Any, tokenizer: Any, options: HarnessOptions) -> HarnessResult:
         """Run all tasks on a model.
 
         Args:
-            model: On its device, in eval mode.
-            tokenizer: Its own.
-            options: How.
+            model: Model on its device, in eval mode.
+            tokenizer: Tokenizer of the model.
+            options: See `HarnessOptions`.
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -135,9 +135,13 @@ def _find_tasks(names: Sequence[str], folder: Path | None) -> Any:
 
 
 def read_results(found: Mapping[str, Any], asked: Sequence[str]) -> HarnessResult:
-    """The figures of the tasks that were asked for, in lm-eval's own result.
+    """Return the figures of the requested tasks from a result of lm-eval.
 
-    Of a group its own figures are taken, and not those of its many tasks.
+    For a group, the figures of the group are returned and not those of its tasks, unless they are requested too.
+
+    Args:
+        found: Result of `lm_eval.simple_evaluate`.
+        asked: Names of the requested tasks.
     """
     below = {name for names in found.get("group_subtasks", {}).values() for name in names}
     figures: dict[str, float] = {}
@@ -159,5 +163,5 @@ def read_results(found: Mapping[str, Any], asked: Sequence[str]) -> HarnessResul
 
 
 def figure_part(name: str) -> str:
-    """A task's or a metric's name as it can stand in a gate."""
+    """Return the name of a task or metric as it is written in a gate, with `_` for all other characters."""
     return re.sub(r"\W", "_", name)

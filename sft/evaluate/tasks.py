@@ -1,8 +1,7 @@
-"""What generations are scored with, by name: `json`, `text`, `number`, `regex:PATTERN`, `rouge`, `bleu`, `chrf`.
+"""Tasks, which score generated answers against references, and the metrics that they use.
 
-Libraries for ROUGE, BLEU and chrF are imported when their task is used.
-
-Generation metrics on strings: exact match, valid JSON, field F1, word F1, numbers, patterns.
+Tasks have names: `json`, `text`, `number`, `regex:PATTERN`, `rouge`, `bleu`, `chrf`. The libraries for ROUGE, BLEU and
+chrF are imported when their task is used.
 """
 
 from __future__ import annotations
@@ -20,20 +19,145 @@ from typing import Any
 
 from sft.evaluate.intervals import Interval, ratio_interval, sums_interval
 
-# A sign counts only where no word stands before it: the 3 of "5-3" is not negative.
+# A sign counts only if no word character precedes it: the 3 in "5-3" is not negative.
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?")
+
+REGEX = "regex:"
+
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+
+CORPUS_RESAMPLES = 1000
+"""Number of bootstrap samples for BLEU and chrF."""
+
+SACREBLEU = (("sacrebleu", "sacrebleu"),)
+"""(module, package) that BLEU and chrF need."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Value of a metric over all rows, and its 95 % interval."""
+
+    value: float
+    interval: Interval | None = None
+
+
+def no_figures(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Figure]:
+    """Return nothing: default of a task whose figures are all means of row scores."""
+    return {}
+
+
+def check_not_empty(reference: str) -> None:
+    """Check that a reference is not empty.
+
+    Raises:
+        ValueError: It has no characters but white space.
+    """
+    if not reference.strip():
+        raise ValueError("the reference is empty")
+
+
+def no_scores(prediction: str, reference: str) -> dict[str, float]:
+    """Return nothing: default of a task that has figures over all rows only."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Scoring of generated answers.
+
+    Args:
+        names: Names of all figures, those of row scores first.
+        score: (prediction, reference) -> row scores by name. The means over rows are figures.
+        summarize: (predictions, references) -> figures over all rows that are not means of row scores.
+        check_reference: Raises ValueError for a reference that answers cannot be scored against.
+        needs: (module, package) of each package that must be installed.
+    """
+
+    names: tuple[str, ...]
+    score: Callable[[str, str], dict[str, float]] = no_scores
+    summarize: Callable[[Sequence[str], Sequence[str]], dict[str, Figure]] = no_figures
+    check_reference: Callable[[str], None] = check_not_empty
+    needs: tuple[tuple[str, str], ...] = ()
+
+
+def find_task(name: str) -> Task:
+    """Return the task of a name.
+
+    Args:
+        name: One of `TASKS`, or `regex:` and a pattern, such as `regex:#### (-?[0-9.]+)`.
+
+    Raises:
+        ValueError: No task has this name (the message gives the nearest one), or the pattern is invalid.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if name.startswith(REGEX):
+        try:
+            pattern = re.compile(name.removeprefix(REGEX))
+        except re.error as error:
+            raise ValueError(f"task {name!r}: not a regular expression: {error}") from None
+        if not pattern.pattern:
+            raise ValueError(f"task {name!r} has no pattern; write e.g. `regex:#### (-?[0-9.]+)`")
+        return Task(
+            ("regex_match", "regex_found"),
+            functools.partial(_score_regex, pattern),
+            check_reference=functools.partial(_check_regex, pattern),
+        )
+    near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}, {REGEX}PATTERN"
+    raise ValueError(f"no task is called {name!r}; {hint}")
+
+
+def check_packages(task: Task) -> None:
+    """Check that the packages of a task are installed, without importing them.
+
+    Raises:
+        ValueError: They are not; the message contains the `pip install` command.
+    """
+    missing = [package for module, package in task.needs if find_spec(module) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be installed for this task: pip install {' '.join(missing)}")
+
+
+def join_tasks(tasks: Sequence[Task]) -> Task:
+    """Return one task with the figures and checks of several."""
+    return Task(
+        tuple(dict.fromkeys(name for task in tasks for name in task.names)),
+        functools.partial(_all_scores, tasks),
+        functools.partial(_all_figures, tasks),
+        functools.partial(_check_all, tasks),
+        tuple(dict.fromkeys(need for task in tasks for need in task.needs)),
+    )
+
+
+def _all_scores(tasks: Sequence[Task], prediction: str, reference: str) -> dict[str, float]:
+    return {name: value for task in tasks for name, value in task.score(prediction, reference).items()}
+
+
+def _all_figures(tasks: Sequence[Task], predictions: Sequence[str], references: Sequence[str]) -> dict[str, Figure]:
+    return {name: figure for task in tasks for name, figure in task.summarize(predictions, references).items()}
+
+
+def _check_all(tasks: Sequence[Task], reference: str) -> None:
+    for task in tasks:
+        task.check_reference(reference)
+
+
+def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each score over the rows."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
 
 def json_valid(text: str) -> bool:
-    """Whether the text, and nothing around it but white space, is JSON as RFC 8259 defines it (no NaN, no Infinity)."""
+    """Return whether a text, surrounding white space aside, is JSON as RFC 8259 defines it (no NaN, no Infinity)."""
     return _parse(text) is not None
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether two answers are the same.
+    """Return whether two answers are the same.
 
-    When both are JSON they are compared as values: key order, white space and 1 against 1.0 make no difference, list
-    order and true against 1 do. Otherwise the strings are compared with surrounding white space stripped.
+    If both are JSON they are compared as values: key order, white space and 1 against 1.0 make no difference, list
+    order and true against 1 do. Otherwise the strings are compared without surrounding white space.
     """
     left, right = _parse(prediction), _parse(reference)
     if left is not None and right is not None:
@@ -42,10 +166,9 @@ def exact_match(prediction: str, reference: str) -> bool:
 
 
 def json_fields(text: str) -> Counter[tuple[str, str]]:
-    """The leaves of a JSON text as (path, canonical value), e.g. `("items[0].quantity", "2")`.
+    """Return the leaves of a JSON text as (path, canonical value), e.g. `("items[0].quantity", "2")`.
 
-    Objects and lists are walked down, list entries by position; an empty object or list is a leaf itself. Text that is
-    not JSON has no leaves.
+    List entries are identified by position. An empty object or list is a leaf. Text that is not JSON has no leaves.
     """
     canonical = _parse(text)
     if canonical is None:
@@ -53,57 +176,19 @@ def json_fields(text: str) -> Counter[tuple[str, str]]:
     return Counter(_leaves("", json.loads(canonical)))
 
 
-def json_field_f1(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """F1 over the leaves (`json_fields`) that prediction and reference share.
-
-    A leaf is right when path and value are both right; a prediction that is not JSON misses all of its reference's
-    leaves.
-
-    Returns:
-        `micro`: 2 * right / (predicted + expected), counted over all rows, so that long answers weigh more;
-        `macro`: the mean of the rows' own F1, so that every row weighs the same.
-
-    Raises:
-        ValueError: the lists are empty or differ in length.
-    """
-    if len(predictions) != len(references) or not references:
-        raise ValueError(
-            f"need as many predictions as references and at least one, got {len(predictions)} and {len(references)}"
-        )
-    counts = [field_counts(*pair) for pair in zip(predictions, references, strict=True)]
-    right, total = sum(c[0] for c in counts), sum(c[1] for c in counts)
-    rows = [f1(*c) for c in counts]
-    return {"micro": f1(right, total), "macro": sum(rows) / len(rows)}
+def field_counts(prediction: str, reference: str) -> tuple[int, int]:
+    """Return how many leaves (see `json_fields`) both texts share, and how many the two texts have in total."""
+    predicted, expected = json_fields(prediction), json_fields(reference)
+    return (predicted & expected).total(), predicted.total() + expected.total()
 
 
-def word_f1(prediction: str, reference: str) -> float:
-    """F1 over the bags of lower-case words of two texts, as SQuAD scores answers (arXiv:1606.05250), articles kept."""
-    left, right = (Counter(re.findall(r"\w+", text.lower())) for text in (prediction, reference))
-    return f1((left & right).total(), left.total() + right.total())
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number in a text, None where there is none; `1,234.50` is 1234.5, units and currencies are passed over.
-
-    Answers to sums end with the result, as GSM8K's do (arXiv:2110.14168).
-    """
-    found = NUMBER.findall(text.replace("−", "-"))
-    return Decimal(found[-1].replace(",", "")) if found else None
-
-
-def last_found(pattern: re.Pattern[str], text: str) -> str | None:
-    """What a pattern finds last in a text: its first group, or all of it where it has none; None without a find."""
-    found = list(pattern.finditer(text))
-    return found[-1].group(1 if pattern.groups else 0) if found else None
-
-
-def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean of every score over the rows."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+def f1(right: int, total: int) -> float:
+    """Return F1 from the number of shared items and the total number of items of both sides; 0 if there are none."""
+    return 2 * right / total if total else 0.0
 
 
 def _parse(text: str) -> str | None:
-    """The canonical form of a JSON text, None for anything else; canonical texts are equal when the values are."""
+    """Return the canonical form of a JSON text, equal for equal values; None for any other text."""
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -133,132 +218,25 @@ def _leaves(path: str, value: Any) -> list[tuple[str, str]]:
     return [(path, json.dumps(value, ensure_ascii=False))]
 
 
-def field_counts(prediction: str, reference: str) -> tuple[int, int]:
-    """How many leaves (`json_fields`) are right, and how many there are in both texts together."""
-    predicted, expected = json_fields(prediction), json_fields(reference)
-    return (predicted & expected).total(), predicted.total() + expected.total()
+def word_f1(prediction: str, reference: str) -> float:
+    """Return F1 over the bags of lower-case words of two texts, as in SQuAD (arXiv:1606.05250) but with articles."""
+    left, right = (Counter(re.findall(r"\w+", text.lower())) for text in (prediction, reference))
+    return f1((left & right).total(), left.total() + right.total())
 
 
-def f1(right: int, total: int) -> float:
-    """F1 from what is right and what both sides have together; 0 where there is nothing."""
-    return 2 * right / total if total else 0.0
+def last_number(text: str) -> Decimal | None:
+    """Return the last number in a text, None if there is none; `1,234.50` is 1234.5, units and currencies are ignored.
 
-
-REGEX = "regex:"
-
-ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
-
-CORPUS_RESAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A value over all rows, and its 95 % interval."""
-
-    value: float
-    interval: Interval | None = None
-
-
-def no_figures(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Figure]:
-    """For tasks whose figures are all means of row scores."""
-    return {}
-
-
-def check_not_empty(reference: str) -> None:
-    """Refuse a reference that nothing can be compared with.
-
-    Raises:
-        ValueError: it is blank.
+    Answers to arithmetic problems end with the result, as in GSM8K (arXiv:2110.14168).
     """
-    if not reference.strip():
-        raise ValueError("the reference is empty")
+    found = NUMBER.findall(text.replace("−", "-"))
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
-def no_scores(prediction: str, reference: str) -> dict[str, float]:
-    """For tasks that have figures over all rows only."""
-    return {}
-
-
-@dataclass(frozen=True)
-class Task:
-    """How generations of one kind are scored.
-
-    Args:
-        names: of all figures, those of rows first: known without scoring anything.
-        score: (prediction, reference) -> row scores, whose means are figures.
-        summarize: (predictions, references) -> figures over all rows that are no mean of row scores.
-        check_reference: raises ValueError for a reference that the task can't be scored against.
-        needs: packages that must be there.
-    """
-
-    names: tuple[str, ...]
-    score: Callable[[str, str], dict[str, float]] = no_scores
-    summarize: Callable[[Sequence[str], Sequence[str]], dict[str, Figure]] = no_figures
-    check_reference: Callable[[str], None] = check_not_empty
-    needs: tuple[tuple[str, str], ...] = ()
-
-
-def join_tasks(tasks: Sequence[Task]) -> Task:
-    """Several tasks as one, with the figures of all."""
-    return Task(
-        tuple(dict.fromkeys(name for task in tasks for name in task.names)),
-        functools.partial(_all_scores, tasks),
-        functools.partial(_all_figures, tasks),
-        functools.partial(_check_all, tasks),
-        tuple(dict.fromkeys(need for task in tasks for need in task.needs)),
-    )
-
-
-def find_task(name: str) -> Task:
-    """The task that a name stands for.
-
-    Args:
-        name: one of `TASKS`, or `regex:` and a pattern, such as `regex:#### (-?[0-9.]+)`.
-
-    Raises:
-        ValueError: nothing has this name (the nearest is given), or the pattern is none.
-    """
-    if name in TASKS:
-        return TASKS[name]
-    if name.startswith(REGEX):
-        try:
-            pattern = re.compile(name.removeprefix(REGEX))
-        except re.error as error:
-            raise ValueError(f"task {name!r}: not a regular expression: {error}") from None
-        if not pattern.pattern:
-            raise ValueError(f"task {name!r} has no pattern; write e.g. `regex:#### (-?[0-9.]+)`")
-        return Task(
-            ("regex_match", "regex_found"),
-            functools.partial(_score_regex, pattern),
-            check_reference=functools.partial(_check_regex, pattern),
-        )
-    near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}, {REGEX}PATTERN"
-    raise ValueError(f"no task is called {name!r}; {hint}")
-
-
-def check_packages(task: Task) -> None:
-    """Look for the packages of a task without importing them.
-
-    Raises:
-        ValueError: says what to install.
-    """
-    missing = [package for module, package in task.needs if find_spec(module) is None]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} must be installed for this task: pip install {' '.join(missing)}")
-
-
-def _all_scores(tasks: Sequence[Task], prediction: str, reference: str) -> dict[str, float]:
-    return {name: value for task in tasks for name, value in task.score(prediction, reference).items()}
-
-
-def _all_figures(tasks: Sequence[Task], predictions: Sequence[str], references: Sequence[str]) -> dict[str, Figure]:
-    return {name: figure for task in tasks for name, figure in task.summarize(predictions, references).items()}
-
-
-def _check_all(tasks: Sequence[Task], reference: str) -> None:
-    for task in tasks:
-        task.check_reference(reference)
+def last_found(pattern: re.Pattern[str], text: str) -> str | None:
+    """Return the last match of a pattern, or its first group if the pattern has groups; None if there is no match."""
+    found = list(pattern.finditer(text))
+    return found[-1].group(1 if pattern.groups else 0) if found else None
 
 
 def _score_json(prediction: str, reference: str) -> dict[str, float]:
@@ -292,7 +270,7 @@ def _score_number(prediction: str, reference: str) -> dict[str, float]:
 
 def _check_number(reference: str) -> None:
     if last_number(reference) is None:
-        raise ValueError(f"the reference holds no number, which task number needs: {reference[:80]!r}")
+        raise ValueError(f"the reference has no number, which task number needs: {reference[:80]!r}")
 
 
 def _score_regex(pattern: re.Pattern[str], prediction: str, reference: str) -> dict[str, float]:
@@ -305,11 +283,11 @@ def _check_regex(pattern: re.Pattern[str], reference: str) -> None:
         raise ValueError(f"task {REGEX}{pattern.pattern} finds nothing in the reference {reference[:80]!r}")
 
 
-class _Words:
-    """rouge-score's own tokenizer drops every letter outside a to z; this one keeps the words of all scripts."""
+class _WordTokenizer:
+    """Tokenizer for rouge-score that keeps the words of all scripts; its own one drops all letters but a to z."""
 
     def tokenize(self, text: str) -> list[str]:
-        """Lower-case words."""
+        """Return the lower-case words of a text."""
         return re.findall(r"\w+", text.lower())
 
 
@@ -317,7 +295,7 @@ class _Words:
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(ROUGE_TYPES, tokenizer=_Words())
+    return RougeScorer(ROUGE_TYPES, tokenizer=_WordTokenizer())
 
 
 def _score_rouge(prediction: str, reference: str) -> dict[str, float]:
@@ -325,10 +303,10 @@ def _score_rouge(prediction: str, reference: str) -> dict[str, float]:
 
 
 def _summarize_sacrebleu(metric: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Figure]:
-    """BLEU or chrF of the whole set, from 0 to 100.
+    """Return corpus BLEU or chrF, from 0 to 100.
 
-    sacrebleu's own bootstrap can't average scores that come in two float types and copies all rows a thousand times, so
-    only its counts and its formula are used.
+    sacrebleu's own bootstrap copies all rows for each sample, and fails when scores have two float types. Only its
+    counts per row and its formula are used.
     """
     import sacrebleu
 
@@ -342,8 +320,6 @@ def _summarize_sacrebleu(metric: str, predictions: Sequence[str], references: Se
 def _sacrebleu_score(scorer: Any, sums: list[float]) -> float:
     return float(scorer._compute_score_from_stats(sums).score)
 
-
-SACREBLEU = (("sacrebleu", "sacrebleu"),)
 
 TASKS: Mapping[str, Task] = {
     "json": Task(

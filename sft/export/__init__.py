@@ -1,4 +1,4 @@
-"""Models as they are shipped: merged, GPTQ, int8 and nf4, GGUF, each compared with the model it stands for.
+"""Export of trained models: merged, GPTQ, int8 and nf4, GGUF; each result is compared with the model it was made from.
 
 Imports `sft.chat` and `sft.models`.
 """

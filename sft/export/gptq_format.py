@@ -1,8 +1,8 @@
-"""The files of a GPTQ checkpoint: read packed weights back, and make what GPTQModel saved small and reproducible.
+"""File format of GPTQ checkpoints: unpacking of weights, and cleanup of the files that GPTQModel saves.
 
-Layout (as AutoGPTQ defined it and vLLM and transformers read it), for a layer of `inputs` by `outputs`:
+Layout (defined by AutoGPTQ, read by vLLM and transformers) of a layer with `inputs` and `outputs`:
 `qweight` int32 `(inputs * bits / 32, outputs)`, packed down the input axis;
-`qzeros` int32 `(groups, outputs * bits / 32)`, packed along the outputs, less one in format "gptq" but not "gptq_v2";
+`qzeros` int32 `(groups, outputs * bits / 32)`, packed along the outputs, minus one in format "gptq" (not "gptq_v2");
 `scales` float16 `(groups, outputs)`; `g_idx` int32 `(inputs,)`, the group of every input column.
 """
 
@@ -22,26 +22,28 @@ from safetensors.torch import save_file
 from sft.export.quantization import weight_files
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""Names of the tensors of a packed layer."""
+
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def weights_size_bytes(model_dir: Path) -> int:
-    """Size of the weight files of a checkpoint folder."""
+    """Return the size of the weight files of a checkpoint folder."""
     return sum(path.stat().st_size for path in weight_files(model_dir))
 
 
 def finish_checkpoint(model_dir: Path, quantized_dir: Path) -> list[str]:
-    """Save what stayed unquantized in half precision and restore the source's config, tokenizer and generation config.
+    """Save unquantized tensors in half precision, and restore config, tokenizer and generation config of the source.
 
-    GPTQModel changes the generation config (it turns sampling on) and writes timings and temporary paths into the
-    folder; both would give every run another digest.
+    GPTQModel changes the generation config (it turns sampling on), and writes timings and temporary paths into the
+    folder, which would give each run a different digest.
 
     Args:
-        model_dir: the source checkpoint.
-        quantized_dir: the folder GPTQModel has saved; changed in place.
+        model_dir: Folder of the source checkpoint.
+        quantized_dir: Folder that GPTQModel has saved; changed in place.
 
     Returns:
-        Names of tensors that hold values beyond float16's range and were therefore left as they were.
+        Names of tensors with values beyond float16's range, which were left as they were.
     """
     kept: list[str] = []
     for path in weight_files(quantized_dir):
@@ -63,10 +65,10 @@ def finish_checkpoint(model_dir: Path, quantized_dir: Path) -> list[str]:
 
 
 def weight_errors(model_dir: Path, quantized_dir: Path) -> dict[str, float]:
-    """Relative Frobenius error `|W - Wq| / |W|` of every quantized layer, by its name in the checkpoint.
+    """Return the relative Frobenius error `|W - Wq| / |W|` of each quantized layer, by its name in the checkpoint.
 
     Raises:
-        ValueError: a quantized layer has a scale that is NaN or Inf.
+        ValueError: A quantized layer has a scale that is NaN or Inf.
     """
     config = json.loads((quantized_dir / "quantize_config.json").read_text(encoding="utf-8"))
     errors = {}
@@ -78,14 +80,14 @@ def weight_errors(model_dir: Path, quantized_dir: Path) -> dict[str, float]:
                 )
             weight = sources[f"{name}.weight"].get_tensor(f"{name}.weight").float()
             restored = dequantize(packed, config["bits"], zeros_minus_one=config["checkpoint_format"] == "gptq")
-            # Conv1D layers keep their weight as (inputs, outputs) already.
+            # Conv1D layers store their weight as (inputs, outputs) already.
             reference = weight if weight.shape == restored.shape and weight.shape[0] != weight.shape[1] else weight.T
             errors[name] = float((reference - restored).norm() / reference.norm().clamp_min(1e-12))
     return errors
 
 
 def packed_layers(quantized_dir: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Name and packed tensors (`qweight`, `qzeros`, `scales`, `g_idx`) of each quantized layer, one layer at a time."""
+    """Yield the name and the packed tensors (see `PARTS`) of each quantized layer."""
     with open_tensors(quantized_dir) as places:
         for name in places:
             if name.endswith(".qweight"):
@@ -96,14 +98,20 @@ def packed_layers(quantized_dir: Path) -> Iterator[tuple[str, dict[str, torch.Te
 
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
-    """Tensor name -> the open safetensors file that holds it: opening costs more than reading a small tensor."""
+    """Yield each tensor name -> its open safetensors file: opening a file takes longer than reading a small tensor."""
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
         yield {name: file for file in files for name in sorted(file.keys())}
 
 
 def dequantize(packed: dict[str, torch.Tensor], bits: int, zeros_minus_one: bool = True) -> torch.Tensor:
-    """The weight `(inputs, outputs)` in float32 that a packed layer stands for."""
+    """Return the weight `(inputs, outputs)` of a packed layer in float32.
+
+    Args:
+        packed: Tensors of the layer by name, see `PARTS`.
+        bits: Width of a weight.
+        zeros_minus_one: Whether the zero points are stored minus one, as in the format "gptq".
+    """
     levels = _unpack(packed["qweight"], bits, axis=0)
     zeros = _unpack(packed["qzeros"], bits, axis=1) + int(zeros_minus_one)
     group = packed["g_idx"].long()
@@ -111,13 +119,13 @@ def dequantize(packed: dict[str, torch.Tensor], bits: int, zeros_minus_one: bool
 
 
 def _unpack(words: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
-    """Integers of `bits` bits out of a matrix of int32 words, little end first, along one axis."""
+    """Unpack integers of `bits` bits from a matrix of int32 words along one axis, least significant bits first."""
     if 32 % bits == 0:
-        # The sign that an arithmetic shift draws in from the left is masked away.
+        # The mask removes the sign bits that the arithmetic shift adds on the left.
         shifts = torch.arange(0, 32, bits, dtype=torch.int32)
         shifts = shifts.view(-1, 1) if axis == 0 else shifts
         return ((words.unsqueeze(axis + 1) >> shifts) & (2**bits - 1)).flatten(axis, axis + 1)
-    # Three-bit values cross word borders: take the bits one by one.
+    # Three-bit values cross word boundaries, so the bits are taken one by one.
     wide = words.movedim(axis, -1).to(torch.int64) & 0xFFFFFFFF
     stream = ((wide.unsqueeze(-1) >> torch.arange(32)) & 1).flatten(-2)
     fields = stream.unflatten(-1, (-1, bits))

@@ -1,15 +1,13 @@
-"""Checkpoints in 8 and 4 bits (bitsandbytes): LLM.int8 (arXiv:2208.07339) and NF4 of QLoRA (arXiv:2305.14314).
+"""Quantization to 8 or 4 bits with bitsandbytes: LLM.int8 (arXiv:2208.07339) and NF4 of QLoRA (arXiv:2305.14314).
 
-Neither needs calibration: every block of weights is rounded by itself. Plain `from_pretrained` loads the folder, on a
-CPU too, wherever bitsandbytes is installed.
+Neither needs calibration, since each block of weights is rounded separately. Plain `from_pretrained` loads the folder,
+also on a CPU, if bitsandbytes is installed.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +22,25 @@ from sft.export.gptq_format import open_tensors, weights_size_bytes
 from sft.export.proof import compare_logits, logits_of
 from sft.export.quantization import (
     LayerError,
+    Progress,
     QuantizationReport,
     check_calibration,
     check_weights_finite,
     linear_widths,
 )
+from sft.folders import replacing_folder
 from sft.models.checkpoint import save_tokenizer
 
 METHODS = ("int8", "nf4")
 NF4_BLOCK = 64
 CPU_OUTPUTS = 32
-"""Rows of a weight that bitsandbytes' kernel for CPUs takes at a time."""
-MAX_DEVIATION = 0.05
-NUM_STEPS = 3
+"""Number of rows of a weight that bitsandbytes' CPU kernel processes at a time."""
 
-Progress = Callable[[int, int, str], None]
+MAX_DEVIATION = 0.05
+"""Largest accepted mean difference of logits over their standard deviation, between saved and loaded model."""
+
+NUM_STEPS = 3
+"""Number of calls of `on_progress`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +57,21 @@ def quantize_kbit(
     sample_input_ids: Sequence[Sequence[int]],
     on_progress: Progress | None = None,
 ) -> KbitReport:
-    """Round the linear layers of a plain checkpoint folder and write a folder that plain transformers loads.
+    """Quantize the linear layers of a plain checkpoint folder and write a folder that plain transformers loads.
 
-    Embeddings, norms and the head stay in half precision.
+    Embeddings, norms and the head are saved in half precision.
 
     Args:
         model_dir: Folder with `config.json`, safetensors and tokenizer.
-        output_dir: Folder to write; replaced only once everything has succeeded.
-        method: int8, or nf4 in blocks of 64 weights whose scales are quantized too.
-        sample_input_ids: Rows of token ids on which the folder is compared with the model that was saved.
-        on_progress: Called with (done, total, text) after every step.
+        output_dir: Folder to write. An existing one is replaced when everything has succeeded.
+        method: "int8", or "nf4": blocks of 64 weights with a shared scale, the scales quantized as well.
+        sample_input_ids: Token ids of the rows, `(num_rows, length)`, ragged, on which the folder is compared with the
+            model that was saved.
+        on_progress: Called with (done, total, text) after each step.
 
     Raises:
-        ValueError: Another method, widths that nf4 does not take, NaN or Inf in the weights, ids outside the
-            vocabulary, or a folder that loads as something else than was saved.
+        ValueError: The method is unknown, nf4 does not support the width of a layer, the weights contain NaN or Inf,
+            an id is outside the vocabulary, or the folder loads as a different model.
     """
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     config = _config(method)
@@ -77,19 +80,15 @@ def quantize_kbit(
     check_weights_finite(model_dir)
     check_half_precision(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float16, quantization_config=config)
-    _say(on_progress, 1, f"rounded to {method}")
+    _report_progress(on_progress, 1, f"rounded to {method}")
     with open_tensors(model_dir) as sources:
         errors = tuple(_layer_errors(model, sources))
-    _say(on_progress, 2, f"errors of {len(errors)} layers measured")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}-", dir=output_dir.parent) as work:
-        raw_dir = Path(work) / "model"
+    _report_progress(on_progress, 2, f"errors of {len(errors)} layers measured")
+    with replacing_folder(output_dir) as raw_dir:
         model.save_pretrained(raw_dir)
         save_tokenizer(AutoTokenizer.from_pretrained(model_dir), raw_dir)
         deviation = _loading_deviation(model, raw_dir, sample_input_ids)
-        shutil.rmtree(output_dir, ignore_errors=True)
-        raw_dir.rename(output_dir)
-    _say(on_progress, 3, "written and read back")
+    _report_progress(on_progress, 3, "written and read back")
     return KbitReport(
         method=method,
         source_bytes=weights_size_bytes(model_dir),
@@ -100,10 +99,10 @@ def quantize_kbit(
 
 
 def check_widths(model_dir: Path, method: str) -> None:
-    """Refuse layers that bitsandbytes would write in nf4 and then fail to run on a CPU.
+    """Check that nf4 layers can run on a CPU; bitsandbytes would quantize other widths and then fail to run them.
 
     Raises:
-        ValueError: Names the first layer, its widths and what they must be multiples of.
+        ValueError: They cannot; the message names the first such layer, its widths and the required multiples.
     """
     if method != "nf4":
         return
@@ -116,18 +115,18 @@ def check_widths(model_dir: Path, method: str) -> None:
 
 
 def check_half_precision(model_dir: Path) -> None:
-    """Refuse weights that half precision, in which all that is not rounded is saved, has no number for.
+    """Check that all weights are within the range of half precision, in which unquantized tensors are saved.
 
     Raises:
-        ValueError: Names the first such tensor.
+        ValueError: A weight is not; the message names the first such tensor.
     """
     with open_tensors(model_dir) as places:
         for name, file in places.items():
             tensor = file.get_tensor(name)
             if tensor.is_floating_point() and not tensor.half().isfinite().all():
                 raise ValueError(
-                    f"{name} of {model_dir} holds {float(tensor.abs().max()):.3g}, beyond the range of half precision; "
-                    "use gptq, which keeps such a tensor as it is"
+                    f"{name} of {model_dir} contains {float(tensor.abs().max()):.3g}, beyond the range of half "
+                    "precision; use gptq, which keeps such a tensor as it is"
                 )
 
 
@@ -139,13 +138,13 @@ def _config(method: str) -> BitsAndBytesConfig:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            # goes into the folder: what every device computes, and the same file on every machine
+            # Saved in config.json, so it must not depend on the machine; float32 runs on each device.
             bnb_4bit_compute_dtype=torch.float32,
         )
-    raise ValueError(f"quantization method {method!r} does not exist here, these do: {', '.join(METHODS)}")
+    raise ValueError(f"quantization method {method!r} does not exist: use {', '.join(METHODS)}")
 
 
-def _say(on_progress: Progress | None, done: int, text: str) -> None:
+def _report_progress(on_progress: Progress | None, done: int, text: str) -> None:
     if on_progress is not None:
         on_progress(done, NUM_STEPS, text)
 
@@ -177,7 +176,7 @@ def _loading_deviation(model: Any, folder: Path, rows: Sequence[Sequence[int]]) 
     deviation = difference.mean / float(torch.cat(expected).std())
     if not deviation <= MAX_DEVIATION:
         raise ValueError(
-            f"loaded by transformers, {folder.name} computes something else than was saved: its logits are off by "
-            f"{deviation:.3f} standard deviations, {MAX_DEVIATION} is the limit"
+            "loaded by transformers, the checkpoint gives wrong logits: they differ from those of the model that was "
+            f"saved by {deviation:.3f} standard deviations, {MAX_DEVIATION} is the limit"
         )
     return deviation

@@ -1,11 +1,9 @@
-"""Merge an adapter into its base, and prove on real rows that the checkpoint on disk computes what was trained."""
+"""Merge of an adapter into its base, and comparison of the checkpoint on disk with the trained model."""
 
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from sft.export.merge_by_file import NotStreamableError, ShardMerge
 from sft.export.merge_in_memory import AdapterMix, grow_to_adapter, load_mix, merge_into_base
 from sft.export.proof import LogitDifference, check_logits, compare_logits, iterate_logits, logits_of
+from sft.folders import replacing_folder
 from sft.models.checkpoint import save_tokenizer
 from sft.models.loading import load_model, parse_dtype
 from sft.models.saved_adapters import check_adapter_folder, count_adapted_modules, load_adapter
@@ -22,25 +21,25 @@ from sft.models.token_rows import is_tied
 
 logger = logging.getLogger(__name__)
 
-ROUNDING_ADVICE = "Rounding the weights to this dtype does that: raise the tolerance, or save float32."
+ROUNDING_ADVICE = "The cause is the rounding of the weights to this dtype: raise the tolerance, or save float32."
 
 Rows = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """How far the checkpoint on disk is from what was trained, over all positions of the sample rows.
+    """Difference between the checkpoint on disk and the model that was trained, over all positions of the sample rows.
 
     Args:
         max_logit_diff: Largest absolute difference of a logit.
         mean_logit_diff: Mean absolute difference.
         top_token_agreement: Share of positions with the same most likely token.
-        num_positions: Positions compared.
-        adapter_effect: Largest absolute change of a logit that the adapter makes to the base, over the first row; 0
+        num_positions: Number of positions compared.
+        adapter_effect: Largest absolute change of a logit of the base that the adapter causes, over the first row; 0
             without adapter.
-        num_adapted_modules: Modules that carried adapter weights; 0 without adapter.
+        num_adapted_modules: Number of modules with adapter weights; 0 without adapter.
         dtype: Data type of the checkpoint.
-        tied_embeddings: Whether head and embeddings are one tensor in it.
+        tied_embeddings: Whether head and embeddings share one tensor in the checkpoint.
     """
 
     max_logit_diff: float
@@ -53,7 +52,7 @@ class MergeReport:
     tied_embeddings: bool
 
     def to_dict(self) -> dict[str, float | int | str | bool]:
-        """The figures by name."""
+        """Return all fields by name."""
         return asdict(self)
 
 
@@ -69,25 +68,26 @@ def merge_adapter(
 ) -> MergeReport:
     """Merge an adapter into its base and write one plain checkpoint, with tokenizer and generation config.
 
-    It goes through the base file by file, in float32, with no more in memory than one file holds; adapters and models
-    with which that can't be done are merged by peft with the whole model in memory, and a warning says why. An adapter
-    that was trained on a 4- or 8-bit copy goes into the plain base: the quantization error of that copy stays out of
-    the result. The checkpoint is read back from disk and compared with base + adapter.
+    The base is merged in float32, file by file, with at most the weights of one file in memory. Adapters and models
+    for which this is not possible are merged by peft with the complete model in memory, and a warning gives the reason.
+    An adapter that was trained on a 4- or 8-bit copy is merged into the plain base, so that the result does not contain
+    the quantization error of the copy. The checkpoint is read back from disk and compared with base + adapter.
 
     Args:
         base: Hub id or folder of the plain base.
-        adapter: Folder that `PeftModel.save_pretrained` wrote, or several of them with weights.
-        output_dir: New or empty folder; on any failure nothing is left in it.
-        sample_input_ids: Rows of token ids to compare on. The logits of one row are held in memory (tokens x
-            vocabulary x 4 bytes), of all rows where the whole model is.
-        tolerance: Largest absolute difference of a logit.
-        dtype: Of the checkpoint. Half precision rounds the weights, which moves logits by some hundredths.
-        tokenizer: Saved along; embeddings grow to its length where training had grown them.
-        trust_remote_code: Run Python code that comes with the base.
+        adapter: Folder that `PeftModel.save_pretrained` wrote, or several of them as an `AdapterMix`.
+        output_dir: Missing or empty folder. It stays so on any failure.
+        sample_input_ids: Rows of token ids to compare on, `(num_rows, length)`, ragged. The logits of one row are in
+            memory at a time (tokens x vocabulary x 4 bytes), or those of all rows if the complete model is.
+        tolerance: Largest accepted absolute difference of a logit.
+        dtype: Data type of the checkpoint. Half precision rounds the weights, which changes logits by some hundredths.
+        tokenizer: Tokenizer to save with the model. If training resized the embeddings to its length, the merge does
+            so too.
+        trust_remote_code: Whether to run Python code that comes with the base.
 
     Raises:
         ValueError: The logits differ by more than the tolerance; the adapter does not fit the base, changes nothing, or
-            is of a kind that can't be merged; the base on disk is quantized.
+            is of a type that cannot be merged; the base on disk is quantized.
     """
     output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer)
     output.check(sample_input_ids)
@@ -100,16 +100,45 @@ def merge_adapter(
     try:
         return _merge_by_file(base, adapter, output, sample_input_ids)
     except NotStreamableError as reason:
-        logger.warning("the base %s is merged with the whole model in memory: %s", base, reason)
-    return _merge_whole(base, adapter, output, sample_input_ids, trust_remote_code)
+        logger.warning("the base %s is merged with the complete model in memory: %s", base, reason)
+    return _merge_in_memory(base, adapter, output, sample_input_ids, trust_remote_code)
+
+
+def copy_checkpoint(
+    source: str | Path,
+    output_dir: str | Path,
+    sample_input_ids: Rows,
+    tolerance: float = 1e-3,
+    dtype: str | torch.dtype = "float32",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Write a copy of a fully trained checkpoint in a given dtype, with the same comparison as `merge_adapter`.
+
+    Args:
+        source: Folder of the checkpoint.
+        output_dir: See `merge_adapter`, also for the other arguments.
+
+    Raises:
+        ValueError: The logits of the copy differ by more than the tolerance.
+    """
+    output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer)
+    output.check(sample_input_ids)
+    try:
+        return _merge_by_file(source, None, output, sample_input_ids)
+    except NotStreamableError as reason:
+        logger.warning("the checkpoint %s is copied with the complete model in memory: %s", source, reason)
+    model = load_model(source, trust_remote_code=trust_remote_code)
+    difference = output.save(model, sample_input_ids, logits_of(model, sample_input_ids))
+    return _report(difference, 0.0, 0, output.dtype, tied=is_tied(model))
 
 
 def _merge_by_file(base: str | Path, adapter: Path | AdapterMix | None, output: _Output, rows: Rows) -> MergeReport:
-    """Merge with no more in memory than a file of the base holds.
+    """Merge with at most the weights of one file of the base in memory; without an adapter, copy.
 
     Raises:
-        NotStreamableError: It can't be done so; nothing was written.
-        ValueError: As `merge_adapter`.
+        NotStreamableError: The base or the adapter cannot be merged file by file; nothing was written.
+        ValueError: See `merge_adapter`.
     """
     if isinstance(adapter, AdapterMix):
         raise NotStreamableError("several adapters are combined by peft on the model")
@@ -121,10 +150,10 @@ def _merge_by_file(base: str | Path, adapter: Path | AdapterMix | None, output: 
     return _report(difference, effect, job.num_adapted, output.dtype, tied=job.tied)
 
 
-def _merge_whole(
+def _merge_in_memory(
     base: str | Path, adapter: Path | AdapterMix, output: _Output, rows: Rows, trust_remote_code: bool
 ) -> MergeReport:
-    """Merge by peft with the whole model in memory."""
+    """Merge by peft with the complete model in memory."""
     model = load_model(base, trust_remote_code=trust_remote_code)
     if isinstance(adapter, AdapterMix):
         peft_model = load_mix(model, adapter)
@@ -141,33 +170,9 @@ def _merge_whole(
     return _report(difference, effect, num_adapted, output.dtype, tied=is_tied(merged))
 
 
-def copy_checkpoint(
-    source: str | Path,
-    output_dir: str | Path,
-    sample_input_ids: Rows,
-    tolerance: float = 1e-3,
-    dtype: str | torch.dtype = "float32",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    trust_remote_code: bool = False,
-) -> MergeReport:
-    """Write a checkpoint that was trained in full once more, in a dtype, under the same proof as a merge.
-
-    Arguments and errors are those of `merge_adapter`.
-    """
-    output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer)
-    output.check(sample_input_ids)
-    try:
-        return _merge_by_file(source, None, output, sample_input_ids)
-    except NotStreamableError as reason:
-        logger.warning("the checkpoint %s is copied with the whole model in memory: %s", source, reason)
-    model = load_model(source, trust_remote_code=trust_remote_code)
-    difference = output.save(model, sample_input_ids, logits_of(model, sample_input_ids))
-    return _report(difference, 0.0, 0, output.dtype, tied=is_tied(model))
-
-
 @dataclass(frozen=True)
 class _Output:
-    """Where the checkpoint goes, in which form, and how exact it has to be."""
+    """Where and how to write the checkpoint, and the accepted difference of its logits."""
 
     folder: Path
     tolerance: float
@@ -176,30 +181,30 @@ class _Output:
 
     def check(self, rows: Rows) -> None:
         if self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty: a checkpoint is written into a folder of its own.")
+            raise ValueError(f"{self.folder} is not empty: give a new or empty folder for the checkpoint.")
         if not len(rows) or not all(len(row) for row in rows):
-            raise ValueError("sample_input_ids has no rows, or empty ones: nothing would be proven on them.")
+            raise ValueError("sample_input_ids has no rows, or empty ones: there would be no logits to compare.")
 
     def save(self, model: PreTrainedModel, rows: Rows, reference: list[torch.Tensor]) -> LogitDifference:
-        """Save, read back, compare; the folder appears only when the proof holds."""
+        """Save a model, read it back and compare it with the reference; the folder appears only if the logits agree."""
         if self.dtype is not torch.float32:
             in_memory = compare_logits(reference, logits_of(model, rows))
             check_logits(in_memory, self.tolerance, "merged in memory and not yet rounded")
         model.to(self.dtype)
-        with _new_folder(self.folder) as folder:
+        with replacing_folder(self.folder, overwrite=False) as folder:
             if self.tokenizer is not None:
                 _stop_at_eos(model, self.tokenizer)
                 save_tokenizer(self.tokenizer, folder)
             model.save_pretrained(folder)
-            # code of a model that needs it was allowed to run when the base was loaded
+            # a model with its own Python code was loaded before, so running that code was allowed
             written = load_model(folder, trust_remote_code=hasattr(model.config, "auto_map"))
             difference = compare_logits(reference, logits_of(written, rows))
             self._check_written(difference)
         return difference
 
     def fill(self, job: ShardMerge, rows: Rows) -> LogitDifference:
-        """Write file by file and compare; the folder appears only when the proof holds."""
-        with _new_folder(self.folder) as folder:
+        """Write file by file and compare with base + adapter; the folder appears only if the logits agree."""
+        with replacing_folder(self.folder, overwrite=False) as folder:
             if self.tokenizer is not None:
                 _stop_at_eos(job.plain, self.tokenizer)
                 save_tokenizer(self.tokenizer, folder)
@@ -213,25 +218,10 @@ class _Output:
         check_logits(difference, self.tolerance, f"read back from disk as {_name(self.dtype)}", advice)
 
 
-@contextmanager
-def _new_folder(output_dir: Path) -> Iterator[Path]:
-    """A folder that takes the place of `output_dir` on success and vanishes on failure."""
-    partial = output_dir.with_name(f".{output_dir.name}.merging")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if output_dir.is_dir():
-            output_dir.rmdir()
-        partial.rename(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _plain_dtype(dtype: str | torch.dtype) -> torch.dtype:
     parsed = parse_dtype(dtype)
     if isinstance(parsed, str):
-        raise ValueError("dtype 'auto' says nothing here, as a merge is computed in float32: name the dtype to save.")
+        raise ValueError("dtype 'auto' is not supported, as a merge is computed in float32: name the dtype to save.")
     return parsed
 
 
@@ -243,13 +233,13 @@ def _check_plain(base: str | Path, trust_remote_code: bool) -> None:
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except OSError:
-        return  # load_model comes upon the same and explains it
+        return  # load_model fails on the same and explains it
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise ValueError(
-            f"The weights of the base {str(base)!r} are quantized ({method}): a merge would round the adapter away. "
-            f"Give the plain base that they were made from."
+            f"The weights of the base {str(base)!r} are quantized ({method}): rounding would erase the adapter in a "
+            f"merge. Give the plain base that they were quantized from."
         )
 
 
@@ -262,7 +252,7 @@ def _check_effect(effect: float) -> None:
 
 
 def _stop_at_eos(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have generation stop at the tokenizer's eos too, which may be the token of a chat template that was trained."""
+    """Make generation stop at the tokenizer's eos token too, which may be that of the trained chat template."""
     config = model.generation_config
     if config is None or tokenizer.eos_token_id is None:
         return

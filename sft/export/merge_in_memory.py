@@ -1,4 +1,7 @@
-"""Several LoRA adapters of one base made into one, each with its weight, by peft's own ways of combining them."""
+"""Merge of adapters into their base with the complete model in memory, and mixes of several LoRA adapters.
+
+Both are done by peft. This module adds the checks, the random seed and the handling of tied embeddings.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +22,29 @@ from sft.models.saved_adapters import adapter_shapes, check_adapter_folder, chec
 logger = logging.getLogger(__name__)
 
 TIE_TOLERANCE = 1e-5
-"""Head and embeddings that differ by less, relative to the largest weight, were meant to be equal."""
+"""Largest difference between head and embeddings, relative to the largest weight, at which they are tied again."""
 
 Combination = Literal["cat", "linear", "ties", "dare_linear", "dare_ties"]
-
 COMBINATIONS = ("cat", "linear", "ties", "dare_linear", "dare_ties")
-
 PRUNING = ("ties", "dare_linear", "dare_ties")
+"""Combinations that drop values, and so need a density."""
 
 MIX = "mix"
+"""Name that the combined adapter gets in the model."""
 
 
 @dataclass(frozen=True)
 class AdapterMix:
-    """Which adapters are made into one, and how.
+    """Several LoRA adapters of one base and how to combine them.
 
     Args:
         adapters: Folders that `PeftModel.save_pretrained` wrote.
-        weights: One factor an adapter.
-        combination: `cat` sums the updates exactly, whatever the ranks; `linear` sums the two LoRA matrices each by
-            themselves, of one rank; `ties` (arXiv:2306.01708) trims each and lets the majority decide on signs;
-            `dare_linear` and `dare_ties` (arXiv:2311.03099) drop at random and scale up what is left.
-        density: Share of values that trimming and dropping keep, of `ties` and `dare_*`.
-        seed: Of what is dropped.
+        weights: One factor per adapter.
+        combination: `cat` sums the updates exactly and allows different ranks. `linear` sums the A matrices and the B
+            matrices separately and needs equal ranks. `ties` (arXiv:2306.01708) trims each update and decides on signs
+            by majority. `dare_linear` and `dare_ties` (arXiv:2311.03099) drop values at random and scale up the rest.
+        density: Share of the values that `ties` and `dare_*` keep.
+        seed: Seed of the random dropping.
     """
 
     adapters: Sequence[str | Path]
@@ -51,15 +54,15 @@ class AdapterMix:
     seed: int = 0
 
     def check(self) -> None:
-        """Refuse what can't be combined, before anything is loaded.
+        """Check that the adapters can be combined, before anything is loaded.
 
         Raises:
-            ValueError: Names the option or the folder.
+            ValueError: They cannot; the message names the option or the folder.
         """
         if len(self.adapters) < 2 or len(self.adapters) != len(self.weights):
             raise ValueError(
-                f"{len(self.adapters)} adapters and {len(self.weights)} weights: a mix has two adapters at least, and "
-                f"a weight for each."
+                f"{len(self.adapters)} adapters and {len(self.weights)} weights: a mix needs at least two adapters, "
+                f"and one weight for each."
             )
         if self.combination not in COMBINATIONS:
             raise ValueError(f"combination {self.combination!r} does not exist: use {', '.join(COMBINATIONS)}.")
@@ -67,17 +70,17 @@ class AdapterMix:
             needs = "needs a density" if self.combination in PRUNING else "takes no density: it keeps every value"
             raise ValueError(f"combination {self.combination!r} {needs}.")
         if self.density is not None and not 0 < self.density <= 1:
-            raise ValueError(f"density {self.density} is no share: more than 0, at most 1.")
+            raise ValueError(f"density is {self.density}; it must be more than 0 and at most 1.")
         for adapter in map(Path, self.adapters):
             check_adapter_folder(adapter)
             _check_plain_lora(adapter)
 
 
 def load_mix(model: PreTrainedModel, mix: AdapterMix) -> PeftModel:
-    """Put all adapters on their base and make one of them, which is the one that is active.
+    """Load all adapters into their base and combine them into one, which is active.
 
     Raises:
-        ValueError: One belongs to another base, or peft can't combine them.
+        ValueError: An adapter belongs to another base, or peft cannot combine them.
     """
     mix.check()
     first, *others = map(Path, mix.adapters)
@@ -107,19 +110,20 @@ def _check_plain_lora(adapter: Path) -> None:
     config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, LoraConfig) or config.use_dora:
         kind = "DoRA" if isinstance(config, LoraConfig) else config.peft_type.value
-        raise ValueError(f"The adapter in {adapter} is of the kind {kind}: only plain LoRA adapters can be mixed.")
-    whole = [name for name in adapter_shapes(adapter) if "lora_" not in name]
-    if whole:
+        raise ValueError(f"The adapter in {adapter} is of type {kind}: only plain LoRA adapters can be mixed.")
+    full_weights = [name for name in adapter_shapes(adapter) if "lora_" not in name]
+    if full_weights:
         raise ValueError(
-            f"The adapter in {adapter} holds weights that were trained whole ({', '.join(whole[:2])}), and two "
-            f"versions of those can't be mixed."
+            f"The adapter in {adapter} contains weights that were trained in full ({', '.join(full_weights[:2])}), and "
+            f"two versions of such a weight cannot be mixed."
         )
 
 
 def grow_to_adapter(model: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Give the base as many rows of embeddings as it had when the adapter was trained.
+    """Resize the embeddings of the base to the number of rows that they had when the adapter was trained.
 
-    What is in the new rows does not matter: the adapter holds them, whole or as trained token rows.
+    The values of the new rows do not matter, since the adapter contains them: as complete embeddings, or as trained
+    token rows.
     """
     wanted = outgrown(model, adapter, tokenizer)
     if wanted:
@@ -127,23 +131,23 @@ def grow_to_adapter(model: PreTrainedModel, adapter: Path, tokenizer: PreTrained
 
 
 def merge_into_base(peft_model: PeftModel) -> PreTrainedModel:
-    """Merge in memory; head and embeddings end up as one tensor only if they are equal.
+    """Merge the active adapter in memory; head and embeddings stay tied only if they are equal afterwards.
 
-    peft merges into the weight that it finds. Where head and embeddings share it and carry LoRA of their own, each
-    delta would go into both, so the two are parted first and joined again when they come out equal.
+    peft merges into the weights in place. If head and embeddings share a weight and both have LoRA, both updates would
+    be added to it. They are therefore untied first, and tied again if they come out equal.
 
     Raises:
         ValueError: A merged weight is not finite.
     """
     was_tied = bool(peft_model.get_base_model().config.get_text_config().tie_word_embeddings)
-    _part_adapted_ties(peft_model)
+    _untie_adapted(peft_model)
     merged = peft_model.merge_and_unload(safe_merge=True)
     if was_tied:
-        _settle_ties(merged)
+        _tie_if_equal(merged)
     return merged
 
 
-def _part_adapted_ties(peft_model: PeftModel) -> None:
+def _untie_adapted(peft_model: PeftModel) -> None:
     base = peft_model.get_base_model()
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if head is None or not any(isinstance(module, BaseTunerLayer) for module in (embedding, head)):
@@ -157,8 +161,8 @@ def _base_layer(module: Any) -> Any:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _settle_ties(model: PreTrainedModel) -> None:
-    """Join head and embeddings that came out equal, and have the config say which it is."""
+def _tie_if_equal(model: PreTrainedModel) -> None:
+    """Tie head and embeddings if they are equal, and record in the config whether they are tied."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None:
         return
@@ -167,6 +171,6 @@ def _settle_ties(model: PreTrainedModel) -> None:
     if are_equal:
         head.weight = embedding.weight
     else:
-        logger.info("head and embeddings were trained apart: the checkpoint holds both")
+        logger.info("head and embeddings differ after the merge: the checkpoint contains both")
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = are_equal

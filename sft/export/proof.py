@@ -1,4 +1,4 @@
-"""Compare two models by their logits on the same rows: the proof that one stands for the other."""
+"""Comparison of two models by their logits on the same rows, to prove that one can replace the other."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """How far two models are apart, over all positions.
+    """Difference of the logits of two models, over all positions.
 
     Args:
-        largest: Largest absolute difference of a logit; NaN when any logit is.
+        largest: Largest absolute difference of a logit; NaN if any logit is NaN.
         mean: Mean absolute difference.
         top_token_agreement: Share of positions with the same most likely token.
-        num_positions: Positions compared.
+        num_positions: Number of positions compared.
     """
 
     largest: float
@@ -28,12 +28,17 @@ class LogitDifference:
 
 
 def logits_of(model: Any, rows: Iterable[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits (length, vocabulary) of each row by itself, in float32 on the CPU."""
+    """Return the logits of each row, `(length, vocabulary)`, in float32 on the CPU.
+
+    Args:
+        model: Causal language model; set to eval mode.
+        rows: Token ids, `(num_rows, length)`, ragged. Each row is computed separately.
+    """
     return list(iterate_logits(model, rows))
 
 
 def iterate_logits(model: Any, rows: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
-    """What `logits_of` gives, one row after the other."""
+    """Yield the logits of each row as `logits_of` returns them, with those of one row in memory at a time."""
     model.eval()
     device = next(model.parameters()).device
     for row in rows:
@@ -43,11 +48,11 @@ def iterate_logits(model: Any, rows: Iterable[Sequence[int]]) -> Iterator[torch.
 
 
 def compare_logits(reference: Iterable[torch.Tensor], found: Iterable[torch.Tensor]) -> LogitDifference:
-    """Compare what `logits_of` or `iterate_logits` gave for two models."""
+    """Compare the logits of two models on the same rows, from `logits_of` or `iterate_logits`."""
     largest, total, num_logits, num_agreeing, num_positions = 0.0, 0.0, 0, 0, 0
     for ours, theirs in zip(reference, found, strict=True):
         difference = (ours - theirs).abs()
-        # torch's max gives NaN if there is one; Python's keeps whichever comes first
+        # torch's max returns NaN if there is one; Python's depends on the order of its arguments
         row_largest = float(difference.max())
         largest = math.nan if math.isnan(row_largest + largest) else max(largest, row_largest)
         total += float(difference.double().sum())
@@ -58,16 +63,21 @@ def compare_logits(reference: Iterable[torch.Tensor], found: Iterable[torch.Tens
 
 
 def check_logits(difference: LogitDifference, tolerance: float, state: str, advice: str = "") -> None:
-    """Refuse a difference that is past the tolerance, or not a number.
+    """Check that the largest difference is within the tolerance, and not NaN.
 
     Args:
-        state: What was compared, for the message.
-        advice: What the user can do about it, for the message.
+        difference: From `compare_logits`.
+        tolerance: Largest accepted absolute difference of a logit.
+        state: State of the model that was compared, for the message.
+        advice: What the user can do, for the message.
+
+    Raises:
+        ValueError: The difference is larger, or NaN.
     """
     if difference.largest <= tolerance:
         return
     raise ValueError(
-        f"The model, {state}, is not the one that was trained: logits differ by up to {difference.largest:.3g} (mean "
+        f"The model, {state}, differs from the trained one: logits differ by up to {difference.largest:.3g} (mean "
         f"{difference.mean:.3g}, same top token at {difference.top_token_agreement:.1%} of {difference.num_positions} "
         f"positions), and the tolerance is {tolerance:g}. Nothing was written.{' ' * bool(advice)}{advice}"
     )

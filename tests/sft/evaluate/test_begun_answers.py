@@ -1,4 +1,4 @@
-"""Beginnings of answers: never anything but what generation would say."""
+"""First tokens of answers, found while scoring, always equal those of generation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_turn_of_a_conversation_may_be_the_prompt() -> None:
     assert begun.tokens() == [[6, 7], [3, 8], []]
 
 
-def test_a_document_that_is_supervised_from_its_start_tells_nothing() -> None:
+def test_a_document_that_is_supervised_from_its_start_gives_no_tokens() -> None:
     begun = BegunAnswers([[1, 2]])
     begun.learn(Document(0, [1, 2, 3], [1, 2, 3]), [2, 3])
     assert begun.tokens() == [[]]

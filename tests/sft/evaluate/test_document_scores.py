@@ -1,4 +1,4 @@
-"""Figures a document, and the divergence of two models, against torch's own over the whole vocabulary."""
+"""Figures per document, and the divergence of two models, compared with torch over the complete vocabulary."""
 
 from __future__ import annotations
 

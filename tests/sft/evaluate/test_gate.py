@@ -1,4 +1,4 @@
-"""The gate: a small language, parsed up front, that never executes code and never passes on missing figures."""
+"""The gate: conditions are parsed first, never executed as code, and never pass if a figure is missing."""
 
 from __future__ import annotations
 

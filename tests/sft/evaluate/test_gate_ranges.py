@@ -1,4 +1,4 @@
-"""A condition that no result could fail, or none could meet, is refused; one that could go either way never is."""
+"""A condition that is true for all results or for none is rejected; all other conditions are accepted."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def check(*conditions: str) -> None:
         "1.5 <= tuned.share",
     ],
 )
-def test_condition_that_can_never_hold_is_refused(condition: str) -> None:
-    with pytest.raises(ValueError, match=r"can never hold: tuned\.(share|loss) is (between 0 and 1|at least 0)"):
+def test_condition_that_can_never_be_true_is_refused(condition: str) -> None:
+    with pytest.raises(ValueError, match=r"can never be true: tuned\.(share|loss) is (between 0 and 1|at least 0)"):
         check("tuned.share > 0.5", condition)
 
 
@@ -37,8 +37,8 @@ def test_condition_that_can_never_hold_is_refused(condition: str) -> None:
     "condition",
     ["tuned.share >= 0", "tuned.share <= 1", "tuned.share >= -1", "tuned.loss >= 0", "tuned.share + 1 >= base.share"],
 )
-def test_condition_that_always_holds_is_refused(condition: str) -> None:
-    with pytest.raises(ValueError, match="holds whatever the result: tuned"):
+def test_condition_that_is_always_true_is_refused(condition: str) -> None:
+    with pytest.raises(ValueError, match="is true for all results: tuned"):
         check(condition)
 
 
@@ -62,5 +62,5 @@ def test_figure_compared_with_itself_is_refused_and_all_problems_come_at_once() 
         "0 * tuned.own > 1",
     ],
 )
-def test_condition_that_could_go_either_way_is_taken(condition: str) -> None:
+def test_condition_that_can_be_true_or_false_is_accepted(condition: str) -> None:
     check(condition)

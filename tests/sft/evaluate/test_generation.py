@@ -1,4 +1,4 @@
-"""Generation: the same answers as `generate`, whatever the batch, and an honest word on whether the model stopped."""
+"""Generation: the same answers as `generate` at any batch size, with a flag for those that end with a stop token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make_prompts(num_shared: int = 0) -> list[list[int]]:
 @pytest.mark.parametrize("num_shared", [0, 20])
 def test_answers_equal_those_of_generate_one_prompt_at_a_time(family: str, num_shared: int) -> None:
     model, tokenizer, prompts = tiny_model(family), tiny_tokenizer(), make_prompts(num_shared)
-    # A token these random weights like: so that some answers stop early and leave the batch.
+    # A token that the random weights prefer, so that some answers stop early and leave the batch.
     likely = model.generate(torch.tensor([prompts[0]]), max_new_tokens=4, do_sample=False, eos_token_id=-1)[0, -1]
     model.generation_config.eos_token_id = [int(likely), tokenizer.eos_token_id]
     answers = generate_batch(model, tokenizer, prompts, max_new_tokens=12, batch_size=4)

@@ -1,4 +1,4 @@
-"""Intervals and paired tests, against figures that can be worked out by hand."""
+"""Intervals and paired tests, compared with values computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: token-weighted figures that no batching, packing or padding can change."""
+"""Likelihood: token-weighted figures that do not depend on batching, packing or padding."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_rows(num_rows: int = 7, num_shared: int = 0) -> list[dict[str, Any]]:
 
 
 def plain_figures(model: torch.nn.Module, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """One row at a time, full logits, summed: the definition."""
+    """Compute the figures by their definition: one row at a time, with all logits."""
     loss, hits, count = 0.0, 0, 0
     for row in rows:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""lm-eval's tasks: without the package one clear error, with it a task of one's own runs on a tiny model."""
+"""Tasks of lm-eval: without the package there is one clear error, with it a local task runs on a tiny model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CITIES = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Japan",
 
 
 def write_task(root: Path, text: str = TASK) -> Path:
-    """A task of one's own with its data, in `tasks/` below a root."""
+    """Write a local task and its data to the folder `tasks/` in a root folder."""
     folder = root / "tasks"
     folder.mkdir(exist_ok=True)
     (folder / "cities.yaml").write_text(text)
@@ -43,7 +43,9 @@ def write_task(root: Path, text: str = TASK) -> Path:
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="it is about the package not being there")
 def test_missing_package_names_the_extra() -> None:
-    with pytest.raises(ValueError, match=r"lm-eval is not installed, which is an extra: pip install '\.\[lm-eval\]'"):
+    with pytest.raises(
+        ValueError, match=r"lm-eval is not installed; it is an optional extra: pip install '\.\[lm-eval\]'"
+    ):
         check_harness()
 
 
@@ -68,7 +70,7 @@ def test_figures_are_those_of_the_tasks_asked_for_and_of_a_group_its_own() -> No
 
 
 @needs_lm_eval
-def test_task_of_ones_own_is_run_on_local_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_task_is_run_on_local_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_task(tmp_path)
     monkeypatch.chdir(tmp_path)
     harness = Harness(["cities"], folder)
@@ -87,7 +89,7 @@ def test_task_whose_data_are_missing_is_named(tmp_path: Path, monkeypatch: pytes
     folder = write_task(tmp_path)
     (folder / "cities.jsonl").unlink()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"the task cities can't be loaded: FileNotFoundError: .*cities.jsonl"):
+    with pytest.raises(ValueError, match=r"the task cities cannot be loaded: FileNotFoundError: .*cities.jsonl"):
         Harness(["cities"], folder)
 
 

@@ -1,4 +1,4 @@
-"""Generation metrics: what counts as equal, valid and shared is stated here to the last field."""
+"""Metrics of generated answers: which answers are equal, which text is valid JSON, and which fields are shared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from decimal import Decimal
 
 import pytest
 
-from sft.evaluate.tasks import exact_match, json_field_f1, json_fields, json_valid, last_found, last_number, word_f1
+from sft.evaluate.tasks import (
+    exact_match,
+    find_task,
+    json_fields,
+    json_valid,
+    last_found,
+    last_number,
+    mean_scores,
+    word_f1,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +70,15 @@ def test_field_f1_counts_shared_leaves_over_all_rows_and_row_by_row() -> None:
     references = ['{"a": 1, "b": 2}', '{"a": 1, "b": 2, "c": 3, "d": 4}', '{"a": 1}']
     predictions = ['{"a": 1, "b": 9}', '{"a": 1, "b": 2, "c": 3, "d": 4}', "oops"]
     # rows: 1 right of 2 + 2; 4 right of 4 + 4; 0 right of 0 + 1
-    scores = json_field_f1(predictions, references)
-    assert scores["micro"] == pytest.approx(2 * 5 / 13)
-    assert scores["macro"] == pytest.approx((0.5 + 1.0 + 0.0) / 3)
+    task = find_task("json")
+    assert task.summarize(predictions, references)["field_f1_micro"].value == pytest.approx(2 * 5 / 13)
+    rows = [task.score(prediction, reference) for prediction, reference in zip(predictions, references, strict=True)]
+    assert mean_scores(rows)["field_f1"] == pytest.approx((0.5 + 1.0 + 0.0) / 3)
 
 
 def test_field_f1_refuses_lists_that_do_not_match() -> None:
-    with pytest.raises(ValueError, match="got 1 and 2"):
-        json_field_f1(["{}"], ["{}", "{}"])
+    with pytest.raises(ValueError, match="argument 2 is longer than argument 1"):
+        find_task("json").summarize(["{}"], ["{}", "{}"])
 
 
 def test_word_f1_is_the_overlap_of_bags_of_words() -> None:

@@ -1,4 +1,4 @@
-"""Tasks by name: what they score, what they refuse, and how a name is found."""
+"""Tasks: their scores, the references that they reject, and how their names are found."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_number_task_compares_the_last_numbers_as_values() -> None:
     task = find_task("number")
     assert task.score("so 2 + 2 = 4.0", "4") == {"number_match": 1.0}
     assert task.score("no idea", "4") == {"number_match": 0.0}
-    with pytest.raises(ValueError, match="holds no number"):
+    with pytest.raises(ValueError, match="has no number"):
         task.check_reference("four")
 
 

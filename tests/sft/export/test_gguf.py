@@ -1,4 +1,4 @@
-"""A GGUF file reads back as the model and the tokenizer that went in, or is refused and not left lying."""
+"""A GGUF file reads back as the model and the tokenizer that were exported, or is rejected and deleted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft.evaluate.generation import generate_batch
 from sft.export import gguf
-from sft.export.gguf import SPLIT_PATTERNS, check_exportable, export_gguf, splitter_name
+from sft.export.gguf import SPLIT_PATTERNS, check_exportable, export_gguf, pre_tokenizer_name
 from sft.models.gguf import dequantize_gguf
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -69,7 +69,7 @@ def test_greedy_answers_of_the_file_are_those_of_the_checkpoint(
     assert report.num_bytes == (tmp_path / "out" / "tiny.gguf").stat().st_size
 
 
-def test_eight_bits_take_about_half_of_sixteen_and_norms_stay_whole(tmp_path: Path) -> None:
+def test_eight_bits_take_about_half_of_sixteen_and_norms_stay_in_single_precision(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     for precision in ("f16", "q8_0"):
         export_gguf(source, tmp_path / f"{precision}.gguf", precision, ROWS)
@@ -109,9 +109,9 @@ def test_sharded_checkpoints_and_unused_rows_of_the_vocabulary_are_written(tmp_p
 @pytest.mark.parametrize(
     ("family", "overrides", "words"),
     [
-        ("gpt_neox", {}, "is of type 'gpt_neox', GGUF export is supported for llama, qwen2"),
+        ("gpt_neox", {}, "is of type 'gpt_neox', but GGUF export supports llama, qwen2"),
         ("llama", {"attention_bias": True}, "has biases in its attention"),
-        ("llama", {"head_dim": 32}, "heads of another width"),
+        ("llama", {"head_dim": 32}, "heads whose width is not"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
@@ -128,16 +128,16 @@ def test_what_is_not_supported_is_refused_before_any_weight_is_read(
 
 
 def test_unknown_precision_names_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'q4_k' is not supported, these are: f16, q8_0"):
+    with pytest.raises(ValueError, match="'q4_k' is not supported: use f16, q8_0"):
         export_gguf(save_tiny(tmp_path / "source"), tmp_path / "tiny.gguf", "q4_k", ROWS)
 
 
-def test_weight_that_is_no_number_leaves_no_file(tmp_path: Path) -> None:
+def test_weight_that_is_nan_leaves_no_file(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are no numbers"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight contains values that are NaN"):
         export_gguf(source, tmp_path / "out" / "tiny.gguf", "f16", ROWS)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -146,22 +146,24 @@ def test_weights_in_another_order_are_noticed_when_the_file_is_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_tiny(tmp_path / "source", initializer_range=0.5)
-    stored = gguf._stored
-    monkeypatch.setattr(gguf, "_stored", lambda *given: stored(*given)[::-1].copy())
-    with pytest.raises(ValueError, match="the model computes something else: its logits are off by"):
+    stored = gguf._stored_values
+    monkeypatch.setattr(gguf, "_stored_values", lambda *given: stored(*given)[::-1].copy())
+    with pytest.raises(ValueError, match="the model differs from the checkpoint: the logits differ by"):
         export_gguf(source, tmp_path / "tiny.gguf", "f16", ROWS)
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 
-def test_splitters_have_their_names_and_others_are_refused() -> None:
+def test_pre_tokenizers_have_their_names_and_others_are_refused() -> None:
     tokenizer = tiny_tokenizer()
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    assert splitter_name(content) == "gpt-2"
+    assert pre_tokenizer_name(content) == "gpt-2"
     digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     for splitter, name in ((pre_tokenizers.Sequence([digits, bytes_]), "smollm"), (qwen2_splitter(), "qwen2")):
         tokenizer.backend_tokenizer.pre_tokenizer = splitter
-        assert splitter_name(json.loads(tokenizer.backend_tokenizer.to_str())) == name
-    with pytest.raises(ValueError, match=r"splits text by ..Whitespace.., for which GGUF export knows no name"):
-        splitter_name({**content, "pre_tokenizer": {"type": "Whitespace"}})
-    with pytest.raises(ValueError, match="of the kind Unigram; GGUF export supports byte-level BPE"):
-        splitter_name({**content, "model": {"type": "Unigram"}})
+        assert pre_tokenizer_name(json.loads(tokenizer.backend_tokenizer.to_str())) == name
+    with pytest.raises(
+        ValueError, match=r"splits text by ..Whitespace.., for which GGUF export has no pre-tokenizer name"
+    ):
+        pre_tokenizer_name({**content, "pre_tokenizer": {"type": "Whitespace"}})
+    with pytest.raises(ValueError, match="is a Unigram, but GGUF export supports byte-level BPE only"):
+        pre_tokenizer_name({**content, "model": {"type": "Unigram"}})

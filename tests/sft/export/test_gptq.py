@@ -1,4 +1,4 @@
-"""GPTQ: bad input is refused before the work, the checkpoint loads anywhere, the layout is the one readers expect."""
+"""GPTQ: invalid input is rejected before the computation, and checkpoints have the layout that readers expect."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def quantized(source: Path) -> tuple[Path, QuantizeReport]:
     return target, quantize_gptq(source, target, ROWS, GPTQSettings(bits=4, group_size=32))
 
 
-def test_checkpoint_loads_plainly_and_computes_what_its_files_say(
+def test_checkpoint_loads_plainly_and_computes_what_its_files_contain(
     source: Path, quantized: tuple[Path, QuantizeReport]
 ) -> None:
     rebuilt = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -69,16 +69,16 @@ def test_dequantized_model_computes_what_the_packed_one_does_and_keeps_its_ties(
     assert 0 < quantized[1].loading_deviation < 0.05
 
 
-def test_checkpoint_that_loads_as_something_else_is_refused(
+def test_checkpoint_that_loads_as_a_different_model_is_refused(
     quantized: tuple[Path, QuantizeReport], tmp_path: Path
 ) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(quantized[0], folder)
     config = json.loads((folder / "config.json").read_text())
-    # transformers now takes zero points as they are, where the weights hold them less one.
+    # Transformers now reads the zero points unchanged, although the file stores them minus one.
     config["quantization_config"]["checkpoint_format"] = "gptq_v2"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="computes something else than its weights say"):
+    with pytest.raises(ValueError, match="gives wrong logits: they differ from those of its dequantized weights by"):
         loading_deviation(folder, ROWS[0])
 
 
@@ -162,7 +162,7 @@ def test_other_widths_load_and_err_as_much_as_their_bits_allow(
     settings = GPTQSettings(bits=bits, group_size=group_size, sym=sym, desc_act=desc_act)
     report = quantize_gptq(source, tmp_path / "q", ROWS, settings)
     assert report.max_relative_error < worst
-    # What transformers loads is what the files say, and what they say is near the source.
+    # Transformers loads the values of the files, and these are close to the source.
     assert report.loading_deviation < 0.01
     weight = load_file(source / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     restored = load_dequantized(tmp_path / "q").get_submodule("model.layers.0.mlp.up_proj").weight.detach()
@@ -179,7 +179,7 @@ def test_group_size_that_does_not_divide_names_layer_width_and_sizes_that_fit(so
 
 def test_four_bit_rows_without_groups_are_refused_where_no_kernel_runs_them(source: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"one of the whole width 96 of model.layers.0.mlp.down_proj; sizes that fit: 32"
+        ValueError, match=r"makes one group of the width 96 of model.layers.0.mlp.down_proj; sizes that fit: 32"
     ):
         check_layers_fit(source, bits=4, group_size=-1, device="cpu")
     check_layers_fit(source, bits=4, group_size=-1, device="cuda:0")
@@ -193,9 +193,9 @@ def test_bits_that_do_not_pack_into_a_layer_name_it(tmp_path: Path) -> None:
         ValueError, match=r"2-bit weights are packed by 16, .* output width 8 of model.layers.0.self_attn.k"
     ):
         check_layers_fit(folder, bits=2, group_size=-1)
-    with pytest.raises(ValueError, match="bits is 5, GPTQ checkpoints come in 2, 3, 4, 8"):
+    with pytest.raises(ValueError, match="bits is 5, but GPTQ supports 2, 3, 4, 8"):
         check_layers_fit(folder, bits=5, group_size=-1)
-    with pytest.raises(ValueError, match="group_size is 24, readers know -1 and 32"):
+    with pytest.raises(ValueError, match="group_size is 24, but readers support -1 and 32"):
         check_layers_fit(folder, bits=4, group_size=24)
 
 
@@ -211,12 +211,12 @@ def test_weights_with_nan_are_named(tmp_path: Path) -> None:
 def test_poisoned_calibration_is_named(source: Path) -> None:
     row = list(range(4, 20))
     with pytest.raises(
-        ValueError, match="calibration row 1 holds token id 384 at position 2, the model knows 0 to 383"
+        ValueError, match="calibration row 1 has token id 384 at position 2, but the ids of the model are 0 to 383"
     ):
         check_calibration(source, [row, [1, 2, 384, *row]])
     with pytest.raises(ValueError, match="calibration row 0 has 10 tokens, at least 11"):
         check_calibration(source, [row[:10]])
-    with pytest.raises(ValueError, match="calibration row 1 holds token id nan at position 0"):
+    with pytest.raises(ValueError, match="calibration row 1 has token id nan at position 0"):
         check_calibration(source, [row, [float("nan"), *row]])
     with pytest.raises(ValueError, match="calibration is empty"):
         check_calibration(source, [])
@@ -242,7 +242,9 @@ def test_activations_that_overflow_are_an_error_and_no_round_to_nearest(tmp_path
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"].fill_(1e25)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    expected = "7 of 14 layers could not be quantized, their Hessian has no inverse at any damping: layer 1 self_attn"
+    expected = (
+        "7 of 14 layers could not be quantized, as their Hessian has no inverse at any damping: layer 1 self_attn"
+    )
     with pytest.raises(ValueError, match=expected):
         quantize_gptq(folder, tmp_path / "q", ROWS[:2], GPTQSettings(group_size=32))
     assert not (tmp_path / "q").exists()
@@ -256,7 +258,7 @@ def test_row_that_the_model_gives_nan_on_is_named_with_its_token(tmp_path: Path)
     clean = [[token if token != 7 else 8 for token in row] for row in ROWS[:3]]
     poisoned = [9] * 30 + [7] * 34
     expected = (
-        r"NaN or Inf on 1 of 3 calibration rows \(number 2\) .*: the embeddings of token ids 7 do that\. 12 of 12"
+        r"NaN or Inf on 1 of 3 calibration rows \(number 2\) .*: the embeddings of token ids 7 cause it\. 12 of 12"
     )
     with pytest.raises(ValueError, match=expected):
         quantize_gptq(tmp_path / "source", tmp_path / "q", [*clean[:2], poisoned], GPTQSettings(group_size=32))

@@ -1,4 +1,4 @@
-"""int8 and nf4: the folder loads plainly on a CPU, is small, and each layer's error is what its bits allow."""
+"""int8 and nf4: the folder loads on a CPU, is small, and the error of each layer fits the number of bits."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_weights_with_nan_are_named_and_the_old_checkpoint_stays(tmp_path: Path)
 
 
 def test_an_unknown_method_names_the_known_ones(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="method 'int4' does not exist here, these do: int8, nf4"):
+    with pytest.raises(ValueError, match="method 'int4' does not exist: use int8, nf4"):
         quantize_kbit(source, tmp_path / "q", "int4", ROWS)
 
 
@@ -115,7 +115,7 @@ def test_layers_too_narrow_for_the_cpu_kernel_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
-def test_layers_that_keep_their_weight_the_other_way_round_have_the_same_error(tmp_path: Path, method: str) -> None:
+def test_layers_that_store_their_weight_transposed_have_the_same_error(tmp_path: Path, method: str) -> None:
     folder = tmp_path / "gpt2"
     tiny_model("gpt2", hidden_size=64, n_embd=64).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -132,6 +132,6 @@ def test_weights_beyond_half_precision_are_refused_by_name(tmp_path: Path) -> No
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][7] = 1e6
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"model.embed_tokens.weight of .* holds 1e\+06, beyond the range of half"):
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight of .* contains 1e\+06, beyond the range of half"):
         quantize_kbit(folder, tmp_path / "q", "int8", ROWS)
     assert not (tmp_path / "q").exists()

@@ -1,4 +1,4 @@
-"""A merged checkpoint, read back from disk, computes what base and adapter computed; otherwise there is none."""
+"""A merged checkpoint, read back from disk, computes the same as base and adapter; otherwise none is written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sft.chat.formats import setup_chat_format
 from sft.config import ModelConfig
 from sft.export import merge, merge_by_file
 from sft.export.merge import copy_checkpoint, merge_adapter
-from sft.export.merge_by_file import Streamed, Unit
+from sft.export.merge_by_file import StreamedModel, Unit
 from sft.export.merge_in_memory import merge_into_base
 from sft.export.proof import check_logits, compare_logits
 from sft.models.adapters import wrap_adapter
@@ -57,7 +57,7 @@ def lora(**options: Any) -> LoraConfig:
 
 
 def assert_peft_merges_the_same(base: Path, adapter: Path, merged: Path) -> None:
-    """The checkpoint holds, tensor by tensor and to the bit, what peft merges with the whole model in memory."""
+    """Check that the checkpoint equals, bit by bit, what peft merges with the complete model in memory."""
     expected = merge_into_base(load_adapter(load_model(base), adapter))
     written = AutoModelForCausalLM.from_pretrained(merged).state_dict()
     assert written.keys() == expected.state_dict().keys()
@@ -90,7 +90,7 @@ def test_merged_logits_are_those_of_base_and_adapter(
     base = save_base(tmp_path / "base", tie_word_embeddings=tied)
     adapted = train_adapter(load_model(base), lora(**options), tmp_path / "adapter")
     report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-4)
-    assert "whole model in memory" not in caplog.text
+    assert "complete model in memory" not in caplog.text
     assert_peft_merges_the_same(base, tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = torch.tensor(ROWS[:1])
@@ -156,7 +156,9 @@ def test_generation_stops_at_the_eos_of_the_tokenizer_too(tmp_path: Path) -> Non
 def test_half_precision_is_proven_against_its_own_rounding(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     train_adapter(load_model(base), lora(), tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"as bfloat16, is not the one.*raise the tolerance, or save float32"):
+    with pytest.raises(
+        ValueError, match=r"as bfloat16, differs from the trained one.*raise the tolerance, or save float32"
+    ):
         merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-6, dtype="bfloat16")
     report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=0.1, dtype="bfloat16")
     assert report.dtype == "bfloat16"
@@ -172,19 +174,19 @@ def test_failed_proof_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-@pytest.mark.parametrize("place", ["a layer", "the file", "the whole model"])
+@pytest.mark.parametrize("place", ["a layer", "the file", "the complete model"])
 def test_a_broken_merge_is_caught_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     base = save_base(tmp_path / "base")
     config: Any = lora()
-    if place == "the whole model":  # as other adapters than LoRA are merged
+    if place == "the complete model":  # adapters other than LoRA are merged in memory
         config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     train_adapter(load_model(base), config, tmp_path / "adapter")
     broken = {
         "a layer": (merge_by_file, "merged_weights", lose_a_layer),
         "the file": (merge_by_file, "save_file", lose_in_file),
-        "the whole model": (merge, "merge_into_base", lose_in_memory),
+        "the complete model": (merge, "merge_into_base", lose_in_memory),
     }
     monkeypatch.setattr(*broken[place])
     with pytest.raises(ValueError, match=r"logits differ by up to .* \(mean .*, and the tolerance is 1e-06"):
@@ -192,21 +194,21 @@ def test_a_broken_merge_is_caught_and_leaves_nothing(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def lose_a_layer(source: Streamed, unit: Unit) -> list[tuple[str, torch.Tensor]]:
-    """One layer comes out without its adapter."""
+def lose_a_layer(source: StreamedModel, unit: Unit) -> list[tuple[str, torch.Tensor]]:
+    """Return the weights of a unit; for one layer, those without the adapter."""
     if unit.path == "model.layers.1.mlp.up_proj":
         return [(f"{unit.path}.weight", source.files.tensor(f"{unit.path}.weight"))]
     return RIGHT(source, unit)
 
 
 def lose_in_file(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """One row of a weight is written as zeros."""
+    """Save tensors with one row of a weight set to zero."""
     tensors["model.layers.1.mlp.up_proj.weight"][0] = 0.0
     save_file(tensors, file, metadata=metadata)
 
 
 def lose_in_memory(peft_model: PeftModel) -> PreTrainedModel:
-    """One row of a weight is zero."""
+    """Merge in memory, and set one row of a weight to zero."""
     merged = merge_into_base(peft_model)
     merged.model.layers[1].mlp.up_proj.weight.data[0] = 0.0
     return merged
@@ -220,7 +222,7 @@ torch.set_num_threads(1)
 from sft.export.merge import merge_adapter
 from tests.sft.export.test_merge import Memory
 folder = Path(sys.argv[1])
-merge_adapter(folder / "small", folder / "small_adapter", folder / "unused", [[5]])  # imports what there is to import
+merge_adapter(folder / "small", folder / "small_adapter", folder / "unused", [[5]])  # imports all modules
 dtype, tolerance = sys.argv[2], float(sys.argv[3])
 with Memory() as memory:
     rows = [[5, 6, 7], [9]]
@@ -230,7 +232,7 @@ print(json.dumps({"peak_mb": memory.peak_mb, "difference": report.max_logit_diff
 
 
 class Memory:
-    """Most memory of this process's own, files mapped into it aside, above what it had at the beginning."""
+    """Peak of the anonymous memory of this process (without mapped files), relative to its value at the start."""
 
     def __init__(self) -> None:
         self.peak_mb = 0.0
@@ -252,7 +254,7 @@ class Memory:
 
 
 def own_mb() -> float:
-    """Memory of this process that no file stands behind, in megabytes."""
+    """Return the anonymous memory of this process (without mapped files), in megabytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1000  # type: ignore[index]
 
@@ -276,7 +278,7 @@ def test_memory_is_bounded_by_the_largest_file_and_not_by_the_model(
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["difference"] < tolerance
-    # adapters and empty layers of two models take 20 to 25 MB, whatever the size of the base
+    # adapters and empty layers of two models take 20 to 25 MB for any size of the base
     assert found["peak_mb"] < 3 * largest_mb + 32 < 0.7 * total_mb
     merged = sorted((tmp_path / "merged").glob("*.safetensors"))
     assert [file.name for file in merged] == [file.name for file in files]
@@ -284,14 +286,14 @@ def test_memory_is_bounded_by_the_largest_file_and_not_by_the_model(
         assert_peft_merges_the_same(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 
-def test_what_can_not_be_merged_by_file_is_merged_whole_with_a_warning(
+def test_what_can_not_be_merged_by_file_is_merged_in_memory_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = save_base(tmp_path / "base")
     config = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     train_adapter(load_model(base), config, tmp_path / "adapter")
     merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", ROWS, tolerance=1e-4)
-    assert "with the whole model in memory: a IA3 adapter" in caplog.text
+    assert "with the complete model in memory: adapters of type IA3" in caplog.text
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])

@@ -1,4 +1,4 @@
-"""Several adapters become one: sums are exact, what drops at random does so by seed, what can't be mixed is refused."""
+"""Mixes of adapters: sums are exact, random dropping follows the seed, adapters that cannot be mixed are rejected."""
 
 from __future__ import annotations
 
@@ -87,17 +87,21 @@ def test_what_is_dropped_at_random_is_dropped_by_seed(places: dict[str, Path], t
 @pytest.mark.parametrize(
     ("names", "options", "words"),
     [
-        (["a"], {"weights": [1.0]}, "1 adapters and 1 weights: a mix has two adapters at least"),
+        (["a"], {"weights": [1.0]}, "1 adapters and 1 weights: a mix needs at least two adapters"),
         (["a", "b"], {"weights": [1.0]}, "2 adapters and 1 weights"),
         (["a", "b"], {"weights": [1, 1], "combination": "mean"}, "'mean' does not exist: use cat, linear, ties"),
         (["a", "b"], {"weights": [1, 1], "combination": "ties"}, "'ties' needs a density"),
         (["a", "b"], {"weights": [1, 1], "density": 0.5}, "'cat' takes no density"),
-        (["a", "b"], {"weights": [1, 1], "combination": "ties", "density": 1.5}, "density 1.5 is no share"),
+        (
+            ["a", "b"],
+            {"weights": [1, 1], "combination": "ties", "density": 1.5},
+            "density is 1.5; it must be more than 0 and at most 1",
+        ),
         (["a", "wide"], {"weights": [1, 1], "combination": "linear"}, "combination 'linear' of 2 adapters: .*same r"),
         (["a", "base"], {"weights": [1, 1]}, "holds no adapter"),
     ],
 )
-def test_a_mix_that_says_nothing_sensible_is_refused(
+def test_invalid_options_of_a_mix_are_refused(
     places: dict[str, Path], tmp_path: Path, names: list[str], options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
@@ -105,12 +109,12 @@ def test_a_mix_that_says_nothing_sensible_is_refused(
     assert not (tmp_path / "m").exists()
 
 
-def test_other_kinds_and_weights_trained_whole_are_refused(places: dict[str, Path], tmp_path: Path) -> None:
+def test_other_kinds_and_weights_trained_in_full_are_refused(places: dict[str, Path], tmp_path: Path) -> None:
     ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
     others = {
-        "of the kind IA3": save_adapter(tmp_path / "ia3", ia3),
-        "of the kind DoRA": save_adapter(tmp_path / "dora", use_dora=True),
-        r"trained whole \(base_model.model.lm_head": save_adapter(tmp_path / "whole", modules_to_save=["lm_head"]),
+        "of type IA3": save_adapter(tmp_path / "ia3", ia3),
+        "of type DoRA": save_adapter(tmp_path / "dora", use_dora=True),
+        r"trained in full \(base_model.model.lm_head": save_adapter(tmp_path / "whole", modules_to_save=["lm_head"]),
     }
     for words, folder in others.items():
         with pytest.raises(ValueError, match=words):

@@ -1,35 +1,11 @@
-"""An output folder is replaced as a whole or not at all, and the ledger counts what it lists."""
+"""The ledger counts what it lists, and rows of a JSONL file can be read and removed while it is written."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from stages.checkout.artifacts import JsonlWriter, read_jsonl, replacing_folder
+from stages.checkout.artifacts import JsonlWriter, read_jsonl
 from stages.checkout.ledger import Action, Ledger
-
-
-def test_a_finished_folder_takes_the_place_of_the_earlier_one(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
-    with replacing_folder(tmp_path / "out") as folder:
-        (folder / "new.txt").write_text("new")
-        assert (tmp_path / "out" / "old.txt").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new.txt"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_failed_run_leaves_the_earlier_folder(tmp_path: Path, error: type[BaseException]) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
-    (tmp_path / ".out.partial").mkdir()
-    with pytest.raises(error), replacing_folder(tmp_path / "out") as folder:  # noqa: PT012
-        (folder / "new.txt").write_text("new")
-        raise error
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "old.txt").read_text() == "old"
 
 
 def test_the_ledger_counts_by_reason_and_shows_the_first_rows(tmp_path: Path) -> None:

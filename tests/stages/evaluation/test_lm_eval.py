@@ -38,7 +38,7 @@ def test_package_is_not_imported_where_no_task_is_named() -> None:
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="it is about the package not being there")
 def test_task_without_the_package_names_key_and_extra_before_any_model_is_loaded(tmp_path: Path) -> None:
     params = tiny_params(evaluate={"lm_eval": LM_EVAL})
-    expected = r"evaluate.lm_eval.tasks: the package lm-eval is not installed, .* pip install '\.\[lm-eval\]'"
+    expected = r"evaluate.lm_eval.tasks: the package lm-eval is not installed; .* pip install '\.\[lm-eval\]'"
     with pytest.raises(ValueError, match=expected):
         check_installed(params.evaluate.lm_eval)
     paths = write_tiny_run(tmp_path)
@@ -56,7 +56,7 @@ def test_gate_may_name_any_metric_of_a_task_that_is_run_and_no_other_task() -> N
     for wrong in ("tuned.towns.acc >= 0.5", "merged.cities.acc >= 0.5", "champion.tuned.cities.acc > 0.5"):
         with pytest.raises(ValidationError, match=f"nothing is called {wrong.split(' ')[0]}"):
             tiny_params(evaluate={"lm_eval": LM_EVAL, "gate": [wrong]})
-    with pytest.raises(ValidationError, match=r"can never hold: tuned.cities.acc is between 0 and 1"):
+    with pytest.raises(ValidationError, match=r"can never be true: tuned.cities.acc is between 0 and 1"):
         tiny_params(evaluate={"lm_eval": LM_EVAL, "gate": ["tuned.cities.acc >= 70"]})
 
 
@@ -73,7 +73,7 @@ def test_tasks_are_measured_shown_and_gated(tmp_path: Path) -> None:
     paths = write_tiny_run(tmp_path)
     write_task(tmp_path)
     gate = ["tuned.cities.acc >= base.cities.acc - 1.5", "tuned.cities.nonsense >= 0.5"]
-    with pytest.raises(ValidationError, match="holds whatever the result"):
+    with pytest.raises(ValidationError, match="is true for all results"):
         tiny_params(evaluate={"lm_eval": LM_EVAL, "gate": gate})
     gate[0] = "tuned.cities.acc >= base.cities.acc - 0.9"
     evaluate.run(tiny_params(evaluate={"lm_eval": LM_EVAL, "gate": gate}), paths)

@@ -1,4 +1,4 @@
-"""Computes once what many sequences begin with, such as the system prompt that all rows of a data set share."""
+"""Prefix cache: keys and values of the tokens that all sequences begin with, such as a system prompt, computed once."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 MIN_TOKENS = 8
-"""Below this many tokens, copying keys and values costs about what computing them does."""
+"""Shortest prefix that is cached. For shorter ones, copying keys and values takes about as long as computing them."""
 
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Keys and values of `length` tokens; `length` is 0 and there is no cache where nothing is shared."""
+    """Keys and values of the first `length` tokens; if nothing is shared, `length` is 0 and `cache` is None."""
 
     length: int = 0
     cache: DynamicCache | None = None
 
     def rows(self, num_rows: int) -> DynamicCache | None:
-        """A cache of its own for a batch of `num_rows` sequences that go on after the prefix."""
+        """Return a new cache for a batch of `num_rows` sequences that continue after the prefix."""
         if self.cache is None:
             return None
         repeated = copy.deepcopy(self.cache)
@@ -32,21 +32,21 @@ class SharedPrefix:
         return repeated
 
     def mask(self, rest: torch.Tensor) -> torch.Tensor:
-        """The attention mask `(batch, length + rest)` of prefix and rest."""
+        """Prepend the prefix to the attention mask of the rest, `(batch, rest)`; returns `(batch, length + rest)`."""
         return torch.cat([rest.new_ones(rest.shape[0], self.length), rest], dim=1)
 
 
 @torch.inference_mode()
 def share_prefix(model: nn.Module, sequences: Sequence[Sequence[int]], limit: int) -> SharedPrefix:
-    """Run the model once over the tokens that all sequences begin with.
+    """Run the model once on the tokens that all sequences begin with.
 
-    Only where every layer keeps all keys and values as they are, so that sliding windows and recurrent states never
-    come into it.
+    Nothing is shared if a layer does not cache all keys and values unchanged, as with sliding windows or recurrent
+    states.
 
     Args:
-        model: a causal language model.
-        sequences: token ids, `(num_sequences, length)`, ragged.
-        limit: most tokens to share: the tokens whose outputs are needed must stay in the rest.
+        model: Causal language model.
+        sequences: Token ids, `(num_sequences, length)`, ragged.
+        limit: Largest number of tokens to share. Tokens whose outputs are needed must come after it.
     """
     if len(sequences) < 2:
         return SharedPrefix()
@@ -68,13 +68,13 @@ def share_prefix(model: nn.Module, sequences: Sequence[Sequence[int]], limit: in
 
 
 def forward_parameters(model: Any) -> set[str]:
-    """Names of what a model's forward takes, seen through an adapter."""
+    """Return the parameter names of a model's forward; with an adapter, those of the base model."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(inner.forward).parameters)
 
 
 def _common_length(sequences: Sequence[Sequence[int]], limit: int) -> int:
     first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
-    # What the first and the last in order share, all between them share.
+    # In sorted order, all sequences share what the first and the last one share.
     pairs = enumerate(zip(first[:limit], last[:limit], strict=False))
     return next((index for index, pair in pairs if pair[0] != pair[1]), max(0, min(limit, len(first), len(last))))

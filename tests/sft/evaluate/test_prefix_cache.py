@@ -1,11 +1,11 @@
-"""Shared prefixes: found exactly, never longer than allowed, never where a cache forgets or a model has none."""
+"""Prefix cache: the exact shared length, within the limit, and only for models that cache all keys and values."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from sft.evaluate.prefix import share_prefix
+from sft.evaluate.prefix_cache import share_prefix
 from tests.tiny import tiny_model
 
 IDS = list(range(5, 25))
