@@ -8,6 +8,9 @@ from importlib.util import find_spec
 
 import torch
 
+HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+"""The 16-bit floating-point types, which the flash attention kernels need."""
+
 PACKAGES = ("flash_attn", "flash_attn_interface", "kernels", "liger_kernel", "triton", "torch.nn.attention.varlen")
 
 

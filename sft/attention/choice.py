@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from sft.attention.kernels import HALF_PRECISIONS, SFT_DOCUMENTS, document_attention_forward, document_attention_mask
-from sft.hardware import Hardware, current_hardware
+from sft.attention.kernels import SFT_DOCUMENTS, document_attention_forward, document_attention_mask
+from sft.hardware import HALF_PRECISIONS, Hardware, current_hardware
 from sft.inner_model import causal_lm
 
 AttentionInterface.register(SFT_DOCUMENTS, document_attention_forward)

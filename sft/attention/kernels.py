@@ -17,12 +17,10 @@ from transformers.masking_utils import sdpa_mask
 
 from sft.attention.math import AttentionOptions, attend_by_document, explicit_attention
 from sft.batches.layout import DocumentLayout, current_layout
-from sft.hardware import Hardware, current_hardware
+from sft.hardware import HALF_PRECISIONS, Hardware, current_hardware
 
 SFT_DOCUMENTS = "sft_documents"
 """Name of the per-document attention in transformers' registries."""
-
-HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, DocumentLayout, AttentionOptions], torch.Tensor]
 

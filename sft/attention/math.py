@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sft.batches.layout import DocumentLayout
+from sft.hardware import HALF_PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def scaled_dot_product(
 
 def _grouped_kernel(query: torch.Tensor) -> bool:
     """Whether a fused kernel takes fewer key than query heads: on CUDA only the half-precision flash kernel does."""
-    return not query.is_cuda or (query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256)
+    return not query.is_cuda or (query.dtype in HALF_PRECISIONS and query.shape[-1] <= 256)
 
 
 def explicit_attention(

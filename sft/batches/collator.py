@@ -10,12 +10,10 @@ import numpy as np
 import torch
 
 from sft.batches.shared_tokens import share_tokens
-from sft.labels import IGNORE_INDEX
+from sft.labels import IGNORE_INDEX, MASKS
 
 Array = np.ndarray[Any, Any]
 Row = Mapping[str, Any]
-
-MASKS = ("completion_mask", "assistant_masks")
 
 
 @dataclass

@@ -24,6 +24,12 @@ import torch
 
 from sft.batches.shared_tokens import Sharing, sharing_of
 
+FILLER = "filler"
+"""Key of a row that only fills up the last batch (see `sft.train.processes.EvenRows`), and of a batch of such rows."""
+
+SKIP_LOGITS = "skip_logits"
+"""Key that transformers' evaluation adds to a batch for Liger's loss, which is not used here."""
+
 
 @dataclass(frozen=True)
 class DocumentLayout:

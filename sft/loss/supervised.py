@@ -113,8 +113,6 @@ def supervised_loss(
         keep_logits: return all logits too, which costs a full run of the head.
     """
     options = options or LossOptions()
-    # transformers' evaluation adds this for Liger's own loss, whose place is taken here
-    inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
     logits = None
     head = None if keep_logits else plain_head(model)
     if head is not None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from sft.batches.layout import FILLER, SKIP_LOGITS
 from sft.batches.shared_tokens import SHARED_KEYS
-from sft.labels import IGNORE_INDEX
+from sft.labels import IGNORE_INDEX, MASKS
 
 Batch = Mapping[str, Any]
 
@@ -17,11 +18,11 @@ NOT_FOR_THE_MODEL = (
     "labels",
     "seq_lengths",
     "loss_weights",
-    "completion_mask",
-    "assistant_masks",
+    *MASKS,
     "num_items_in_batch",
     *SHARED_KEYS,
-    "filler",
+    FILLER,
+    SKIP_LOGITS,
 )
 
 

@@ -8,12 +8,9 @@ from itertools import compress
 from typing import Any
 
 from sft.data.records import Kind, normalize
-from sft.labels import IGNORE_INDEX
+from sft.labels import IGNORE_INDEX, MASKS
 
 logger = logging.getLogger(__name__)
-
-
-MASKS = ("completion_mask", "assistant_masks")
 
 
 def labels_of_tokens(

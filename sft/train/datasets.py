@@ -26,10 +26,11 @@ from sft.data.records import (
     detect_layout,
     normalize,
 )
+from sft.labels import MASKS
 from sft.tokens.constant_length import constant_length_rows
 from sft.tokens.encoding import Encoder
 from sft.tokens.packing import apply_overflow, limit_and_pack, pack_dataset
-from sft.tokens.pretokenized import MASKS, StreamLimit, labels_of_tokens, nothing_trained, warn_of_double_bos
+from sft.tokens.pretokenized import StreamLimit, labels_of_tokens, nothing_trained, warn_of_double_bos
 from sft.train.batches import choose_packing
 
 logger = logging.getLogger(__name__)
