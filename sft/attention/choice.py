@@ -1,7 +1,4 @@
-"""Which attention a packed batch runs on, and the proof that it keeps documents apart.
-
-Importing this module registers `sft_documents` with transformers, so that it can be named as `attn_implementation`.
-"""
+"""Which attention a packed batch runs on, and the proof that it keeps documents apart."""
 
 from __future__ import annotations
 
@@ -12,15 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from sft.attention.kernels import SFT_DOCUMENTS, document_attention_forward, document_attention_mask
+from sft.attention.kernels import SFT_DOCUMENTS
 from sft.hardware import HALF_PRECISIONS, Hardware, current_hardware
 from sft.inner_model import causal_lm
-
-AttentionInterface.register(SFT_DOCUMENTS, document_attention_forward)
-
-AttentionMaskInterface.register(SFT_DOCUMENTS, document_attention_mask)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -259,6 +260,10 @@ def document_attention_forward(
 def document_attention_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """transformers' mask interface: no mask inside `document_layout`, the one of `sdpa` outside of it."""
     return None if current_layout() is not None else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(SFT_DOCUMENTS, document_attention_forward)
+AttentionMaskInterface.register(SFT_DOCUMENTS, document_attention_mask)
 
 
 def _options(module: torch.nn.Module, query: torch.Tensor, kwargs: dict[str, Any]) -> AttentionOptions:

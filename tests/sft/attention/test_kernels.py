@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -139,3 +140,17 @@ def test_this_machine_is_described() -> None:
     hardware = current_hardware(torch.device("cpu"))
     assert (hardware.device_type, hardware.capability) == ("cpu", (0, 0))
     assert "torch.nn.attention.varlen" in hardware.packages
+
+
+@pytest.mark.parametrize(
+    "module", ["sft.attention.kernels", "sft.attention.isolation", "sft.models.loading", "sft.train.trainer"]
+)
+def test_importing_the_library_registers_its_attention_with_transformers(module: str) -> None:
+    script = f"""
+import {module}
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+print(*(table["sft_documents"].__name__ for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["document_attention_forward", "document_attention_mask"]
