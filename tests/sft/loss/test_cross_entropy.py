@@ -96,6 +96,14 @@ def test_hits_and_entropy_are_counted() -> None:
     assert cross_entropy_sums(logits, targets(), weights(), LossOptions()).entropy == 0
 
 
+def test_a_weight_of_zero_takes_a_token_out_of_the_loss() -> None:
+    logits = random(ROWS, VOCAB)
+    only_first = torch.zeros(ROWS)
+    only_first[0] = 1.0
+    sums = cross_entropy_sums(logits, targets(), only_first, LossOptions())
+    torch.testing.assert_close(sums.loss, F.cross_entropy(logits[:1], targets()[:1]))
+
+
 def test_given_logits_are_left_as_they_are() -> None:
     logits = random(ROWS, VOCAB)
     before = logits.clone()
