@@ -151,7 +151,7 @@ def test_second_backward_through_the_fused_loss_is_refused() -> None:
     hidden = random(ROWS, WIDTH).requires_grad_()
     loss = linear_cross_entropy_sums(hidden, Head(random(VOCAB, WIDTH)), targets(), weights(), LossOptions()).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="already taken back once"):
+    with pytest.raises(RuntimeError, match="backward was already called once"):
         loss.backward()
 
 
