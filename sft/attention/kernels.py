@@ -286,8 +286,8 @@ def document_attention_forward(
     kernel = choose_kernel(current_hardware(query.device), query.dtype, dims, options, layout.longest)
     if layout.sharing is None:
         return ATTEND[kernel](query, key, value, layout, options), None
-    query, key, value = (layout.sharing.whole(states) for states in (query, key, value))
-    return layout.sharing.once(ATTEND[kernel](query, key, value, layout, options)), None
+    query, key, value = (layout.sharing.to_documents(states) for states in (query, key, value))
+    return layout.sharing.to_computed(ATTEND[kernel](query, key, value, layout, options)), None
 
 
 def document_attention_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
