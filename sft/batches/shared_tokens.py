@@ -1,9 +1,9 @@
 """Plan of the tokens of a flat row that a model must compute: beginnings shared by several documents only once.
 
-In a causal model the states of a token depend only on the tokens before it in its document. So documents that begin
-with the same tokens (a system prompt, one question with several answers) have the same states there, and no target
-depends on the last target itself or on tokens after it. The layers compute only the remaining tokens, with the same
-losses and gradients except for rounding. Attention is given the complete documents.
+In a causal model the states of a token depend only on the token itself and those before it in its document. So
+documents that begin with the same tokens (a system prompt, one question with several answers) have the same states
+there, and no target depends on the last target itself or on tokens after it. The layers compute only the remaining
+tokens, with the same losses and gradients except for rounding. Attention is given the complete documents.
 
 Example: the documents P Q a b, P Q c and P R d e, with labels on all tokens. The last token of each is a target, but
 no other target depends on it:
