@@ -315,7 +315,7 @@ def test_an_image_column_of_datasets_is_read_decoded_or_not() -> None:
             {"image": "/etc/passwd", "messages": chat("a", "red")},
             r"row 1 .*/etc/passwd' lies outside of .*image_folder",
         ),
-        ({"image": 3.5, "messages": chat("a", "red")}, "row 1 .*float 3.5 is no image"),
+        ({"image": 3.5, "messages": chat("a", "red")}, "row 1 .*float 3.5 is not an image"),
         ({"image": {"bytes": b"x"}, "messages": chat("a", "red")}, "row 1 .*the image's bytes can't be read"),
         ({"image": {"bytes": None}, "messages": chat("a", "red")}, "row 1 .*neither bytes nor path"),
         ({"messages": chat([{"type": "video"}, say("a")], "b")}, "row 1 .*message 0 has a part of type 'video'"),
