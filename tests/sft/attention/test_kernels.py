@@ -1,4 +1,4 @@
-"""Kernels for whole rows give what attention document by document gives, and are chosen only where they can."""
+"""Kernels for flat rows give the same as attention document by document, and are chosen only if they can run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def states(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
 
 
 def one_by_one(options: AttentionOptions) -> torch.Tensor:
-    """Each document alone, attention written out."""
+    """Compute each document alone, with plain matrix products."""
     outputs, start = [], 0
     for length in LAYOUT.lengths:
         piece = [tensor[:, :, start : start + length] for tensor in states()]
@@ -63,7 +63,7 @@ def test_flex_attention_gives_the_same(options: AttentionOptions) -> None:
 
 
 def flash_stand_in(*states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-    """What the kernels promise, for tokens-first tensors `(tokens, heads, dim)` and cumulative lengths."""
+    """Compute what the kernels document, for tensors `(tokens, heads, dim)` and cumulative lengths."""
     ends = arguments["cu_seqlens_q"]
     assert ends.dtype == torch.int32
     assert arguments["max_seqlen_q"] == arguments["max_seqlen_k"] == 12

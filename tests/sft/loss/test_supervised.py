@@ -49,7 +49,7 @@ def run(
 
 
 def reference(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """Row by row, all logits, torch's cross entropy, divided by the number of targets."""
+    """Compute loss and gradients row by row, from all logits and torch's cross entropy, per target."""
     model.zero_grad()
     losses = []
     for row in ROWS:
@@ -189,7 +189,7 @@ def test_prompt_tuning_is_scored_after_its_virtual_tokens() -> None:
     model = get_peft_model(make("llama"), config)
     result, gradients = run(model, batch(flat=False))
     inputs = batch(flat=False)
-    inputs["labels"][:, 0] = X  # as everywhere, a first token is no target, though here virtual ones precede it
+    inputs["labels"][:, 0] = X  # a first token is never a target, even if virtual ones precede it
     expected = model(**inputs).loss
     torch.testing.assert_close(result.loss, expected, rtol=1e-5, atol=1e-6)
     assert list(gradients) == ["prompt_encoder.default.embedding.weight"]
@@ -276,7 +276,7 @@ def test_totals_are_means_over_tokens_and_over_processes() -> None:
 
 
 def unsloth_like(model: Any, takes_lists: bool) -> Any:
-    """Patches a model's class as unsloth does: both names of one argument, of which lists are ignored or fail."""
+    """Patch a model's class as unsloth does: the argument has both names, and tensors in it are ignored or fail."""
     plain = type(model).forward
 
     def fast_forward(
