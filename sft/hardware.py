@@ -17,7 +17,7 @@ PACKAGES = ("flash_attn", "flash_attn_interface", "kernels", "liger_kernel", "tr
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device and the packages that are installed next to it.
+    """A device and the optional packages that are installed.
 
     Attributes:
         device_type: `cpu`, `cuda`, ...

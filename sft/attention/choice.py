@@ -129,7 +129,7 @@ def refuse_packing_reason(model: torch.nn.Module) -> str | None:
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return "its forward takes no position_ids, so positions cannot restart at each document"
     if getattr(config, "alibi", False):
-        return "it derives positions from the attention mask (ALiBi), which continue across documents"
+        return "it derives positions from the attention mask (ALiBi), so they continue across documents"
     if not base._can_set_attn_implementation():
         return "it computes attention in its own layers, which transformers' attention interface does not reach"
     return None

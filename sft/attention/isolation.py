@@ -61,13 +61,13 @@ def probe_isolation(model: torch.nn.Module) -> IsolationReport:
         way_out = "Use attn_implementation='auto', or packing=False."
     if report.neighbour_effect > report.neighbour_tolerance:
         raise ValueError(
-            f"documents packed into one row see each other in {name}: changing one moved its neighbour's logits by "
-            f"{report.neighbour_effect:.1e} of their size (limit {report.neighbour_tolerance:.1e}). {way_out}"
+            f"documents packed into one row see each other in {name}: changing one changed its neighbour's logits by "
+            f"{report.neighbour_effect:.1e} of the largest one (limit {report.neighbour_tolerance:.1e}). {way_out}"
         )
     if report.packing_error > report.packing_tolerance:
         raise ValueError(
-            f"packing changes what {name} computes: logits differ by {report.packing_error:.1e} of their size from the "
-            f"unpacked ones (limit {report.packing_tolerance:.1e}). {way_out}"
+            f"packing changes what {name} computes: logits differ by {report.packing_error:.1e} of the largest one "
+            f"from the unpacked ones (limit {report.packing_tolerance:.1e}). {way_out}"
         )
     return report
 

@@ -134,7 +134,7 @@ class _GatedLoraProduct(torch.autograd.Function):
         rows = (activated * x).reshape(-1, x.shape[-1])
         grad = grads[0].reshape(-1, up.shape[0])
         grad_rows, grad_down, grad_up = weights.back(grad, rows, inner, (True, *ctx.needs_input_grad[2:]))
-        assert grad_rows is not None  # it was asked for
+        assert grad_rows is not None  # it was requested above
         grad_x = grad_rows.view(x.shape)
         grad_gate = torch.ops.aten.silu_backward(grad_x * x, gate)
         return grad_gate, activated.mul_(grad_x), grad_down, grad_up, None

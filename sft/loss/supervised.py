@@ -65,7 +65,7 @@ def supervised_loss(
     """Run a model on a batch and compute its loss in the fastest way that is exact for this model.
 
     1. If the head is a plain linear map, run the model without it and compute head and cross entropy together.
-    2. If all logits are asked for, run the whole model and pick the logits of the targets.
+    2. If all logits are asked for, run the complete model and pick the logits of the targets.
     3. Otherwise let the model compute logits at the supervised positions, see `supervised_logits`.
 
     Args:

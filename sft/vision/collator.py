@@ -340,7 +340,7 @@ def place_images(
     if num_places != len(images):
         raise ValueError(
             f"its messages have {num_places} image placeholders, and there are {len(images)} images; give one image "
-            "for each, in order (column images), or leave all placeholders out to have the images first"
+            "for each, in order (column images), or remove all placeholders to put the images first"
         )
     counts = [len(record[name]) for name in columns]
     starts = [sum(counts[:index]) for index in range(len(counts))]
