@@ -1,4 +1,4 @@
-"""What a device and the installed packages can do, as plain values: tests make their own."""
+"""Capabilities of a device and of the installed packages, as plain values that tests can construct."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from importlib.util import find_spec
 
 import torch
 
+HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+"""The 16-bit floating-point types, which the flash attention kernels need."""
+
 PACKAGES = ("flash_attn", "flash_attn_interface", "kernels", "liger_kernel", "triton", "torch.nn.attention.varlen")
+"""Optional packages and modules that decide which kernels can be used."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device.
+    """A device and the optional packages that are installed.
 
     Attributes:
         device_type: `cpu`, `cuda`, ...
-        capability: CUDA compute capability, (0, 0) elsewhere.
-        packages: those of `PACKAGES` that can be imported.
+        capability: CUDA compute capability; (0, 0) for any other device.
+        packages: Those of `PACKAGES` that can be imported.
     """
 
     device_type: str
@@ -28,7 +32,7 @@ class Hardware:
 
 @lru_cache
 def current_hardware(device: torch.device) -> Hardware:
-    """Look at a device."""
+    """Return the capabilities of a device, and the installed packages."""
     return Hardware(
         device_type=device.type,
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0),

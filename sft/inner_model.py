@@ -1,4 +1,4 @@
-"""The transformers model inside what others put around it."""
+"""Unwrap models, ask whether they use prompt tuning, and run blocks in evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def causal_lm(model: nn.Module) -> Any:
-    """The transformers model inside wrappers such as those of DDP, `torch.compile` and PEFT."""
+    """Return the transformers model inside wrappers such as those of DDP, `torch.compile` and peft."""
     inner: Any = model
     while True:
         if hasattr(inner, "_orig_mod"):
@@ -24,13 +24,13 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def learns_prompt(model: nn.Module) -> bool:
-    """Whether the adapter is learnt tokens before the row (prompt tuning and the like), which lengthen it."""
+    """Return whether the adapter adds learned virtual tokens before each row (prompt tuning and similar methods)."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module is back in its own mode, frozen parts included."""
+    """Put the model into evaluation mode inside the block; afterwards each module has the mode that it had before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

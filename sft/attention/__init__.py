@@ -1,1 +1,1 @@
-"""Attention that keeps the documents of a packed row apart: kernels, choice, proof. Imports `sft.batches`."""
+"""Attention that keeps the documents of a packed row separate: kernels, choice, probe. Imports `sft.batches`."""

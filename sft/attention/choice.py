@@ -1,7 +1,4 @@
-"""Which attention a packed batch runs on, and the proof that it keeps documents apart.
-
-Importing this module registers `sft_documents` with transformers, so that it can be named as `attn_implementation`.
-"""
+"""Choice of the attention for packed batches, and checks that this machine can run a requested one."""
 
 from __future__ import annotations
 
@@ -12,20 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from sft.attention.kernels import HALF_PRECISIONS, SFT_DOCUMENTS, document_attention_forward, document_attention_mask
-from sft.hardware import Hardware, current_hardware
+from sft.attention.kernels import SFT_DOCUMENTS
+from sft.hardware import HALF_PRECISIONS, Hardware, current_hardware
 from sft.inner_model import causal_lm
-
-AttentionInterface.register(SFT_DOCUMENTS, document_attention_forward)
-
-AttentionMaskInterface.register(SFT_DOCUMENTS, document_attention_mask)
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """An `attn_implementation` and one line that says why."""
+    """An `attn_implementation`, and the reason for it in one line."""
 
     implementation: str
     reason: str
@@ -33,7 +25,13 @@ class AttentionChoice:
 
 @dataclass(frozen=True)
 class _FlashPackage:
-    """What a generation of Flash Attention asks of a machine."""
+    """Requirements of one version of Flash Attention.
+
+    Attributes:
+        capability: Lowest CUDA compute capability.
+        module: Name to import.
+        pip_name: Name to install.
+    """
 
     capability: tuple[int, int]
     module: str
@@ -45,23 +43,24 @@ FLASH_PACKAGES = {
     "3": _FlashPackage((9, 0), "flash_attn_interface", "flash-attn-3"),
     "4": _FlashPackage((9, 0), "flash_attn", "flash-attn-4"),
 }
+"""Version of Flash Attention -> its requirements."""
 
 
 def check_attention_request(requested: str, dtype: torch.dtype, hardware: Hardware) -> None:
-    """Refuse an `attn_implementation` that this machine cannot run, saying what it lacks.
+    """Check that this machine can run an `attn_implementation`.
 
     Args:
-        requested: the name as transformers spells it.
-        dtype: the precision that attention runs in (the model's, or that of autocast).
-        hardware: see `current_hardware`.
+        requested: Name as transformers spells it.
+        dtype: Precision that attention runs in: the model's, or that of autocast.
+        hardware: See `current_hardware`.
 
     Raises:
-        ValueError: names what was asked, what was found and what to use.
+        ValueError: It can't; the message lists what was requested, what is missing and what to use.
     """
     problems = []
     flash, from_hub = _flash_package(requested), "/" in requested
     if requested.startswith("paged|"):
-        problems.append("it serves generation with a paged cache, and keeps nothing for a backward pass")
+        problems.append("it serves generation with a paged cache and has no backward pass")
     elif (flash or from_hub or requested == "flex_attention") and hardware.device_type != "cuda":
         problems.append(f"it trains on CUDA devices only, and the model is on {hardware.device_type!r}")
     if flash and dtype not in HALF_PRECISIONS:
@@ -69,9 +68,9 @@ def check_attention_request(requested: str, dtype: torch.dtype, hardware: Hardwa
     if flash and hardware.device_type == "cuda" and hardware.capability < flash.capability:
         needed = f"{flash.capability[0]}.{flash.capability[1]}"
         problems.append(f"it needs compute capability {needed}, and the GPU has {_dotted(hardware)}")
-    # transformers fetches a hub kernel in place of a flash package that is missing, if it has `kernels` to fetch with
+    # if a flash package is missing and `kernels` is installed, transformers downloads a kernel from the hub instead
     if from_hub and "kernels" not in hardware.packages:
-        problems.append("the package that fetches it is not installed (pip install kernels)")
+        problems.append("the package that downloads it is not installed (pip install kernels)")
     elif flash and not from_hub and not hardware.packages & {flash.module, "kernels"}:
         problems.append(f"the package that provides it is not installed (pip install {flash.pip_name})")
     if problems:
@@ -85,26 +84,29 @@ def _dotted(hardware: Hardware) -> str:
 
 
 def _flash_package(requested: str) -> _FlashPackage | None:
-    """The generation of Flash Attention behind a name of transformers' or of the hub; 2 where the name is silent."""
+    """Return the version of Flash Attention that a name of transformers or of a hub kernel means, or None.
+
+    A name without a number means version 2.
+    """
     found = re.search(r"flash[-_]att(?:ention|n)[-_]?(\d?)", requested)
     return FLASH_PACKAGES.get(found[1] or "2") if found else None
 
 
 def check_flash_sdp(attention: str, dtype: torch.dtype, hardware: Hardware, flat: bool) -> None:
-    """Refuse `force_flash_sdp` where torch's own flash kernel would find no way to run, or would not be asked.
+    """Check that `force_flash_sdp` can be followed: torch's own flash kernel is used and can run here.
 
     Args:
-        attention: the `attn_implementation` that was settled on.
-        dtype: the precision that attention runs in (the model's, or that of autocast).
-        hardware: see `current_hardware`.
-        flat: whether batches are packed or padding-free.
+        attention: The `attn_implementation` in use.
+        dtype: Precision that attention runs in: the model's, or that of autocast.
+        hardware: See `current_hardware`.
+        flat: Whether batches are packed or padding-free.
 
     Raises:
-        ValueError: lists all that is missing, with the options to set.
+        ValueError: It can't; the message lists everything that is missing, with the options to set.
     """
     problems = []
     if not flat:
-        problems.append("it needs packing=True or padding_free=True, since the kernel takes no mask for padding")
+        problems.append("it needs packing=True or padding_free=True, since the kernel does not support masks")
     if attention not in ("auto", "sdpa", SFT_DOCUMENTS):
         problems.append(f"attn_implementation={attention!r} does not use that kernel: set it to 'sdpa'")
     if hardware.device_type not in ("cpu", "cuda"):
@@ -118,13 +120,16 @@ def check_flash_sdp(attention: str, dtype: torch.dtype, hardware: Hardware, flat
 
 
 def refuse_packing_reason(model: torch.nn.Module) -> str | None:
-    """Say why this model cannot hold several documents in a row, or None when nothing speaks against it so far."""
+    """Return why a row of this model can't contain several documents, or None if no reason is known.
+
+    `sft.attention.isolation.probe_isolation` then tests it.
+    """
     base = causal_lm(model)
     config = base.config.get_text_config()
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return "its forward takes no position_ids, so positions cannot restart at each document"
     if getattr(config, "alibi", False):
-        return "it derives positions from the attention mask (ALiBi), which runs on across documents"
+        return "it derives positions from the attention mask (ALiBi), so they continue across documents"
     if not base._can_set_attn_implementation():
         return "it computes attention in its own layers, which transformers' attention interface does not reach"
     return None
@@ -133,19 +138,20 @@ def refuse_packing_reason(model: torch.nn.Module) -> str | None:
 def choose_packed_attention(
     model: torch.nn.Module, requested: str | None, hardware: Hardware | None = None, dtype: torch.dtype | None = None
 ) -> AttentionChoice:
-    """Pick the attention for packed or padding-free batches.
+    """Choose the attention for packed or padding-free batches.
 
     Args:
-        model: a transformers causal model, wrapped or not.
-        requested: the user's `attn_implementation`; None and "auto" leave the choice to us.
-        hardware: found from the model's device when None.
-        dtype: the precision that attention runs in; the model's when None.
+        model: Causal model of transformers, wrapped or not.
+        requested: The user's `attn_implementation`; None and "auto" leave the choice to this function.
+        hardware: If None, that of the model's device.
+        dtype: Precision that attention runs in; if None, the model's.
 
     Returns:
-        A name for `model.set_attn_implementation`, with its reason. `probe_isolation` checks it on the model itself.
+        A name for `model.set_attn_implementation`, and the reason. `sft.attention.isolation.probe_isolation` tests it
+        on the model.
 
     Raises:
-        ValueError: the model cannot hold packed rows, or the machine cannot run what was asked.
+        ValueError: The model can't train on packed rows, or this machine can't run the requested attention.
     """
     base = causal_lm(model)
     reason = refuse_packing_reason(base)
@@ -159,14 +165,14 @@ def choose_packed_attention(
         return AttentionChoice("sdpa", f"layers attend in chunks of {chunk}: a mask over the row keeps documents apart")
     if requested in ("auto", "sdpa", SFT_DOCUMENTS):
         return AttentionChoice(SFT_DOCUMENTS, "scaled dot product attention document by document, no mask over the row")
-    return AttentionChoice(requested, "as requested; documents are told apart by position_ids")
+    return AttentionChoice(requested, "as requested; position_ids separate the documents")
 
 
 @contextmanager
 def flash_sdp_only() -> Iterator[None]:
-    """Force the flash kernel of `scaled_dot_product_attention`: Flash Attention 1's route, without another package.
+    """Allow only the flash kernel of torch's `scaled_dot_product_attention` inside the block.
 
-    That kernel takes no mask, so batches must be packed or padding-free; `check_flash_sdp` asks for that beforehand.
+    The kernel does not support a mask, so batches must be packed or padding-free, see `check_flash_sdp`.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

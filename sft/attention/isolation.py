@@ -1,4 +1,4 @@
-"""sft.attention.isolation."""
+"""Probe that documents packed into one row do not affect each other in a model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from sft.batches.layout import DocumentLayout, document_layout
 from sft.inner_model import causal_lm, evaluating
 
 PROBE_LENGTHS = (13, 10)
+"""Tokens of the two documents of the probe."""
 
 
 @dataclass(frozen=True)
 class IsolationReport:
-    """Largest differences of logits that the probe saw, relative to the largest logit."""
+    """Largest differences of logits in the probe, relative to the largest absolute logit.
+
+    Attributes:
+        neighbour_effect: Difference in the second document after the first one was changed.
+        packing_error: Difference between packed documents and the same documents alone.
+        neighbour_tolerance: Limit of `neighbour_effect`.
+        packing_tolerance: Limit of `packing_error`.
+    """
 
     neighbour_effect: float
     packing_error: float
@@ -27,18 +35,22 @@ class IsolationReport:
 
 @torch.no_grad()
 def probe_isolation(model: torch.nn.Module) -> IsolationReport:
-    """Run two documents in one row, change the first, and see that the second does not notice.
+    """Check that two documents packed into one row do not affect each other's logits.
 
-    Also compares both with the same documents run alone. Four forward passes of at most 23 tokens.
+    Takes four forward passes of at most 23 tokens:
+
+    1. Run both documents in one row.
+    2. Run them again with another first document: the second one's logits must stay the same.
+    3. Run each document alone (two passes): the logits must equal those of the packed row.
 
     Args:
-        model: a transformers causal model with the attention set that is to be used.
+        model: Causal model of transformers, with the attention that is going to be used.
 
     Returns:
-        The differences found, all within tolerance.
+        The differences found, all within their tolerances.
 
     Raises:
-        ValueError: a document sees its neighbour, or packing changes its logits.
+        ValueError: A document affects its neighbour, or packing changes its logits.
     """
     base = causal_lm(model)
     with evaluating(model):
@@ -49,13 +61,13 @@ def probe_isolation(model: torch.nn.Module) -> IsolationReport:
         way_out = "Use attn_implementation='auto', or packing=False."
     if report.neighbour_effect > report.neighbour_tolerance:
         raise ValueError(
-            f"documents packed into one row see each other in {name}: changing one moved its neighbour's logits by "
-            f"{report.neighbour_effect:.1e} of their size (limit {report.neighbour_tolerance:.1e}). {way_out}"
+            f"documents packed into one row see each other in {name}: changing one changed its neighbour's logits by "
+            f"{report.neighbour_effect:.1e} of the largest one (limit {report.neighbour_tolerance:.1e}). {way_out}"
         )
     if report.packing_error > report.packing_tolerance:
         raise ValueError(
-            f"packing changes what {name} computes: logits differ by {report.packing_error:.1e} of their size from the "
-            f"unpacked ones (limit {report.packing_tolerance:.1e}). {way_out}"
+            f"packing changes what {name} computes: logits differ by {report.packing_error:.1e} of the largest one "
+            f"from the unpacked ones (limit {report.packing_tolerance:.1e}). {way_out}"
         )
     return report
 
@@ -79,9 +91,14 @@ def _measure_isolation(model: torch.nn.Module, base: Any) -> IsolationReport:
 
 
 def rounding_tolerances(base: Any) -> tuple[float, float]:
-    """Limits for a neighbour's effect and for packing's; rounding alone stays well below, leaks lie well above.
+    """Return the tolerances for the effect of a neighbour and for that of packing.
 
-    The former compares runs of equal shape, which round alike; the latter does not, and TF32 products round more.
+    Rounding errors are far below them, and the effect of attention to another document is far above. The first compares
+    runs of the same shape, whose rounding errors are the same. The second does not; on a GPU its float32 limit is
+    higher, since products in TF32 round more.
+
+    Args:
+        base: Model of transformers, without wrappers.
     """
     device_type = base.device.type
     if base.dtype != torch.float32 or torch.is_autocast_enabled(device_type):
@@ -95,7 +112,7 @@ def _probe_document(vocab_size: int, length: int, seed: int) -> list[int]:
 
 
 def _flat_logits(model: torch.nn.Module, base: Any, documents: list[list[int]]) -> torch.Tensor:
-    """Logits `(num_tokens, vocab)` in fp32 of documents run in one flat row."""
+    """Return float32 logits `(num_tokens, vocab)` of documents run in one flat row."""
     layout = DocumentLayout(tuple(len(document) for document in documents))
     input_ids = torch.tensor([list(chain.from_iterable(documents))], device=base.device)
     position_ids = torch.tensor([[place for length in layout.lengths for place in range(length)]], device=base.device)

@@ -1,4 +1,4 @@
-"""Attention within documents: torch's own kernel, or written out where that lacks something."""
+"""Attention document by document: torch's kernel, or plain matrix products for options that the kernel lacks."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import torch
 import torch.nn.functional as F
 
 from sft.batches.layout import DocumentLayout
+from sft.hardware import HALF_PRECISIONS
 
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What a layer asks of its attention besides query, key and value.
+    """What a layer asks of its attention in addition to query, key and value.
 
     Attributes:
-        scaling: factor of the scores.
-        dropout: probability to leave a weight out; 0 outside of training.
-        is_causal: whether a token sees only itself and what is before it.
-        sliding_window: number of tokens that a token sees at most, itself among them.
-        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
-        sinks: `(num_heads,)` scores of a key that is always there and has no value (gpt-oss).
+        scaling: Factor of the scores.
+        dropout: Probability of dropping an attention weight; 0 outside training.
+        is_causal: Whether a token attends to itself and earlier tokens only.
+        sliding_window: Most tokens that a token attends to, itself included; None = all.
+        softcap: If not None, scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        sinks: `(num_heads,)` score of an additional key without a value in each head (gpt-oss); None = no such key.
     """
 
     scaling: float
@@ -31,12 +32,12 @@ class AttentionOptions:
     sinks: torch.Tensor | None = None
 
     def plain_for(self, length: int) -> bool:
-        """Whether `scaled_dot_product_attention` alone gives the answer for documents up to this length."""
+        """Return whether `scaled_dot_product_attention` supports these options for documents up to this length."""
         windowed = self.sliding_window is not None and self.sliding_window < length
         return self.softcap is None and self.sinks is None and not windowed
 
     def beyond_flash(self) -> str:
-        """What is asked for that torch's kernel does not have."""
+        """Return the options in use that torch's flash kernel does not support, as text for a message."""
         found = {
             f"a soft cap of {self.softcap} on its scores": self.softcap is not None,
             f"a sliding window of {self.sliding_window} tokens": self.sliding_window is not None,
@@ -46,24 +47,30 @@ class AttentionOptions:
 
 
 def flash_is_forced() -> bool:
-    """Whether `flash_sdp_only` is in force: torch may use its flash kernel, and not the plain one beside it."""
+    """Return whether `sft.attention.choice.flash_sdp_only` is active: torch may use its flash kernel only."""
     return torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.math_sdp_enabled()
 
 
 def attend_by_document(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DocumentLayout, options: AttentionOptions
 ) -> torch.Tensor:
-    """One call a document (or run of equally long ones); `split` so that backward joins the pieces only once.
+    """Compute attention with one call per document.
+
+    Neighbouring documents of equal length share a call, as a batch. The row is split by `Tensor.split`, whose backward
+    pass joins the gradients of all documents once instead of adding up one full-length gradient per document.
 
     Args:
         query: `(1, num_heads, num_tokens, head_dim)`.
         key: `(1, num_key_value_heads, num_tokens, head_dim)`.
         value: `(1, num_key_value_heads, num_tokens, value_dim)`.
-        layout: where documents end.
-        options: what the layer asks for.
+        layout: Lengths of the documents.
+        options: What the layer asks for.
 
     Returns:
         `(1, num_tokens, num_heads, value_dim)`.
+
+    Raises:
+        ValueError: `force_flash_sdp` is set and the layer needs something that the flash kernel lacks.
     """
     sizes = [count * length for count, length in layout.runs]
     pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
@@ -81,7 +88,7 @@ def attend_by_document(
 
 
 def _as_batch(states: torch.Tensor, count: int, length: int) -> torch.Tensor:
-    """`(1, heads, count * length, dim)` to `(count, heads, length, dim)`."""
+    """Reshape `(1, heads, count * length, dim)` to `(count, heads, length, dim)`."""
     if count == 1:
         return states
     return states.squeeze(0).unflatten(1, (count, length)).transpose(0, 1)
@@ -90,7 +97,20 @@ def _as_batch(states: torch.Tensor, count: int, length: int) -> torch.Tensor:
 def scaled_dot_product(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
 ) -> torch.Tensor:
-    """torch's kernel, from documents `(documents, heads, length, dim)` to `(documents, length, heads, dim)`."""
+    """Compute attention with torch's `scaled_dot_product_attention`.
+
+    Args:
+        query: `(documents, num_heads, length, head_dim)`.
+        key: `(documents, num_key_value_heads, length, head_dim)`.
+        value: `(documents, num_key_value_heads, length, value_dim)`.
+        options: Only those of `AttentionOptions.plain_for`.
+
+    Returns:
+        `(documents, length, num_heads, value_dim)`.
+
+    Raises:
+        ValueError: `force_flash_sdp` is set and the flash kernel does not support these tensors.
+    """
     grouped = query.shape[1] != key.shape[1]
     if grouped and not _grouped_kernel(query):
         groups = query.shape[1] // key.shape[1]
@@ -110,15 +130,15 @@ def scaled_dot_product(
             raise
         raise ValueError(
             f"force_flash_sdp=True, but torch's flash kernel does not take this layer's attention on {query.device}: "
-            f"{query.dtype}, heads of width {query.shape[-1]}, dropout {options.dropout:g} (a CPU knows none). Set "
+            f"{query.dtype}, heads of width {query.shape[-1]}, dropout {options.dropout:g} (none on a CPU). Set "
             "force_flash_sdp=False, or the model's attention dropout to 0"
         ) from error
     return output.transpose(1, 2)
 
 
 def _grouped_kernel(query: torch.Tensor) -> bool:
-    """Whether a fused kernel takes fewer key than query heads: on CUDA only the half-precision flash kernel does."""
-    return not query.is_cuda or (query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256)
+    """Return whether a fused kernel supports fewer key than query heads; on CUDA only the flash kernel does."""
+    return not query.is_cuda or (query.dtype in HALF_PRECISIONS and query.shape[-1] <= 256)
 
 
 def explicit_attention(
@@ -128,14 +148,19 @@ def explicit_attention(
     options: AttentionOptions,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention written out, for what `scaled_dot_product_attention` lacks: soft caps, windows and attention sinks.
+    """Compute attention with plain matrix products, for soft caps, windows and attention sinks.
+
+    1. Scores: `query @ key^T * scaling`, capped if there is a soft cap.
+    2. Mask: by `attention_mask`, else by causality and window.
+    3. Softmax in float32; an attention sink takes part in it as one more key and is dropped afterwards.
+    4. Dropout, then `weights @ value`.
 
     Args:
         query: `(batch, num_heads, length, head_dim)`.
         key: `(batch, num_key_value_heads, key_length, head_dim)`.
         value: `(batch, num_key_value_heads, key_length, value_dim)`.
-        options: what the layer asks for; its causality and window count where there is no mask.
-        attention_mask: `(batch, 1, length, key_length)`, boolean (True may be seen) or added to the scores.
+        options: What the layer asks for; causality and window are used if there is no mask.
+        attention_mask: `(batch, 1, length, key_length)`, bool (True = visible) or a float that is added to the scores.
 
     Returns:
         `(batch, length, num_heads, value_dim)`.
@@ -156,7 +181,10 @@ def explicit_attention(
 
 
 def _masked(scores: torch.Tensor, options: AttentionOptions, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Hide what a query may not see: by the mask, or by causality and window, last query facing last key."""
+    """Mask scores `(batch, heads, queries, keys)` by the attention mask, or by causality and window if it is None.
+
+    The last query is at the position of the last key.
+    """
     lowest = torch.finfo(scores.dtype).min
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:

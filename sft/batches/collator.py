@@ -1,4 +1,4 @@
-"""Rows in, one batch of tensors out: padded to the longest, or joined into one flat row without padding."""
+"""Collator of tokenized rows: pads them to the longest, or joins them into one flat row without padding."""
 
 from __future__ import annotations
 
@@ -10,35 +10,33 @@ import numpy as np
 import torch
 
 from sft.batches.shared_tokens import share_tokens
-from sft.labels import IGNORE_INDEX
+from sft.labels import IGNORE_INDEX, TOKEN_MASKS
 
 Array = np.ndarray[Any, Any]
 Row = Mapping[str, Any]
 
-MASKS = ("completion_mask", "assistant_masks")
-
 
 @dataclass
 class DataCollatorForSFT:
-    """Make a batch of tokenized rows.
+    """Collate tokenized rows into a batch.
 
-    Padded (`padding_free=False`, and no row has `seq_lengths`): `input_ids`, `labels`, `attention_mask`, each
-    `(batch, longest)`, padded on the right, labels on padding ignored.
+    A padded batch (`padding_free=False`, and no row has `seq_lengths`) has `input_ids`, `labels` and `attention_mask`,
+    each `(batch, longest)`. Rows are padded on the right, and labels of padding are ignored.
 
-    Flat (`padding_free=True`, or packed rows): ONE row of all documents. `input_ids`, `labels`, `position_ids`, each
-    `(1, total)`; positions restart at 0 with each document; `seq_lengths` `(num_documents,)`; no attention mask, as the
-    lengths say it all. Each document's first label is ignored: after the shift by one it would be predicted
-    from its neighbour's last token.
+    A flat batch (`padding_free=True`, or packed rows) is ONE row of all documents. It has `input_ids`, `labels` and
+    `position_ids`, each `(1, total)`, and `seq_lengths` `(num_documents,)`. Positions restart at 0 with each document.
+    It has no attention mask, since the lengths define which tokens are visible. The first label of each document is
+    ignored: it would be predicted from the last token of the document before it.
 
-    `loss_weights` (float32, shaped like the labels) are in the batch when a row has them.
+    `loss_weights` (float32, shaped like the labels) are in the batch if any row has them.
 
     Attributes:
-        pad_token_id: fills `input_ids` up; never trained and never attended to.
-        padding_free: join the rows instead of padding them.
-        pad_to_multiple_of: fill up to a multiple of this many tokens; in a flat row by one more, untrained document.
-        return_position_ids: give `position_ids` with padded batches too (flat ones always have them).
-        share_tokens: with flat batches, also say which tokens need not be computed, in the columns of
-            `sft.batches.shared_tokens.SharedTokens`; not where rows are filled up to a multiple.
+        pad_token_id: Padding of `input_ids`; never trained and never attended to.
+        padding_free: Whether to join the rows instead of padding them.
+        pad_to_multiple_of: Pad to a multiple of this many tokens; a flat row gets one more, untrained document.
+        return_position_ids: Whether padded batches have `position_ids` too (flat ones always have them).
+        share_tokens: Whether flat batches also have the columns of `sft.batches.shared_tokens.SharedTokens`, which list
+            the tokens to compute. Has no effect together with `pad_to_multiple_of`.
     """
 
     pad_token_id: int
@@ -48,7 +46,16 @@ class DataCollatorForSFT:
     share_tokens: bool = False
 
     def __call__(self, features: Sequence[Row], return_tensors: str = "pt") -> dict[str, torch.Tensor]:
-        """Collate rows with `input_ids` and perhaps `labels`, `seq_lengths`, `loss_weights`, token masks."""
+        """Collate rows.
+
+        Args:
+            features: Rows with `input_ids`, and optionally `labels`, `seq_lengths`, `loss_weights`, `attention_mask`
+                and token masks.
+            return_tensors: `pt`.
+
+        Raises:
+            ValueError: A row is malformed; the message names its position in the batch.
+        """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r} is not supported; batches are PyTorch tensors ('pt')")
         rows = [read_row(row, place) for place, row in enumerate(features)]
@@ -61,7 +68,7 @@ class DataCollatorForSFT:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One row as arrays of equal length; `weights` is None where every token weighs 1."""
+    """One row as arrays `(length,)`; `weights` is None if every token weighs 1."""
 
     input_ids: Array
     labels: Array
@@ -69,18 +76,22 @@ class TokenRow:
 
 
 def read_row(row: Row, place: int) -> TokenRow:
-    """Turn one row of a data set into arrays, its token masks applied to its labels.
+    """Convert one row of a data set to arrays, and apply its token masks to its labels.
+
+    Args:
+        row: Row with `input_ids`.
+        place: Position of the row in the batch, for messages.
 
     Raises:
-        ValueError: the row is empty, or a column differs in length from `input_ids`; tells its place in the batch.
+        ValueError: The row is empty, or a column differs in length from `input_ids`.
     """
     if "input_ids" not in row:
         raise ValueError(f"row {place} of the batch has no 'input_ids', only {sorted(row)}; is the data set tokenized?")
     input_ids = _array(row["input_ids"], np.int64)
     if not len(input_ids):
-        raise ValueError(f"row {place} of the batch has no tokens; filter empty rows out first")
+        raise ValueError(f"row {place} of the batch has no tokens; filter out empty rows first")
     labels = input_ids
-    for name in ("labels", *MASKS):
+    for name in ("labels", *TOKEN_MASKS):
         if row.get(name) is None:
             continue
         values = _aligned(row[name], np.int64, len(input_ids), f"{name!r} of row {place}")
@@ -92,7 +103,10 @@ def read_row(row: Row, place: int) -> TokenRow:
 
 
 def _without_padding(tokens: TokenRow, row: Row, place: int) -> TokenRow:
-    """Take out what the row's own attention mask says is padding; in a packed row, which has borders, untrain it."""
+    """Remove the padding that the row's attention mask marks; in a packed row, ignore its labels instead.
+
+    Removing tokens from a packed row would make its `seq_lengths` wrong.
+    """
     if row.get("attention_mask") is None:
         return tokens
     name = f"'attention_mask' of row {place}"
@@ -117,10 +131,15 @@ def _aligned(values: Any, dtype: type, length: int, what: str) -> Array:
 
 
 def document_lengths(row: Row, num_tokens: int, place: int) -> Array:
-    """Lengths of a row's documents, `(num_documents,)`: its `seq_lengths`, or itself as one document of `num_tokens`.
+    """Return the lengths of a row's documents, `(num_documents,)`; a row without `seq_lengths` is one document.
+
+    Args:
+        row: Row of a data set.
+        num_tokens: Its length.
+        place: Position of the row in the batch, for messages.
 
     Raises:
-        ValueError: `seq_lengths` do not add up to the row; names the row's place in the batch.
+        ValueError: `seq_lengths` do not add up to the length of the row, or one is not positive.
     """
     if row.get("seq_lengths") is None:
         return np.array([num_tokens])
@@ -128,14 +147,14 @@ def document_lengths(row: Row, num_tokens: int, place: int) -> Array:
     if lengths.sum() != num_tokens or (lengths < 1).any():
         raise ValueError(
             f"'seq_lengths' of row {place} of the batch are {lengths.tolist()} for {num_tokens} input_ids; "
-            "they must be positive and add up to it"
+            f"they must be positive and add up to {num_tokens}"
         )
     return lengths
 
 
 @dataclass(frozen=True)
 class FlatRow:
-    """Documents one after another, `lengths` `(num_documents,)` their lengths; no document's first label counts."""
+    """Documents one after another, and their `lengths` `(num_documents,)`; first labels of documents are ignored."""
 
     tokens: TokenRow
     lengths: Array
@@ -144,13 +163,13 @@ class FlatRow:
 def join_rows(
     rows: Sequence[TokenRow], lengths: Array, pad_token_id: int, pad_to_multiple_of: int | None = None
 ) -> FlatRow:
-    """Join rows into one.
+    """Join rows into one flat row.
 
     Args:
-        rows: the tokens.
-        lengths: `(num_documents,)` document lengths through all rows, in order.
-        pad_token_id: fills up to the multiple.
-        pad_to_multiple_of: see `DataCollatorForSFT`.
+        rows: Rows to join, in order.
+        lengths: `(num_documents,)` lengths of the documents of all rows, in order.
+        pad_token_id: Token of the document that fills the row up to a multiple.
+        pad_to_multiple_of: See `DataCollatorForSFT`.
     """
     fill = -sum(len(row.input_ids) for row in rows) % (pad_to_multiple_of or 1)
     if fill:
@@ -164,7 +183,12 @@ def join_rows(
 
 
 def flat_batch(flat: FlatRow, *, shared: bool = False) -> dict[str, torch.Tensor]:
-    """The batch of one flat row; see `DataCollatorForSFT` for what comes out."""
+    """Return the batch of one flat row; see `DataCollatorForSFT` for its keys.
+
+    Args:
+        flat: Joined documents.
+        shared: Whether to add the columns of `SharedTokens`, if some tokens need not be computed.
+    """
     tokens, lengths = flat.tokens, flat.lengths.astype(np.int64)
     starts = np.cumsum(lengths) - lengths
     arrays = {
@@ -185,7 +209,7 @@ def _weights(row: TokenRow) -> Array:
 
 
 def padded_batch(rows: Sequence[TokenRow], settings: DataCollatorForSFT) -> dict[str, torch.Tensor]:
-    """Pad rows on the right to the longest; see `DataCollatorForSFT` for what comes out."""
+    """Return a batch of rows padded on the right to the longest; see `DataCollatorForSFT` for its keys."""
     multiple = settings.pad_to_multiple_of or 1
     width = -(-max(len(row.input_ids) for row in rows) // multiple) * multiple
     arrays = {

@@ -1,4 +1,7 @@
-"""Train on what follows a response template, found in the token ids or, failing that, in the text they spell."""
+"""Collator that trains only what follows a response template in tokenized rows.
+
+The template is searched in the token ids, and in the decoded text if that contains more occurrences.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,30 @@ from sft.labels import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Match:
-    """Where a template stands in a document: tokens from `start` up to `end` (exclusive)."""
+    """Tokens of a document from `start` up to `end` (exclusive)."""
 
     start: int
     end: int
 
 
 class TemplateFinder:
-    """Finds one template, given as text or as token ids, in tokenized documents.
+    """Search for one template, given as text or as token ids, in tokenized documents.
 
-    Ids are compared first. A template may be tokenized otherwise where other text touches it; then the document is
-    decoded, the template looked up in the text, and its place carried back to the tokens. The text also decides when
-    it shows more occurrences than the ids do, unless the template has special tokens (those are never tokenized
-    otherwise, and a user's text that merely spells them must not count).
+    Next to other text, a template may be tokenized differently than alone. Therefore:
+
+    1. Compare the token ids.
+    2. If the template contains special tokens and was found, stop: these are always tokenized in the same way, and text
+       of a user that only spells them must not match.
+    3. Otherwise decode the document, search for the template in the text, and convert character positions to token
+       positions. If this finds more occurrences than the ids, use them instead.
+
+    Args:
+        name: Name of the option that gave the template, for messages.
+        template: Text or token ids.
+        tokenizer: Tokenizer of the documents.
+
+    Raises:
+        ValueError: The template is empty.
     """
 
     def __init__(self, name: str, template: str | Sequence[int], tokenizer: Any) -> None:
@@ -43,12 +57,12 @@ class TemplateFinder:
             self.text = self._decode(self.ids)
         if not self.ids or not self.text.strip():
             raise ValueError(
-                f"{name}={template!r} is empty, so it stands nowhere; give the text that precedes an answer"
+                f"{name}={template!r} is empty, so it can't be found in a row; give the text that precedes an answer"
             )
         self._has_special_tokens = bool(set(self.ids) & set(tokenizer.all_special_ids))
 
     def find(self, document: Array) -> list[Match]:
-        """All occurrences in order, in one document of token ids `(length,)`."""
+        """Return all occurrences in order, in one document of token ids `(length,)`."""
         by_ids = self._find_ids(document)
         if by_ids and self._has_special_tokens:
             return by_ids
@@ -72,21 +86,24 @@ class TemplateFinder:
         return matches
 
     def _tokens_covering(self, document: list[int], num_characters: int) -> int:
-        """Fewest tokens whose text is at least this long: a token that the template shares with what follows counts."""
+        """Return the smallest number of first tokens whose text has at least `num_characters`.
+
+        A token that contains the end of the template and the beginning of what follows is included.
+        """
         return bisect_left(range(len(document)), num_characters, key=lambda count: len(self._decode(document[:count])))
 
     def _tokens_within(self, document: list[int], num_characters: int) -> int:
-        """Most tokens whose text is no longer than this."""
+        """Return the largest number of first tokens whose text has at most `num_characters`."""
         return max(0, self._tokens_covering(document, num_characters + 1) - 1)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def refuse_near_miss(self, document: Array) -> None:
-        """Raise when the template would be found but for the white space around it.
+        """Check that the document does not contain the template with other white space around it.
 
         Raises:
-            ValueError: shows how the template is tokenized, how it is in the document, and the ids to pass.
+            ValueError: It does; the message shows how the template and the text are tokenized, and the ids to pass.
         """
         ids = document.tolist()
         bare = self.text.strip()
@@ -96,12 +113,12 @@ class TemplateFinder:
         found = ids[self._tokens_within(ids, place) : self._tokens_covering(ids, place + len(bare))]
         raise ValueError(
             f"{self.name} {self.text!r} is not in the text, but {bare!r} is. The template is tokenized as "
-            f"{self.spelled()}, the text as {self._spelled(found)}. Pass the text as it stands there, "
+            f"{self.spelled()}, the text as {self._spelled(found)}. Pass the text exactly as it is in the rows, "
             f"or these ids: {self.name}={found}"
         )
 
     def spelled(self) -> str:
-        """The template's tokens and their ids."""
+        """Return the template's tokens and their ids, for messages."""
         return self._spelled(self.ids)
 
     def _spelled(self, ids: list[int]) -> str:
@@ -109,11 +126,11 @@ class TemplateFinder:
 
 
 class DataCollatorForCompletionOnlyLM:
-    """Collate so that only answers are trained: what follows the response template.
+    """Collate tokenized rows so that only answers are trained: what follows the response template.
 
-    With a response template alone, what follows its last occurrence is trained. With an instruction template too,
-    every stretch from a response template to the next instruction template (or the end) is. A row without the
-    templates is masked as a whole, and a warning counts such rows. Works on packed rows document by document.
+    With a response template only, the tokens after its last occurrence are trained. With an instruction template too,
+    the tokens from each response template to the next template (or the end) are trained. If a row lacks a template,
+    none of its tokens are trained, and a warning counts such rows. Packed rows are searched document by document.
     """
 
     def __init__(
@@ -130,16 +147,17 @@ class DataCollatorForCompletionOnlyLM:
         """Prepare the templates.
 
         Args:
-            response_template: text or token ids that precede an answer.
-            instruction_template: text or token ids that begin a user's turn, for several turns in a row.
-            tokenizer: the one that the data set was tokenized with.
-            mlm: masked language modelling; must be False.
-            ignore_index: label of what is not trained.
-            padding_free: see `DataCollatorForSFT`.
-            pad_to_multiple_of: see `DataCollatorForSFT`.
+            response_template: Text or token ids that precede an answer.
+            instruction_template: Text or token ids that begin a user's turn, for rows with several turns.
+            tokenizer: The one that the data set was tokenized with.
+            mlm: Masked language modelling; must be False.
+            ignore_index: Label of tokens that are not trained.
+            padding_free: See `DataCollatorForSFT`.
+            pad_to_multiple_of: See `DataCollatorForSFT`.
 
         Raises:
-            ValueError: `mlm`, no tokenizer, no padding token where padding is needed, an empty template.
+            ValueError: `mlm` is set, the tokenizer or a padding token that is needed is missing, or a template is
+                empty.
         """
         if mlm:
             raise ValueError("mlm=True is not supported: completions are predicted from left to right; leave it False")
@@ -162,7 +180,7 @@ class DataCollatorForCompletionOnlyLM:
         self._num_warned_of = 0
 
     def __call__(self, features: Sequence[Row], return_tensors: str = "pt") -> dict[str, torch.Tensor]:
-        """Collate rows with `input_ids`; labels that a row brings stay masked where they are."""
+        """Collate rows with `input_ids`; labels of a row that are already ignored stay ignored."""
         batch = self.batching([self._with_labels(row, place) for place, row in enumerate(features)], return_tensors)
         self._warn_of_rows_without_template(len(features))
         if self.ignore_index != IGNORE_INDEX:
@@ -170,10 +188,10 @@ class DataCollatorForCompletionOnlyLM:
         return batch
 
     def answer_spans(self, document: Array) -> list[Match]:
-        """Stretches of one document `(length,)` that are trained; empty when it lacks a template.
+        """Return the spans of one document `(length,)` that are trained; empty if it lacks a template.
 
         Raises:
-            ValueError: a template differs from the text by white space only; see `TemplateFinder.refuse_near_miss`.
+            ValueError: A template differs from the text by white space only; see `TemplateFinder.refuse_near_miss`.
         """
         responses = self.response.find(document)
         if not responses:
@@ -190,11 +208,11 @@ class DataCollatorForCompletionOnlyLM:
         return [Match(match.end, end) for match, end in zip(responses, ends, strict=True)]
 
     def finds_answer(self, input_ids: Any) -> bool:
-        """Whether something is trained of a document `(length,)`; see `answer_spans` for the errors."""
+        """Return whether any token of a document `(length,)` is trained; see `answer_spans` for the errors."""
         return any(span.start < span.end for span in self.answer_spans(np.asarray(input_ids, dtype=np.int64)))
 
     def templates(self) -> str:
-        """The templates and how they are tokenized, for messages."""
+        """Return the templates and how they are tokenized, for messages."""
         finders = [finder for finder in (self.response, self.instruction) if finder is not None]
         return " and ".join(f"{finder.name} {finder.text!r} = {finder.spelled()}" for finder in finders)
 
@@ -223,6 +241,6 @@ class DataCollatorForCompletionOnlyLM:
         names = [repr(finder.text) for finder in (self.response, self.instruction) if finder is not None]
         warnings.warn(
             f"{without} of {num_in_batch} rows of this batch ({self.num_rows_without_template} of {self.num_rows} "
-            f"so far) lack {' or '.join(names)}, and are not trained where they do; a cut at max_length may be why",
+            f"so far) lack {' or '.join(names)}, without which nothing is trained; max_length may have cut it off",
             stacklevel=3,
         )

@@ -1,7 +1,7 @@
-"""Which tokens of a flat row belong together: the document lengths that attention, loss and embedding noise share.
+"""Document lengths of a flat row, which attention, loss and embedding noise read; keys of a batch.
 
-A packed (or padding-free) batch is ONE row with its documents one after another. With lengths 3, 2 and 1 a token may
-attend to these positions only (`x`), and nothing of the row's other pairs is ever computed:
+A packed (or padding-free) batch is ONE row with its documents one after another. With documents of 3, 2 and 1 tokens,
+a token attends to the positions marked `x` only:
 
               a0 a1 a2 b0 b1 c0      position_ids   0 1 2 0 1 0
           a0   x
@@ -24,13 +24,24 @@ import torch
 
 from sft.batches.shared_tokens import Sharing, sharing_of
 
+FILLER = "filler"
+"""Key of a row that only fills up the last batch (see `sft.train.processes.EvenRows`), and of a batch of such rows."""
+
+SKIP_LOGITS = "skip_logits"
+"""Key that transformers' evaluation adds to a batch for Liger's loss, which is not used here."""
+
 
 @dataclass(frozen=True)
 class DocumentLayout:
-    """Lengths of the documents of one flat row, in order; every length is at least 1.
+    """Lengths of the documents of one flat row.
 
-    `sharing` says which tokens the layers compute, where that is not all of them; `cache` holds what is made of the
-    lengths once for all layers.
+    Attributes:
+        lengths: Tokens of each document that attention sees, in order, each at least 1.
+        sharing: How the layers' computed tokens relate to the documents' tokens; None if they are the same.
+        cache: Tensors and masks that were made from the lengths, kept for all layers.
+
+    Raises:
+        ValueError: There are no documents, or one is empty.
     """
 
     lengths: tuple[int, ...]
@@ -45,24 +56,24 @@ class DocumentLayout:
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens of the whole row."""
+        """Number of tokens in all documents."""
         return sum(self.lengths)
 
     @property
     def num_computed(self) -> int:
-        """Tokens that the layers compute: those of the row, beginnings that documents share counted once."""
+        """Number of tokens that the layers compute; beginnings that documents share count once."""
         return self.num_tokens if self.sharing is None else self.sharing.num_computed
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest document."""
+        """Number of tokens of the longest document."""
         return max(self.lengths)
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
-        """Neighbours of equal length taken together: (number of documents, their length).
+        """Runs of neighbouring documents of equal length, as (number of documents, their length).
 
-        One attention call serves a whole run, as a batch.
+        One attention call computes a run, as a batch.
         """
         runs: list[tuple[int, int]] = []
         for length in self.lengths:
@@ -73,7 +84,7 @@ class DocumentLayout:
         return tuple(runs)
 
     def boundaries(self, device: torch.device) -> torch.Tensor:
-        """Cumulative lengths from 0, int32 `(num_documents + 1,)`: the `cu_seqlens` of variable-length kernels."""
+        """Return cumulative lengths from 0, int32 `(num_documents + 1,)`: `cu_seqlens` of variable-length kernels."""
         key = f"boundaries:{device}"
         if key not in self.cache:
             ends = torch.tensor((0, *self.lengths)).cumsum(0)
@@ -81,7 +92,7 @@ class DocumentLayout:
         return self.cache[key]
 
     def document_ids(self, device: torch.device) -> torch.Tensor:
-        """Number of the document each token belongs to, int64 `(num_tokens,)`."""
+        """Return the number of the document that each token belongs to, int64 `(num_tokens,)`."""
         key = f"document_ids:{device}"
         if key not in self.cache:
             lengths = torch.tensor(self.lengths)
@@ -91,13 +102,13 @@ class DocumentLayout:
 
 
 class _Current:
-    """Holder of the layout in force; see `document_layout` for why it is a plain global."""
+    """The current layout; see `document_layout` for why it is global to the process."""
 
     layout: DocumentLayout | None = None
 
 
 def as_layout(seq_lengths: Sequence[int] | torch.Tensor | DocumentLayout) -> DocumentLayout:
-    """Make a layout of document lengths given as a list, an integer tensor `(num_documents,)` or a layout."""
+    """Return a layout from document lengths: a list, an integer tensor `(num_documents,)`, or a layout itself."""
     if isinstance(seq_lengths, DocumentLayout):
         return seq_lengths
     values: Any = seq_lengths.reshape(-1).tolist() if isinstance(seq_lengths, torch.Tensor) else seq_lengths
@@ -105,7 +116,10 @@ def as_layout(seq_lengths: Sequence[int] | torch.Tensor | DocumentLayout) -> Doc
 
 
 def batch_layout(batch: Mapping[str, Any]) -> DocumentLayout | None:
-    """The layout of a collator's batch: its `seq_lengths`, or what its `SharedTokens` leave of them; None if padded."""
+    """Return the layout of a collator's batch, or None if the batch is padded.
+
+    Its lengths are `seq_lengths` `(num_documents,)`, or `attended_lengths` if the batch has a `SharedTokens` plan.
+    """
     if "attended_lengths" in batch:
         return DocumentLayout(tuple(batch["attended_lengths"].tolist()), sharing_of(batch))
     lengths = batch.get("seq_lengths")
@@ -113,23 +127,23 @@ def batch_layout(batch: Mapping[str, Any]) -> DocumentLayout | None:
 
 
 def current_layout() -> DocumentLayout | None:
-    """The layout set by the innermost `document_layout`, or None outside of any."""
+    """Return the layout of the innermost `document_layout` block, or None outside all of them."""
     return _Current.layout
 
 
 @contextmanager
 def document_layout(seq_lengths: Sequence[int] | torch.Tensor | DocumentLayout | None) -> Iterator[None]:
-    """Say how the flat row is divided, around its forward AND its backward pass.
+    """Set the document lengths of a flat row for the forward AND the backward pass inside the block.
 
-    The backward pass is included because gradient checkpointing runs the layers again there; on a GPU that happens in
-    a thread of autograd's own, which sees a plain global but not a context variable.
+    The backward pass must be inside the block because gradient checkpointing runs the layers again there. On a GPU this
+    happens in a thread of autograd, which reads a global variable but not a context variable.
 
     Args:
-        seq_lengths: document lengths, their sum being the row's length; None for a batch that is not flat, whose
-            rows are then documents as usual.
+        seq_lengths: Document lengths, whose sum is the length of the row. None for a padded batch, in which each row is
+            a document.
 
     Raises:
-        ValueError: there are no documents, or one is empty.
+        ValueError: There are no documents, or one is empty.
     """
     previous = _Current.layout
     _Current.layout = None if seq_lengths is None else as_layout(seq_lengths)

@@ -1,14 +1,16 @@
-"""Which tokens of a flat row a model has to compute: common beginnings once, nothing behind a document's last target.
+"""Plan of the tokens of a flat row that a model must compute: beginnings shared by several documents only once.
 
-In a causal model a token's states depend on the tokens before it in its document and on nothing else. Documents that
-begin with the same tokens (a system prompt, one question with several answers) have the same states there, and no
-target depends on tokens behind a document's last one. So the layers run on fewer tokens, with the same losses and
-gradients but for rounding; attention alone sees every document whole. With `row` as the documents P Q a b, P Q c and
-P R d e, the last token of each being a target only:
+In a causal model the states of a token depend only on the token itself and those before it in its document. So
+documents that begin with the same tokens (a system prompt, one question with several answers) have the same states
+there, and no target depends on the last target itself or on tokens after it. The layers compute only the remaining
+tokens, with the same losses and gradients except for rounding. Attention is given the complete documents.
+
+Example: the documents P Q a b, P Q c and P R d e, with labels on all tokens. The last token of each is a target, but
+no other target depends on it:
 
     row        P  Q  a  b  P  Q  c  P  R  d  e
-    computed   P  Q  a           .     R  d         positions 0 1 2 8 9
-    places     0  1  2 -1  0  1 -1  0  3  4 -1      where in `computed` a token's states are
+    computed   P  Q  a                 R  d         positions 0 1 2 8 9
+    places     0  1  2 -1  0  1 -1  0  3  4 -1      index in `computed` of each token's states
     lengths    3, 2, 3                              of the documents that attention sees
 """
 
@@ -26,17 +28,18 @@ from sft.labels import IGNORE_INDEX
 
 Array = np.ndarray[Any, Any]
 MIN_SHARE = 0.03
-"""Share of tokens that must be saved by sharing beginnings before it pays for gathering keys and values."""
+"""Least share of tokens that sharing beginnings must save; below it, copying keys and values costs more time."""
 
 
 @dataclass(frozen=True)
 class SharedTokens:
-    """What a flat row's layers compute, and how attention finds its documents in it; int64 arrays or tensors.
+    """Tokens of a flat row that the layers compute, and how to restore its documents; int64 arrays or tensors.
 
     Attributes:
         computed: `(num_computed,)` positions in the row, ascending.
-        places: `(num_tokens,)` index into `computed` of each token's states; -1 where nothing depends on them.
-        attended_lengths: `(num_documents,)` tokens of each document that attention sees, all above 0.
+        places: `(num_tokens,)` index into `computed` of each token's states; -1 if nothing depends on them.
+        attended_lengths: `(num_documents,)` tokens of each document that attention sees, all above 0. Documents without
+            a target are dropped.
     """
 
     computed: Any
@@ -44,29 +47,35 @@ class SharedTokens:
     attended_lengths: Any
 
     def to_batch(self) -> dict[str, torch.Tensor]:
-        """As tensors of a batch, under the names of the attributes."""
+        """Return the plan as tensors of a batch, under the names of the attributes."""
         return {field.name: torch.from_numpy(getattr(self, field.name)) for field in fields(self)}
 
 
 SHARED_KEYS = tuple(field.name for field in fields(SharedTokens))
+"""Keys of a batch that has a plan."""
 
 
 def without_sharing(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch for a model that is to compute all tokens."""
+    """Return a copy of the batch without its plan, so that the model computes all tokens."""
     return {name: value for name, value in batch.items() if name not in SHARED_KEYS}
 
 
 def share_tokens(input_ids: Array, labels: Array, lengths: Array, weights: Array | None = None) -> SharedTokens | None:
     """Plan which tokens of a flat row are computed.
 
+    1. Cut each document before its last target; drop documents without a target.
+    2. Find the owner of each remaining token: the first position in the row whose document has the same tokens up to
+       there, so that its states are the same.
+    3. Compute the owners only; but if that saves less than `MIN_SHARE` of the tokens, compute every remaining token.
+
     Args:
         input_ids: `(num_tokens,)`.
         labels: `(num_tokens,)`, the first of each document ignored.
         lengths: `(num_documents,)` tokens of each document.
-        weights: `(num_tokens,)` factor of each label's loss; tokens that weigh 0 are no targets.
+        weights: `(num_tokens,)` factor of each label's loss; tokens that weigh 0 are not targets.
 
     Returns:
-        The plan; None where every token must be computed, or the row has no target.
+        The plan; None if every token must be computed, or the row has no target.
     """
     starts = np.cumsum(lengths) - lengths
     targets = labels != IGNORE_INDEX if weights is None else (labels != IGNORE_INDEX) & (weights > 0)
@@ -86,15 +95,17 @@ def share_tokens(input_ids: Array, labels: Array, lengths: Array, weights: Array
 
 
 def _last(targets: Array) -> int:
-    """Position of the last target in a document, which is how many tokens stand before it; 0 without targets."""
+    """Return the position of the last target in a document, which is the number of tokens before it; 0 if none."""
     found = np.flatnonzero(targets)
     return int(found[-1]) if len(found) else 0
 
 
 def _owners(input_ids: Array, documents: list[slice]) -> Array:
-    """For each token the position whose states are its own too; -1 outside of the documents.
+    """Return for each token the first position that has the same states, `(num_tokens,)`; -1 outside the documents.
 
-    Documents in lexicographic order share most with their neighbours, as in a trie.
+    1. Sort the documents by their tokens, so that each shares its longest beginning with the one before it.
+    2. Tokens of that beginning take over the owners of the document before; all others own themselves.
+    3. Replace each owner by the first position in the row that it owns, since sorting changed the order.
     """
     owners = np.full(len(input_ids), -1)
     previous = slice(0, 0)
@@ -118,12 +129,12 @@ def _common_length(first: Array, second: Array) -> int:
 
 @dataclass(frozen=True)
 class Sharing:
-    """The same for attention: documents whole, one after the other, are `attended` tokens.
+    """Maps between the tokens that layers compute and the attended tokens: the complete documents, one after another.
 
     Attributes:
         sources: `(num_attended,)` index of each attended token among the computed ones.
-        kept: `(num_computed,)` attended token that each computed one is.
-        copies: the attended tokens that are no computed one of their own.
+        kept: `(num_computed,)` index of each computed token among the attended ones.
+        copies: `(num_attended - num_computed,)` indices of the attended tokens that are copies of a computed one.
     """
 
     sources: torch.Tensor
@@ -132,22 +143,26 @@ class Sharing:
 
     @property
     def num_computed(self) -> int:
-        """Tokens that the layers compute."""
+        """Number of tokens that the layers compute."""
         return self.kept.shape[0]
 
-    def whole(self, states: torch.Tensor) -> torch.Tensor:
-        """Computed tokens `(1, heads, num_computed, dim)` as whole documents `(1, heads, num_attended, dim)`."""
-        output: torch.Tensor = _Whole.apply(states, self)
+    def to_documents(self, states: torch.Tensor) -> torch.Tensor:
+        """Copy computed tokens `(1, heads, num_computed, dim)` into documents `(1, heads, num_attended, dim)`."""
+        output: torch.Tensor = _Gather.apply(states, self)
         return output
 
-    def once(self, states: torch.Tensor) -> torch.Tensor:
-        """Of whole documents `(1, num_attended, heads, dim)` the computed tokens `(1, num_computed, heads, dim)`."""
-        output: torch.Tensor = _Once.apply(states, self)
+    def to_computed(self, states: torch.Tensor) -> torch.Tensor:
+        """Pick the computed tokens `(1, num_computed, heads, dim)` of documents `(1, num_attended, heads, dim)`."""
+        output: torch.Tensor = _Pick.apply(states, self)
         return output
 
 
 def sharing_of(batch: Mapping[str, Any]) -> Sharing | None:
-    """What attention needs to know of a batch's `SharedTokens`; None where it has none, or only cuts documents."""
+    """Return the maps for attention from the plan in a batch; None if the plan only cuts documents.
+
+    Args:
+        batch: With the keys of `SharedTokens`, as tensors.
+    """
     places = batch["places"]
     sources = places[places >= 0]
     num_computed = batch["computed"].shape[0]
@@ -161,8 +176,8 @@ def sharing_of(batch: Mapping[str, Any]) -> Sharing | None:
     return Sharing(sources, kept, is_copy.nonzero().squeeze(-1))
 
 
-class _Whole(torch.autograd.Function):
-    """A gather whose backward pass adds up only what was copied."""
+class _Gather(torch.autograd.Function):
+    """Gather whose backward pass adds up gradients for copied tokens only, and picks those of all others."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, sharing: Sharing) -> torch.Tensor:
@@ -178,8 +193,8 @@ class _Whole(torch.autograd.Function):
         return gradient.index_add_(2, sharing.sources[sharing.copies], copied), None
 
 
-class _Once(torch.autograd.Function):
-    """A choice without repeats, so that its backward pass only puts things in place."""
+class _Pick(torch.autograd.Function):
+    """Selection without repeats, so that its backward pass copies gradients instead of adding them up."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, sharing: Sharing) -> torch.Tensor:

@@ -156,6 +156,8 @@ def _first_supervised(document: Document) -> int:
     return document.supervised[0]
 
 
+# Not `sft.loss.supervised.supervised_logits`, which runs complete rows without a cache: here the rows continue the
+# cached keys and values of a shared prefix, with an attention mask and position ids that include it.
 def _supervised_logits(
     model: nn.Module, batch: Sequence[Document], prefix: SharedPrefix
 ) -> tuple[torch.Tensor, torch.Tensor]:

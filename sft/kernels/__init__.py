@@ -1,1 +1,1 @@
-"""Faster versions of layers: matrix products, LoRA, norms, SwiGLU, Liger. Imports no other room."""
+"""Layers in fewer passes over memory: matrix products, LoRA, norms, SwiGLU, Liger. Imports no other room."""

@@ -1,9 +1,11 @@
-"""RMS norms, gated feed-forward and linear layers as one autograd step each: fewer passes over memory, faster products.
+"""Fused RMS norms, SwiGLU feed-forward and linear layers: one autograd function each, with fewer passes over memory.
 
-Written out, an RMS norm (Zhang & Sennrich, arXiv:1910.07467) keeps its input, its square and its normalized form for
-the backward pass, and a SwiGLU layer (Shazeer, arXiv:2002.05202) keeps the gate before and after its activation, and
-what LoRA reads of both. Here each keeps its inputs alone and computes the rest again, in place. Linear layers go
-through `sft.kernels.products`.
+In plain PyTorch, an RMS norm (Zhang & Sennrich, arXiv:1910.07467) keeps its input, the input's square and the
+normalized input for the backward pass. A SwiGLU layer (Shazeer, arXiv:2002.05202) keeps the gate before and after its
+activation, and their product as LoRA's input. Here each keeps its inputs only and recomputes the rest in place. Linear
+layers use the matrix products of `sft.kernels.products`.
+
+`fused_layers` replaces the forward of a model's layers while they train.
 """
 
 from __future__ import annotations
@@ -23,10 +25,17 @@ from sft.kernels.lora import fused_weights, gated_lora_linear
 from sft.kernels.products import MIN_WIDTH, back_through_linear, linear, onednn_for_float32
 
 Fused = Callable[[Any, torch.Tensor], torch.Tensor]
+"""Module and its input -> its output."""
 
 
 class _RmsNorm(torch.autograd.Function):
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension."""
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension.
+
+    With `s = 1 / sqrt(mean(x^2) + eps)`, `n` the width and `g` the incoming gradient:
+
+    - gradient of `weight`: the sum of `g * x * s` over all rows
+    - gradient of `x`: `s * g * weight - x * s^3 / n * sum(g * weight * x)`
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -51,7 +60,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _GatedSilu(torch.autograd.Function):
-    """`silu(gate) * up`."""
+    """`silu(gate) * up`; keeps `gate` and `up`, and computes `silu(gate)` again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -67,7 +76,7 @@ class _GatedSilu(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """`x @ weight.T + bias`."""
+    """`x @ weight.T + bias` with the products of `sft.kernels.products`; keeps `x` only if the weight is trained."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -87,25 +96,25 @@ class _Linear(torch.autograd.Function):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm over the last dimension.
+    """Return the RMS norm `weight * x / sqrt(mean(x^2) + eps)` over the last dimension.
 
     Args:
         x: `(..., width)`.
         weight: `(width,)`.
-        eps: added to the mean square.
+        eps: Added to the mean square.
     """
     output: torch.Tensor = _RmsNorm.apply(x, weight, eps)
     return output
 
 
 def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up`, of two tensors of one shape."""
+    """Return `silu(gate) * up` of two tensors of the same shape."""
     output: torch.Tensor = _GatedSilu.apply(gate, up)
     return output
 
 
 def linear_layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias`, with gradients.
+    """Return `x @ weight.T + bias`, `(..., out)`, with gradients.
 
     Args:
         x: `(..., in)`.
@@ -117,6 +126,7 @@ def linear_layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _norm_eps(module: nn.Module) -> float:
+    """Return the epsilon of a norm under either of its two usual names; 0 if there is none."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return eps if isinstance(eps, float) else 0.0
 
@@ -126,7 +136,7 @@ def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(module: Any, x: torch.Tensor) -> torch.Tensor:
-    if torch.is_autocast_enabled(x.device.type):  # it chooses the precision of products
+    if torch.is_autocast_enabled(x.device.type):  # autocast chooses the precision of F.linear
         return F.linear(x, module.weight, module.bias)
     return linear_layer(x, module.weight, module.bias)
 
@@ -156,10 +166,13 @@ def _gains_from_products(module: nn.Module) -> bool:
 
 
 def fused_forward(module: nn.Module) -> Fused | None:
-    """What computes the same as this module in one step, or None; tried on a few random rows.
+    """Return the fused function for a module, or None if there is none that gives the same output.
+
+    Norms and feed-forward layers are recognized by their names and structure, so the result is compared on a few random
+    rows first.
 
     Args:
-        module: any; float32 only, and what has a forward or hooks of its own is left alone.
+        module: Any module. None for one that has a replaced forward, hooks, or parameters that are not float32.
     """
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return None
@@ -178,6 +191,7 @@ def fused_forward(module: nn.Module) -> Fused | None:
 
 @torch.no_grad()
 def _is_same(module: nn.Module, compute: Fused, width: int) -> bool:
+    """Compare a module's own output with the fused one on random rows `(1, 3, width)`."""
     device, generator = next(module.parameters()).device, torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, width, generator=generator).to(device)
     with evaluating(module):
@@ -186,6 +200,7 @@ def _is_same(module: nn.Module, compute: Fused, width: int) -> bool:
 
 
 def _forward(module: nn.Module, compute: Fused, x: torch.Tensor) -> torch.Tensor:
+    """Run a module fused if it is training in float32, else its own forward."""
     if module.training and x.dtype == torch.float32:
         return compute(module, x)
     output: torch.Tensor = type(module).forward(module, x)
@@ -194,10 +209,12 @@ def _forward(module: nn.Module, compute: Fused, x: torch.Tensor) -> torch.Tensor
 
 @contextmanager
 def fused_layers(model: nn.Module) -> Iterator[int]:
-    """Inside the block, layers that `fused_forward` knows run fused while they train.
+    """Replace the forward of the layers that `fused_forward` supports, inside the block.
+
+    They run fused while they are in training mode; in evaluation mode their own forward runs.
 
     Yields:
-        How many layers that is.
+        Number of replaced layers.
     """
     fused = [(module, compute) for module in model.modules() if (compute := fused_forward(module)) is not None]
     for module, compute in fused:

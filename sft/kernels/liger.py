@@ -1,4 +1,4 @@
-"""Liger's Triton kernels (arXiv:2410.10989): where they run, and how they go together with the loss of this library."""
+"""Liger's Triton kernels (arXiv:2410.10989): the devices that they run on, and their use with this library's loss."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from sft.hardware import Hardware
 from sft.inner_model import causal_lm
 
 TRITON_DEVICES = ("cuda", "xpu", "npu")
+"""Types of devices that Triton compiles for."""
+
 OWN_LOSS = ("cross_entropy", "fused_linear_cross_entropy")
-"""Liger's kernels that the loss of this library stands in for."""
+"""Liger's kernels that the loss of this library replaces."""
 
 
 def check_liger_hardware(hardware: Hardware) -> None:
-    """Refuse `use_liger_kernel` on a device that Triton cannot compile for; ask before anything is loaded.
+    """Check that `use_liger_kernel` can be used on a device; called before anything is loaded.
 
     Args:
-        hardware: of the device that will train, see `sft.hardware.current_hardware`.
+        hardware: Of the device that will train, see `sft.hardware.current_hardware`.
 
     Raises:
-        ValueError: names the device, or the packages, and the way out.
+        ValueError: Packages are missing, or Triton does not support the device.
     """
     missing = [name for name in ("triton", "liger_kernel") if name not in hardware.packages]
     if missing:
@@ -36,7 +38,7 @@ def check_liger_hardware(hardware: Hardware) -> None:
         raise ValueError(
             f"use_liger_kernel=True cannot be used: Liger's kernels are Triton programs, and Triton has no device here "
             f"(training is on {hardware.device_type!r}, Triton compiles for {', '.join(TRITON_DEVICES)}). Set "
-            "use_liger_kernel=False: the loss without logits in memory is there on any device."
+            "use_liger_kernel=False: the loss without logits in memory works on any device."
         )
     if hardware.device_type == "cuda" and hardware.capability < (7, 0):
         raise ValueError(
@@ -46,29 +48,29 @@ def check_liger_hardware(hardware: Hardware) -> None:
 
 
 def interpreting() -> bool:
-    """Whether Triton runs its programs in Python (`TRITON_INTERPRET=1`), which any device can do, very slowly."""
+    """Return whether Triton interprets its programs in Python (`TRITON_INTERPRET=1`), very slowly but on any device."""
     return bool(import_module("triton").knobs.runtime.interpret)
 
 
 def liger_kernel_config(model: nn.Module, given: dict[str, bool] | None = None) -> dict[str, bool]:
-    """Which of Liger's kernels a model gets: all that Liger has for its family, but for those of the loss.
+    """Return the `liger_kernel_config` of a model: all kernels that Liger has for its family, except those of the loss.
 
-    Liger's fused linear cross entropy lives in the model's `forward` and runs when that is given labels. The loss here
-    never gives it labels: it fuses head and loss itself, runs the head on supervised tokens alone, and yields token
-    accuracy, entropy and weighted sums on the way. Both together would be one head too many.
+    Liger's fused linear cross entropy is part of the model's `forward` and runs if that is given labels. `sft.loss`
+    never passes labels. It fuses head and loss itself, runs the head on supervised tokens only, and computes token
+    accuracy, entropy and weighted sums in the same pass.
 
-    `transformers.Trainer` puts the kernels into the model when training begins. Rotary embeddings are replaced for all
-    models of the family in the process.
+    `transformers.Trainer` installs the kernels when training begins. Rotary embeddings are replaced for all models of
+    the family in the process.
 
     Args:
-        model: causal or vision-language model, wrapped or not.
-        given: the user's `liger_kernel_config`.
+        model: Causal or vision-language model, wrapped or not.
+        given: The user's `liger_kernel_config`.
 
     Returns:
-        A complete `liger_kernel_config`.
+        The user's `liger_kernel_config`, with Liger's loss turned off.
 
     Raises:
-        ValueError: Liger has no kernels for this family, or a key that would have no effect is given.
+        ValueError: Liger has no kernels for this family, or `given` has a key that would have no effect.
     """
     functions = import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
     family = causal_lm(model).config.model_type
@@ -89,6 +91,6 @@ def liger_kernel_config(model: nn.Module, given: dict[str, bool] | None = None) 
         if name in OWN_LOSS and wanted:
             raise ValueError(
                 f"liger_kernel_config asks for {name!r}, which would have no effect: the loss here fuses head and "
-                "cross entropy itself. Leave it out."
+                "cross entropy itself. Remove it."
             )
     return {**(given or {}), **{name: False for name in OWN_LOSS if name in kernels}}

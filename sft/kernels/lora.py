@@ -1,9 +1,11 @@
-"""A frozen linear layer and its LoRA update in one autograd step.
+"""Frozen linear layer and its LoRA update as one autograd function.
 
-peft computes `base(x) + B(A(x)) * scaling` as five operations, each with a pass of its own over an activation of the
-layer's width, forward and backward. Here the update is accumulated into the base's product by the matrix product
-itself, in both directions (the order of products that unsloth describes, as a plain autograd function for any device).
-A base in 4 bits is unpacked for each product and never kept.
+peft computes `base(x) + B(A(x)) * scaling` as five operations. Each of them is a separate pass over an activation of
+the layer's width, forward and backward. Here a matrix product adds the update directly to the base layer's output
+(`addmm_`), and likewise for the gradients. The order of the products is that of unsloth, but as a plain autograd
+function for any device. A base weight in 4 bits is dequantized for each product and not kept.
+
+`fused_lora` replaces the forward of a model's LoRA layers.
 """
 
 from __future__ import annotations
@@ -26,15 +28,15 @@ from sft.kernels.products import back_through_linear, linear
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """A frozen linear layer and its update.
+    """Weights of a frozen linear layer and its LoRA update.
 
     Attributes:
-        weight: Frozen, `(out, in)`, or packed; gets no gradient.
-        bias: Frozen, `(out,)`, or None.
+        weight: `(out, in)`, or packed 4-bit data; frozen.
+        bias: `(out,)` or None; frozen.
         down: LoRA's A, `(rank, in)`.
         up: LoRA's B, `(out, rank)`.
-        scaling: `lora_alpha / rank`, or what the adapter uses.
-        packing: bitsandbytes' `QuantState` of a weight in 4 bits.
+        scaling: Factor of the update, usually `lora_alpha / rank`.
+        packing: `QuantState` of bitsandbytes for a weight in 4 bits; None for any other.
     """
 
     weight: torch.Tensor
@@ -45,7 +47,7 @@ class LoraWeights:
     packing: Any = None
 
     def project(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output `(num_rows, out)` and the inner state `(num_rows, rank)` of rows `(num_rows, in)`."""
+        """Return the output `(num_rows, out)` and LoRA's inner states `(num_rows, rank)` of rows `(num_rows, in)`."""
         inner = rows @ self.down.t()
         output = linear(rows, self.unpacked(rows.dtype), self.bias)
         return output.addmm_(inner, self.up.t(), alpha=self.scaling), inner
@@ -53,18 +55,34 @@ class LoraWeights:
     def back(
         self, grad: torch.Tensor, rows: torch.Tensor, inner: torch.Tensor, needed: tuple[bool, ...]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Gradients of rows, A and B, those that are needed, from that of the output."""
+        """Compute the gradients of the rows, A and B from that of the output.
+
+        With `g = grad @ B * scaling`, `(num_rows, rank)`:
+
+        - rows: `grad @ W + g @ A`
+        - A: `g^T @ rows`
+        - B: `(inner^T @ grad * scaling)^T`
+
+        Args:
+            grad: `(num_rows, out)` gradient of the output.
+            rows: `(num_rows, in)` input.
+            inner: `(num_rows, rank)` from `project`.
+            needed: Which of the three gradients to compute.
+
+        Returns:
+            Gradients of rows, A and B; None for one that is not needed.
+        """
         grad_inner = (grad @ self.up).mul_(self.scaling)
         grad_rows = None
         if needed[0]:
             grad_rows = back_through_linear(grad, self.unpacked(grad.dtype)).addmm_(grad_inner, self.down)
         grad_down = grad_inner.t() @ rows if needed[1] else None
-        # transposed so that the small product reads the wide gradient row by row
+        # transposed, so that the product reads the wide gradient row by row
         grad_up = (inner.t() @ grad).mul_(self.scaling).t() if needed[2] else None
         return grad_rows, grad_down, grad_up
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight as `(out, in)`."""
+        """Return the weight as `(out, in)`, dequantized to `dtype` if it is packed."""
         if self.packing is None:
             return self.weight
         from bitsandbytes.functional import dequantize_4bit
@@ -74,7 +92,7 @@ class LoraWeights:
 
 
 class _LoraProduct(torch.autograd.Function):
-    """`x @ W.T + bias + scaling * (x @ A.T) @ B.T` with W and bias frozen, W perhaps in 4 bits."""
+    """`x @ W.T + bias + scaling * (x @ A.T) @ B.T` with frozen W and bias; W may be packed in 4 bits."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, frozen: LoraWeights) -> torch.Tensor:
@@ -95,7 +113,7 @@ class _LoraProduct(torch.autograd.Function):
 
 
 class _GatedLoraProduct(torch.autograd.Function):
-    """The same of `silu(gate) * x`, which is computed again for the backward pass rather than kept."""
+    """`_LoraProduct` of `silu(gate) * x`, which is not kept but computed again in the backward pass."""
 
     @staticmethod
     def forward(
@@ -116,28 +134,28 @@ class _GatedLoraProduct(torch.autograd.Function):
         rows = (activated * x).reshape(-1, x.shape[-1])
         grad = grads[0].reshape(-1, up.shape[0])
         grad_rows, grad_down, grad_up = weights.back(grad, rows, inner, (True, *ctx.needs_input_grad[2:]))
-        assert grad_rows is not None  # it was asked for
+        assert grad_rows is not None  # it was requested above
         grad_x = grad_rows.view(x.shape)
         grad_gate = torch.ops.aten.silu_backward(grad_x * x, gate)
         return grad_gate, activated.mul_(grad_x), grad_down, grad_up, None
 
 
 def lora_linear(x: torch.Tensor, weights: LoraWeights) -> torch.Tensor:
-    """Output of a frozen linear layer plus its LoRA update (Hu et al., arXiv:2106.09685).
+    """Return the output of a frozen linear layer plus its LoRA update (Hu et al., arXiv:2106.09685).
 
     Args:
         x: Input, `(..., in)`.
         weights: Of the layer.
 
     Returns:
-        `(..., out)`. Keeps `x` and `(..., rank)` for the backward pass, nothing of the output's width.
+        `(..., out)`. The backward pass keeps `x` and the inner states `(..., rank)`, but nothing of width `out`.
     """
     output: torch.Tensor = _LoraProduct.apply(x, weights.down, weights.up, weights)
     return output
 
 
 def gated_lora_linear(gate: torch.Tensor, x: torch.Tensor, weights: LoraWeights) -> torch.Tensor:
-    """`lora_linear` of `silu(gate) * x`, as SwiGLU layers end (Shazeer, arXiv:2002.05202).
+    """Return `lora_linear` of `silu(gate) * x`, the last step of a SwiGLU layer (Shazeer, arXiv:2002.05202).
 
     Args:
         gate: `(..., in)`.
@@ -145,17 +163,17 @@ def gated_lora_linear(gate: torch.Tensor, x: torch.Tensor, weights: LoraWeights)
         weights: Of the layer.
 
     Returns:
-        `(..., out)`. Keeps `gate` and `x` for the backward pass, but not their product.
+        `(..., out)`. The backward pass keeps `gate` and `x`, but not their product.
     """
     output: torch.Tensor = _GatedLoraProduct.apply(gate, x, weights.down, weights.up, weights)
     return output
 
 
 def can_fuse(layer: nn.Module) -> bool:
-    """Whether `lora_linear` computes the same as this peft layer's own forward.
+    """Return whether `lora_linear` computes the same as the forward of this peft layer.
 
-    That needs one active plain LoRA (no DoRA or other variant, no dropout, no bias of its own) on a frozen `nn.Linear`
-    of the same dtype, or on one in bitsandbytes' 4 bits that computes in that dtype.
+    It does for one active, plain LoRA adapter (no DoRA or other variant, no dropout, no bias in A or B) on a frozen
+    `nn.Linear` of the same dtype, or on a 4-bit layer of bitsandbytes that computes in that dtype.
     """
     if not isinstance(layer, LoraLayer) or not (_is_plain(layer) or _is_4bit(layer)) or len(layer.active_adapters) != 1:
         return False
@@ -183,15 +201,15 @@ def _is_4bit(layer: LoraLayer) -> bool:
 
 
 def _computed_in(base: Any) -> torch.dtype:
-    """The dtype of a base layer's products."""
+    """Return the dtype of a base layer's products."""
     return base.compute_dtype if hasattr(base, "compute_dtype") else base.weight.dtype
 
 
 def fused_weights(layer: Any, x: torch.Tensor) -> LoraWeights | None:
-    """What `lora_linear` needs for this input, or None where the layer does not run fused now.
+    """Return the weights for `lora_linear`, or None if the layer can't run fused on this input now.
 
     Args:
-        layer: A module inside `fused_lora`, or any other.
+        layer: A layer that `fused_lora` replaced, or any other module (None).
         x: Its input.
     """
     forward = vars(layer).get("forward")
@@ -199,10 +217,10 @@ def fused_weights(layer: Any, x: torch.Tensor) -> LoraWeights | None:
         return None
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
     base = layer.base_layer
-    # what can change between two calls: the mode, the input, an adapter switched off or merged for a while
+    # these may change between two calls: training mode, dtype of the input, an adapter that is disabled or merged
     plain = not (layer.disable_adapters or layer.merged) and layer.training and name in layer.lora_A
     packing = getattr(base.weight, "quant_state", None)
-    if _is_4bit(layer):  # on some processors an evaluation repacks the weights
+    if _is_4bit(layer):  # on some processors bitsandbytes repacks the weights in evaluation mode
         plain = plain and packing is not None and not getattr(packing, "packing_format_for_cpu", False)
     if not plain or x.dtype != _computed_in(base) or torch.is_autocast_enabled(x.device.type):
         return None
@@ -211,6 +229,7 @@ def fused_weights(layer: Any, x: torch.Tensor) -> LoraWeights | None:
 
 
 def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Run a LoRA layer fused if that is possible now, else its own forward."""
     weights = None if args or kwargs else fused_weights(layer, x)
     if weights is None:
         output: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
@@ -220,10 +239,10 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[int]:
-    """Inside the block, layers that `can_fuse` run through `lora_linear`; the model is as before afterwards.
+    """Replace the forward of the LoRA layers that `can_fuse` accepts by `lora_linear`, inside the block.
 
     Yields:
-        How many layers that is.
+        Number of replaced layers.
     """
     layers = [module for module in model.modules() if can_fuse(module)]
     for layer in layers:

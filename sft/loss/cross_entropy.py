@@ -1,10 +1,18 @@
-"""Loss of single tokens from their logits, a chunk of rows at a time: no second copy of all logits is ever made.
+"""Cross entropy in chunks of rows, from logits or together with the language model head.
 
-Language model head and cross entropy in one: the logits of all tokens never exist together.
+`cross_entropy_sums` takes logits `(num_targets, vocab)` and copies only one chunk of them at a time, forward and
+backward.
 
-Chunk by chunk, logits are formed, scored, turned into their gradient in place, and multiplied back onto the hidden
-states (and the head's weight, where it is trained). All of it happens in the forward pass; backward only scales.
-This costs the same matrix products as head and loss apart, and saves three passes over memory.
+`linear_cross_entropy_sums` takes the hidden states before the head, so that the logits of all targets never exist at
+the same time. Its forward pass does this for each chunk of rows; its backward pass only multiplies the result by the
+incoming gradient:
+
+1. Compute the chunk's logits.
+2. Score them: losses, hits, entropies. This overwrites the logits with `exp(logits - maximum)`.
+3. Turn those into the gradient of the loss with respect to the logits, in place.
+4. Multiply it back onto the hidden states, and onto the head's weight and bias if they are trained.
+
+This needs the same matrix products as a separate head and loss, and three passes over memory less.
 """
 
 from __future__ import annotations
@@ -21,19 +29,21 @@ from sft.kernels.products import back_through_linear, linear
 LOSS_TYPES = ("nll", "dft")
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24}
-"""Logits held at a time, in numbers: enough rows to keep matrix products fast, few enough to be cheap to hold."""
+"""Device type -> most logits in a chunk: enough rows for fast matrix products, few enough to take little memory."""
 
 DEFAULT_CHUNK_ELEMENTS = 1 << 27
+"""The same for device types that `CHUNK_ELEMENTS` does not list."""
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What is minimised.
+    """What is minimized.
 
     Attributes:
-        loss_type: `nll`, or `dft`: each token's loss times its (detached) probability, arXiv:2508.05629.
-        label_smoothing: share of the target spread evenly over the vocabulary (nll only).
-        entropy: also sum the entropy of the predictions.
+        loss_type: `nll` (negative log-likelihood), or `dft`: the same times the target's detached probability (Dynamic
+            Fine-Tuning, arXiv:2508.05629).
+        label_smoothing: Share of the target distribution that is spread evenly over the vocabulary; `nll` only.
+        entropy: Whether to sum the entropies of the predictions as well.
     """
 
     loss_type: str = "nll"
@@ -54,12 +64,12 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Sums over tokens, each a tensor without dimensions; only `loss` has a gradient.
+    """Sums over tokens, scalar tensors; only `loss` has a gradient.
 
     Attributes:
-        loss: weighted losses.
-        num_correct: tokens whose target has the largest logit.
-        entropy: entropies in nats; 0 unless asked for.
+        loss: Sum of the weighted losses in nats.
+        num_correct: Number of tokens whose target has the largest logit.
+        entropy: Sum of the entropies in nats; 0 unless asked for.
     """
 
     loss: torch.Tensor
@@ -69,7 +79,16 @@ class TokenSums:
 
 @dataclass
 class ChunkScores:
-    """Figures of a chunk of rows, each `(rows,)`: loss, coefficient of its gradient, and what turns `exp` into it."""
+    """Scores of a chunk of rows, and what the gradient of its loss is computed from.
+
+    Attributes:
+        losses: `(rows,)` weighted losses.
+        coefficients: `(rows,)` factor of each row's gradient: its weight, for `dft` times the target's probability.
+        normalizers: `(rows, 1)` sum of `exp(logits - maximum)` over the vocabulary.
+        log_normalizers: `(rows, 1)` log of the sum of `exp(logits)`.
+        correct: `(rows,)` bool, whether the target has the largest logit.
+        entropies: `(rows,)` in nats; None unless asked for.
+    """
 
     losses: torch.Tensor
     coefficients: torch.Tensor
@@ -80,7 +99,7 @@ class ChunkScores:
 
 
 def row_chunks(num_rows: int, vocab_size: int, device_type: str) -> Iterator[slice]:
-    """Divide rows of logits into equal chunks of bounded size."""
+    """Divide rows of logits into chunks of about equal size, each within the device's limit or a single row."""
     limit = CHUNK_ELEMENTS.get(device_type, DEFAULT_CHUNK_ELEMENTS)
     num_chunks = -(-num_rows * vocab_size // limit)
     size = -(-num_rows // max(1, num_chunks))
@@ -91,13 +110,20 @@ def row_chunks(num_rows: int, vocab_size: int, device_type: str) -> Iterator[sli
 def score_chunk(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, options: LossOptions
 ) -> ChunkScores:
-    """Score a chunk, overwriting its logits with `exp(logits - row maximum)`.
+    """Score a chunk and overwrite its logits with `exp(logits - row maximum)`.
+
+    With `m` the row's maximum and `S = sum(exp(logits - m))`:
+
+    1. `loss = log(S) + m - logits[target]`.
+    2. `dft` multiplies it by the target's probability `exp(-loss)`, which counts as a constant.
+    3. Label smoothing mixes in the mean loss over the vocabulary, `log(S) + m - mean(logits)`.
+    4. `entropy = log(S) - sum(exp(logits - m) * (logits - m)) / S`.
 
     Args:
-        logits: `(rows, vocab)` float32, scratch memory of the caller's.
+        logits: `(rows, vocab)` float32; overwritten.
         targets: `(rows,)` int64.
         weights: `(rows,)` float32 factor of each token's loss.
-        options: what is minimised.
+        options: What is minimized.
     """
     largest, places = logits.max(dim=-1, keepdim=True)
     target_logits = logits.gather(-1, targets[:, None])
@@ -125,7 +151,20 @@ def score_chunk(
 def gradient_of_chunk(
     exponentials: torch.Tensor, targets: torch.Tensor, scores: ChunkScores, options: LossOptions
 ) -> torch.Tensor:
-    """Turn the `exp(logits - maximum)` that `score_chunk` leaves into the gradient of the chunk's loss, in place."""
+    """Turn `exp(logits - maximum)`, which `score_chunk` leaves, into the gradient of the chunk's loss, in place.
+
+    With `p` the softmax of the logits, a row's gradient is its coefficient times
+    `p - (1 - smoothing) * onehot(target) - smoothing / vocab`.
+
+    Args:
+        exponentials: `(rows, vocab)` float32; overwritten.
+        targets: `(rows,)` int64.
+        scores: Of the same chunk.
+        options: What is minimized.
+
+    Returns:
+        The gradient `(rows, vocab)` with respect to the logits, in the memory of `exponentials`.
+    """
     smoothing = options.label_smoothing
     gradient = exponentials.mul_(scores.coefficients[:, None] / scores.normalizers)
     if smoothing:
@@ -135,7 +174,7 @@ def gradient_of_chunk(
 
 
 class SumOfScores:
-    """Adds up chunks."""
+    """Sums of the scores of chunks, on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float32, device=device)
@@ -143,19 +182,22 @@ class SumOfScores:
         self.entropy = torch.zeros((), dtype=torch.float32, device=device)
 
     def add(self, scores: ChunkScores) -> None:
-        """Take one chunk in."""
+        """Add the scores of one chunk."""
         self.loss += scores.losses.sum()
         self.num_correct += scores.correct.sum()
         if scores.entropies is not None:
             self.entropy += scores.entropies.sum()
 
     def as_tuple(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, hits, entropy."""
+        """Return the sums of losses, hits and entropies, scalar tensors."""
         return self.loss, self.num_correct, self.entropy
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Loss of given logits; keeps them and one number a row for backward, which forms the gradient chunk by chunk."""
+    """Loss from logits.
+
+    Keeps the logits and two numbers per row for the backward pass, which computes the softmax again chunk by chunk.
+    """
 
     @staticmethod
     def forward(
@@ -182,6 +224,7 @@ class _CrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(logits)
         coefficients = coefficients * grad_outputs[0]
         for rows in row_chunks(logits.shape[0], logits.shape[1], logits.device.type):
+            # already the softmax, so the normalizer is 1
             scratch = logits[rows].to(torch.float32, copy=True).sub_(log_normalizers[rows, None]).exp_()
             one = torch.ones_like(coefficients[rows, None])
             scores = ChunkScores(coefficients, coefficients[rows], one, one, one, None)
@@ -192,26 +235,26 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy_sums(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, options: LossOptions
 ) -> TokenSums:
-    """Weighted losses of tokens whose logits are at hand.
+    """Return the sums of weighted losses, hits and entropies of tokens from their logits.
 
     Args:
-        logits: `(num_targets, vocab)`, any floating type; computed with in float32.
+        logits: `(num_targets, vocab)` of any floating type; converted to float32 in chunks.
         targets: `(num_targets,)` int64, none ignored.
-        weights: `(num_targets,)` float32.
-        options: what is minimised.
+        weights: `(num_targets,)` float32 factor of each token's loss.
+        options: What is minimized.
     """
     return TokenSums(*_CrossEntropy.apply(logits, targets, weights, options))
 
 
 @dataclass(frozen=True)
 class Head:
-    """A linear head and what the model does to its output.
+    """A linear language model head and what the model does to its output.
 
     Attributes:
         weight: `(vocab, hidden)`.
         bias: `(vocab,)` or None.
-        scale: factor of the logits (Cohere, Granite).
-        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2).
+        scale: Factor of the logits (Cohere, Granite).
+        softcap: If not None, logits become `softcap * tanh(logits / softcap)` after scaling (Gemma 2).
     """
 
     weight: torch.Tensor
@@ -220,7 +263,7 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 logits `(rows, vocab)` of hidden states `(rows, hidden)`."""
+        """Return float32 logits `(rows, vocab)` of hidden states `(rows, hidden)`."""
         logits = linear(hidden, self.weight, self.bias).float()
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -228,7 +271,10 @@ class Head:
 
 
 class _Gradients:
-    """Buffers for the gradients that are needed; float32 for the head, which is summed over many chunks."""
+    """Buffers for the needed gradients of hidden states, weight and bias; None if one is not needed.
+
+    Those of the head are float32, since they are sums over many chunks.
+    """
 
     def __init__(self, hidden: torch.Tensor, head: Head, needed: tuple[bool, ...]) -> None:
         self.hidden = torch.empty_like(hidden) if needed[0] else None
@@ -238,7 +284,14 @@ class _Gradients:
             self.bias = torch.zeros_like(head.bias, dtype=torch.float32)
 
     def add(self, rows: slice, hidden: torch.Tensor, gradient: torch.Tensor, head: Head) -> None:
-        """Carry a chunk's gradient of the logits `(rows, vocab)` back through the linear map."""
+        """Propagate a chunk's gradient back through the linear map and add it to the buffers.
+
+        Args:
+            rows: The chunk.
+            hidden: All hidden states `(num_targets, hidden)`.
+            gradient: `(rows, vocab)` with respect to the linear map's output.
+            head: The head with detached weights.
+        """
         if self.bias is not None:
             self.bias += gradient.sum(dim=0)
         gradient = gradient.to(hidden.dtype)
@@ -251,6 +304,8 @@ class _Gradients:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss from hidden states; its forward pass computes the gradients as well, see the steps above."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -283,7 +338,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the loss was already taken back once, which used its gradients up; compute it again")
+            raise RuntimeError(
+                "backward was already called once on this loss, which used up its gradients; compute the loss again"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [
             None if gradient is None else gradient.mul_(grad_outputs[0])
@@ -295,7 +352,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _through_head(gradient: torch.Tensor, logits: torch.Tensor | None, head: Head) -> torch.Tensor:
-    """Gradient of the linear map's output, given that of the logits; overwrites both."""
+    """Turn the gradient with respect to the logits into that with respect to the linear map's output.
+
+    The derivative of a soft cap is `1 - (logits / softcap)^2`.
+
+    Args:
+        gradient: `(rows, vocab)`; overwritten.
+        logits: `(rows, vocab)` after the soft cap; overwritten. None if the head has no soft cap.
+        head: The head.
+    """
     if head.softcap is not None and logits is not None:
         gradient.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
     return gradient if head.scale == 1.0 else gradient.mul_(head.scale)
@@ -304,14 +369,14 @@ def _through_head(gradient: torch.Tensor, logits: torch.Tensor | None, head: Hea
 def linear_cross_entropy_sums(
     hidden: torch.Tensor, head: Head, targets: torch.Tensor, weights: torch.Tensor, options: LossOptions
 ) -> TokenSums:
-    """Weighted losses of tokens, from the hidden states before the head.
+    """Return the sums of weighted losses, hits and entropies of tokens from the hidden states before the head.
 
     Args:
         hidden: `(num_targets, hidden)`, the states that the targets are predicted from.
-        head: frozen or trained.
+        head: Frozen or trained.
         targets: `(num_targets,)` int64, none ignored.
         weights: `(num_targets,)` float32 factor of each token's loss.
-        options: what is minimised.
+        options: What is minimized.
     """
     weight, bias = head.weight, head.bias
     if torch.is_autocast_enabled(hidden.device.type):

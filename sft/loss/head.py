@@ -1,4 +1,4 @@
-"""A model's language model head: run on some positions only, or left out and applied by the loss itself."""
+"""Language model head of a model: run on some positions only, or skipped in the model and applied by the loss."""
 
 from __future__ import annotations
 
@@ -14,52 +14,54 @@ from sft.inner_model import causal_lm, evaluating, learns_prompt
 from sft.loss.cross_entropy import Head
 from sft.loss.targets import Batch, model_arguments
 
+_VERIFIED_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Model -> whether its head was found to be a plain linear map, see `plain_head`."""
+
 
 def takes_logits_to_keep(model: nn.Module) -> bool:
-    """Whether the model's head can run on listed positions.
+    """Return whether the model's head can run on listed positions only.
 
-    Prompt tuning lengthens the row, which would shift the positions, so it gets all logits.
+    With prompt tuning it can't be used: virtual tokens come first in the row and would shift the positions.
     """
     if learns_prompt(model):
         return False
     return "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters
 
 
-class _HeadInput:
-    """A hook that keeps the head's input and gives the head nothing to do."""
+def states_before_head(model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Any]:
+    """Run the model, wrappers included, without its head.
 
-    hidden: torch.Tensor
+    A forward pre-hook stores the head's input and passes an empty sequence on to the head.
 
-    def __call__(self, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        self.hidden = arguments[0]
+    Returns:
+        Hidden states `(batch, length, hidden)` that the head would have been given, and the output object of the
+        model, whose logits are empty.
+    """
+    head_inputs: list[torch.Tensor] = []
+
+    def keep_input(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        head_inputs[:] = [arguments[0]]
         return (arguments[0][..., :0, :],)
 
-
-def states_before_head(model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, Any]:
-    """Run the model through its own wrappers, but for the head; hidden states `(batch, length, hidden)` and output."""
-    head_input = _HeadInput()
-    handle = causal_lm(model).get_output_embeddings().register_forward_pre_hook(head_input)
+    handle = causal_lm(model).get_output_embeddings().register_forward_pre_hook(keep_input)
     try:
         outputs = model(**model_arguments(inputs))
     finally:
         handle.remove()
-    return head_input.hidden, outputs
-
-
-_VERIFIED_HEADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+    return head_inputs[0], outputs
 
 
 def plain_head(model: nn.Module) -> Head | None:
-    """The model's head, if it is a linear map that can be applied outside of the model with the same result.
+    """Return the model's head if it is a linear map that can be applied outside the model with the same result.
 
-    Whether it is gets tried once for each model, on a few tokens: models may do anything to their logits.
+    Models may do anything to their logits, so this is verified once per model on a few tokens.
 
     Returns:
-        The head, or None when it is quantized, adapted, sharded, offloaded or compiled, or more than a linear map.
+        The head, or None if it is more than a linear map, or quantized, adapted, sharded, offloaded or compiled.
     """
     base = causal_lm(model)
     module = base.get_output_embeddings()
-    if type(module) is not nn.Linear or not _is_whole(model, module) or not takes_logits_to_keep(model):
+    if type(module) is not nn.Linear or not _is_ordinary(model, module) or not takes_logits_to_keep(model):
         return None
     config = base.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -69,8 +71,8 @@ def plain_head(model: nn.Module) -> Head | None:
     return head if _VERIFIED_HEADS[base] else None
 
 
-def _is_whole(model: nn.Module, head: nn.Linear) -> bool:
-    """Whether the head's weight is an ordinary tensor of this process, and no hook or compiler stands before it."""
+def _is_ordinary(model: nn.Module, head: nn.Linear) -> bool:
+    """Return whether the head's weight is an ordinary tensor of this process, without hooks and not compiled."""
     compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
     hooked = bool(head._forward_pre_hooks or head._forward_hooks or hasattr(head, "_hf_hook"))
     weight = head.weight
@@ -80,6 +82,7 @@ def _is_whole(model: nn.Module, head: nn.Linear) -> bool:
 
 @torch.no_grad()
 def _gives_same_logits(base: nn.Module, head: Head) -> bool:
+    """Compare the model's own logits of four tokens with those of `head` on the states before the head."""
     inputs = {"input_ids": torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]}
     with evaluating(base), document_layout(None):
         expected = base(**inputs, use_cache=False).logits[0].float()

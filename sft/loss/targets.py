@@ -1,4 +1,4 @@
-"""Which tokens of a batch are trained, and from which positions they are predicted."""
+"""Targets of a batch: the tokens that are trained, and the positions that they are predicted from."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from sft.batches.layout import FILLER, SKIP_LOGITS
 from sft.batches.shared_tokens import SHARED_KEYS
-from sft.labels import IGNORE_INDEX
+from sft.labels import IGNORE_INDEX, TOKEN_MASKS
 
 Batch = Mapping[str, Any]
 
@@ -17,24 +18,25 @@ NOT_FOR_THE_MODEL = (
     "labels",
     "seq_lengths",
     "loss_weights",
-    "completion_mask",
-    "assistant_masks",
+    *TOKEN_MASKS,
     "num_items_in_batch",
     *SHARED_KEYS,
-    "filler",
+    FILLER,
+    SKIP_LOGITS,
 )
+"""Keys of a batch that are not arguments of the model's forward."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a batch trains.
+    """Tokens that a batch trains.
 
     Attributes:
-        row: `(num_targets,)` row of the batch.
-        position: `(num_targets,)` position in what the model computes that the target is predicted from.
-        token: `(num_targets,)` id to predict.
+        row: `(num_targets,)` row of each target in the batch.
+        position: `(num_targets,)` position that the target is predicted from, among the tokens that the model computes.
+        token: `(num_targets,)` token id to predict.
         weight: `(num_targets,)` float32, above 0.
-        in_order: whether positions ascend, each with one target.
+        in_order: Whether positions ascend and no two targets share one.
     """
 
     row: torch.Tensor
@@ -48,9 +50,17 @@ class Targets:
 
 
 def find_targets(batch: Batch) -> Targets:
-    """List the targets of a batch with `labels` `(batch, length)` and perhaps `seq_lengths` and `loss_weights`.
+    """List the targets of a batch, row by row.
 
-    Where the batch has `SharedTokens`, several targets may be predicted from one position.
+    1. Position `p` is supervised if the label of `p + 1` is not ignored.
+    2. The last position of each document of a flat batch is not: the next token belongs to the next document.
+    3. Neither are positions whose target weighs 0.
+    4. If the batch has a `SharedTokens` plan, map positions in the row to places among the computed tokens. Several
+       targets may then be predicted from one place.
+
+    Args:
+        batch: With `labels` `(batch, length)`, and optionally `seq_lengths` `(num_documents,)`, `loss_weights`
+            `(batch, length)` and `places` `(length,)`.
     """
     labels = batch["labels"]
     supervised = labels[:, 1:] != IGNORE_INDEX
@@ -69,12 +79,15 @@ def find_targets(batch: Batch) -> Targets:
 
 
 def num_targets(batch: Batch) -> torch.Tensor:
-    """What a batch counts in the loss's denominator: its targets, or the sum of their weights; without dimensions."""
+    """Return what a batch adds to the loss's divisor, a scalar: its number of targets, or the sum of their weights."""
     return find_targets(batch).weight.sum()
 
 
 def model_arguments(inputs: Batch) -> dict[str, Any]:
-    """The batch without what only the loss reads; no cache is asked for."""
+    """Return the arguments of the model's forward: the batch without what only the loss reads, and `use_cache=False`.
+
+    If the batch has a `SharedTokens` plan, only the tokens to compute are passed on.
+    """
     arguments = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
     if "computed" in inputs:
         for name in ("input_ids", "position_ids"):

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import match_target_against_key
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sft.hardware import HALF_PRECISIONS
 from sft.models.kbit import (
-    HALF_PRECISIONS,
     is_kbit,
     is_quantized,
     needs_kbit_preparation,

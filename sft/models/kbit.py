@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from sft.hardware import HALF_PRECISIONS
 from sft.models.loading import parse_dtype
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 CAST_LOGGER = "bitsandbytes.autograd._functions"
 TRAINER_KEYS = ("offload", "every_n_layers")
 QUANT_TYPES = ("nf4", "fp4")
-HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 
 
 class OncePerMessage(logging.Filter):

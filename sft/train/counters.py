@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from sft.batches.layout import FILLER
 from sft.loss.supervised import SupervisedLoss
 
 
@@ -41,7 +42,7 @@ class TokensSeen:
 
         A batch that only fills the step of a process up, as `sft.train.processes` makes it, is none of the training's.
         """
-        if "filler" in inputs:
+        if FILLER in inputs:
             return
         mask, input_ids = inputs.get("attention_mask"), inputs.get("input_ids")
         if mask is not None and mask.dim() == 2 and not padding:

@@ -20,6 +20,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import Dataset, RandomSampler, Sampler
 
+from sft.batches.layout import FILLER
 from sft.inner_model import causal_lm
 from sft.labels import IGNORE_INDEX
 
@@ -65,10 +66,6 @@ def without_copies(model: Any, weights: dict[str, Any] | None) -> dict[str, Any]
     if weights is None:
         return None
     return {name: value for name, value in weights.items() if not (name in tied and tied[name] in weights)}
-
-
-FILLER = "filler"
-"""Key of a row that only fills up a batch, and of a batch that consists of nothing else."""
 
 
 class EvenRows(Dataset):

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from sft.attention.choice import flash_sdp_only
-from sft.batches.layout import batch_layout, document_layout
+from sft.batches.layout import FILLER, SKIP_LOGITS, batch_layout, document_layout
 from sft.batches.shared_tokens import without_sharing
 from sft.config import SFTConfig
 from sft.kernels.layers import fused_layers
@@ -60,7 +60,6 @@ from sft.train.images import choose_vision_collator
 from sft.train.neftune import embedding_noise
 from sft.train.offloading import check_offloading, offloaded_activations
 from sft.train.processes import (
-    FILLER,
     EvenCollator,
     EvenOrder,
     EvenRows,
@@ -73,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 Callback = TypeVar("Callback", bound=TrainerCallback)
-OWN_INPUTS = ("seq_lengths", "loss_weights", "skip_logits", FILLER)
+OWN_INPUTS = ("seq_lengths", "loss_weights", SKIP_LOGITS, FILLER)
 TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", "completion_mask", "assistant_masks", FILLER)
 
 

@@ -1,1 +1,1 @@
-"""Rows with images: rendering, loading, collating. Imports `sft.batches`, `sft.chat`, `sft.data` and `sft.tokens`."""
+"""Rows with images: render, decode, collate. Imports `sft.batches`, `sft.chat`, `sft.data` and `sft.tokens`."""

@@ -1,8 +1,9 @@
-"""Rows with images as text: what the chat template prints, where the images stand in it, and what is trained.
+"""Render rows with images as text: the chat template's output, the images' placeholders, and the trained characters.
 
-Templates of vision models differ in what they take: content as parts only (LLaVA, Idefics), as parts or text
-(Qwen2-VL), or text only (a format such as ChatML put on the tokenizer). Probing shows which; messages are brought to
-that form each time they are rendered, so that the search for assistant turns works as it does for text.
+Chat templates of vision models differ in the content that they accept: a list of parts only (LLaVA, Idefics), parts or
+a string (Qwen2-VL), or a string only (a format such as ChatML that was set on the tokenizer). Each template is probed
+once. Messages are converted to the accepted form whenever they are rendered, so that assistant turns are found in the
+same way as in rows of text.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from sft.data.messages import IMAGE_COLUMNS, is_messages
 from sft.vision.images import read_images
 
 _PART_KEYS = ("image", "image_url", "url", "path", "base64")
+"""Keys that contain the image of a part."""
 
 
 @dataclass(frozen=True)
 class VisionTemplate(ChatTemplate):
-    """A chat template that is given content in the form it takes.
+    """Chat template that converts the content of messages to the form that it accepts.
 
     Args:
-        image_token: Stands for an image where the template takes text only.
+        image_token: Placeholder of an image in the text, if the template accepts strings only.
         takes_parts: Whether content may be a list of parts.
     """
 
@@ -36,10 +38,15 @@ class VisionTemplate(ChatTemplate):
 
     @classmethod
     def probe(cls, source: str, variables: Mapping[str, Any], image_token: str) -> VisionTemplate:
-        """Find out what a template takes by rendering a question and an answer in both forms.
+        """Find out which content a template accepts, by rendering a question and an answer in both forms.
+
+        Args:
+            source: Jinja source.
+            variables: Variables of the template, such as the special tokens.
+            image_token: See the class.
 
         Raises:
-            ValueError: It prints neither.
+            ValueError: The template prints neither form.
         """
         plain = ChatTemplate(source, variables)
         takes_text, takes_parts = prints_probe(plain, PROBE_CHAT), prints_probe(plain, in_parts(PROBE_CHAT))
@@ -63,11 +70,11 @@ class VisionTemplate(ChatTemplate):
 
 
 class VisionRenderer(ChatRenderer):
-    """Renders records with a processor's chat template, else with its tokenizer's.
+    """Renderer of records that uses a processor's chat template, or its tokenizer's if the processor has none.
 
     Args:
-        processor: Its template goes before the tokenizer's, as in its own `apply_chat_template`.
-        train_on: What the spans cover.
+        processor: Tokenizer and image processor; the order of templates is that of its `apply_chat_template`.
+        train_on: The part of a row that the spans cover.
     """
 
     def __init__(self, processor: ProcessorMixin, train_on: TrainOn) -> None:
@@ -76,7 +83,7 @@ class VisionRenderer(ChatRenderer):
         self._vision_templates: dict[tuple[bool, str], VisionTemplate] = {}
 
     def template(self, record: Mapping[str, Any]) -> VisionTemplate:
-        """The template that a record uses; every one is probed once."""
+        """Return the template that a record uses; each one is probed once."""
         key = bool(record.get("tools")), record.get("chat_template_kwargs") or "{}"
         if key not in self._vision_templates:
             variables = {**self.tokenizer.special_tokens_map, **json.loads(key[1])}
@@ -86,10 +93,14 @@ class VisionRenderer(ChatRenderer):
 
 
 def template_source(processor: ProcessorMixin, *, has_tools: bool = False) -> str:
-    """Jinja source of the template that a processor uses.
+    """Return the Jinja source of the template that a processor uses.
+
+    Args:
+        processor: Tokenizer and image processor.
+        has_tools: Whether to prefer a template named `tool_use`.
 
     Raises:
-        ValueError: Neither the processor nor its tokenizer has one.
+        ValueError: Neither the processor nor its tokenizer has a template.
     """
     own = getattr(processor, "chat_template", None)
     if isinstance(own, Mapping):
@@ -98,7 +109,7 @@ def template_source(processor: ProcessorMixin, *, has_tools: bool = False) -> st
 
 
 def placeholder(processor: ProcessorMixin) -> str:
-    """The text that stands for an image before the processor expands it; empty where the family has none."""
+    """Return the placeholder of an image in the text, before the processor expands it; empty if it has none."""
     return str(getattr(processor, "image_token", None) or "")
 
 
@@ -107,10 +118,10 @@ class VisionRow:
     """One row as text and images.
 
     Args:
-        name: What messages call the row.
-        rendered: Its text, each image one placeholder, and the characters that are trained.
-        train_on: What those were chosen by.
-        images: Decoded, in the order of their placeholders.
+        name: Name of the row in error messages.
+        rendered: Text with one placeholder per image, and the spans of characters that are trained.
+        train_on: The part of the row that the spans cover.
+        images: Decoded images, in the order of their placeholders.
     """
 
     name: str
@@ -120,14 +131,14 @@ class VisionRow:
 
 
 def column_images(row: Mapping[str, Any], folder: str | None = None) -> list[Any]:
-    """Decode the images of a row's columns.
+    """Decode the images in the image columns of a row.
 
     Args:
-        row: As the data set has it.
-        folder: Where paths may lie.
+        row: Row of a data set.
+        folder: Folder that paths must be in.
 
     Raises:
-        ValueError: A value is no image, or lies elsewhere.
+        ValueError: A value is not an image, or its path is outside the folder.
     """
     return [image for column in IMAGE_COLUMNS for image in read_images(row.get(column), folder)]
 
@@ -135,10 +146,14 @@ def column_images(row: Mapping[str, Any], folder: str | None = None) -> list[Any
 def take_images(
     messages: list[dict[str, Any]], folder: str | None = None
 ) -> tuple[list[dict[str, Any]], list[Any], int]:
-    """Take images out of the parts of messages, leaving bare `{"type": "image"}` parts.
+    """Decode the images in the parts of messages, and replace these parts by `{"type": "image"}`.
+
+    Args:
+        messages: With a string or a list of parts as content.
+        folder: Folder that paths must be in.
 
     Returns:
-        The messages, the images found, decoded, and how many image parts there are.
+        The new messages, the decoded images, and the number of image parts (with or without an image).
 
     Raises:
         ValueError: A part is neither text nor image, or its image can't be read.
@@ -165,15 +180,15 @@ def take_images(
 
 
 def _source_of(part: Mapping[str, Any]) -> Any:
-    """The image that a part brings with it, under any of the names in use."""
+    """Return the image of a part, under any of its usual keys, or None if it has none."""
     return next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
 
 
 def put_images_first(messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
-    """Place images that no message mentions at the beginning of the first question, as templates do by convention.
+    """Put images that have no place in the messages at the beginning of the first user message.
 
     Raises:
-        ValueError: No message is by the user.
+        ValueError: There is no user message.
     """
     first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
@@ -184,11 +199,14 @@ def put_images_first(messages: list[dict[str, Any]], num_images: int) -> list[di
 
 
 def expand(rendered: Rendered, replacements: list[Mapping[str, Any]]) -> Rendered:
-    """The text that the processor tokenized, with the spans moved to it; what stands for an image is in none of them.
+    """Return the text after the processor expanded its placeholders, with the spans moved accordingly.
+
+    Spans never cover the replacement of a placeholder; one that contained it is split in two.
 
     Args:
-        rendered: Text with one placeholder an image.
-        replacements: What the processor put for each placeholder: `span` in the text, and its `replacement`.
+        rendered: Text with one placeholder per image.
+        replacements: The processor's replacement of each placeholder: its `span` (start, end) in the text, and the
+            `replacement`.
     """
     pieces: list[str] = []
     spans: list[Span] = []

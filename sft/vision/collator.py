@@ -1,4 +1,4 @@
-"""Rows with images in, one batch for a vision-language model out."""
+"""Collator of rows with images, for vision-language models."""
 
 from __future__ import annotations
 
@@ -15,49 +15,50 @@ from transformers import ProcessorMixin
 from sft.batches.collator import DataCollatorForSFT
 from sft.chat.render import Rendered, TrainOn, asked_part
 from sft.data.messages import IMAGE_COLUMNS
-from sft.data.records import (
-    Kind,
-    Layout,
-    detect_layout,
-    normalize,
-)
+from sft.data.records import Kind, Layout, detect_layout, normalize
 from sft.labels import IGNORE_INDEX
 from sft.tokens.encoding import Encoder
 from sft.vision.chat import VisionRenderer, VisionRow, column_images, expand, placeholder, put_images_first, take_images
 
 logger = logging.getLogger(__name__)
 
-# Names of added tokens that only ever stand for, or around, pictures: `<|vision_start|>`, `[IMG_END]`, `<row_1_col_2>`,
+# Names of added tokens that are only used for images or around them: `<|vision_start|>`, `[IMG_END]`, `<row_1_col_2>`,
 # `<fake_token_around_image>`, `<global-img>`, `<end_of_image>`.
 _IMAGE_TOKEN = re.compile(r"image|img|vision|video|^<row_\d+_col_\d+>$", re.IGNORECASE)
 _BUILT_HERE = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
+"""Keys of a processor's output that the collator does not copy into the batch."""
 
 
 @dataclass
 class DataCollatorForVisionLanguageModeling:
-    """Make a batch of rows with images: renders, runs the processor, masks.
+    """Collate rows with images into a batch.
 
     A row has `messages` (or another conversation that `sft.data.records` knows), `prompt` and `completion`, or
-    text; and `images` or `image`: PIL images, paths, `{"bytes", "path"}`, or nothing. Content is text or a list of
-    `{"type": "image"}` and `{"type": "text", "text": ...}` parts; image parts may bring their image. Images that no
-    message mentions stand at the beginning of the first question.
+    text. In addition it may have `images` or `image`: PIL images, paths, or `{"bytes", "path"}`. The content of a
+    message is a string, or a list of `{"type": "image"}` and `{"type": "text", "text": ...}` parts. Image parts may
+    contain their image. Images without a place in the messages are put at the beginning of the first user message.
 
-    Never trained: padding (by place), whatever an image's placeholder expands to, and the family's image tokens.
-    What else is trained depends on the options, as for rows of text.
+    1. Decode the images of each row and render its text, with one placeholder per image.
+    2. Let the processor expand the placeholders and preprocess the images of the batch.
+    3. Tokenize the expanded text, and label the trained characters.
+    4. Truncate, and pad on the right.
 
-    Give it with `SFTConfig(remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})`.
+    Padding, the tokens that a placeholder expands to, and the image tokens of the model's family are never trained.
+    The options decide what else is trained, as for rows of text.
+
+    Pass it to the trainer with `SFTConfig(remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})`.
 
     Attributes:
-        processor: Of `AutoProcessor`: a tokenizer and an image processor.
-        max_length: Longest row in tokens, image tokens included; text beyond it is cut off. None = no limit.
-        completion_only_loss: Train on completions only; None = yes where rows have prompt and completion.
-        pad_to_multiple_of: Padded length is a multiple of this.
-        dataset_text_field: Column of plain text, which holds the placeholders itself.
+        processor: Processor of `AutoProcessor`, with a tokenizer and an image processor.
+        max_length: Most tokens of a row, image tokens included; longer text is truncated. None = no limit.
+        completion_only_loss: Whether to train on completions only; None = yes, if rows have prompt and completion.
+        pad_to_multiple_of: Pad to a multiple of this many tokens.
+        dataset_text_field: Column of plain text, which must contain the placeholders.
         return_tensors: `pt`.
-        assistant_only_loss: Train on assistant turns only.
-        last_turn_only_loss: Train on the last assistant turn only.
-        image_folder: Paths in rows start in this folder and may not lead out of it; None = the working directory, "/" =
-            anywhere.
+        assistant_only_loss: Whether to train on assistant turns only.
+        last_turn_only_loss: Whether to train on the last assistant turn only.
+        image_folder: Folder that relative paths in rows start in, and that no path may lead out of; None = the working
+            directory, "/" = any folder.
     """
 
     processor: ProcessorMixin
@@ -84,11 +85,11 @@ class DataCollatorForVisionLanguageModeling:
         """Collate rows.
 
         Returns:
-            `input_ids`, `labels`, `attention_mask`, each `(batch, longest)`; `loss_weights` when a weight is not 1; and
-            what the processor made of the images, in the order of the rows. Nothing of images when no row has one.
+            `input_ids`, `labels` and `attention_mask`, each `(batch, longest)`; `loss_weights` `(batch, longest)` if a
+            weight is not 1; and, if any row has images, the processor's output for them, in the order of the rows.
 
         Raises:
-            ValueError: A row does not fit; names it, what was found, and the way out.
+            ValueError: A row is invalid or does not fit the options; the message names it.
         """
         rows = [self.read(row, place) for place, row in enumerate(features)]
         tokens, image_inputs = self._tokenize(rows)
@@ -102,14 +103,14 @@ class DataCollatorForVisionLanguageModeling:
         return {**batch, **image_tensors(image_inputs, width)}
 
     def read(self, row: Mapping[str, Any], place: int = 0) -> VisionRow:
-        """Decode the images of one row, render its text, and compare their numbers.
+        """Decode the images of one row, render its text, and check that it has one placeholder per image.
 
         Args:
-            row: As the data set has it.
-            place: Names the row where it has no `id`.
+            row: Row of a data set.
+            place: Position in the batch, which names the row in messages if it has no `id`.
 
         Raises:
-            ValueError: It does not fit; names the row.
+            ValueError: The row is invalid or does not fit the options; the message names it.
         """
         name = row_name(row, place)
         given = {column: value for column, value in row.items() if value is not None and column not in IMAGE_COLUMNS}
@@ -132,7 +133,7 @@ class DataCollatorForVisionLanguageModeling:
             return Layout(Kind.TEXT, ("text",))
         layout = detect_layout(given)
         if layout.kind is Kind.TOKENIZED:
-            raise ValueError("input_ids can't be collated with images; give messages, or leave this collator out")
+            raise ValueError("input_ids can't be collated with images; give messages, or remove this collator")
         return layout
 
     def _train_on(self, kind: Kind) -> TrainOn:
@@ -150,7 +151,10 @@ class DataCollatorForVisionLanguageModeling:
         return self._renderers[train_on]
 
     def _check_rendered(self, name: str, rendered: Rendered, images: list[Any]) -> None:
-        """Refuse a text without one placeholder for each image: a template may print none, or plain text some."""
+        """Check that a rendered text has one placeholder per image.
+
+        A template may print none, and plain text may contain any number.
+        """
         token = placeholder(self.processor)
         found = rendered.text.count(token) if token else len(images)
         if found != len(images):
@@ -160,7 +164,7 @@ class DataCollatorForVisionLanguageModeling:
             )
 
     def _as_printed(self, rendered: Rendered) -> Rendered:
-        """Plain text with the special tokens that the tokenizer would add written out, as templates write them."""
+        """Write out the special tokens that the tokenizer would add to plain text, as chat templates do."""
         if not rendered.append_eos:
             return rendered
         bos, eos = (str(token or "") for token in (self._added_bos, self.processor.tokenizer.eos_token))
@@ -176,7 +180,7 @@ class DataCollatorForVisionLanguageModeling:
         return Rendered(before + rendered.text + after, spans)
 
     def _tokenize(self, rows: Sequence[VisionRow]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Token rows with labels, and what the processor made of the images."""
+        """Return token rows with labels, and the processor's output for the rows that have images."""
         with_images = [index for index, row in enumerate(rows) if row.images]
         output = self._process([rows[index] for index in with_images]) if with_images else {}
         texts = [row.rendered for row in rows]
@@ -185,7 +189,7 @@ class DataCollatorForVisionLanguageModeling:
             texts[index] = expand(texts[index], replacements or [])
         encoded: list[dict[str, Any]] = [dict(row) for row in self._encoder.encode(texts)]
         for at, index in enumerate(with_images):
-            encoded[index] = self._settle(rows[index], encoded[index], list(output["input_ids"][at]))
+            encoded[index] = self._use_processor_ids(rows[index], encoded[index], list(output["input_ids"][at]))
             for name in self._type_columns(output):
                 encoded[index][name] = list(output[name][at])
         for row in encoded:
@@ -199,10 +203,12 @@ class DataCollatorForVisionLanguageModeling:
         return encoded, output
 
     def _process(self, rows: Sequence[VisionRow]) -> dict[str, Any]:
-        """Run the processor over rows that have images, unpadded: text-only rows would have to bring images too.
+        """Run the processor on rows that have images, without padding.
+
+        Rows without images are not among them, since processors expect images for every row.
 
         Raises:
-            ValueError: The processor refused them; names the rows.
+            ValueError: The processor raised an error; the message names the rows.
         """
         try:
             output = self.processor(
@@ -219,27 +225,34 @@ class DataCollatorForVisionLanguageModeling:
             raise ValueError(f"{type(self.processor).__name__} refused a batch: {error}. It has {names}") from error
         return dict(output)
 
-    def _settle(self, row: VisionRow, encoded: dict[str, Any], ids: list[int]) -> dict[str, Any]:
-        """Make sure that the labelled tokens are those of the processor, which alone knows how it expands images.
+    def _use_processor_ids(self, row: VisionRow, encoded: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+        """Return a token row that has the processor's ids: `encoded` if they are the same, else a new one.
+
+        They differ if the processor does not report how it expands placeholders.
+
+        Args:
+            row: Row with images.
+            encoded: Token row with labels, from the expanded text.
+            ids: Token ids of the processor.
 
         Raises:
-            ValueError: They differ, so that spans can't be found in them.
+            ValueError: They differ, and only a part of the row is trained, whose tokens are then unknown.
         """
         if encoded["input_ids"] == ids:
             return encoded
         if row.train_on is not TrainOn.ALL:
             raise ValueError(
-                f"row {row.name}: {type(self.processor).__name__} does not say what it expands images to, so the "
+                f"row {row.name}: {type(self.processor).__name__} does not report how it expands images, so the "
                 f"{row.train_on.value} part can't be found in its {len(ids)} tokens; train on all of them "
                 "(completion_only_loss=False, assistant_only_loss=False)"
             )
         return {"input_ids": ids, "labels": list(ids)}
 
     def _limit(self, row: VisionRow, tokens: dict[str, Any]) -> dict[str, Any]:
-        """Cut a row to `max_length`.
+        """Truncate a row to `max_length`.
 
         Raises:
-            ValueError: Image tokens would be cut off: the model would get more images than places for them.
+            ValueError: Image tokens would be cut off, and the model would be given images without tokens for them.
         """
         ids = tokens["input_ids"]
         if self.max_length is None or len(ids) <= self.max_length:
@@ -257,20 +270,20 @@ class DataCollatorForVisionLanguageModeling:
         return cut
 
     def _type_columns(self, output: Mapping[str, Any]) -> list[str]:
-        """Columns beside the ids that the processor gives for each token, such as `mm_token_type_ids`."""
+        """Return the columns with a number per token, other than the ids, such as `mm_token_type_ids`."""
         lengths = [len(ids) for ids in output.get("input_ids", ())]
         known = [name for name, value in output.items() if name not in _BUILT_HERE and is_per_token(value, lengths)]
         return list(dict.fromkeys([*known, *self._text_columns]))
 
     @cached_property
     def _text_columns(self) -> list[str]:
-        """The same for rows without images: some models demand them of every training batch."""
+        """The same for rows without images, since some models need these columns in every training batch."""
         output = self.processor(text=["a"], padding=False, add_special_tokens=False)
         return [name for name in output if name not in _BUILT_HERE]
 
     @cached_property
     def image_token_ids(self) -> frozenset[int]:
-        """Ids of all tokens that stand for, or around, images in this family."""
+        """Ids of all tokens that this family uses for images or around them."""
         added = self.processor.tokenizer.added_tokens_decoder
         named = {token_id for token_id, token in added.items() if _IMAGE_TOKEN.search(str(token))}
         own = {*getattr(self.processor, "image_token_ids", ()), getattr(self.processor, "image_token_id", None)}
@@ -282,7 +295,7 @@ class DataCollatorForVisionLanguageModeling:
 
     @cached_property
     def _added_bos(self) -> str | None:
-        """The beginning-of-sequence token, where the tokenizer puts it before plain text."""
+        """The beginning-of-sequence token if the tokenizer adds it to plain text, else None."""
         tokenizer = self.processor.tokenizer
         ids = tokenizer("a").input_ids
         return tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else None
@@ -298,19 +311,19 @@ class DataCollatorForVisionLanguageModeling:
 def place_images(
     record: dict[str, Any], images: list[Any], image_token: str, folder: str | None = None
 ) -> tuple[dict[str, Any], list[Any]]:
-    """Bring the images of a record's columns and of its messages together, each with one place in the messages.
+    """Match the images of a record with the places for images in its messages, one each.
 
     Args:
-        record: As `sft.data.records.normalize` returns it.
-        images: Of the columns, decoded.
-        image_token: A placeholder that texts may hold themselves.
-        folder: Where paths in messages may lie.
+        record: Result of `sft.data.records.normalize`.
+        images: Decoded images of the image columns.
+        image_token: Placeholder that the text of messages may contain; empty if the family has none.
+        folder: Folder that paths in messages must be in.
 
     Returns:
-        The record with bare image parts, and all of its images.
+        The record, whose image parts are now `{"type": "image"}`, and all of its images.
 
     Raises:
-        ValueError: Places and images differ in number, or images come from both sides.
+        ValueError: The numbers of places and of images differ, or both columns and messages contain images.
     """
     columns = [name for name in ("messages", "prompt", "completion") if isinstance(record.get(name), list)]
     if not columns:
@@ -318,7 +331,7 @@ def place_images(
     messages, inline, num_places = take_images([message for name in columns for message in record[name]], folder)
     if inline and images:
         raise ValueError(
-            f"{len(images)} images in a column and {len(inline)} in its messages; give them in one of both"
+            f"{len(images)} images in a column and {len(inline)} in its messages; give them in one of the two"
         )
     images = images or inline
     num_places += sum(_texts(message).count(image_token) for message in messages if image_token)
@@ -327,7 +340,7 @@ def place_images(
     if num_places != len(images):
         raise ValueError(
             f"its messages have {num_places} image placeholders, and there are {len(images)} images; give one image "
-            "for each, in order (column images), or leave all placeholders out to have the images first"
+            "for each, in order (column images), or remove all placeholders to put the images first"
         )
     counts = [len(record[name]) for name in columns]
     starts = [sum(counts[:index]) for index in range(len(counts))]
@@ -336,12 +349,22 @@ def place_images(
 
 
 def is_per_token(value: Any, lengths: list[int]) -> bool:
-    """Whether a column of the processor's unpadded output has one number for each token of each row."""
+    """Return whether a column of a processor's unpadded output has one number per token.
+
+    Args:
+        value: Column of the output.
+        lengths: `(num_rows,)` tokens of each row.
+    """
     return isinstance(value, list) and [len(row) if isinstance(row, list) else -1 for row in value] == lengths
 
 
 def image_tensors(output: Mapping[str, Any], width: int) -> dict[str, torch.Tensor]:
-    """What a processor made of images, as tensors; a cross attention mask gets the batch's width."""
+    """Return a processor's output for images as tensors.
+
+    Args:
+        output: Unpadded output of the processor.
+        width: Tokens of a padded row. A `cross_attention_mask` `(rows, length, ...)` is padded or cut to it.
+    """
     lengths = [len(ids) for ids in output.get("input_ids", ())]
     tensors = {
         name: torch.as_tensor(value)
@@ -358,13 +381,13 @@ def image_tensors(output: Mapping[str, Any], width: int) -> dict[str, torch.Tens
 
 
 def _texts(message: Mapping[str, Any]) -> str:
-    """All text of a message."""
+    """Return the text of a message, its parts joined by line breaks."""
     content = message["content"]
     return content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
 
 
 def row_name(row: Mapping[str, Any], place: int) -> str:
-    """What to call a row: its id, else its place and the beginning of what it says, by which it can be found."""
+    """Return a name for a row in messages: its id, or its position in the batch and the beginning of its text."""
     if row.get("id") is not None:
         return str(row["id"])
     said = re.search(r"'(?:content|text|value)': '([^']+)'", repr({k: row[k] for k in row if k not in IMAGE_COLUMNS}))

@@ -1,7 +1,8 @@
-"""Images as rows name them: decoded, from files only where the images of rows may lie.
+"""Decode the images of rows: from objects, bytes, base64, URLs, and files inside one folder.
 
-Rows often come from others, and a path in them could lead to any file of the machine. A text is therefore a path inside
-of one folder, an address on the web, or the image itself in base64; a `Path` can only come from the user's own code.
+Rows often come from other people, and a path in them could point to any file of the machine. A string is therefore read
+as a path inside one folder, a URL, or the image itself in base64. A `pathlib.Path` may point anywhere, since only the
+user's own code can make one.
 """
 
 from __future__ import annotations
@@ -23,21 +24,24 @@ from transformers.image_utils import is_valid_image
 URL_TIMEOUT_S = 30.0
 URL_MAX_BYTES = 64_000_000
 SHORTEST_BASE64 = 64
-"""No image takes fewer characters; a path of this length that is base64 by chance does not decode to an image."""
+"""Shorter strings are never read as base64, since no image is so small.
 
-# what Pillow raises for files that are damaged, none at all, or far larger unpacked than packed
+A longer path may be valid base64 by chance, but does not decode to an image.
+"""
+
+# what Pillow raises for files that are damaged, not images, or decompression bombs
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 def read_images(value: Any, folder: str | None = None) -> list[Any]:
-    """Decode a column's images: nothing, one, or a list of PIL images, arrays, paths, URLs, `{"bytes", "path"}`.
+    """Decode the images of a column.
 
     Args:
-        value: What the column holds.
-        folder: Where paths may lie, see `inside`.
+        value: None, one image, or a list of images, in any form that `read_image` accepts.
+        folder: Folder that paths must be in, see `inside`.
 
     Raises:
-        ValueError: A value is no image, or lies elsewhere.
+        ValueError: A value is not an image, or its path is outside the folder.
     """
     if value is None:
         return []
@@ -46,14 +50,14 @@ def read_images(value: Any, folder: str | None = None) -> list[Any]:
 
 
 def read_image(value: Any, folder: str | None = None) -> Any:
-    """Decode one image, turned upright as its EXIF data says; what is decoded already is left as it is.
+    """Decode one image and rotate it by its EXIF orientation; a PIL image or array is returned unchanged.
 
     Args:
-        value: A PIL image, an array, bytes, a path, a URL, base64, or a dict with one of the last five.
-        folder: Where paths may lie, see `inside`.
+        value: PIL image, array, bytes, path, URL, base64, or a dict `{"bytes", "path", "url"}` with one of the latter.
+        folder: Folder that paths must be in, see `inside`.
 
     Raises:
-        ValueError: It is none, can't be read, or lies elsewhere; says where it should come from.
+        ValueError: It is not an image, can't be read, or its path is outside the folder.
     """
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path") or value.get("url")
@@ -67,33 +71,34 @@ def read_image(value: Any, folder: str | None = None) -> Any:
         return _open(value, f"{str(value)!r:.120}")
     if not is_valid_image(value):
         raise ValueError(
-            f"{type(value).__name__} {value!r:.60} is no image; give PIL images, arrays, paths, or a dict with "
+            f"{type(value).__name__} {value!r:.60} is not an image; give PIL images, arrays, paths, or a dict with "
             "bytes or path"
         )
     return value
 
 
 def inside(name: str, folder: str | None) -> Path:
-    """The file that a row means.
+    """Return the path of an image file, and check that it is inside the folder.
 
     Args:
-        name: A path as the row states it; a relative one starts in the folder.
-        folder: The folder that no row may lead out of; None = the working directory. Links inside may lead anywhere.
+        name: Path as in the row; a relative one starts in the folder.
+        folder: Folder that the path must be in; None = the working directory. Symbolic links in it may point anywhere.
 
     Raises:
-        ValueError: It leads out of the folder; says how to allow that.
+        ValueError: The path leads out of the folder.
     """
     base = Path(folder or ".").absolute()
     path = Path(os.path.normpath(base / name))
     if not path.is_relative_to(os.path.normpath(base)):
         raise ValueError(
             f"the image {name!r:.120} lies outside of {base}, and paths in rows may not lead out of there; set "
-            "image_folder to the folder that holds the images, '/' for any"
+            "image_folder to the folder that contains the images, '/' for any"
         )
     return path
 
 
 def _read_text(text: str, folder: str | None) -> Any:
+    """Decode the image that a string means: a URL, a data URI, base64, or else a path in the folder."""
     shown = f"{text!r:.120}"
     if text.startswith(("http://", "https://")):
         return _decode(io.BytesIO(_fetch(text, shown)), shown)
@@ -103,12 +108,13 @@ def _read_text(text: str, folder: str | None) -> Any:
     if packed is not None:
         try:
             return _decode(io.BytesIO(packed), shown)
-        except ValueError:  # a long path, then
+        except ValueError:  # not an image, so it is a long path
             pass
     return _open(inside(text, folder), shown)
 
 
 def _of_base64(text: str) -> bytes | None:
+    """Decode base64, white space allowed; None if it is not valid."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
@@ -116,10 +122,10 @@ def _of_base64(text: str) -> bytes | None:
 
 
 def _open(path: Path, shown: str) -> Any:
-    """Open a file; a device or a pipe might never end."""
+    """Decode a regular file; devices and pipes are refused, since reading them might never end."""
     try:
         found = path.is_file()
-    except (OSError, ValueError):  # a name longer than any file's, or with a null in it
+    except (OSError, ValueError):  # the name is too long, or contains a null character
         found = False
     if not found:
         raise ValueError(f"{shown} can't be read as an image: there is no such file ({path!s:.120})")
@@ -135,7 +141,7 @@ def _decode(source: Any, shown: str) -> Any:
 
 
 def _fetch(url: str, shown: str) -> bytes:
-    """What an address answers, within limits of time and size."""
+    """Download a URL within `URL_TIMEOUT_S` and `URL_MAX_BYTES`."""
     content = bytearray()
     deadline = time.monotonic() + URL_TIMEOUT_S
     try:
@@ -144,8 +150,8 @@ def _fetch(url: str, shown: str) -> bytes:
                 content += part
                 if len(content) > URL_MAX_BYTES or time.monotonic() > deadline:
                     limits = f"{URL_MAX_BYTES / 1e6:.0f} MB and {URL_TIMEOUT_S:.0f} s"
-                    raise ValueError(f"it is not all there within {limits}")
+                    raise ValueError(f"it is not complete within {limits}")
     except (OSError, HTTPException, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{shown} can't be fetched: {reason or type(error).__name__}; download it") from error
+        raise ValueError(f"{shown} can't be downloaded: {reason or type(error).__name__}; save it as a file") from error
     return bytes(content)

@@ -1,4 +1,4 @@
-"""Through `SFTTrainer`, packed rows train exactly what single documents do: on every family, attention and stream."""
+"""With `SFTTrainer`, packed rows train the same as single documents: for every family, attention and stream."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 NO_SDPA = {"gemma2 with caps and a window"}
 LEAKING = {"opt"}
-"""Families whose own attention, told of documents by position ids alone, lets them see each other."""
+"""Families whose own attention, given position ids but no layout, lets documents see each other."""
 
 
 def make(name: str, attention: str | None = "eager") -> Any:
@@ -71,7 +71,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def document_by_document(model: Any, rows: list[list[int]]) -> tuple[float, dict[str, torch.Tensor]]:
-    """The plain loop: each document alone, transformers' eager attention, torch's cross entropy."""
+    """Compute each document alone, with transformers' eager attention and torch's cross entropy."""
     num_targets = sum(len(row) - 1 for row in rows)
     total = 0.0
     for row in rows:
@@ -83,7 +83,7 @@ def document_by_document(model: Any, rows: list[list[int]]) -> tuple[float, dict
 
 
 def first_step(trainer: SFTTrainer) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Loss and gradients of the first batch, which holds all documents, and the batch."""
+    """Return loss and gradients of the first batch, which contains all documents, and the batch."""
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     loss = trainer.training_step(
@@ -147,7 +147,7 @@ def test_windows_and_caps_of_these_tests_matter(name: str) -> None:
 
 
 class Leaking(torch.nn.Module):
-    """An attention that lets everything before a token through, whatever document it is of."""
+    """Attention to everything before a token, in any document."""
 
     def __call__(self, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
@@ -208,7 +208,7 @@ def test_flat_batches_of_a_users_collator_train_what_their_documents_do(collator
 
 
 def plain_loss(model: Any, rows: list[list[int]], num_untrained: int) -> float:
-    """Mean over all targets, each document alone; its first tokens are none."""
+    """Return the mean loss over all targets, each document alone; its first `num_untrained` tokens are not targets."""
     targets = [torch.tensor(row[num_untrained:]) for row in rows]
     logits = [model(input_ids=torch.tensor([row])).logits[0, num_untrained - 1 : -1] for row in rows]
     return F.cross_entropy(torch.cat(logits), torch.cat(targets)).item()

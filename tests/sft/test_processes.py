@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from sft.train.processes import FILLER, EvenCollator, EvenRows
+from sft.batches.layout import FILLER
+from sft.train.processes import EvenCollator, EvenRows
 from tests.sft.rank_training import CHECKPOINTS, FIGURES, NAMES, NUM_STEPS, ROWS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""Packed documents must not notice each other: not in the logits, not in the loss, not in the gradients."""
+"""Packed documents do not affect each other's logits, loss or gradients; unusable attention is refused."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def test_forced_flash_passes_on_flat_batches_in_half_precision(hardware: Hardwar
     ("family", "overrides", "complaint"),
     [("gemma2", {}, "a soft cap of 50.0"), ("mistral", {"sliding_window": 5}, "a sliding window of 5 tokens")],
 )
-def test_forced_flash_is_refused_by_layers_that_the_kernel_cannot_serve(
+def test_forced_flash_is_refused_by_layers_that_the_kernel_does_not_support(
     family: str, overrides: dict[str, Any], complaint: str
 ) -> None:
     with flash_sdp_only(), pytest.raises(ValueError, match=f"this layer asks for {complaint}.*force_flash_sdp=False"):

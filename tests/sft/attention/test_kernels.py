@@ -1,7 +1,8 @@
-"""Kernels for whole rows give what attention document by document gives, and are chosen only where they can."""
+"""Kernels for flat rows give the same as attention document by document, and are chosen only if they can run."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -28,7 +29,7 @@ def states(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
 
 
 def one_by_one(options: AttentionOptions) -> torch.Tensor:
-    """Each document alone, attention written out."""
+    """Compute each document alone, with plain matrix products."""
     outputs, start = [], 0
     for length in LAYOUT.lengths:
         piece = [tensor[:, :, start : start + length] for tensor in states()]
@@ -62,7 +63,7 @@ def test_flex_attention_gives_the_same(options: AttentionOptions) -> None:
 
 
 def flash_stand_in(*states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-    """What the kernels promise, for tokens-first tensors `(tokens, heads, dim)` and cumulative lengths."""
+    """Compute what the kernels document, for tensors `(tokens, heads, dim)` and cumulative lengths."""
     ends = arguments["cu_seqlens_q"]
     assert ends.dtype == torch.int32
     assert arguments["max_seqlen_q"] == arguments["max_seqlen_k"] == 12
@@ -139,3 +140,17 @@ def test_this_machine_is_described() -> None:
     hardware = current_hardware(torch.device("cpu"))
     assert (hardware.device_type, hardware.capability) == ("cpu", (0, 0))
     assert "torch.nn.attention.varlen" in hardware.packages
+
+
+@pytest.mark.parametrize(
+    "module", ["sft.attention.kernels", "sft.attention.isolation", "sft.models.loading", "sft.train.trainer"]
+)
+def test_importing_the_library_registers_its_attention_with_transformers(module: str) -> None:
+    script = f"""
+import {module}
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+print(*(table["sft_documents"].__name__ for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["document_attention_forward", "document_attention_mask"]

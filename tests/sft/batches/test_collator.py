@@ -1,4 +1,4 @@
-"""Batches, number by number."""
+"""Batches of the collator, compared value by value."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_labels_default_to_the_tokens_and_masks_restrict_them() -> None:
     assert DataCollatorForSFT(pad_token_id=9)(rows)["labels"].tolist() == [[1, 2, 3], [X, 2, X]]
 
 
-def test_position_ids_come_with_padded_batches_on_request() -> None:
+def test_padded_batches_have_position_ids_on_request() -> None:
     batch = DataCollatorForSFT(pad_token_id=9, return_position_ids=True)(ROWS)
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 2]]
 
@@ -106,12 +106,12 @@ def test_rows_may_be_lists_arrays_or_tensors(kind: Any) -> None:
         ({"input_ids": [1, 2], "seq_lengths": [2, 0]}, "must be positive"),
     ],
 )
-def test_malformed_rows_are_refused_by_their_place(row: dict[str, Any], complaint: str) -> None:
+def test_malformed_rows_are_refused_with_their_position_in_the_batch(row: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         DataCollatorForSFT(pad_token_id=9)([PACKED[0], row])
 
 
-def test_padding_that_rows_bring_along_is_neither_attended_to_nor_trained() -> None:
+def test_padding_in_the_rows_is_neither_attended_to_nor_trained() -> None:
     rows = [
         {"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1]},
         {"input_ids": [7, 8, 9, 0], "labels": [7, 8, 9, 0], "attention_mask": [1, 1, 1, 0]},

@@ -22,13 +22,13 @@ def encode(text: str) -> list[int]:
 
 
 def trained_text(batch: Any, tokenizer: Any = TOKENIZER) -> list[str]:
-    """What is trained in each row, spelled out."""
+    """Return the trained tokens of each row as text."""
     rows = zip(batch["input_ids"], batch["labels"], strict=True)
     return [tokenizer.decode(ids[labels != IGNORE_INDEX]) for ids, labels in rows]
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Letters are tokens, but ':\\n' is one too, and so is '\\n#': templates change where text touches them."""
+    """Return a tokenizer that merges ':\\n' and '\\n#', so that templates are tokenized differently next to text."""
     tokens = ["#", "A", "I", ":", "\n", ":\n", "\n#", "x", "y", "z", " ", "<pad>"]
     merges = [(":", "\n"), ("\n", "#")]
     model = models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
@@ -98,7 +98,7 @@ def test_first_instruction_found_by_ids_does_not_hide_later_ones_tokenized_diffe
     assert tokenizer.convert_ids_to_tokens(ids)[:5] == ["#", "I", ":", "x", "\n#"]
 
 
-def test_text_that_merely_spells_a_special_token_is_no_template() -> None:
+def test_text_that_only_spells_a_special_token_is_not_a_template() -> None:
     start = TOKENIZER.convert_tokens_to_ids("<|im_start|>")
     spelled = [token for part in "<|im_start|>" for token in encode(part)]
     ids = [start, *encode("assistant yes "), *spelled, *encode("assistant no")]
@@ -121,7 +121,7 @@ def test_rows_without_the_template_are_masked_and_counted_in_a_warning() -> None
     assert (collator.num_rows, collator.num_rows_without_template) == (4, 2)
 
 
-def test_template_that_misses_by_white_space_is_an_error_with_both_tokenizations_and_the_ids_to_pass() -> None:
+def test_template_that_differs_by_white_space_is_an_error_with_both_tokenizations_and_the_ids_to_pass() -> None:
     ids = encode("a### Response:one")
     collator = DataCollatorForCompletionOnlyLM("\n### Response:\n", tokenizer=TOKENIZER)
     with pytest.raises(ValueError, match="is not in the text, but '### Response:' is") as caught:
@@ -133,7 +133,7 @@ def test_template_that_misses_by_white_space_is_an_error_with_both_tokenizations
     assert trained_text(suggested([{"input_ids": ids}])) == ["one"]
 
 
-def test_labels_that_a_row_brings_stay_masked() -> None:
+def test_labels_of_a_row_that_are_ignored_stay_ignored() -> None:
     ids = encode(" ### Response: one two")
     labels = [*ids[:-1], IGNORE_INDEX]
     batch = DataCollatorForCompletionOnlyLM(RESPONSE, tokenizer=TOKENIZER)([{"input_ids": ids, "labels": labels}])
@@ -154,7 +154,7 @@ def test_packed_rows_are_searched_document_by_document() -> None:
     assert trained_text(DataCollatorForCompletionOnlyLM(RESPONSE, tokenizer=TOKENIZER)([row])) == [" one two"]
 
 
-def test_another_ignore_index_is_written() -> None:
+def test_another_ignore_index_is_used() -> None:
     batch = DataCollatorForCompletionOnlyLM(RESPONSE, tokenizer=TOKENIZER, ignore_index=-1)(
         [{"input_ids": encode(" ### Response: one")}]
     )

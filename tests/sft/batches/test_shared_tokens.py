@@ -1,4 +1,4 @@
-"""Common beginnings are computed once and tokens behind the last targets not at all, with the same training step."""
+"""Shared beginnings are computed once, tokens after the last targets never, and the training step is the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ P, Q, A, B, C, R, D, E = range(10, 18)
 
 
 def plan(documents: list[list[int]], targets: list[list[bool]], weights: list[float] | None = None) -> Any:
-    """The plan for documents of which these tokens are targets."""
+    """Return the plan for documents of which these tokens are targets."""
     input_ids = np.concatenate([np.array(document) for document in documents])
     is_target = np.concatenate([np.array(flags) for flags in targets])
     labels = np.where(is_target, input_ids, IGNORE_INDEX)
@@ -35,7 +35,7 @@ def last_only(document: list[int]) -> list[bool]:
     return [False] * (len(document) - 1) + [True]
 
 
-def test_common_beginnings_are_computed_once_and_last_targets_not_at_all() -> None:
+def test_common_beginnings_are_computed_once_and_last_targets_never() -> None:
     documents = [[P, Q, A, B], [P, Q, C], [P, R, D, E]]
     found = plan(documents, [last_only(document) for document in documents])
     assert found.computed.tolist() == [0, 1, 2, 8, 9]
@@ -43,19 +43,19 @@ def test_common_beginnings_are_computed_once_and_last_targets_not_at_all() -> No
     assert found.attended_lengths.tolist() == [3, 2, 3]
 
 
-def test_what_stands_behind_the_last_target_is_cut() -> None:
+def test_tokens_after_the_last_target_are_cut() -> None:
     found = plan([[P, Q, A, B], [Q, C, D]], [[False, True, False, False], [False, False, False]])
     assert found.computed.tolist() == [0]
     assert found.places.tolist() == [0, -1, -1, -1, -1, -1, -1]
     assert found.attended_lengths.tolist() == [1]
 
 
-def test_a_label_that_weighs_nothing_is_no_target() -> None:
+def test_a_label_of_weight_zero_is_not_a_target() -> None:
     found = plan([[P, Q, A], [R, D, E]], [[False, True, True], [False, True, True]], [1, 1, 0, 1, 1, 1])
     assert found.attended_lengths.tolist() == [1, 2]
 
 
-def test_beginnings_too_short_to_pay_are_computed_again() -> None:
+def test_beginnings_that_save_too_little_are_computed_again() -> None:
     documents = [[P, *range(20, 120)], [P, *range(140, 240)]]
     found = plan(documents, [last_only(document) for document in documents])
     assert found.computed.tolist() == [*range(100), *range(101, 201)]
@@ -66,7 +66,7 @@ def test_a_row_without_targets_has_no_plan() -> None:
 
 
 def shared_rows() -> list[dict[str, list[int]]]:
-    """Documents with beginnings in common, one twice; some trained on all tokens, some on the last ones only."""
+    """Return documents that share beginnings, one of them twice; some train all tokens, some the last ones only."""
     generator = torch.Generator().manual_seed(5)
     begin, question = (torch.randint(4, 300, (length,), generator=generator).tolist() for length in (9, 6))
     ends = [torch.randint(4, 300, (length,), generator=generator).tolist() for length in (7, 3, 11, 5)]
@@ -138,7 +138,9 @@ def test_metrics_on_logits_get_those_of_every_token(tmp_path: Path) -> None:
         ("llama", {"padding_free": False}, "padded"),
     ],
 )
-def test_what_speaks_against_sharing_is_said(family: str, options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_the_reason_against_sharing_is_stated(
+    family: str, options: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
     trainer = trainer_for(make(family, None), tmp_path, shared_rows(), **options)
     assert reason in trainer.sharing
     assert "computed" not in next(iter(trainer.get_train_dataloader()))

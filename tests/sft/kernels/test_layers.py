@@ -1,4 +1,4 @@
-"""Fused norms and feed-forward layers compute what the model's own do, and are used only where that holds."""
+"""Fused norms and feed-forward layers compute the same as the model's own, and are used only if they do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.tiny import random_model, tiny_model
 
 
 def step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of one batch and the gradients of all parameters."""
+    """Return the loss of one batch and the gradients of all parameters."""
     ids = torch.arange(24).reshape(2, 12)
     model.train().zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
@@ -70,7 +70,7 @@ def test_evaluation_and_half_precision_run_the_layers_own_forward() -> None:
         assert found == 0
 
 
-def test_layers_with_hooks_or_another_activation_are_left_alone() -> None:
+def test_layers_with_hooks_or_another_activation_are_not_replaced() -> None:
     model = random_model("llama", None, hidden_act="gelu")
     model.model.norm.register_forward_hook(lambda *_: None)
     with fused_layers(model) as found:
@@ -86,7 +86,7 @@ def test_linear_layer_equals_the_formula_and_its_gradients(bias: bool) -> None:
     assert torch.autograd.gradcheck(linear_layer, inputs)
 
 
-def test_linear_layers_of_a_model_that_is_trained_whole_have_the_same_gradients(
+def test_linear_layers_of_a_fully_trained_model_have_the_same_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny_model(hidden_size=64, intermediate_size=128)
@@ -106,7 +106,7 @@ def test_linear_layers_of_a_model_that_is_trained_whole_have_the_same_gradients(
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_autocast_goes_on_choosing_the_precision_of_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_still_chooses_the_precision_of_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_under_test, "onednn_for_float32", lambda: True)
     layer = nn.Linear(64, 64).train()
     with fused_layers(layer) as found, torch.autocast("cpu", torch.bfloat16):

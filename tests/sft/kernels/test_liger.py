@@ -1,4 +1,4 @@
-"""Liger is refused in words where it cannot run, leaves the loss to this library, and computes what torch computes."""
+"""Liger is refused with a message if it can't run, leaves the loss to this library, and computes the same as torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def interpreted(part: str) -> dict[str, float]:
-    """A part of `liger_interpreted.py`, in a process in which Triton interprets its programs."""
+    """Run a part of `liger_interpreted.py` in a process in which Triton interprets its programs."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.sft.liger_interpreted", part],
         cwd=ROOT,
@@ -52,7 +52,7 @@ def test_cpu_is_refused_because_triton_has_no_device_there() -> None:
         (replace(GPU, capability=(6, 1)), "needs compute capability 7.0, and the GPU has 6.1"),
     ],
 )
-def test_what_is_missing_is_named(hardware: Hardware, complaint: str) -> None:
+def test_missing_packages_and_capabilities_are_named(hardware: Hardware, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         check_liger_hardware(hardware)
 
@@ -97,7 +97,7 @@ def test_asking_for_ligers_own_loss_is_refused_since_it_would_never_run(name: st
 
 
 @pytest.mark.parametrize("keep_logits", [False, True])
-def test_evaluations_note_to_ligers_loss_never_reaches_the_model(keep_logits: bool) -> None:
+def test_the_key_that_evaluation_adds_for_ligers_loss_never_reaches_the_model(keep_logits: bool) -> None:
     model, seen = tiny_model(), []
     handle = model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
     ids = torch.arange(4, 10)[None]
@@ -131,7 +131,7 @@ def test_the_trainer_asks_for_ligers_kernels_without_its_loss(tmp_path: Path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_model_with_ligers_kernels_has_the_same_loss_hits_and_gradients(family: str) -> None:
-    """Also where Liger's own loss was put into the model's forward: the model's head then stays idle just as well."""
+    """Also if Liger's own loss was installed in the model's forward: the model's head does not run then either."""
     found = interpreted(family)
     assert found.keys() == {
         f"{what}, {config}"

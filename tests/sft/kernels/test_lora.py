@@ -1,4 +1,4 @@
-"""The fused LoRA layer computes what peft's own does, and is used only where that holds."""
+"""The fused LoRA layer computes the same as peft's own, and is used only if it does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def adapted(**options: Any) -> PeftModel:
-    """A tiny model in training mode with LoRA on all linear layers, B filled so that the update is not zero."""
+    """Return a tiny model in training mode with LoRA on all linear layers; B is random, so that updates are not 0."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)
     model = get_peft_model(tiny_model(), config).train()
@@ -32,7 +32,7 @@ def adapted(**options: Any) -> PeftModel:
 
 
 def loss_and_gradients(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss of one batch and the gradients of all trained parameters."""
+    """Return the loss of one batch and the gradients of all trained parameters."""
     ids = torch.arange(24).reshape(2, 12)
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
@@ -129,7 +129,7 @@ def test_adapter_switched_off_inside_the_block_is_off() -> None:
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
-def test_what_computes_something_else_is_left_to_peft(options: dict[str, Any]) -> None:
+def test_adapters_that_compute_something_else_are_left_to_peft(options: dict[str, Any]) -> None:
     with fused_lora(adapted(**options)) as num_layers:
         assert num_layers == 0
 
@@ -146,7 +146,7 @@ def test_trained_or_differently_typed_base_is_left_to_peft() -> None:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "nested"])
 def base_in_4_bits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
-    """A tiny model in 4 bits, perhaps with its scales in 8, that computes in float32 and has LoRA on all layers."""
+    """Return a tiny 4-bit model, nested quantization or not, that computes in float32 and has LoRA on all layers."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("wide")
     tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(folder)

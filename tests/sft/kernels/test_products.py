@@ -1,4 +1,4 @@
-"""Products by whichever library give what torch's own give, and the choice depends on the processor alone."""
+"""Products of either library equal torch's own, and the choice depends on the processor only."""
 
 from __future__ import annotations
 

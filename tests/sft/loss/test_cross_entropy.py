@@ -22,7 +22,7 @@ OPTIONS = [
 
 @pytest.fixture(autouse=True, params=[10, 1 << 24])
 def chunk_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything with one row a chunk, and with all rows in one."""
+    """Run every test with one row per chunk, and with all rows in one."""
     monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", request.param)
 
 
@@ -39,7 +39,7 @@ def weights() -> torch.Tensor:
 
 
 def reference(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:
-    """Sum of weighted losses as the papers write them."""
+    """Return the sum of weighted losses by the formulas of the papers."""
     losses = F.cross_entropy(logits, targets(), reduction="none", label_smoothing=options.label_smoothing)
     if options.loss_type == "dft":
         losses = losses * logits.softmax(-1).gather(1, targets()[:, None]).squeeze(1).detach()
@@ -96,6 +96,14 @@ def test_hits_and_entropy_are_counted() -> None:
     assert cross_entropy_sums(logits, targets(), weights(), LossOptions()).entropy == 0
 
 
+def test_a_weight_of_zero_takes_a_token_out_of_the_loss() -> None:
+    logits = random(ROWS, VOCAB)
+    only_first = torch.zeros(ROWS)
+    only_first[0] = 1.0
+    sums = cross_entropy_sums(logits, targets(), only_first, LossOptions())
+    torch.testing.assert_close(sums.loss, F.cross_entropy(logits[:1], targets()[:1]))
+
+
 def test_given_logits_are_left_as_they_are() -> None:
     logits = random(ROWS, VOCAB)
     before = logits.clone()
@@ -127,7 +135,7 @@ def test_autocast_computes_products_in_its_type_and_keeps_float32_gradients() ->
     assert (hidden.grad.dtype, weight.grad.dtype) == (torch.float32, torch.float32)
 
 
-def test_no_targets_give_a_loss_of_zero_that_can_be_taken_back() -> None:
+def test_no_targets_give_a_loss_of_zero_with_a_backward_pass() -> None:
     hidden, weight = random(0, WIDTH).requires_grad_(), random(VOCAB, WIDTH).requires_grad_()
     nothing = torch.empty(0, dtype=torch.long)
     loss = linear_cross_entropy_sums(hidden, Head(weight), nothing, torch.empty(0), LossOptions()).loss
@@ -143,7 +151,7 @@ def test_second_backward_through_the_fused_loss_is_refused() -> None:
     hidden = random(ROWS, WIDTH).requires_grad_()
     loss = linear_cross_entropy_sums(hidden, Head(random(VOCAB, WIDTH)), targets(), weights(), LossOptions()).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="already taken back once"):
+    with pytest.raises(RuntimeError, match="backward was already called once"):
         loss.backward()
 
 

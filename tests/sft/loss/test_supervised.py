@@ -15,12 +15,7 @@ from sft.batches.layout import document_layout
 from sft.labels import IGNORE_INDEX
 from sft.loss.cross_entropy import LossOptions
 from sft.loss.head import plain_head, states_before_head
-from sft.loss.supervised import (
-    SupervisedLoss,
-    sft_loss,
-    supervised_logits,
-    supervised_loss,
-)
+from sft.loss.supervised import SupervisedLoss, supervised_logits, supervised_loss
 from sft.loss.targets import find_targets, model_arguments, num_targets
 from sft.train.counters import TokenTotals
 from tests.tiny import random_model
@@ -54,7 +49,7 @@ def run(
 
 
 def reference(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """Row by row, all logits, torch's cross entropy, divided by the number of targets."""
+    """Compute loss and gradients row by row, from all logits and torch's cross entropy, per target."""
     model.zero_grad()
     losses = []
     for row in ROWS:
@@ -189,12 +184,12 @@ def test_adapter_on_the_base_uses_the_fused_head_and_an_adapted_head_does_not() 
     assert_same(gradients, kept_gradients)
 
 
-def test_prompt_tuning_is_scored_behind_its_virtual_tokens() -> None:
+def test_prompt_tuning_is_scored_after_its_virtual_tokens() -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(make("llama"), config)
     result, gradients = run(model, batch(flat=False))
     inputs = batch(flat=False)
-    inputs["labels"][:, 0] = X  # as everywhere, a first token is no target, though here virtual ones precede it
+    inputs["labels"][:, 0] = X  # a first token is never a target, even if virtual ones precede it
     expected = model(**inputs).loss
     torch.testing.assert_close(result.loss, expected, rtol=1e-5, atol=1e-6)
     assert list(gradients) == ["prompt_encoder.default.embedding.weight"]
@@ -249,12 +244,17 @@ def test_router_loss_of_a_mixture_of_experts_counts_by_its_share() -> None:
     torch.testing.assert_close(difference, router_loss / 2, rtol=1e-4, atol=1e-6)
 
 
-def test_loss_of_logits_at_hand() -> None:
-    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
-    targets = torch.tensor([1, 2, 3, 4])
-    torch.testing.assert_close(sft_loss(logits, targets).loss, F.cross_entropy(logits, targets))
-    torch.testing.assert_close(sft_loss(logits, targets, num_items=8).loss, F.cross_entropy(logits, targets) / 2)
-    weighted = sft_loss(logits, targets, weights=torch.tensor([1.0, 0.0, 0.0, 0.0]))
+@pytest.mark.parametrize("keep_logits", [False, True], ids=["fused head", "all logits"])
+def test_loss_is_the_mean_over_targets_or_their_sum_divided_by_num_items(keep_logits: bool) -> None:
+    model = make("llama")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    inputs = {"input_ids": ids, "labels": ids}
+    logits, targets = model(input_ids=ids).logits[0, :-1], ids[0, 1:]
+    mean = F.cross_entropy(logits, targets)
+    torch.testing.assert_close(supervised_loss(model, inputs, keep_logits=keep_logits).loss, mean)
+    torch.testing.assert_close(supervised_loss(model, inputs, num_items=8, keep_logits=keep_logits).loss, mean / 2)
+    one_counts = {**inputs, "loss_weights": torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0]])}
+    weighted = supervised_loss(model, one_counts, keep_logits=keep_logits)
     torch.testing.assert_close(weighted.loss, F.cross_entropy(logits[:1], targets[:1]))
 
 
@@ -276,7 +276,7 @@ def test_totals_are_means_over_tokens_and_over_processes() -> None:
 
 
 def unsloth_like(model: Any, takes_lists: bool) -> Any:
-    """Patches a model's class as unsloth does: both names of one argument, of which lists are ignored or fail."""
+    """Patch a model's class as unsloth does: the argument has both names, and tensors in it are ignored or fail."""
     plain = type(model).forward
 
     def fast_forward(

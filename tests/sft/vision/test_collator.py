@@ -1,4 +1,4 @@
-"""Rows with images: what the batch holds, what of it is trained, what is refused; and models that learn from it."""
+"""Rows with images: contents of the batch, trained tokens, refused rows; and models that learn from the batches."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ IMAGE = {"type": "image"}
 
 @pytest.fixture(autouse=True)
 def no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate collects garbage after every training: a third of these tests' time."""
+    """Skip accelerate's garbage collection after every training, which takes a third of these tests' time."""
     monkeypatch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=int))
 
 
@@ -74,13 +74,13 @@ def chat(question: Any, answer: Any, *more: Any) -> list[dict[str, Any]]:
 
 
 def trained(batch: dict[str, torch.Tensor], family: str) -> list[str]:
-    """What of each row is trained, as text."""
+    """Return the trained tokens of each row as text."""
     tokenizer = processor(family).tokenizer
     return [tokenizer.decode(labels[labels != IGNORE_INDEX]) for labels in batch["labels"]]
 
 
 def mixed_rows() -> list[dict[str, Any]]:
-    """Sizes that expand to different numbers of tokens, one image, none, two, beside text before and after."""
+    """Return rows with one image, none or two, between texts, of sizes that expand to different numbers of tokens."""
     return [
         {"images": [square("red", 40, 24)], "messages": chat("What colour?", "red")},
         {"images": [], "messages": chat("Hello", "How are you?")},
@@ -143,7 +143,7 @@ def test_tokens_around_the_tiles_of_an_image_are_masked_and_line_breaks_of_the_t
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_rows_loss_does_not_depend_on_the_rows_beside_it(family: str) -> None:
+def test_a_rows_loss_does_not_depend_on_the_other_rows_of_its_batch(family: str) -> None:
     model = tiny_vision_model(family, processor(family)).eval()
     together, rows = collator(family, assistant_only_loss=True), mixed_rows()
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_completions_are_trained_where_rows_have_them_unless_told_otherwise(fami
     assert "What colour?" in trained(collator(family, completion_only_loss=False)([row]), family)[0]
 
 
-def test_plain_text_holds_its_placeholders_itself() -> None:
+def test_plain_text_contains_its_placeholders() -> None:
     rows = [
         {"image": square("red"), "text": "<image> is red"},
         {"image": square("red"), "prompt": "<image> is", "completion": " red"},
@@ -315,7 +315,7 @@ def test_an_image_column_of_datasets_is_read_decoded_or_not() -> None:
             {"image": "/etc/passwd", "messages": chat("a", "red")},
             r"row 1 .*/etc/passwd' lies outside of .*image_folder",
         ),
-        ({"image": 3.5, "messages": chat("a", "red")}, "row 1 .*float 3.5 is no image"),
+        ({"image": 3.5, "messages": chat("a", "red")}, "row 1 .*float 3.5 is not an image"),
         ({"image": {"bytes": b"x"}, "messages": chat("a", "red")}, "row 1 .*the image's bytes can't be read"),
         ({"image": {"bytes": None}, "messages": chat("a", "red")}, "row 1 .*neither bytes nor path"),
         ({"messages": chat([{"type": "video"}, say("a")], "b")}, "row 1 .*message 0 has a part of type 'video'"),
@@ -332,7 +332,7 @@ def test_a_row_that_does_not_fit_is_named(row: dict[str, Any], message: str) -> 
         collator("llava")([mixed_rows()[0], row])
 
 
-def test_a_template_that_prints_no_image_is_found_out() -> None:
+def test_a_template_that_prints_no_image_is_refused() -> None:
     own = tiny_processor("llava")
     own.chat_template = own.chat_template.replace("{{ '<image>\n' }}", "")
     with pytest.raises(ValueError, match=r"row 0 .*0 placeholders '<image>' in its text, 1 images"):
@@ -411,7 +411,7 @@ def test_a_model_learns_the_colour_of_a_square(family: str, tmp_path: Path) -> N
     trained_by = trainer(family, tmp_path, collate, 40)
     trained_by.train()
     found = losses(trained_by)
-    # the words alone, without seeing the square, can't be told apart: ln(4) for one token of each answer
+    # a model that ignores the square can only guess one of four words: ln(4) for one token of each answer
     batch = collate(colour_rows())
     num_targets = int((batch["labels"] != IGNORE_INDEX).sum())
     assert found[0] > 4
@@ -421,7 +421,7 @@ def test_a_model_learns_the_colour_of_a_square(family: str, tmp_path: Path) -> N
 def test_lora_on_the_language_part_leaves_the_vision_tower_as_it_was(tmp_path: Path) -> None:
     lora = LoraConfig(r=8, lora_alpha=32, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj")
     trained_by = trainer("llava", tmp_path, collator("llava", assistant_only_loss=True), 15, peft_config=lora)
-    # a pretrained head tells tokens apart; that of a new model hardly does, and stays as it is under LoRA
+    # a new model's head hardly distinguishes tokens, unlike a pretrained one, and LoRA does not train it
     trained_by.model.get_output_embeddings().weight.data.mul_(20)
     names = [name for name, weight in trained_by.model.named_parameters() if weight.requires_grad]
     assert names
@@ -434,7 +434,7 @@ def test_lora_on_the_language_part_leaves_the_vision_tower_as_it_was(tmp_path: P
     assert found[-1] < 0.8 * found[0]
 
 
-def test_frozen_vision_tower_beside_a_language_part_that_is_trained_in_full(tmp_path: Path) -> None:
+def test_frozen_vision_tower_stays_while_the_language_part_is_fully_trained(tmp_path: Path) -> None:
     trained_by = trainer("qwen2_vl", tmp_path, collator("qwen2_vl", assistant_only_loss=True), 8)
     tower = trained_by.model.model.visual.requires_grad_(False)
     before = [weight.clone() for weight in tower.parameters()]
@@ -486,7 +486,7 @@ def test_folder_of_images_reaches_the_collator_and_is_refused_where_none_would_f
         check_ignored(config, collator("llava"), choose_packing(config, None, [texts, None]), texts, None)
 
 
-def test_an_image_behind_rows_of_text_is_refused_rather_than_printed(tmp_path: Path) -> None:
+def test_an_image_after_rows_of_text_is_refused_rather_than_printed(tmp_path: Path) -> None:
     image = {"type": "image", "text": None, "image": "/etc/passwd"}
     rows = [{"messages": chat([say("a")], [say("b")])}, {"messages": chat([say("a"), image], [say("b")])}]
     config = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, max_length=64)
@@ -581,7 +581,7 @@ def test_a_tokenizer_whose_template_takes_parts_alone_loses_no_text() -> None:
     assert [rendered.text[span.start : span.end] for span in rendered.spans] == ["Paris<|im_end|>"]
 
 
-def test_a_model_with_images_brings_its_processor(tmp_path: Path) -> None:
+def test_a_model_for_images_is_loaded_with_its_processor(tmp_path: Path) -> None:
     own = tiny_processor("llava")
     tiny_vision_model("llava", own).save_pretrained(tmp_path)
     own.save_pretrained(tmp_path)

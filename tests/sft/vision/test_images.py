@@ -1,4 +1,4 @@
-"""Images that rows name: read from one folder, from base64 and addresses within limits, and never from elsewhere."""
+"""Images of rows are read from one folder, from base64 and from URLs within limits, and from nowhere else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def png(colour: str = "red") -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with an image, another image beside it, and the working directory elsewhere."""
+    """Return a folder with an image; another image is next to it, and the working directory is elsewhere."""
     images = tmp_path / "images"
     (images / "deep").mkdir(parents=True)
     (images / "deep" / "red.png").write_bytes(png())
@@ -84,7 +84,7 @@ def test_base64_is_read_also_when_it_looks_like_a_path(folder: Path, shape: str)
 
 
 def bomb() -> bytes:
-    """A PNG of a few kilobytes that says it has 10^10 pixels."""
+    """Return a PNG of a few kilobytes whose header claims 10^10 pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(kind + content).to_bytes(4, "big")
@@ -107,7 +107,7 @@ def test_damaged_images_and_bombs_are_one_clear_error(folder: Path, content: byt
 
 
 @pytest.mark.timeout(20)
-def test_pipes_folders_and_impossible_names_are_no_files(folder: Path) -> None:
+def test_pipes_folders_and_impossible_names_are_refused(folder: Path) -> None:
     os.mkfifo(folder / "pipe.png")
     for name in ("pipe.png", "deep", "nothing.png", "a" * 300 + ".png", "a\0b.png", ""):
         with pytest.raises(ValueError, match="there is no such file"):
@@ -115,7 +115,7 @@ def test_pipes_folders_and_impossible_names_are_no_files(folder: Path) -> None:
 
 
 class Answers(BaseHTTPRequestHandler):
-    """An image, one without end, and a redirect to a file."""
+    """Server of an image, of an endless one, and of a redirect to a file."""
 
     def do_GET(self) -> None:
         self.send_response(302 if self.path == "/file" else 200)
@@ -128,7 +128,7 @@ class Answers(BaseHTTPRequestHandler):
             self.wfile.write(bytes(100_000))
 
     def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture
@@ -142,16 +142,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_an_address_is_fetched_within_limits_and_leads_to_no_file(server: str) -> None:
     assert read_image(f"{server}/red.png").size == square("red").size
-    with pytest.raises(ValueError, match="can't be fetched: it is not all there within 1 MB and 30 s"):
+    with pytest.raises(ValueError, match="can't be downloaded: it is not complete within 1 MB and 30 s"):
         read_image(f"{server}/endless")
     for address in (f"{server}/file", "http://", "http://127.0.0.1:9/a.png", "https://a b/c.png"):
-        with pytest.raises(ValueError, match=r"can't be fetched|can't be read as an image"):
+        with pytest.raises(ValueError, match=r"can't be downloaded|can't be read as an image"):
             read_image(address)
     with pytest.raises(ValueError, match=r"lies outside|no such file"):
         read_image("file:///etc/passwd")
 
 
-def test_what_is_no_image_at_all_is_named() -> None:
+def test_values_that_are_not_images_are_named() -> None:
     assert read_image(Image.new("RGB", (3, 4))).size == (3, 4)
-    with pytest.raises(ValueError, match="int 5 is no image"):
+    with pytest.raises(ValueError, match="int 5 is not an image"):
         read_image(5)
