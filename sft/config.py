@@ -54,7 +54,7 @@ class SFTConfig(TrainingArguments):
             `packing_strategy`.
         chars_per_token: The same; characters that a token is taken to have while that buffer is filled.
         padding_free: Join a batch's rows into one row without padding; None = where that is faster and nothing needs
-            padded batches (`sft.train.batches.settle_batches`).
+            padded batches (`sft.train.batches.choose_batches`).
         share_tokens: In packed and padding-free batches, compute what documents of a row begin with alike once, and
             nothing behind a document's last target: same losses and gradients in less time. Left aside where a model or
             an option draws noise for each token, or logits of all tokens are asked for.
@@ -141,25 +141,25 @@ class SFTConfig(TrainingArguments):
     group_by_length: bool = field(default=False, metadata={"help": "Batches of rows of similar length."})
 
     def __post_init__(self) -> None:
-        self._settle_checkpointing()
-        self._settle_former_names()
+        self._set_checkpointing()
+        self._replace_former_names()
         super().__post_init__()
         self._checkpointing = self._given_checkpointing()
-        self.settle()
+        self.validate()
 
-    def settle(self) -> None:
+    def validate(self) -> None:
         """Bring former names to their present ones and check the choices; again after an option was set by hand.
 
         Raises:
             ValueError: Two names of one option disagree, or a value is none of the possible ones.
         """
         self._follow_checkpointing()
-        self._settle_lengths()
+        self._set_max_length()
         if self.use_liger is not None:
             self.use_liger_kernel, self.use_liger = self.use_liger, None
         self._check_choices()
 
-    def _settle_checkpointing(self) -> None:
+    def _set_checkpointing(self) -> None:
         # Upstream renamed gradient_* to activation_* and mirrors the new names into the old ones; users know the old.
         if self.activation_checkpointing is None:
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
@@ -184,12 +184,12 @@ class SFTConfig(TrainingArguments):
             value = now[(changed or CHECKPOINTING)[0] + end]
             self.activation_checkpointing = value if end == "" else self.activation_checkpointing
             self.activation_checkpointing_kwargs = value if end else self.activation_checkpointing_kwargs
-        self._settle_checkpointing()
+        self._set_checkpointing()
         self.gradient_checkpointing = self.activation_checkpointing
         self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
         self._checkpointing = self._given_checkpointing()
 
-    def _settle_former_names(self) -> None:
+    def _replace_former_names(self) -> None:
         if self.warmup_ratio is not None:
             if self.warmup_steps not in (0, self.warmup_ratio):
                 raise ValueError(
@@ -200,7 +200,7 @@ class SFTConfig(TrainingArguments):
         if self.group_by_length:
             self.train_sampling_strategy = "group_by_length"
 
-    def _settle_lengths(self) -> None:
+    def _set_max_length(self) -> None:
         if self.max_length is not None and self.max_seq_length not in (None, self.max_length):
             raise ValueError(
                 f"max_length={self.max_length} and max_seq_length={self.max_seq_length} are two names of one option; "

@@ -86,7 +86,7 @@ def take_over_arguments(config: SFTConfig, former: Mapping[str, Any], model: Any
         if twice:
             raise ValueError(f"{', '.join(twice)} stands in model_init_kwargs too, with another value; give it there")
         config.model_init_kwargs = {**given, **loading}
-    config.settle()
+    config.validate()
 
 
 def one_processor(processing_class: Any, former_tokenizer: Any) -> Any:
@@ -226,7 +226,7 @@ def apply_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, config: 
     return clone_chat_template(model, tokenizer, path, resize_to_multiple_of=None)[0]
 
 
-def settle_liger(model: Any, config: SFTConfig) -> None:
+def choose_liger_kernels(model: Any, config: SFTConfig) -> None:
     """Choose Liger's kernels for the model where they are asked for; `Trainer` puts them in when training begins."""
     if config.use_liger_kernel:
         config.liger_kernel_config = liger_kernel_config(model, config.liger_kernel_config)

@@ -101,7 +101,7 @@ def choose_collator(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, packi
     )
 
 
-def settle_dispatch(config: SFTConfig, packing: Packing, datasets_given: list[Any]) -> None:
+def choose_dispatch(config: SFTConfig, packing: Packing, datasets_given: list[Any]) -> None:
     """On several processes, let each one read its own batches where batches can't be cut into equal parts.
 
     accelerate would have the first process read streamed batches and hand each process a slice of dimension 0, which
@@ -132,7 +132,7 @@ READERS = ("compute_loss", "training_step", "prediction_step", "_prepare_inputs"
 """Methods of a trainer that are given batches."""
 
 
-def settle_batches(trainer: Any, trainer_class: type, *, flat: bool | None) -> str:
+def choose_batches(trainer: Any, trainer_class: type, *, flat: bool | None) -> str:
     """Set the attention for the batches, and decide whether they are flat where nobody said so.
 
     Args:
@@ -145,23 +145,23 @@ def settle_batches(trainer: Any, trainer_class: type, *, flat: bool | None) -> s
         One line that says what was chosen and why.
 
     Raises:
-        ValueError: see `settle_attention`; not where the choice was ours.
+        ValueError: see `choose_attention`; not where the choice was ours.
     """
     model, config = trainer.model, trainer.args
     if flat is not None:
-        return settle_attention(model, config, flat=flat)
+        return choose_attention(model, config, flat=flat)
     reason = refuse_flat_reason(trainer, trainer_class, current_hardware(config.device))
     before = model.config._attn_implementation
     if reason is None:
         try:
-            chosen = settle_attention(model, config, flat=True)
+            chosen = choose_attention(model, config, flat=True)
         except (ValueError, RuntimeError, ImportError) as error:  # a leak, or a kernel that does not run here
             model.set_attn_implementation(before)
             reason = str(error).splitlines()[0]
         else:
             trainer.data_collator.padding_free = True
             return f"batches are joined rows without padding; {chosen}"
-    return f"{settle_attention(model, config, flat=False)}: {reason}"
+    return f"{choose_attention(model, config, flat=False)}: {reason}"
 
 
 def refuse_flat_reason(trainer: Any, trainer_class: type, hardware: Hardware) -> str | None:
@@ -218,7 +218,7 @@ def computed_in(model: Any, config: SFTConfig) -> Any:
     return MIXED_PRECISIONS[config.autocast_precision] if config.autocast_precision else model.dtype
 
 
-def settle_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
+def choose_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
     """Choose and set the attention for flat batches, and prove that documents do not see each other.
 
     Args:
@@ -264,7 +264,7 @@ def requested_attention(model: Any) -> str:
     return "auto" if current in ("sdpa", own_choice) else current
 
 
-def settle_sharing(model: Any, config: SFTConfig, data_collator: Any) -> str:
+def choose_shared_tokens(model: Any, config: SFTConfig, data_collator: Any) -> str:
     """Have the collator plan which tokens are computed, where that changes nothing but time.
 
     Args:

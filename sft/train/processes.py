@@ -24,7 +24,7 @@ from sft.inner_model import causal_lm
 from sft.labels import IGNORE_INDEX
 
 
-def settle_sharding(accelerator: Any) -> bool:
+def turn_on_fsdp2(accelerator: Any) -> bool:
     """Turn FSDP2 on where a launcher asks for it (`ACCELERATE_USE_FSDP`) and accelerate, on a CPU, did not heed it.
 
     Left alone, each process would silently hold the whole model.

@@ -37,20 +37,20 @@ from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
 from sft.train.arguments import (
     apply_chat_template,
+    choose_liger_kernels,
     one_processor,
     resolve_config,
     resolve_model,
     resolve_processor,
-    settle_liger,
     tokenizer_of,
 )
 from sft.train.bad_updates import LossWatch, act_on
 from sft.train.batches import (
+    choose_batches,
     choose_collator,
+    choose_dispatch,
     choose_packing,
-    settle_batches,
-    settle_dispatch,
-    settle_sharing,
+    choose_shared_tokens,
     take_over_collator,
 )
 from sft.train.checks import check_collator, check_ignored, check_token_rows
@@ -65,7 +65,7 @@ from sft.train.processes import (
     EvenOrder,
     EvenRows,
     can_be_filled,
-    settle_sharding,
+    turn_on_fsdp2,
     without_copies,
 )
 
@@ -133,7 +133,7 @@ class SFTTrainer(Trainer):
         set_seed(config.seed)  # the adapter and new tokens' rows are drawn before upstream seeds anything
         model = apply_chat_template(resolve_model(model, config), tokenizer, config)
         model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))
-        settle_liger(model, config)
+        choose_liger_kernels(model, config)
         if data_collator is None:
             given, formatted = [train_dataset, eval_dataset], formatting_func is not None
             data_collator = choose_vision_collator(processing_class, config, given, formatted=formatted)
@@ -143,7 +143,7 @@ class SFTTrainer(Trainer):
         self._prepare = partial(prepare_all, tokenizer=tokenizer, config=config, formatting_func=formatting_func)
         train_dataset = self._prepare(train_dataset, packing=packing.train, name="train")
         eval_dataset = self._prepare(eval_dataset, packing=packing.eval, name="eval")
-        settle_dispatch(config, packing, [train_dataset, eval_dataset])
+        choose_dispatch(config, packing, [train_dataset, eval_dataset])
         check_collator(data_collator, train_dataset, tokenizer)
         check_token_rows(model, config, data_collator, train_dataset, eval_dataset)
         data_collator = data_collator or choose_collator(config, tokenizer, packing)
@@ -165,14 +165,14 @@ class SFTTrainer(Trainer):
         self.neftune_noise_alpha = None  # upstream scales the noise by the whole row's length; see `train`
         self.loss_is_scaled_for_ga = True
         with self.accelerator.autocast():
-            self.attention = settle_batches(self, SFTTrainer, flat=packing.flat)
-            self.sharing = self._settle_sharing(config)
+            self.attention = choose_batches(self, SFTTrainer, flat=packing.flat)
+            self.sharing = self._choose_shared_tokens(config)
         self._say_what_is_trained()
 
     def create_accelerator_and_postprocess(self) -> None:
         """As upstream, and with FSDP2 where a launcher asked for it on a CPU."""
         super().create_accelerator_and_postprocess()
-        if settle_sharding(self.accelerator):
+        if turn_on_fsdp2(self.accelerator):
             self.is_fsdp_enabled = True
 
     def _start_counting(self, config: SFTConfig) -> None:
@@ -188,10 +188,10 @@ class SFTTrainer(Trainer):
         if self.args.activation_offloading:
             check_offloading(self.args.device)
 
-    def _settle_sharing(self, config: SFTConfig) -> str:
+    def _choose_shared_tokens(self, config: SFTConfig) -> str:
         if self.compute_loss_func is not None:
             return "every token is computed: compute_loss_func is given the outputs of all"
-        return settle_sharing(self.model, config, self.data_collator)
+        return choose_shared_tokens(self.model, config, self.data_collator)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `transformers.Trainer.train` does, with NEFTune's noise and fused layers while it lasts."""

@@ -61,13 +61,13 @@ def test_dicts_are_json_on_a_command_line() -> None:
 def test_checkpointing_set_by_hand_under_either_name_takes_effect() -> None:
     config = SFTConfig(output_dir="out", use_cpu=True)
     config.gradient_checkpointing = True
-    config.settle()
+    config.validate()
     assert (config.activation_checkpointing, config.activation_checkpointing_kwargs) == (True, {"use_reentrant": False})
     config.gradient_checkpointing_kwargs = {"use_reentrant": True}
-    config.settle()
+    config.validate()
     assert config.activation_checkpointing_kwargs == {"use_reentrant": True}
     config.activation_checkpointing = False
-    config.settle()
+    config.validate()
     assert (config.activation_checkpointing, config.gradient_checkpointing) == (False, False)
 
 

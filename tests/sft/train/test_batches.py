@@ -19,7 +19,7 @@ from sft.batches.layout import document_layout
 from sft.config import SFTConfig
 from sft.hardware import Hardware
 from sft.train import batches
-from sft.train.batches import refuse_flat_reason, settle_attention
+from sft.train.batches import choose_attention, refuse_flat_reason
 from sft.train.trainer import SFTTrainer
 from tests.tiny import random_model, tiny_model, tiny_tokenizer
 
@@ -36,20 +36,20 @@ def config(folder: str, **options: Any) -> SFTConfig:
 def test_padded_batches_keep_the_models_attention(folder: str) -> None:
     model = tiny_model("opt")
     before = model.config._attn_implementation
-    assert settle_attention(model, config(folder), flat=False) == f"attention {before} on padded batches"
+    assert choose_attention(model, config(folder), flat=False) == f"attention {before} on padded batches"
     assert model.config._attn_implementation == before
 
 
 def test_flat_batches_replace_an_attention_that_leaks(folder: str) -> None:
     model = tiny_model("opt")
     before = model.config._attn_implementation
-    settle_attention(model, config(folder), flat=True)
+    choose_attention(model, config(folder), flat=True)
     assert model.config._attn_implementation != before  # opt's own lets documents see each other
 
 
 def test_forced_flash_is_refused_where_batches_are_padded(folder: str) -> None:
     with pytest.raises(ValueError, match="needs packing=True"):
-        settle_attention(tiny_model(), config(folder, force_flash_sdp=True), flat=False)
+        choose_attention(tiny_model(), config(folder, force_flash_sdp=True), flat=False)
 
 
 def test_model_that_is_elsewhere_yet_is_not_probed_and_the_log_says_so(
@@ -57,7 +57,7 @@ def test_model_that_is_elsewhere_yet_is_not_probed_and_the_log_says_so(
 ) -> None:
     model = tiny_model().to(torch.device("meta"))
     with caplog.at_level(logging.WARNING, logger="sft.train.batches"):
-        settle_attention(model, config(folder), flat=True)
+        choose_attention(model, config(folder), flat=True)
     assert "not probed for leaks" in caplog.text
 
 
@@ -180,22 +180,22 @@ def asked_for(attention: str, family: str = "llama", **overrides: Any) -> PreTra
 
 def test_eager_attention_is_kept_where_it_was_asked_for(folder: str) -> None:
     model = asked_for("eager")
-    assert settle_attention(model, config(folder), flat=True).startswith("attention eager: as requested")
+    assert choose_attention(model, config(folder), flat=True).startswith("attention eager: as requested")
     assert model.config._attn_implementation == "eager"
     model = tiny_model("gemma2")  # eager is what transformers takes for it, and nobody's wish
     assert model.config._attn_implementation == "eager"
-    assert settle_attention(model, config(folder), flat=True).startswith("attention sft_documents: ")
+    assert choose_attention(model, config(folder), flat=True).startswith("attention sft_documents: ")
 
 
 def test_eager_attention_that_leaks_is_refused_where_it_was_asked_for(folder: str) -> None:
     with pytest.raises(ValueError, match=r"see each other in opt .*'eager'.* Use attn_implementation='auto'"):
-        settle_attention(asked_for("eager", "opt"), config(folder), flat=True)
+        choose_attention(asked_for("eager", "opt"), config(folder), flat=True)
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_an_attention_that_cannot_train_here_is_refused_on_padded_batches_too(folder: str, flat: bool) -> None:
     with pytest.raises(ValueError, match="attn_implementation='flex_attention' cannot be used: it trains on CUDA"):
-        settle_attention(asked_for("flex_attention"), config(folder), flat=flat)
+        choose_attention(asked_for("flex_attention"), config(folder), flat=flat)
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -216,19 +216,19 @@ def test_flash_attention_of_a_model_object_is_checked_against_the_gpu(
     model = tiny_model()
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match=f"attn_implementation='flash_attention_2' cannot be used: .*{complaint}"):
-        settle_attention(model, config(folder, **mixed), flat=flat)
+        choose_attention(model, config(folder, **mixed), flat=flat)
 
 
 def test_forced_flash_is_refused_beside_eager(folder: str) -> None:
     with pytest.raises(ValueError, match="'eager' does not use that kernel: set it to 'sdpa'"):
-        settle_attention(asked_for("eager"), config(folder, force_flash_sdp=True), flat=True)
+        choose_attention(asked_for("eager"), config(folder, force_flash_sdp=True), flat=True)
 
 
 def test_forced_flash_is_refused_where_layers_attend_in_chunks(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     model.config.attention_chunk_size = 4
     with pytest.raises(ValueError, match=r"takes no mask, and layers attend in chunks of 4.*force_flash_sdp=False"):
-        settle_attention(model, config(folder, force_flash_sdp=True), flat=True)
+        choose_attention(model, config(folder, force_flash_sdp=True), flat=True)
 
 
 def test_forced_flash_says_what_the_kernel_does_not_take() -> None:
