@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sft.models.checkpoint import weight_files
+
 VALUES_PER_WORD = {2: 16, 3: 32, 4: 8, 8: 4}
 """Weights that fill whole 32-bit words, by bits; 3-bit weights only come out even after 32 of them (three words)."""
 
@@ -110,12 +112,15 @@ def check_weights_finite(model_dir: Path) -> None:
     """Refuse weights with NaN or Inf, of which GPTQ would make plausible garbage.
 
     Raises:
-        ValueError: names the tensors.
+        ValueError: names the tensors, or the folder where it has no weight file.
     """
     from safetensors import safe_open
 
+    files = weight_files(model_dir)
+    if not files:
+        raise ValueError(f"{model_dir} holds no .safetensors file: give a plain merged checkpoint folder")
     broken = []
-    for path in weight_files(model_dir):
+    for path in files:
         with safe_open(path, framework="pt") as handle:
             for name in sorted(handle.keys()):
                 tensor = handle.get_tensor(name)
@@ -216,18 +221,6 @@ def pick_device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
-def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder.
-
-    Raises:
-        ValueError: there are none.
-    """
-    files = sorted(model_dir.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{model_dir} holds no .safetensors file: give a plain merged checkpoint folder")
-    return files
 
 
 def _text_config(config: dict) -> dict:
