@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sft.config import SFTConfig
-from sft.train.arguments import one_processor, take_over_arguments
+from sft.train.arguments import choose_processing_class, take_over_arguments
 from tests.tiny import tiny_tokenizer
 
 
@@ -54,10 +54,10 @@ def test_mistakes_are_answered(former: dict[str, Any], model: Any, options: dict
 
 def test_tokenizer_and_processing_class_are_one() -> None:
     tokenizer = tiny_tokenizer()
-    assert one_processor(None, tokenizer) is one_processor(tokenizer, None) is tokenizer
-    assert one_processor(tokenizer, tokenizer) is tokenizer
+    assert choose_processing_class(None, tokenizer) is choose_processing_class(tokenizer, None) is tokenizer
+    assert choose_processing_class(tokenizer, tokenizer) is tokenizer
     with pytest.raises(ValueError, match="two names of one argument"):
-        one_processor(tokenizer, tiny_tokenizer())
+        choose_processing_class(tokenizer, tiny_tokenizer())
 
 
 def test_former_names_of_options() -> None:
