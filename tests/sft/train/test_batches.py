@@ -52,13 +52,13 @@ def test_forced_flash_is_refused_where_batches_are_padded(folder: str) -> None:
         choose_attention(tiny_model(), config(folder, force_flash_sdp=True), flat=False)
 
 
-def test_model_that_is_elsewhere_yet_is_not_probed_and_the_log_says_so(
+def test_model_on_another_device_is_not_probed_and_the_log_says_so(
     folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny_model().to(torch.device("meta"))
     with caplog.at_level(logging.WARNING, logger="sft.train.batches"):
         choose_attention(model, config(folder), flat=True)
-    assert "not probed for leaks" in caplog.text
+    assert "not checked that sft_documents keeps documents from seeing each other" in caplog.text
 
 
 # ---- padded or flat, where nobody said so ----
