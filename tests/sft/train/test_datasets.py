@@ -87,7 +87,9 @@ def test_conversations_may_be_named_as_the_text_field() -> None:
 
 
 def test_missing_text_field_is_named() -> None:
-    with pytest.raises(ValueError, match=r"dataset_text_field='body' is no column of the data, which has \['text'\]"):
+    with pytest.raises(
+        ValueError, match=r"dataset_text_field='body' is not a column of the data, which has \['text'\]"
+    ):
         prepare([{"text": "a"}], dataset_text_field="body")
 
 
