@@ -70,7 +70,7 @@ def test_unknown_four_bit_type_is_refused() -> None:
 def test_both_widths_at_once_are_refused() -> None:
     config = ModelConfig(load_in_4bit=True)
     config.load_in_8bit = True
-    with pytest.raises(ValueError, match="held in one of them"):
+    with pytest.raises(ValueError, match="loaded in one of them"):
         get_quantization_config(config)
 
 
