@@ -123,7 +123,10 @@ class SFTConfig(TrainingArguments):
         metadata={"help": "End-of-sequence token, which must be in the vocabulary; None = the tokenizer's own."},
     )
     pad_token: str | None = field(
-        default=None, metadata={"help": "Padding token, which must be in the vocabulary; None = the tokenizer's own."}
+        default=None,
+        metadata={
+            "help": "Padding token, which must be in the vocabulary. None = the tokenizer's own, or eos if it has none."
+        },
     )
     max_length: int | None = field(
         default=None,

@@ -143,7 +143,7 @@ def check_attention(attn_implementation: str, dtype: torch.dtype, device_map: An
         device_map: Placement of the model, see `training_device`.
 
     Raises:
-        ValueError: It does not or can't; the message says what is missing and what to use instead.
+        ValueError: It does not exist or can't run; the message says what is missing and what to use instead.
     """
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     is_kernel = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?", attn_implementation) is not None

@@ -122,7 +122,9 @@ def take_over_arguments(config: SFTConfig, former: Mapping[str, Any], model: Any
         given = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
         twice = [name for name in loading if given.get(name, loading[name]) != loading[name]]
         if twice:
-            raise ValueError(f"{', '.join(twice)} stands in model_init_kwargs too, with another value; give it there")
+            raise ValueError(
+                f"{', '.join(twice)} is also given in model_init_kwargs, with another value; give it there"
+            )
         config.model_init_kwargs = {**given, **loading}
     config.validate()
 

@@ -1,4 +1,4 @@
-"""The attention of a training fits its device and precision, and leaks nothing."""
+"""The attention of a training fits its device and precision, and keeps documents from seeing each other."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_model_on_another_device_is_not_probed_and_the_log_says_so(
     assert "not checked that sft_documents keeps documents from seeing each other" in caplog.text
 
 
-# ---- padded or flat, where nobody said so ----
+# ---- padded or flat batches where the options leave it open ----
 
 
 def trainer(folder: str, model: Any = None, kind: type = SFTTrainer, arguments: Any = None, **options: Any) -> Any:
@@ -82,7 +82,7 @@ def batch_of(trained: Any) -> Any:
     return next(iter(trained.get_train_dataloader()))
 
 
-def test_batches_are_flat_by_themselves_and_the_log_says_why(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_batches_are_flat_by_default_and_the_log_says_why(folder: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="sft.train.trainer"):
         chosen = trainer(folder)
     assert batch_of(chosen)["input_ids"].shape[0] == 1
@@ -133,7 +133,7 @@ def test_batches_stay_padded_where_something_needs_them_so(folder: str, made: di
     assert batch_of(chosen)["input_ids"].shape[0] == 4
 
 
-def test_own_loss_goes_on_working_as_it_did(folder: str) -> None:
+def test_trainer_with_its_own_compute_loss_trains(folder: str) -> None:
     trainer(folder, kind=OwnLoss).train()
 
 
@@ -182,7 +182,7 @@ def test_eager_attention_is_kept_where_it_was_asked_for(folder: str) -> None:
     model = asked_for("eager")
     assert choose_attention(model, config(folder), flat=True).startswith("attention eager: as requested")
     assert model.config._attn_implementation == "eager"
-    model = tiny_model("gemma2")  # eager is what transformers takes for it, and nobody's wish
+    model = tiny_model("gemma2")  # eager is the default of transformers for it, not a request
     assert model.config._attn_implementation == "eager"
     assert choose_attention(model, config(folder), flat=True).startswith("attention sft_documents: ")
 
@@ -219,7 +219,7 @@ def test_flash_attention_of_a_model_object_is_checked_against_the_gpu(
         choose_attention(model, config(folder, **mixed), flat=flat)
 
 
-def test_forced_flash_is_refused_beside_eager(folder: str) -> None:
+def test_forced_flash_is_refused_together_with_eager(folder: str) -> None:
     with pytest.raises(ValueError, match="'eager' does not use that kernel: set it to 'sdpa'"):
         choose_attention(asked_for("eager"), config(folder, force_flash_sdp=True), flat=True)
 

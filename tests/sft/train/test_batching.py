@@ -1,4 +1,4 @@
-"""Which data sets are packed, what joins their rows, and who reads them."""
+"""Which data sets are packed, which collator joins their rows, and which process reads them."""
 
 from __future__ import annotations
 
