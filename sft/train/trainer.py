@@ -190,8 +190,8 @@ class SFTTrainer(Trainer):
         self.neftune_noise_alpha = None  # `train` adds the noise: transformers would scale it by the row's length
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the targets of the accumulated batch
 
-        # 6. Attention that keeps documents apart, and tokens to compute once. Both are tried out on the model, which
-        #    must be on its device by now.
+        # 6. Attention that keeps documents apart, and tokens to compute once. Both are tried out on the model, which is
+        #    on its device by now, unless FSDP or DeepSpeed moves it when training begins.
         with self.accelerator.autocast():
             self.attention = choose_batches(self, SFTTrainer, flat=packing.flat)
             self.sharing = self._choose_shared_tokens(config)
