@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: a trainer, and the parts it is wired from.
+"""Supervised fine-tuning of causal language models: `SFTTrainer`, its options, and its parts.
 
-Names are imported on first use, so that `import sft` is quick and a part that needs no torch does not load it.
+Public names are imported on first use: `import sft` is quick, and modules that need no torch do not load it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sft.train.trainer import SFTTrainer as SFTTrainer
     from sft.vision.collator import DataCollatorForVisionLanguageModeling as DataCollatorForVisionLanguageModeling
 
+# Public name -> the module of `sft` that defines it.
 _HOMES = {
     "AdapterMix": "export.merge_in_memory",
     "ConstantLengthDataset": "tokens.constant_length",

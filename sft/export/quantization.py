@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sft.models.checkpoint import weight_files
+
 VALUES_PER_WORD = {2: 16, 3: 32, 4: 8, 8: 4}
 """Width in bits -> smallest number of weights that fill 32-bit words; 32 weights of 3 bits fill three words."""
 
@@ -164,12 +166,15 @@ def check_weights_finite(model_dir: Path) -> None:
     """Check that no weight is NaN or Inf: GPTQ would turn such weights into wrong ones that look plausible.
 
     Raises:
-        ValueError: Some are; the message names the tensors.
+        ValueError: Some are, or there is no weight file; the message names the tensors or the folder.
     """
     from safetensors import safe_open
 
+    files = weight_files(model_dir)
+    if not files:
+        raise ValueError(f"{model_dir} holds no .safetensors file: give a plain merged checkpoint folder")
     broken = []
-    for path in weight_files(model_dir):
+    for path in files:
         with safe_open(path, framework="pt") as handle:
             for name in sorted(handle.keys()):
                 tensor = handle.get_tensor(name)
@@ -271,18 +276,6 @@ def pick_device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
-def weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder.
-
-    Raises:
-        ValueError: there are none.
-    """
-    files = sorted(model_dir.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{model_dir} holds no .safetensors file: give a plain merged checkpoint folder")
-    return files
 
 
 def _text_config(config: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Models, tokenizers and adapters: load them, check that they are complete, train rows of new tokens.
+"""Models, tokenizers and adapters: loading, checks that they are complete, training of new tokens' embeddings.
 
 Imports `sft.attention` and `sft.chat`.
 """

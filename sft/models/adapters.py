@@ -1,4 +1,4 @@
-"""Put adapters on models, or continue those that are there, and refuse configurations that would train nothing."""
+"""Adapters: put a new one on a model or continue one, after checks that it will train what it should."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sft.config import ModelConfig
 
 ask_peft_to_wait()
+
 logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
@@ -43,7 +44,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """How many weights a model has, and how many of them training changes."""
+    """Number of parameters of a model, and how many of them are trained."""
 
     num_trainable: int
     num_total: int
@@ -54,11 +55,7 @@ class ParameterCount:
 
 
 def get_peft_config(model_config: ModelConfig) -> LoraConfig | None:
-    """Turn the `lora_*` options into peft's configuration (LoRA: arXiv:2106.09685).
-
-    Returns:
-        The configuration, or None without `use_peft`.
-    """
+    """Return peft's configuration for the `lora_*` options (LoRA, arXiv:2106.09685); None if `use_peft` is not set."""
     if not model_config.use_peft:
         return None
     return LoraConfig(
@@ -75,7 +72,7 @@ def get_peft_config(model_config: ModelConfig) -> LoraConfig | None:
 
 
 def _as_targets(targets: list[str] | str | None) -> list[str] | str:
-    """`all-linear`, names as a list, or a regular expression; peft would read a lone name as an expression."""
+    """Return `all-linear`, a list of names, or a regular expression; peft would read a single name as an expression."""
     if targets is None:
         return ALL_LINEAR
     if isinstance(targets, list):
@@ -91,21 +88,21 @@ def wrap_adapter(
     gradient_checkpointing: bool = False,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Give a model the adapter that will be trained.
+    """Return a model that is ready for training, with the adapter of `peft_config` if one is given.
 
     Args:
-        model: A base, or a `PeftModel` whose active adapter is continued.
-        peft_config: What to put on a base; None = train the base itself, or continue.
-        tokenizer: When given, new special tokens must be trained: their rows are added to a LoRA adapter.
-        gradient_checkpointing: Turned on while a k-bit base is prepared.
-        gradient_checkpointing_kwargs: As of `torch.utils.checkpoint`.
+        model: A base model, or a `PeftModel` whose active adapter is continued.
+        peft_config: Adapter to put on a base model; None = train the base model, or continue the adapter.
+        tokenizer: If given, the embedding rows of new special tokens are trained, too (LoRA only).
+        gradient_checkpointing: Turn gradient checkpointing on when a k-bit base model is prepared.
+        gradient_checkpointing_kwargs: Arguments of `torch.utils.checkpoint`.
 
     Returns:
-        The model to train. The base's own parameters are frozen when there is an adapter.
+        The model to train. If it has an adapter, the parameters of the base model are frozen.
 
     Raises:
-        ValueError: Both a `PeftModel` and a configuration; names that mean no module; quantized weights without an
-            adapter; new tokens that this kind of adapter can't train.
+        ValueError: `peft_config` is given for a `PeftModel`, names a module that does not exist, or can't train new
+            tokens; or the weights are quantized and there is no adapter.
     """
     checkpointing = {
         "use_gradient_checkpointing": gradient_checkpointing,
@@ -124,7 +121,7 @@ def wrap_adapter(
 
 
 def count_parameters(model: torch.nn.Module) -> ParameterCount:
-    """Count weights; the two of them that share a byte of a 4-bit tensor count as two."""
+    """Count the parameters of a model; a byte of a 4-bit tensor counts as two."""
     num_trainable = num_total = 0
     for parameter in model.parameters():
         size = parameter.numel()
@@ -136,10 +133,10 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
 
 
 def check_module_names(model: PreTrainedModel, peft_config: PeftConfig) -> None:
-    """Refuse entries of peft's lists of modules that name nothing: peft would leave most of them out silently.
+    """Check that every entry in peft's lists of modules names a module: peft ignores most wrong names silently.
 
     Raises:
-        ValueError: Lists every such entry with the nearest names of modules.
+        ValueError: Some do not; the message lists them with the most similar names of modules.
     """
     names = [name for name, _ in model.named_modules() if name]
     problems = []
@@ -179,7 +176,7 @@ def _continue_adapter(model: PeftModel, peft_config: PeftConfig | None, checkpoi
     base = model.get_base_model()
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if _is_unprepared(model):
-        prepare_model_for_kbit_training(base, **checkpointing)  # this freezes everything
+        prepare_model_for_kbit_training(base, **checkpointing)  # this freezes all parameters
         for name in trained:
             model.get_parameter(name).requires_grad_(True)
     # PeftModel.from_pretrained freezes adapters unless is_trainable=True, and training would change nothing
@@ -196,8 +193,8 @@ def _continue_adapter(model: PeftModel, peft_config: PeftConfig | None, checkpoi
 
 
 def _is_unprepared(model: PeftModel) -> bool:
-    """Whether norms and embeddings below the adapter of a k-bit base are in half precision."""
-    if hasattr(model, "for_inference"):  # unsloth's own kernels want them so
+    """Return whether a k-bit base model under an adapter has parameters, such as norms, in half precision."""
+    if hasattr(model, "for_inference"):  # a model of unsloth, whose kernels need half precision
         return False
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
     return is_kbit(model.get_base_model()) and any(parameter.dtype in HALF_PRECISIONS for parameter in frozen)
@@ -223,11 +220,11 @@ def _add_adapter(
             f"for another one. Leave peft_config out, or pass a base without adapters."
         )
     check_module_names(model, peft_config)
-    config = copy.deepcopy(peft_config)  # peft writes into it
+    config = copy.deepcopy(peft_config)  # peft changes it
     if tokenizer is not None:
         config = train_token_rows(config, model, tokenizer, untrained_token_ids(model, tokenizer))
     if is_tied(model) and _touches_embeddings(config, model) and hasattr(config, "ensure_weight_tying"):
-        # otherwise head and embeddings part ways: one of two equal rows is trained
+        # otherwise only one of the two is trained, and they are not tied any more
         config.ensure_weight_tying = True
     if needs_kbit_preparation(model):
         prepare_model_for_kbit_training(model, **checkpointing)

@@ -1,6 +1,6 @@
-"""Whether a checkpoint is whole: files that can be read, a weight for every layer of its config, a tokenizer.
+"""Checkpoint folders: their weight files, checks that they are complete, and loading and saving of tokenizers.
 
-The files of a tokenizer, the same wherever they are written.
+Imports no torch at module level: only functions that build a model or a tokenizer import transformers.
 """
 
 from __future__ import annotations
@@ -19,23 +19,31 @@ logger = logging.getLogger(__name__)
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 LFS_POINTER = b"version https://git-lfs"
+"""First bytes of a file that Git LFS has not downloaded yet."""
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+"""Patterns of files of which a folder with a tokenizer has at least one."""
 
 PROBE = "Hello"
+"""Text of which every usable tokenizer makes at least one token."""
+
+OF_THE_PROCESS = ("local_files_only",)
+"""Settings of the process that transformers would write into a tokenizer's files, so that their bytes would differ."""
 
 WAY_OUT = "Download or copy the checkpoint again, or write it anew with save_pretrained."
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that training can't start from; the message names the folder, the file or weight, the way out."""
+    """A checkpoint that can't be used. The message names the folder, the file or weight, and a way out."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that `from_pretrained` reads in a folder.
+    """Return the safetensors files of a checkpoint folder that `from_pretrained` reads.
+
+    If there is an index and no single file, these are the files that the index names; they may be missing.
 
     Raises:
-        CheckpointError: The index of several files can't be read.
+        CheckpointError: The index can't be read.
     """
     index = folder / INDEX
     if (folder / SINGLE_FILE).is_file() or not index.is_file():
@@ -47,10 +55,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_weight_files(folder: Path) -> None:
-    """Read the header of every weight file, which also states how long the file must be.
+    """Check that every weight file is complete, by its header, which states how long the file must be.
 
     Raises:
-        CheckpointError: A file that is cut off, or no safetensors at all.
+        CheckpointError: A file is missing, cut off, or not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -59,34 +67,34 @@ def check_weight_files(folder: Path) -> None:
             with safe_open(file, framework="np"):
                 pass
         except FileNotFoundError as error:
-            raise CheckpointError(f"{file} is not there, and {INDEX} names it. {WAY_OUT}") from error
+            raise CheckpointError(f"{file} does not exist, and {INDEX} names it. {WAY_OUT}") from error
         except (SafetensorError, OSError) as error:
             with file.open("rb") as stream:
                 is_pointer = stream.read(len(LFS_POINTER)) == LFS_POINTER
             if is_pointer:
-                raise CheckpointError(f"{file} is a pointer of Git LFS, no weights. Type: git lfs pull") from error
+                raise CheckpointError(f"{file} is a pointer of Git LFS, not weights. Type: git lfs pull") from error
             raise CheckpointError(
                 f"{file} ({file.stat().st_size} bytes) is damaged or cut off: {error}. {WAY_OUT}"
             ) from error
 
 
 def check_loading_info(place: str | Path, info: Mapping[str, Iterable[Any]], *, sizes_may_differ: bool = False) -> None:
-    """Refuse a model of which some weights would be random.
+    """Check that a loaded model has got all of its weights from the checkpoint, so that none is random.
 
     Args:
         place: Folder or hub id, for the message.
-        info: What `from_pretrained(..., output_loading_info=True)` returns: tied weights and buffers that no checkpoint
-            holds are not among its missing ones.
-        sizes_may_differ: Leave weights of another size random, as `ignore_mismatched_sizes` asks for.
+        info: What `from_pretrained(..., output_loading_info=True)` returns. Tied weights and buffers that are not
+            saved are not among its missing keys.
+        sizes_may_differ: Accept weights of another size, which are then random, as `ignore_mismatched_sizes` does.
 
     Raises:
-        CheckpointError: Weights are missing, or have another size than the config asks for.
+        CheckpointError: Weights are missing, or have another size than config.json states.
     """
     missing = sorted(info["missing_keys"])
     if missing:
         named = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise CheckpointError(
-            f"The checkpoint {str(place)!r} lacks {len(missing)} weights that its config.json asks for, which would "
+            f"The checkpoint {str(place)!r} lacks {len(missing)} weights that its config.json asks for and that would "
             f"be random: {named}. {WAY_OUT} If the weights are right, correct config.json (number of layers, "
             f"architectures)."
         )
@@ -101,14 +109,14 @@ def check_loading_info(place: str | Path, info: Mapping[str, Iterable[Any]], *, 
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Compare the weight files of a folder with its config, without reading the weights.
+    """Compare the weight files of a folder with its config.json, without reading the weights.
 
-    A model that can't be built without memory is not checked: whether it can be loaded shows where it is loaded.
+    A model whose class can't be built on the meta device is not checked here; errors show when it is loaded.
 
     Raises:
         CheckpointError: A file is damaged, or a weight is missing or has another size.
     """
-    from transformers import AutoConfig, logging  # slow, and a model that is installed does not need it
+    from transformers import AutoConfig, logging  # slow, and not needed for models that are known to be complete
 
     check_weight_files(folder)
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -137,10 +145,10 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def check_number_of_layers(folder: Path, config: Any) -> None:
-    """Refuse a config that asks for more layers than there are weights: building them all could take for ever.
+    """Check that the config does not ask for more layers than there are weights: building them could take forever.
 
     Raises:
-        CheckpointError: Names both numbers.
+        CheckpointError: It does; the message has both numbers.
     """
     from safetensors import safe_open
 
@@ -151,12 +159,19 @@ def check_number_of_layers(folder: Path, config: Any) -> None:
             found += len(weights.keys())
     if isinstance(asked, int) and asked > found:
         raise CheckpointError(
-            f"The config.json of '{folder}' asks for {asked} layers, and there are {found} weights in all. {WAY_OUT}"
+            f"The config.json of '{folder}' asks for {asked} layers, and there are {found} weights in total. {WAY_OUT}"
         )
 
 
 def auto_class(config: Any) -> Any:
-    """The factory that builds the class which the checkpoint was saved from: with its image tower, or text alone."""
+    """Return the auto class for a config: the one for images and text if the checkpoint was saved with an image tower.
+
+    Args:
+        config: Model config; `architectures` names the class that the checkpoint was saved from.
+
+    Returns:
+        `AutoModelForImageTextToText` or `AutoModelForCausalLM`.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -172,10 +187,16 @@ def auto_class(config: Any) -> Any:
 def load_tokenizer(
     name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **kwargs: Any
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that reports character offsets, which the masks of what is trained are made from.
+    """Load a fast tokenizer. Only these report character offsets, by which trained tokens are found.
+
+    Args:
+        name_or_path: Hub id or folder.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run Python code that comes with the tokenizer.
+        kwargs: Further arguments of `AutoTokenizer.from_pretrained`.
 
     Raises:
-        ValueError: There is none at this place, its files are damaged or not there, or it has no fast version.
+        ValueError: There is no tokenizer, its files are damaged or missing, or it has no fast version.
     """
     from transformers import AutoTokenizer
 
@@ -183,25 +204,25 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code, **kwargs
         )
-    except Exception as error:  # damaged files lead to errors of any kind, bare `Exception` included
+    except Exception as error:  # damaged files raise errors of any class, even `Exception` itself
         raise CheckpointError(_explain_tokenizer_error(name_or_path, error)) from error
     check_tokenizer(tokenizer, name_or_path)
     return tokenizer
 
 
 def load_processor(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The processor of a model with an image tower, the tokenizer of any other.
+    """Load the processor of a model with an image tower, or the tokenizer of any other model.
 
-    A processor that can't be made here (many need torchvision) is left out with a warning that says why: text can be
-    trained without it.
+    If the processor can't be created here (many need torchvision), a warning says why, and the tokenizer is returned:
+    text can be trained without a processor.
 
     Args:
         name_or_path: Hub id or folder.
-        revision: Hub branch, tag or commit.
+        revision: Branch, tag or commit on the hub.
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        ValueError: There is no tokenizer that can be trained with.
+        ValueError: There is no tokenizer, or none that can be used for training.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
@@ -209,14 +230,14 @@ def load_processor(name_or_path: str, revision: str | None = None, trust_remote_
     try:
         config = AutoConfig.from_pretrained(name_or_path, **arguments)
         sees = auto_class(config) is AutoModelForImageTextToText
-    except (OSError, ValueError):  # a folder of a tokenizer alone
+    except (OSError, ValueError):  # a folder with a tokenizer alone
         sees = False
     if not sees:
         return load_tokenizer(name_or_path, **arguments)
     try:
         processor = AutoProcessor.from_pretrained(name_or_path, **arguments)
     except (ImportError, OSError, ValueError) as error:
-        logger.warning("no processor for images is made of %s, only text can be trained: %s", name_or_path, error)
+        logger.warning("the image processor of %s can't be loaded, only text can be trained: %s", name_or_path, error)
         return load_tokenizer(name_or_path, **arguments)
     if not isinstance(processor, ProcessorMixin):
         return load_tokenizer(name_or_path, **arguments)
@@ -225,7 +246,7 @@ def load_processor(name_or_path: str, revision: str | None = None, trust_remote_
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name_or_path: str | Path) -> None:
-    """Refuse a tokenizer that was loaded and can't be trained with.
+    """Check that a loaded tokenizer can be used for training.
 
     Raises:
         CheckpointError: It reports no character offsets, or its vocabulary is empty.
@@ -236,7 +257,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name_or_path: str | Path
             f"fast ones report which characters a token stands for. Convert it, or use a model with a tokenizer.json."
         )
     if not tokenizer(PROBE, add_special_tokens=False)["input_ids"]:
-        # for some families transformers makes an empty one where the files are missing
+        # for some families, transformers makes an empty tokenizer if the files are missing
         raise CheckpointError(
             f"The tokenizer of {str(name_or_path)!r} makes no token of {PROBE!r}: its vocabulary is empty. "
             f"{_tokenizer_way_out(name_or_path)}"
@@ -244,7 +265,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name_or_path: str | Path
 
 
 def explain_load_error(name_or_path: str | Path, error: Exception, what: str = "model") -> str:
-    """One message for a model or tokenizer that can't be loaded: where it was looked for, why not, what to do."""
+    """Return the message for a model or tokenizer that can't be loaded: where it should be, why not, what to do."""
     reason = " ".join(str(error).split())
     reason = reason if len(reason) <= 300 else reason[:300] + " ..."
     if Path(name_or_path).exists():
@@ -273,21 +294,17 @@ def _explain_tokenizer_error(name_or_path: str | Path, error: Exception) -> str:
 
 def _tokenizer_way_out(name_or_path: str | Path) -> str:
     return (
-        "Copy the model's tokenizer.json and tokenizer_config.json there again, or write them anew with "
+        "Copy the model's tokenizer.json and tokenizer_config.json there again, or write them again with "
         f"AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({str(name_or_path)!r})."
     )
 
 
-OF_THE_PROCESS = ("local_files_only",)
-"""What transformers writes down of the environment: with HF_HUB_OFFLINE the same tokenizer would be other bytes."""
-
-
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer, or a processor, without what depends on how this process was started.
+    """Save a tokenizer or a processor, as the same bytes whatever the environment (such as HF_HUB_OFFLINE) is.
 
     Args:
-        tokenizer: With `save_pretrained`.
-        folder: Made if need be.
+        tokenizer: Tokenizer or processor.
+        folder: Created if it does not exist.
     """
     for part in (tokenizer, getattr(tokenizer, "tokenizer", None)):
         for name in OF_THE_PROCESS:

@@ -1,7 +1,7 @@
-"""Turn a GGUF file into a plain checkpoint that every tool loads.
+"""Conversion of a GGUF file to a plain checkpoint folder.
 
-A GGUF file holds quantized blocks, the hyperparameters and the tokenizer of llama.cpp's format. Models that
-transformers reads from it stay marked as quantized: they refuse to be saved, and nothing can be trained on them.
+A GGUF file, the format of llama.cpp, contains quantized weights, hyperparameters and a tokenizer. transformers can read
+it, but marks the model as quantized, so that it can neither be saved nor trained.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from transformers.utils.quantization_config import GgufConfig
 GGUF_MAGIC = b"GGUF"
 
 SINGLE_DIGIT_PRE_TOKENIZERS = frozenset({"smollm", "command-r", "starcoder", "refact"})
-"""llama.cpp's `tokenizer.ggml.pre` names whose merges were learned on text with every digit split off first.
+"""Values of `tokenizer.ggml.pre` for tokenizers that split text into single digits before they merge.
 
-transformers builds a plain byte-level splitter for them, and "a  7" would become other tokens than in pre-training.
+transformers builds a plain byte-level splitter for them, so that "a  7" becomes other tokens than in pre-training.
 """
 
 
 def dequantize_gguf(gguf_file: Path, output_dir: Path) -> None:
-    """Write the fp32 weights, config, generation config and tokenizer of a GGUF file as a plain folder.
+    """Write the weights (in float32), config, generation config and tokenizer of a GGUF file as a checkpoint folder.
 
     Args:
-        gguf_file: a file of an architecture that transformers reads (llama, qwen2, gemma, ...).
-        output_dir: folder to write; it must not exist or be empty, so that no stale file survives beside new ones.
+        gguf_file: A file of an architecture that transformers reads (llama, qwen2, gemma, ...).
+        output_dir: Folder to write. It must be empty or not exist, so that no other file is in the checkpoint.
 
     Raises:
-        ValueError: when the file is no GGUF file, or the folder holds something.
+        ValueError: The file is not a GGUF file, or the folder is not empty.
     """
     gguf_file, output_dir = Path(gguf_file), Path(output_dir)
     _check_gguf(gguf_file)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(
-            f"{output_dir} is not empty: dequantize_gguf writes a whole checkpoint into a folder of its own."
+            f"{output_dir} is not empty: dequantize_gguf writes a complete checkpoint and needs an empty folder."
         )
     quantized = AutoModelForCausalLM.from_pretrained(
         gguf_file.parent,
@@ -64,14 +64,14 @@ def _check_gguf(gguf_file: Path) -> None:
         magic = stream.read(len(GGUF_MAGIC))
     if magic != GGUF_MAGIC:
         raise ValueError(
-            f"{gguf_file} begins with {magic!r} instead of {GGUF_MAGIC!r}: it is no GGUF file, or a broken download."
+            f"{gguf_file} begins with {magic!r} instead of {GGUF_MAGIC!r}: it is not a GGUF file, or a broken download."
         )
 
 
 def _save_plain(quantized: PreTrainedModel, output_dir: Path) -> None:
-    """Save the weights under a model built from the cleaned config, which carries no mark of the quantizer."""
+    """Save the weights through a model built from the cleaned config, which is not marked as quantized."""
     config = _plain_config(quantized.config)
-    with torch.device("meta"):  # only the class and its tied weights are needed, no second copy of the weights
+    with torch.device("meta"):  # only its class and tied weights are needed, not another copy of the weights
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
@@ -80,7 +80,7 @@ def _save_plain(quantized: PreTrainedModel, output_dir: Path) -> None:
 
 
 def _plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy without the quantizer's mark and without the name the file's author gave the model's training run."""
+    """Return a copy of a config without the mark of the quantizer and without the name of the file's model."""
     plain = copy.deepcopy(config)
     for mark in ("quantization_config", "_model_name_or_path"):
         if mark in plain.__dict__:
@@ -98,26 +98,26 @@ def _without_tied_head(model: PreTrainedModel, config: PreTrainedConfig) -> dict
 
 
 def load_gguf_tokenizer(gguf_file: Path, max_length: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of a GGUF file, splitting text as llama.cpp would where transformers does not.
+    """Load the tokenizer of a GGUF file, and have it split digits as llama.cpp does.
 
     Args:
         gguf_file: The file.
-        max_length: Tokens that the model takes.
+        max_length: Longest sequence of the model, in tokens.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     if _pre_tokenizer_name(gguf_file) in SINGLE_DIGIT_PRE_TOKENIZERS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    # The file states the context length; without it the tokenizer would promise 10^30 tokens.
+    # transformers sets no limit (10^30 tokens) for the tokenizer of a GGUF file
     tokenizer.model_max_length = max_length
     for key in ("name_or_path", "vocab_file", "is_local", "local_files_only", "added_tokens_decoder"):
-        tokenizer.init_kwargs.pop(key, None)  # where it was read from is nobody's business later
+        tokenizer.init_kwargs.pop(key, None)  # they depend on where the file was read from
     return tokenizer
 
 
 def _pre_tokenizer_name(gguf_file: Path) -> str:
-    from gguf import GGUFReader  # imports slowly, and only this needs it
+    from gguf import GGUFReader  # slow to import, and needed only here
 
     field = GGUFReader(gguf_file).get_field("tokenizer.ggml.pre")
     return "" if field is None else str(field.contents())

@@ -1,4 +1,4 @@
-"""Bases in 4 and 8 bits (bitsandbytes), and what they need before an adapter can be trained on them."""
+"""Base models in 4 and 8 bits (bitsandbytes): configuration, placement, and preparation for training an adapter."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ if TYPE_CHECKING:
     from sft.config import ModelConfig
 
 CAST_LOGGER = "bitsandbytes.autograd._functions"
+"""Logger that reports the dtype of its input at every 8-bit product."""
+
 TRAINER_KEYS = ("offload", "every_n_layers")
+"""Arguments of gradient checkpointing that transformers' trainer takes, and not `torch.utils.checkpoint`."""
+
 QUANT_TYPES = ("nf4", "fp4")
 
 
 class OncePerMessage(logging.Filter):
-    """Lets each message of a logger through once: bitsandbytes says at every product that it casts the input."""
+    """Logging filter that passes each message once."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the message is new."""
+        """Return whether the message is new."""
         message = record.getMessage()
         is_new = message not in self._seen
         self._seen.add(message)
@@ -40,19 +44,19 @@ logging.getLogger(CAST_LOGGER).addFilter(OncePerMessage())
 
 
 def get_quantization_config(model_config: ModelConfig) -> BitsAndBytesConfig | None:
-    """Turn `load_in_4bit` and `load_in_8bit` into bitsandbytes' configuration.
+    """Return bitsandbytes' configuration for `load_in_4bit` or `load_in_8bit`.
 
-    4-bit weights (QLoRA, arXiv:2305.14314) are multiplied in `bnb_4bit_compute_dtype`; left at None, that is the
-    model's own dtype. 8-bit weights follow LLM.int8 (arXiv:2208.07339).
+    Products with 4-bit weights (QLoRA, arXiv:2305.14314) are computed in `bnb_4bit_compute_dtype`, or in the model's
+    dtype if this is None. 8-bit weights follow LLM.int8 (arXiv:2208.07339).
 
     Returns:
-        The configuration for `from_pretrained`, or None when neither is asked for.
+        The configuration for `from_pretrained`; None if neither option is set.
 
     Raises:
-        ValueError: Both are asked for, or a 4-bit type that does not exist.
+        ValueError: Both options are set, or the 4-bit type does not exist.
     """
     if model_config.load_in_4bit and model_config.load_in_8bit:
-        raise ValueError("load_in_4bit and load_in_8bit are both set: a base is held in one of them.")
+        raise ValueError("load_in_4bit and load_in_8bit are both set: a model is loaded in one of them.")
     if model_config.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not model_config.load_in_4bit:
@@ -73,15 +77,15 @@ def _compute_dtype(model_config: ModelConfig) -> torch.dtype:
     wanted = parse_dtype(model_config.bnb_4bit_compute_dtype or model_config.dtype or "float32")
     if isinstance(wanted, torch.dtype):
         return wanted
-    # "auto" is the checkpoint's own dtype, which is not known yet: take what the device multiplies fast and safely.
+    # "auto" is the checkpoint's dtype, which is not known yet: use bfloat16 where the device supports it
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def get_kbit_device_map() -> dict[str, int] | None:
-    """Place a k-bit base whole on this process's own accelerator, since its weights can't be moved there later.
+    """Return a device map that puts a k-bit model on the accelerator of this process; it can't be moved there later.
 
     Returns:
-        `{"": local process index}` with an accelerator, None without one.
+        `{"": local process index}`; None without an accelerator.
     """
     if torch.cuda.is_available() or torch.xpu.is_available():
         return {"": PartialState().local_process_index}
@@ -89,19 +93,22 @@ def get_kbit_device_map() -> dict[str, int] | None:
 
 
 def is_kbit(model: Any) -> bool:
-    """Whether bitsandbytes holds the weights, in 4 or in 8 bits."""
+    """Return whether the weights are quantized by bitsandbytes, in 4 or in 8 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether any quantizer holds the weights, so that they can't be trained themselves."""
+    """Return whether the weights are quantized by any method, so that they can't be trained."""
     return is_kbit(model) or bool(getattr(model, "is_quantized", False))
 
 
 def needs_kbit_preparation(model: PreTrainedModel) -> bool:
-    """Whether a k-bit base is still as it was loaded: norms in half precision, or weights that take gradients.
+    """Return whether a k-bit base model is not prepared yet: it has half precision parameters or ones with gradients.
 
-    Asked of a base without adapters. It looks at the model and not at a mark, so it sees what peft's own function did.
+    The parameters themselves are checked, so that a model which peft's function prepared counts as prepared.
+
+    Args:
+        model: A base model without adapters.
     """
     if not is_kbit(model):
         return False
@@ -113,16 +120,16 @@ def prepare_model_for_kbit_training(
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Freeze a k-bit base, hold its norms, embeddings and head in float32, and turn checkpointing on.
+    """Freeze a k-bit base model, convert its norms, embeddings and head to float32, and turn on checkpointing.
 
-    This is peft's function of the same name with one other default: `use_reentrant` is False unless stated, since the
-    reentrant variant finds no gradient path where all inputs of a block are frozen.
+    This is peft's function of the same name with one other default: `use_reentrant` is False unless it is given, since
+    the reentrant variant finds no gradients where all inputs of a block are frozen.
 
     Args:
-        model: A base without adapters, loaded in 4 or 8 bits.
-        use_gradient_checkpointing: Recompute activations in the backward pass.
-        gradient_checkpointing_kwargs: As of `torch.utils.checkpoint`; `offload` and `every_n_layers`, which are
-            transformers' own, wait for the trainer, which sets them as it begins.
+        model: A base model without adapters, loaded in 4 or 8 bits.
+        use_gradient_checkpointing: Compute activations again in the backward pass.
+        gradient_checkpointing_kwargs: Arguments of `torch.utils.checkpoint`. `offload` and `every_n_layers`, which only
+            transformers knows, are ignored here; the trainer sets them when training begins.
 
     Returns:
         The same model.

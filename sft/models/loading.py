@@ -1,4 +1,4 @@
-"""Load models and tokenizers, and say plainly why one can't be used."""
+"""Loading of models, after checks whose messages name what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -26,9 +26,6 @@ from sft.models.checkpoint import (
     check_weight_files,
     explain_load_error,
 )
-from sft.models.checkpoint import load_processor as load_processor
-from sft.models.checkpoint import load_tokenizer as load_tokenizer
-from sft.models.checkpoint import save_tokenizer as save_tokenizer
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -42,10 +39,10 @@ PICKLE_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
-    """Turn a name such as `bfloat16` or `torch.bfloat16` into torch's dtype; `auto` stays `auto`.
+    """Return the torch dtype of a name such as `bfloat16` or `torch.bfloat16`; return `auto` as it is.
 
     Raises:
-        ValueError: For anything else, with the name that was probably meant.
+        ValueError: The name is unknown; the message suggests the one that was probably meant.
     """
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
@@ -69,7 +66,7 @@ def load_model(
     mixed_precision: str | None = None,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a language model, or a vision-language model, from safetensors, after checks that name what is wrong.
+    """Load a language model or a vision-language model from safetensors.
 
     Args:
         name_or_path: Hub id or folder.
@@ -77,29 +74,29 @@ def load_model(
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`, `flash_attention_3`, `flex_attention`,
             `kernels-community/...`; a dict of them by sub-model; None or `auto` = transformers' choice.
         quantization_config: What `sft.models.kbit.get_quantization_config` returns.
-        revision: Hub branch, tag or commit.
+        revision: Branch, tag or commit on the hub.
         trust_remote_code: Run Python code that comes with the model.
-        device_map: Placement as accelerate understands it; None = the CPU, from where a trainer moves it.
-        mixed_precision: `bf16` or `fp16` when training runs under autocast: attention then computes in it.
-        from_pretrained_kwargs: Any further argument of `from_pretrained`; `torch_dtype` is taken as `dtype`, and
+        device_map: Placement as accelerate takes it; None = the CPU, from where a trainer moves the model.
+        mixed_precision: `bf16` or `fp16` if training runs under autocast. Attention is checked for this precision.
+        from_pretrained_kwargs: Further arguments of `from_pretrained`. `torch_dtype` is read as `dtype`, and
             `load_in_8bit` or `load_in_4bit` as a `quantization_config`.
 
     Returns:
-        The model in eval mode, as `from_pretrained` leaves it.
+        The model in evaluation mode, as `from_pretrained` returns it.
 
     Raises:
-        ValueError: A dtype or attention that does not exist or can't run here, weights that are pickled, damaged,
-            missing or of another size than the config asks for, or a model that can't be found.
+        ValueError: The dtype or attention does not exist or can't run here; weights are pickled, damaged, missing or
+            of another size than the config states; or the model can't be found.
     """
     parsed = _one_dtype(dtype, from_pretrained_kwargs)
     quantization_config = _one_quantization(quantization_config, from_pretrained_kwargs, parsed)
     _check_weight_format(name_or_path, from_pretrained_kwargs)
-    # "main" is the hub's word for no choice, and a folder has no revisions
+    # "main" is the default branch of the hub; transformers ignores it for a folder
     source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     attention = None if attn_implementation in (None, "auto") else attn_implementation
     sizes_may_differ = from_pretrained_kwargs.pop("ignore_mismatched_sizes", False)
     arguments = {**from_pretrained_kwargs, **source, "dtype": parsed, "use_safetensors": True}
-    # transformers would only warn of missing weights, and not say which ones have another size
+    # for `check_loading_info`: transformers only warns of missing weights, and does not name those of another size
     arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     for key, value in (
         ("attn_implementation", attention),
@@ -118,7 +115,7 @@ def load_model(
     except OSError as error:
         raise ValueError(explain_load_error(name_or_path, error)) from error
     except SafetensorError as error:
-        check_weight_files(Path(name_or_path))  # names the file, where it is one in a folder
+        check_weight_files(Path(name_or_path))  # raises an error that names the file, if this is a folder
         raise CheckpointError(f"A weight file of {str(name_or_path)!r} is damaged: {error}. {WAY_OUT}") from error
     check_loading_info(name_or_path, info, sizes_may_differ=sizes_may_differ)
     keep_float32_products(model)
@@ -126,11 +123,11 @@ def load_model(
 
 
 def keep_float32_products(model: torch.nn.Module) -> None:
-    """Have 4-bit layers that are to compute in float32 do so in evaluation, too.
+    """Have 4-bit layers whose compute dtype is float32 use it in evaluation, too.
 
-    On processors with bfloat16 products, bitsandbytes (0.50) computes in bfloat16 outside of training whatever dtype
-    was asked for, and rounds the weights' scales to bfloat16 for good: a training would go on from other weights
-    after its first evaluation.
+    On processors with bfloat16 products, bitsandbytes (0.50) computes in bfloat16 in evaluation mode, whatever the
+    compute dtype is, and rounds the scales of the weights to bfloat16 permanently: after its first evaluation, training
+    would go on with other weights.
     """
     for module in model.modules():
         if getattr(module, "compute_dtype", None) == torch.float32 and hasattr(module, "support_avx512bf16_for_cpu"):
@@ -138,10 +135,15 @@ def keep_float32_products(model: torch.nn.Module) -> None:
 
 
 def check_attention(attn_implementation: str, dtype: torch.dtype, device_map: Any | None = None) -> None:
-    """Refuse an attention that does not exist, or that this machine can't run in this dtype.
+    """Check that an attention exists and that this machine can run it in this dtype.
+
+    Args:
+        attn_implementation: Name of the attention.
+        dtype: The precision that attention computes in.
+        device_map: Placement of the model, see `training_device`.
 
     Raises:
-        ValueError: Names the request, what is missing, and what to use instead.
+        ValueError: It does not exist or can't run; the message says what is missing and what to use instead.
     """
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     is_kernel = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?", attn_implementation) is not None
@@ -156,7 +158,7 @@ def check_attention(attn_implementation: str, dtype: torch.dtype, device_map: An
 
 
 def training_device(device_map: Any | None = None) -> torch.device:
-    """The kind of device that a model with this map ends up on: an explicit place, else the machine's accelerator."""
+    """Return the device that a model is trained on: the one its device map names, or else CUDA if there is a GPU."""
     placed = device_map.get("") if isinstance(device_map, dict) else device_map
     if isinstance(placed, int):
         return torch.device("cuda", placed)
@@ -168,7 +170,7 @@ def training_device(device_map: Any | None = None) -> torch.device:
 
 
 def _one_dtype(dtype: str | torch.dtype, kwargs: dict[str, Any]) -> torch.dtype | str:
-    """The dtype under either of its two names; takes the old one out of `kwargs`."""
+    """Return the dtype, given under either of its two names; remove the former name from `kwargs`."""
     old = kwargs.pop("torch_dtype", None)
     if old is None:
         return parse_dtype(dtype)
@@ -179,7 +181,10 @@ def _one_dtype(dtype: str | torch.dtype, kwargs: dict[str, Any]) -> torch.dtype 
 
 
 def _one_quantization(given: Any | None, kwargs: dict[str, Any], dtype: torch.dtype | str) -> Any | None:
-    """The quantization under either of its names: transformers 5 no longer takes `load_in_8bit` by itself."""
+    """Return the quantization, given as a config or as `load_in_8bit` or `load_in_4bit`.
+
+    Removes these two from `kwargs`: transformers 5 does not take them any more.
+    """
     switches = {name: kwargs.pop(name, False) for name in ("load_in_8bit", "load_in_4bit")}
     if not any(switches.values()):
         return given
@@ -192,7 +197,7 @@ def _one_quantization(given: Any | None, kwargs: dict[str, Any], dtype: torch.dt
 
 
 def _check_weight_format(name_or_path: str | Path, kwargs: dict[str, Any]) -> None:
-    """Pickled weights run code when they are read: they are refused, wherever they come from."""
+    """Check that weights are safetensors: reading pickled weights runs code, so they are refused."""
     if kwargs.pop("use_safetensors", True) is False:
         raise ValueError(
             f"use_safetensors=False asks for pickled weights of {str(name_or_path)!r}, and unpickling runs code. "
@@ -216,7 +221,7 @@ def _compute_dtype(
     mixed_precision: str | None,
     source: dict[str, Any],
 ) -> torch.dtype:
-    """The dtype that queries and keys will have: autocast's, a 4-bit base's compute dtype, or the weights' own."""
+    """Return the dtype that attention computes in: autocast's, the compute dtype of 4-bit weights, or the model's."""
     if mixed_precision is not None:
         return MIXED_PRECISIONS[mixed_precision]
     if getattr(quantization_config, "load_in_4bit", False):

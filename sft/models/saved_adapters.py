@@ -1,10 +1,6 @@
-"""Load an adapter and merge it in memory, where head and embeddings may share one weight.
+"""Saved adapters: checks of their folder, loading onto a base model, and proof that every weight was used.
 
-Keep peft from importing GPTQModel for models that have no GPTQ layers.
-
-peft asks for every layer whether it is one of GPTQModel's, and imports that package to find out: seconds of start-up, a
-banner on the terminal and another logging set-up. But a layer of a package that was never imported does not exist:
-loading a GPTQ checkpoint imports the package first.
+`ask_peft_to_wait` keeps peft from importing GPTQModel, wherever adapters are loaded or created.
 """
 
 from __future__ import annotations
@@ -21,28 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = "gptqmodel"
-
-
-def gptqmodel_in_use() -> bool:
-    """Whether anything in this process has imported GPTQModel, without which none of its layers can exist."""
-    return PACKAGE in sys.modules
-
-
-def ask_peft_to_wait() -> None:
-    """Replace peft's question "is GPTQModel installed?" by "is it in use?", wherever peft has imported it to."""
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "peft" and hasattr(module, "is_gptqmodel_available"):
-            vars(module)["is_gptqmodel_available"] = gptqmodel_in_use
-
-
 ADAPTER_CONFIG = "adapter_config.json"
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def check_adapter_folder(adapter: Path) -> None:
-    """Refuse a folder without adapter, with pickled weights, or with an adapter that has no merged form."""
+    """Check that a folder has an adapter that can be merged.
+
+    Raises:
+        ValueError: There is no adapter, its weights are pickled, or it learns a prompt, which can't be merged.
+    """
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{adapter} holds no adapter: it has no {ADAPTER_CONFIG}.")
     if not (adapter / ADAPTER_WEIGHTS).is_file():
@@ -54,15 +39,19 @@ def check_adapter_folder(adapter: Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path, *, low_cpu_mem_usage: bool = False) -> PeftModel:
-    """Put a saved adapter on its base, and make sure that every weight of it found its place.
+    """Put a saved adapter on its base model, and check that every weight of the adapter was used.
 
     Args:
-        model: The base.
+        model: The base model.
         adapter: Folder that `PeftModel.save_pretrained` wrote.
-        low_cpu_mem_usage: The base's weights are not there yet: the adapter's take places rather than being copied.
+        low_cpu_mem_usage: Put the adapter's tensors into the model instead of copying their values, as is needed while
+            the model's own weights are not loaded yet.
+
+    Returns:
+        The model with the adapter, in evaluation mode.
 
     Raises:
-        ValueError: It belongs to another base.
+        ValueError: The adapter belongs to another base model.
     """
     try:
         ask_peft_to_wait()
@@ -75,14 +64,14 @@ def load_adapter(model: PreTrainedModel, adapter: Path, *, low_cpu_mem_usage: bo
 
 
 def check_complete(peft_model: PeftModel, adapter: Path, name: str = "default") -> None:
-    """Make sure that every weight of a saved adapter, loaded under a name, found its place.
+    """Check that a saved adapter has the weights, and only those, that the loaded adapter of this name needs.
 
     Raises:
-        ValueError: It belongs to another base.
+        ValueError: The adapter belongs to another base model.
     """
     saved = set(adapter_shapes(adapter))
     expected = set(get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
-    missing, unknown = sorted(expected - saved), sorted(key for key in saved - expected if not _is_whole_weight(key))
+    missing, unknown = sorted(expected - saved), sorted(key for key in saved - expected if not _is_full_weight(key))
     if missing or unknown:
         raise ValueError(
             f"The adapter in {adapter} belongs to another base: {len(missing)} of its weights are missing "
@@ -91,28 +80,51 @@ def check_complete(peft_model: PeftModel, adapter: Path, name: str = "default") 
 
 
 def adapter_shapes(adapter: Path) -> dict[str, list[int]]:
-    """Names and shapes of all weights in an adapter's file, without reading them."""
+    """Return the names and shapes of all weights in an adapter's file, without reading the weights."""
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def outgrown(model: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Rows of embeddings that the adapter needs, 0 where the base has enough."""
+    """Return the number of embedding rows that an adapter needs, or 0 if the base model has enough.
+
+    Args:
+        model: The base model.
+        adapter: Folder of the adapter, which may contain embeddings that were resized and trained in full.
+        tokenizer: Its length counts if the adapter contains no such embeddings; None = it does not count.
+    """
     rows, width = model.get_input_embeddings().weight.shape
-    whole = [shape for key, shape in adapter_shapes(adapter).items() if _is_whole_weight(key) and len(shape) == 2]
-    saved = [shape[0] for shape in whole if shape[1] == width and shape[0] > rows]
+    full = [shape for key, shape in adapter_shapes(adapter).items() if _is_full_weight(key) and len(shape) == 2]
+    saved = [shape[0] for shape in full if shape[1] == width and shape[0] > rows]
     wanted = max(saved, default=len(tokenizer) if tokenizer is not None else 0)
     return wanted if wanted > rows else 0
 
 
 def count_adapted_modules(peft_model: PeftModel) -> int:
-    """Modules with weights of the adapter: adapted layers, trained copies, trained token rows."""
+    """Count modules that have weights of the adapter: adapted layers, modules trained in full, trained token rows."""
     wrappers = [module for module in peft_model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     inside = {id(part) for wrapper in wrappers for part in wrapper.modules()}
     layers = [module for module in peft_model.modules() if isinstance(module, BaseTunerLayer)]
     return len(wrappers) + sum(id(layer) not in inside for layer in layers)
 
 
-def _is_whole_weight(key: str) -> bool:
-    """Whether a key of an adapter's file belongs to embeddings or a module trained whole, not to an adapted layer."""
+def _is_full_weight(key: str) -> bool:
+    """Return whether a key of an adapter's file is a weight of a module trained in full, or trained token rows."""
     return (key.endswith((".weight", ".bias")) and "lora_" not in key) or ".token_adapter." in key
+
+
+def ask_peft_to_wait() -> None:
+    """Keep peft from importing GPTQModel until something else has imported it.
+
+    peft asks for each layer whether it is one of GPTQModel's, and imports the package to find out. This takes seconds,
+    prints a banner and changes the logging set-up. A model can only have such layers if loading it has imported the
+    package already, so that peft's question "is it installed?" can be replaced by "is it imported?".
+    """
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "peft" and hasattr(module, "is_gptqmodel_available"):
+            vars(module)["is_gptqmodel_available"] = gptqmodel_in_use
+
+
+def gptqmodel_in_use() -> bool:
+    """Return whether GPTQModel has been imported in this process."""
+    return "gptqmodel" in sys.modules

@@ -1,7 +1,7 @@
-"""Rows of the embeddings that belong to new special tokens: find them, and have an adapter train them.
+"""Embedding rows of new special tokens: how they are found, and how an adapter trains them.
 
-LoRA leaves embeddings and head as they are. A token that was added for a chat template then keeps the row it was
-initialised with: the model can neither read it nor say it, and generation never stops at the end of a turn.
+LoRA does not change embeddings and head. A token that was added for a chat template would keep the row it was
+initialized with: the model could neither read nor write it, and generation would not stop at the end of a turn.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sft.chat.template import chat_template_of
 
 UNTRAINED_DISTANCE = 0.05
-"""A row nearer to the mean row than this part of the usual distance was initialised there and never trained."""
+"""Share of the median distance to the mean row; a row that is nearer was initialized as the mean and never trained."""
+
 UNTRAINED_NORM = 1e-3
-"""A row shorter than this part of the usual length is one that pre-training left at zero."""
+"""Share of the median norm of a row; a row with a smaller norm was initialized as zero and never trained."""
+
 SAMPLE_ROWS = 4096
+"""Number of rows that the medians are taken of."""
 
 PROBE = (
     {"role": "user", "content": "a"},
@@ -32,16 +35,18 @@ PROBE = (
     {"role": "user", "content": "c"},
     {"role": "assistant", "content": "d"},
 )
+"""Conversation that shows which special tokens a chat template writes."""
 
 
 def untrained_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Find the tokens that training needs and pre-training has not seen.
+    """Find the tokens that training needs and pre-training has not trained.
 
-    They are the tokens that were added to the tokenizer which came with the checkpoint, and those special tokens
-    that the chat template writes (reserved ones of a base model, for example) whose rows are still as initialised.
+    These are tokens that were added to the checkpoint's tokenizer, and special tokens that the chat template writes
+    (reserved ones of a base model, for example) whose rows are still as they were initialized.
 
     Args:
         model: A model whose embeddings are large enough for the tokenizer.
+        tokenizer: The tokenizer with its added tokens and chat template.
 
     Returns:
         Token ids in ascending order.
@@ -51,7 +56,7 @@ def untrained_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     """
     weight = model.get_input_embeddings().weight
     added = tokenizer.get_added_vocab()
-    if weight.ndim != 2 or weight.numel() == 0:  # ZeRO-3 keeps the rows elsewhere: nothing can be read here
+    if weight.ndim != 2 or weight.numel() == 0:  # ZeRO-3 has distributed the rows: they can't be read here
         return []
     beyond = sorted(token for token, index in added.items() if index >= weight.shape[0])
     if beyond:
@@ -64,12 +69,12 @@ def untrained_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     new = {index for token, index in added.items() if known is not None and token not in known}
     found = new | set(rows_as_initialised(weight, template_token_ids(tokenizer)))
     if tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        found.discard(tokenizer.pad_token_id)  # a token that only pads is neither read nor written
+        found.discard(tokenizer.pad_token_id)  # a token that is only padding is not trained
     return sorted(found)
 
 
 def checkpoint_tokens(model: PreTrainedModel) -> set[str] | None:
-    """All tokens of the tokenizer that lies beside the model's checkpoint; None when there is no such file here."""
+    """Return all tokens of the tokenizer that was saved with the model; None if its file is not on this machine."""
     name = model.config.name_or_path
     if not name:
         return None
@@ -86,10 +91,10 @@ def checkpoint_tokens(model: PreTrainedModel) -> set[str] | None:
 
 
 def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Added tokens that a conversation contains once the chat template has been applied, and eos."""
+    """Return the ids of added tokens that the chat template writes into a conversation, and of eos."""
     found = {tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template is not None:
-        text = chat_template_of(tokenizer).render([PROBE])[0]  # bounded, as templates are programs
+        text = chat_template_of(tokenizer).render([PROBE])[0]  # in a sandbox
         added = set(tokenizer.get_added_vocab().values())
         found |= added & set(tokenizer(text, add_special_tokens=False)["input_ids"])
     return sorted(found)
@@ -97,14 +102,14 @@ def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @torch.no_grad()
 def rows_as_initialised(weight: torch.Tensor, token_ids: list[int]) -> list[int]:
-    """Those tokens whose row is zero, the mean row, or the same as another token's.
+    """Return the tokens whose row is about zero, about the mean row, or equal to another token's row.
 
     Args:
-        weight: Embeddings (num_tokens, width).
-        token_ids: Rows to look at.
+        weight: Embeddings `(num_tokens, width)`.
+        token_ids: Tokens to check.
     """
     mean = weight.mean(dim=0, dtype=torch.float32)
-    # what is usual shows in a sample, and a table of 100,000s of rows need not be copied to float32
+    # medians of a sample suffice, so that a table of 100,000s of rows need not be copied to float32
     sample = weight[:: max(1, len(weight) // SAMPLE_ROWS)].float()
     usual_distance = (sample - mean).norm(dim=1).median()
     usual_norm = sample.norm(dim=1).median()
@@ -122,19 +127,21 @@ def rows_as_initialised(weight: torch.Tensor, token_ids: list[int]) -> list[int]
 def train_token_rows(
     peft_config: PeftConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: list[int]
 ) -> PeftConfig:
-    """Have an adapter train these tokens' rows, in the embeddings and in the head, unless it does already.
+    """Have an adapter train the rows of these tokens, in the embeddings and in the head, unless it does already.
 
-    With tied weights one set of rows serves both places, so the merged head is the head that was trained.
+    With tied weights, only the rows of the embeddings are added, and peft uses them in the head, too.
 
     Args:
-        peft_config: Left as it is.
+        peft_config: Configuration of the adapter; not changed.
+        model: The base model.
+        tokenizer: Names the tokens in the message.
         token_ids: What `untrained_token_ids` found.
 
     Returns:
-        A configuration with `trainable_token_indices`, or the one given when nothing is missing.
+        A configuration with `trainable_token_indices`, or the one given if nothing is missing.
 
     Raises:
-        ValueError: The kind of adapter has no trainable rows and trains neither embeddings nor head.
+        ValueError: This kind of adapter can't train single rows, and trains neither embeddings nor head.
     """
     missing = [name for name in _modules_with_rows(model) if not _covers(peft_config, model, name, token_ids)]
     if not token_ids or not missing or (is_tied(model) and len(missing) < len(_modules_with_rows(model))):
@@ -156,24 +163,24 @@ def train_token_rows(
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether embeddings and head are one tensor."""
+    """Return whether embeddings and head are one tensor."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def embedding_name(model: PreTrainedModel) -> str:
-    """Dotted name of the embeddings."""
+    """Return the dotted name of the embeddings."""
     return _name_of(model, model.get_input_embeddings())
 
 
 def head_name(model: PreTrainedModel) -> str | None:
-    """Dotted name of the head, None without one."""
+    """Return the dotted name of the head; None if there is no head."""
     head = model.get_output_embeddings()
     return None if head is None else _name_of(model, head)
 
 
 def names_module(entry: str, name: str) -> bool:
-    """Whether an entry such as `q_proj` of a list in a PEFT configuration means the module of this dotted name."""
+    """Return whether an entry of a list in a peft configuration, such as `q_proj`, means the module `name` (dotted)."""
     return name == entry or name.endswith(f".{entry}")
 
 
@@ -186,7 +193,7 @@ def _modules_with_rows(model: PreTrainedModel) -> list[str]:
 
 
 def _covers(config: PeftConfig, model: PreTrainedModel, name: str, token_ids: list[int]) -> bool:
-    """Whether the adapter already changes these rows of the module."""
+    """Return whether the adapter already trains these rows of the module."""
     if any(names_module(entry, name) for entry in getattr(config, "modules_to_save", None) or []):
         return True
     targets = getattr(config, "target_modules", None) or []

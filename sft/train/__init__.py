@@ -1,1 +1,4 @@
-"""`SFTTrainer`, and the decisions it makes before it trains. Imports every room but `sft.export` and `sft.evaluate`."""
+"""`SFTTrainer`, and what it decides and checks before it trains.
+
+Imports all rooms of `sft` but `sft.export` and `sft.evaluate`.
+"""

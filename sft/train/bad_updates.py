@@ -1,8 +1,8 @@
-"""What becomes of an update whose loss is no number, or far above what it was: stop, skip it, or go back.
+"""Policy for updates with non-finite gradients or a spiking loss: stop, skip, or roll back.
 
-The verdict falls when the gradients are there and before the optimizer uses them, so that a bad batch never reaches the
-weights. Rolling back is done as in PaLM's training (arXiv:2204.02311): with weights and optimizer of the last
-checkpoint, the training goes on behind the bad rows.
+Each update is checked after its gradients are computed and before the optimizer uses them, so that a bad batch does not
+change the weights. A rollback is done as in PaLM's training (arXiv:2204.02311): weights and optimizer are restored from
+the last checkpoint, and training goes on with the rows after the bad ones.
 """
 
 from __future__ import annotations
@@ -21,22 +21,28 @@ from transformers.trainer_utils import get_last_checkpoint
 
 logger = logging.getLogger(__name__)
 
-NUM_RECENT, NUM_NEEDED = 50, 20
+NUM_RECENT = 50
+"""Number of good updates whose losses a new loss is compared with."""
+
+NUM_NEEDED = 20
+"""Number of good updates before a loss is called too large."""
 
 MAX_IN_A_ROW = 10
+"""Number of bad updates in a row after which training stops whatever the policy is."""
 
 BAD_UPDATE = "bad_update"
-"""Key of the log's entries on what was found and done."""
+"""Key of log entries about bad updates; its value is the problem."""
 
 
 class LossWatch(TrainerCallback, ExportableState):
-    """Judges updates; a callback so that what it remembers goes into checkpoints.
+    """Callback that finds bad updates; as a callback, it is saved in checkpoints with the losses it has seen.
 
     Args:
-        policy: One of `POLICIES`; None = never look.
-        factor: A loss so many times the median of the last 50 is bad too; None = only one that is no number.
+        policy: One of `sft.config.POLICIES`; None = check nothing.
+        factor: An update is also bad if its loss is more than this many times the median of the last 50; None = only
+            if its gradients are not finite.
         recent: Losses of the last good updates.
-        num_in_a_row: Bad updates since the last good one.
+        num_in_a_row: Number of bad updates since the last good one.
     """
 
     def __init__(
@@ -50,21 +56,24 @@ class LossWatch(TrainerCallback, ExportableState):
         self._loss: torch.Tensor | None = None
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What upstream writes, and makes a callback of again."""
+        """Return what `transformers.Trainer` writes into a checkpoint and constructs the callback from again."""
         own = {name: getattr(self, name) for name in ("policy", "factor", "recent", "num_in_a_row")}
         return {"args": own, "attributes": {}}
 
     def add(self, loss: torch.Tensor) -> None:
-        """Take in the loss of one part of an update, on this process."""
+        """Add the loss of one accumulation step of this process to the loss of the update."""
         if self.factor is not None:
             self._loss = loss if self._loss is None else self._loss + loss
 
     def problem(self, grad_norm: Any, gather: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
-        """What is wrong with the update whose gradients are there; None for nothing. All processes say the same.
+        """Check the update whose gradients have been computed, and start the next one.
 
         Args:
-            grad_norm: Norm of the gradients over all processes; None where an engine does not tell it.
+            grad_norm: Norm of the gradients over all processes; None if the training engine does not report it.
             gather: Collects a tensor from all processes.
+
+        Returns:
+            What is wrong, the same on all processes; None for a good update.
         """
         if self.policy is None:
             return None
@@ -84,15 +93,15 @@ class LossWatch(TrainerCallback, ExportableState):
 
 
 def act_on(trainer: Any, watch: LossWatch, problem: str) -> None:
-    """Follow the policy for an update that has not happened yet, and write into the trainer's log what was done.
+    """Apply the policy to a bad update, and write what was done into the trainer's log history.
 
     Args:
-        trainer: `transformers.Trainer` between gradients and optimizer.
-        watch: Holds the policy.
-        problem: What was found.
+        trainer: `transformers.Trainer`, after the backward pass and before the optimizer's step.
+        watch: Has the policy and counts bad updates.
+        problem: What is wrong, as `LossWatch.problem` returns it.
 
     Raises:
-        ValueError: The policy is to stop or can't be followed, updates are bad again and again, or there is no
+        ValueError: The policy is to stop or can't be applied, too many updates in a row are bad, or there is no
             checkpoint to go back to.
     """
     step = trainer.state.global_step + 1
@@ -104,8 +113,8 @@ def act_on(trainer: Any, watch: LossWatch, problem: str) -> None:
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError(
-            f"step {step}: {problem}, and on_bad_loss={watch.policy} can't be followed: DeepSpeed has made the update "
-            "together with its gradients; go on from the last checkpoint with a lower learning_rate"
+            f"step {step}: {problem}, and on_bad_loss={watch.policy} can't be applied: DeepSpeed has made the update "
+            "together with its gradients; resume from the last checkpoint with a lower learning_rate"
         )
     if watch.num_in_a_row > MAX_IN_A_ROW:
         raise ValueError(
@@ -113,17 +122,25 @@ def act_on(trainer: Any, watch: LossWatch, problem: str) -> None:
             "does not help here: lower learning_rate, or look at the data"
         )
     for parameter in trainer.model.parameters():
-        parameter.grad = None  # optimizers pass over parameters without gradient
+        parameter.grad = None  # optimizers skip parameters without gradient
     action = "skipped" if watch.policy == "skip" else f"went back to {roll_back(trainer, step, problem)}"
     logger.warning("step %d: %s; %s", step, problem, action)
     trainer.state.log_history.append({"step": step, BAD_UPDATE: problem, "action": action})
 
 
 def roll_back(trainer: Any, step: int, problem: str) -> str:
-    """Give model and optimizer what they were at the last checkpoint; the learning rate follows the steps on.
+    """Restore model and optimizer from the last checkpoint; the learning rate schedule goes on from this step.
+
+    Args:
+        trainer: `transformers.Trainer`, after the backward pass and before the optimizer's step.
+        step: Number of the bad update, for the message.
+        problem: What is wrong, for the message.
 
     Returns:
-        The checkpoint's name.
+        Name of the checkpoint's folder.
+
+    Raises:
+        ValueError: There is no checkpoint yet.
     """
     checkpoint = get_last_checkpoint(trainer.args.output_dir)
     if checkpoint is None:

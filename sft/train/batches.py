@@ -1,8 +1,9 @@
-"""The attention of one training: chosen for its device and precision, set on the model, and probed.
+"""How one training makes batches: packing, collator, padding, attention, and tokens that are computed once.
 
-How rows become batches: which data sets are packed, which collator joins rows, which process reads them.
-
-Whether a training may leave out tokens that `sft.batches.shared_tokens` finds redundant, and the proof that it may.
+In this order: before the model is on its device, `choose_packing`, `choose_collator` and `choose_dispatch` read the
+options and the data. After that, `choose_batches` sets the attention and, where this is left open, joins rows without
+padding; `choose_shared_tokens` has common beginnings of documents computed once. Both run the model on a few tokens to
+prove that documents in one row do not see each other and that sharing changes no logits.
 """
 
 from __future__ import annotations
@@ -41,10 +42,19 @@ from sft.models.loading import MIXED_PRECISIONS
 
 logger = logging.getLogger(__name__)
 
+READERS = ("compute_loss", "training_step", "prediction_step", "_prepare_inputs", "get_batch_samples")
+"""Methods of a trainer that are given batches."""
+
 
 @dataclass(frozen=True)
 class Packing:
-    """Which data sets are packed, and whether batches are one flat row without padding; None = not decided yet."""
+    """How the rows of a training are put together.
+
+    Attributes:
+        train: Whether training rows are packed.
+        eval: Whether evaluation rows are packed.
+        flat: Whether a batch is one row without padding; None = decided later, by `choose_batches`.
+    """
 
     train: bool
     eval: bool
@@ -52,17 +62,17 @@ class Packing:
 
 
 def take_over_collator(collator: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """This library's collator in place of transformers' own ones for token rows; any other one is handed back.
+    """Replace transformers' collators for token rows by this library's; return any other collator as it is.
 
-    `DataCollatorForLanguageModeling` fails on rows with labels, and puts its own in their place. A flat row of
-    `DataCollatorWithFlattening` does not say where its documents end.
+    `DataCollatorForLanguageModeling` can't pad labels, and replaces those that rows have. A flat row of
+    `DataCollatorWithFlattening` does not state where its documents end.
 
     Args:
         collator: As it was given to the trainer.
         tokenizer: Its padding token fills batches.
 
     Raises:
-        ValueError: Masked language modelling was asked for.
+        ValueError: The collator is for masked language modelling.
     """
     if type(collator) is DataCollatorWithFlattening:
         return DataCollatorForSFT(tokenizer.pad_token_id, padding_free=True)
@@ -70,7 +80,7 @@ def take_over_collator(collator: Any, tokenizer: PreTrainedTokenizerBase) -> Any
         return collator
     if collator.mlm:
         raise ValueError(
-            "DataCollatorForLanguageModeling has mlm=True, which hides tokens for a model that reads in both "
+            "DataCollatorForLanguageModeling has mlm=True, which masks tokens for a model that attends in both "
             "directions; a causal model needs mlm=False, or leave data_collator out"
         )
     return DataCollatorForSFT(tokenizer.pad_token_id, pad_to_multiple_of=collator.pad_to_multiple_of)
@@ -82,7 +92,7 @@ def choose_packing(config: SFTConfig, data_collator: Any, datasets: list[Any]) -
     Args:
         config: `packing`, `eval_packing`, `padding_free`.
         data_collator: The user's own, or None.
-        datasets: All data sets; rows that are packed already make batches flat.
+        datasets: All data sets. If one has packed rows already, batches are flat.
     """
     eval_packing = config.packing if config.eval_packing is None else config.eval_packing
     packed = config.packing or eval_packing
@@ -93,7 +103,7 @@ def choose_packing(config: SFTConfig, data_collator: Any, datasets: list[Any]) -
 
 
 def choose_collator(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, packing: Packing) -> DataCollatorForSFT:
-    """The collator for token rows: flat batches where rows are packed or padding is unwanted, else padded ones."""
+    """Return this library's collator for token rows, which makes flat or padded batches as `packing` says."""
     return DataCollatorForSFT(
         pad_token_id=tokenizer.pad_token_id,
         padding_free=bool(packing.flat),
@@ -101,19 +111,19 @@ def choose_collator(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, packi
     )
 
 
-def settle_dispatch(config: SFTConfig, packing: Packing, datasets_given: list[Any]) -> None:
-    """On several processes, let each one read its own batches where batches can't be cut into equal parts.
+def choose_dispatch(config: SFTConfig, packing: Packing, datasets_given: list[Any]) -> None:
+    """Have each of several processes read its own batches where batches can't be cut into equal parts.
 
-    accelerate would have the first process read streamed batches and hand each process a slice of dimension 0, which
-    in a flat batch is 1, and differs between rows of a stream that are padded batch by batch.
+    By default, accelerate has the first process read a stream and sends each process a slice of the batch along
+    dimension 0. A flat batch has length 1 there, and batches of a stream that are padded one by one can't be joined.
 
     Args:
-        config: `accelerator_config.dispatch_batches` is set to False where it was left open.
+        config: `accelerator_config.dispatch_batches` is set to False where the user did not set it.
         packing: Whether batches are flat.
         datasets_given: All data sets.
 
     Raises:
-        ValueError: It was set to True, and batches are flat.
+        ValueError: The user set it to True, and batches are flat.
     """
     streamed = any(
         isinstance(dataset, (datasets.IterableDataset, torch.utils.data.IterableDataset)) for dataset in datasets_given
@@ -128,49 +138,46 @@ def settle_dispatch(config: SFTConfig, packing: Packing, datasets_given: list[An
         accelerator.dispatch_batches = False
 
 
-READERS = ("compute_loss", "training_step", "prediction_step", "_prepare_inputs", "get_batch_samples")
-"""Methods of a trainer that are given batches."""
-
-
-def settle_batches(trainer: Any, trainer_class: type, *, flat: bool | None) -> str:
-    """Set the attention for the batches, and decide whether they are flat where nobody said so.
+def choose_batches(trainer: Any, trainer_class: type, *, flat: bool | None) -> str:
+    """Set the attention for the batches, and decide whether they are flat where the options leave it open.
 
     Args:
         trainer: An `SFTTrainer` whose model is on the device that will train it. Its collator is set to flat batches
-            where these were chosen.
-        trainer_class: `SFTTrainer`, whose own methods read joined rows.
-        flat: Whether batches are one row without padding; None = where that is faster and nothing needs padded ones.
+            if these are chosen.
+        trainer_class: `SFTTrainer`, whose methods can read flat batches.
+        flat: Whether batches are one row without padding; None = if it is faster and nothing needs padded batches.
 
     Returns:
-        One line that says what was chosen and why.
+        What was chosen and why, in one line.
 
     Raises:
-        ValueError: see `settle_attention`; not where the choice was ours.
+        ValueError: The attention can't be used, see `choose_attention`. Flat batches that were not asked for are given
+            up instead.
     """
     model, config = trainer.model, trainer.args
     if flat is not None:
-        return settle_attention(model, config, flat=flat)
+        return choose_attention(model, config, flat=flat)
     reason = refuse_flat_reason(trainer, trainer_class, current_hardware(config.device))
     before = model.config._attn_implementation
     if reason is None:
         try:
-            chosen = settle_attention(model, config, flat=True)
-        except (ValueError, RuntimeError, ImportError) as error:  # a leak, or a kernel that does not run here
+            chosen = choose_attention(model, config, flat=True)
+        except (ValueError, RuntimeError, ImportError) as error:  # documents see each other, or a kernel fails
             model.set_attn_implementation(before)
             reason = str(error).splitlines()[0]
         else:
             trainer.data_collator.padding_free = True
             return f"batches are joined rows without padding; {chosen}"
-    return f"{settle_attention(model, config, flat=False)}: {reason}"
+    return f"{choose_attention(model, config, flat=False)}: {reason}"
 
 
 def refuse_flat_reason(trainer: Any, trainer_class: type, hardware: Hardware) -> str | None:
-    """Why batches had better be padded where nobody said how they should be, or None when nothing speaks for it.
+    """Return why batches should be padded where the options leave it open; None if they may be flat.
 
     Args:
-        trainer: An `SFTTrainer` with its own collator.
-        trainer_class: `SFTTrainer`; a method that a subclass or a script replaced may expect padded batches.
-        hardware: See `current_hardware`.
+        trainer: An `SFTTrainer` with this library's collator.
+        trainer_class: `SFTTrainer`. A method that a subclass or a script replaced may expect padded batches.
+        hardware: Of the device that trains, see `current_hardware`.
     """
     model, config = trainer.model, trainer.args
     if trainer.compute_loss_func is not None or trainer.compute_metrics is not None:
@@ -181,7 +188,7 @@ def refuse_flat_reason(trainer: Any, trainer_class: type, hardware: Hardware) ->
         if getattr(getattr(trainer, name), "__func__", None) is not getattr(trainer_class, name)
     ]
     if own:
-        return f"{own[0]} is the script's own, and may read padded batches"
+        return f"{own[0]} is the script's own and may need padded batches"
     for option in ("pad_to_multiple_of", "torch_compile", "force_flash_sdp", "parallelism_config", "deepspeed"):
         if getattr(config, option, None):
             return f"{option} is set"
@@ -214,23 +221,23 @@ def _refuse_flat_attention(model: Any, config: SFTConfig, hardware: Hardware) ->
 
 
 def computed_in(model: Any, config: SFTConfig) -> Any:
-    """The precision of attention's products: that of mixed precision, or the model's own."""
+    """Return the precision that attention computes in: that of autocast, or else that of the model's weights."""
     return MIXED_PRECISIONS[config.autocast_precision] if config.autocast_precision else model.dtype
 
 
-def settle_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
-    """Choose and set the attention for flat batches, and prove that documents do not see each other.
+def choose_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
+    """Choose and set the attention, and prove for flat batches that documents do not see each other.
 
     Args:
         model: On the device that will train it.
-        config: `force_flash_sdp`, and the precision of the products.
-        flat: Whether batches are one row without padding.
+        config: `force_flash_sdp`, the device and the precision.
+        flat: Whether batches are one row without padding. The attention of padded batches is only checked.
 
     Returns:
-        One line that says what was chosen and why.
+        What was chosen and why, in one line.
 
     Raises:
-        ValueError: The device, the model or its attention can't keep the documents of a row apart.
+        ValueError: The requested attention can't be used here, or documents in one row would see each other.
     """
     current = model.config._attn_implementation
     requested = requested_attention(model)
@@ -249,8 +256,11 @@ def settle_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
         )
     if choice.implementation != current:
         model.set_attn_implementation(choice.implementation)
-    if model.device.type != config.device.type:  # FSDP and DeepSpeed move it later, piece by piece
-        logger.warning("the model is not on its device yet: %s is not probed for leaks", choice.implementation)
+    if model.device.type != config.device.type:  # FSDP and DeepSpeed move the model later, in parts
+        logger.warning(
+            "the model is not on its device yet: it is not checked that %s keeps documents from seeing each other",
+            choice.implementation,
+        )
     else:
         with flash_sdp_only() if config.force_flash_sdp else nullcontext():
             probe_isolation(model)
@@ -258,37 +268,37 @@ def settle_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
 
 
 def requested_attention(model: Any) -> str:
-    """The attention that the user asked for; `auto` where it is what transformers takes for this family by itself."""
+    """Return the attention that the user asked for; `auto` if it is the one that transformers chooses by default."""
     current = model.config._attn_implementation
     own_choice = "sdpa" if causal_lm(model)._supports_sdpa else "eager"
     return "auto" if current in ("sdpa", own_choice) else current
 
 
-def settle_sharing(model: Any, config: SFTConfig, data_collator: Any) -> str:
-    """Have the collator plan which tokens are computed, where that changes nothing but time.
+def choose_shared_tokens(model: Any, config: SFTConfig, data_collator: Any) -> str:
+    """Have the collator plan which tokens of a batch are computed, if this changes nothing but the time.
 
     Args:
         model: With its attention set, on the device that will train it.
-        config: `share_tokens`, and the options that speak against it.
-        data_collator: Its `share_tokens` is set when it is this library's own for flat batches.
+        config: `share_tokens`, and options that exclude it.
+        data_collator: Its `share_tokens` is set if it is this library's and makes flat batches.
 
     Returns:
-        One line that says what was chosen and why.
+        What was chosen and why, in one line.
 
     Raises:
-        ValueError: The model computes something else when beginnings are shared.
+        ValueError: The model's logits change when common beginnings are computed once.
     """
     reason = refuse_sharing_reason(model, config, data_collator)
     if reason is not None:
         return f"every token is computed: {reason}"
-    if model.device.type == config.device.type:  # FSDP and DeepSpeed move it later, piece by piece
+    if model.device.type == config.device.type:  # FSDP and DeepSpeed move the model later, in parts
         probe_sharing(model)
     data_collator.share_tokens = True
-    return "what documents begin with alike is computed once, nothing behind their last targets"
+    return "common beginnings of documents are computed once, and no token after a document's last target"
 
 
 def refuse_sharing_reason(model: Any, config: SFTConfig, data_collator: Any) -> str | None:
-    """Why each token must be computed on its own, or None when nothing speaks against sharing."""
+    """Return why every token of a batch must be computed; None if common beginnings may be computed once."""
     text_config = causal_lm(model).config.get_text_config()
     if not config.share_tokens:
         return "share_tokens is off"
@@ -302,10 +312,6 @@ def refuse_sharing_reason(model: Any, config: SFTConfig, data_collator: Any) -> 
         return "prompt tuning lengthens the row"
     if getattr(text_config, "output_router_logits", False):
         return "the routers' loss counts every token"
-    return _noise(model, text_config)
-
-
-def _noise(model: nn.Module, text_config: Any) -> str | None:
     dropping = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     names = ("attention_dropout", "attn_dropout", "attn_pdrop", "router_jitter_noise")
     named = [name for name in names if getattr(text_config, name, None)]
@@ -314,13 +320,13 @@ def _noise(model: nn.Module, text_config: Any) -> str | None:
 
 @torch.no_grad()
 def probe_sharing(model: Any) -> float:
-    """Run documents with a common beginning, shared and not, and see that the logits of their targets are the same.
+    """Check that logits are the same whether a common beginning of three documents is computed once or three times.
 
     Returns:
         The largest difference, relative to the largest logit.
 
     Raises:
-        ValueError: It is more than rounding.
+        ValueError: The difference is larger than rounding.
     """
     vocab_size = causal_lm(model).get_input_embeddings().weight.shape[0]
     begin = [(7 * place + 1) % vocab_size for place in range(12)]

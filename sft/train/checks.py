@@ -1,6 +1,9 @@
-"""Mistakes that train a model silently wrong, looked for before training begins.
+"""Checks of the data before training begins.
 
-Rows that a model can't take: token ids without an embedding, documents beyond the positions that it has learned.
+* `check_ignored`: options that would have no effect on the data given.
+* `check_collator`: a user's collator that would train nothing, or never the end-of-sequence token.
+* `check_token_rows`: packed rows whose documents would see each other, token ids without an embedding, documents that
+  are longer than the positions that the model has learned.
 """
 
 from __future__ import annotations
@@ -24,129 +27,37 @@ from sft.tokens.constant_length import ConstantLengthDataset
 from sft.train.batches import Packing
 
 ROWS_AT_A_TIME = 10_000
+"""Rows of a data set that are read into memory at once."""
 
-# `wpe` of GPT-2, `embed_positions` of OPT; GPT-J and CodeGen have a buffer of that name
-_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|pos_emb\w*)$")
-
-_SPARE_ROWS = 2  # OPT's table begins with rows that stand for no position
-
-
-def check_token_ids(model: Any, *data: Any) -> None:
-    """Refuse token ids that the model's embeddings have no row for; streams are not read for it.
-
-    Args:
-        model: Wrapped or not.
-        data: Data sets, dicts of them, or None.
-
-    Raises:
-        ValueError: Names the id, its row, and how many ids there are.
-    """
-    num_tokens = causal_lm(model).get_input_embeddings().weight.shape[0]
-    for dataset in data:
-        if isinstance(dataset, dict):
-            check_token_ids(model, *dataset.values())
-        if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names or num_tokens == 0:
-            continue
-        batches = dataset.select_columns("input_ids").with_format("arrow").iter(ROWS_AT_A_TIME)
-        for number, batch in enumerate(batches):
-            ids = pc.list_flatten(batch["input_ids"])
-            bounds = pc.min_max(ids).as_py()
-            wrong = [value for value in (bounds["max"], bounds["min"]) if value is not None]
-            wrong = [value for value in wrong if not 0 <= value < num_tokens]
-            if wrong:
-                place = pc.index(ids, wrong[0]).as_py()
-                row = number * ROWS_AT_A_TIME + pc.list_parent_indices(batch["input_ids"])[place].as_py()
-                raise ValueError(
-                    f"row {row} has the token id {wrong[0]}, and the model has embeddings for {num_tokens} tokens; "
-                    "tokenize with the model's own tokenizer, or resize its embeddings"
-                )
-
-
-def num_positions(model: Any) -> int | None:
-    """Positions that a model has a table for; None where it computes them (rotary), which has no end."""
-    base = causal_lm(model)
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:
-        return None
-    modules = [module for _, module in _tables(base.named_modules()) if isinstance(module, nn.Embedding)]
-    sizes = [module.num_embeddings for module in modules]
-    sizes += [len(buffer) for _, buffer in _tables(base.named_buffers())]
-    return limit if any(limit <= size <= limit + _SPARE_ROWS for size in sizes) else None
-
-
-def _tables(named: Any) -> list[tuple[str, Any]]:
-    return [(name, found) for name, found in named if _TABLE.search(name)]
-
-
-def check_positions(model: Any, config: SFTConfig, *data: Any) -> None:
-    """Refuse documents that are longer than the positions that the model has learned.
-
-    Args:
-        model: Wrapped or not.
-        config: `max_length`, which is all that is known of streamed rows.
-        data: Prepared data sets, dicts of them, or None.
-
-    Raises:
-        ValueError: Names the length, its row where there is one, the model's positions and the option to set.
-    """
-    limit = num_positions(model)
-    if limit is None:
-        return
-    for dataset in data:
-        if isinstance(dataset, dict):
-            check_positions(model, config, *dataset.values())
-            continue
-        length, where = _longest(dataset, config)
-        if length > limit:
-            raise ValueError(
-                f"{where}, and the model ({causal_lm(model).config.model_type}) has learned {limit} positions: set "
-                f"max_length={limit}, or less"
-            )
-
-
-def _longest(dataset: Any, config: SFTConfig) -> tuple[int, str]:
-    """The longest document of a data set, or that it may have, and where in words."""
-    if isinstance(dataset, ConstantLengthDataset):
-        return dataset.seq_length, f"documents of up to seq_length={dataset.seq_length} tokens are packed"
-    if isinstance(dataset, IterableDataset) and not config.skip_prepare_dataset:
-        length = config.max_length or DEFAULT_MAX_LENGTH
-        return length, f"rows are streamed, with up to max_length={length} tokens"
-    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
-        return 0, ""
-    packed = "seq_lengths" in dataset.column_names
-    longest, row = 0, 0
-    column = "seq_lengths" if packed else "input_ids"
-    for number, batch in enumerate(dataset.select_columns(column).with_format("arrow").iter(ROWS_AT_A_TIME)):
-        lengths = pc.list_flatten(batch[column]) if packed else pc.list_value_length(batch[column])
-        found = pc.max(lengths).as_py() or 0
-        if found > longest:
-            place = pc.index(lengths, found).as_py()
-            place = pc.list_parent_indices(batch[column])[place].as_py() if packed else place
-            longest, row = found, number * ROWS_AT_A_TIME + place
-    return longest, f"row {row} has a document of {longest} tokens"
-
-
-NUM_ROWS_LOOKED_AT = 4
+NUM_SAMPLE_ROWS = 4
+"""Rows that a user's collator is tried out on."""
 
 COLUMN_OF_PART = {
     "completion_only_loss": "completion_mask",
     "assistant_only_loss": "assistant_masks",
     "last_turn_only_loss": "labels",
 }
+"""Option that trains a part of each row -> the column of prepared rows that marks this part."""
+
+POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|pos_emb\w*)$")
+"""Names of tables of positions: `wpe` in GPT-2, `embed_positions` in OPT and, as a buffer, in GPT-J and CodeGen."""
+
+SPARE_ROWS = 2
+"""Rows that a table may have in addition to its positions, as OPT's has."""
 
 
 def check_ignored(config: SFTConfig, collator: Callable | None, packing: Packing, train: Any, evaluation: Any) -> None:
-    """Refuse options that would have no effect on these data sets, or with this collator.
+    """Check that all options have an effect on these data sets and with this collator.
 
     Args:
         config: The options.
-        collator: As it was given to the trainer; None = its own, which follows all of them.
+        collator: The user's, or one for images; None = this library's for token rows, which follows all options.
         packing: Which of the data sets are to be packed.
-        train: As it was given.
-        evaluation: As it was given, perhaps a dict of data sets.
+        train: Training data as the user gave it.
+        evaluation: Evaluation data as the user gave it; may be a dict of data sets.
 
     Raises:
-        ValueError: Names the option, why it would be ignored, and where it belongs.
+        ValueError: An option would be ignored. The message says why, and where the option belongs.
     """
     if isinstance(train, dict):
         raise ValueError(f"train_dataset has the splits {sorted(train)}; give one of them, such as dataset['train']")
@@ -178,7 +89,7 @@ def check_ignored(config: SFTConfig, collator: Callable | None, packing: Packing
 
 
 def _ignored_in(dataset: Any, config: SFTConfig, collator: Callable | None, *, packed: bool) -> str | None:
-    """An option that a data set which is not prepared would leave without effect."""
+    """Return the name of an option that has no effect on a data set, because it is not prepared by this library."""
     is_known = isinstance(dataset, (Dataset, IterableDataset))
     if dataset is None or (is_known and not config.skip_prepare_dataset):
         return None
@@ -197,16 +108,89 @@ def _name(collator: Callable) -> str:
     return getattr(collator, "__name__", type(collator).__name__)
 
 
-def check_borders(collator: Callable | None, train: Any, evaluation: Any) -> None:
-    """Refuse a user's collator that forgets where the documents of a packed row end.
+def check_collator(collator: Callable | None, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a user's collator trains some tokens, and the end-of-sequence token among them.
 
     Args:
-        collator: As it was given to the trainer; None = its own.
-        train: Prepared rows.
-        evaluation: Prepared rows, or a dict of them.
+        collator: As it was given to the trainer; None = this library's, which needs no check.
+        dataset: Prepared rows. Only a `Dataset` is checked, since reading a stream would use it up.
+        tokenizer: Its eos and pad tokens are compared.
 
     Raises:
-        ValueError: The batch of a row with `seq_lengths` has none, so that its documents would see each other.
+        ValueError: Nothing would be trained in any row, or the end-of-sequence token would never be.
+    """
+    if collator is None or not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    if isinstance(collator, DataCollatorForCompletionOnlyLM):
+        check_templates(collator, (batch["input_ids"][0] for batch in dataset.iter(1)), len(dataset))
+    elif tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        check_end_is_trained(collator, list(islice(iter(dataset), NUM_SAMPLE_ROWS)), tokenizer)
+
+
+def check_templates(collator: DataCollatorForCompletionOnlyLM, rows: Iterable[Any], num_rows: int) -> None:
+    """Check that a collator finds an answer in at least one row.
+
+    Args:
+        collator: Finds answers by the text that comes before them.
+        rows: Token ids of each row. They are read until an answer is found, which should be in the first row.
+        num_rows: Number of rows, for the message.
+
+    Raises:
+        ValueError: No row has an answer. The message shows the tokens of the templates and of the first row.
+    """
+    first = None
+    for ids in rows:
+        first = first if first is not None else list(ids)
+        if collator.finds_answer(ids):
+            return
+    if first is not None:
+        raise ValueError(
+            f"none of the {num_rows} rows has {collator.templates()}, so nothing would be trained. The first row is "
+            f"{collator.tokenizer.convert_ids_to_tokens(first[:40])} {first[:40]}. Give the template as it is in the "
+            "text, or its token ids there; if rows were truncated before their answers, raise max_length"
+        )
+
+
+def check_end_is_trained(collator: Callable, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a collator which masks padding by its id does not mask the end-of-sequence token, too.
+
+    Args:
+        collator: Called with `rows`.
+        rows: Some rows of the data set.
+        tokenizer: Its padding token is its end-of-sequence token.
+
+    Raises:
+        ValueError: The rows have end-of-sequence tokens to train, and the batch made of them has none.
+    """
+    eos = tokenizer.eos_token_id
+    if not any(eos in row.get("labels", row["input_ids"]) for row in rows):
+        return
+    labels = collator(rows).get("labels")
+    if labels is not None and not bool((torch.as_tensor(labels) == eos).any()):
+        raise ValueError(
+            f"pad_token and eos_token are both {tokenizer.eos_token!r}, and {type(collator).__name__} masks it as "
+            "padding, so the model would never learn to stop: pad with another token (SFTConfig(pad_token=...)), or "
+            "leave data_collator out: the trainer's own masks padding by its place"
+        )
+
+
+def check_token_rows(model: Any, config: SFTConfig, collator: Callable | None, train: Any, evaluation: Any) -> None:
+    """Check prepared rows by `check_borders`, `check_token_ids` and `check_positions`."""
+    check_borders(collator, train, evaluation)
+    check_token_ids(model, train, evaluation)
+    check_positions(model, config, train, evaluation)
+
+
+def check_borders(collator: Callable | None, train: Any, evaluation: Any) -> None:
+    """Check that a user's collator keeps the `seq_lengths` of packed rows, which state where documents end.
+
+    Args:
+        collator: As it was given to the trainer; None = this library's.
+        train: Prepared rows.
+        evaluation: Prepared rows, or a dict of data sets.
+
+    Raises:
+        ValueError: The collator drops `seq_lengths`, so that the documents of a row would see each other.
     """
     if collator is None or isinstance(collator, (DataCollatorForSFT, DataCollatorForCompletionOnlyLM)):
         return
@@ -219,74 +203,97 @@ def check_borders(collator: Callable | None, train: Any, evaluation: Any) -> Non
             )
 
 
-def check_token_rows(model: Any, config: SFTConfig, collator: Callable | None, train: Any, evaluation: Any) -> None:
-    """Refuse prepared rows that the model, or the user's collator, can't take; see the three checks."""
-    check_borders(collator, train, evaluation)
-    check_token_ids(model, train, evaluation)
-    check_positions(model, config, train, evaluation)
-
-
-def check_collator(collator: Callable | None, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Look at what a user's collator trains of a data set.
+def check_token_ids(model: Any, *data: Any) -> None:
+    """Check that the model has an embedding for every token id. Streams are not checked.
 
     Args:
-        collator: As it was given to the trainer; None = its own, which has neither mistake.
-        dataset: Prepared rows; only a `Dataset` is looked at, since looking would use up a stream.
-        tokenizer: Its eos and pad tokens are compared.
+        model: Wrapped or not.
+        data: Prepared data sets, dicts of data sets, or None.
 
     Raises:
-        ValueError: Nothing would be trained in any row, or the end-of-sequence token never.
+        ValueError: An id has no embedding. The message names the id, its row and the number of embeddings.
     """
-    if collator is None or not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+    num_tokens = causal_lm(model).get_input_embeddings().weight.shape[0]
+    for dataset in data:
+        if isinstance(dataset, dict):
+            check_token_ids(model, *dataset.values())
+        if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names or num_tokens == 0:
+            continue
+        batches = dataset.select_columns("input_ids").with_format("arrow").iter(ROWS_AT_A_TIME)
+        for number, batch in enumerate(batches):
+            ids = pc.list_flatten(batch["input_ids"])
+            bounds = pc.min_max(ids).as_py()
+            wrong = [value for value in (bounds["max"], bounds["min"]) if value is not None]
+            wrong = [value for value in wrong if not 0 <= value < num_tokens]
+            if wrong:
+                place = pc.index(ids, wrong[0]).as_py()
+                row = number * ROWS_AT_A_TIME + pc.list_parent_indices(batch["input_ids"])[place].as_py()
+                raise ValueError(
+                    f"row {row} has the token id {wrong[0]}, and the model has embeddings for {num_tokens} tokens; "
+                    "tokenize with the model's own tokenizer, or resize its embeddings"
+                )
+
+
+def check_positions(model: Any, config: SFTConfig, *data: Any) -> None:
+    """Check that no document is longer than the number of positions that the model has learned.
+
+    Args:
+        model: Wrapped or not.
+        config: `max_length`, by which streamed rows are judged.
+        data: Prepared data sets, dicts of data sets, or None.
+
+    Raises:
+        ValueError: A document is too long. The message names its length, its row if known, the number of positions
+            and the option to set.
+    """
+    limit = num_positions(model)
+    if limit is None:
         return
-    if isinstance(collator, DataCollatorForCompletionOnlyLM):
-        check_templates(collator, (batch["input_ids"][0] for batch in dataset.iter(1)), len(dataset))
-    elif tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
-        check_end_is_trained(collator, list(islice(iter(dataset), NUM_ROWS_LOOKED_AT)), tokenizer)
+    for dataset in data:
+        if isinstance(dataset, dict):
+            check_positions(model, config, *dataset.values())
+            continue
+        length, where = _longest(dataset, config)
+        if length > limit:
+            raise ValueError(
+                f"{where}, and the model ({causal_lm(model).config.model_type}) has learned {limit} positions: set "
+                f"max_length={limit}, or less"
+            )
 
 
-def check_templates(collator: DataCollatorForCompletionOnlyLM, rows: Iterable[Any], num_rows: int) -> None:
-    """Make sure that an answer is found in some row; a template that fits the data is in the first one already.
-
-    Args:
-        collator: Finds the answers.
-        rows: Token ids of each row; read up to the first one that has an answer.
-        num_rows: How many there are, for the message.
-
-    Raises:
-        ValueError: No row has one; shows the templates' tokens and those of the first row.
-    """
-    first = None
-    for ids in rows:
-        first = first if first is not None else list(ids)
-        if collator.finds_answer(ids):
-            return
-    if first is not None:
-        raise ValueError(
-            f"none of the {num_rows} rows has {collator.templates()}, so nothing would be trained. The first row is "
-            f"{collator.tokenizer.convert_ids_to_tokens(first[:40])} {first[:40]}. Give the template as it stands in "
-            "the text, or its ids there; if a cut took the answers away, raise max_length"
-        )
+def _longest(dataset: Any, config: SFTConfig) -> tuple[int, str]:
+    """Return the length of the longest document that a data set has (or may have), and a clause that says where."""
+    if isinstance(dataset, ConstantLengthDataset):
+        return dataset.seq_length, f"documents of up to seq_length={dataset.seq_length} tokens are packed"
+    if isinstance(dataset, IterableDataset) and not config.skip_prepare_dataset:
+        length = config.max_length or DEFAULT_MAX_LENGTH
+        return length, f"rows are streamed, with up to max_length={length} tokens"
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return 0, ""
+    packed = "seq_lengths" in dataset.column_names
+    longest, row = 0, 0
+    column = "seq_lengths" if packed else "input_ids"
+    for number, batch in enumerate(dataset.select_columns(column).with_format("arrow").iter(ROWS_AT_A_TIME)):
+        lengths = pc.list_flatten(batch[column]) if packed else pc.list_value_length(batch[column])
+        found = pc.max(lengths).as_py() or 0
+        if found > longest:
+            place = pc.index(lengths, found).as_py()
+            place = pc.list_parent_indices(batch[column])[place].as_py() if packed else place
+            longest, row = found, number * ROWS_AT_A_TIME + place
+    return longest, f"row {row} has a document of {longest} tokens"
 
 
-def check_end_is_trained(collator: Callable, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that a collator which masks padding by its id does not mask the end-of-sequence token with it.
+def num_positions(model: Any) -> int | None:
+    """Return the number of positions that a model has a table for; None if it computes positions, as rotary ones."""
+    base = causal_lm(model)
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    modules = [module for _, module in _position_tables(base.named_modules()) if isinstance(module, nn.Embedding)]
+    sizes = [module.num_embeddings for module in modules]
+    sizes += [len(buffer) for _, buffer in _position_tables(base.named_buffers())]
+    return limit if any(limit <= size <= limit + SPARE_ROWS for size in sizes) else None
 
-    Args:
-        collator: Called with `rows`.
-        rows: Some rows of the data set.
-        tokenizer: Pads with its end-of-sequence token.
 
-    Raises:
-        ValueError: The rows have trained end-of-sequence tokens, and the batch made of them has none.
-    """
-    eos = tokenizer.eos_token_id
-    if not any(eos in row.get("labels", row["input_ids"]) for row in rows):
-        return
-    labels = collator(rows).get("labels")
-    if labels is not None and not bool((torch.as_tensor(labels) == eos).any()):
-        raise ValueError(
-            f"pad_token and eos_token are both {tokenizer.eos_token!r}, and {type(collator).__name__} masks it as "
-            "padding, so the model would never learn to stop: pad with another token (SFTConfig(pad_token=...)), or "
-            "leave data_collator out: the trainer's own masks padding by its place"
-        )
+def _position_tables(named: Any) -> list[tuple[str, Any]]:
+    return [(name, found) for name, found in named if POSITION_TABLE.search(name)]

@@ -1,7 +1,4 @@
-"""How many tokens a training has read.
-
-What a training has summed up since its last log line, so that a resumed one logs what an uninterrupted one would.
-"""
+"""Counters of a training: tokens seen, and sums of losses and hits between two log lines."""
 
 from __future__ import annotations
 
@@ -16,31 +13,20 @@ from sft.batches.layout import FILLER
 from sft.loss.supervised import SupervisedLoss
 
 
-class UnloggedFigures(TrainerCallback, ExportableState):
-    """Goes into checkpoints with the trainer's state.
-
-    Args:
-        sums: Name of a figure -> its sum over all processes since the last log line.
-    """
-
-    def __init__(self, sums: dict[str, float] | None = None) -> None:
-        self.sums = sums or {}
-
-    def state(self) -> dict[str, dict[str, dict[str, float]]]:
-        """What upstream writes, and makes a callback of again."""
-        return {"args": {"sums": self.sums}, "attributes": {}}
-
-
 class TokensSeen:
-    """Counts the tokens of batches; nothing is read from the device before `take`."""
+    """Counter of the tokens of batches. It is kept on the device, and nothing waits for it before `take`."""
 
     def __init__(self, device: torch.device) -> None:
         self._count = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, inputs: Mapping[str, Any], *, padding: bool = False) -> None:
-        """Take one batch in, with its padding or without; a flat one has none, and no attention mask.
+        """Count the tokens of a batch.
 
-        A batch that only fills the step of a process up, as `sft.train.processes` makes it, is none of the training's.
+        A batch of fillers, which a process gets when its rows are used up (`sft.train.processes`), counts as 0.
+
+        Args:
+            inputs: The batch. A flat one has neither padding nor attention mask.
+            padding: Count padding, too.
         """
         if FILLER in inputs:
             return
@@ -51,10 +37,10 @@ class TokensSeen:
             self._count += input_ids.numel()
 
     def take(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> int:
-        """Tokens since the last `take`, over all processes.
+        """Return the number of tokens since the last `take`, over all processes.
 
         Args:
-            gather: collects a tensor from all processes.
+            gather: Collects a tensor from all processes.
         """
         total = int(gather(self._count).sum())
         self._count.zero_()
@@ -62,17 +48,23 @@ class TokensSeen:
 
 
 class TokenTotals:
-    """Adds up the figures of batches, so that means are over tokens; nothing is read from the device before `means`."""
+    """Sums of the figures of batches, from which means over tokens are made.
+
+    The sums are kept on the device, and nothing waits for them before `sums` or `means`.
+
+    Args:
+        sums: Sums to start from, by name.
+    """
 
     def __init__(self, sums: Mapping[str, float] | None = None) -> None:
         self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in (sums or {}).items()}
 
     def add(self, result: SupervisedLoss, *, skip_broken: bool = False) -> None:
-        """Take one batch in.
+        """Add the figures of a batch.
 
         Args:
-            result: its loss and figures.
-            skip_broken: leave it out when its loss is not finite.
+            result: Loss and figures of the batch.
+            skip_broken: Skip the batch if its loss is not finite.
         """
         figures = {
             "loss": result.loss_sum,
@@ -90,13 +82,18 @@ class TokenTotals:
                 self._sums[name] = self._sums[name].to(precise) + precise if name in self._sums else precise
 
     def copy(self) -> TokenTotals:
-        """The same sums, to go back to."""
+        """Return a copy, to go back to if the next update is rejected."""
         other = TokenTotals()
-        other._sums = dict(self._sums)  # sums are replaced, never changed in place
+        other._sums = dict(self._sums)  # the tensors can be shared: `add` makes new ones
         return other
 
     def sums(self, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, float]:
-        """What was added up so far, over all processes; `gather` as for `means`."""
+        """Return the sums by name, over all processes.
+
+        Args:
+            gather: Collects a tensor `(figures,)` from all processes into `(processes * figures,)`; None = this
+                process's sums alone.
+        """
         if not self._sums:
             return {}
         sums = torch.stack(list(self._sums.values()))
@@ -105,10 +102,13 @@ class TokenTotals:
         return dict(zip(self._sums, sums.tolist(), strict=True))
 
     def means(self, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, float]:
-        """`loss`, `mean_token_accuracy` and, where they were summed, `entropy` and `aux_loss`; empty without targets.
+        """Return means over tokens: `loss`, `mean_token_accuracy` and, if they were added, `entropy` and `aux_loss`.
 
         Args:
-            gather: collects a tensor `(figures,)` from all processes into `(processes * figures,)`.
+            gather: As of `sums`.
+
+        Returns:
+            Means by name; no entry if there were no targets.
         """
         total = self.sums(gather)
         if not total or not total["targets"]:
@@ -119,3 +119,20 @@ class TokenTotals:
         if "router" in total:
             means["aux_loss"] = total["router"] / total["weight"]
         return means
+
+
+class UnloggedFigures(TrainerCallback, ExportableState):
+    """Callback that saves the sums since the last log line in checkpoints.
+
+    With them, the first log line after a resume equals that of an uninterrupted training.
+
+    Args:
+        sums: Name of a figure -> its sum over all processes since the last log line.
+    """
+
+    def __init__(self, sums: dict[str, float] | None = None) -> None:
+        self.sums = sums or {}
+
+    def state(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Return what `transformers.Trainer` writes into a checkpoint and constructs the callback from again."""
+        return {"args": {"sums": self.sums}, "attributes": {}}

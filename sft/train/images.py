@@ -1,4 +1,4 @@
-"""Choice of the collator for rows with images, and the options that such rows need."""
+"""Choice of the collator for rows with images, and of the options that such rows need."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ if TYPE_CHECKING:
 def choose_vision_collator(
     processing_class: Any, config: SFTConfig, datasets_given: list[Any], *, formatted: bool = False
 ) -> DataCollatorForVisionLanguageModeling | None:
-    """The collator for rows with images, where the data has images; sets `config` so that they reach it.
+    """Return the collator for rows with images if the data has images, and set the options it needs.
+
+    The collator reads raw rows: `remove_unused_columns` is set to False, and `skip_prepare_dataset` to True. A template
+    of `chat_template_path` is copied from the tokenizer to the processor, which would otherwise use its own.
 
     Args:
-        processing_class: A processor where there are images.
-        config: What is trained, and lengths; `remove_unused_columns` becomes False and `skip_prepare_dataset` true. A
-            template of `chat_template_path` goes from the tokenizer to the processor, whose own would go before it.
-        datasets_given: All data sets as they were given, dicts of them included; None is left out.
-        formatted: Whether a `formatting_func` makes text of the rows.
+        processing_class: A processor if there are images.
+        config: Lengths, and which tokens are trained; changed in place.
+        datasets_given: All data sets as the user gave them: data sets, dicts of data sets, or None.
+        formatted: Whether the user gave a `formatting_func`, which makes text of the rows.
 
     Returns:
-        None where no data set has images, or rows are prepared by the user.
+        The collator; None if no data set has images, or the user prepares the rows.
 
     Raises:
-        ValueError: Images without a processor, or that a `formatting_func` would drop, or an option that joins rows.
+        ValueError: There are images, but no processor, or a `formatting_func` that would drop them, or an option that
+            joins rows.
     """
     if config.skip_prepare_dataset:
         return None
@@ -55,13 +58,13 @@ def choose_vision_collator(
         )
     joined = [name for name in ("packing", "eval_packing", "padding_free") if getattr(config, name)]
     if joined:
-        raise ValueError(f"{joined[0]}=True joins rows, which rows with images ({where}) can't be; leave it out")
+        raise ValueError(f"{joined[0]}=True joins rows, but rows with images ({where}) can't be joined; leave it out")
     if config.chat_template_path is not None:
         processing_class.chat_template = processing_class.tokenizer.chat_template
     config.remove_unused_columns = False
     given = config.dataset_kwargs if isinstance(config.dataset_kwargs, dict) else {}
     config.dataset_kwargs = {**given, "skip_prepare_dataset": True}
-    from sft.vision.collator import DataCollatorForVisionLanguageModeling  # trainings on text do not depend on it
+    from sft.vision.collator import DataCollatorForVisionLanguageModeling  # only loaded for images
 
     return DataCollatorForVisionLanguageModeling(
         processing_class,
@@ -76,9 +79,10 @@ def choose_vision_collator(
 
 
 def images_in(dataset: Any) -> str | None:
-    """Where a data set has images: a column, or parts of its first row's messages; None where it has none.
+    """Return where a data set has images: the name of a column, or of messages with image parts in the first row.
 
-    Rows that are tokenized already have none to read.
+    Returns:
+        The place, for messages; None without images, and for rows that are tokenized already.
     """
     if not hasattr(dataset, "column_names"):
         return None

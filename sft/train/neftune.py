@@ -1,4 +1,4 @@
-"""NEFTune: uniform noise on the embeddings while training (arXiv:2310.05914)."""
+"""NEFTune: uniform noise on the input embeddings in training (Jain et al., arXiv:2310.05914)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sft.inner_model import causal_lm
 
 
 class _EmbeddingNoise:
-    """Hooks of one model: the first learns where padding is, the second adds the noise."""
+    """Hooks of one model: `see_inputs` keeps the attention mask of a batch, `add_noise` adds the noise."""
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
@@ -34,13 +34,13 @@ class _EmbeddingNoise:
 
 
 def document_length_of_tokens(embeddings: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """For each token the length of its own document, float32 `(batch, length)`.
+    """Return for each token the number of tokens in its document, float32 `(batch, length)`.
 
-    In a flat row that is the document's, not the row's; in a padded row it leaves the padding out.
+    A flat row has several documents; in a padded row, padding is not counted.
 
     Args:
         embeddings: `(batch, length, width)`.
-        attention_mask: `(batch, length)`, or None where nothing is padded.
+        attention_mask: `(batch, length)`; None if nothing is padded.
     """
     num_rows, num_tokens = embeddings.shape[:2]
     layout = current_layout()
@@ -54,14 +54,14 @@ def document_length_of_tokens(embeddings: torch.Tensor, attention_mask: torch.Te
 
 @contextmanager
 def embedding_noise(model: nn.Module, alpha: float | None) -> Iterator[None]:
-    """Add noise to the input embeddings inside the block, in training mode only; the model is as before afterwards.
+    """Add noise to the input embeddings inside the block, in training mode only.
 
-    Each token's embedding gets uniform noise from -1 to 1 times `alpha / sqrt(L * d)`, with `L` the length of the
-    token's document and `d` the width of the embedding.
+    Each token's embedding gets uniform noise from -1 to 1 times `alpha / sqrt(L * d)`, where `L` is the length of the
+    token's document in tokens and `d` the width of the embedding.
 
     Args:
-        model: causal language model, wrapped or not.
-        alpha: strength of the noise (5 to 15 in the paper); None for none.
+        model: Causal language model, wrapped or not.
+        alpha: Strength of the noise (5 to 15 in the paper); None = no noise.
 
     Raises:
         ValueError: `alpha` is not above 0.

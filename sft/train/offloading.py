@@ -1,4 +1,4 @@
-"""Activation offloading: what the backward pass will need waits in the host's memory instead of the accelerator's."""
+"""Activation offloading: tensors saved for the backward pass are kept in the host's memory until it needs them."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ logger = logging.getLogger(__name__)
 
 ACCELERATORS = ("cuda", "xpu", "mps", "npu", "hpu")
 MIN_BYTES = 1024
-"""Moving less than this costs more than it saves."""
+"""Smaller tensors stay on the device: moving them costs more time than it saves memory."""
 
 
 @dataclass(frozen=True)
 class _Parked:
-    """A tensor in the host's memory, and where it belongs."""
+    """A copy of a tensor in the host's memory, and the device it came from."""
 
     copy: torch.Tensor
     device: torch.device
 
 
 class ActivationStore:
-    """Parks tensors that autograd saves, and brings them back when the backward pass asks for them.
+    """Moves tensors that autograd saves to the host, and back to their device when the backward pass needs them.
 
-    Weights stay where they are: they are saved for the backward pass too, but they live on the accelerator anyway.
+    Parameters and buffers stay where they are: autograd saves them, too, but they are on the device anyway.
 
     Args:
-        model: Whose parameters and buffers stay.
-        devices: Types of devices whose tensors are parked.
+        model: Its parameters and buffers are not moved.
+        devices: Types of devices whose tensors are moved.
 
     Attributes:
-        num_bytes: What was parked so far.
+        num_bytes: Bytes moved to the host so far.
     """
 
     def __init__(self, model: nn.Module, devices: Collection[str] = ACCELERATORS) -> None:
@@ -45,12 +45,12 @@ class ActivationStore:
         self._kept = {tensor.untyped_storage().data_ptr() for tensor in kept}
 
     def park(self, tensor: torch.Tensor) -> torch.Tensor | _Parked:
-        """Move a saved tensor to the host, unless it is small, a weight, or there already."""
+        """Move a saved tensor to the host, unless it is small, a weight, or on the host already."""
         size = tensor.numel() * tensor.element_size()
         if tensor.device.type not in self.devices or size < MIN_BYTES or self._is_weight(tensor):
             return tensor
         self.num_bytes += size
-        # pinned memory lets the copy run beside the computation; both are in the order of one stream
+        # with pinned memory the host does not wait for the copy; the order of the stream keeps it correct
         pinned = tensor.device.type == "cuda" and not tensor.is_sparse
         copy = torch.empty(tensor.size(), dtype=tensor.dtype, layout=tensor.layout, pin_memory=pinned)
         copy.copy_(tensor, non_blocking=pinned)
@@ -70,14 +70,14 @@ class ActivationStore:
 def offloaded_activations(
     model: nn.Module, *, enabled: bool = True, devices: Collection[str] = ACCELERATORS
 ) -> Iterator[ActivationStore | None]:
-    """Park what autograd saves inside the block; gradients are the same to the last bit.
+    """Keep what autograd saves inside the block in the host's memory. Gradients stay the same to the last bit.
 
-    Works together with gradient checkpointing: then only the inputs of the checkpointed blocks are saved, and parked.
+    With gradient checkpointing, autograd only saves the inputs of checkpointed blocks, and these are moved.
 
     Args:
-        model: Whose weights stay on the accelerator.
-        enabled: Whether to do anything.
-        devices: Types of devices whose tensors are parked.
+        model: Its weights stay on the accelerator.
+        enabled: False = do nothing.
+        devices: Types of devices whose tensors are moved.
     """
     if not enabled:
         yield None
@@ -88,7 +88,7 @@ def offloaded_activations(
 
 
 def check_offloading(device: torch.device) -> None:
-    """Say in the log when there is nothing to offload: on a CPU, activations are in the host's memory already."""
+    """Log a warning if offloading has no effect: on a CPU, activations are in the host's memory already."""
     if device.type not in ACCELERATORS:
         logger.warning(
             "activation_offloading=True saves nothing on %s: activations are in the host's memory already; "

@@ -1,10 +1,8 @@
-"""Rows shared out evenly among processes: what fills the last batches up is not trained, counted or evaluated.
+"""Training in several processes: rows distributed evenly, FSDP2 on CPUs, and tied weights saved once.
 
-Every process must take the same number of steps. accelerate fills the last batches up with rows from the beginning of
-the epoch, which are then trained twice and weigh twice in an evaluation. Here they are filled up with rows in which
-nothing is trained, so that any number of processes makes the updates that one process makes.
-
-FSDP2 wherever torch has it: accelerate turns it on for GPUs alone, `fully_shard` works over gloo as well.
+All processes must make the same number of steps. accelerate fills the last batches with rows from the beginning of the
+epoch, which are then trained twice and count twice in an evaluation. `EvenRows` fills them with rows in which nothing
+is trained, counted or evaluated, so that any number of processes makes the same updates as one process.
 """
 
 from __future__ import annotations
@@ -25,60 +23,17 @@ from sft.inner_model import causal_lm
 from sft.labels import IGNORE_INDEX
 
 
-def settle_sharding(accelerator: Any) -> bool:
-    """Turn FSDP2 on where a launcher asks for it (`ACCELERATE_USE_FSDP`) and accelerate, on a CPU, did not heed it.
-
-    Left alone, each process would silently hold the whole model.
-
-    Args:
-        accelerator: `accelerate.Accelerator`, before anything was prepared with it.
-
-    Returns:
-        Whether it was turned on here.
-
-    Raises:
-        ValueError: FSDP1 is asked for, which torch has for accelerators only.
-    """
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not asked or accelerator.distributed_type != DistributedType.MULTI_CPU:
-        return False
-    plugin = FullyShardedDataParallelPlugin()
-    if plugin.fsdp_version != 2:
-        raise ValueError(
-            f"FSDP version {plugin.fsdp_version} needs GPUs, and these processes run on a CPU; set fsdp_version: 2 in "
-            "the accelerate configuration"
-        )
-    # accelerate copies the one into the other whenever it looks at its state
-    for state in (PartialState(), accelerator.state):
-        state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin
-    return True
-
-
-def without_copies(model: Any, weights: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Weights that were gathered for saving, each tied one once: gathering made copies, which would all be written.
-
-    Args:
-        model: Sharded or not, with or without an adapter.
-        weights: Name -> tensor; None where the model is saved from its own weights.
-    """
-    tied = getattr(causal_lm(model), "all_tied_weights_keys", None) or {}
-    if weights is None:
-        return None
-    return {name: value for name, value in weights.items() if not (name in tied and tied[name] in weights)}
-
-
 class EvenRows(Dataset):
-    """Rows and, behind them, as many fillers as make their number a multiple; a filler is the first row, marked.
+    """Rows and, after them, fillers up to a multiple; a filler is a copy of the first row, marked by `FILLER`.
 
     Args:
         dataset: Rows that are mappings.
-        multiple: Rows of all processes in one step.
+        multiple: Rows that all processes together use in one step.
     """
 
     def __init__(self, dataset: Any, multiple: int) -> None:
         self.dataset = dataset
-        self.total_dataset_length = len(dataset)  # accelerate reads it where it drops what was gathered of fillers
+        self.total_dataset_length = len(dataset)  # accelerate truncates gathered results to it
         self._num_rows = -(-len(dataset) // multiple) * multiple
 
     def __len__(self) -> int:
@@ -91,13 +46,13 @@ class EvenRows(Dataset):
 
 
 class EvenOrder(Sampler):
-    """The order of the rows, and after them the fillers.
+    """Sampler of rows in a given order, and after them of the fillers.
 
     Args:
-        order: Sampler of the rows; a random one is made the one that accelerate makes of it for a single process.
-        rows: What is sampled.
-        epoch: The epoch that the training is in. accelerate does not tell a sampler when batches are skipped.
-        seed: Of the random order; None = torch's own.
+        order: Sampler of the rows. A random one is replaced by accelerate's, so that the order is that of one process.
+        rows: The rows with their fillers.
+        epoch: Returns the present epoch, since accelerate does not set it in a sampler when batches are skipped.
+        seed: Seed of a random order; None = torch's global generator.
     """
 
     def __init__(self, order: Sampler, rows: EvenRows, epoch: Callable[[], int], seed: int | None) -> None:
@@ -123,11 +78,12 @@ class EvenOrder(Sampler):
 
 @dataclass
 class EvenCollator:
-    """Joins the rows of a batch without its fillers; a batch of fillers alone is one row in which nothing is trained.
+    """Collator that drops fillers; of a batch of fillers alone, it makes one row in which nothing is trained.
 
     Attributes:
-        collator: Joins rows.
-        keep_rows: Leave fillers in, untrained: where logits are gathered, all processes need as many rows.
+        collator: Collator of the remaining rows.
+        keep_rows: Keep fillers, with masked labels: where logits are gathered, all processes need the same number of
+            rows.
     """
 
     collator: Callable[[list[Any]], Any]
@@ -140,7 +96,7 @@ class EvenCollator:
             return self.collator(rows)
         if self.keep_rows:
             batch = self.collator(rows)
-            if len(batch["labels"]) == len(rows):  # not so in a flat batch, whose logits are one row anyway
+            if len(batch["labels"]) == len(rows):  # a flat batch is one row anyway
                 batch["labels"][places] = IGNORE_INDEX
                 return batch
         if len(places) < len(rows):
@@ -151,12 +107,59 @@ class EvenCollator:
 
 
 def can_be_filled(dataset: Any, *, drop_last: bool) -> bool:
-    """Whether fillers can stand behind the rows of a data set.
+    """Return whether fillers can be added to a data set: it has a length, and its rows are mappings.
 
     Args:
-        dataset: Of a training or an evaluation.
-        drop_last: Whether incomplete batches are left out anyway.
+        dataset: Training or evaluation rows.
+        drop_last: Whether incomplete batches are dropped, so that fillers are not needed.
     """
     if drop_last or isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
         return False
     return len(dataset) > 0 and isinstance(dataset[0], Mapping)
+
+
+def turn_on_fsdp2(accelerator: Any) -> bool:
+    """Turn on FSDP2 on CPUs, if the launcher asks for FSDP (`ACCELERATE_USE_FSDP`).
+
+    accelerate ignores the request there, and each process would have a copy of the complete model. torch's
+    `fully_shard` works over gloo as well.
+
+    Args:
+        accelerator: `accelerate.Accelerator`, before anything was prepared with it.
+
+    Returns:
+        Whether FSDP2 was turned on by this function.
+
+    Raises:
+        ValueError: The launcher asks for FSDP1, which torch has for accelerators only.
+    """
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not asked or accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return False
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"FSDP version {plugin.fsdp_version} needs GPUs, and these processes run on a CPU; set fsdp_version: 2 in "
+            "the accelerate configuration"
+        )
+    # set both: accelerate copies the first into the second whenever it reads its state
+    for state in (PartialState(), accelerator.state):
+        state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    return True
+
+
+def without_copies(model: Any, weights: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Remove the copies of tied weights that gathering for a checkpoint makes, so that each is written once.
+
+    Args:
+        model: Sharded or not, with or without an adapter.
+        weights: Gathered weights by name; None if the model is saved from its own weights.
+
+    Returns:
+        The weights without copies; None for None.
+    """
+    tied = getattr(causal_lm(model), "all_tied_weights_keys", None) or {}
+    if weights is None:
+        return None
+    return {name: value for name, value in weights.items() if not (name in tied and tied[name] in weights)}

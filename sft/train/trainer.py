@@ -1,4 +1,4 @@
-"""`SFTTrainer`: wires model, adapter, data, attention and loss into `transformers.Trainer`."""
+"""`SFTTrainer`: `transformers.Trainer` with the model, adapter, data, attention and loss of supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
 from sft.train.arguments import (
     apply_chat_template,
-    one_processor,
+    choose_liger_kernels,
+    choose_processing_class,
     resolve_config,
     resolve_model,
     resolve_processor,
-    settle_liger,
     tokenizer_of,
 )
 from sft.train.bad_updates import LossWatch, act_on
 from sft.train.batches import (
+    choose_batches,
     choose_collator,
+    choose_dispatch,
     choose_packing,
-    settle_batches,
-    settle_dispatch,
-    settle_sharing,
+    choose_shared_tokens,
     take_over_collator,
 )
 from sft.train.checks import check_collator, check_ignored, check_token_rows
@@ -64,7 +64,7 @@ from sft.train.processes import (
     EvenOrder,
     EvenRows,
     can_be_filled,
-    settle_sharding,
+    turn_on_fsdp2,
     without_copies,
 )
 
@@ -72,35 +72,51 @@ logger = logging.getLogger(__name__)
 
 Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 Callback = TypeVar("Callback", bound=TrainerCallback)
+
 OWN_INPUTS = ("seq_lengths", "loss_weights", SKIP_LOGITS, FILLER)
+"""Keys of a batch that this library reads and a model's forward does not take."""
+
 TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", "completion_mask", "assistant_masks", FILLER)
+"""Columns of prepared rows that collators and loss read."""
 
 
 class SFTTrainer(Trainer):
     """Supervised fine-tuning of a causal language model.
 
-    After construction `train_dataset` holds `input_ids` and `labels` (and `seq_lengths` when packed), so that anyone
-    can look at what is trained, e.g. with `sft.preview_masks`.
+    A `transformers.Trainer` that also
+
+    * loads the model and its tokenizer by name, and puts an adapter on the model;
+    * turns texts, conversations or prompts with completions into token rows with labels, packed if asked;
+    * keeps documents that share a row from attending to each other, and checks this on the model itself;
+    * computes the loss from the supervised tokens alone, as a mean over tokens: the losses do not depend on how an
+      update is divided into batches, accumulation steps and processes.
+
+    After construction, `train_dataset` contains `input_ids` and `labels` (and `seq_lengths` when packed);
+    `sft.preview_masks` shows which of the tokens are trained.
 
     Args:
-        model: Hub id, folder, model, or `PeftModel` to continue.
-        args: `SFTConfig`; plain `TrainingArguments` are taken over into one.
-        data_collator: None = chosen from the options.
-        train_dataset: Rows of any shape that `sft.train.datasets.prepare_dataset` knows.
-        eval_dataset: The same, or a dict of them.
-        processing_class: Tokenizer or processor; None = the one that belongs to the model.
-        compute_loss_func: `(outputs, labels, num_items_in_batch) -> loss` in place of this trainer's own.
-        compute_metrics: Called with the logits of the evaluation rows.
-        callbacks: Added to the default ones.
-        optimizers: Optimizer and scheduler in place of those that `args` states.
-        optimizer_cls_and_kwargs: Optimizer class in place of the one that `args` states.
-        preprocess_logits_for_metrics: Applied to logits before they are gathered.
-        peft_config: Adapter to put on the model.
-        formatting_func: Example (or batch) to text (or texts).
-        former: Arguments as older scripts give them: `tokenizer` for `processing_class`, options that belong to `args`.
+        model: Hub id, folder or model. A `PeftModel` continues its active adapter.
+        args: Options. `TrainingArguments` are converted to an `SFTConfig`; None = the defaults.
+        data_collator: Makes batches of prepared rows; None = chosen by the options and the data.
+        train_dataset: Rows of any form that `sft.train.datasets.prepare_dataset` takes.
+        eval_dataset: The same, or a dict of several data sets.
+        processing_class: Tokenizer or processor; None = the one saved with the model.
+        compute_loss_func: `(outputs, labels, num_items_in_batch) -> loss`, used instead of this trainer's loss.
+        compute_metrics: Function of the logits and labels of all evaluation rows that returns metrics by name.
+        callbacks: Callbacks in addition to the default ones.
+        optimizers: Optimizer and scheduler, used instead of those that `args` describes.
+        optimizer_cls_and_kwargs: Class and arguments of the optimizer, used instead of those that `args` describes.
+        preprocess_logits_for_metrics: Applied to the logits of each batch before they are gathered.
+        peft_config: Adapter to put on the model; None = train the model itself, or the adapter it has.
+        formatting_func: Returns the text of an example, or a list of texts for a batch of examples.
+        former: Arguments of older scripts: `tokenizer` (now `processing_class`) and options that now belong to `args`.
+
+    Attributes:
+        attention: The attention that was chosen, and why, in one line.
+        sharing: Whether common beginnings of documents are computed once (`share_tokens`), and why, in one line.
 
     Raises:
-        ValueError: Arguments that contradict each other, the data or the model; says where and the way out.
+        ValueError: Arguments contradict each other, the data or the model. The message names the place and a way out.
     """
 
     _signature_columns: list[str] | None
@@ -125,27 +141,36 @@ class SFTTrainer(Trainer):
         formatting_func: FormattingFunc | None = None,
         **former: Any,
     ) -> None:
-        processing_class = one_processor(processing_class, former.pop("tokenizer", None))
+        # 1. Options, and the tokenizer with its special tokens.
+        processing_class = choose_processing_class(processing_class, former.pop("tokenizer", None))
         config = resolve_config(args, model, former)
         processing_class = resolve_processor(processing_class, model, config)
         tokenizer = tokenizer_of(processing_class)
-        set_seed(config.seed)  # the adapter and new tokens' rows are drawn before upstream seeds anything
+
+        # 2. Model, with the rows of new tokens and the adapter. Both are initialized at random: seed first.
+        set_seed(config.seed)
         model = apply_chat_template(resolve_model(model, config), tokenizer, config)
         model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))
-        settle_liger(model, config)
+        choose_liger_kernels(model, config)
+
+        # 3. How rows become batches: collator, packing, padding. Options that would have no effect are refused.
         if data_collator is None:
             given, formatted = [train_dataset, eval_dataset], formatting_func is not None
             data_collator = choose_vision_collator(processing_class, config, given, formatted=formatted)
         data_collator = take_over_collator(data_collator, tokenizer)
         packing = choose_packing(config, data_collator, [train_dataset, eval_dataset])
         check_ignored(config, data_collator, packing, train_dataset, eval_dataset)
+
+        # 4. Token rows with labels, checked against the model and the collator.
         self._prepare = partial(prepare_all, tokenizer=tokenizer, config=config, formatting_func=formatting_func)
         train_dataset = self._prepare(train_dataset, packing=packing.train, name="train")
         eval_dataset = self._prepare(eval_dataset, packing=packing.eval, name="eval")
-        settle_dispatch(config, packing, [train_dataset, eval_dataset])
+        choose_dispatch(config, packing, [train_dataset, eval_dataset])
         check_collator(data_collator, train_dataset, tokenizer)
         check_token_rows(model, config, data_collator, train_dataset, eval_dataset)
         data_collator = data_collator or choose_collator(config, tokenizer, packing)
+
+        # 5. transformers.Trainer: optimizer, schedule, devices, checkpoints. It moves the model to its device.
         self._start_counting(config)
         super().__init__(
             model=model,
@@ -161,17 +186,20 @@ class SFTTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self.neftune_noise_alpha = None  # upstream scales the noise by the whole row's length; see `train`
-        self.loss_is_scaled_for_ga = True
+        self.neftune_noise_alpha = None  # `train` adds the noise: transformers would scale it by the row's length
+        self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the targets of the accumulated batch
+
+        # 6. Attention that keeps documents apart, and tokens to compute once. Both are tried out on the model, which is
+        #    on its device by now, unless FSDP or DeepSpeed moves it when training begins.
         with self.accelerator.autocast():
-            self.attention = settle_batches(self, SFTTrainer, flat=packing.flat)
-            self.sharing = self._settle_sharing(config)
-        self._say_what_is_trained()
+            self.attention = choose_batches(self, SFTTrainer, flat=packing.flat)
+            self.sharing = self._choose_shared_tokens(config)
+        self._log_choices()
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As upstream, and with FSDP2 where a launcher asked for it on a CPU."""
+        """Create the accelerator, with FSDP2 also where a launcher asks for it on CPUs."""
         super().create_accelerator_and_postprocess()
-        if settle_sharding(self.accelerator):
+        if turn_on_fsdp2(self.accelerator):
             self.is_fsdp_enabled = True
 
     def _start_counting(self, config: SFTConfig) -> None:
@@ -180,20 +208,20 @@ class SFTTrainer(Trainer):
         self._tokens_seen = TokensSeen(config.device)
         self._before_update: TokenTotals | None = None
 
-    def _say_what_is_trained(self) -> None:
+    def _log_choices(self) -> None:
         counts = count_parameters(self.model)
         figures = (counts.num_trainable, counts.num_total, self.attention, self.sharing)
         logger.info("training %s of %s parameters; %s; %s", *figures)
         if self.args.activation_offloading:
             check_offloading(self.args.device)
 
-    def _settle_sharing(self, config: SFTConfig) -> str:
+    def _choose_shared_tokens(self, config: SFTConfig) -> str:
         if self.compute_loss_func is not None:
-            return "every token is computed: compute_loss_func is given the outputs of all"
-        return settle_sharing(self.model, config, self.data_collator)
+            return "every token is computed: compute_loss_func is given the outputs of all tokens"
+        return choose_shared_tokens(self.model, config, self.data_collator)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `transformers.Trainer.train` does, with NEFTune's noise and fused layers while it lasts."""
+        """Train as `transformers.Trainer.train` does, with NEFTune's noise and fused layers until it returns."""
         with (
             embedding_noise(self.model, self.args.neftune_noise_alpha),
             fused_lora(self.model) if self.args.fused_lora else nullcontext(),
@@ -204,7 +232,10 @@ class SFTTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """One forward and backward pass; the documents' borders hold for both, as checkpointing computes twice."""
+        """Run a forward and a backward pass.
+
+        Attention needs the documents' borders in both, since activation checkpointing runs layers again in the second.
+        """
         if self._before_update is None:
             self._before_update = self._totals["train"].copy()
         with (
@@ -216,7 +247,10 @@ class SFTTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm of the gradients, and what `on_bad_loss` says of an update that would do harm."""
+        """Return the norm of the gradients; apply `on_bad_loss` if this update is a bad one.
+
+        `transformers.Trainer` calls this after the last backward pass of an update and before the optimizer's step.
+        """
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         watch, before = self._callback(LossWatch), self._before_update
         self._before_update = None
@@ -233,7 +267,18 @@ class SFTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Loss of a batch: the sum over its targets divided by the targets of the whole accumulated batch."""
+        """Return the loss of a batch: the sum over its targets, divided by the targets of the accumulated batch.
+
+        Args:
+            model: The model, wrapped or not.
+            inputs: The batch.
+            return_outputs: Return the outputs, too.
+            num_items_in_batch: Number (or weight) of the targets in all batches of the update.
+
+        Returns:
+            The loss, or a tuple of the loss and `{"logits": ...}`; the logits are None unless `compute_metrics` needs
+            them.
+        """
         if self.compute_loss_func is not None:
             inputs = {name: value for name, value in inputs.items() if name not in OWN_INPUTS}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -243,7 +288,8 @@ class SFTTrainer(Trainer):
         self._totals["train" if model.training else "eval"].add(result, skip_broken=skip_broken)
         loss = result.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, targets were summed
+            # num_items_in_batch is a sum over processes, but gradients are averaged over them
+            loss = loss * self.accelerator.num_processes
         return (loss, {"logits": result.logits}) if return_outputs else loss
 
     def prediction_step(
@@ -253,22 +299,22 @@ class SFTTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """One evaluation batch, with its documents' borders; `compute_metrics` needs the logits of every token."""
+        """Evaluate one batch, in which documents don't see each other. `compute_metrics` gets every token's logits."""
         if self.compute_metrics is not None:
             inputs = without_sharing(inputs)
         with attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As upstream; rows that are not prepared yet are prepared as the trainer's own evaluation rows."""
+        """Return a loader of evaluation rows; raw rows are prepared as the trainer's own evaluation rows were."""
         return super().get_eval_dataloader(prepare_later(eval_dataset, self.args, self._prepare))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """The same for `predict`."""
+        """Return a loader of rows for `predict`; raw rows are prepared as evaluation rows are."""
         return super().get_test_dataloader(prepare_later(test_dataset, self.args, self._prepare))
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate; the loss is a mean over tokens, whatever the batch size and the packing."""
+        """Evaluate; the loss is a mean over tokens, so that it does not depend on batch size and packing."""
         self._totals["eval"] = TokenTotals()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.compute_loss_func is None:
@@ -277,10 +323,10 @@ class SFTTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens seen, token accuracy (and entropy when asked) to training logs; means are over tokens.
+        """Write a log line; in training it gets the tokens seen, the token accuracy and, if asked, the entropy.
 
-        Upstream's loss is a mean over updates, however many targets each had. What a mixture of experts adds for its
-        load balancing is `aux_loss`, apart.
+        All means are over tokens, while the loss of `transformers.Trainer` is a mean over updates. The load balancing
+        loss of a mixture of experts is logged as `aux_loss` and not part of `loss`.
         """
         if self.args.include_num_input_tokens_seen != "no":
             self._count_tokens()
@@ -295,7 +341,11 @@ class SFTTrainer(Trainer):
         super().log(logs, start_time)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count a batch; upstream would wait for the device at every batch, and takes an EOS used as padding for it."""
+        """Count the tokens of a batch.
+
+        `transformers.Trainer` waits for the device at every batch, and takes each eos for padding where both are one
+        token.
+        """
         if self.args.include_num_input_tokens_seen != "no":
             self._tokens_seen.add(inputs, padding=self.args.include_num_input_tokens_seen == "all")
 
@@ -303,13 +353,16 @@ class SFTTrainer(Trainer):
         self.state.num_input_tokens_seen += self._tokens_seen.take(self.accelerator.gather)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save, with the tokens seen and the figures summed up so far, so that a resumed training goes on counting."""
+        """Save a checkpoint, with the tokens seen and the sums since the last log line."""
         self._count_tokens()
         self._callback(UnloggedFigures).sums = self._totals["train"].sums(self.accelerator.gather)
         super()._save_checkpoint(model, trial)
 
     def _load_callback_state(self) -> None:
-        """Take over what a checkpoint says of our callbacks, of others only when asked; go on adding up from there."""
+        """Restore this library's callbacks and running sums from a checkpoint.
+
+        `transformers.Trainer` restores callbacks only with `restore_callback_states_from_checkpoint`.
+        """
         super()._load_callback_state()
         for kind in (UnloggedFigures, LossWatch):
             stored = self.state.stateful_callbacks.setdefault(kind.__name__, {})
@@ -317,18 +370,18 @@ class SFTTrainer(Trainer):
         sums = self._callback(UnloggedFigures).sums
         self._totals["train"] = TokenTotals(sums if self.is_world_process_zero() else None)
         watch = self._callback(LossWatch)
-        watch.policy, watch.factor = self.args.on_bad_loss, self.args.bad_loss_factor  # as they are now
+        watch.policy, watch.factor = self.args.on_bad_loss, self.args.bad_loss_factor  # options of this run
 
     def _callback(self, kind: type[Callback]) -> Callback:
-        """Our own callback of a kind; upstream makes new ones when a training is resumed."""
+        """Return this library's callback of a class; `transformers.Trainer` replaces the objects at a resume."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, kind))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the weights; those that were gathered from all processes without copies of tied ones."""
+        """Save the weights; of tied weights that were gathered from all processes, only one copy."""
         super()._save(output_dir, without_copies(self.model, state_dict))
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
-        """Targets (or their weights) in all batches of one update, over all processes."""
+        """Return the number (or weight) of targets in all batches of one update, summed over processes."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
         count = sum(num_targets(batch) for batch in batch_samples).to(device)
@@ -337,9 +390,9 @@ class SFTTrainer(Trainer):
         return count
 
     def _get_dataloader(self, dataset: Any, description: str, batch_size: int, **options: Any) -> Any:
-        """Share rows out among processes so that none is trained or evaluated twice."""
+        """Return a data loader that distributes rows over processes without using any row twice."""
         multiple = batch_size * self.accelerator.num_processes
-        rebalanced = self.args.train_sampling_strategy == "batch_rebalance"  # deals rows out itself
+        rebalanced = self.args.train_sampling_strategy == "batch_rebalance"  # distributes rows itself
         drop_last = self.args.dataloader_drop_last
         if multiple == batch_size or rebalanced or not can_be_filled(dataset, drop_last=drop_last):
             return super()._get_dataloader(dataset, description, batch_size, **options)
@@ -355,14 +408,14 @@ class SFTTrainer(Trainer):
             self.data_collator = collator
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns that collators and loss read, though no model's forward names them."""
+        """Keep the columns that collators and loss read, which a model's forward does not name."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *TOKEN_COLUMNS]))
 
 
 def checkpointing_arguments(config: SFTConfig) -> dict[str, Any]:
-    """What preparing a k-bit base needs to know of gradient checkpointing."""
+    """Return the arguments of `wrap_adapter` that say whether activations are computed again."""
     return {
         "gradient_checkpointing": bool(config.activation_checkpointing),
         "gradient_checkpointing_kwargs": config.activation_checkpointing_kwargs,
@@ -371,6 +424,11 @@ def checkpointing_arguments(config: SFTConfig) -> dict[str, Any]:
 
 @contextmanager
 def attention_context(inputs: dict[str, Any], *, force_flash_sdp: bool) -> Iterator[None]:
-    """What attention needs to know around a step: the documents of a flat batch, and whether only flash will do."""
+    """Tell attention inside the block where the documents of a flat batch end, and whether to use only torch's flash.
+
+    Args:
+        inputs: A batch.
+        force_flash_sdp: Refuse to compute attention with another kernel than torch's own flash kernel.
+    """
     with document_layout(batch_layout(inputs)), flash_sdp_only() if force_flash_sdp else nullcontext():
         yield

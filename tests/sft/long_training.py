@@ -36,7 +36,7 @@ class Measure(TrainerCallback):
 
 
 def main(folder: str, num_steps: int) -> None:
-    """Packed rows under LoRA; logs, evaluations and checkpoints on the way."""
+    """Train packed rows with LoRA, with logs, evaluations and checkpoints."""
     rows = [{"prompt": f"What is {n}?", "completion": f" It is {n}." * (1 + n % 3)} for n in range(64)]
     config = SFTConfig(
         output_dir=folder,

@@ -1,4 +1,4 @@
-"""`python -m tests.sft.poisoned_training FOLDER POLICY`: one part of one update is no number, on one process alone."""
+"""`python -m tests.sft.poisoned_training FOLDER POLICY`: one part of one update is not a number, on one process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BAD_STEP = 4
 
 
 class Poisoned(SFTTrainer):
-    """Real training; the last process's second part of update 4 is no number."""
+    """Trainer in which the second part of update 4 is not a number, on the last process."""
 
     parts = 0
 
@@ -35,7 +35,7 @@ class Poisoned(SFTTrainer):
 
 
 def main(folder: str, policy: str) -> None:
-    """Train 8 updates of two parts each; every process writes what it ends with."""
+    """Train 8 updates of two parts each; every process writes its results."""
     config = SFTConfig(
         output_dir=str(Path(folder) / "checkpoints"),
         use_cpu=True,

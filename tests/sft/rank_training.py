@@ -21,7 +21,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 NUM_STEPS = 20
 CHECKPOINTS = "RANK_TRAINING_CHECKPOINTS"
-"""Names a folder where checkpoints are kept, and gone on from where there are some."""
+"""Environment variable with a folder where checkpoints are kept; training is resumed from the last one in it."""
 
 FIGURES = ("loss", "grad_norm", "num_tokens", "mean_token_accuracy", "eval_loss", "eval_targets", "eval_hits")
 # 21 rows are two batches of 8 and one of 5, and packed ones leave a process without any row in the last batch
@@ -48,12 +48,12 @@ def count_hits(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def train(name: str, per_device: int, accumulation: int, **options: Any) -> dict[str, Any]:
-    """Train 20 steps, or those behind a checkpoint; what each step of all logged, and all weights.
+    """Train 20 steps, or those after a checkpoint; return what all steps logged, and all weights.
 
     Args:
         name: Method and route.
-        per_device: Rows a forward pass of a process.
-        accumulation: Forward passes an update.
+        per_device: Rows per forward pass and process.
+        accumulation: Forward passes per update.
         options: Other options of the training.
     """
     method, route = name.split(" ")
@@ -98,7 +98,7 @@ def train(name: str, per_device: int, accumulation: int, **options: Any) -> dict
 
 
 def main(file: str, per_device: str, accumulation: str, *names: str) -> None:
-    """Train, and let the first process write what came out."""
+    """Train, and have the first process write the results."""
     results = {name: train(name, int(per_device), int(accumulation)) for name in names}
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -1,7 +1,8 @@
-"""Options from a command line, under former names, and set by hand after construction."""
+"""Options: their descriptions, from a command line, under former names, and set by hand after construction."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -37,6 +38,19 @@ def test_command_line_of_the_reference_document() -> None:
     assert model.dtype == "bfloat16"
 
 
+def test_every_option_is_described_and_the_command_line_prints_the_descriptions() -> None:
+    own = [option for option in fields(SFTConfig) if option.name in SFTConfig.__annotations__]
+    parser: Any = HfArgumentParser((SFTConfig, ModelConfig))
+    printed = " ".join(parser.format_help().split())
+    for option in [*own, *fields(ModelConfig)]:
+        description = option.metadata["help"]
+        assert len(description.split()) >= 4, option.name
+        assert description.endswith("."), option.name
+        assert f"--{option.name}" in printed
+        # argparse formats percent signs and breaks lines at hyphens, too
+        assert (description % {}).replace(" ", "") in printed.replace(" ", ""), option.name
+
+
 @pytest.mark.parametrize("names", [["q_proj"], ["q_proj", "v_proj"]])
 def test_names_of_layers_on_a_command_line(names: list[str]) -> None:
     adapter = get_peft_config(parsed("--use_peft", "--lora_target_modules", *names)[1])
@@ -54,20 +68,20 @@ def test_dicts_are_json_on_a_command_line() -> None:
     assert config.dataset_option("append_concat_token") is False
     assert config.activation_checkpointing_kwargs == {"use_reentrant": True}
     assert config.include_num_input_tokens_seen == "all"
-    with pytest.raises(ValueError, match="dataset_kwargs='skip' is no JSON object"):
+    with pytest.raises(ValueError, match="dataset_kwargs='skip' is not a JSON object"):
         parsed("--dataset_kwargs", "skip")
 
 
 def test_checkpointing_set_by_hand_under_either_name_takes_effect() -> None:
     config = SFTConfig(output_dir="out", use_cpu=True)
     config.gradient_checkpointing = True
-    config.settle()
+    config.validate()
     assert (config.activation_checkpointing, config.activation_checkpointing_kwargs) == (True, {"use_reentrant": False})
     config.gradient_checkpointing_kwargs = {"use_reentrant": True}
-    config.settle()
+    config.validate()
     assert config.activation_checkpointing_kwargs == {"use_reentrant": True}
     config.activation_checkpointing = False
-    config.settle()
+    config.validate()
     assert (config.activation_checkpointing, config.gradient_checkpointing) == (False, False)
 
 

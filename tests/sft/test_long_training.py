@@ -1,4 +1,4 @@
-"""A long training holds no more memory, files or threads at its end than at its beginning."""
+"""A long training uses no more memory, files or threads at its end than at its beginning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_STEPS, SETTLED = 2600, 600
+NUM_STEPS, WARM_UP = 2600, 600
 
 
 @pytest.mark.slow
@@ -21,7 +21,7 @@ def test_memory_files_and_threads_stay_flat_over_two_thousand_steps(tmp_path: Pa
     result = subprocess.run(
         [sys.executable, "-m", "tests.sft.long_training", str(tmp_path), str(NUM_STEPS)],
         cwd=ROOT,
-        # freed memory goes back at once, so that what is measured is what is held
+        # freed memory is returned to the system at once, so that only memory in use is measured
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MALLOC_TRIM_THRESHOLD_": "0"},
         capture_output=True,
         text=True,
@@ -29,13 +29,13 @@ def test_memory_files_and_threads_stay_flat_over_two_thousand_steps(tmp_path: Pa
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [line.removeprefix("FIGURES ") for line in result.stdout.splitlines() if line.startswith("FIGURES ")]
     figures = {entry["step"]: entry for entry in map(json.loads, lines)}
-    first, last = figures[SETTLED], figures[NUM_STEPS]
-    # single readings are 1 % off when they meet a buffer that is held for a moment, or one that is not
+    first, last = figures[WARM_UP], figures[NUM_STEPS]
+    # single readings are off by 1 % when a buffer happens to be in use, or not
     early, late = (
         statistics.median(figures[step]["bytes"] for step in steps)
-        for steps in (range(SETTLED, SETTLED + 1000, 200), range(NUM_STEPS - 800, NUM_STEPS + 1, 200))
+        for steps in (range(WARM_UP, WARM_UP + 1000, 200), range(NUM_STEPS - 800, NUM_STEPS + 1, 200))
     )
-    print(f"median of steps {SETTLED} to {SETTLED + 800}: {early:,} bytes; of the last 800: {late / early - 1:+.2%}")
+    print(f"median of steps {WARM_UP} to {WARM_UP + 800}: {early:,} bytes; of the last 800: {late / early - 1:+.2%}")
     assert late < 1.01 * early, figures
     assert last["files"] <= first["files"]
     assert last["threads"] <= first["threads"]

@@ -1,4 +1,4 @@
-"""The same training in one process and in several real ones, which talk over gloo: the same updates and figures."""
+"""A training in several processes (over gloo) makes the same updates and logs the same figures as in one process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def run(file: Path, processes: int, per_device: int, accumulation: int, **variables: str) -> dict[str, Any]:
-    """All trainings in so many processes, a thread each."""
+    """Run all trainings in so many processes with one thread each."""
     launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}", "-m"]
     command = [*(launcher if processes > 1 else []), "tests.sft.rank_training", str(file)]
     result = subprocess.run(
@@ -68,7 +68,7 @@ def test_losses_and_weights_do_not_depend_on_the_number_of_processes(
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize(("before", "after"), [((2, 4, 1), (1, 8, 1)), ((1, 8, 1), (2, 4, 1)), ((2, 4, 1), (4, 2, 1))])
-def test_a_training_goes_on_with_another_number_of_processes(
+def test_training_is_resumed_with_another_number_of_processes(
     tmp_path_factory: pytest.TempPathFactory, before: tuple[int, int, int], after: tuple[int, int, int]
 ) -> None:
     expected = whole_batches(tmp_path_factory.getbasetemp())
@@ -95,7 +95,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert expected["full measured"]["eval_targets"][0] > 0
 
 
-def test_fillers_stand_behind_all_rows_and_are_marked() -> None:
+def test_fillers_come_after_all_rows_and_are_marked() -> None:
     rows = EvenRows(ROWS, 8)
     assert len(rows) == 24
     assert [FILLER in rows[place] for place in range(24)] == [False] * 21 + [True] * 3
@@ -103,7 +103,7 @@ def test_fillers_stand_behind_all_rows_and_are_marked() -> None:
     assert rows.total_dataset_length == 21
 
 
-def test_a_batch_is_joined_without_its_fillers_and_nothing_is_trained_in_a_batch_of_fillers() -> None:
+def test_fillers_are_dropped_from_a_batch_and_nothing_is_trained_in_a_batch_of_fillers_alone() -> None:
     rows = EvenRows([{"labels": [number]} for number in (1, 2, 3)], 4)
     collator = EvenCollator(lambda features: {"labels": torch.tensor([row["labels"] for row in features])})
     assert collator([rows[0], rows[3]])["labels"].tolist() == [[1]]

@@ -1,4 +1,4 @@
-"""Twenty steps of training give the losses and the weights of a plain loop, however the batch is cut up."""
+"""Twenty training steps give the losses and weights of a plain loop, however an update is divided into batches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS = {
 
 
 def plain_tokens() -> list[tuple[list[int], int]]:
-    """Ids of each row and how many of them belong to the prompt, by the tokenizer alone."""
+    """Return the ids of each row and how many of them belong to the prompt, from the tokenizer alone."""
     tokenizer = tiny_tokenizer()
     rows = []
     for row in ROWS:
@@ -49,7 +49,7 @@ def plain_tokens() -> list[tuple[list[int], int]]:
 
 @cache
 def plain_loop(label_smoothing: float = 0.0, dft: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Rows one by one through the model, torch's own cross entropy and AdamW, a learning rate that falls to 0."""
+    """Train row by row with torch's cross entropy and AdamW, and a learning rate that falls to 0."""
     model, rows = tiny_model().train(), plain_tokens()
     num_targets = sum(len(ids) - num_prompt for ids, num_prompt in rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
@@ -72,7 +72,7 @@ def plain_loop(label_smoothing: float = 0.0, dft: bool = False) -> tuple[list[fl
 
 
 def make(folder: Path, **options: Any) -> SFTTrainer:
-    """A trainer that makes one update an epoch, on all rows."""
+    """Return a trainer that makes one update per epoch, on all rows."""
     config = SFTConfig(output_dir=str(folder), use_cpu=True, **{**OPTIONS, **options})
     return SFTTrainer(
         tiny_model(), args=config, train_dataset=Dataset.from_list(ROWS), processing_class=tiny_tokenizer()
@@ -118,7 +118,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path: Path, layout: di
     ids=["label smoothing", "dft"],
 )
 @pytest.mark.parametrize("layout", [WHOLE, {**WHOLE, "padding_free": True}], ids=["padded", "flat"])
-def test_other_losses_train_as_their_formulas_say(
+def test_label_smoothing_and_dft_equal_a_plain_loop_with_their_formulas(
     tmp_path: Path, layout: dict[str, Any], options: dict[str, Any], reference: dict[str, Any]
 ) -> None:
     trainer = make(tmp_path, **layout, **options)
@@ -153,7 +153,7 @@ def test_logged_losses_weigh_tokens_and_not_updates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", [{}, {"padding_free": True}], ids=["padded", "flat"])
-def test_tokens_seen_leave_padding_out_and_go_on_after_a_resume(tmp_path: Path, layout: dict[str, Any]) -> None:
+def test_tokens_seen_do_not_count_padding_and_continue_after_a_resume(tmp_path: Path, layout: dict[str, Any]) -> None:
     options = {**layout, "per_device_train_batch_size": 3, "save_strategy": "steps", "save_steps": 2}
     num_tokens = sum(len(ids) for ids, _ in plain_tokens())
     whole = make(tmp_path / "whole", **options, max_steps=6)

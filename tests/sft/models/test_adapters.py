@@ -1,4 +1,4 @@
-"""Adapters: from options to configuration, onto a model, and what would train nothing is refused."""
+"""Adapters: their configuration, putting them on a model, and refusing those that would train nothing."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_misspelt_module_to_save_names_the_nearest() -> None:
         wrap_adapter(tiny_model(), lora(modules_to_save=["lm_head", "embed_token"]))
 
 
-def test_misspelt_module_to_leave_out_is_named() -> None:
+def test_misspelt_module_to_exclude_is_named() -> None:
     with pytest.raises(ValueError, match=r"exclude_modules has 'dwn_proj', did you mean 'down_proj'"):
         wrap_adapter(tiny_model(), lora(exclude_modules=["dwn_proj"]))
 
@@ -160,7 +160,7 @@ def test_every_name_must_mean_something_and_all_problems_are_listed() -> None:
     assert "'q_proj', " not in message.split("did you mean")[0]
 
 
-def test_name_given_as_an_expression_is_explained() -> None:
+def test_name_that_peft_reads_as_a_regular_expression_is_explained() -> None:
     with pytest.raises(ValueError, match=r"a string is a regular expression; names go into a list: \['q_proj'\]"):
         wrap_adapter(tiny_model(), lora(target_modules="q_proj"))
 

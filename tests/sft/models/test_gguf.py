@@ -27,7 +27,7 @@ def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
     return place / "plain"
 
 
-def test_folder_holds_a_whole_checkpoint_and_nothing_else(folder: Path) -> None:
+def test_folder_contains_a_complete_checkpoint_and_nothing_else(folder: Path) -> None:
     assert sorted(file.name for file in folder.iterdir()) == [
         "chat_template.jinja",
         "config.json",
@@ -79,7 +79,7 @@ def test_digits_are_split_before_anything_is_merged(folder: Path) -> None:
     assert pieces == ["a", "ĠĠ", "4", "2"]
 
 
-def test_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"<html>not found</html>")
     with pytest.raises(ValueError, match=r"begins with b'<htm' instead of b'GGUF'.*broken download"):

@@ -1,4 +1,4 @@
-"""4- and 8-bit bases on whatever device there is: configuration, preparation, and one real step of LoRA."""
+"""Base models in 4 and 8 bits on any device: configuration, preparation, and a real step of LoRA."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load_kbit(folder: Path, dtype: str = "float32", **options: bool) -> PreTrain
     return load_model(folder, dtype=dtype, quantization_config=config, device_map=get_kbit_device_map())
 
 
-def test_neither_width_means_no_configuration() -> None:
+def test_without_quantization_there_is_no_configuration() -> None:
     assert get_quantization_config(ModelConfig()) is None
 
 
@@ -56,7 +56,7 @@ def test_four_bit_options_reach_bitsandbytes() -> None:
     assert config.bnb_4bit_compute_dtype is torch.bfloat16
 
 
-def test_compute_dtype_of_its_own_wins_over_the_models() -> None:
+def test_compute_dtype_takes_precedence_over_the_models_dtype() -> None:
     config = get_quantization_config(ModelConfig(load_in_4bit=True, dtype="bfloat16", bnb_4bit_compute_dtype="float16"))
     assert config is not None
     assert config.bnb_4bit_compute_dtype is torch.float16
@@ -67,10 +67,10 @@ def test_unknown_four_bit_type_is_refused() -> None:
         get_quantization_config(ModelConfig(load_in_4bit=True, bnb_4bit_quant_type="nf8"))
 
 
-def test_both_widths_at_once_are_refused() -> None:
+def test_4_and_8_bits_at_once_are_refused() -> None:
     config = ModelConfig(load_in_4bit=True)
     config.load_in_8bit = True
-    with pytest.raises(ValueError, match="held in one of them"):
+    with pytest.raises(ValueError, match="loaded in one of them"):
         get_quantization_config(config)
 
 
@@ -165,7 +165,7 @@ def test_trainer_fits_an_adapter_on_a_kbit_base_which_stays_as_it_was(
         torch.testing.assert_close(again(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_evaluation_leaves_a_4_bit_base_that_computes_in_float32_as_it_was(folder: Path) -> None:
+def test_evaluation_does_not_change_a_4_bit_base_that_computes_in_float32(folder: Path) -> None:
     model = load_kbit(folder, **FOUR_BIT)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_evaluation_leaves_a_4_bit_base_that_computes_in_float32_as_it_was(folde
     assert torch.equal(after, before)
 
 
-def test_trainers_own_keys_of_checkpointing_are_left_to_it(folder: Path) -> None:
+def test_checkpointing_arguments_of_the_trainer_are_left_to_it(folder: Path) -> None:
     kwargs = {"offload": True, "every_n_layers": 2}
     model = prepare_model_for_kbit_training(load_kbit(folder, **EIGHT_BIT), gradient_checkpointing_kwargs=kwargs)
     model.train()(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()

@@ -1,4 +1,4 @@
-"""Loading: what is refused, and with which words."""
+"""Loading of models: what works, and what is refused with which message."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_further_arguments_reach_from_pretrained(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [4, 8])
-def test_switches_of_the_old_days_quantize(tmp_path: Path, width: int) -> None:
+def test_former_arguments_load_in_8bit_and_load_in_4bit_quantize(tmp_path: Path, width: int) -> None:
     tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     model = load_model(tmp_path, **{f"load_in_{width}bit": True})
     assert getattr(model, f"is_loaded_in_{width}bit")
@@ -186,7 +186,7 @@ def test_damaged_weight_file_is_named(folder: Path, tmp_path: Path, content: byt
         load_model(tmp_path)
 
 
-def test_name_that_is_nowhere_is_named() -> None:
+def test_model_that_does_not_exist_is_named() -> None:
     with pytest.raises(ValueError, match=r"'nobody/nothing' was found neither as a folder nor on the hub"):
         load_model("nobody/nothing", local_files_only=True)
 
@@ -196,7 +196,7 @@ def test_tokenizer_reports_offsets(folder: Path) -> None:
     assert tokenizer("Hello", return_offsets_mapping=True)["offset_mapping"][-1][1] == 5
 
 
-def test_tokenizer_that_is_nowhere_is_named(tmp_path: Path) -> None:
+def test_tokenizer_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer"):
         load_tokenizer("nobody/nothing", local_files_only=True)
 

@@ -73,7 +73,7 @@ def test_reserved_token_that_pre_training_left_alone_is_found_by_its_row() -> No
     assert untrained_token_ids(model, tokenizer) == [start, end]
 
 
-def test_rows_are_told_apart_by_what_they_hold() -> None:
+def test_untrained_rows_are_recognized_by_their_values() -> None:
     torch.manual_seed(0)
     weight = torch.randn(100, 16)
     weight[1] = 0.0

@@ -1,4 +1,4 @@
-"""A tokenizer's files do not tell how the process was started that wrote them."""
+"""A tokenizer's files do not depend on the environment of the process that wrote them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer's decisions, each by itself."""
+"""Arguments of the trainer: configuration, model, tokenizer and chat template."""
 
 from __future__ import annotations
 

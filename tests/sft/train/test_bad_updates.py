@@ -1,4 +1,4 @@
-"""Bad updates never reach the weights: training stops, passes over them, or goes back to a checkpoint."""
+"""Bad updates never change the weights: training stops, skips them, or goes back to a checkpoint."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class KeepWeights(TrainerCallback):
 
 def test_one_bad_part_makes_an_accumulated_update_bad(tmp_path: Path) -> None:
     class OnePart(Poisoned):
-        """Only the second of five parts is no number."""
+        """Only the second of five parts is not a number."""
 
         parts = 0
 

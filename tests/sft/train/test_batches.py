@@ -1,4 +1,4 @@
-"""The attention of a training fits its device and precision, and leaks nothing."""
+"""The attention of a training fits its device and precision, and keeps documents from seeing each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sft.batches.layout import document_layout
 from sft.config import SFTConfig
 from sft.hardware import Hardware
 from sft.train import batches
-from sft.train.batches import refuse_flat_reason, settle_attention
+from sft.train.batches import choose_attention, refuse_flat_reason
 from sft.train.trainer import SFTTrainer
 from tests.tiny import random_model, tiny_model, tiny_tokenizer
 
@@ -36,32 +36,32 @@ def config(folder: str, **options: Any) -> SFTConfig:
 def test_padded_batches_keep_the_models_attention(folder: str) -> None:
     model = tiny_model("opt")
     before = model.config._attn_implementation
-    assert settle_attention(model, config(folder), flat=False) == f"attention {before} on padded batches"
+    assert choose_attention(model, config(folder), flat=False) == f"attention {before} on padded batches"
     assert model.config._attn_implementation == before
 
 
 def test_flat_batches_replace_an_attention_that_leaks(folder: str) -> None:
     model = tiny_model("opt")
     before = model.config._attn_implementation
-    settle_attention(model, config(folder), flat=True)
+    choose_attention(model, config(folder), flat=True)
     assert model.config._attn_implementation != before  # opt's own lets documents see each other
 
 
 def test_forced_flash_is_refused_where_batches_are_padded(folder: str) -> None:
     with pytest.raises(ValueError, match="needs packing=True"):
-        settle_attention(tiny_model(), config(folder, force_flash_sdp=True), flat=False)
+        choose_attention(tiny_model(), config(folder, force_flash_sdp=True), flat=False)
 
 
-def test_model_that_is_elsewhere_yet_is_not_probed_and_the_log_says_so(
+def test_model_on_another_device_is_not_probed_and_the_log_says_so(
     folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny_model().to(torch.device("meta"))
     with caplog.at_level(logging.WARNING, logger="sft.train.batches"):
-        settle_attention(model, config(folder), flat=True)
-    assert "not probed for leaks" in caplog.text
+        choose_attention(model, config(folder), flat=True)
+    assert "not checked that sft_documents keeps documents from seeing each other" in caplog.text
 
 
-# ---- padded or flat, where nobody said so ----
+# ---- padded or flat batches where the options leave it open ----
 
 
 def trainer(folder: str, model: Any = None, kind: type = SFTTrainer, arguments: Any = None, **options: Any) -> Any:
@@ -82,7 +82,7 @@ def batch_of(trained: Any) -> Any:
     return next(iter(trained.get_train_dataloader()))
 
 
-def test_batches_are_flat_by_themselves_and_the_log_says_why(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_batches_are_flat_by_default_and_the_log_says_why(folder: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="sft.train.trainer"):
         chosen = trainer(folder)
     assert batch_of(chosen)["input_ids"].shape[0] == 1
@@ -133,7 +133,7 @@ def test_batches_stay_padded_where_something_needs_them_so(folder: str, made: di
     assert batch_of(chosen)["input_ids"].shape[0] == 4
 
 
-def test_own_loss_goes_on_working_as_it_did(folder: str) -> None:
+def test_trainer_with_its_own_compute_loss_trains(folder: str) -> None:
     trainer(folder, kind=OwnLoss).train()
 
 
@@ -180,22 +180,22 @@ def asked_for(attention: str, family: str = "llama", **overrides: Any) -> PreTra
 
 def test_eager_attention_is_kept_where_it_was_asked_for(folder: str) -> None:
     model = asked_for("eager")
-    assert settle_attention(model, config(folder), flat=True).startswith("attention eager: as requested")
+    assert choose_attention(model, config(folder), flat=True).startswith("attention eager: as requested")
     assert model.config._attn_implementation == "eager"
-    model = tiny_model("gemma2")  # eager is what transformers takes for it, and nobody's wish
+    model = tiny_model("gemma2")  # eager is the default of transformers for it, not a request
     assert model.config._attn_implementation == "eager"
-    assert settle_attention(model, config(folder), flat=True).startswith("attention sft_documents: ")
+    assert choose_attention(model, config(folder), flat=True).startswith("attention sft_documents: ")
 
 
 def test_eager_attention_that_leaks_is_refused_where_it_was_asked_for(folder: str) -> None:
     with pytest.raises(ValueError, match=r"see each other in opt .*'eager'.* Use attn_implementation='auto'"):
-        settle_attention(asked_for("eager", "opt"), config(folder), flat=True)
+        choose_attention(asked_for("eager", "opt"), config(folder), flat=True)
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_an_attention_that_cannot_train_here_is_refused_on_padded_batches_too(folder: str, flat: bool) -> None:
     with pytest.raises(ValueError, match="attn_implementation='flex_attention' cannot be used: it trains on CUDA"):
-        settle_attention(asked_for("flex_attention"), config(folder), flat=flat)
+        choose_attention(asked_for("flex_attention"), config(folder), flat=flat)
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -216,19 +216,19 @@ def test_flash_attention_of_a_model_object_is_checked_against_the_gpu(
     model = tiny_model()
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match=f"attn_implementation='flash_attention_2' cannot be used: .*{complaint}"):
-        settle_attention(model, config(folder, **mixed), flat=flat)
+        choose_attention(model, config(folder, **mixed), flat=flat)
 
 
-def test_forced_flash_is_refused_beside_eager(folder: str) -> None:
+def test_forced_flash_is_refused_together_with_eager(folder: str) -> None:
     with pytest.raises(ValueError, match="'eager' does not use that kernel: set it to 'sdpa'"):
-        settle_attention(asked_for("eager"), config(folder, force_flash_sdp=True), flat=True)
+        choose_attention(asked_for("eager"), config(folder, force_flash_sdp=True), flat=True)
 
 
 def test_forced_flash_is_refused_where_layers_attend_in_chunks(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     model.config.attention_chunk_size = 4
     with pytest.raises(ValueError, match=r"takes no mask, and layers attend in chunks of 4.*force_flash_sdp=False"):
-        settle_attention(model, config(folder, force_flash_sdp=True), flat=True)
+        choose_attention(model, config(folder, force_flash_sdp=True), flat=True)
 
 
 def test_forced_flash_says_what_the_kernel_does_not_take() -> None:

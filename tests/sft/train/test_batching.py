@@ -1,4 +1,4 @@
-"""Which data sets are packed, what joins their rows, and who reads them."""
+"""Which data sets are packed, which collator joins their rows, and which process reads them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlatte
 
 from sft.batches.collator import DataCollatorForSFT
 from sft.config import SFTConfig
-from sft.train.batches import Packing, choose_collator, choose_packing, settle_dispatch, take_over_collator
+from sft.train.batches import Packing, choose_collator, choose_dispatch, choose_packing, take_over_collator
 from tests.tiny import tiny_tokenizer
 
 PADDED = Packing(train=False, eval=False, flat=False)
@@ -71,13 +71,13 @@ def test_each_process_reads_its_own_flat_or_streamed_batches(
     packing: Packing, dataset: Any, dispatch: bool | None
 ) -> None:
     args = config()
-    settle_dispatch(args, packing, [dataset, None])
+    choose_dispatch(args, packing, [dataset, None])
     assert args.accelerator_config.dispatch_batches is dispatch
 
 
 def test_flat_batches_cannot_be_dispatched() -> None:
     with pytest.raises(ValueError, match="dispatch_batches=True"):
-        settle_dispatch(config(accelerator_config={"dispatch_batches": True}), FLAT, [])
+        choose_dispatch(config(accelerator_config={"dispatch_batches": True}), FLAT, [])
 
 
 def test_collators_of_transformers_for_token_rows_are_taken_over() -> None:

@@ -51,7 +51,7 @@ def test_template_that_no_row_has_is_refused_and_one_row_is_enough() -> None:
         check_collator(collator, rows(tokenizer, "no", "neither"), tokenizer)
 
 
-def test_streams_and_rows_of_other_shapes_are_left_alone() -> None:
+def test_streams_and_rows_without_token_ids_are_not_checked() -> None:
     tokenizer = tiny_tokenizer()
     collator = DataCollatorForCompletionOnlyLM("Answer:", tokenizer=tokenizer)
     check_collator(collator, rows(tokenizer, "no").to_iterable_dataset(), tokenizer)
@@ -101,7 +101,7 @@ def test_options_that_would_be_ignored_are_refused(
         make(tmp_path, dataset, **options)
 
 
-def test_options_that_rows_follow_by_themselves_pass(tmp_path: Path) -> None:
+def test_options_that_prepared_rows_already_follow_pass(tmp_path: Path) -> None:
     masked = TOKENS.add_column("completion_mask", [[0, 1, 1], [0, 1]])
     trainer = make(tmp_path, masked, **SKIP, completion_only_loss=True, padding_free=False)
     assert sorted(next(iter(trainer.get_train_dataloader()))["labels"].tolist()) == [[-100, 6, 7], [-100, 9, -100]]

@@ -1,4 +1,4 @@
-"""Rows of every known shape become the token ids and labels that they should."""
+"""Rows of every known form become the right token ids and labels."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_is_trained_of_each_kind_of_row(row: dict[str, Any], options: dict[
     assert trained(prepare(stream, **options)) == [expected]
 
 
-def test_text_goes_before_the_columns_it_was_made_of_unless_only_answers_are_trained() -> None:
+def test_text_column_is_used_instead_of_question_and_answer_unless_only_answers_are_trained() -> None:
     row = {"instruction": "One?", "input": "", "output": "1", "text": "Q One? A 1"}
     assert texts(prepare([row])) == ["Q One? A 1<|im_end|>"]
     assert trained(prepare([row], assistant_only_loss=True)) == ["1<|im_end|>"]
@@ -87,7 +87,9 @@ def test_conversations_may_be_named_as_the_text_field() -> None:
 
 
 def test_missing_text_field_is_named() -> None:
-    with pytest.raises(ValueError, match=r"dataset_text_field='body' is no column of the data, which has \['text'\]"):
+    with pytest.raises(
+        ValueError, match=r"dataset_text_field='body' is not a column of the data, which has \['text'\]"
+    ):
         prepare([{"text": "a"}], dataset_text_field="body")
 
 
@@ -140,7 +142,7 @@ def test_tools_are_a_list_or_json(as_json: bool) -> None:
     assert texts(prepare([row], tiny_tokenizer(template)))[0].startswith("weather <|im_start|>user")
 
 
-def test_tokenized_rows_are_left_alone() -> None:
+def test_tokenized_rows_stay_as_they_are() -> None:
     given = [
         {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
         {"input_ids": [8, 9], "labels": [8, 9]},
@@ -174,7 +176,7 @@ def test_tokenized_rows_in_another_format_are_the_same_rows(format: str, streame
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_padding_of_tokenized_rows_is_taken_out(packing: bool, streamed: bool) -> None:
+def test_padding_of_tokenized_rows_is_removed(packing: bool, streamed: bool) -> None:
     batch = TOKENIZER(["Hello", "fox"], padding="max_length", max_length=12)
     rows: Any = Dataset.from_dict(
         {"input_ids": [[3, *batch["input_ids"][0]], [3, *batch["input_ids"][1]]]}
@@ -303,7 +305,7 @@ def answers(*lengths: int) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_completions_that_a_cut_took_away_are_counted_and_left_out(
+def test_rows_whose_completion_was_truncated_are_counted_and_dropped(
     caplog: pytest.LogCaptureFixture, streamed: bool, packing: bool
 ) -> None:
     rows: Any = Dataset.from_list(answers(2, 50, 3))
@@ -331,7 +333,7 @@ def test_nothing_left_to_train_is_an_error(streamed: bool) -> None:
         list(prepare(rows.to_iterable_dataset() if streamed else rows, max_length=8))
 
 
-def test_cut_rows_are_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_rows_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         prepare([{"text": "fox " * 3000}])
     assert "limit of 1024 tokens: 1 truncated" in caplog.text

@@ -1,4 +1,4 @@
-"""What older scripts give to the trainer itself works, or is answered by what replaced it."""
+"""Arguments that older scripts give to the trainer work, or are refused with what replaced them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sft.config import SFTConfig
-from sft.train.arguments import one_processor, take_over_arguments
+from sft.train.arguments import choose_processing_class, take_over_arguments
 from tests.tiny import tiny_tokenizer
 
 
@@ -38,7 +38,7 @@ def test_loading_arguments_join_model_init_kwargs() -> None:
             {"dtype": "float16"},
             "name",
             {"model_init_kwargs": {"dtype": "float32"}},
-            "dtype stands in model_",
+            "dtype is also given in model_init_kwargs",
         ),
         ({"infinite": True}, "name", {}, r"ConstantLengthDataset\(\.\.\., infinite=True\)"),
         ({"prepare_in_int8_kwargs": {}}, "name", {}, "call prepare_model_for_kbit_training"),
@@ -47,17 +47,19 @@ def test_loading_arguments_join_model_init_kwargs() -> None:
         ({"dataset_kwargs": {"skip": True}}, "name", {}, "dataset_kwargs has unknown keys"),
     ],
 )
-def test_mistakes_are_answered(former: dict[str, Any], model: Any, options: dict[str, Any], complaint: str) -> None:
+def test_arguments_without_an_option_are_refused_with_a_way_out(
+    former: dict[str, Any], model: Any, options: dict[str, Any], complaint: str
+) -> None:
     with pytest.raises(ValueError, match=complaint):
         taken(former, model, **options)
 
 
-def test_tokenizer_and_processing_class_are_one() -> None:
+def test_tokenizer_and_processing_class_are_two_names_of_one_argument() -> None:
     tokenizer = tiny_tokenizer()
-    assert one_processor(None, tokenizer) is one_processor(tokenizer, None) is tokenizer
-    assert one_processor(tokenizer, tokenizer) is tokenizer
+    assert choose_processing_class(None, tokenizer) is choose_processing_class(tokenizer, None) is tokenizer
+    assert choose_processing_class(tokenizer, tokenizer) is tokenizer
     with pytest.raises(ValueError, match="two names of one argument"):
-        one_processor(tokenizer, tiny_tokenizer())
+        choose_processing_class(tokenizer, tiny_tokenizer())
 
 
 def test_former_names_of_options() -> None:

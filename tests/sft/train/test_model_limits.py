@@ -1,4 +1,4 @@
-"""Documents beyond the positions that a model has learned are refused before torch meets their index."""
+"""Documents that are longer than the positions a model has learned are refused before training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_positions_are_those_of_the_models_table(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi", "gpt_neox", "bloom"])
-def test_computed_positions_have_no_end(family: str) -> None:
+def test_computed_positions_have_no_limit(family: str) -> None:
     assert num_positions(tiny_model(family)) is None
 
 
@@ -59,7 +59,7 @@ def test_packed_rows_may_be_longer_than_the_positions_of_their_documents(tmp_pat
         trainer(short("gpt2"), tmp_path, rows(30, 40, 20), packing=True, max_length=96)
 
 
-def test_evaluation_rows_and_streams_are_looked_at_too(tmp_path: Path) -> None:
+def test_evaluation_rows_and_streams_are_checked_too(tmp_path: Path) -> None:
     config = quiet_config(tmp_path, max_length=64)
     with pytest.raises(ValueError, match="row 1 has a document of 40 tokens"):
         check_positions(short("opt"), config, None, {"a": rows(3), "b": rows(3, 40)})

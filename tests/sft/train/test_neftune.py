@@ -1,4 +1,4 @@
-"""Noise has the paper's size for each document, and is gone when it should be."""
+"""NEFTune's noise has the size of the paper for each document, and is only added in training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALPHA, WIDTH = 5.0, 16
 
 
 def noise_of(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
-    """What is added to each embedding, `(batch, length, width)`; read behind the noise's own hook."""
+    """What is added to each embedding, `(batch, length, width)`; read after the hook that adds the noise."""
     seen: list[torch.Tensor] = []
     embedding = model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
@@ -80,7 +80,7 @@ def test_evaluation_is_without_noise() -> None:
         assert largest(noise_of(model, input_ids=torch.ones(1, 20, dtype=torch.long))) == 0
 
 
-def test_noise_is_gone_after_the_block_even_after_an_error() -> None:
+def test_hooks_are_removed_after_the_block_even_after_an_error() -> None:
     model = tiny_model().train()
     with pytest.raises(ZeroDivisionError), embedding_noise(model, ALPHA):
         raise ZeroDivisionError
@@ -89,7 +89,7 @@ def test_noise_is_gone_after_the_block_even_after_an_error() -> None:
     assert not model.get_input_embeddings()._forward_hooks
 
 
-def test_no_alpha_means_no_noise_and_a_senseless_one_is_refused() -> None:
+def test_alpha_of_none_adds_no_noise_and_one_below_zero_is_refused() -> None:
     model = tiny_model().train()
     with embedding_noise(model, None):
         assert largest(noise_of(model, input_ids=torch.ones(1, 20, dtype=torch.long))) == 0

@@ -1,4 +1,4 @@
-"""Activations that wait elsewhere give the same gradients."""
+"""Offloaded activations give the same gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_gradients_are_the_same_to_the_last_bit(checkpointing: bool) -> None:
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
-def test_checkpointing_leaves_less_to_park() -> None:
+def test_checkpointing_leaves_fewer_bytes_to_offload() -> None:
     assert gradients(devices=("cpu",), checkpointing=True)[1] < gradients(devices=("cpu",))[1]
 
 
@@ -47,7 +47,7 @@ def test_weights_views_of_them_and_small_tensors_stay() -> None:
     assert torch.equal(store.fetch(parked), big)
 
 
-def test_cpu_says_that_there_is_nothing_to_offload(caplog: pytest.LogCaptureFixture) -> None:
+def test_offloading_on_a_cpu_logs_that_it_saves_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         check_offloading(torch.device("cuda"))
         assert caplog.text == ""

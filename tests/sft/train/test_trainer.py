@@ -1,4 +1,4 @@
-"""The trainer is wiring: what it wires together gives the same numbers however the batch is laid out."""
+"""The trainer gives the same losses and weights however its batches are laid out."""
 
 from __future__ import annotations
 
@@ -186,13 +186,13 @@ def test_checkpointed_layers_run_twice_and_train_the_same_adapter(
     assert_same_weights(*trainers)
 
 
-def test_tokens_seen_are_whole_at_the_end_though_nothing_was_logged(tmp_path: Path) -> None:
+def test_tokens_seen_are_complete_at_the_end_even_if_nothing_was_logged(tmp_path: Path) -> None:
     trainer = make(tmp_path, per_device_train_batch_size=len(ROWS), logging_strategy="no")
     num_tokens = 2 * sum(len(row["input_ids"]) for row in trainer.train_dataset)
     assert trainer.train().metrics["num_input_tokens_seen"] == num_tokens
 
 
-def test_a_checkpoint_knows_the_tokens_seen_though_nothing_was_logged(tmp_path: Path) -> None:
+def test_tokens_seen_are_saved_in_a_checkpoint_even_if_nothing_was_logged(tmp_path: Path) -> None:
     make(tmp_path, per_device_train_batch_size=len(ROWS), logging_strategy="no", save_steps=1).train()
     states = [json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text()) for step in (1, 2)]
     seen = [state["num_input_tokens_seen"] for state in states]
@@ -221,7 +221,7 @@ def test_preparation_of_a_kbit_base_knows_of_checkpointing(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("layout", [{}, {"packing": True}, {"eval_packing": True}, {"padding_free": True}])
-def test_rows_are_evaluated_as_raw_or_as_prepared_as_they_come(tmp_path: Path, layout: dict[str, Any]) -> None:
+def test_raw_and_prepared_rows_are_evaluated_alike(tmp_path: Path, layout: dict[str, Any]) -> None:
     trainer = make(tmp_path, per_device_eval_batch_size=2, **layout)
     raw = Dataset.from_list(ROWS[:5])
     prepared = prepare_all(
