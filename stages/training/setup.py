@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import load_from_disk
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -16,17 +16,11 @@ from sft.models.adapters import get_peft_config
 from sft.models.kbit import get_quantization_config
 from sft.models.loading import load_model
 from sft.train.trainer import SFTTrainer
-from stages.checkout.artifacts import (
-    progress,
-    read_json,
-)
+from stages.checkout.artifacts import progress, read_json
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
 from stages.params.schema import ModelSection, Params, TrainSection
 from stages.training.checkpoints import SealCheckpoints
-
-if TYPE_CHECKING:
-    pass
 
 CURVE_COLUMNS = (
     "step",
@@ -38,6 +32,13 @@ CURVE_COLUMNS = (
     "eval_mean_token_accuracy",
     "num_input_tokens_seen",
 )
+
+NOT_SFT_OPTIONS = {
+    *("method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),  # see `make_model_config`
+    "warmup_ratio",  # given as `warmup_steps`
+    *("launch", "on_oom"),  # see `stages.train.run`
+}
+"""Keys of the section `train` that are not passed to `SFTConfig` under their own name."""
 
 
 def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: list[TrainerCallback]) -> SFTTrainer:
@@ -93,38 +94,25 @@ def load_base(
 
 
 def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
-    """The section as the library's options; checkpoints go to `folder`."""
+    """Return the section as `SFTConfig`; a key of the section is the option of the same name.
+
+    Args:
+        section: Section `train` of params.yaml.
+        folder: Where checkpoints are written.
+    """
     return SFTConfig(
         output_dir=str(folder),
-        learning_rate=section.learning_rate,
-        num_train_epochs=section.num_train_epochs,
-        max_steps=section.max_steps,
-        per_device_train_batch_size=section.per_device_train_batch_size,
         per_device_eval_batch_size=section.per_device_train_batch_size,
-        gradient_accumulation_steps=section.gradient_accumulation_steps,
-        lr_scheduler_type=section.lr_scheduler_type,
         warmup_steps=section.warmup_ratio,
-        weight_decay=section.weight_decay,
-        adam_beta2=section.adam_beta2,
-        max_grad_norm=section.max_grad_norm,
-        neftune_noise_alpha=section.neftune_noise_alpha,
-        loss_type=section.loss_type,
-        gradient_checkpointing=section.gradient_checkpointing,
-        use_liger_kernel=section.use_liger_kernel,
-        on_bad_loss=section.on_bad_loss,
-        bad_loss_factor=section.bad_loss_factor,
-        logging_steps=section.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_steps=section.eval_steps,
         save_strategy="steps",
-        save_steps=section.save_steps,
         save_total_limit=2,
         padding_free=True,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to=[],
         disable_tqdm=True,
-        seed=section.seed,
+        **section.model_dump(exclude=NOT_SFT_OPTIONS),
     )
 
 
