@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
 from pathlib import Path
@@ -30,9 +28,9 @@ from stages.checkout.paths import Paths
 from stages.launch.processes import launch, needs_launcher
 from stages.params.schema import Params
 from stages.training.checkpoints import TrainingState, explaining_full_disk
-from stages.training.curve import MEMORY_TAG, LiveCurve, Throughput, live_run
+from stages.training.curve import MEMORY_TAG, LiveCurve, ProgressLines, Throughput, curve_csv, live_run
 from stages.training.out_of_memory import OutOfMemory, figures, fitted, history, make_smaller
-from stages.training.setup import CURVE_COLUMNS, make_sft_config, make_trainer
+from stages.training.setup import make_sft_config, make_trainer
 
 if TYPE_CHECKING:
     from stages.tracking.live_run import LiveRun
@@ -77,7 +75,7 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
     config = make_sft_config(section, state.folder)
     checkpoint = agree_on_checkpoint(params, paths, config)
     throughput = Throughput(state.folder / "throughput.csv")
-    recorders = [throughput, *([] if live is None else [LiveCurve(live, CURVE_COLUMNS)])]
+    recorders = [throughput, ProgressLines(throughput), *([] if live is None else [LiveCurve(live, throughput)])]
     try:
         trainer = make_trainer(params, paths, config, recorders)
     except RuntimeError as error:
@@ -184,15 +182,3 @@ def save_trained_model(trainer: SFTTrainer, target: Path) -> None:
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that holds this machine's paths
         save_tokenizer(trainer.processing_class, folder)
-
-
-def curve_csv(history: list[dict[str, Any]]) -> str:
-    """The log as CSV, one row a step, empty where a figure was not taken at that step."""
-    steps: dict[int, dict[str, Any]] = {}
-    for entry in history:
-        steps.setdefault(entry["step"], {}).update(entry)
-    file = io.StringIO()
-    writer = csv.DictWriter(file, CURVE_COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(steps[step] for step in sorted(steps) if {"loss", "eval_loss"} & set(steps[step]))
-    return file.getvalue()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,11 @@ from sft.models.adapters import get_peft_config
 from sft.models.kbit import get_quantization_config
 from sft.models.loading import load_model
 from sft.train.trainer import SFTTrainer
-from stages.checkout.artifacts import progress, read_json
+from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
 from stages.params.schema import ModelSection, Params, TrainSection
 from stages.training.checkpoints import SealCheckpoints
-
-CURVE_COLUMNS = (
-    "step",
-    "loss",
-    "eval_loss",
-    "learning_rate",
-    "grad_norm",
-    "mean_token_accuracy",
-    "eval_mean_token_accuracy",
-    "num_input_tokens_seen",
-)
 
 NOT_SFT_OPTIONS = {
     *("method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),  # see `make_model_config`
@@ -52,7 +39,7 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
         eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
-        callbacks=[LogLastStep(), ProgressLines(), SealCheckpoints(), *recorders],
+        callbacks=[LogLastStep(), *recorders, SealCheckpoints()],
     )
     trainer.remove_callback(PrinterCallback)  # `ProgressLines` says it more briefly
     return trainer
@@ -123,27 +110,3 @@ class LogLastStep(TrainerCallback):
         """Ask for them."""
         if state.global_step >= state.max_steps:
             control.should_log = True
-
-
-class ProgressLines(TrainerCallback):
-    """A progress line at every point of the curve, with the loss and the time left."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.first_step = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock; a resumed training does not begin at step 0."""
-        self.started, self.first_step = time.monotonic(), state.global_step
-        if not state.is_world_process_zero:
-            return
-        progress(state.global_step, state.max_steps, "training")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Say where training is."""
-        if not state.is_world_process_zero or not logs or not ({"loss", "eval_loss"} & set(logs)):
-            return
-        done = state.global_step - self.first_step
-        left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step) if done else math.nan
-        figures = " ".join(f"{name} {logs[name]:.4f}" for name in ("loss", "eval_loss") if name in logs)
-        progress(state.global_step, state.max_steps, f"{figures}, {left:.0f} s left")

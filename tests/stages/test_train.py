@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from sft.config import SFTConfig
-from stages import train
 from stages.params.schema import Params, TrainSection, load_params
+from stages.training.curve import curve_csv
 from stages.training.setup import NOT_SFT_OPTIONS, make_model_config, make_sft_config
 from tests.stages.data_root import ROOT
 
@@ -31,10 +31,10 @@ def test_every_key_of_the_section_reaches_the_trainer(tmp_path: Path) -> None:
 
 def test_every_key_of_the_section_is_an_option_of_the_library_or_read_elsewhere() -> None:
     assert set(TrainSection.model_fields) - NOT_SFT_OPTIONS <= {field.name for field in fields(SFTConfig)}
-    assert NOT_SFT_OPTIONS == {
+    assert {
         *("method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
         *("warmup_ratio", "launch", "on_oom"),
-    }
+    } == NOT_SFT_OPTIONS
 
 
 def test_shipped_params_differ_from_the_defaults_of_the_library_in_these_options(tmp_path: Path) -> None:
@@ -94,6 +94,6 @@ def test_curve_has_one_row_a_step_and_leaves_out_wall_times() -> None:
         {"step": 10, "eval_loss": 1.5, "eval_runtime": 3.0},
         {"step": 10, "train_loss": 1.5},
     ]
-    lines = train.curve_csv(history).splitlines()
+    lines = curve_csv(history).splitlines()
     assert lines[0].startswith("step,loss,eval_loss,learning_rate,grad_norm")
     assert lines[1:] == ["5,2.0,,0.1,,,,", "10,1.0,1.5,0.05,,,,"]

@@ -190,7 +190,7 @@ def test_switch_with_another_value_is_refused(tmp_path: Path, monkeypatch: pytes
     params, paths = load_params(REPO / "params.yaml"), Paths(tmp_path)
     monkeypatch.setenv("SFT_LIVE_RUN", "of")
     with (
-        pytest.raises(ValueError, match="SFT_LIVE_RUN='of': it is `on` or `off`"),
+        pytest.raises(ValueError, match="SFT_LIVE_RUN='of': it must be `on` or `off`"),
         live_run(params, paths, TrainingState(tmp_path), first_process=True),
     ):
         pass
