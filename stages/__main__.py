@@ -6,7 +6,6 @@ import argparse
 import importlib
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_launched(args.name, args.root, paths)
     try:
         params = load_params(args.root / "params.yaml")
-        if args.name == "train":  # hours may lie between here and the stage that a wrong value belongs to
-            importlib.import_module("stages.tools.check").check_later_stages(params, paths)
-        with alone(args.name, paths.root):
-            importlib.import_module(home(args.name)).run(params, paths, **options)
+        importlib.import_module(home(args.name)).run(params, paths, **options)
     except KeyboardInterrupt:
         print(f"stopped: {args.name}. Type the command again to go on.", file=sys.stderr, flush=True)
         return EXIT_STOPPED
@@ -130,15 +126,6 @@ def run_launched(name: str, root: Path, paths: Paths) -> int:
         sys.stdout.flush()
         os._exit(EXIT_FAILED)  # an ordinary exit could wait for the others, who wait for this process
     return 0
-
-
-def alone(name: str, root: Path) -> AbstractContextManager[None]:
-    """What a stage runs in: `train` has its device for itself."""
-    if name != "train":
-        return nullcontext()
-    from stages.launch.lock import sole_training  # the other names need not load it
-
-    return sole_training(root)
 
 
 def fail(error: Exception, code: int) -> int:

@@ -25,7 +25,8 @@ from stages.checkout.artifacts import (
     write_text,
 )
 from stages.checkout.paths import Paths
-from stages.launch.processes import launch, needs_launcher
+from stages.launch.lock import sole_training
+from stages.launch.processes import check_num_processes, in_launched_process, launch, needs_launcher
 from stages.params.schema import Params
 from stages.training.checkpoints import TrainingState, explaining_full_disk
 from stages.training.curve import MEMORY_TAG, LiveCurve, ProgressLines, Throughput, curve_csv, live_run
@@ -37,7 +38,27 @@ if TYPE_CHECKING:
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write outs/train/model, the curve and the figures; resume from .state when an earlier run was cut short."""
+    """Write outs/train/model, the curve and the figures; an interrupted training is resumed from its last checkpoint.
+
+    The values of later stages are checked first, as training may take hours. Then the devices are locked. A process
+    that a launcher started does neither: it trains, and the process that launched it has checked and locked.
+
+    Raises:
+        ValueError: A later stage would refuse its params, a device is taken, or the training failed.
+    """
+    if in_launched_process():
+        check_num_processes(params.train.launch)
+        train(params, paths)
+        return
+    from stages.tools.check import check_later_stages  # launched processes need not load it
+
+    check_later_stages(params, paths)
+    with sole_training(paths.root):
+        launch_or_train(params, paths)
+
+
+def launch_or_train(params: Params, paths: Paths) -> None:
+    """Train in this process, or in as many as params.yaml states; these are restarted when memory did not suffice."""
     if not needs_launcher(params.train.launch):
         train(params, paths)
         return

@@ -49,20 +49,22 @@ def in_launched_process() -> bool:
 
 
 def needs_launcher(section: LaunchSection) -> bool:
-    """Whether the stage has to start itself again in other processes.
+    """Return whether the section asks for processes that a launcher has to start."""
+    return section.processes > 1 or section.engine != "ddp" or section.launcher == "ray"
+
+
+def check_num_processes(section: LaunchSection) -> None:
+    """Check that the launcher that started this process started as many as the section states.
 
     Raises:
-        ValueError: A launcher started another number of processes than the section states.
+        ValueError: It started another number.
     """
-    if not in_launched_process():
-        return section.processes > 1 or section.engine != "ddp" or section.launcher == "ray"
     found = int(os.environ.get("WORLD_SIZE", "1"))
     if found != section.processes:
         raise ValueError(
-            f"train.launch.processes is {section.processes}, but a launcher started {found} processes; make them "
-            "equal: what a step is depends on it"
+            f"train.launch.processes is {section.processes}, but a launcher started {found} processes; make the two "
+            "equal, as the number of rows in an update depends on it"
         )
-    return False
 
 
 def launch(stage: str, section: LaunchSection, paths: Paths) -> None:

@@ -98,6 +98,20 @@ def test_stage_train_takes_the_lock_and_others_do_not(
         assert "the pipeline has not run here yet" in capsys.readouterr().err
 
 
+def test_stage_train_checks_the_later_stages_before_it_takes_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("evaluate would fail")
+
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    monkeypatch.setenv(BUSY_VARIABLE, REFUSE)
+    monkeypatch.setattr("stages.tools.check.check_later_stages", refuse)
+    with sole_training(tmp_path):
+        assert main(["train", "--root", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: evaluate would fail\n"
+
+
 def test_unknown_wish_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BUSY_VARIABLE, "perhaps")
     with pytest.raises(ValueError, match="SFT_WHEN_BUSY='perhaps': it is `wait` or `refuse`"), sole_training(tmp_path):
