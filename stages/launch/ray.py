@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TextIO
 
 import stages
 from stages.checkout.paths import Paths
+from stages.launch.log_noise import reduce_log_noise
 from stages.params.schema import LaunchSection, load_params
 
 _WORKER = re.compile(r"^\(RayTrainWorker [^)]*\) ?")
@@ -244,7 +245,7 @@ def run_in_worker(config: Mapping[str, str]) -> None:
     """
     root = Path(config["root"])
     os.chdir(root)  # Ray's own is a folder for what it writes
-    importlib.import_module("stages.__main__").quiet_tools()
+    reduce_log_noise()
     logging.getLogger().setLevel(logging.WARNING)  # Ray shows more
     try:
         importlib.import_module(f"stages.{config['stage']}").run(load_params(root / "params.yaml"), Paths(root))
