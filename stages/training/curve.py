@@ -22,8 +22,8 @@ from stages.checkout.paths import Paths
 from stages.params.schema import Params
 from stages.tracking import lineage
 from stages.tracking.lineage import machine_tags
-from stages.training.checkpoints import TrainingState, what_counts
-from stages.training.out_of_memory import history
+from stages.training.checkpoints import TrainingState, fingerprint_params
+from stages.training.out_of_memory import describe_events
 
 if TYPE_CHECKING:
     from stages.tracking.live_run import LiveRun
@@ -188,14 +188,14 @@ def _open_run(params: Params, paths: Paths, state: TrainingState) -> LiveRun:
     from stages.tracking.store import open_tracking
 
     home = lineage.main_checkout(paths.root)
-    fixed = {"model": params.model.model_dump(), "train": what_counts(params.train)}
+    fixed = {"model": params.model.model_dump(), "train": fingerprint_params(params.train)}
     stated = lineage.result_params(params)
     tags = {
         "mlflow.source.name": "python -m stages train",
         **lineage.circumstances(paths),
         **machine_tags(),
     }
-    if events := history(state):
+    if events := describe_events(state):
         tags[MEMORY_TAG] = events
     return LiveRun(
         lambda: open_tracking(params.publish, home),

@@ -1,4 +1,4 @@
-"""stages.training.setup."""
+"""The trainer of one training: options, base model, rows and callbacks, as params.yaml states them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ NOT_SFT_OPTIONS = {
 
 
 def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: list[TrainerCallback]) -> SFTTrainer:
-    """Model, rows and callbacks together."""
+    """Create the trainer.
+
+    Args:
+        params: Values of params.yaml.
+        paths: The checkout, with the outs of `load`, `format` and `pack`.
+        config: The options, made by `make_sft_config`.
+        recorders: Callbacks that record the training.
+    """
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     model_config = make_model_config(params)
     trainer = SFTTrainer(
@@ -41,12 +48,12 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
         peft_config=get_peft_config(model_config),
         callbacks=[LogLastStep(), *recorders, SealCheckpoints()],
     )
-    trainer.remove_callback(PrinterCallback)  # `ProgressLines` says it more briefly
+    trainer.remove_callback(PrinterCallback)  # `ProgressLines` prints less
     return trainer
 
 
 def make_model_config(params: Params) -> ModelConfig:
-    """The base model and the adapter, as the library's options."""
+    """Return the params of base model and adapter as `ModelConfig`."""
     section = params.train
     return ModelConfig(
         model_name_or_path=params.model.name_or_path,
@@ -66,7 +73,7 @@ def make_model_config(params: Params) -> ModelConfig:
 def load_base(
     section: ModelSection, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, paths: Paths
 ) -> PreTrainedModel:
-    """Load the base model that `load` recorded, with rows for every token of the tokenizer."""
+    """Load the base model that `load` recorded, with an embedding for each token of the tokenizer."""
     base = read_base_model(paths.out("load", "base_model.json"))
     model = load_model(
         base.path,
@@ -104,9 +111,9 @@ def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
 
 
 class LogLastStep(TrainerCallback):
-    """Takes the figures of the last step, whatever `logging_steps` is: a short training would have none."""
+    """Callback that logs the last step, also where it is not a multiple of `logging_steps`."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for them."""
+        """Ask for a log line after the last step."""
         if state.global_step >= state.max_steps:
             control.should_log = True

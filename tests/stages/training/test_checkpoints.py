@@ -93,8 +93,8 @@ def test_a_checkpoint_of_another_training_or_step_is_not_gone_on_from(paths: Pat
     own = checkpoint(state, 20)
     foreign = shutil.copytree(checkpoint(other, 40), state.folder / "checkpoint-40")
     renamed = shutil.copytree(own, state.folder / "checkpoint-60")
-    assert what_is_wrong(foreign) == f"it is checkpoint-40 of training {other.folder.name}, put here by hand"
-    assert what_is_wrong(renamed) == f"it is checkpoint-20 of training {state.folder.name}, put here by hand"
+    assert what_is_wrong(foreign) == f"it is checkpoint-40 of training {other.folder.name}, moved here by hand"
+    assert what_is_wrong(renamed) == f"it is checkpoint-20 of training {state.folder.name}, moved here by hand"
     assert state.last_checkpoint() == own
     assert not foreign.exists()
 
@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint_from_which_the_same_weight
     assert "no space left for a checkpoint" in errors[0]
     assert "Traceback" not in output
     kept = sorted((small_disk / "train").glob("*/checkpoint-*"), key=lambda path: int(path.name[11:]))
-    assert f"{kept[-1].name} is whole" in errors[0]
+    assert f"{kept[-1].name} is complete" in errors[0]
     assert all(what_is_wrong(checkpoint) is None for checkpoint in kept)
     assert not paths.out("train").exists()
 
