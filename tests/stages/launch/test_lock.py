@@ -114,7 +114,10 @@ def test_stage_train_checks_the_later_stages_before_it_takes_the_lock(
 
 def test_unknown_wish_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BUSY_VARIABLE, "perhaps")
-    with pytest.raises(ValueError, match="SFT_WHEN_BUSY='perhaps': it is `wait` or `refuse`"), sole_training(tmp_path):
+    with (
+        pytest.raises(ValueError, match="SFT_WHEN_BUSY='perhaps': it must be `wait` or `refuse`"),
+        sole_training(tmp_path),
+    ):
         pass
 
 
