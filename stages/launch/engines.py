@@ -55,9 +55,7 @@ def engine_file(section: LaunchSection, root: Path, folder: Path) -> Path:
         raise ValueError(f"train.launch.engine: {section.engine}: no such file, and not one of the engines {known}")
     values = read_engine_file(file)
     check_engine_file(section, values)
-    if (
-        values["distributed_type"] == "MULTI_CPU"
-    ):  # with this type accelerate looks for MPI; on CPUs the other one uses gloo
+    if values["distributed_type"] == "MULTI_CPU":  # accelerate would look for MPI; MULTI_GPU uses gloo on CPUs
         return _write_config(folder / "accelerate.yaml", {**values, "distributed_type": "MULTI_GPU"})
     return file
 
