@@ -201,7 +201,7 @@ def test_one_scaled_tensor_of_the_merged_model_closes_the_gate(tmp_path: Path) -
     scale(paths.out("merge", "model", "model.safetensors"), "model.layers.0.mlp.up_proj.weight", 1.1)
     (row,) = broken(paths)
     assert row.startswith("merged.kl <= 1e-06: the merged model is not the tuned one, its answers diverge by ")
-    assert row.endswith("its folder was changed behind the stage `merge`; `dvc repro merge` makes it again")
+    assert row.endswith("its folder was changed after the stage `merge`; `dvc repro merge` writes it again")
 
 
 def test_head_of_the_base_that_a_merge_left_behind_closes_the_gate(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_adapter_with_another_scale_than_it_was_trained_with_closes_the_gate(tmp
     write_json(file, {**config, "lora_alpha": 4 * config["lora_alpha"]})
     merged, tuned = broken(paths)
     assert merged.startswith("merged.kl <= 1e-06: ")
-    assert "behind the stage `train`; `dvc repro train` makes it again" in tuned
+    assert "after the stage `train`; `dvc repro train` writes it again" in tuned
     # what merges such an adapter agrees with it, but not with the training
     shutil.rmtree(paths.out("merge"))
     tiny_tokenizer().save_pretrained(paths.out("train", "model"))
