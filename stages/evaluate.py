@@ -16,7 +16,7 @@ from sft.models.checkpoint import load_tokenizer
 from stages.checkout.artifacts import progress, read_json, write_json, write_jsonl
 from stages.checkout.paths import Paths
 from stages.evaluation.lm_eval import load_harness
-from stages.evaluation.results import Measured, comparisons
+from stages.evaluation.results import ModelResult, comparisons
 from stages.evaluation.rows import EvalRows, read_prompts, read_records, render_records
 from stages.evaluation.soundness import check_finite, failed_checks
 from stages.models.variants import Variant, find_variants, load_variant, size_mb
@@ -63,7 +63,7 @@ def run(params: Params, paths: Paths) -> None:
     meter = Meter(total + sum(harness.answers(variant.name) for variant in variants if harness is not None))
     measuring = Measuring(tokenizer, section.batch_size, meter)
     new_token_ids = read_json(paths.out("format", "summary.json"))["new_token_ids"]
-    measured: dict[str, Measured] = {}
+    measured: dict[str, ModelResult] = {}
     # the tuned model is first, as the others are compared with it
     for variant in sorted(variants, key=lambda variant: variant.name != REFERENCE):
         meter.model = variant.name
@@ -122,7 +122,7 @@ class Measuring:
     batch_size: int
     meter: Meter
 
-    def measure(self, model: Any, variant: Variant, asked: EvalRows, reference: Measured | None) -> Measured:
+    def measure(self, model: Any, variant: Variant, asked: EvalRows, reference: ModelResult | None) -> ModelResult:
         """Measure one model on one set of rows: likelihood, and answers if it generates.
 
         Args:
@@ -142,14 +142,14 @@ class Measuring:
             on_predictions=begun.learn,
             on_logits=documents.add,
         )
-        result = Measured({name: likelihood[name] for name in LIKELIHOOD}, documents)
+        result = ModelResult({name: likelihood[name] for name in LIKELIHOOD}, documents)
         result.add_documents()
         result.seconds["likelihood"] = round(time.monotonic() - started, 1)
         if variant.name in ANSWERING and asked.prompts:
             self.answer(model, asked, begun.tokens(), result)
         return result
 
-    def answer(self, model: Any, asked: EvalRows, given: list[list[int]], result: Measured) -> None:
+    def answer(self, model: Any, asked: EvalRows, given: list[list[int]], result: ModelResult) -> None:
         """Generate answers to the prompts and add them to the result.
 
         Args:
@@ -179,7 +179,7 @@ def write_outputs(
     section: EvaluateSection,
     held_out: EvalRows,
     sizes: dict[str, Any],
-    measured: dict[str, Measured],
+    measured: dict[str, ModelResult],
     gate: list[GateRow],
 ) -> None:
     """Write results.json, generations.jsonl, the metrics for DVC, and the timings.
@@ -214,7 +214,7 @@ def write_outputs(
     write_json(paths.timings("evaluate"), {name: result.seconds for name, result in measured.items()})
 
 
-def write_general(paths: Paths, general: EvalRows | None, measured: dict[str, Measured]) -> None:
+def write_general(paths: Paths, general: EvalRows | None, measured: dict[str, ModelResult]) -> None:
     """Write general.jsonl with the answers to general prompts; delete an earlier one if there are no such prompts."""
     file = paths.out("evaluate", "general.jsonl")
     file.unlink(missing_ok=True)
@@ -231,7 +231,7 @@ def merge_note(paths: Paths) -> str:
     return note if difference is None else f"{note} (largest difference {difference:.2g})"
 
 
-def generation_rows(asked: EvalRows, measured: dict[str, Measured]) -> list[dict[str, Any]]:
+def generation_rows(asked: EvalRows, measured: dict[str, ModelResult]) -> list[dict[str, Any]]:
     """Return one row per prompt: id, prompt, reference, and the answer of each model with its scores."""
     rows = []
     for index, prompt in enumerate(asked.prompts):
@@ -244,7 +244,7 @@ def generation_rows(asked: EvalRows, measured: dict[str, Measured]) -> list[dict
     return rows
 
 
-def summary(measured: dict[str, Measured], gate: list[GateRow], paths: Paths) -> str:
+def summary(measured: dict[str, ModelResult], gate: list[GateRow], paths: Paths) -> str:
     """Describe the result in a few lines: figures of each model, conditions of the gate, path of the report."""
     lines = [f"  {name:<10} " + "  ".join(f"{k} {v:.4g}" for k, v in r.figures.items()) for name, r in measured.items()]
     lines += [f"  {'holds' if row.passed else 'FAILS'}  {row.condition}  ({row.reason})" for row in gate]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.evaluation.results import Measured
+from stages.evaluation.results import ModelResult
 from stages.params.figures import ANSWERING
 from stages.params.schema import LmEvalSection
 from stages.params.tasks import FOLDER
@@ -77,7 +77,7 @@ class HarnessRun:
         """Return whether a model is measured; the merged one is not, as it computes what the tuned one does."""
         return name in ANSWERING
 
-    def measure(self, model: Any, tokenizer: Any, result: Measured) -> None:
+    def measure(self, model: Any, tokenizer: Any, result: ModelResult) -> None:
         """Measure a model in all tasks and add the figures to its result."""
         from sft.evaluate.lm_eval import HarnessOptions
 

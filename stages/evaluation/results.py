@@ -26,7 +26,7 @@ NOT_OF_GENERAL = ("perplexity", "token_accuracy")
 
 
 @dataclass
-class Measured:
+class ModelResult:
     """Results of one model on one set of rows.
 
     Args:
@@ -46,7 +46,7 @@ class Measured:
     answers: list[Generation] = field(default_factory=list)
     scores: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    general: Measured | None = None
+    general: ModelResult | None = None
     errors: dict[str, float] = field(default_factory=dict)
 
     def add_documents(self) -> None:
@@ -78,7 +78,7 @@ class Measured:
         self.intervals |= {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
         self.intervals |= {name: figure.interval for name, figure in whole.items() if figure.interval is not None}
 
-    def add_general(self, general: Measured) -> None:
+    def add_general(self, general: ModelResult) -> None:
         """Add the results on general prompts, with their figures under prefixed names."""
         self.general = general
         self.figures |= _of_general(general.figures)
@@ -113,7 +113,7 @@ def _of_general(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{REGRESSION}{name}": value for name, value in values.items() if name not in NOT_OF_GENERAL}
 
 
-def comparisons(measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
+def comparisons(measured: Mapping[str, ModelResult]) -> list[dict[str, Any]]:
     """Compare all pairs of models in `COMPARED` that were measured.
 
     Args:
@@ -126,7 +126,7 @@ def comparisons(measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
     return [{"before": a, "after": b, "figures": compare(measured[a], measured[b])} for a, b in pairs]
 
 
-def compare(first: Measured, second: Measured) -> dict[str, dict[str, Any]]:
+def compare(first: ModelResult, second: ModelResult) -> dict[str, dict[str, Any]]:
     """Run paired tests of two models on the same documents and answers.
 
     Args:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from sft.evaluate.gate import GateRow
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
-from stages.evaluation.results import Measured
+from stages.evaluation.results import ModelResult
 from stages.models.variants import MADE_BY, Variant
 from stages.params.schema import Params
 
@@ -30,7 +30,7 @@ Rounding gives 1e-7 on the default model.
 """
 
 
-def check_finite(variant: Variant, measured: Measured) -> None:
+def check_finite(variant: Variant, measured: ModelResult) -> None:
     """Check that the loss of a model is finite, as its other figures are meaningless otherwise.
 
     Raises:

@@ -120,11 +120,11 @@ def describe_holder(device: str, holder_file: Path) -> str:
     what = "the processor of this machine" if device == "cpu" else device.replace("gpu-", "GPU ", 1)
     holder = read_holder(holder_file)
     if holder is None:  # the file is written a moment after the lock is taken
-        return f"another training has {what}; it has just begun"
+        return f"another training uses {what}; it has just begun"
     since = datetime.fromtimestamp(holder["since"])
     minutes = (time.time() - holder["since"]) / 60
     return (
-        f"another training has {what}: process {holder['pid']} in {holder['folder']}, "
+        f"another training uses {what}: process {holder['pid']} in {holder['folder']}, "
         f"since {since:%Y-%m-%d %H:%M:%S} ({minutes:.0f} min)"
     )
 

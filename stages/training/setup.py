@@ -48,7 +48,7 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
         peft_config=get_peft_config(model_config),
         callbacks=[LogLastStep(), *recorders, SealCheckpoints()],
     )
-    trainer.remove_callback(PrinterCallback)  # `ProgressLines` prints less
+    trainer.remove_callback(PrinterCallback)  # `ProgressLines` replaces it
     return trainer
 
 

@@ -64,7 +64,7 @@ def test_second_training_waits_until_the_first_has_ended(tmp_path: Path) -> None
     second = start(tmp_path)
 
     assert first_line(second).startswith(
-        f"waiting: another training has the processor of this machine: process {first.pid}"
+        f"waiting: another training uses the processor of this machine: process {first.pid}"
     )
     first.communicate("end\n")
     assert first_line(second) == "training"
