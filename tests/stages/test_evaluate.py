@@ -175,7 +175,7 @@ def test_several_tasks_and_an_own_function_are_scored_and_shown(tmp_path: Path) 
     assert results["passed"] is True
     page = paths.report.read_text(encoding="utf-8")
     assert "chrF, 0 to 100 on 3 held-out rows: base" in page
-    assert "tuned is wrong" not in page  # no score says what is right
+    assert "tuned is wrong" not in page  # no score shows which answer is right
 
 
 def scale(file: Path, name: str, factor: float) -> None:
@@ -204,7 +204,7 @@ def test_one_scaled_tensor_of_the_merged_model_closes_the_gate(tmp_path: Path) -
     assert row.endswith("its folder was changed after the stage `merge`; `dvc repro merge` writes it again")
 
 
-def test_head_of_the_base_that_a_merge_left_behind_closes_the_gate(tmp_path: Path) -> None:
+def test_head_of_the_base_in_a_merged_model_closes_the_gate(tmp_path: Path) -> None:
     paths = write_tiny_run(tmp_path)
     folder = paths.out("merge", "model")
     tensors = load_file(folder / "model.safetensors")

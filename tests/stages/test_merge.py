@@ -1,4 +1,4 @@
-"""The stage `merge`: one plain checkpoint, the proof in its metrics, and nothing in place of an earlier result."""
+"""The stage `merge`: one plain checkpoint, the comparison in its metrics; a failure keeps an earlier result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage `train`: params reach the library, checkpoints are found again only when they belong."""
+"""The stage `train`: params reach the library, and the curve has one row per step."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_method_decides_adapter_and_base(method: str, use_peft: bool, four_bit: 
     assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (4, 6, 0.125)
 
 
-def test_curve_has_one_row_a_step_and_leaves_out_wall_times() -> None:
+def test_curve_has_one_row_per_step_and_no_wall_times() -> None:
     history = [
         {"step": 5, "loss": 2.0, "learning_rate": 0.1, "train_runtime": 9.0},
         {"step": 10, "loss": 1.0, "learning_rate": 0.05},

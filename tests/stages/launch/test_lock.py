@@ -1,4 +1,4 @@
-"""Two trainings on one device: the second is told who is at work, and waits or gives up; a kill frees the device."""
+"""Two trainings on one device: the second names the first, and waits or is refused; a kill frees the device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    """A training that ends when it is told to."""
+    """Start a process that locks the device until it reads a line."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HOLD, str(folder)]
     pipe = subprocess.PIPE

@@ -1,4 +1,4 @@
-"""A training in several real processes: what it writes, and how it ends when one of them does."""
+"""A training in several real processes: what it writes, and how it ends if one of them fails."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def workers(stage: subprocess.Popen[str], count: int = 2) -> list[psutil.Process
 
 
 def errors_said(output: str) -> list[str]:
-    """Lines that tell of an error; progress of the other processes may come behind them."""
+    """Return the error lines; progress lines of other processes may follow them."""
     return [line for line in output.splitlines() if line.startswith("error: ")]
 
 

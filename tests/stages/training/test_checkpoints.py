@@ -1,4 +1,4 @@
-"""Checkpoints: found again only when whole and when they belong; a killed training ends as one that never was."""
+"""Checkpoints: resumed only if valid and of the same training; a killed training ends as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_newest_whole_checkpoint_is_resumed_and_half_written_ones_are_removed(pa
 
 
 def damages(folder: Path) -> Iterator[tuple[str, str]]:
-    """Damage one file after the other; what is damaged, and how that is said."""
+    """Damage one file after the other; yield its name and words of the message."""
     for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", "optimizer_0/part"):
         file = folder / name
         content = file.read_bytes()

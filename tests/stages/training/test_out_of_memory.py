@@ -1,4 +1,4 @@
-"""Out of memory: the training goes on with the same updates in smaller parts, where that is allowed and possible."""
+"""Out of memory: training continues with the same updates in smaller forward passes, if allowed and possible."""
 
 from __future__ import annotations
 
