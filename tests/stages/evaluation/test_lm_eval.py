@@ -1,4 +1,4 @@
-"""lm-eval's tasks in `evaluate`: figures, intervals, report, gate; refused with the name of the extra if it is missing."""
+"""Tasks of lm-eval in `evaluate`: figures, intervals, report, gate; the extra is named if it is missing."""
 
 from __future__ import annotations
 
