@@ -1,4 +1,4 @@
-"""`python -m stages NAME`: run one stage, or one of the tools that look at the pipeline."""
+"""Command line `python -m stages NAME`: runs one stage of the pipeline, or one of its tools."""
 
 from __future__ import annotations
 
@@ -6,20 +6,39 @@ import argparse
 import importlib
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from stages.checkout.full_disk import explain_full_disk, is_full_disk
 from stages.checkout.paths import Paths
 from stages.checkout.redaction import redact
-from stages.launch.quiet import quiet_tools
+from stages.launch.log_noise import reduce_log_noise
 from stages.params.figures import MODELS
 from stages.params.schema import ParamsError, load_params
 
-STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate", "publish")
+STAGE_HELP = {
+    "load": "read and check the sources, and set held-out rows apart",
+    "format": "render the rows as chats and mark what is trained",
+    "pack": "tokenize the chats and pack them into rows of at most pack.max_length tokens",
+    "train": "train an adapter or all weights",
+    "merge": "merge the adapter into the base model",
+    "quantize": "write a smaller copy of the merged model",
+    "evaluate": "measure every model on the held-out rows and check the gate",
+    "publish": "record the result in MLflow and register the model",
+}
 
-TOOLS = ("chat", "check", "compare", "estimate", "preview", "reproduce", "serve", "summary")
+TOOL_HELP = {
+    "chat": "talk to a model in the terminal",
+    "check": "check params.yaml, the data and the name of the base model before a run",
+    "compare": "show how two recorded runs differ",
+    "estimate": "estimate time and memory of the training from a few steps",
+    "preview": "show packed rows token by token, with the trained tokens marked",
+    "reproduce": "repeat a recorded run and compare the results",
+    "serve": "serve a model over HTTP with OpenAI's API",
+    "summary": "show the figures of the last run and where its files are",
+}
+
+STAGES, TOOLS = tuple(STAGE_HELP), tuple(TOOL_HELP)
 
 NUM_RUNS = {"compare": 2, "reproduce": 1}
 
@@ -39,23 +58,23 @@ EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line names.
+    """Run the stage or tool that the command line names.
+
+    Args:
+        argv: Words of the command line; None for those of this process.
 
     Returns:
-        0 on success, 1 when the work failed for a reason a user can mend, 2 when params.yaml or the call is wrong, 130
-        when it was interrupted.
+        Exit code: 0 on success, 1 if the work failed for a reason that the user can fix, 2 if params.yaml or the
+        command line is wrong, 130 if it was interrupted.
     """
     args, options = read_command(argv)
-    quiet_tools()
+    reduce_log_noise()
     paths = Paths(args.root.resolve())
     if "LOCAL_RANK" in os.environ:
         return run_launched(args.name, args.root, paths)
     try:
         params = load_params(args.root / "params.yaml")
-        if args.name == "train":  # hours may lie between here and the stage that a wrong value belongs to
-            importlib.import_module("stages.tools.check").check_later_stages(params, paths)
-        with alone(args.name, paths.root):
-            importlib.import_module(home(args.name)).run(params, paths, **options)
+        importlib.import_module(home(args.name)).run(params, paths, **options)
     except KeyboardInterrupt:
         print(f"stopped: {args.name}. Type the command again to go on.", file=sys.stderr, flush=True)
         return EXIT_STOPPED
@@ -65,39 +84,53 @@ def main(argv: list[str] | None = None) -> int:
         full = is_full_disk(error, paths.root)
         if os.environ.get("SFT_TRACEBACK") or not (full or isinstance(error, (ValueError, OSError))):
             raise
-        told = explain_full_disk(error, args.name, paths.root) if full else error
-        return fail(told, getattr(error, "exit_code", EXIT_FAILED))
+        explained = explain_full_disk(error, args.name, paths.root) if full else error
+        return fail(explained, getattr(error, "exit_code", EXIT_FAILED))
     return 0
 
 
 def read_command(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """What to run, and the options for it; a wrong call ends with a message and code 2."""
-    parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
-    names = (*STAGES, *TOOLS)
-    parser.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument(
-        "runs", nargs="*", metavar="RUN", help="recorded runs by id, name or alias: compare takes two, reproduce one"
+    """Parse the command line.
+
+    Returns:
+        The parsed arguments, and those among them that are passed to the tool.
+
+    Raises:
+        SystemExit: The command line is wrong (code 2) or asks for help (code 0).
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m stages",
+        description="Run one stage of the pipeline, or a tool. `make repro` runs all stages whose inputs have changed.",
+        epilog="\n\n".join([listing("stages, in order", STAGE_HELP), listing("tools", TOOL_HELP)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
-    preview = parser.add_argument_group("preview")
-    preview.add_argument("--rows", type=positive, metavar="N", help="packed rows to show (default: 3)")
-    preview.add_argument("--seed", type=int, help="which ones (default: 0)")
-    preview.add_argument("--split", choices=("train", "eval"), help="of training or held-out rows (default: train)")
-    chat = parser.add_argument_group("chat and serve")
-    chat.add_argument("--model", choices=MODELS, help="which of the four models (default: merged)")
-    chat.add_argument("--max-new-tokens", type=positive, metavar="N", help="chat: longest answer (default: 256)")
-    chat.add_argument("--system", metavar="TEXT", help="chat: system message (default: the training rows')")
-    chat.add_argument("--port", type=positive, help="serve: on loopback (default: 8000)")
-    reproduce = parser.add_argument_group("reproduce")
-    keep = "leave the worktree with the results there"
-    reproduce.add_argument("--keep", action="store_true", default=None, help=keep)
+    parser.add_argument("name", choices=(*STAGES, *TOOLS), metavar="NAME", help="a stage or a tool of the lists below")
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", help="recorded run, by id, name or alias; compare takes two, reproduce one"
+    )
+    parser.add_argument("--root", type=Path, default=Path(), help="folder with params.yaml (default: this folder)")
+    preview = parser.add_argument_group("options of preview")
+    preview.add_argument("--rows", type=positive, metavar="N", help="number of packed rows to show (default: 3)")
+    preview.add_argument("--seed", type=int, metavar="N", help="seed of the choice of rows (default: 0)")
+    preview.add_argument(
+        "--split", choices=("train", "eval"), help="show training rows or held-out rows (default: train)"
+    )
+    chat = parser.add_argument_group("options of chat and serve")
+    chat.add_argument("--model", choices=MODELS, help="model to load (default: merged)")
+    chat.add_argument("--max-new-tokens", type=positive, metavar="N", help="chat: longest answer (default: 256 tokens)")
+    chat.add_argument("--system", metavar="TEXT", help="chat: system message (default: that of the training rows)")
+    chat.add_argument("--port", type=positive, metavar="N", help="serve: port on this machine (default: 8000)")
+    reproduce = parser.add_argument_group("options of reproduce")
+    reproduce.add_argument(
+        "--keep", action="store_true", default=None, help="keep the worktree that the run was repeated in"
+    )
     args = parser.parse_args(argv)
     options: dict[str, Any] = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     foreign = [name for name in options if args.name not in OPTIONS[name]]
     if foreign:
-        flags = ", --".join(name.replace("_", "-") for name in foreign)
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
         owners = sorted({tool for name in foreign for tool in OPTIONS[name]})
-        parser.error(f"--{flags} belong to {' and '.join(owners)}, not to {args.name}")
+        parser.error(f"{args.name} does not take {flags}: only {' and '.join(owners)} do")
     if len(args.runs) != NUM_RUNS.get(args.name, 0):
         parser.error("compare takes two runs, reproduce one: their ids, names or aliases; the other names take none")
     if args.runs:
@@ -105,20 +138,38 @@ def read_command(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, 
     return args, options
 
 
+def listing(title: str, entries: dict[str, str]) -> str:
+    """Return names with their descriptions, one line each, below a title."""
+    return "\n".join([f"{title}:", *(f"  {name:<11}{text}" for name, text in entries.items())])
+
+
 def positive(text: str) -> int:
-    """A number of at least 1."""
+    """Parse an integer of at least 1.
+
+    Raises:
+        ArgumentTypeError: The text is not one.
+    """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: a number of at least 1 is needed")
     return int(text)
 
 
 def home(name: str) -> str:
-    """The module that runs a stage or a tool."""
+    """Return the name of the module that runs a stage or a tool."""
     return f"stages.tools.{name}" if name in TOOLS else f"stages.{name}"
 
 
 def run_launched(name: str, root: Path, paths: Paths) -> int:
-    """Run a stage as one of several processes: what goes wrong is left to the launcher, which says it once."""
+    """Run a stage as one of several processes, and leave an error to the launcher, which prints it once.
+
+    Args:
+        name: The stage.
+        root: Folder of params.yaml.
+        paths: The checkout.
+
+    Returns:
+        Exit code 0; after an error the process ends without returning.
+    """
     launcher = importlib.import_module("stages.launch.processes")
     launcher.tie_to_launcher()
     try:
@@ -128,21 +179,12 @@ def run_launched(name: str, root: Path, paths: Paths) -> int:
         if os.environ.get("SFT_TRACEBACK"):
             raise
         sys.stdout.flush()
-        os._exit(EXIT_FAILED)  # an ordinary exit could wait for the others, who wait for this process
+        os._exit(EXIT_FAILED)  # an ordinary exit could wait for the other processes, which wait for this one
     return 0
 
 
-def alone(name: str, root: Path) -> AbstractContextManager[None]:
-    """What a stage runs in: `train` has its device for itself."""
-    if name != "train":
-        return nullcontext()
-    from stages.launch.lock import sole_training  # the other names need not load it
-
-    return sole_training(root)
-
-
 def fail(error: Exception, code: int) -> int:
-    """Print one message instead of a traceback; SFT_TRACEBACK=1 shows where it came from."""
+    """Print an error as one message without secrets and return the exit code; SFT_TRACEBACK=1 shows tracebacks."""
     print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
     return code
 

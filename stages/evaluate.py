@@ -1,4 +1,4 @@
-"""`evaluate`: base, tuned, merged and quantized on the held-out rows -> figures, generations, report, gate."""
+"""Stage `evaluate`: base, tuned, merged and quantized model on the held-out rows to figures, answers, report, gate."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sft.models.checkpoint import load_tokenizer
 from stages.checkout.artifacts import progress, read_json, write_json, write_jsonl
 from stages.checkout.paths import Paths
 from stages.evaluation.lm_eval import load_harness
-from stages.evaluation.results import Measured, comparisons
+from stages.evaluation.results import ModelResult, comparisons
 from stages.evaluation.rows import EvalRows, read_prompts, read_records, render_records
-from stages.evaluation.soundness import broken_promises, check_finite
+from stages.evaluation.soundness import check_finite, failed_checks
 from stages.models.variants import Variant, find_variants, load_variant, size_mb
 from stages.pages.report import write_report
 from stages.params.figures import ANSWERING, LIKELIHOOD, REFERENCE
@@ -29,13 +29,23 @@ TOKENS_PER_BATCH = 2048
 
 
 class Meter:
-    """Progress over all models: counts rows evaluated and prompts answered."""
+    """Progress over all models: documents scored and prompts answered.
+
+    Args:
+        total: Documents and prompts of all models.
+    """
 
     def __init__(self, total: int) -> None:
         self.total, self.offset, self.model = total, 0, ""
 
     def __call__(self, done: int, of: int, text: str) -> None:
-        """Report progress of one part of the work."""
+        """Print a progress line.
+
+        Args:
+            done: Documents or prompts of this part that are done.
+            of: Documents or prompts of this part.
+            text: What they are.
+        """
         progress(self.offset + done, self.total, f"{self.model}: {done}/{of} {text}")
         self.offset += of if done == of else 0
 
@@ -53,8 +63,8 @@ def run(params: Params, paths: Paths) -> None:
     meter = Meter(total + sum(harness.answers(variant.name) for variant in variants if harness is not None))
     measuring = Measuring(tokenizer, section.batch_size, meter)
     new_token_ids = read_json(paths.out("format", "summary.json"))["new_token_ids"]
-    measured: dict[str, Measured] = {}
-    # The tuned model comes first, as the others are measured against it.
+    measured: dict[str, ModelResult] = {}
+    # the tuned model is first, as the others are compared with it
     for variant in sorted(variants, key=lambda variant: variant.name != REFERENCE):
         meter.model = variant.name
         model = load_variant(variant, params.model, len(tokenizer), new_token_ids)
@@ -71,7 +81,7 @@ def run(params: Params, paths: Paths) -> None:
         del model
     measured = {variant.name: measured[variant.name] for variant in variants}
     figures = {name: result.with_errors() for name, result in measured.items()}
-    gate = [*broken_promises(figures, params, paths), *check_gate(conditions, figures)]
+    gate = [*failed_checks(figures, params, paths), *check_gate(conditions, figures)]
     sizes = {"num_general": general.num_documents if general else 0, "lm_eval": harness.notes() if harness else {}}
     write_outputs(paths, section, held_out, sizes, measured, gate)
     write_general(paths, general, measured)
@@ -80,7 +90,7 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def read_held_out(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> EvalRows:
-    """Read packed held-out rows and prompts; every reference is checked before any model is loaded."""
+    """Read the packed held-out rows and the prompts, and check the references before a model is loaded."""
     task = load_tasks(section.task, paths.root)
     prompts = read_prompts(section, task, paths)
     rows = load_from_disk(str(paths.out("pack", "eval"))).to_list()
@@ -88,32 +98,38 @@ def read_held_out(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedT
 
 
 def read_general(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> EvalRows | None:
-    """Read the general prompts, where params.yaml names some."""
+    """Read the general prompts; None if params.yaml names no file."""
     records = read_records(section.regression, paths.root)
     return render_records(records, section.regression, tokenizer, paths.root) if records else None
 
 
 def amount(rows: EvalRows, variant: Variant) -> int:
-    """Documents to score and prompts to answer of one model."""
+    """Return the number of documents that a model scores and of prompts that it answers."""
     return rows.num_documents + len(rows.prompts) * (variant.name in ANSWERING)
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """How models are measured, whichever rows on."""
+    """Settings with which all models are measured.
+
+    Args:
+        tokenizer: Tokenizer of the run.
+        batch_size: Prompts per batch of the generation.
+        meter: Progress of the evaluation.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     meter: Meter
 
-    def measure(self, model: Any, variant: Variant, asked: EvalRows, reference: Measured | None) -> Measured:
-        """Everything about one model on one set of rows.
+    def measure(self, model: Any, variant: Variant, asked: EvalRows, reference: ModelResult | None) -> ModelResult:
+        """Measure one model on one set of rows: likelihood, and answers if it generates.
 
         Args:
-            model: On its device.
-            variant: Which it is.
+            model: The model on its device.
+            variant: Which of the four models it is.
             asked: The rows.
-            reference: What the tuned model did on them; None for the tuned model itself.
+            reference: Results of the tuned model on the rows, for the KL divergence; None for the tuned model itself.
         """
         started = time.monotonic()
         documents = DocumentScores(reference.documents.kept if reference else None, keep=reference is None)
@@ -126,15 +142,22 @@ class Measuring:
             on_predictions=begun.learn,
             on_logits=documents.add,
         )
-        result = Measured({name: likelihood[name] for name in LIKELIHOOD}, documents)
+        result = ModelResult({name: likelihood[name] for name in LIKELIHOOD}, documents)
         result.add_documents()
         result.seconds["likelihood"] = round(time.monotonic() - started, 1)
         if variant.name in ANSWERING and asked.prompts:
             self.answer(model, asked, begun.tokens(), result)
         return result
 
-    def answer(self, model: Any, asked: EvalRows, given: list[list[int]], result: Measured) -> None:
-        """Have a model answer the prompts; what scoring has told already (`given`) is not generated."""
+    def answer(self, model: Any, asked: EvalRows, given: list[list[int]], result: ModelResult) -> None:
+        """Generate answers to the prompts and add them to the result.
+
+        Args:
+            model: The model on its device.
+            asked: The rows.
+            given: First tokens of each answer, known from scoring, which need not be generated.
+            result: Results of the model.
+        """
         started = time.monotonic()
         answers = generate_batch(
             model,
@@ -156,10 +179,19 @@ def write_outputs(
     section: EvaluateSection,
     held_out: EvalRows,
     sizes: dict[str, Any],
-    measured: dict[str, Measured],
+    measured: dict[str, ModelResult],
     gate: list[GateRow],
 ) -> None:
-    """Write results, generations, DVC metrics and timings."""
+    """Write results.json, generations.jsonl, the metrics for DVC, and the timings.
+
+    Args:
+        paths: The checkout.
+        section: Section `evaluate` of params.yaml.
+        held_out: The held-out rows.
+        sizes: More entries of results.json: number of general documents, and sizes of the tasks of lm-eval.
+        measured: Model -> its results.
+        gate: The checked conditions.
+    """
     passed = all(row.passed for row in gate)
     figures = {name: result.figures for name, result in measured.items()}
     results = {
@@ -182,8 +214,8 @@ def write_outputs(
     write_json(paths.timings("evaluate"), {name: result.seconds for name, result in measured.items()})
 
 
-def write_general(paths: Paths, general: EvalRows | None, measured: dict[str, Measured]) -> None:
-    """Write the answers to general prompts, where any were asked for."""
+def write_general(paths: Paths, general: EvalRows | None, measured: dict[str, ModelResult]) -> None:
+    """Write general.jsonl with the answers to general prompts; delete an earlier one if there are no such prompts."""
     file = paths.out("evaluate", "general.jsonl")
     file.unlink(missing_ok=True)
     if general is not None and general.prompts:
@@ -192,15 +224,15 @@ def write_general(paths: Paths, general: EvalRows | None, measured: dict[str, Me
 
 
 def merge_note(paths: Paths) -> str:
-    """Why the merged model has no generations of its own."""
+    """Explain why the merged model generates no answers, for results.json."""
     note = "not generated, as the stage merge has proved that its logits are those of the tuned model"
     metrics = paths.metrics("merge")
     difference = read_json(metrics).get("max_logit_diff") if metrics.exists() else None
     return note if difference is None else f"{note} (largest difference {difference:.2g})"
 
 
-def generation_rows(asked: EvalRows, measured: dict[str, Measured]) -> list[dict[str, Any]]:
-    """One row a prompt: id, prompt, reference, and what each model answered."""
+def generation_rows(asked: EvalRows, measured: dict[str, ModelResult]) -> list[dict[str, Any]]:
+    """Return one row per prompt: id, prompt, reference, and the answer of each model with its scores."""
     rows = []
     for index, prompt in enumerate(asked.prompts):
         answers = {
@@ -212,8 +244,8 @@ def generation_rows(asked: EvalRows, measured: dict[str, Measured]) -> list[dict
     return rows
 
 
-def summary(measured: dict[str, Measured], gate: list[GateRow], paths: Paths) -> str:
-    """A few lines about the result."""
+def summary(measured: dict[str, ModelResult], gate: list[GateRow], paths: Paths) -> str:
+    """Describe the result in a few lines: figures of each model, conditions of the gate, path of the report."""
     lines = [f"  {name:<10} " + "  ".join(f"{k} {v:.4g}" for k, v in r.figures.items()) for name, r in measured.items()]
     lines += [f"  {'holds' if row.passed else 'FAILS'}  {row.condition}  ({row.reason})" for row in gate]
     verdict = "gate passed" if all(row.passed for row in gate) else "gate FAILED: the champion will not be replaced"

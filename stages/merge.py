@@ -1,4 +1,4 @@
-"""Stage `merge`: base and adapter to one plain checkpoint, with the proof that its logits are the adapter's."""
+"""Stage `merge`: base and adapter to one plain checkpoint, with a check that its logits equal theirs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ NUM_STEPS = 2
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write outs/merge/model and how far its logits are from what was trained.
+    """Write outs/merge/model, and the largest difference of its logits from those of base and adapter.
 
     Raises:
-        ValueError: They are further away than merge.tolerance; the earlier result, if any, stays.
+        ValueError: The difference exceeds merge.tolerance; an earlier result is kept.
     """
     started = time.monotonic()
     trained = paths.out("train", "model")
@@ -50,7 +50,9 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def sample_rows(paths: Paths, num_rows: int) -> list[list[int]]:
-    """Documents of the first packed eval rows; each is compared by itself, as it will be used.
+    """Return the token ids of the documents of the first packed eval rows.
+
+    The logits of each document are compared alone, without the others of its row.
 
     Raises:
         ValueError: There are no eval rows.
@@ -59,13 +61,13 @@ def sample_rows(paths: Paths, num_rows: int) -> list[list[int]]:
     documents = [document for index in range(min(num_rows, len(rows))) for document in split_row(rows[index])]
     if not documents:
         raise ValueError(
-            f"{paths.out('pack', 'eval')} holds no documents, and the merged logits must be compared on some."
+            f"{paths.out('pack', 'eval')} contains no documents, on which the merged logits must be compared"
         )
     return documents
 
 
 def split_row(row: dict[str, Any]) -> Iterator[list[int]]:
-    """The documents of a packed row; a row without `seq_lengths` is one document."""
+    """Yield the token ids of each document of a packed row; a row without `seq_lengths` is one document."""
     ids: list[int] = row["input_ids"]
     start = 0
     for length in row.get("seq_lengths", [len(ids)]):
@@ -74,14 +76,14 @@ def split_row(row: dict[str, Any]) -> Iterator[list[int]]:
 
 
 def summary(report: MergeReport) -> str:
-    """One line about the result."""
+    """Describe the result in one line."""
     proof = f"logits differ by at most {report.max_logit_diff:.2g} over {report.num_positions} positions"
     if report.num_adapted_modules == 0:
-        return f"trained in full, so there was nothing to merge: a copy; {proof}"
+        return f"all weights were trained, so there is no adapter to merge: a copy; {proof}"
     return f"merged {report.num_adapted_modules} modules into the unquantized base; {proof}"
 
 
 def size_mb(paths: Paths) -> float:
-    """Megabytes (10^6 bytes) of the checkpoint's weights."""
+    """Return the size of the merged checkpoint's weights in megabytes (10^6 bytes)."""
     folder: Path = paths.out("merge", "model")
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6

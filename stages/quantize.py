@@ -1,4 +1,4 @@
-"""`quantize`: the merged checkpoint -> a smaller one (GPTQ, int8, nf4), its error layer by layer; and a GGUF file."""
+"""Stage `quantize`: the merged checkpoint to a smaller one (GPTQ, int8, nf4), with errors per layer; a GGUF file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stages.checkout.paths import Paths
 from stages.params.schema import Params, QuantizeSection
 
 SKIPPED = "quantize.method is none: the merged checkpoint is shipped as it is"
-KEPT = "left in full precision, as half precision has no number for some of their values"
+KEPT = "kept in full precision, as half precision can't represent some of their values"
 NUM_COMPARED_ROWS = 4
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write outs/quantize: model, report.json and, where one is asked for, gguf; and the figures.
+    """Write outs/quantize (model, report.json and, if params.yaml asks for one, a GGUF file) and the figures.
 
-    Method `none` only says that it skips.
+    With method `none` the folder of the model is empty.
     """
     section = params.quantize
     started = time.monotonic()
@@ -49,7 +49,16 @@ def run(params: Params, paths: Paths) -> None:
 def quantize(
     section: QuantizeSection, paths: Paths, calibration: list[list[int]]
 ) -> tuple[dict[str, Any], dict[str, float | int | str]]:
-    """Write outs/quantize/model; returns the report and the figures."""
+    """Quantize the merged model to outs/quantize/model.
+
+    Args:
+        section: Section `quantize` of params.yaml.
+        paths: The checkout.
+        calibration: Token ids of the calibration rows.
+
+    Returns:
+        The report, and the figures for DVC and MLflow.
+    """
     merged, quantized = paths.out("merge", "model"), paths.out("quantize", "model")
     if section.method != "gptq":
         from sft.export.kbit import quantize_kbit  # imports bitsandbytes
@@ -71,8 +80,14 @@ def quantize(
 
 
 def export(precision: str, paths: Paths, rows: list[list[int]]) -> dict[str, float | int | str]:
-    """Write outs/quantize/gguf/model-PRECISION.gguf; returns its figures."""
-    from sft.export.gguf import export_gguf  # imports slowly, and most runs export nothing
+    """Write outs/quantize/gguf/model-PRECISION.gguf and return its figures.
+
+    Args:
+        precision: `f16` or `q8_0`.
+        paths: The checkout.
+        rows: Token ids of rows on which the file is compared with the merged model.
+    """
+    from sft.export.gguf import export_gguf  # slow to import, and most runs export no GGUF file
 
     file = paths.out("quantize", "gguf", f"model-{precision}.gguf")
     report = export_gguf(paths.out("merge", "model"), file, precision, rows[:NUM_COMPARED_ROWS])
@@ -86,7 +101,7 @@ def export(precision: str, paths: Paths, rows: list[list[int]]) -> dict[str, flo
 
 
 def calibration_rows(section: QuantizeSection, paths: Paths) -> list[list[int]]:
-    """The training rows that GPTQ measures activations on: what the model will see, chosen by seed."""
+    """Choose the packed training rows on which GPTQ measures activations, by quantize.seed."""
     train = load_from_disk(str(paths.out("pack", "train")))
     rows = train["input_ids"][:]
     chosen = select_calibration(rows, section.num_calibration_rows, section.calibration_length, section.seed)
@@ -98,7 +113,13 @@ def calibration_rows(section: QuantizeSection, paths: Paths) -> list[list[int]]:
 
 
 def calibration_notes(chosen: list[list[int]], num_short: int, num_wanted: int) -> Iterator[str]:
-    """What a user should know about the rows that were found, one sentence each."""
+    """Yield notes for the user where the calibration rows are few, short or equal.
+
+    Args:
+        chosen: Token ids of the calibration rows.
+        num_short: Number of training rows that are too short to calibrate on.
+        num_wanted: Number of calibration rows that params.yaml asks for.
+    """
     if len(chosen) < num_wanted:
         yield f"{len(chosen)} calibration rows, all there are, instead of {num_wanted}"
     if num_short:
@@ -109,7 +130,7 @@ def calibration_notes(chosen: list[list[int]], num_short: int, num_wanted: int) 
 
 
 def common_figures(report: dict[str, Any]) -> dict[str, float | int | str]:
-    """What every method has."""
+    """Return the figures that all methods have."""
     return {
         "method": report["method"],
         "source_mb": report["source_bytes"] / 1e6,
@@ -122,7 +143,7 @@ def common_figures(report: dict[str, Any]) -> dict[str, float | int | str]:
 
 
 def figures(report: dict[str, Any], gptq: QuantizeReport) -> dict[str, float | int | str]:
-    """What DVC and MLflow compare between runs of GPTQ."""
+    """Return the figures of GPTQ."""
     return {
         **common_figures(report),
         "num_damping_retries": gptq.num_damping_retries,
@@ -133,7 +154,7 @@ def figures(report: dict[str, Any], gptq: QuantizeReport) -> dict[str, float | i
 
 
 def summary(measured: dict[str, float | int | str]) -> str:
-    """One line about the result."""
+    """Describe the result in one line."""
     return (
         f"{measured['source_mb']:.0f} MB -> {measured['quantized_mb']:.0f} MB ({measured['size_ratio']:.1%}), "
         f"mean relative error {measured['mean_relative_error']:.3f}, worst {measured['max_relative_error']:.3f}"

@@ -1,9 +1,7 @@
-"""`train`: packed rows and the base model -> an adapter or full weights."""
+"""Stage `train`: packed rows and the base model to an adapter or full weights."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
 from pathlib import Path
@@ -22,19 +20,40 @@ from sft.train.bad_updates import BAD_UPDATE
 from sft.train.trainer import SFTTrainer
 from stages.checkout.artifacts import file_digest, write_json, write_jsonl, write_text
 from stages.checkout.paths import Paths
-from stages.launch.processes import launch, needs_launcher
+from stages.launch.lock import sole_training
+from stages.launch.processes import check_num_processes, in_launched_process, launch, needs_launcher
 from stages.params.schema import Params
 from stages.training.checkpoints import TrainingState, explaining_full_disk
-from stages.training.curve import MEMORY_TAG, LiveCurve, Throughput, live_run
-from stages.training.out_of_memory import OutOfMemory, figures, fitted, history, make_smaller
-from stages.training.setup import CURVE_COLUMNS, make_sft_config, make_trainer
+from stages.training.curve import MEMORY_TAG, LiveCurve, ProgressLines, Throughput, curve_csv, live_run
+from stages.training.out_of_memory import OutOfMemory, describe_events, make_smaller, memory_figures, section_that_fits
+from stages.training.setup import make_sft_config, make_trainer
 
 if TYPE_CHECKING:
     from stages.tracking.live_run import LiveRun
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write outs/train/model, the curve and the figures; resume from .state when an earlier run was cut short."""
+    """Write outs/train/model, the curve and the figures; an interrupted training is resumed from its last checkpoint.
+
+    The params of later stages are checked first, as the training may take hours, and the devices are locked while it
+    runs. A process that a launcher started does neither: it only trains.
+
+    Raises:
+        ValueError: A later stage would refuse its params, a device is taken by another training, or this one failed.
+    """
+    if in_launched_process():
+        check_num_processes(params.train.launch)
+        train(params, paths)
+        return
+    from stages.tools.check import check_later_stages  # launched processes need not load it
+
+    check_later_stages(params, paths)
+    with sole_training(paths.root):
+        launch_or_train(params, paths)
+
+
+def launch_or_train(params: Params, paths: Paths) -> None:
+    """Train in this process, or launch as many as params.yaml states, again with smaller batches if out of memory."""
     if not needs_launcher(params.train.launch):
         train(params, paths)
         return
@@ -48,31 +67,35 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def train(params: Params, paths: Paths) -> None:
-    """Train in this process, perhaps as one of several; the first one alone writes."""
+    """Train in this process, which may be one of several; only the first one writes."""
     state = TrainingState.of(params, paths)
-    first_process = make_sft_config(params.train, state.folder).process_index == 0  # joins the other processes
+    first_process = make_sft_config(params.train, state.folder).process_index == 0  # connects to the other processes
     with live_run(params, paths, state, first_process) as live:
         while (problem := attempt(params, paths, state, live)) is not None:
             make_smaller(params.train, state, problem)
             clear_device_cache(garbage_collection=True)
             if live is not None:
-                live.tag(MEMORY_TAG, history(state))
+                live.tag(MEMORY_TAG, describe_events(state))
     if first_process:
         state.mark_finished()
     PartialState().destroy_process_group()
 
 
 def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | None) -> str | None:
-    """Train to the end and write the results; returns where memory did not suffice, None when it did.
+    """Train to the last step and write the results, unless memory runs out.
+
+    Returns:
+        None if the training is complete; otherwise in which step it ran out of memory, and with how many rows.
 
     Raises:
-        OutOfMemory: The same, in one of several processes: the others wait for it, and all have to begin anew.
+        OutOfMemory: One of several processes ran out of memory. The others wait for it, so all must be restarted.
+        ValueError: Not even model and adapter fit into memory, or the disk is full.
     """
-    section = fitted(params.train, state)
+    section = section_that_fits(params.train, state)
     config = make_sft_config(section, state.folder)
     checkpoint = agree_on_checkpoint(params, paths, config)
     throughput = Throughput(state.folder / "throughput.csv")
-    recorders = [throughput, *([] if live is None else [LiveCurve(live, CURVE_COLUMNS)])]
+    recorders = [throughput, ProgressLines(throughput), *([] if live is None else [LiveCurve(live, throughput)])]
     try:
         trainer = make_trainer(params, paths, config, recorders)
     except RuntimeError as error:
@@ -88,28 +111,34 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
             trainer.train(resume_from_checkpoint=checkpoint)
         last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
         if not any("eval_loss" in entry for entry in last):
-            trainer.evaluate()  # the last step fell between two evaluations
+            trainer.evaluate()  # the last step is not a multiple of eval_steps
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         rows = section.per_device_train_batch_size
-        problem = f"out of memory in step {trainer.state.global_step + 1} with {rows} rows a forward pass"
+        problem = f"out of memory in step {trainer.state.global_step + 1} with {rows} rows per forward pass"
         if config.world_size > 1:
             raise OutOfMemory(problem) from None
         return problem
-    save_results(trainer, paths, figures(params.train, state))
+    save_results(trainer, paths, memory_figures(params.train, state))
     if trainer.is_world_process_zero():
         write_timings(paths, time.monotonic() - started, trainer.state.num_input_tokens_seen, throughput)
     return None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device's memory, or the processor's, did not suffice."""
+    """Return whether an error means that a device, or the host, is out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def agree_on_checkpoint(params: Params, paths: Paths, config: SFTConfig) -> str | None:
-    """The checkpoint to go on from: found, and the folder tidied up, by the first process, which tells the others."""
+    """Find the checkpoint to resume from, the same for all processes.
+
+    The first process looks for it, removes damaged checkpoints, and broadcasts the result.
+
+    Returns:
+        Path of the checkpoint; None if training starts at step 0.
+    """
     found: list[str | None] = [None]
     if config.process_index == 0:
         checkpoint = TrainingState.open(params, paths).last_checkpoint()
@@ -121,31 +150,31 @@ def agree_on_checkpoint(params: Params, paths: Paths, config: SFTConfig) -> str 
 
 
 def save_results(trainer: SFTTrainer, paths: Paths, more: dict[str, Any]) -> None:
-    """Write the model, the curve, and the figures that are the same at every run; times go to a file of their own.
+    """Write the model, the curve, and the figures that are equal for every run of this training.
 
     Args:
-        trainer: At the end of its training.
+        trainer: After its last step.
         paths: The checkout.
-        more: Figures that it does not know.
+        more: Figures to add to those of the trainer.
 
     Raises:
-        ValueError: The loss is not a number any more.
+        ValueError: The last loss is not finite.
     """
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
+    log = trainer.state.log_history
+    losses = [entry["loss"] for entry in log if "loss" in entry]
     if not losses or not math.isfinite(losses[-1]):
         last = losses[-1] if losses else "nothing"
         raise ValueError(f"training ended with loss {last}; lower train.learning_rate, or look at the data")
     save_trained_model(trainer, paths.out("train", "model"))
     if not trainer.is_world_process_zero():
         return
-    write_text(paths.out("train", "curve.csv"), curve_csv(history))
-    bad_updates = [entry for entry in history if BAD_UPDATE in entry]
+    write_text(paths.out("train", "curve.csv"), curve_csv(log))
+    bad_updates = [entry for entry in log if BAD_UPDATE in entry]
     write_jsonl(paths.out("train", "bad_updates.jsonl"), bad_updates)
     counts = count_parameters(trainer.model)
     metrics = {
         "loss": losses[-1],
-        "eval_loss": next(entry["eval_loss"] for entry in reversed(history) if "eval_loss" in entry),
+        "eval_loss": next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "tokens_seen": trainer.state.num_input_tokens_seen,
@@ -158,7 +187,16 @@ def save_results(trainer: SFTTrainer, paths: Paths, more: dict[str, Any]) -> Non
 
 
 def write_timings(paths: Paths, seconds: float, num_tokens: int, throughput: Throughput) -> None:
-    """Write times; with the digest of the curve, as the file stays when DVC restores another training."""
+    """Write the training's times to reports/timings, with the digest of the curve that they belong to.
+
+    DVC does not track this file. The digest shows readers when DVC has restored the outs of another training.
+
+    Args:
+        paths: The checkout.
+        seconds: Duration of the training in this process, evaluations included.
+        num_tokens: Tokens of the training, without padding.
+        throughput: Clock of the training.
+    """
     timings = {
         "seconds": seconds,
         "tokens_per_second": num_tokens / seconds,
@@ -169,7 +207,7 @@ def write_timings(paths: Paths, seconds: float, num_tokens: int, throughput: Thr
 
 
 def save_trained_model(trainer: SFTTrainer, target: Path) -> None:
-    """Write the whole model or adapter: every process gives its part, the first one writes."""
+    """Write the model or adapter, gathered from all processes by the first one."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if not trainer.is_world_process_zero():
@@ -177,17 +215,5 @@ def save_trained_model(trainer: SFTTrainer, target: Path) -> None:
         return
     with replacing_folder(target) as folder:
         trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that holds this machine's paths
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
         save_tokenizer(trainer.processing_class, folder)
-
-
-def curve_csv(history: list[dict[str, Any]]) -> str:
-    """The log as CSV, one row a step, empty where a figure was not taken at that step."""
-    steps: dict[int, dict[str, Any]] = {}
-    for entry in history:
-        steps.setdefault(entry["step"], {}).update(entry)
-    file = io.StringIO()
-    writer = csv.DictWriter(file, CURVE_COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(steps[step] for step in sorted(steps) if {"loss", "eval_loss"} & set(steps[step]))
-    return file.getvalue()

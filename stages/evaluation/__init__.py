@@ -1,1 +1,4 @@
-"""The work of `evaluate`: rows, results, soundness, lm-eval. Imports `stages.models` and the rooms below it."""
+"""Parts of the stage `evaluate`: rows, results, checks of the models, lm-eval.
+
+Imports `stages.models` and the rooms below it.
+"""

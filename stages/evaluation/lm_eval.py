@@ -1,4 +1,4 @@
-"""lm-eval's tasks in `evaluate`: those that params.yaml names, and YAML files of your own in the folder tasks/."""
+"""Tasks of lm-eval in `evaluate`: those that params.yaml names, including the user's YAML files in tasks/."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.evaluation.results import Measured
+from stages.evaluation.results import ModelResult
 from stages.params.figures import ANSWERING
 from stages.params.schema import LmEvalSection
 from stages.params.tasks import FOLDER
@@ -19,10 +19,10 @@ KEY = "evaluate.lm_eval"
 
 
 def check_installed(section: LmEvalSection) -> None:
-    """Look for lm-eval where tasks are named, without importing it.
+    """Check that lm-eval is installed if the section names tasks, without importing it.
 
     Raises:
-        ValueError: Names the key and the extra.
+        ValueError: It is not installed; names the key and the extra.
     """
     if section.tasks:
         from sft.evaluate.lm_eval import check_harness
@@ -34,14 +34,17 @@ def check_installed(section: LmEvalSection) -> None:
 
 
 def load_harness(section: LmEvalSection, root: Path) -> HarnessRun | None:
-    """The tasks that params.yaml names, their data read; None where it names none.
+    """Load the tasks that params.yaml names, with their data.
 
     Args:
-        section: Of params.yaml.
-        root: The checkout, from which paths in task files count.
+        section: Section `evaluate.lm_eval` of params.yaml.
+        root: The checkout; paths in task files are relative to it.
+
+    Returns:
+        The tasks; None if params.yaml names none.
 
     Raises:
-        ValueError: Names the key and what is wrong.
+        ValueError: A task does not exist or can't be used; names the key.
     """
     if not section.tasks:
         return None
@@ -56,7 +59,14 @@ def load_harness(section: LmEvalSection, root: Path) -> HarnessRun | None:
 
 @dataclass
 class HarnessRun:
-    """The tasks of one evaluation, and what was done in them."""
+    """The tasks of one evaluation.
+
+    Args:
+        harness: The loaded tasks.
+        section: Section `evaluate.lm_eval` of params.yaml.
+        root: The checkout.
+        done: Result of the model that was measured last; None before the first one.
+    """
 
     harness: Harness
     section: LmEvalSection
@@ -64,11 +74,11 @@ class HarnessRun:
     done: HarnessResult | None = None
 
     def answers(self, name: str) -> bool:
-        """Whether a model takes part: the merged one computes what the tuned one does."""
+        """Return whether a model is measured; the merged one is not, as it computes what the tuned one does."""
         return name in ANSWERING
 
-    def measure(self, model: Any, tokenizer: Any, result: Measured) -> None:
-        """Add what a model does in all tasks to its figures."""
+    def measure(self, model: Any, tokenizer: Any, result: ModelResult) -> None:
+        """Measure a model in all tasks and add the figures to its result."""
         from sft.evaluate.lm_eval import HarnessOptions
 
         options = HarnessOptions(**self.section.model_dump(exclude={"tasks"}))
@@ -77,7 +87,7 @@ class HarnessRun:
         result.add_tasks(self.done.figures, self.done.errors)
 
     def notes(self) -> dict[str, str]:
-        """Task -> what was asked, in a few words."""
+        """Return task -> number of rows and of examples shown, as text."""
         if self.done is None:
             return {}
         words = {}

@@ -1,4 +1,4 @@
-"""What is known of one model: figures, intervals, answers; and what changed from one model to another."""
+"""Results of one model (figures, intervals, answers), and paired comparisons of two models."""
 
 from __future__ import annotations
 
@@ -14,19 +14,30 @@ from sft.evaluate.tasks import Task, mean_scores
 from stages.params.figures import REGRESSION, range_of
 
 SECONDS = ("likelihood", "generation")
-# (before, after): what training changed, and what quantization did.
 COMPARED = (("base", "tuned"), ("tuned", "quantized"))
+"""Pairs (before, after) that are compared: the effects of training and of quantization."""
+
 NORMAL_95 = 1.96
+
 PER_TOKEN = ("loss", "token_accuracy")
-# Of general prompts these two would only say again what the loss says.
+
 NOT_OF_GENERAL = ("perplexity", "token_accuracy")
+"""Figures that are not reported for general prompts, as they follow from the loss."""
 
 
 @dataclass
-class Measured:
-    """What one model did: figures, their intervals, answers with their scores, seconds; sums a document.
+class ModelResult:
+    """Results of one model on one set of rows.
 
-    `general` is the same of the general prompts, where there are any; `errors` are standard errors that lm-eval gave.
+    Args:
+        figures: Name -> value.
+        documents: Sums for each document.
+        intervals: Name of a figure -> its 95 % interval.
+        answers: Generated answers, one for each prompt.
+        scores: Name -> score, one dict for each answer.
+        seconds: Name -> wall time in seconds, or speed.
+        general: Results on the general prompts, if there are any.
+        errors: Name of a figure -> standard error as lm-eval reports it.
     """
 
     figures: dict[str, float]
@@ -35,23 +46,29 @@ class Measured:
     answers: list[Generation] = field(default_factory=list)
     scores: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    general: Measured | None = None
+    general: ModelResult | None = None
     errors: dict[str, float] = field(default_factory=dict)
 
     def add_documents(self) -> None:
-        """Add intervals of the figures that are means over tokens, and the divergence where it was measured."""
+        """Add the intervals of figures that are means over tokens, and the KL divergence if it was measured."""
         weights = self.documents.column("num_tokens")
         names = [*PER_TOKEN, *(["kl"] if self.documents.reference is not None else [])]
         for name in names:
             self.intervals[name] = ratio_interval(self.documents.column(name), weights)
         if "kl" in names:
             self.figures["kl"] = sum(self.documents.column("kl")) / sum(weights)
-        # exp overflows past 709 nats, which a broken model can reach.
+        # exp overflows above 709 nats, which a broken model can reach
         low, high = (math.exp(bound) if bound < 700 else math.inf for bound in self.intervals["loss"])
         self.intervals["perplexity"] = (low, high)
 
     def add_answers(self, answers: list[Generation], task: Task, references: Sequence[str]) -> None:
-        """Add answers with their scores, the task's figures, the stop rate, and intervals."""
+        """Add answers with their scores, and the figures of the task and the stop rate with their intervals.
+
+        Args:
+            answers: Generated answers.
+            task: The task that scores them.
+            references: Expected answers.
+        """
         texts = [answer.text for answer in answers]
         self.answers = answers
         self.scores = [task.score(text, reference) for text, reference in zip(texts, references, strict=True)]
@@ -61,15 +78,20 @@ class Measured:
         self.intervals |= {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
         self.intervals |= {name: figure.interval for name, figure in whole.items() if figure.interval is not None}
 
-    def add_general(self, general: Measured) -> None:
-        """Add what was measured on general prompts, under names of its own."""
+    def add_general(self, general: ModelResult) -> None:
+        """Add the results on general prompts, with their figures under prefixed names."""
         self.general = general
         self.figures |= _of_general(general.figures)
         self.intervals |= _of_general(general.intervals)
         self.seconds["general"] = round(sum(general.seconds[name] for name in SECONDS if name in general.seconds), 1)
 
     def add_tasks(self, figures: Mapping[str, float], errors: Mapping[str, float]) -> None:
-        """Add what lm-eval measured, with the intervals that its standard errors stand for."""
+        """Add the figures of lm-eval, with 95 % intervals from its standard errors.
+
+        Args:
+            figures: Name -> value.
+            errors: Name -> standard error, for figures that have one.
+        """
         self.figures |= figures
         self.errors |= errors
         for name, error in errors.items():
@@ -78,11 +100,11 @@ class Measured:
             self.intervals[name] = (max(low, value - spread), min(high, value + spread))
 
     def with_errors(self) -> dict[str, float]:
-        """All figures, and standard errors as figures of their own."""
+        """Return all figures, and standard errors as `<figure>_stderr`."""
         return {**self.figures, **{f"{name}_stderr": value for name, value in self.errors.items()}}
 
     def rows(self) -> list[dict[str, float]]:
-        """Scores of every answer, and whether it ended by itself."""
+        """Return the scores of each answer, and as `stop_rate` whether the model ended it (1.0) or the limit (0.0)."""
         pairs = zip(self.answers, self.scores, strict=True)
         return [{**scores, "stop_rate": float(answer.stopped)} for answer, scores in pairs]
 
@@ -91,14 +113,29 @@ def _of_general(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{REGRESSION}{name}": value for name, value in values.items() if name not in NOT_OF_GENERAL}
 
 
-def comparisons(measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
-    """Paired tests on the same rows of every two models that are compared: figure -> difference, interval, p-value."""
+def comparisons(measured: Mapping[str, ModelResult]) -> list[dict[str, Any]]:
+    """Compare all pairs of models in `COMPARED` that were measured.
+
+    Args:
+        measured: Model -> its results on the same rows.
+
+    Returns:
+        One entry per pair: `before`, `after`, and `figures` as `compare` returns them.
+    """
     pairs = [(a, b) for a, b in COMPARED if a in measured and b in measured]
     return [{"before": a, "after": b, "figures": compare(measured[a], measured[b])} for a, b in pairs]
 
 
-def compare(first: Measured, second: Measured) -> dict[str, dict[str, Any]]:
-    """All figures that both models have for every document or every answer."""
+def compare(first: ModelResult, second: ModelResult) -> dict[str, dict[str, Any]]:
+    """Run paired tests of two models on the same documents and answers.
+
+    Args:
+        first: Results of the model before.
+        second: Results of the model after.
+
+    Returns:
+        Figure -> difference, interval and p-value.
+    """
     weights = first.documents.column("num_tokens")
     tests = {
         name: compare_paired(first.documents.column(name), second.documents.column(name), weights) for name in PER_TOKEN

@@ -1,6 +1,6 @@
-"""What models are measured on: rows, prompts, and what those should be answered with, checked against the task.
+"""Rows that models are measured on: held-out rows, and general prompts that training should not make worse.
 
-General prompts, which a training must not make worse: a file in tasks/, rendered with the run's template.
+Each set has token rows for losses, and prompts with references for answers.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+KEY = "evaluate.regression"
+
+
 @dataclass(frozen=True)
 class EvalRows:
     """One set of rows that all models are measured on.
 
     Args:
         rows: Token rows with labels, for losses.
-        prompts: With id, prompt and reference, for answers.
-        token_ids: Of the prompts.
-        task: What answers are scored with.
-        max_new_tokens: Longest answer.
+        prompts: Prompts with `id`, `prompt` and `reference`, for answers.
+        token_ids: Token ids of the prompts.
+        task: The task that scores answers.
+        max_new_tokens: Largest number of tokens in an answer.
     """
 
     rows: list[dict[str, Any]]
@@ -50,7 +53,7 @@ class EvalRows:
         task: Task,
         max_new_tokens: int,
     ) -> EvalRows:
-        """Tokenize the prompts."""
+        """Create the set from prompts as text, which are tokenized."""
         token_ids = [
             tokenizer(prompt["prompt"], add_special_tokens=prompt["add_special_tokens"])["input_ids"]
             for prompt in prompts
@@ -59,12 +62,12 @@ class EvalRows:
 
     @property
     def references(self) -> list[str]:
-        """What the prompts should be answered with."""
+        """Expected answers, one for each prompt."""
         return [prompt["reference"] for prompt in self.prompts]
 
     @property
     def num_documents(self) -> int:
-        """Documents in the rows."""
+        """Number of documents in the rows."""
         return sum(len(row.get("seq_lengths") or [0]) for row in self.rows)
 
 
@@ -72,12 +75,12 @@ def read_prompts(section: EvaluateSection, task: Task, paths: Paths) -> list[dic
     """Read the first `num_rows` held-out prompts that `format` wrote.
 
     Args:
-        section: Of params.yaml.
-        task: What the answers will be scored with.
-        paths: Of the checkout.
+        section: Section `evaluate` of params.yaml.
+        task: The task that scores answers.
+        paths: The checkout.
 
     Raises:
-        ValueError: There is no prompt, or a reference that the task can't be scored against; names the row.
+        ValueError: There are no prompts, or the task can't score against a reference; names the row.
     """
     prompts = list(read_jsonl(paths.out("format", "prompts.jsonl")))[: section.num_rows]
     if not prompts:
@@ -89,16 +92,16 @@ def read_prompts(section: EvaluateSection, task: Task, paths: Paths) -> list[dic
 
 
 def check_references(prompts: Sequence[dict[str, Any]], task: Task, asked: str, what: str) -> None:
-    """Make sure that every answer can be scored.
+    """Check that the task can score answers against all references.
 
     Args:
-        prompts: With references.
-        task: What answers will be scored with.
-        asked: Where params.yaml asks for it, for messages.
-        what: What a prompt is, for messages.
+        prompts: Prompts with `id` and `reference`.
+        task: The task that scores answers.
+        asked: Key of params.yaml that names the task, for the message.
+        what: What a prompt is called in the message.
 
     Raises:
-        ValueError: Names the row.
+        ValueError: A reference does not suit the task; names the row.
     """
     for prompt in prompts:
         try:
@@ -107,18 +110,15 @@ def check_references(prompts: Sequence[dict[str, Any]], task: Task, asked: str, 
             raise ValueError(f"{asked}, {what} {prompt['id']}: {error}") from None
 
 
-KEY = "evaluate.regression"
-
-
 def read_records(section: RegressionSection, root: Path) -> list[dict[str, Any]]:
-    """The rows of the file as records, each with an id; none where params.yaml names no file.
+    """Read the file of general prompts as records with ids; return none if params.yaml names no file.
 
     Args:
-        section: Of params.yaml.
+        section: Section `evaluate.regression` of params.yaml.
         root: The checkout.
 
     Raises:
-        ValueError: The file is missing or empty, or a row can't be trained on either; names the row.
+        ValueError: The file is missing or empty, or a row is invalid; names the row.
     """
     if section.path is None:
         return []
@@ -143,20 +143,18 @@ def read_records(section: RegressionSection, root: Path) -> list[dict[str, Any]]
 def render_records(
     records: list[dict[str, Any]], section: RegressionSection, tokenizer: PreTrainedTokenizerBase, root: Path
 ) -> EvalRows:
-    """Records as tokens, and as prompts where there is a task.
-
-    Rows are taken as they are: no system message of the training rows is put before them.
+    """Render and tokenize general prompts, without adding the system message of the training rows.
 
     Args:
-        records: What `read_records` gave, at least one.
-        section: Of params.yaml.
-        tokenizer: Of the run, with its chat template.
-        root: The checkout, for tasks of one's own.
+        records: The rows, as `read_records` returns them; at least one.
+        section: Section `evaluate.regression` of params.yaml. Without a task, the result has rows but no prompts.
+        tokenizer: The run's tokenizer with its chat template.
+        root: The checkout, for the user's tasks.
 
     Raises:
-        ValueError: The template refuses a row, or an answer can't be scored against; names the row.
+        ValueError: The template refuses a row, or the task can't score against an answer; names the row.
     """
-    # `python -m stages check` only reads the rows, and need not wait for transformers
+    # imported here, as `python -m stages check` only reads the rows and need not wait for transformers
     from sft.chat.render import ChatRenderer
     from sft.tokens.encoding import encode_batch
 

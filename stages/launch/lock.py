@@ -1,9 +1,7 @@
-"""One training at a time on a device, whoever starts it: a flow, `dvc repro` in a shell, another checkout.
+"""Lock that lets one training at a time use a device, whether a flow, `dvc repro` or another checkout started it.
 
-The lock is a file that the kernel unlocks when its holder ends, however that happens. It is held by the process that
-trains, for the time of the training, so that every way of starting one meets it.
-
-Who has a device: the locks of this machine's trainings, and what their holders say of themselves.
+Each device has a lock file, which the kernel unlocks when the process that trains ends, even if it is killed. Next to
+it, a second file names that process and its folder.
 """
 
 from __future__ import annotations
@@ -29,44 +27,6 @@ FOLDER_VARIABLE = "SFT_LOCK_DIR"
 
 HOLDER_SUFFIX = ".holder.json"
 
-
-def lock_folder() -> Path:
-    """Where the locks of this machine lie: $SFT_LOCK_DIR, for several users of one machine, else the user's own cache.
-
-    A home folder may be that of many machines, so the machine's name is part of the path.
-    """
-    return Path(os.environ.get(FOLDER_VARIABLE) or cache_folder() / "locks") / socket.gethostname()
-
-
-def trainings_at_work() -> list[Path]:
-    """The checkouts, or their worktrees, in which something trains on this machine just now."""
-    holders = (read_holder(file) for file in sorted(lock_folder().glob(f"*{HOLDER_SUFFIX}")))
-    return [Path(holder["folder"]) for holder in holders if holder is not None]
-
-
-def describe_holder(device: str, holder_file: Path) -> str:
-    """Who has a device: process, folder, since when."""
-    what = "the processor of this machine" if device == "cpu" else device.replace("gpu-", "GPU ", 1)
-    holder = read_holder(holder_file)
-    if holder is None:  # written a moment after the lock is taken
-        return f"another training has {what}; it has just begun"
-    since = datetime.fromtimestamp(holder["since"])
-    minutes = (time.time() - holder["since"]) / 60
-    return (
-        f"another training has {what}: process {holder['pid']} in {holder['folder']}, "
-        f"since {since:%Y-%m-%d %H:%M:%S} ({minutes:.0f} min)"
-    )
-
-
-def read_holder(file: Path) -> dict[str, Any] | None:
-    """What the holder of a device says of itself; None where there is none, or one that is gone."""
-    try:
-        holder: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return holder if psutil.pid_exists(holder["pid"]) else None
-
-
 BUSY_VARIABLE = "SFT_WHEN_BUSY"
 
 WAIT, REFUSE = "wait", "refuse"
@@ -78,43 +38,51 @@ REMIND_S = 60.0
 
 @contextmanager
 def sole_training(root: Path) -> Iterator[None]:
-    """Hold the devices that a training of this process uses, for the time of the block.
+    """Lock the devices that a training of this process uses, until the block ends.
 
-    What happens while another training has one of them is said by the environment variable SFT_WHEN_BUSY: `wait` (the
-    default) or `refuse`.
+    If another training uses one of them, the environment variable SFT_WHEN_BUSY decides: `wait` (the default) or
+    `refuse`.
 
     Args:
-        root: The checkout, named to those who find the device taken.
+        root: The checkout, which the messages of other trainings name.
 
     Raises:
         ValueError: A device is taken and SFT_WHEN_BUSY is `refuse`, or it has another value.
     """
     when_busy = os.environ.get(BUSY_VARIABLE, WAIT)
     if when_busy not in (WAIT, REFUSE):
-        raise ValueError(f"{BUSY_VARIABLE}={when_busy!r}: it is `{WAIT}` or `{REFUSE}`")
+        raise ValueError(f"{BUSY_VARIABLE}={when_busy!r}: it must be `{WAIT}` or `{REFUSE}`")
     folder = lock_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        # everybody takes them in the same order, or two trainings could wait for each other
+    with ExitStack() as locks:
+        # in the same order in every process, or two trainings could wait for each other
         for device in sorted(devices_used(visible_gpus(), os.environ.get("LOCAL_RANK"))):
-            held.enter_context(_one_device(folder, device, root, when_busy))
+            locks.enter_context(_one_device(folder, device, root, when_busy))
         yield
 
 
+def lock_folder() -> Path:
+    """Return the folder of this machine's locks: below $SFT_LOCK_DIR, which users may share, or the user's cache.
+
+    The machine's name is part of the path, since several machines may share a home folder.
+    """
+    return Path(os.environ.get(FOLDER_VARIABLE) or cache_folder() / "locks") / socket.gethostname()
+
+
 def visible_gpus() -> list[str]:
-    """Identities of the GPUs that this process may use: the same for every process."""
-    import torch  # the stage is about to import it anyway; other users of this module need not
+    """Return the identifiers of the GPUs that this process may use; they are the same in every process."""
+    import torch  # slow, and only trainings need it
 
     return [str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())]
 
 
 def devices_used(gpus: list[str], local_rank: str | None) -> list[str]:
-    """Names of the devices that one process of a training occupies.
+    """Return the names of the devices that one process of a training uses.
 
     Args:
-        gpus: Those that it sees.
-        local_rank: Its number among the processes of this machine when there are several, which share the GPUs; without
-            GPUs they share the processor, and the first one holds it for all.
+        gpus: Identifiers of the GPUs that it may use.
+        local_rank: Its number among the processes on this machine; None for a single process, which uses all GPUs.
+            Without GPUs, the processes share the processor, which the first one locks for all.
     """
     if local_rank is None:
         return [f"gpu-{gpu}" for gpu in gpus] or ["cpu"]
@@ -123,11 +91,49 @@ def devices_used(gpus: list[str], local_rank: str | None) -> list[str]:
     return ["cpu"] if local_rank == "0" else []
 
 
+def trainings_at_work() -> list[Path]:
+    """Return the checkouts and worktrees in which a training runs on this machine."""
+    holders = (read_holder(file) for file in sorted(lock_folder().glob(f"*{HOLDER_SUFFIX}")))
+    return [Path(holder["folder"]) for holder in holders if holder is not None]
+
+
+def read_holder(file: Path) -> dict[str, Any] | None:
+    """Read which process uses a device: its `pid`, `folder` and start (`since`, seconds since 1970).
+
+    Returns:
+        None if there is no such file, it is incomplete, or the process has ended.
+    """
+    try:
+        holder: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return holder if psutil.pid_exists(holder["pid"]) else None
+
+
+def describe_holder(device: str, holder_file: Path) -> str:
+    """Describe the training that uses a device: process, folder and start.
+
+    Args:
+        device: Name of the device, one of `devices_used`.
+        holder_file: File that the training wrote next to its lock.
+    """
+    what = "the processor of this machine" if device == "cpu" else device.replace("gpu-", "GPU ", 1)
+    holder = read_holder(holder_file)
+    if holder is None:  # the file is written a moment after the lock is taken
+        return f"another training uses {what}; it has just begun"
+    since = datetime.fromtimestamp(holder["since"])
+    minutes = (time.time() - holder["since"]) / 60
+    return (
+        f"another training uses {what}: process {holder['pid']} in {holder['folder']}, "
+        f"since {since:%Y-%m-%d %H:%M:%S} ({minutes:.0f} min)"
+    )
+
+
 @contextmanager
 def _one_device(folder: Path, device: str, root: Path, when_busy: str) -> Iterator[None]:
     name = re.sub(r"[^\w-]", "_", device)
     holder_file = folder / f"{name}{HOLDER_SUFFIX}"
-    # others who share the folder must be able to open the file, too
+    # other users of a shared folder must be able to open the file, too
     lock = FileLock(folder / f"{name}.lock", mode=0o666, poll_interval=POLL_S)
     _acquire(lock, device, holder_file, when_busy)
     try:
@@ -146,10 +152,15 @@ def _acquire(lock: FileLock, device: str, holder_file: Path, when_busy: str) -> 
         pass
     if when_busy == REFUSE:
         raise ValueError(
-            f"{describe_holder(device, holder_file)}. Wait until it ends, or let this one wait: {BUSY_VARIABLE}={WAIT}"
+            f"{describe_holder(device, holder_file)}. Wait until it ends, or let this training wait: "
+            f"{BUSY_VARIABLE}={WAIT}"
         )
     while True:
-        print(f"waiting: {describe_holder(device, holder_file)}; not to wait: {BUSY_VARIABLE}={REFUSE}", flush=True)
+        print(
+            f"waiting: {describe_holder(device, holder_file)}; to stop instead of waiting, set "
+            f"{BUSY_VARIABLE}={REFUSE}",
+            flush=True,
+        )
         try:
             lock.acquire(timeout=REMIND_S)
             return

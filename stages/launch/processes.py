@@ -1,4 +1,4 @@
-"""A stage in several processes: started through `accelerate launch`, ended together, one message when one fails."""
+"""A stage in several processes: started by `accelerate launch` or Ray, ended together, one error message."""
 
 from __future__ import annotations
 
@@ -22,20 +22,26 @@ from stages.params.schema import LaunchSection
 from stages.training.out_of_memory import OutOfMemory
 
 RANK_VARIABLES = ("SFT_MACHINE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
-"""Who may say which machine this is: the user, Slurm, an indexed Kubernetes job."""
+"""Variables with the number of this machine, set by the user, by Slurm, or by an indexed Kubernetes job."""
+
 _PASSED_ON = re.compile(r"(ACCELERATE|FSDP|GLOO|HF|NCCL|OMP|SFT|TOKENIZERS|TORCH|TQDM)_")
+"""Environment variables that workers of Ray are given."""
+
 PR_SET_PDEATHSIG = 1
+"""Option of Linux's prctl: the signal sent to this process when its parent ends."""
+
 _LOST_PEER = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|DistNetworkError|DistStoreError", re.I
 )
+"""Errors that a process raises because another one has ended."""
 
 
 class ProcessKilled(ValueError):
-    """A process was ended from outside: another attempt may succeed, so the exit code tells the signal.
+    """A signal ended a process. Another attempt may succeed, so the exit code names the signal, as shells do.
 
     Args:
-        message: Which one.
-        number: The signal's.
+        message: The error message.
+        number: Number of the signal.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -44,40 +50,42 @@ class ProcessKilled(ValueError):
 
 
 def in_launched_process() -> bool:
-    """Whether a launcher (this one, torchrun, Slurm with torchrun, Ray) started this process as one of several."""
+    """Return whether a launcher (accelerate, torchrun, Ray) started this process as one of several."""
     return "LOCAL_RANK" in os.environ
 
 
 def needs_launcher(section: LaunchSection) -> bool:
-    """Whether the stage has to start itself again in other processes.
+    """Return whether the section asks for processes that a launcher has to start."""
+    return section.processes > 1 or section.engine != "ddp" or section.launcher == "ray"
+
+
+def check_num_processes(section: LaunchSection) -> None:
+    """Check that the launcher that started this process started as many as the section states.
 
     Raises:
-        ValueError: A launcher started another number of processes than the section states.
+        ValueError: It started another number.
     """
-    if not in_launched_process():
-        return section.processes > 1 or section.engine != "ddp" or section.launcher == "ray"
     found = int(os.environ.get("WORLD_SIZE", "1"))
     if found != section.processes:
         raise ValueError(
-            f"train.launch.processes is {section.processes}, but a launcher started {found} processes; make them "
-            "equal: what a step is depends on it"
+            f"train.launch.processes is {section.processes}, but a launcher started {found} processes; make the two "
+            "equal, as the number of rows in an update depends on it"
         )
-    return False
 
 
 def launch(stage: str, section: LaunchSection, paths: Paths) -> None:
     """Run a stage in `section.processes` processes and wait for all of them.
 
     Args:
-        stage: Its name.
-        section: How many processes, where, and what shares the model among them.
+        stage: Name of the stage.
+        section: Section `train.launch` of params.yaml.
         paths: The checkout.
 
     Raises:
-        ValueError: The section can't be used here, or a process failed: says which one, and why.
-        SystemExit: A signal ended this process; the others were ended first.
+        ValueError: The section can't be used on this machine, or a process failed; names the process and the cause.
+        SystemExit: A signal ended this process, after the others were ended.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice, once a process
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # advice of DDP, printed by each process
     if section.launcher == "ray":
         try:
             return launch_with_ray(stage, section, paths, worker_variables(section, paths.root))
@@ -88,7 +96,7 @@ def launch(stage: str, section: LaunchSection, paths: Paths) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if not os.environ.get("SFT_TRACEBACK"):
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `describe` says it in one line
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `describe` does this in one line
     print(f"starting {section.processes} processes: {section.engine}", flush=True)
     with tempfile.TemporaryDirectory(prefix="sft-launch-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -106,11 +114,16 @@ def launch(stage: str, section: LaunchSection, paths: Paths) -> None:
 
 
 def launch_options(section: LaunchSection, root: Path, folder: Path) -> list[str]:
-    """The section as options of `accelerate launch`; a configuration of a named engine is written to `folder`.
+    """Return the options of `accelerate launch` for the section.
+
+    Args:
+        section: Section `train.launch` of params.yaml.
+        root: The checkout.
+        folder: Where the configuration file of a named engine is written.
 
     Raises:
-        ValueError: The configuration file is missing, a package is not installed, or it is not known which machine
-            this is or where the first one listens.
+        ValueError: The configuration file is missing, a package is not installed, or neither params.yaml nor the
+            environment states this machine's number or the first machine's address.
     """
     options = {
         "config_file": str(engine_file(section, root, folder)),
@@ -131,16 +144,16 @@ def launch_options(section: LaunchSection, root: Path, folder: Path) -> list[str
     import torch
 
     if not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # `accelerate launch --cpu` would start one process
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # with `--cpu`, accelerate starts one process
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     return [*words, *(["--same_network"] if section.machines > 1 else [])]
 
 
 def worker_variables(section: LaunchSection, root: Path) -> dict[str, str]:
-    """What `accelerate launch` would put into the environment of each process, and what this one has for its tools.
+    """Return the environment variables for workers that Ray starts, perhaps on other machines.
 
-    For processes that another launcher starts, perhaps on other machines. Secrets are left out: those who start such
-    processes write their environment into logs.
+    These are the variables that `accelerate launch` would set, and those of this process that concern its packages.
+    Secrets are not passed on, as Ray writes the environment of its workers to logs.
     """
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
@@ -154,10 +167,10 @@ def worker_variables(section: LaunchSection, root: Path) -> dict[str, str]:
 
 
 def machine_rank(section: LaunchSection, environment: Mapping[str, str]) -> int:
-    """Which machine this is, 0 for the first: as stated, else as the environment says.
+    """Return the number of this machine, from 0, as stated in params.yaml or else in the environment.
 
     Raises:
-        ValueError: Nobody says it, or there are not so many machines.
+        ValueError: It is stated in neither, or it is not below the number of machines.
     """
     rank, source = section.machine_rank, "train.launch.machine_rank"
     if rank is None:
@@ -169,12 +182,19 @@ def machine_rank(section: LaunchSection, environment: Mapping[str, str]) -> int:
             )
         rank = int(environment[source])
     if rank >= section.machines:
-        raise ValueError(f"{source} is {rank}, but train.launch.machines {section.machines} are counted from 0")
+        raise ValueError(
+            f"{source} is {rank}, but train.launch.machines is {section.machines}: they are numbered from 0 to "
+            f"{section.machines - 1}"
+        )
     return rank
 
 
 def rendezvous_address(section: LaunchSection, environment: Mapping[str, str]) -> str:
-    """Where the first machine listens: as stated, else `MASTER_ADDR`."""
+    """Return the address of the first machine, as stated in params.yaml or else in `MASTER_ADDR`.
+
+    Raises:
+        ValueError: It is stated in neither, or there is no port.
+    """
     address = section.address or environment.get("MASTER_ADDR")
     if not address or section.port is None:
         raise ValueError(
@@ -185,7 +205,15 @@ def rendezvous_address(section: LaunchSection, environment: Mapping[str, str]) -
 
 
 def failure_of(failures: Mapping[int, Any], num_processes: int) -> ValueError:
-    """The error that says why the processes ended, of the kind that tells whether another attempt may succeed."""
+    """Return the error to raise for failed processes; its class shows whether another attempt may succeed.
+
+    Args:
+        failures: Rank -> `ProcessFailure` of `torch.distributed.elastic`.
+        num_processes: Number of processes in total.
+
+    Returns:
+        `OutOfMemory` or `ProcessKilled` where that was the cause, otherwise a plain `ValueError`.
+    """
     text = describe(failures, num_processes)
     if any(isinstance(f.message, dict) and OutOfMemory.__name__ in kind_of(f.message) for f in failures.values()):
         return OutOfMemory(text)
@@ -194,12 +222,15 @@ def failure_of(failures: Mapping[int, Any], num_processes: int) -> ValueError:
 
 
 def kind_of(message: Mapping[str, Any]) -> str:
-    """The name of an error's class, as a process recorded it."""
+    """Return the class name of the error that a process recorded."""
     return str(message.get("message", "")).partition(": ")[0]
 
 
 def cause(failures: Mapping[int, Any]) -> int:
-    """The rank of the process that failed first for a reason of its own, not because it lost another one."""
+    """Return the rank of the process that caused the failure.
+
+    It is the first that reported an error other than a lost connection, else one that was killed, else any.
+    """
     reported = {rank: text for rank, failure in failures.items() if (text := _message(failure))}
     own = [rank for rank, text in reported.items() if not _LOST_PEER.search(text)]
     killed = [rank for rank, failure in failures.items() if failure.exitcode in (-signal.SIGKILL, -signal.SIGSEGV)]
@@ -208,24 +239,24 @@ def cause(failures: Mapping[int, Any]) -> int:
 
 
 def describe(failures: Mapping[int, Any], num_processes: int) -> str:
-    """One message on why the processes ended: the cause, not what the others said when they lost it.
+    """Describe in one message why the processes ended: the cause, without the lost connections that followed.
 
     Args:
-        failures: Rank -> `torch.distributed.elastic`'s `ProcessFailure`.
-        num_processes: How many there were.
+        failures: Rank -> `ProcessFailure` of `torch.distributed.elastic`.
+        num_processes: Number of processes in total.
     """
     rank = cause(failures)
-    name, said = f"process {rank} of {num_processes}", _message(failures[rank])
-    if said:
-        return f"{name}: {said}"
+    name, message = f"process {rank} of {num_processes}", _message(failures[rank])
+    if message:
+        return f"{name}: {message}"
     if failures[rank].exitcode < 0:
         hint = " (out of memory?)" if failures[rank].exitcode == -signal.SIGKILL else ""
-        return f"{name} was ended by signal {-failures[rank].exitcode}{hint}; type the command again to go on"
+        return f"{name} was ended by signal {-failures[rank].exitcode}{hint}; type the command again to resume"
     return f"{name} ended with exit code {failures[rank].exitcode}"
 
 
 def _message(failure: Any) -> str:
-    """What a process recorded before it ended, empty when it could not."""
+    """Return the error that a process recorded before it ended, empty if it recorded none."""
     if not isinstance(failure.message, dict):
         return ""
     text: str = failure.message.get("message", "")
@@ -236,7 +267,7 @@ def _message(failure: Any) -> str:
 
 
 def record_failure(error: BaseException) -> None:
-    """Leave a launched process's error where the launcher looks for it; print it when that one looks nowhere."""
+    """Write a launched process's error to the file that the launcher reads, or print it if there is no such file."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         name = f"process {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
         print(f"error: {name}: {redact(str(error) or type(error).__name__)}", file=sys.stderr, flush=True)
@@ -247,9 +278,9 @@ def record_failure(error: BaseException) -> None:
 
 
 def tie_to_launcher() -> None:
-    """Have the kernel end this process when its launcher is gone, however that happened (Linux)."""
+    """Let the Linux kernel kill this process when its launcher ends, even if the launcher is killed."""
     if sys.platform.startswith("linux"):
         launcher = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != launcher:
+        if os.getppid() != launcher:  # it ended before the call
             os.kill(os.getpid(), signal.SIGKILL)

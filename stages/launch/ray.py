@@ -1,4 +1,4 @@
-"""A stage in the workers of Ray Train: as many processes as `accelerate launch` would start, placed by Ray."""
+"""A stage in workers of Ray Train: as many as `accelerate launch` would start, on machines that Ray chooses."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from typing import Any, NamedTuple, TextIO
 
 import stages
 from stages.checkout.paths import Paths
+from stages.launch.log_noise import reduce_log_noise
 from stages.params.schema import LaunchSection, load_params
 
 _WORKER = re.compile(r"^\(RayTrainWorker [^)]*\) ?")
 _QUIET = (
     "RAY_COLOR_PREFIX",
     "RAY_DEDUP_LOGS",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",  # asks the dashboard, which is not there
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER",  # it asks the dashboard, which is not started
     "RAY_TRAIN_ENABLE_PRINT_PATCH",
     "RAY_USAGE_STATS_ENABLED",
 )
@@ -35,7 +36,7 @@ _CODE = Path(stages.__file__).resolve().parent.parent
 
 
 class WorkerFailure(NamedTuple):
-    """How a worker ended, in the form of `torch.distributed.elastic`'s `ProcessFailure`."""
+    """How a worker ended, with the fields of `ProcessFailure` of `torch.distributed.elastic`."""
 
     message: dict[str, Any] | str
     exitcode: int = 1
@@ -46,7 +47,7 @@ class WorkersFailed(RuntimeError):
     """Some workers failed.
 
     Args:
-        failures: Rank -> how it ended.
+        failures: Rank -> how the worker ended.
     """
 
     def __init__(self, failures: Mapping[int, WorkerFailure]) -> None:
@@ -55,11 +56,11 @@ class WorkersFailed(RuntimeError):
 
 
 class WorkerError(RuntimeError):
-    """What went wrong in a worker, as text: the error's own class need not exist where it is read.
+    """Error of a worker as text, since the class of the original error may not exist where this one is unpickled.
 
     Args:
-        message: Kind and text of the error.
-        callstack: Where it came from.
+        message: Class name and text of the error.
+        callstack: Its traceback.
     """
 
     def __init__(self, message: str, callstack: str) -> None:
@@ -68,11 +69,11 @@ class WorkerError(RuntimeError):
 
 
 class WorkerLines(io.TextIOBase):
-    """Prints what the workers printed as it was; Ray puts a name and a number before every line.
+    """Stream that removes the prefix which Ray puts before each line of a worker.
 
     Args:
-        stream: Where it goes.
-        only_workers: Leave out what Ray says of itself.
+        stream: Where the lines are written.
+        only_workers: Drop lines that Ray itself prints.
     """
 
     def __init__(self, stream: TextIO, *, only_workers: bool) -> None:
@@ -80,7 +81,7 @@ class WorkerLines(io.TextIOBase):
         self._passing = True
 
     def write(self, text: str) -> int:
-        """Print a line, or the end of one."""
+        """Write a line, or its line break, which Ray writes separately."""
         shown = _WORKER.sub("", text)
         if text.strip():
             self._passing = not self.only_workers or shown != text
@@ -94,16 +95,16 @@ def launch_with_ray(stage: str, section: LaunchSection, paths: Paths, variables:
     """Run a stage in `section.processes` workers of Ray Train and wait for all of them.
 
     Args:
-        stage: Its name.
-        section: `address` is that of a Ray cluster; without it, and without RAY_ADDRESS, Ray runs on this machine alone
-            for the time of the stage.
-        paths: The checkout; on a cluster all machines see it at the same place.
-        variables: What the workers find in their environment.
+        stage: Name of the stage.
+        section: Section `train.launch` of params.yaml. Without `address`, and without RAY_ADDRESS in the environment,
+            Ray is started on this machine and stopped after the stage.
+        paths: The checkout; all machines of a cluster must see it at the same path.
+        variables: Environment variables of the workers.
 
     Raises:
-        ValueError: Ray is not installed, can't be reached, or gave up.
-        WorkersFailed: Says which ones, and why.
-        SystemExit: A signal ended this process; the workers were ended first.
+        ValueError: Ray is not installed, can't be reached, or ended the training.
+        WorkersFailed: Some workers failed.
+        SystemExit: A signal ended this process, after the workers were ended.
     """
     if importlib.util.find_spec("ray") is None:
         raise ValueError(
@@ -111,7 +112,7 @@ def launch_with_ray(stage: str, section: LaunchSection, paths: Paths, variables:
             "accelerate"
         )
     for name in _QUIET:
-        os.environ.setdefault(name, "0")  # Ray reads them when it is imported
+        os.environ.setdefault(name, "0")  # Ray reads them on import
     print(f"starting {section.processes} workers of Ray Train: {section.engine}", flush=True)
     quiet = not os.environ.get("SFT_TRACEBACK")
     out, err = (WorkerLines(stream, only_workers=quiet) for stream in (sys.stdout, sys.stderr))
@@ -128,36 +129,30 @@ def launch_with_ray(stage: str, section: LaunchSection, paths: Paths, variables:
 
 @contextmanager
 def ending_with_signals() -> Iterator[None]:
-    """Turn SIGTERM into an exit, so that Ray's processes are ended on the way; Ray's own handler aborts."""
-    handler = _Ending()
-    before = signal.signal(signal.SIGTERM, handler)
+    """Turn SIGTERM into SystemExit within the block, so that Ray's processes are ended; Ray's own handler aborts."""
+    codes: list[int] = []
+
+    def exit_with_code(number: int, frame: FrameType | None) -> None:
+        codes.append(128 + number)
+        sys.exit(codes[-1])
+
+    before = signal.signal(signal.SIGTERM, exit_with_code)
     try:
         yield
     except SystemExit:
-        if handler.code is not None:  # Ray changes the code while it waits
-            sys.exit(handler.code)
+        if codes:  # Ray may have replaced the exit code while it waited
+            sys.exit(codes[-1])
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Ending:
-    """A handler of signals that exits, and remembers with which code."""
-
-    def __init__(self) -> None:
-        self.code: int | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.code = 128 + number
-        sys.exit(self.code)
-
-
 @contextmanager
 def connected(section: LaunchSection) -> Iterator[None]:
-    """A connection to the cluster that is named, else a Ray of this process's own, gone afterwards.
+    """Connect to the cluster that is named, or start Ray on this machine and stop it after the block.
 
     Raises:
-        ValueError: The cluster can't be reached, or has too few GPUs.
+        ValueError: The cluster can't be reached, or has too few devices.
     """
     import ray
 
@@ -181,15 +176,15 @@ def connected(section: LaunchSection) -> Iterator[None]:
 
 
 def check_resources(section: LaunchSection, resources: Mapping[str, float], where: str) -> None:
-    """Refuse more workers than there are devices for: Ray would wait for them without end.
+    """Check that there is a device for each worker, as Ray would wait for missing ones forever.
 
     Args:
-        section: How many workers.
-        resources: What Ray has, by name.
-        where: Of what.
+        section: Section `train.launch` of params.yaml.
+        resources: Name of a resource -> amount that Ray has.
+        where: Address of the cluster, for the message.
 
     Raises:
-        ValueError: Says how many there are.
+        ValueError: There are too few devices.
     """
     kind = "GPU" if resources.get("GPU") else "CPU"
     found = int(resources.get(kind, 0))
@@ -205,9 +200,16 @@ def train_with_ray(
 ) -> None:
     """Run the stage in workers of the Ray that this process is connected to.
 
+    Args:
+        stage: Name of the stage.
+        section: Section `train.launch` of params.yaml.
+        paths: The checkout.
+        storage: Folder for the files of Ray Train.
+        variables: Environment variables of the workers.
+
     Raises:
-        WorkersFailed: Says which ones, and why.
-        ValueError: Ray gave up for a reason of its own.
+        WorkersFailed: Some workers failed.
+        ValueError: Ray ended the training for another reason.
     """
     import ray
     from ray.train import LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
@@ -237,15 +239,15 @@ def run_in_worker(config: Mapping[str, str]) -> None:
     """Run a stage as one of several processes, in a worker of Ray.
 
     Args:
-        config: `stage` and `root`.
+        config: Name of the stage (`stage`) and path of the checkout (`root`).
 
     Raises:
-        WorkerError: Whatever went wrong, as text.
+        WorkerError: The stage raised an error.
     """
     root = Path(config["root"])
-    os.chdir(root)  # Ray's own is a folder for what it writes
-    importlib.import_module("stages.__main__").quiet_tools()
-    logging.getLogger().setLevel(logging.WARNING)  # Ray shows more
+    os.chdir(root)  # Ray starts workers in a folder for their files
+    reduce_log_noise()
+    logging.getLogger().setLevel(logging.WARNING)  # Ray sets a lower level
     try:
         importlib.import_module(f"stages.{config['stage']}").run(load_params(root / "params.yaml"), Paths(root))
     except BaseException as error:
@@ -253,7 +255,7 @@ def run_in_worker(config: Mapping[str, str]) -> None:
 
 
 def worker_failure(error: BaseException) -> WorkerFailure:
-    """What Ray says of a worker's end: its own error, or that it is gone."""
+    """Return how a worker ended: with the error that it raised, or killed if there is none."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, WorkerError):

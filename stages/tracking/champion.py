@@ -1,6 +1,6 @@
-"""Whether a result may become the champion: the conditions of `publish.gate`, against what the store holds now.
+"""The champion in the model registry, and the conditions (`publish.gate`) on which a result replaces it.
 
-They are checked in `publish` and not in `evaluate`, whose results must not depend on what was recorded before.
+They are checked in `publish` rather than in `evaluate`, whose results must not depend on earlier records.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ CHAMPION = "champion"
 
 HELD_OUT_TAG = "sft.held_out"
 
-FIGURES = "evaluate."
+METRIC_PREFIX = "evaluate."
 
 
 def held_out_digest(paths: Paths) -> str:
-    """SHA-256 of the prompts and references that the models were measured on."""
+    """Return the SHA-256 of the prompts and references that the models were measured on."""
     rows = read_jsonl(paths.out("evaluate", "generations.jsonl"))
     return hashlib.sha256(repr([(row["prompt"], row["reference"]) for row in rows]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Champion:
-    """What the alias points at.
+    """The version of the registered model that the alias `champion` points at.
 
     Args:
-        version: Of the registered model.
-        run_id: Its run's.
-        name: Its run's.
+        version: Number of the version.
+        run_id: Id of its run.
+        name: Name of its run.
         figures: `champion.MODEL` -> metric -> value.
-        held_out: Digest of the rows that it was measured on.
+        held_out: Digest of the held-out rows that it was measured on; None if its run has no such tag.
     """
 
     version: str
@@ -57,25 +57,30 @@ class Champion:
 def check_promotion(
     params: Params, paths: Paths, run_id: str, models: Mapping[str, Any], champion: Champion | None
 ) -> list[GateRow]:
-    """Check `publish.gate`; conditions on the champion hold while there is none, or while it is this very result.
+    """Check the conditions of `publish.gate`.
 
     Args:
-        params: With the conditions.
-        paths: Of the checkout.
-        run_id: The run of this result.
-        models: The figures of this result's models.
-        champion: Before this result.
+        params: Values of params.yaml.
+        paths: The checkout.
+        run_id: Id of the run of this result.
+        models: Model -> metric -> value of this result.
+        champion: The champion before this result, if there is one.
+
+    Returns:
+        One row per condition. A condition on the champion is met if there is no champion, or if it is this result.
     """
     conditions = parse_gate(params.publish.gate)  # the names in it were checked with params.yaml
     results = {**models, **(champion.figures if champion else {})}
     rows = []
     for condition, row in zip(conditions, check_gate(conditions, results), strict=True):
-        rows.append(judge(condition, row, champion, run_id, held_out_digest(paths)))
+        rows.append(_check_condition(condition, row, champion, run_id, held_out_digest(paths)))
     return rows
 
 
-def judge(condition: Condition, row: GateRow, champion: Champion | None, run_id: str, held_out: str) -> GateRow:
-    """The verdict on one condition, which on a champion is only worth something for the same held-out rows."""
+def _check_condition(
+    condition: Condition, row: GateRow, champion: Champion | None, run_id: str, held_out: str
+) -> GateRow:
+    """Return the row of a condition; one on the champion also fails if it was measured on other held-out rows."""
     if not any(name.startswith(f"{CHAMPION}.") for name in condition.names):
         return row
     if champion is None:
@@ -84,14 +89,14 @@ def judge(condition: Condition, row: GateRow, champion: Champion | None, run_id:
         return GateRow(condition.text, None, None, True, "this result is the champion")
     if champion.held_out != held_out:
         reason = (
-            "the champion was measured on other held-out rows; move the alias by hand once, or take this condition out"
+            "the champion was measured on other held-out rows; move the alias by hand once, or remove this condition"
         )
         return GateRow(condition.text, None, None, False, reason)
     return row
 
 
 def find_champion(tracking: Tracking, name: str) -> Champion | None:
-    """The version that the alias points at, and what its run has recorded."""
+    """Return the champion of a registered model with the figures of its run; None if it has no champion."""
     version = alias_version(tracking, name, CHAMPION)
     if version is None:
         return None
@@ -101,7 +106,7 @@ def find_champion(tracking: Tracking, name: str) -> Champion | None:
 
 
 def alias_version(tracking: Tracking, name: str, alias: str) -> ModelVersion | None:
-    """The version that an alias points at, None where it points at none."""
+    """Return the version of a registered model that an alias points at, None if it points at none."""
     try:
         return tracking.client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
@@ -111,10 +116,10 @@ def alias_version(tracking: Tracking, name: str, alias: str) -> ModelVersion | N
 
 
 def champion_figures(champion: Run) -> dict[str, dict[str, float]]:
-    """`champion.MODEL` -> metric -> value, as the champion's run has recorded them."""
+    """Return `champion.MODEL` -> metric -> value from the metrics of the champion's run."""
     found: dict[str, dict[str, float]] = {}
     for name, value in champion.data.metrics.items():
-        model, _, metric = name.removeprefix(FIGURES).partition(".")
-        if name.startswith(FIGURES) and metric:
+        model, _, metric = name.removeprefix(METRIC_PREFIX).partition(".")
+        if name.startswith(METRIC_PREFIX) and metric:
             found.setdefault(f"{CHAMPION}.{model}", {})[metric] = value
     return found

@@ -1,7 +1,4 @@
-"""Where a result comes from: params, git commit, data and model digests, DVC hashes, versions.
-
-The machine that computes: what decides, besides params, data, code and versions, on a result's last digits.
-"""
+"""Lineage of a result: params, git commit, digests of data and model, DVC hashes, versions and machine."""
 
 from __future__ import annotations
 
@@ -38,33 +35,45 @@ PACKAGES = (
 )
 
 FLOW_RUN_VARIABLES = {"SFT_FLOW_RUN_ID": "prefect.flow_run_id", "SFT_FLOW_RUN_URL": "prefect.flow_run_url"}
+"""Environment variable, set by a flow -> tag of the run in MLflow."""
 
 PARENT_VARIABLE, PARENT_TAG = "SFT_PARENT_RUN", "mlflow.parentRunId"
-"""How flows tell stages for whom they run: the flow run, and the run of a sweep in MLflow."""
+"""Environment variable with the run of a sweep in MLflow, set by the sweep, and the tag of its child runs."""
 
-# A run rewrites these itself.
 WRITTEN_BY_RUNS = ("dvc.lock", "reports/")
+"""Tracked files that a run of the pipeline changes itself."""
 
 CODE = ("sft/", "stages/")
 
 RECORDED_APART = ("params.yaml", "data/")
+"""Tracked files whose content is recorded by params and digests."""
+
+MACHINE = "machine."
+"""Prefix of the tags that describe the machine."""
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
 class GitState:
-    """The commit that is checked out, and the tracked files that differ from it (a run's own outputs left out)."""
+    """The commit that is checked out, and the tracked files that differ from it.
+
+    Args:
+        commit: Hash of the commit.
+        changed: Paths of the files, without those that runs write themselves.
+    """
 
     commit: str
     changed: tuple[str, ...]
 
     @property
     def dirty(self) -> bool:
-        """Whether the commit alone does not reproduce the result."""
+        """Whether files differ from the commit, so that it alone does not reproduce a result."""
         return bool(self.changed)
 
 
 def git_state(root: Path) -> GitState | None:
-    """The state of the checkout, None outside of git or before the first commit."""
+    """Return the state of the checkout, None outside of git or before the first commit."""
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if commit is None:
         return None
@@ -74,19 +83,24 @@ def git_state(root: Path) -> GitState | None:
 
 
 def git_diff(root: Path, without: tuple[str, ...] = ()) -> str:
-    """The changes that `GitState.changed` names, as a patch; those of some files or folders left out."""
+    """Return the uncommitted changes as a patch.
+
+    Args:
+        root: The checkout.
+        without: Paths of files or folders to leave out, in addition to those that runs write themselves.
+    """
     excluded = [f":(exclude){name}" for name in (*WRITTEN_BY_RUNS, *without)]
     return _git(root, "diff", "HEAD", "--", ".", *excluded) or ""
 
 
 def changed_code(root: Path) -> str:
-    """Digest of what differs from the commit beside params and data, which are recorded for themselves."""
+    """Return a digest of the uncommitted changes except those of params and data; `none` if there are none."""
     patch = git_diff(root, RECORDED_APART)
     return hashlib.sha256(patch.encode()).hexdigest()[:16] if patch else "none"
 
 
 def main_checkout(root: Path) -> Path:
-    """The checkout that a git worktree belongs to; the folder itself when it is no worktree or not in git."""
+    """Return the main checkout of a git worktree, or the folder itself if it is not a worktree or not in git."""
     common = _git(root, "rev-parse", "--path-format=absolute", "--git-common-dir")
     if common is None or Path(common.strip()).name != ".git":
         return root
@@ -94,7 +108,7 @@ def main_checkout(root: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on, those that are installed."""
+    """Return the versions of Python and of the installed packages that a result depends on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -105,7 +119,7 @@ def versions() -> dict[str, str]:
 
 
 def dvc_hashes(root: Path) -> dict[str, str]:
-    """Path -> content hash of every dependency and output that dvc.lock records; empty when there is no dvc.lock."""
+    """Return path -> content hash of all dependencies and outs in dvc.lock; empty without a dvc.lock."""
     lock = root / "dvc.lock"
     if not lock.exists():
         return {}
@@ -115,12 +129,12 @@ def dvc_hashes(root: Path) -> dict[str, str]:
 
 
 def dvc_data_hashes(root: Path) -> dict[str, str]:
-    """The part of `dvc_hashes` that is data and results, without the code of this package."""
+    """Return the entries of `dvc_hashes` that are data and results, without those of code."""
     return {path: digest for path, digest in dvc_hashes(root).items() if not path.startswith(CODE)}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys; lists stay values."""
+    """Flatten nested dicts into one dict with dotted keys; lists are kept as values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -132,14 +146,17 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def result_params(params: Params) -> dict[str, Any]:
-    """Every param that can change a result, flat: all but where the result is recorded."""
+    """Return the params that can change a result, with dotted names: all but those of `publish`."""
     return flatten(params.model_dump(exclude={"publish"}))
 
 
 def result_digest(params: Params, paths: Paths, files: list[Path]) -> str:
-    """One digest of params and of the files that hold a result: equal digests mean the same result.
+    """Return a digest of a result: of its params and files, but not of the commit or the versions.
 
-    Neither commit nor versions are in it: what computes the same is the same result.
+    Args:
+        params: Params of the result.
+        paths: The checkout with the result.
+        files: Files that make up the result.
     """
     parts = {"params": result_params(params)} | {
         path.relative_to(paths.root).as_posix(): file_digest(path) for path in files
@@ -148,16 +165,16 @@ def result_digest(params: Params, paths: Paths, files: list[Path]) -> str:
 
 
 def training_digest(params: Params, paths: Paths) -> str:
-    """One digest of a training: its params and what came of it. It is the same when DVC brings the training back."""
+    """Return a digest of a training: of its params, curve and metrics. DVC restores these, so it is stable."""
     stated = params.model_dump(include={"model", "train"})
     made = [file_digest(path) for path in (paths.out("train", "curve.csv"), paths.metrics("train"))]
     return hashlib.sha256(json.dumps([stated, made], sort_keys=True).encode()).hexdigest()
 
 
 def circumstances(paths: Paths) -> dict[str, str]:
-    """Tags of a run: base model, commit, versions, and for whom it runs."""
+    """Return tags of a run: base model, commit, versions, and the flow or sweep that it belongs to."""
     base, git = base_model(paths), git_state(paths.root)
-    told = {**FLOW_RUN_VARIABLES, PARENT_VARIABLE: PARENT_TAG}
+    variables = {**FLOW_RUN_VARIABLES, PARENT_VARIABLE: PARENT_TAG}
     return {
         "sft.base_model": base["resolved"],
         "sft.base_model_digest": base["digest"],
@@ -165,42 +182,31 @@ def circumstances(paths: Paths) -> dict[str, str]:
         "git.dirty": str(bool(git and git.dirty)).lower(),
         "git.changed_code": changed_code(paths.root),
         **{f"version.{name}": value for name, value in versions().items()},
-        **{tag: os.environ[name] for name, tag in told.items() if os.environ.get(name)},
+        **{tag: os.environ[name] for name, tag in variables.items() if os.environ.get(name)},
     }
 
 
 def model_name(paths: Paths) -> str:
-    """The base model's name, short enough to be part of a run's."""
+    """Return the base model's name without organisation or folder, as a part of names of runs."""
     return str(base_model(paths)["name_or_path"]).rpartition("/")[2].removeprefix("embedded:")
 
 
 def base_model(paths: Paths) -> dict[str, Any]:
-    """What `load` recorded about the base model."""
+    """Read what `load` recorded about the base model."""
     return dict(read_json(paths.out("load", "base_model.json")))
 
 
 def data_digests(paths: Paths) -> dict[str, str]:
-    """Name -> SHA-256 of every data file that `load` read, as its data card states them."""
+    """Return name -> SHA-256 of the data files that `load` read, from its data card."""
     sources = read_json(paths.out("load", "card.json"))["sources"]
     return {name: digest for source in sources for name, digest in source["sha256"].items()}
 
 
-def _git(root: Path, *arguments: str) -> str | None:
-    """Output of a git command, None when git is missing or refuses (not a repository)."""
-    try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-CPUINFO = Path("/proc/cpuinfo")
-
-MACHINE = "machine."
-
-
 def machine_facts() -> dict[str, str]:
-    """Processor, its cores that this process may use, and how many threads it was told to use."""
+    """Return system, processor, number of cores that this process may use, and OMP_NUM_THREADS.
+
+    Besides params, data, code and versions, these decide the last digits of a result.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -211,14 +217,23 @@ def machine_facts() -> dict[str, str]:
 
 
 def machine_tags() -> dict[str, str]:
-    """This machine, as a run's tags name it."""
+    """Return `machine_facts` as tags of a run."""
     return {f"{MACHINE}{name}": value for name, value in machine_facts().items()}
 
 
 def processor_name(cpuinfo: str) -> str:
-    """The processor's name out of Linux's /proc/cpuinfo, or what Python knows elsewhere."""
+    """Return the processor's name from the text of Linux's /proc/cpuinfo, or from `platform` if it has none."""
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "model name":
             return value.strip()
     return platform.processor() or "unknown"
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Return the output of a git command, None if git is not installed or the command fails."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,6 +1,7 @@
-"""A training's run in MLflow while it trains, sent by a thread of its own, so that no store can hold the training up.
+"""Run of a training in MLflow, written by a background thread while the model trains.
 
-`publish` completes the run. Until then it is unfinished by its status and by its tag `sft.progress`.
+The training never waits for the store. `publish` completes the run; until then its status and its tag `sft.progress`
+show that it is unfinished.
 """
 
 from __future__ import annotations
@@ -22,24 +23,26 @@ from stages.checkout.redaction import redact
 from stages.tracking.store import CURVE, PROGRESS_TAG, TRAINING_TAG, RunWriter, Tracking
 
 KEY_FILE, KEY_TAG = "live_run.json", "sft.live_key"
-"""What ties checkpoints and run together: a key that lies with the checkpoints and is made together with the run."""
+"""File with the checkpoints, and tag of the run: both contain the key by which a resumed training finds its run."""
 
 RETRY_S = 30.0
-LAST_CALL_S, SHORT_CALL_S = 15.0, 2.0
-"""How long the end of a training waits for what is still to be sent: a good end, and one in a hurry."""
+"""Seconds between two attempts to reach the store."""
 
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+LAST_CALL_S, SHORT_CALL_S = 15.0, 2.0
+"""Seconds that the process waits at its end for unsent points: after a complete training, and after any other."""
+
+HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 class LiveRun:
-    """One training's run, found again when the training is resumed.
+    """Run of one training; a resumed training continues its run.
 
     Args:
-        open_store: Opens the tracking store; called by the thread, again and again while it fails.
-        folder: The training's checkpoints.
-        name: What the run is called until it is published.
-        params: What can't change between two attempts of the same training.
-        tags: Circumstances, those of the last attempt.
+        open_store: Opens the tracking store. The thread calls it until it succeeds.
+        folder: Folder of the training's checkpoints.
+        name: Name of the run until it is published.
+        params: Params that are equal in all attempts of the training.
+        tags: Tags of the run; those of a resumed training replace earlier ones.
     """
 
     def __init__(
@@ -50,10 +53,10 @@ class LiveRun:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
     ) -> None:
-        for variable, value in PATIENCE.items():
+        for variable, value in HTTP_LIMITS.items():
             os.environ.setdefault(variable, value)
-        for chatter in ("mlflow", "urllib3", "alembic"):  # what is wrong is said once, by `_complain`
-            logging.getLogger(chatter).setLevel(logging.ERROR)
+        for package in ("mlflow", "urllib3", "alembic"):  # `_warn_once` reports a failure instead
+            logging.getLogger(package).setLevel(logging.ERROR)
         self._open_store, self._folder, self._name, self._params = open_store, folder, name, params
         self._points: list[Metric] = []
         self._tags = {**tags, PROGRESS_TAG: "training"}
@@ -61,33 +64,39 @@ class LiveRun:
         self._last_steps: dict[str, int] = {}
         self._run: RunWriter | None = None
         self._monitor: SystemMetricsMonitor | None = None
-        self._complained = False
-        self._lock = threading.Lock()  # of what is handed over
+        self._has_warned = False
+        self._lock = threading.Lock()  # guards the points and tags that are not sent yet
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="live-run", daemon=True)
         self._wake.set()
         self._thread.start()
 
     def log(self, figures: Mapping[str, float], step: int, time_ms: int) -> None:
-        """Hand over points of the curve; those that the run has already are left out."""
+        """Queue points of the curve; those that the run has already are not sent.
+
+        Args:
+            figures: Name of a metric -> value.
+            step: Optimizer step.
+            time_ms: Milliseconds since 1970.
+        """
         with self._lock:
             self._points += [Metric(f"{CURVE}{name}", value, time_ms, step) for name, value in figures.items()]
         self._wake.set()
 
     def tag(self, name: str, value: str) -> None:
-        """Hand over a tag."""
+        """Queue a tag."""
         with self._lock:
             self._tags[name] = value
         self._wake.set()
 
     def trained(self, digest: str) -> None:
-        """The training has ended well: the run waits for the rest of the pipeline, and is found by the digest."""
+        """Mark the training as complete; `publish` finds the run by the digest of the training."""
         with self._lock:
             self._tags |= {PROGRESS_TAG: "trained, not published", TRAINING_TAG: digest}
         self._close(LAST_CALL_S)
 
     def ended(self, status: str) -> None:
-        """The training has ended otherwise: FAILED or KILLED."""
+        """End the run of an incomplete training with status FAILED or KILLED."""
         self._status = status
         self._close(SHORT_CALL_S)
 
@@ -103,20 +112,20 @@ class LiveRun:
             self._wake.clear()
             last_call = self._closing.is_set()
             try:
-                self._deliver()
+                self._send()
                 if last_call:
-                    self._leave()
-            except Exception as error:  # whatever a store may raise: the training goes on
-                self._complain(error)
+                    self._finish()
+            except Exception as error:  # the store may raise anything, and training must continue
+                self._warn_once(error)
                 self._closing.wait(RETRY_S)
 
-    def _deliver(self) -> None:
+    def _send(self) -> None:
         run = self._run = self._run or self._open()
         with self._lock:
             points, tags = self._points[:], dict(self._tags)
         run.log_points([point for point in points if point.step > self._last_steps.get(point.key, -1)])
         run.set_tags(tags)
-        with self._lock:  # only now: what could not be sent is sent with the next
+        with self._lock:  # not earlier, so that points are sent again after a failure
             del self._points[: len(points)]
             self._tags = {name: value for name, value in self._tags.items() if tags.get(name) != value}
 
@@ -136,9 +145,9 @@ class LiveRun:
         return writer
 
     def _key(self, tracking: Tracking) -> tuple[str, str | None]:
-        """The key, and the unfinished run that was made with it.
+        """Return the key, and the id of the unfinished run with this key if there is one.
 
-        It is written before the run is made: a kill in between leaves no run that nobody finds again.
+        The key is written before the run is created. So a kill in between leaves no run that can't be found.
         """
         file = self._folder / KEY_FILE
         if file.exists():
@@ -150,15 +159,17 @@ class LiveRun:
         write_json(file, {"key": key})
         return key, None
 
-    def _leave(self) -> None:
+    def _finish(self) -> None:
         if self._monitor is not None:
             self._monitor.finish()
         if self._status is not None and self._run is not None:
             self._run.client.set_terminated(self._run.run_id, self._status)
 
-    def _complain(self, error: Exception) -> None:
-        if not self._complained:
+    def _warn_once(self, error: Exception) -> None:
+        if not self._has_warned:
             reason = redact(" ".join(str(error).split()))[:300]
-            message = f"warning: the curve can't be shown in MLflow while it grows, `publish` records it: {reason}"
+            message = (
+                f"warning: the curve can't be sent to MLflow while the model trains, `publish` records it: {reason}"
+            )
             print(message, file=sys.stderr, flush=True)
-        self._complained = True
+        self._has_warned = True

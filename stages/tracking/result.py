@@ -1,4 +1,4 @@
-"""stages.tracking.result."""
+"""Recording of a result as one run in MLflow: params, metrics, curve, lineage and files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from stages.checkout.paths import Paths
 from stages.checkout.redaction import redact
 from stages.params.schema import Params
 from stages.tracking import lineage
-from stages.tracking.champion import (
-    HELD_OUT_TAG,
-    held_out_digest,
-)
+from stages.tracking.champion import HELD_OUT_TAG, held_out_digest
 from stages.tracking.lineage import machine_tags
 from stages.tracking.store import PROGRESS_TAG, PUBLISHED, TRAINING_TAG, Tracking
 
@@ -25,7 +22,7 @@ MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "eval
 
 
 def result_files(paths: Paths) -> list[Path]:
-    """The files that a result consists of: none of them holds a wall time, a commit or a path of this machine."""
+    """Return the files that make up a result; none of them contains a wall time, a commit or a path."""
     outs = [
         paths.out("load", "base_model.json"),
         paths.out("load", "card.json"),
@@ -44,25 +41,25 @@ def record_result(
     passed: bool,
     more: Mapping[str, str] | None = None,
 ) -> str:
-    """The one run of a result: found, or the one that its training has begun, completed, or a new one.
+    """Find the run of a result, or complete the one that its training started, or create one.
 
     Args:
         tracking: The store.
-        params: The result's params.
-        paths: The checkout that holds the result.
-        digest: The result's.
-        passed: Whether the gate is open.
-        more: Tags of the run, beside those that every run has.
+        params: Params of the result.
+        paths: The checkout with the result.
+        digest: Digest of the result.
+        passed: Whether the conditions of `evaluate.gate` are met.
+        more: Tags of the run, in addition to those of every run.
 
     Returns:
-        Its id.
+        Id of the run.
     """
     begun = tracking.find_unfinished(TRAINING_TAG, lineage.training_digest(params, paths))
     known = tracking.find_run(DIGEST_TAG, digest)
     if known is None:
         return log_run(tracking, params, paths, digest, passed, more, begun[0] if begun else None)
     print(f"this result is already run {known}", flush=True)
-    for run_id in begun:  # a forced training, say: it came to the same to the last digit
+    for run_id in begun:  # of a training that was forced to run again, with the same result
         tracking.client.set_tag(run_id, PROGRESS_TAG, f"removed: the same result as run {known}")
         tracking.client.delete_run(run_id)
     return known
@@ -77,7 +74,20 @@ def log_run(
     more: Mapping[str, str] | None = None,
     begun: str | None = None,
 ) -> str:
-    """Log params, figures, the curve, lineage and files as one finished run; a failure leaves none that is finished."""
+    """Log params, metrics, the curve, lineage and files as one run, which is finished only if all are logged.
+
+    Args:
+        tracking: The store.
+        params: Params of the result.
+        paths: The checkout with the result.
+        digest: Digest of the result.
+        passed: Whether the conditions of `evaluate.gate` are met.
+        more: Tags of the run, in addition to those of every run.
+        begun: Id of the run that the training started; None = create a run.
+
+    Returns:
+        Id of the run.
+    """
     git = lineage.git_state(paths.root)
     tags = {
         "mlflow.source.name": "python -m stages publish",
@@ -101,18 +111,18 @@ def log_run(
         if git and git.dirty:
             log_patch(run, paths.root)
         run.set_tag(PROGRESS_TAG, PUBLISHED)
-        # Last, so that a run that was cut short is never taken for a whole one.
+        # set last, as runs are found by it: an interrupted one must not be found
         run.set_tag(DIGEST_TAG, digest)
     return run.run_id
 
 
 def log_patch(run: Any, root: Path) -> None:
-    """The uncommitted changes, without which the commit would not reproduce the result."""
+    """Log the uncommitted changes, which reproducing the result needs besides the commit."""
     log_text(run, "uncommitted.patch", lineage.git_diff(root))
 
 
 def log_text(run: Any, name: str, text: str) -> None:
-    """Log a text of the checkout, without the secrets that may stand in it."""
+    """Log a text file, with secrets replaced."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / name
         write_text(file, redact(text))
@@ -120,7 +130,7 @@ def log_text(run: Any, name: str, text: str) -> None:
 
 
 def figures(paths: Paths) -> dict[str, float]:
-    """`<stage>.<metric>` -> value, of every stage that has figures."""
+    """Return `<stage>.<metric>` -> value for all stages that have run."""
     flat: dict[str, Any] = {}
     for stage in MEASURED_STAGES:
         path = paths.metrics(stage)

@@ -1,4 +1,4 @@
-"""The little of MLflow that `publish` needs: find or write a run, register a version, move an alias."""
+"""Tracking store (MLflow): opening it, finding and writing runs, registering versions, moving aliases."""
 
 from __future__ import annotations
 
@@ -19,34 +19,41 @@ from mlflow.exceptions import MlflowException
 from stages.params.schema import PublishSection
 
 SQLITE = "sqlite:///"
+
 BATCH = 100
+"""Params, metrics or tags per request; MLflow accepts at most 100 params or tags."""
+
 CURVE = "curve."
+"""Prefix of the metrics that have one value per logged step."""
+
 TRAINING_TAG = "sft.training_digest"
-"""Of a run whose training has ended: what `publish` finds it by."""
+"""Tag by which `publish` finds the run that a training started; set when the training has ended."""
 
 PROGRESS_TAG, PUBLISHED = "sft.progress", "published"
-KIND_TAG, SWEEP = "sft.kind", "sweep"
-"""Of a run that is no result but the parent of several."""
 
-# Makes the page show the runs as trainings rather than as evaluations of a prompt.
+KIND_TAG, SWEEP = "sft.kind", "sweep"
+"""Tag of a run that is the parent of a sweep's results."""
+
+# MLflow's page shows the runs as trainings rather than as evaluations of a prompt
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
 def open_tracking(section: PublishSection, home: Path) -> Tracking:
-    """Open the tracking store and its experiment, which is made when it does not exist.
+    """Open the tracking store and its experiment, and create or restore the experiment if necessary.
 
     Args:
-        section: Where to record.
-        home: The main checkout: a relative SQLite path and the artifacts lie in it, whatever worktree a run works in.
+        section: Section `publish` of params.yaml.
+        home: The main checkout, which contains the artifacts and a SQLite file given by a relative path, even if the
+            run works in a worktree.
 
     Raises:
         ValueError: The store can't be reached or used.
     """
     uri = absolute_uri(section.tracking_uri, home)
-    # A store that a server keeps decides itself where artifacts go.
+    # a tracking server decides itself where artifacts are stored
     local = uri.startswith(SQLITE)
     location = (home / "mlartifacts" / section.experiment).as_uri() if local else None
-    # Resolving a logged model's URI goes by the process's store, not by the client's.
+    # MLflow resolves the URI of a logged model with the global store, not with the client's
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
@@ -65,7 +72,7 @@ def open_tracking(section: PublishSection, home: Path) -> Tracking:
 
 
 def absolute_uri(uri: str, home: Path) -> str:
-    """A relative SQLite path as one below `home`; everything else as it is."""
+    """Make the path of a SQLite URI absolute, relative to `home`; other URIs are returned unchanged."""
     if not uri.startswith(SQLITE) or Path(uri.removeprefix(SQLITE)).is_absolute():
         return uri
     return f"{SQLITE}{home / uri.removeprefix(SQLITE)}"
@@ -73,14 +80,20 @@ def absolute_uri(uri: str, home: Path) -> str:
 
 @dataclass(frozen=True)
 class Tracking:
-    """An open store and experiment."""
+    """An open tracking store and experiment.
+
+    Args:
+        client: Client of the store.
+        uri: Address of the store.
+        experiment_id: Id of the experiment.
+    """
 
     client: MlflowClient
     uri: str
     experiment_id: str
 
     def find_run(self, tag: str, value: str) -> str | None:
-        """The finished run that carries a tag, the oldest when there are several."""
+        """Return the id of the oldest finished run with this tag; None if there is none."""
         runs = self.client.search_runs(
             [self.experiment_id],
             f"tags.`{tag}` = '{value}' and attributes.status = 'FINISHED'",
@@ -90,7 +103,7 @@ class Tracking:
         return runs[0].info.run_id if runs else None
 
     def find_unfinished(self, tag: str, value: str) -> list[str]:
-        """The runs that carry a tag and have not been completed, whatever became of them; the newest first."""
+        """Return the ids of the runs with this tag that are running, failed or killed; the newest first."""
         runs = self.client.search_runs(
             [self.experiment_id],
             f"tags.`{tag}` = '{value}' and attributes.status != 'FINISHED'",
@@ -101,12 +114,12 @@ class Tracking:
 
     @contextmanager
     def whole_run(self, name: str, tags: Mapping[str, str], begun: str | None = None) -> Iterator[RunWriter]:
-        """A run that is finished when the block ends, and failed when it raises.
+        """Write a run in the block; it is finished when the block ends, and failed if the block raises.
 
         Args:
-            name: What it is called.
-            tags: Set before the block begins.
-            begun: A run that a training has begun, to be completed; None = a new one.
+            name: Name of the run.
+            tags: Tags that are set before the block.
+            begun: Id of a run that a training started, to be completed; None = create a run.
         """
         if begun is None:
             begun = self.client.create_run(self.experiment_id, run_name=name).info.run_id
@@ -122,9 +135,19 @@ class Tracking:
         self.client.set_terminated(writer.run_id, "FINISHED")
 
     def register(self, name: str, run_id: str, tags: Mapping[str, str], metrics: Mapping[str, float], key: str) -> str:
-        """The version of a registered model that carries tag `key` of this result, made when there is none.
+        """Find the version of a registered model for this run, or create it.
 
-        The version points at a logged model without files: DVC keeps the weights.
+        The version points to a logged model without files, as DVC stores the weights.
+
+        Args:
+            name: Name of the registered model, which is created if it does not exist.
+            run_id: Id of the result's run.
+            tags: Tags of the version.
+            metrics: Metrics of the logged model.
+            key: Name of the tag that identifies the result.
+
+        Returns:
+            Number of the version.
         """
         try:
             self.client.create_registered_model(name)
@@ -153,27 +176,32 @@ class Tracking:
 
 @dataclass(frozen=True)
 class RunWriter:
-    """Writes into one run."""
+    """Writes to one run.
+
+    Args:
+        client: Client of the store.
+        run_id: Id of the run.
+    """
 
     client: MlflowClient
     run_id: str
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log params; what is no plain value is logged as JSON."""
+        """Log params; values other than strings are logged as JSON."""
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in params.items()}
         for start in range(0, len(texts), BATCH):
             chunk = list(texts.items())[start : start + BATCH]
             self.client.log_batch(self.run_id, params=[Param(name, text) for name, text in chunk])
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Log figures that have one value."""
+        """Log metrics with one value each."""
         now = int(time.time() * 1000)
         values = [Metric(name, value, now, 0) for name, value in metrics.items()]
         for start in range(0, len(values), BATCH):
             self.client.log_batch(self.run_id, metrics=values[start : start + BATCH])
 
     def log_curve(self, path: Path) -> None:
-        """Log the columns of a CSV beside `step` as metrics `curve.<column>`: those points that the run lacks."""
+        """Log the columns of a CSV file as metrics `curve.<column>` over `step`, without the points the run has."""
         now = int(time.time() * 1000)
         with path.open(encoding="utf-8", newline="") as file:
             values = [
@@ -186,17 +214,17 @@ class RunWriter:
         self.log_points([point for point in values if (point.key, point.step, point.value) not in known])
 
     def log_points(self, points: Sequence[Metric]) -> None:
-        """Log points of curves."""
+        """Log points of curves, in batches."""
         for start in range(0, len(points), 10 * BATCH):
             self.client.log_batch(self.run_id, metrics=points[start : start + 10 * BATCH])
 
     def points(self, prefix: str) -> list[Metric]:
-        """All points of the curves whose names begin so."""
+        """Return all points of the metrics whose names start with a prefix."""
         names = [name for name in self.client.get_run(self.run_id).data.metrics if name.startswith(prefix)]
         return [point for name in names for point in self.client.get_metric_history(self.run_id, name)]
 
     def log_data(self, digests: Mapping[str, str]) -> None:
-        """Log data files by name and digest, the way MLflow shows data sets."""
+        """Log data files as data sets of MLflow, by name and digest."""
         inputs = [
             DatasetInput(Dataset(name, digest[:36], "local", json.dumps({"path": name, "sha256": digest})))
             for name, digest in digests.items()
@@ -205,7 +233,7 @@ class RunWriter:
             self.client.log_inputs(self.run_id, datasets=inputs)
 
     def log_file(self, path: Path, folder: str) -> None:
-        """Keep a copy of a file with the run."""
+        """Log a file as an artifact in a folder of the run."""
         self.client.log_artifact(self.run_id, str(path), folder)
 
     def set_tag(self, key: str, value: str) -> None:

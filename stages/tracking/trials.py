@@ -1,4 +1,4 @@
-"""A sweep in MLflow: one parent run, and below it one run for the result of each trial."""
+"""A sweep in MLflow: one parent run, with one child run for the result of each trial."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ LEADERBOARD = "leaderboard.json"
 
 @contextmanager
 def recorded_sweep(root: Path, name: str, facts: Mapping[str, Any]) -> Iterator[SweepRecord]:
-    """A parent run for the time of a sweep, finished when the block ends and failed when it raises.
+    """Create the parent run of a sweep; it is finished when the block ends, and failed if the block raises.
 
     Args:
-        root: The checkout; its params.yaml says where runs are recorded.
+        root: The checkout; its params.yaml states where runs are recorded.
         name: Name of the parent run.
-        facts: What the sweep was asked for; they become its params.
+        facts: Settings of the sweep, logged as params of the run.
+
+    Yields:
+        The record of the sweep.
 
     Raises:
         ValueError: The tracking store can't be used.
@@ -39,16 +42,20 @@ def recorded_sweep(root: Path, name: str, facts: Mapping[str, Any]) -> Iterator[
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """The parent run of a sweep."""
+    """The parent run of a sweep.
+
+    Args:
+        parent: Writes into the run.
+    """
 
     parent: RunWriter
 
     def log_leaderboard(self, rows: list[dict[str, Any]], best: Mapping[str, Any]) -> None:
-        """Keep the table with the run, and the best trial's values and score as its own.
+        """Log the table of trials, and the params and objective of the best one.
 
         Args:
-            rows: The trials, the best first.
-            best: Param -> value of the best one; empty when every trial failed.
+            rows: The trials, the best one first.
+            best: Param -> value of the best one; empty if all trials failed.
         """
         if best:
             self.parent.log_params({f"best.{name}": value for name, value in best.items()})
@@ -60,20 +67,21 @@ class SweepRecord:
 
 
 def log_trial(root: Path, parent_run: str, name: str, figures: Mapping[str, float], origin: Mapping[str, str]) -> str:
-    """Record one trial's result as a child of its sweep.
+    """Record the result of one trial as a child run of its sweep.
 
-    A whole result is the very run that `publish` would write, and is found by it when the trial is promoted. One result
-    stays one run: if it was recorded before, that run is named and no second one is made.
+    A complete result gives the run that `publish` would write; `publish` finds it when the trial is promoted. If the
+    same result was recorded before, its run is returned and no second one is created. A trial that ends before
+    `evaluate` gives a run with params and metrics only.
 
     Args:
         root: The checkout that the trial ran in.
-        parent_run: The sweep's run.
-        name: For a trial that ends before `evaluate`, whose run has only params and figures.
-        figures: `<stage>.<metric>` of the stages that ran.
-        origin: Tags that say who ran them.
+        parent_run: Id of the run of the sweep.
+        name: Name of the run of a trial that ends before `evaluate`.
+        figures: `<stage>.<metric>` -> value for the stages that ran.
+        origin: Tags that name the flow run.
 
     Returns:
-        The run's id.
+        Id of the run.
     """
     params, paths, tracking = load_params(root / "params.yaml"), Paths(root), open_store(root)
     tags = {lineage.PARENT_TAG: parent_run, **origin}
@@ -94,5 +102,5 @@ def log_trial(root: Path, parent_run: str, name: str, figures: Mapping[str, floa
 
 
 def open_store(root: Path) -> Tracking:
-    """The store that the params.yaml of a checkout names."""
+    """Open the tracking store that the params.yaml of a checkout names."""
     return open_tracking(load_params(root / "params.yaml").publish, lineage.main_checkout(root))

@@ -1,7 +1,7 @@
-"""Checkpoints of an unfinished training: found again only by a training of the very same params, data and code.
+"""Checkpoints of an unfinished training, resumed only by a training with the same params, data and code.
 
-A checkpoint counts once its seal is there: the list of its files with sizes and digests, written when all of them are
-on the disk. A kill at any moment, a full disk or a damaged file leaves the one before it as the last.
+A checkpoint is valid once it has a seal: the list of its files with sizes and digests, written after all of them are on
+the disk. If a checkpoint is incomplete or damaged, by a kill or a full disk, training resumes from the one before it.
 """
 
 from __future__ import annotations
@@ -34,26 +34,30 @@ PICKLED_ARGUMENTS = "training_args.bin"
 class TrainingState:
     """The folder of one training's checkpoints.
 
-    It lies outside the outs: DVC would delete an out before a rerun, and with `persist` a changed learning rate would
-    go on from the old run's weights. It stays until DVC has recorded the stage; the next training clears it away.
+    It is not an out of DVC: DVC deletes an out before a rerun, and with `persist: true` a training with another
+    learning rate would continue from the weights of the old one. The folder is kept after the training, until DVC has
+    recorded the stage; the next training deletes it.
+
+    Args:
+        folder: Path of the folder.
     """
 
     folder: Path
 
     @classmethod
     def of(cls, params: Params, paths: Paths) -> TrainingState:
-        """The folder for exactly these params, rows, base model and code; how many processes share a step is open."""
+        """Return the folder for these params, rows, base model and code, whatever the number of processes."""
         digest = hashlib.sha256()
-        values = [params.model.model_dump(), what_counts(params.train)]
+        values = [params.model.model_dump(), fingerprint_params(params.train)]
         digest.update(json.dumps(values, sort_keys=True).encode())
         for path in fingerprint_files(paths):
             with path.open("rb") as file:
-                digest.update(named(path, paths).encode() + hashlib.file_digest(file, "sha256").digest())
+                digest.update(name_in_digest(path, paths).encode() + hashlib.file_digest(file, "sha256").digest())
         return cls(paths.state / "train" / digest.hexdigest()[:16])
 
     @classmethod
     def open(cls, params: Params, paths: Paths) -> TrainingState:
-        """The folder, made where it is missing; finished ones of other trainings are removed."""
+        """Create the folder if it is missing, and delete those of other trainings that are finished."""
         state = cls.of(params, paths)
         for other in state.folder.parent.glob("*"):
             if other != state.folder and (other / FINISHED).exists():
@@ -62,7 +66,7 @@ class TrainingState:
         return state
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; newer ones that are not, left by a kill or damaged since, are removed."""
+        """Return the newest valid checkpoint, None if there is none, and delete invalid ones that are newer."""
         numbered = [path for path in self.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
         for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
             problem = what_is_wrong(path)
@@ -73,34 +77,34 @@ class TrainingState:
         return None
 
     def mark_finished(self) -> None:
-        """Let the next training clear the folder away."""
+        """Mark the training as finished, so that the next training deletes the folder."""
         (self.folder / FINISHED).touch()
 
 
-def what_counts(section: TrainSection) -> dict[str, Any]:
-    """The section as far as it decides the updates: rows an update, not who computes which of them."""
+def fingerprint_params(section: TrainSection) -> dict[str, Any]:
+    """Return the params that decide the updates: the rows per update, but not how processes divide them."""
     shared_out = {"launch", "per_device_train_batch_size", "gradient_accumulation_steps"}
-    may_change = {"on_bad_loss", "bad_loss_factor", "on_oom"}  # on the way
+    may_change = {"on_bad_loss", "bad_loss_factor", "on_oom"}  # between two attempts of one training
     values = section.model_dump(exclude=shared_out | may_change)
     shares = section.gradient_accumulation_steps * section.launch.processes
     rows = section.per_device_train_batch_size * shares
-    return {**values, "rows_an_update": rows, "engine": section.launch.engine}  # each engine has its own files
+    return {**values, "rows_an_update": rows, "engine": section.launch.engine}  # engines write different checkpoints
 
 
 class SealCheckpoints(TrainerCallback):
-    """Seals each checkpoint as soon as all processes have written their part of it."""
+    """Callback that seals each checkpoint after all processes have written their parts."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait for the others; the first process seals."""
+        """Wait for all processes; the first one seals the checkpoint."""
         args.distributed_state.wait_for_everyone()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)  # nothing reads it, and it is a pickle
+            (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)  # a pickle that nothing reads
             seal(folder)
 
 
 def seal(checkpoint: Path) -> None:
-    """Write down whose it is, and its files with sizes and digests, when they are safely on the disk."""
+    """Flush a checkpoint's files to the disk, then write the seal: the training, the step, sizes and digests."""
     files = {}
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -111,12 +115,12 @@ def seal(checkpoint: Path) -> None:
 
 
 def belongs_to(checkpoint: Path) -> dict[str, str]:
-    """The training and the step of a checkpoint, by where it lies."""
+    """Return the training and the step that a checkpoint's path names."""
     return {"training": checkpoint.parent.name, "checkpoint": checkpoint.name}
 
 
 def what_is_wrong(checkpoint: Path) -> str | None:
-    """Why a checkpoint can't be resumed; None when it is as it was sealed."""
+    """Return why a checkpoint can't be resumed; None if it is as it was when it was sealed."""
     try:
         sealed = read_json(checkpoint / SEAL)
     except OSError:
@@ -127,7 +131,7 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     if not isinstance(files, dict) or not files or not all(isinstance(entry, dict) for entry in files.values()):
         return f"{SEAL} is damaged"
     if any(sealed.get(name) != value for name, value in belongs_to(checkpoint).items()):
-        return f"it is {sealed.get('checkpoint')} of training {sealed.get('training')}, put here by hand"
+        return f"it is {sealed.get('checkpoint')} of training {sealed.get('training')}, moved here by hand"
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -142,10 +146,10 @@ def what_is_wrong(checkpoint: Path) -> str | None:
 
 @contextmanager
 def explaining_full_disk(state: TrainingState) -> Iterator[None]:
-    """Turn whatever a full disk raises inside the block into one message; half a checkpoint is removed.
+    """Turn any error that a full disk causes in the block into one message, and delete the incomplete checkpoint.
 
     Raises:
-        ValueError: The disk is full; names the checkpoint to go on from.
+        ValueError: The disk is full; names the checkpoint that training will resume from.
     """
     try:
         yield
@@ -153,15 +157,15 @@ def explaining_full_disk(state: TrainingState) -> Iterator[None]:
         if not is_full_disk(error, state.folder):
             raise
         last = state.last_checkpoint()
-        kept = f"{last.name} is whole" if last is not None else "there is no whole checkpoint yet"
+        kept = f"{last.name} is complete" if last is not None else "there is no complete checkpoint yet"
         raise ValueError(
             f"no space left for a checkpoint in {state.folder}; {kept}. Free some space and type the command again to "
-            "go on"
+            "resume"
         ) from error
 
 
 def fingerprint_files(paths: Paths) -> Iterator[Path]:
-    """What a training's result depends on besides its params: packed rows, tokenizer, base model, the code."""
+    """Yield the files that decide a training besides its params: packed rows, tokenizer, base model, code."""
     yield paths.out("load", "base_model.json")
     for folder in (paths.out("pack", "train"), paths.out("pack", "eval"), paths.out("format", "tokenizer")):
         yield from sorted(path for path in folder.rglob("*") if path.is_file())
@@ -171,8 +175,8 @@ def fingerprint_files(paths: Paths) -> Iterator[Path]:
     yield from sorted((training / "training").glob("*.py"))
 
 
-def named(path: Path, paths: Paths) -> str:
-    """The name under which a file enters the digest: relative to what it belongs to, so that no two share one."""
+def name_in_digest(path: Path, paths: Paths) -> str:
+    """Return a file's path relative to the checkout or the code, so that files of equal name differ in the digest."""
     for root in (paths.root, Path(sft.__file__).resolve().parent.parent):
         if path.is_relative_to(root):
             return path.relative_to(root).as_posix()

@@ -1,12 +1,13 @@
-"""The curve of a training in MLflow as it grows: loss, held-out loss, rate, norm of the gradient, tokens a second.
+"""The curve of a training: its columns, tokens per second, progress lines, and the run in MLflow while it trains.
 
-Tokens a second over the steps of a training: wall times, so they stand beside the outs and not in them.
+Tokens per second depend on the machine, so they are written to reports/timings and to MLflow but not to an out of DVC.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -16,48 +17,83 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from stages.checkout.artifacts import write_text
+from stages.checkout.artifacts import progress, write_text
 from stages.checkout.paths import Paths
 from stages.params.schema import Params
 from stages.tracking import lineage
 from stages.tracking.lineage import machine_tags
-from stages.training.checkpoints import TrainingState, what_counts
-from stages.training.out_of_memory import history
+from stages.training.checkpoints import TrainingState, fingerprint_params
+from stages.training.out_of_memory import describe_events
 
 if TYPE_CHECKING:
     from stages.tracking.live_run import LiveRun
 
-COLUMNS = ("step", "tokens_per_second")
+CURVE_COLUMNS = (
+    "step",
+    "loss",
+    "eval_loss",
+    "learning_rate",
+    "grad_norm",
+    "mean_token_accuracy",
+    "eval_mean_token_accuracy",
+    "num_input_tokens_seen",
+)
+
+SPEED = "tokens_per_second"
+
+MEMORY_TAG = "sft.out_of_memory"
+
+SWITCH, ON, OFF = "SFT_LIVE_RUN", "on", "off"
+
+
+def curve_csv(history: list[dict[str, Any]]) -> str:
+    """Return the trainer's log as CSV: one row per step, with empty cells for figures not logged at that step."""
+    steps: dict[int, dict[str, Any]] = {}
+    for entry in history:
+        steps.setdefault(entry["step"], {}).update(entry)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, CURVE_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(steps[step] for step in sorted(steps) if {"loss", "eval_loss"} & set(steps[step]))
+    return file.getvalue()
 
 
 class Throughput(TrainerCallback):
-    """Measures between points of the curve; evaluations and checkpoints are not counted in.
+    """Clock of a training: tokens per second at each point of the curve, and the time left.
+
+    Only optimizer steps are timed for the tokens per second, not the evaluations and checkpoints between them. Other
+    callbacks read their times here, so this one must precede them in the trainer's list.
 
     Args:
-        file: Where the points lie while the training is unfinished, so that a resumed one goes on with them.
+        file: CSV file that keeps the points while the training is unfinished, for a resumed training to continue.
+
+    Attributes:
+        points: Pairs of step and tokens per second.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self.points: list[tuple[int, float]] = []
-        self._seconds, self._tokens, self._started = 0.0, 0, 0.0
+        self._seconds, self._tokens, self._step_began = 0.0, 0, 0.0
+        self._began, self._first_step = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up the points of the steps that are done."""
+        """Read the points up to the step that the training starts from."""
         points = read_points(self._file.read_text(encoding="utf-8")) if self._file.exists() else []
         self.points = [point for point in points if point[0] <= state.global_step]
-        self._seconds, self._tokens, self._started = 0.0, state.num_input_tokens_seen, time.monotonic()
+        self._began, self._first_step = time.monotonic(), state.global_step
+        self._seconds, self._tokens, self._step_began = 0.0, state.num_input_tokens_seen, self._began
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self._started = time.monotonic()
+        """Start timing the step."""
+        self._step_began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop it."""
-        self._seconds += time.monotonic() - self._started
+        """Add the step's time."""
+        self._seconds += time.monotonic() - self._step_began
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Set a point."""
+        """Add a point where a training loss is logged."""
         tokens = state.num_input_tokens_seen - self._tokens
         if not logs or "loss" not in logs or not self._seconds or not tokens:
             return
@@ -67,37 +103,74 @@ class Throughput(TrainerCallback):
             write_text(self._file, self.as_csv())
 
     def as_csv(self) -> str:
-        """All points."""
+        """Return all points as CSV."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([COLUMNS, *((step, round(speed, 1)) for step, speed in self.points)])
+        writer.writerows([("step", SPEED), *((step, round(speed, 1)) for step, speed in self.points)])
         return text.getvalue()
+
+    def speed_at(self, step: int) -> float | None:
+        """Return the tokens per second of the newest point; None if it is not at this step."""
+        return self.points[-1][1] if self.points and self.points[-1][0] == step else None
+
+    def seconds_left(self, state: Any) -> float:
+        """Estimate the seconds until the last step, evaluations included; NaN before the first step has ended."""
+        done = state.global_step - self._first_step
+        return (time.monotonic() - self._began) / done * (state.max_steps - state.global_step) if done else math.nan
 
 
 def read_points(text: str) -> list[tuple[int, float]]:
-    """Points of a file that `Throughput` wrote."""
-    return [(int(row[COLUMNS[0]]), float(row[COLUMNS[1]])) for row in csv.DictReader(io.StringIO(text))]
+    """Parse the points of a CSV file written by `Throughput`."""
+    return [(int(row["step"]), float(row[SPEED])) for row in csv.DictReader(io.StringIO(text))]
 
 
-MEMORY_TAG = "sft.out_of_memory"
+class ProgressLines(TrainerCallback):
+    """Callback that prints a progress line for each point of the curve, with the loss and the time left.
 
-SWITCH, ON, OFF = "SFT_LIVE_RUN", "on", "off"
+    Args:
+        throughput: Clock of the training.
+    """
+
+    def __init__(self, throughput: Throughput) -> None:
+        self._throughput = throughput
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print the step that the training starts from: not 0 if it is resumed."""
+        if state.is_world_process_zero:
+            progress(state.global_step, state.max_steps, "training")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Print the step, the losses and the time left."""
+        if not state.is_world_process_zero or not logs or not ({"loss", "eval_loss"} & set(logs)):
+            return
+        figures = " ".join(f"{name} {logs[name]:.4f}" for name in ("loss", "eval_loss") if name in logs)
+        left = self._throughput.seconds_left(state)
+        progress(state.global_step, state.max_steps, f"{figures}, {left:.0f} s left")
 
 
 @contextmanager
 def live_run(params: Params, paths: Paths, state: TrainingState, first_process: bool) -> Iterator[LiveRun | None]:
-    """The run of this training, or None where another process has it or the environment says SFT_LIVE_RUN=off.
+    """Record this training in MLflow while the block runs, and set the run's final status after it.
+
+    Args:
+        params: Of the training.
+        paths: The checkout.
+        state: Folder of the training's checkpoints.
+        first_process: Whether this process is the one that records.
+
+    Yields:
+        The run; None in other processes, or if the environment variable SFT_LIVE_RUN is `off`.
 
     Raises:
-        ValueError: SFT_LIVE_RUN has another value.
+        ValueError: SFT_LIVE_RUN has another value than `on` or `off`.
     """
     switch = os.environ.get(SWITCH, ON)
     if switch not in (ON, OFF):
-        raise ValueError(f"{SWITCH}={switch!r}: it is `{ON}` or `{OFF}`")
+        raise ValueError(f"{SWITCH}={switch!r}: it must be `{ON}` or `{OFF}`")
     if switch == OFF or not first_process:
         yield None
         return
-    run = start(params, paths, state)
+    run = _open_run(params, paths, state)
     try:
         yield run
     except Exception:
@@ -109,22 +182,21 @@ def live_run(params: Params, paths: Paths, state: TrainingState, first_process: 
     run.trained(lineage.training_digest(params, paths))
 
 
-def start(params: Params, paths: Paths, state: TrainingState) -> LiveRun:
-    """Begin to record, or go on."""
-    # here rather than above: launched processes that record nothing need not load MLflow
+def _open_run(params: Params, paths: Paths, state: TrainingState) -> LiveRun:
+    # imported here, as launched processes that record nothing need not load MLflow
     from stages.tracking.live_run import LiveRun
     from stages.tracking.store import open_tracking
 
     home = lineage.main_checkout(paths.root)
-    fixed = {"model": params.model.model_dump(), "train": what_counts(params.train)}
+    fixed = {"model": params.model.model_dump(), "train": fingerprint_params(params.train)}
     stated = lineage.result_params(params)
     tags = {
         "mlflow.source.name": "python -m stages train",
         **lineage.circumstances(paths),
         **machine_tags(),
     }
-    if told := history(state):
-        tags[MEMORY_TAG] = told
+    if events := describe_events(state):
+        tags[MEMORY_TAG] = events
     return LiveRun(
         lambda: open_tracking(params.publish, home),
         state.folder,
@@ -135,37 +207,29 @@ def start(params: Params, paths: Paths, state: TrainingState) -> LiveRun:
 
 
 class LiveCurve(TrainerCallback):
-    """Hands the figures of each log line to the run, with the speed since the line before."""
+    """Callback that sends the figures of each log line to the run in MLflow, with the tokens per second.
 
-    def __init__(self, run: LiveRun, columns: tuple[str, ...]) -> None:
-        self._run, self._columns = run, columns
-        self._seconds, self._step_began, self._tokens = 0.0, 0.0, 0
+    Args:
+        run: The training's run.
+        throughput: Clock of the training.
+    """
+
+    def __init__(self, run: LiveRun, throughput: Throughput) -> None:
+        self._run, self._throughput = run, throughput
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Fill what the run lacks of the steps before the checkpoint that the training goes on from."""
-        self._seconds, self._tokens = 0.0, state.num_input_tokens_seen
+        """Send the log up to the checkpoint that the training is resumed from; points in the run are not sent again."""
         for entry in state.log_history:
-            self._hand_over(entry, entry["step"])
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock: evaluations and checkpoints are no training time."""
-        self._step_began = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop it."""
-        self._seconds += time.monotonic() - self._step_began
+            self._send(entry, entry["step"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Hand over what has just been logged."""
+        """Send what has just been logged."""
         if not logs or not ({"loss", "eval_loss"} & set(logs)):
             return
-        figures = dict(logs)
-        if "loss" in logs and self._seconds > 0:
-            tokens, self._tokens = state.num_input_tokens_seen - self._tokens, state.num_input_tokens_seen
-            figures["tokens_per_second"], self._seconds = tokens / self._seconds, 0.0
-        self._hand_over(figures, state.global_step)
+        speed = self._throughput.speed_at(state.global_step) if "loss" in logs else None
+        self._send(logs if speed is None else {**logs, SPEED: speed}, state.global_step)
 
-    def _hand_over(self, entry: dict[str, Any], step: int) -> None:
-        names = (*self._columns, "tokens_per_second")
+    def _send(self, entry: Mapping[str, Any], step: int) -> None:
+        names = (*CURVE_COLUMNS, SPEED)
         figures = {name: float(entry[name]) for name in names if name != "step" and name in entry}
         self._run.log(figures, step, int(time.time() * 1000))

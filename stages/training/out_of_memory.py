@@ -1,4 +1,8 @@
-"""Out of memory: the training goes on from its last checkpoint with the same updates, computed in smaller parts."""
+"""Recovery from out-of-memory errors: smaller forward passes, and more of them per update.
+
+The training continues from its last checkpoint. An update has as many rows as before, so its gradient is the same up to
+rounding.
+"""
 
 from __future__ import annotations
 
@@ -9,61 +13,61 @@ from stages.params.schema import TrainSection
 from stages.training.checkpoints import TrainingState
 
 EVENTS = "out_of_memory.json"
-"""With the checkpoints: a training that is killed later need not find out again what fits."""
+"""File next to the checkpoints, so that a resumed training starts with the number of rows that fits."""
 
 
 class OutOfMemory(ValueError):
-    """The device's memory did not suffice; another attempt in smaller parts may succeed."""
+    """A device ran out of memory; another attempt with smaller forward passes may succeed."""
 
 
-def fitted(section: TrainSection, state: TrainingState) -> TrainSection:
-    """The section with as many rows a forward pass as have been found to fit; an update has as many rows as before."""
-    found = events(state)
+def section_that_fits(section: TrainSection, state: TrainingState) -> TrainSection:
+    """Return the section with no more rows per forward pass than were found to fit, and as many rows per update."""
+    found = read_events(state)
     rows = section.per_device_train_batch_size
     while found and rows > found[-1]["rows"]:
-        rows = fewer(rows)
+        rows = fewer_rows(rows)
     passes = section.gradient_accumulation_steps * section.per_device_train_batch_size // rows
     return section.model_copy(update={"per_device_train_batch_size": rows, "gradient_accumulation_steps": passes})
 
 
-def fewer(rows: int) -> int:
-    """Half the rows a forward pass, or the next smaller number of which whole passes make up the same rows."""
+def fewer_rows(rows: int) -> int:
+    """Return the largest divisor of `rows` that is at most half of it: the rows of the next, smaller forward pass."""
     return next(number for number in range(rows // 2, 0, -1) if rows % number == 0)
 
 
-def events(state: TrainingState) -> list[dict[str, Any]]:
-    """How often this training ran out of memory, and what was done."""
+def read_events(state: TrainingState) -> list[dict[str, Any]]:
+    """Return an entry for each time that this training ran out of memory: the `problem`, and the `rows` after it."""
     file = state.folder / EVENTS
     return list(read_json(file)) if file.exists() else []
 
 
-def figures(section: TrainSection, state: TrainingState) -> dict[str, int]:
-    """How often memory did not suffice, and, where it did not, how many rows a forward pass had in the end."""
-    found = events(state)
-    rows = {"rows_a_pass": fitted(section, state).per_device_train_batch_size} if found else {}
+def memory_figures(section: TrainSection, state: TrainingState) -> dict[str, int]:
+    """Return how often the training ran out of memory and, if it did, the rows per forward pass at its end."""
+    found = read_events(state)
+    rows = {"rows_a_pass": section_that_fits(section, state).per_device_train_batch_size} if found else {}
     return {"out_of_memory": len(found), **rows}
 
 
-def history(state: TrainingState) -> str:
-    """All of it in words; empty when memory sufficed."""
-    return "; ".join(f"{event['problem']}, {event['rows']} from there" for event in events(state))
+def describe_events(state: TrainingState) -> str:
+    """Return the out-of-memory events as one line of text; empty if there were none."""
+    return "; ".join(f"{event['problem']}, {event['rows']} from there" for event in read_events(state))
 
 
 def make_smaller(section: TrainSection, state: TrainingState, problem: str) -> None:
-    """Let the next attempt of this training compute its updates in smaller parts.
+    """Make the next attempt of this training use fewer rows per forward pass.
 
     Args:
-        section: As params.yaml states it.
-        state: The training's folder.
-        problem: Where it ran out of memory.
+        section: Section `train` of params.yaml.
+        state: Folder of the training's checkpoints.
+        problem: In which step it ran out of memory, and with how many rows.
 
     Raises:
-        ValueError: That is not allowed or not possible; names the ways out.
+        ValueError: train.on_oom forbids it, one row does not fit, or there are several machines.
     """
     other_ways = "set train.gradient_checkpointing: true, or lower pack.max_length"
-    rows = fitted(section, state).per_device_train_batch_size
+    rows = section_that_fits(section, state).per_device_train_batch_size
     if rows == 1:
-        raise ValueError(f"{problem}; it can't be less than one row: {other_ways}")
+        raise ValueError(f"{problem}; a forward pass can't have fewer than one row: {other_ways}")
     if section.on_oom == "fail":
         raise ValueError(
             f"{problem}; set train.on_oom: halve, lower train.per_device_train_batch_size (and raise "
@@ -72,11 +76,13 @@ def make_smaller(section: TrainSection, state: TrainingState, problem: str) -> N
     if section.launch.machines > 1:
         raise ValueError(
             f"{problem}; train.on_oom: halve works on one machine only: lower train.per_device_train_batch_size and "
-            "raise gradient_accumulation_steps as much; training goes on from the last checkpoint"
+            "raise gradient_accumulation_steps as much; training then continues from the last checkpoint"
         )
-    less = fewer(rows)
+    less = fewer_rows(rows)
     state.folder.mkdir(parents=True, exist_ok=True)
-    write_json(state.folder / EVENTS, [*events(state), {"problem": problem, "rows": less}])
+    write_json(state.folder / EVENTS, [*read_events(state), {"problem": problem, "rows": less}])
     print(
-        f"{problem}; going on from the last checkpoint with {less}, {rows // less} times as many an update", flush=True
+        f"{problem}; continuing from the last checkpoint with {less}, and {rows // less} times as many passes per "
+        "update",
+        flush=True,
     )

@@ -1,11 +1,9 @@
-"""stages.training.setup."""
+"""The trainer of one training: options, base model, rows and callbacks, as params.yaml states them."""
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import load_from_disk
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -16,32 +14,29 @@ from sft.models.adapters import get_peft_config
 from sft.models.kbit import get_quantization_config
 from sft.models.loading import load_model
 from sft.train.trainer import SFTTrainer
-from stages.checkout.artifacts import (
-    progress,
-    read_json,
-)
+from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
 from stages.params.schema import ModelSection, Params, TrainSection
 from stages.training.checkpoints import SealCheckpoints
 
-if TYPE_CHECKING:
-    pass
-
-CURVE_COLUMNS = (
-    "step",
-    "loss",
-    "eval_loss",
-    "learning_rate",
-    "grad_norm",
-    "mean_token_accuracy",
-    "eval_mean_token_accuracy",
-    "num_input_tokens_seen",
-)
+NOT_SFT_OPTIONS = {
+    *("method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),  # see `make_model_config`
+    "warmup_ratio",  # given as `warmup_steps`
+    *("launch", "on_oom"),  # see `stages.train.run`
+}
+"""Keys of the section `train` that are not passed to `SFTConfig` under their own name."""
 
 
 def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: list[TrainerCallback]) -> SFTTrainer:
-    """Model, rows and callbacks together."""
+    """Create the trainer.
+
+    Args:
+        params: Values of params.yaml.
+        paths: The checkout, with the outs of `load`, `format` and `pack`.
+        config: The options, made by `make_sft_config`.
+        recorders: Callbacks that record the training.
+    """
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     model_config = make_model_config(params)
     trainer = SFTTrainer(
@@ -51,14 +46,14 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
         eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
-        callbacks=[LogLastStep(), ProgressLines(), SealCheckpoints(), *recorders],
+        callbacks=[LogLastStep(), *recorders, SealCheckpoints()],
     )
-    trainer.remove_callback(PrinterCallback)  # `ProgressLines` says it more briefly
+    trainer.remove_callback(PrinterCallback)  # `ProgressLines` replaces it
     return trainer
 
 
 def make_model_config(params: Params) -> ModelConfig:
-    """The base model and the adapter, as the library's options."""
+    """Return the params of base model and adapter as `ModelConfig`."""
     section = params.train
     return ModelConfig(
         model_name_or_path=params.model.name_or_path,
@@ -78,7 +73,7 @@ def make_model_config(params: Params) -> ModelConfig:
 def load_base(
     section: ModelSection, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, paths: Paths
 ) -> PreTrainedModel:
-    """Load the base model that `load` recorded, with rows for every token of the tokenizer."""
+    """Load the base model that `load` recorded, with an embedding for each token of the tokenizer."""
     base = read_base_model(paths.out("load", "base_model.json"))
     model = load_model(
         base.path,
@@ -93,69 +88,32 @@ def load_base(
 
 
 def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
-    """The section as the library's options; checkpoints go to `folder`."""
+    """Return the section as `SFTConfig`; a key of the section is the option of the same name.
+
+    Args:
+        section: Section `train` of params.yaml.
+        folder: Where checkpoints are written.
+    """
     return SFTConfig(
         output_dir=str(folder),
-        learning_rate=section.learning_rate,
-        num_train_epochs=section.num_train_epochs,
-        max_steps=section.max_steps,
-        per_device_train_batch_size=section.per_device_train_batch_size,
         per_device_eval_batch_size=section.per_device_train_batch_size,
-        gradient_accumulation_steps=section.gradient_accumulation_steps,
-        lr_scheduler_type=section.lr_scheduler_type,
         warmup_steps=section.warmup_ratio,
-        weight_decay=section.weight_decay,
-        adam_beta2=section.adam_beta2,
-        max_grad_norm=section.max_grad_norm,
-        neftune_noise_alpha=section.neftune_noise_alpha,
-        loss_type=section.loss_type,
-        gradient_checkpointing=section.gradient_checkpointing,
-        use_liger_kernel=section.use_liger_kernel,
-        on_bad_loss=section.on_bad_loss,
-        bad_loss_factor=section.bad_loss_factor,
-        logging_steps=section.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_steps=section.eval_steps,
         save_strategy="steps",
-        save_steps=section.save_steps,
         save_total_limit=2,
         padding_free=True,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to=[],
         disable_tqdm=True,
-        seed=section.seed,
+        **section.model_dump(exclude=NOT_SFT_OPTIONS),
     )
 
 
 class LogLastStep(TrainerCallback):
-    """Takes the figures of the last step, whatever `logging_steps` is: a short training would have none."""
+    """Callback that logs the last step, also where it is not a multiple of `logging_steps`."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for them."""
+        """Ask for a log line after the last step."""
         if state.global_step >= state.max_steps:
             control.should_log = True
-
-
-class ProgressLines(TrainerCallback):
-    """A progress line at every point of the curve, with the loss and the time left."""
-
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.first_step = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock; a resumed training does not begin at step 0."""
-        self.started, self.first_step = time.monotonic(), state.global_step
-        if not state.is_world_process_zero:
-            return
-        progress(state.global_step, state.max_steps, "training")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Say where training is."""
-        if not state.is_world_process_zero or not logs or not ({"loss", "eval_loss"} & set(logs)):
-            return
-        done = state.global_step - self.first_step
-        left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step) if done else math.nan
-        figures = " ".join(f"{name} {logs[name]:.4f}" for name in ("loss", "eval_loss") if name in logs)
-        progress(state.global_step, state.max_steps, f"{figures}, {left:.0f} s left")

@@ -175,7 +175,7 @@ def test_several_tasks_and_an_own_function_are_scored_and_shown(tmp_path: Path) 
     assert results["passed"] is True
     page = paths.report.read_text(encoding="utf-8")
     assert "chrF, 0 to 100 on 3 held-out rows: base" in page
-    assert "tuned is wrong" not in page  # no score says what is right
+    assert "tuned is wrong" not in page  # no score shows which answer is right
 
 
 def scale(file: Path, name: str, factor: float) -> None:
@@ -201,10 +201,10 @@ def test_one_scaled_tensor_of_the_merged_model_closes_the_gate(tmp_path: Path) -
     scale(paths.out("merge", "model", "model.safetensors"), "model.layers.0.mlp.up_proj.weight", 1.1)
     (row,) = broken(paths)
     assert row.startswith("merged.kl <= 1e-06: the merged model is not the tuned one, its answers diverge by ")
-    assert row.endswith("its folder was changed behind the stage `merge`; `dvc repro merge` makes it again")
+    assert row.endswith("its folder was changed after the stage `merge`; `dvc repro merge` writes it again")
 
 
-def test_head_of_the_base_that_a_merge_left_behind_closes_the_gate(tmp_path: Path) -> None:
+def test_head_of_the_base_in_a_merged_model_closes_the_gate(tmp_path: Path) -> None:
     paths = write_tiny_run(tmp_path)
     folder = paths.out("merge", "model")
     tensors = load_file(folder / "model.safetensors")
@@ -227,7 +227,7 @@ def test_adapter_with_another_scale_than_it_was_trained_with_closes_the_gate(tmp
     write_json(file, {**config, "lora_alpha": 4 * config["lora_alpha"]})
     merged, tuned = broken(paths)
     assert merged.startswith("merged.kl <= 1e-06: ")
-    assert "behind the stage `train`; `dvc repro train` makes it again" in tuned
+    assert "after the stage `train`; `dvc repro train` writes it again" in tuned
     # what merges such an adapter agrees with it, but not with the training
     shutil.rmtree(paths.out("merge"))
     tiny_tokenizer().save_pretrained(paths.out("train", "model"))

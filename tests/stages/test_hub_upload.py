@@ -1,4 +1,4 @@
-"""A model card says what was measured and where the model comes from; a push leaves just that folder on the hub."""
+"""The model card states figures and origin of the model; a push replaces the hub repository by that folder and it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def hub() -> Iterator[str]:
 
 
 def push_apart(paths: Paths, repo_id: str, **environment: str) -> tuple[int, str]:
-    """Push in a process of its own: the hub client reads its environment once."""
+    """Push in a new process, as the hub client reads its environment only once."""
     done = subprocess.run(
         [sys.executable, "-c", PUSH, str(paths.out("merge", "model")), str(paths.out("publish", "README.md")), repo_id],
         cwd=CHECKOUT,
@@ -70,7 +70,7 @@ def test_card_holds_figures_gate_and_lineage_as_text_and_for_the_hub(paths: Path
         "loss": 0.25,
         "exact_match": 0.9,
     }
-    assert card.data.base_model is None  # a local folder is no model of the hub
+    assert card.data.base_model is None  # a local folder is not a model of the hub
     lines = card.text.splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert table == [
@@ -136,7 +136,7 @@ def test_what_the_hub_refuses_names_the_key(
     assert words in output
 
 
-def test_nothing_is_pushed_unless_asked_for_and_behind_a_closed_gate(
+def test_nothing_is_pushed_unless_asked_for_or_if_the_gate_is_closed(
     paths: Paths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert publish.push_shipped(tiny_params(), paths, "merged", "0" * 64, promoted=True) is None

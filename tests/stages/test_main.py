@@ -1,4 +1,4 @@
-"""A user's mistake is one message and an exit code: no traceback, nothing overwritten, nothing expensive begun."""
+"""A user's mistake gives one message and an exit code: no traceback, nothing overwritten, nothing expensive started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage `merge`: one plain checkpoint, the proof in its metrics, and nothing in place of an earlier result."""
+"""The stage `merge`: one plain checkpoint, the comparison in its metrics; a failure keeps an earlier result."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_wall_time_is_kept_out_of_the_metrics(paths: Paths) -> None:
     assert json.loads(paths.timings("merge").read_text())["seconds"] > 0
 
 
-def test_weights_trained_in_full_are_copied_and_it_is_said(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_trained_in_full_are_copied_and_the_message_states_it(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(paths.out("train", "model"))
     tiny_model().save_pretrained(paths.out("train", "model"))
     tiny_tokenizer().save_pretrained(paths.out("train", "model"))
     run(tiny_params(train={"method": "full"}), paths)
     assert figures(paths)["merged"] is False
     assert figures(paths)["max_logit_diff"] == 0.0
-    assert "nothing to merge" in capsys.readouterr().out
+    assert "there is no adapter to merge" in capsys.readouterr().out
 
 
 def test_dtype_of_the_params_is_that_of_the_checkpoint(paths: Paths) -> None:
@@ -115,7 +115,7 @@ def test_no_rows_to_compare_on_is_an_error(paths: Paths) -> None:
     Dataset.from_dict({"input_ids": [[]], "labels": [[]], "seq_lengths": [[]]}).save_to_disk(
         str(paths.out("pack", "eval"))
     )
-    with pytest.raises(ValueError, match="must be compared on some"):
+    with pytest.raises(ValueError, match="contains no documents, on which the merged logits must be compared"):
         run(tiny_params(), paths)
 
 

@@ -1,4 +1,4 @@
-"""`publish`: one run a result, complete without any other record, found again rather than logged twice."""
+"""`publish`: one run per result, complete without any other record, found again rather than logged twice."""
 
 from __future__ import annotations
 

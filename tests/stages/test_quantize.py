@@ -1,4 +1,4 @@
-"""`quantize` on a tiny model: real GPTQ, calibrated on packed training rows, or a stated skip."""
+"""`quantize` on a tiny model: real GPTQ, calibrated on packed training rows, or skipped with a reason."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_bitsandbytes_checkpoints_are_measured_like_the_others_and_evaluated(tmp
 
 
 @pytest.mark.parametrize("method", ["gptq", "none"])
-def test_gguf_file_of_the_merged_model_is_written_beside_and_taken_away_again(tmp_path: Path, method: str) -> None:
+def test_gguf_file_of_the_merged_model_is_written_and_deleted_again(tmp_path: Path, method: str) -> None:
     paths = write_tiny_run(tmp_path)
     quantize.run(tiny_params(quantize={"method": method, "export_gguf": "q8_0"}), paths)
     folder = paths.out("quantize", "gguf")

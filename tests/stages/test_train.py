@@ -1,15 +1,17 @@
-"""The stage `train`: params reach the library, checkpoints are found again only when they belong."""
+"""The stage `train`: params reach the library, and the curve has one row per step."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stages import train
+from sft.config import SFTConfig
 from stages.params.schema import Params, TrainSection, load_params
-from stages.training.setup import make_model_config, make_sft_config
+from stages.training.curve import curve_csv
+from stages.training.setup import NOT_SFT_OPTIONS, make_model_config, make_sft_config
 from tests.stages.data_root import ROOT
 
 
@@ -19,25 +21,61 @@ def params(**section: Any) -> Params:
     return Params.model_validate(values)
 
 
-# Where a key of the section ends up under another name or in another object.
-ELSEWHERE = {
-    "method",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "warmup_ratio",
-    "launch",
-    "on_oom",
-}
-
-
 def test_every_key_of_the_section_reaches_the_trainer(tmp_path: Path) -> None:
     section = params(weight_decay=0.25, neftune_noise_alpha=5.0, loss_type="dft", max_grad_norm=0.5, seed=7).train
     config = make_sft_config(section, tmp_path)
-    for key in set(TrainSection.model_fields) - ELSEWHERE:
+    for key in set(TrainSection.model_fields) - NOT_SFT_OPTIONS:
         assert getattr(config, key) == getattr(section, key), key
     assert config.warmup_steps == section.warmup_ratio
+
+
+def test_every_key_of_the_section_is_an_option_of_the_library_or_read_elsewhere() -> None:
+    assert set(TrainSection.model_fields) - NOT_SFT_OPTIONS <= {field.name for field in fields(SFTConfig)}
+    assert {
+        *("method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+        *("warmup_ratio", "launch", "on_oom"),
+    } == NOT_SFT_OPTIONS
+
+
+def test_shipped_params_differ_from_the_defaults_of_the_library_in_these_options(tmp_path: Path) -> None:
+    config = make_sft_config(params().train, tmp_path).to_dict()
+    defaults = SFTConfig(output_dir=str(tmp_path)).to_dict()
+    assert {name: value for name, value in config.items() if value != defaults[name]} == {
+        "adam_beta2": 0.99,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "disable_tqdm": True,
+        "do_eval": True,
+        "eval_steps": 200,
+        "eval_strategy": "steps",
+        "learning_rate": 0.0015,
+        "logging_nan_inf_filter": False,
+        "logging_steps": 5,
+        "lr_scheduler_type": "cosine",
+        "num_train_epochs": 1.0,
+        "on_bad_loss": "stop",
+        "padding_free": True,
+        "per_device_eval_batch_size": 1,
+        "per_device_train_batch_size": 1,
+        "save_steps": 20,
+        "save_total_limit": 2,
+        "seed": 0,
+        "warmup_steps": 0.05,
+    }
+    equal_to_defaults = {
+        "bad_loss_factor": None,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "loss_type": "nll",
+        "max_grad_norm": 1.0,
+        "max_steps": -1,
+        "neftune_noise_alpha": None,
+        "output_dir": str(tmp_path),
+        "report_to": [],
+        "save_strategy": "steps",
+        "use_liger_kernel": False,
+        "weight_decay": 0.0,
+    }
+    assert {name: config[name] for name in equal_to_defaults} == equal_to_defaults
 
 
 @pytest.mark.parametrize(
@@ -49,13 +87,13 @@ def test_method_decides_adapter_and_base(method: str, use_peft: bool, four_bit: 
     assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (4, 6, 0.125)
 
 
-def test_curve_has_one_row_a_step_and_leaves_out_wall_times() -> None:
+def test_curve_has_one_row_per_step_and_no_wall_times() -> None:
     history = [
         {"step": 5, "loss": 2.0, "learning_rate": 0.1, "train_runtime": 9.0},
         {"step": 10, "loss": 1.0, "learning_rate": 0.05},
         {"step": 10, "eval_loss": 1.5, "eval_runtime": 3.0},
         {"step": 10, "train_loss": 1.5},
     ]
-    lines = train.curve_csv(history).splitlines()
+    lines = curve_csv(history).splitlines()
     assert lines[0].startswith("step,loss,eval_loss,learning_rate,grad_norm")
     assert lines[1:] == ["5,2.0,,0.1,,,,", "10,1.0,1.5,0.05,,,,"]

@@ -1,4 +1,4 @@
-"""lm-eval's tasks in `evaluate`: figures, intervals, report, gate; refused by name where the extra is missing."""
+"""Tasks of lm-eval in `evaluate`: figures, intervals, report, gate; the extra is named if it is missing."""
 
 from __future__ import annotations
 

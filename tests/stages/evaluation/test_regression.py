@@ -1,4 +1,4 @@
-"""General prompts: read from tasks/, measured beside the held-out rows, open to gates, shown in the report."""
+"""General prompts: read from tasks/, measured in addition to the held-out rows, open to gates, shown in the report."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Paths, str]:
     return paths, paths.report.read_text(encoding="utf-8")
 
 
-def test_every_model_has_figures_on_general_prompts_beside_those_on_held_out_rows(finished: tuple[Paths, str]) -> None:
+def test_every_model_has_figures_on_general_prompts_and_on_held_out_rows(finished: tuple[Paths, str]) -> None:
     results = read_json(finished[0].out("evaluate", "results.json"))
     found = {f"{m}.{name}" for m, figures in results["models"].items() for name in figures}
     section = tiny_params(evaluate={"regression": GENERAL}).evaluate

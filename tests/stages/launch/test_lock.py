@@ -1,4 +1,4 @@
-"""Two trainings on one device: the second is told who is at work, and waits or gives up; a kill frees the device."""
+"""Two trainings on one device: the second names the first, and waits or is refused; a kill frees the device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    """A training that ends when it is told to."""
+    """Start a process that locks the device until it reads a line."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HOLD, str(folder)]
     pipe = subprocess.PIPE
@@ -64,7 +64,7 @@ def test_second_training_waits_until_the_first_has_ended(tmp_path: Path) -> None
     second = start(tmp_path)
 
     assert first_line(second).startswith(
-        f"waiting: another training has the processor of this machine: process {first.pid}"
+        f"waiting: another training uses the processor of this machine: process {first.pid}"
     )
     first.communicate("end\n")
     assert first_line(second) == "training"
@@ -98,9 +98,26 @@ def test_stage_train_takes_the_lock_and_others_do_not(
         assert "the pipeline has not run here yet" in capsys.readouterr().err
 
 
+def test_stage_train_checks_the_later_stages_before_it_takes_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("evaluate would fail")
+
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    monkeypatch.setenv(BUSY_VARIABLE, REFUSE)
+    monkeypatch.setattr("stages.tools.check.check_later_stages", refuse)
+    with sole_training(tmp_path):
+        assert main(["train", "--root", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: evaluate would fail\n"
+
+
 def test_unknown_wish_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BUSY_VARIABLE, "perhaps")
-    with pytest.raises(ValueError, match="SFT_WHEN_BUSY='perhaps': it is `wait` or `refuse`"), sole_training(tmp_path):
+    with (
+        pytest.raises(ValueError, match="SFT_WHEN_BUSY='perhaps': it must be `wait` or `refuse`"),
+        sole_training(tmp_path),
+    ):
         pass
 
 

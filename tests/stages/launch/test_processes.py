@@ -1,4 +1,4 @@
-"""A training in several real processes: what it writes, and how it ends when one of them does."""
+"""A training in several real processes: what it writes, and how it ends if one of them fails."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def workers(stage: subprocess.Popen[str], count: int = 2) -> list[psutil.Process
 
 
 def errors_said(output: str) -> list[str]:
-    """Lines that tell of an error; progress of the other processes may come behind them."""
+    """Return the error lines; progress lines of other processes may follow them."""
     return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
@@ -287,7 +287,7 @@ def test_a_file_of_accelerate_is_an_engine(tmp_path: Path, content: str) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("distributed_type: NO\n", "shares no training among processes"),
+        ("distributed_type: NO\n", "does not start several processes"),
         ("distributed_type: 'XLA'\n", "distributed_type is XLA"),
         ("distributed_type: DEEPSPEED\n", r"mine\.yaml: distributed_type DEEPSPEED needs the package deepspeed"),
         (
@@ -299,11 +299,11 @@ def test_a_file_of_accelerate_is_an_engine(tmp_path: Path, content: str) -> None
             "mixed_precision is 'bf16', but model.dtype decides",
         ),
         (WRITTEN_FILE + "main_process_port: 7\n", r"main_process_port is 7, but train\.launch\.port"),
-        (WRITTEN_FILE + "dynamo_config: {dynamo_backend: INDUCTOR}\n", "compiles nothing"),
+        (WRITTEN_FILE + "dynamo_config: {dynamo_backend: INDUCTOR}\n", "does not compile"),
         (WRITTEN_FILE + "fsdp_konfig: {}\n", "fsdp_konfig"),
         ("a: [\n", r"mine\.yaml can't be read as YAML"),
-        ("- a\n", r"mine\.yaml holds no settings"),
-        ("", r"mine\.yaml holds no settings"),
+        ("- a\n", r"mine\.yaml contains no settings"),
+        ("", r"mine\.yaml contains no settings"),
     ],
 )
 def test_a_file_of_accelerate_that_can_not_be_followed_is_refused(tmp_path: Path, content: str, message: str) -> None:

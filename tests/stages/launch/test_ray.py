@@ -1,4 +1,4 @@
-"""A training under Ray Train: the same as under `accelerate launch`, ended as a whole, one message when it fails."""
+"""A training under Ray Train: the same result as under `accelerate launch`; all workers end, with one error message."""
 
 from __future__ import annotations
 

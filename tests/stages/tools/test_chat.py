@@ -126,7 +126,7 @@ def test_quantization_that_was_skipped_is_the_reason_given(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (["preview", "--model", "base"], "--model belong to chat"),
+        (["preview", "--model", "base"], "preview does not take --model: only chat and serve do"),
         (["chat", "--max-new-tokens", "0"], "0: a number of at least 1 is needed"),
         (["chat", "--model", "best"], "invalid choice: 'best'"),
     ],

@@ -1,4 +1,4 @@
-"""Lineage: what is asked of git and dvc.lock, and when two results are the same."""
+"""Lineage: what is read from git and dvc.lock, and when two results are the same."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_changed_code_does_and_is_in_the_patch(checkout: Path) -> None:
     assert "+2" in git_diff(checkout)
 
 
-def test_changed_code_is_told_by_a_digest_that_params_and_data_do_not_change(checkout: Path) -> None:
+def test_changed_code_has_a_digest_that_params_and_data_do_not_change(checkout: Path) -> None:
     for name in ("params.yaml", "data/rows.jsonl"):
         (checkout / name).parent.mkdir(exist_ok=True)
         (checkout / name).write_text("1\n")
@@ -120,5 +120,5 @@ def test_params_are_flat_and_leave_publish_out() -> None:
     assert flatten({"a": {"b": {"c": 1}}, "d": [{"e": 2}]}) == {"a.b.c": 1, "d": [{"e": 2}]}
 
 
-def test_versions_hold_python_and_the_packages_that_compute() -> None:
+def test_versions_contain_python_and_the_packages_that_compute() -> None:
     assert {"python", "torch", "transformers"} <= set(versions())

@@ -1,4 +1,4 @@
-"""A training's run in MLflow: grows while it trains, is resumed after a kill, and never holds the training up."""
+"""A training's run in MLflow: grows during training, is resumed after a kill, and never delays the training."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_curve_grows_while_it_trains_and_goes_on_after_a_kill(tmp_path: Path, em
     output = run_stage(paths, **ON, **load)
 
     assert "resuming from checkpoint-" in output
-    assert machine_points(paths.root) > loads > 0  # the second attempt goes on with them, too
+    assert machine_points(paths.root) > loads > 0  # the second attempt continues them, too
     assert "warning" not in output
     steps = [step for step, _ in curve(paths.root, "loss")]
     assert steps == list(range(1, 401))
@@ -151,7 +151,7 @@ def test_points_and_tags_of_a_store_that_was_away_for_a_while_are_sent_later(
 
 def _unless(away: bool, tracking: Tracking) -> Tracking:
     if away:
-        raise ConnectionError("nobody there")
+        raise ConnectionError("connection refused")
     return tracking
 
 
@@ -190,7 +190,7 @@ def test_switch_with_another_value_is_refused(tmp_path: Path, monkeypatch: pytes
     params, paths = load_params(REPO / "params.yaml"), Paths(tmp_path)
     monkeypatch.setenv("SFT_LIVE_RUN", "of")
     with (
-        pytest.raises(ValueError, match="SFT_LIVE_RUN='of': it is `on` or `off`"),
+        pytest.raises(ValueError, match="SFT_LIVE_RUN='of': it must be `on` or `off`"),
         live_run(params, paths, TrainingState(tmp_path), first_process=True),
     ):
         pass

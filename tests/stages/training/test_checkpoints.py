@@ -1,4 +1,4 @@
-"""Checkpoints: found again only when whole and when they belong; a killed training ends as one that never was."""
+"""Checkpoints: resumed only if valid and of the same training; a killed training ends as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_newest_whole_checkpoint_is_resumed_and_half_written_ones_are_removed(pa
 
 
 def damages(folder: Path) -> Iterator[tuple[str, str]]:
-    """Damage one file after the other; what is damaged, and how that is said."""
+    """Damage one file after the other; yield its name and words of the message."""
     for name in ("model.safetensors", "optimizer.pt", "trainer_state.json", "optimizer_0/part"):
         file = folder / name
         content = file.read_bytes()
@@ -93,8 +93,8 @@ def test_a_checkpoint_of_another_training_or_step_is_not_gone_on_from(paths: Pat
     own = checkpoint(state, 20)
     foreign = shutil.copytree(checkpoint(other, 40), state.folder / "checkpoint-40")
     renamed = shutil.copytree(own, state.folder / "checkpoint-60")
-    assert what_is_wrong(foreign) == f"it is checkpoint-40 of training {other.folder.name}, put here by hand"
-    assert what_is_wrong(renamed) == f"it is checkpoint-20 of training {state.folder.name}, put here by hand"
+    assert what_is_wrong(foreign) == f"it is checkpoint-40 of training {other.folder.name}, moved here by hand"
+    assert what_is_wrong(renamed) == f"it is checkpoint-20 of training {state.folder.name}, moved here by hand"
     assert state.last_checkpoint() == own
     assert not foreign.exists()
 
@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint_from_which_the_same_weight
     assert "no space left for a checkpoint" in errors[0]
     assert "Traceback" not in output
     kept = sorted((small_disk / "train").glob("*/checkpoint-*"), key=lambda path: int(path.name[11:]))
-    assert f"{kept[-1].name} is whole" in errors[0]
+    assert f"{kept[-1].name} is complete" in errors[0]
     assert all(what_is_wrong(checkpoint) is None for checkpoint in kept)
     assert not paths.out("train").exists()
 

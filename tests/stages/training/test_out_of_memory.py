@@ -1,4 +1,4 @@
-"""Out of memory: the training goes on with the same updates in smaller parts, where that is allowed and possible."""
+"""Out of memory: training continues with the same updates in smaller forward passes, if allowed and possible."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stages.checkout.paths import Paths
 from stages.launch.processes import ProcessKilled, failure_of
 from stages.params.schema import TrainSection, load_params
 from stages.training.checkpoints import TrainingState
-from stages.training.out_of_memory import OutOfMemory, fewer, fitted, make_smaller
+from stages.training.out_of_memory import OutOfMemory, fewer_rows, make_smaller, section_that_fits
 from tests.stages.launch.test_processes import failure
 from tests.stages.training_root import REPO, make_training_root, run_stage
 
@@ -42,7 +42,7 @@ def train_here(paths: Paths) -> None:
 
 
 def limit_rows(monkeypatch: pytest.MonkeyPatch, fits: int, from_step: int) -> None:
-    """A device on which steps with more rows a forward pass than fit end as on a real one."""
+    """A device on which steps with more rows per forward pass than fit end as on a real one."""
     step = SFTTrainer.training_step
 
     def limited(self: SFTTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -68,8 +68,8 @@ def test_training_ends_as_if_memory_had_sufficed(
     train_here(small)
 
     said = capsys.readouterr().out
-    assert "out of memory in step 6 with 4 rows a forward pass; going on from the last checkpoint with 2" in said
-    assert "out of memory in step 6 with 2 rows a forward pass; going on from the last checkpoint with 1" in said
+    assert "out of memory in step 6 with 4 rows per forward pass; continuing from the last checkpoint with 2" in said
+    assert "out of memory in step 6 with 2 rows per forward pass; continuing from the last checkpoint with 1" in said
     assert said.count("resuming from checkpoint-4") == 2
     expected = read_json(whole.metrics("train"))
     assert expected["out_of_memory"] == 0
@@ -92,7 +92,7 @@ def section(**values: Any) -> TrainSection:
     ("values", "way_out"),
     [
         ({"per_device_train_batch_size": 8, "on_oom": "fail"}, r"with 8 rows; set train\.on_oom: halve"),
-        ({"per_device_train_batch_size": 1}, r"less than one row: set train\.gradient_checkpointing: true"),
+        ({"per_device_train_batch_size": 1}, r"fewer than one row: set train\.gradient_checkpointing: true"),
     ],
 )
 def test_where_parts_may_not_or_can_not_be_smaller_the_ways_out_are_named(
@@ -116,12 +116,13 @@ def test_update_keeps_its_rows(tmp_path: Path) -> None:
     rows = []
     for _ in range(3):
         make_smaller(asked, TrainingState(tmp_path), "out of memory")
-        now = fitted(asked, TrainingState(tmp_path))
+        now = section_that_fits(asked, TrainingState(tmp_path))
         rows.append((now.per_device_train_batch_size, now.gradient_accumulation_steps))
     assert rows == [(6, 4), (3, 8), (1, 24)]
-    assert [fewer(rows) for rows in (2, 3, 5, 9, 10)] == [1, 1, 1, 3, 5]
+    assert [fewer_rows(rows) for rows in (2, 3, 5, 9, 10)] == [1, 1, 1, 3, 5]
     # a user who asks for less than was found to fit gets what is asked for
-    assert fitted(section(per_device_train_batch_size=1), TrainingState(tmp_path)).per_device_train_batch_size == 1
+    one_row = section(per_device_train_batch_size=1)
+    assert section_that_fits(one_row, TrainingState(tmp_path)).per_device_train_batch_size == 1
 
 
 def test_failure_of_a_process_tells_whether_another_attempt_may_succeed() -> None:
@@ -144,7 +145,7 @@ def test_one_of_two_processes_that_runs_out_of_memory_makes_both_begin_anew(tmp_
 
     output = run_stage(two, PYTHONPATH=f"{tmp_path}:{REPO}")
 
-    assert "out of memory in step 6 with 2 rows a forward pass; going on from the last checkpoint with 1" in output
+    assert "out of memory in step 6 with 2 rows per forward pass; continuing from the last checkpoint with 1" in output
     assert "resuming from checkpoint-4" in output
     assert read_json(two.metrics("train"))["out_of_memory"] == 1
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)

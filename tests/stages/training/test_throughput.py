@@ -1,24 +1,34 @@
-"""Tokens a second: measured between points of the curve, and gone on with after an interruption."""
+"""Tokens per second: measured between points of the curve, continued after a resume, the same in file and MLflow."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
-from stages.training.curve import Throughput, read_points
+import pytest
+from transformers import TrainerCallback
+
+from stages.training.curve import LiveCurve, ProgressLines, Throughput, read_points
 
 
-def run_steps(throughput: Throughput, first: int, last: int) -> None:
-    """What the trainer calls, a hundred tokens a step and a point every second step."""
-    state = SimpleNamespace(global_step=first, num_input_tokens_seen=100 * first, is_world_process_zero=True)
-    throughput.on_train_begin(None, state, None)
+def run_steps(throughput: Throughput, first: int, last: int, *others: TrainerCallback) -> None:
+    """Call what the trainer calls, with a hundred tokens per step and a point every second step."""
+    state = SimpleNamespace(global_step=first, max_steps=last, log_history=[], is_world_process_zero=True)
+    state.num_input_tokens_seen = 100 * first
+    callbacks = [throughput, *others]
+    for callback in callbacks:
+        callback.on_train_begin(None, state, None)
     for step in range(first + 1, last + 1):
-        throughput.on_step_begin(None, state, None)
+        for callback in callbacks:
+            callback.on_step_begin(None, state, None)
         state.global_step, state.num_input_tokens_seen = step, 100 * step
-        throughput.on_step_end(None, state, None)
-        if step % 2 == 0:
-            throughput.on_log(None, state, None, {"loss": 1.0})
-            throughput.on_log(None, state, None, {"eval_loss": 1.0})
+        for callback in callbacks:
+            callback.on_step_end(None, state, None)
+        for logs in ({"loss": 1.0}, {"eval_loss": 1.0}) if step % 2 == 0 else ():
+            for callback in callbacks:
+                callback.on_log(None, state, None, logs)
 
 
 def test_a_point_is_tokens_over_the_time_of_its_steps(tmp_path: Path) -> None:
@@ -34,3 +44,36 @@ def test_a_resumed_training_goes_on_with_the_points_up_to_its_checkpoint(tmp_pat
     resumed = Throughput(tmp_path / "throughput.csv")
     run_steps(resumed, 4, 8)
     assert [step for step, _ in resumed.points] == [2, 4, 6, 8]
+
+
+class Sent:
+    """A run that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.figures: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, figures: Mapping[str, float], step: int, time_ms: int) -> None:
+        self.figures.append((step, dict(figures)))
+
+
+def test_file_and_mlflow_are_given_the_same_points(tmp_path: Path) -> None:
+    throughput, sent = Throughput(tmp_path / "throughput.csv"), Sent()
+    run_steps(throughput, 0, 4, LiveCurve(sent, throughput))
+    (first, second) = throughput.points
+    assert sent.figures == [
+        (2, {"loss": 1.0, "tokens_per_second": first[1]}),
+        (2, {"eval_loss": 1.0}),
+        (4, {"loss": 1.0, "tokens_per_second": second[1]}),
+        (4, {"eval_loss": 1.0}),
+    ]
+
+
+def test_a_progress_line_has_the_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    throughput = Throughput(tmp_path / "throughput.csv")
+    run_steps(throughput, 2, 4, ProgressLines(throughput))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "PROGRESS 2/4 training"
+    assert [re.sub(r"\d+ s left", "N s left", line) for line in lines[1:]] == [
+        "PROGRESS 4/4 loss 1.0000, N s left",
+        "PROGRESS 4/4 eval_loss 1.0000, N s left",
+    ]
