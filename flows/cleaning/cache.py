@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from flows.processes.environment import child_environment
 from flows.processes.supervised import run_supervised
-from flows.runs import worktree
 from flows.runs.graph import RunRefused
+from stages.checkout import worktree
 from stages.params.schema import load_params
 from stages.tracking.lineage import main_checkout
 from stages.tracking.store import SQLITE, absolute_uri, open_tracking
@@ -54,9 +53,9 @@ def clean_cache(root: Path, dry: bool) -> Unreferenced:
     if at_work:
         raise RunRefused(f"the cache is in use by {', '.join(at_work)}; clean it when these runs have ended")
     hashes = recorded_hashes(root)
-    with tempfile.TemporaryDirectory() as folder, Repo(str(root)) as repo:
+    with tempfile.TemporaryDirectory() as folder:
         keep = Path(folder) / "recorded"
-        write_references(keep, hashes, Path(repo.cache.legacy.path))
+        write_references(keep, hashes, worktree.dvc_cache(root))
         listed = _collect(root, keep, dry=True)
         found = Unreferenced(len(listed), sum(path.stat().st_size for path in listed if path.is_file()))
         if listed and not dry:
@@ -90,7 +89,7 @@ def write_references(folder: Path, hashes: set[str], cache: Path) -> None:
     folder.mkdir()
     for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
         subprocess.run(command, cwd=folder, env=child_environment(), check=True, capture_output=True)
-    (folder / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n", encoding="utf-8")
+    worktree.use_dvc_cache(folder, cache)
     outs = [{"md5": value, "hash": "md5", "path": f"recorded-{value}"} for value in sorted(hashes)]
     with (folder / "recorded.dvc").open("w", encoding="utf-8") as file:
         YAML().dump({"outs": outs}, file)

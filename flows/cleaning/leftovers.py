@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.runs import worktree
+from stages.checkout import worktree
 from stages.checkout.artifacts import read_json
 from stages.launch.lock import trainings_at_work
 from stages.params.schema import load_params

@@ -15,7 +15,6 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
-from flows.runs import worktree
 from flows.runs.dvc_stage import Listener, Outcome, StageFailed, run_stage
 from flows.runs.forms import (
     Overrides,
@@ -24,7 +23,9 @@ from flows.runs.forms import (
     refuse_overrides_without_effect,
 )
 from flows.runs.graph import Plan, read_plan
+from flows.runs.isolated_checkout import isolated_checkout, refuse_uncommitted
 from flows.runs.report import ProgressBar, Row, RunReport, read_headline
+from stages.checkout.worktree import prune
 
 NUM_RETRIES = 2
 
@@ -62,7 +63,7 @@ def flow_run_variables() -> dict[str, str]:
 
 def prune_worktrees(flow: Any, flow_run: Any, state: Any) -> None:
     """Remove the worktrees of runs that were cancelled or crashed before they could do it."""
-    worktree.prune(Path.cwd())
+    prune(Path.cwd())
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def ask(root: Path, from_stage: str | None, to_stage: str | None, overrides: Ove
     if not values:
         return Asked(root, plan, given, None)
     refuse_overrides_without_effect(values, plan)
-    worktree.refuse_uncommitted(root, plan)
+    refuse_uncommitted(root, plan)
     return Asked(root, plan, given, apply_overrides((root / "params.yaml").read_text(encoding="utf-8"), values))
 
 
@@ -113,7 +114,7 @@ def workplace(asked: Asked) -> Iterator[tuple[Path, dict[str, str]]]:
         yield asked.root, {}
         return
     name = str(runtime.flow_run.id)
-    with worktree.isolated_checkout(asked.root, name, asked.params_text, asked.plan, asked.given) as copy:
+    with isolated_checkout(asked.root, name, asked.params_text, asked.plan, asked.given) as copy:
         yield copy, {"SFT_STATE_DIR": str(asked.root / ".state")}
 
 

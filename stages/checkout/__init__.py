@@ -1,1 +1,1 @@
-"""Where files lie and how they are written: paths, artifacts, ledger, secrets, full disks. Imports no other room."""
+"""Where files lie and how they are written: paths, artifacts, ledger, secrets, full disks, git worktrees. Imports no other room."""

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from mlflow.entities import Run
 from ruamel.yaml import YAML
 
 from stages.checkout.paths import Paths
+from stages.checkout.worktree import dvc_cache, locked_worktree
 from stages.params.schema import Params
 from stages.tools.compare import (
     VERSION,
@@ -38,8 +38,6 @@ from stages.tracking import lineage
 from stages.tracking.lineage import MACHINE, machine_tags
 from stages.tracking.result import figures
 from stages.tracking.store import Tracking
-
-FOLDER = ".worktrees"
 
 PATCH, LOCK = "uncommitted.patch", "dvc.lock"
 
@@ -100,47 +98,27 @@ def recorded_checkout(home: Path, record: Record, name: str, keep: bool) -> Iter
         ValueError: The commit is not in this repository, the patch does not fit it, data can't be brought back, or the
             same run is being repeated already.
     """
-    path = home / FOLDER / name
-    path.parent.mkdir(exist_ok=True)
-    # the protocol of flows/runs/worktree.py: whoever is gone holds no lock, and what it left is removed by the next run
-    lock = FileLock(path.with_name(f"{name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise ValueError(f"{path}: another process repeats this run just now") from None
-    try:
-        _remove(home, path)
-        _create(home, path, record)
-        yield path
-    finally:
-        if not keep:
-            _remove(home, path)
-        lock.release()
-        path.with_name(f"{name}.lock").unlink(missing_ok=True)
-
-
-def _create(home: Path, path: Path, record: Record) -> None:
     if _call(["git", "cat-file", "-e", f"{record.commit}^{{commit}}"], home):
         raise ValueError(f"commit {record.commit} is not in this repository; fetch it: git fetch --all")
-    _expect(["git", "worktree", "add", "--detach", "--quiet", str(path), record.commit], home)
-    if record.patch is not None:
-        _expect(["git", "apply", "--whitespace=nowarn", str(record.patch)], path)
-    shutil.copyfile(record.folder / "params.yaml", path / "params.yaml")
-    _bring_data(home, path)
-    (path / LOCK).unlink(missing_ok=True)
+    with locked_worktree(home, name, record.commit, wait=False, keep=keep) as path:
+        if record.patch is not None:
+            _expect(["git", "apply", "--whitespace=nowarn", str(record.patch)], path)
+        shutil.copyfile(record.folder / "params.yaml", path / "params.yaml")
+        _bring_data(home, path)
+        (path / LOCK).unlink(missing_ok=True)
+        yield path
 
 
 def _bring_data(home: Path, path: Path) -> None:
     """Data that DVC keeps instead of git: from the cache of the checkout, else from the remote."""
     local = path / ".dvc" / "config.local"
-    cache = subprocess.run(dvc("cache", "dir"), cwd=home, capture_output=True, text=True, check=False).stdout.strip()
     listed = subprocess.run(["git", "ls-files", "*.dvc"], cwd=path, capture_output=True, text=True, check=False).stdout
     # a remote that only this checkout's own settings name is used as well
     own = home / ".dvc" / "config.local"
     settings = own.read_text(encoding="utf-8") if own.exists() else ""
     local.write_text(settings, encoding="utf-8")
     if listed.split():
-        _expect(dvc("cache", "dir", "--local", cache), path)
+        _expect(dvc("cache", "dir", "--local", str(dvc_cache(home))), path)
         if _call(dvc("checkout", "--quiet", *listed.split()), path):
             _expect(dvc("pull", "--quiet", *listed.split()), path)
     _expect(dvc("cache", "dir", "--local", str(path / ".dvc" / "cache")), path)
@@ -155,11 +133,6 @@ def stage_environment(path: Path) -> dict[str, str]:
     """For the stages of a checkout: its own checkpoints, no run of its own in MLflow, this interpreter's tools."""
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return {**os.environ, "PATH": search, "SFT_STATE_DIR": str(path / ".state"), "SFT_LIVE_RUN": "off"}
-
-
-def _remove(home: Path, path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    _call(["git", "worktree", "prune"], home)
 
 
 def _call(command: list[str], cwd: Path) -> str:
@@ -206,7 +179,7 @@ def run(params: Params, paths: Paths, *, runs: list[str], keep: bool = False) ->
         print("\n".join(circumstances(recorded, record)), flush=True)
         with recorded_checkout(home, record, f"reproduce-{recorded.info.run_id[:12]}", keep) as folder:
             repeat(folder)
-            outcome = compare(recorded, record, folder, home)
+            outcome = compare(recorded, record, folder, [folder / ".dvc" / "cache", dvc_cache(home)])
             if keep:
                 outcome.lines.append(f"kept: {folder}")
     print("\n".join(outcome.lines), flush=True)
@@ -271,14 +244,13 @@ class Outcome:
         return not self.reason
 
 
-def compare(recorded: Run, record: Record, folder: Path, home: Path) -> Outcome:
+def compare(recorded: Run, record: Record, folder: Path, caches: list[Path]) -> Outcome:
     """Hold inputs, outs and figures against those of the record."""
     then, now = read_lock(record.folder / LOCK), read_lock(folder / LOCK)
     sources = [change for change in differences(then.deps, now.deps) if change.after is not None]
     lines = ["", *described("code and data", sources)]
     outs = {name: then.outs[name] for name in now.outs if name in then.outs}
     other_outs = differences(outs, {name: now.outs[name] for name in outs})
-    caches = [folder / ".dvc" / "cache", cache_of(home)]
     changed = {difference.name: changed_files(difference, caches) for difference in other_outs}
     lines += [f"{name}: {changed.get(name, SAME)}" for name in outs]
     fresh = figures(Paths(folder))
@@ -367,9 +339,3 @@ def cached(digest: str, caches: list[Path]) -> Path | None:
     """A file of a DVC cache by its hash; None when no cache has it."""
     paths = (cache / "files" / "md5" / digest[:2] / digest[2:] for cache in caches)
     return next((path for path in paths if path.exists()), None)
-
-
-def cache_of(home: Path) -> Path:
-    """The DVC cache of a checkout."""
-    done = subprocess.run(dvc("cache", "dir"), cwd=home, capture_output=True, text=True, check=False)
-    return Path(done.stdout.strip())

@@ -12,7 +12,7 @@ from flows.cleaning.cache import clean_cache
 from flows.cleaning.leftovers import DAY_S, find_leftovers
 from flows.cleanup import cleanup, main
 from flows.runs.graph import RunRefused, read_plan
-from flows.runs.worktree import isolated_checkout
+from flows.runs.isolated_checkout import isolated_checkout
 from stages.checkout.artifacts import write_json
 from stages.launch.lock import FOLDER_VARIABLE, sole_training
 from stages.params.schema import load_params
