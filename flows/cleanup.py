@@ -14,16 +14,16 @@ from flows.processes.environment import prepare_prefect
 
 prepare_prefect()
 
-from prefect import flow  # noqa: E402
-from prefect.artifacts import create_table_artifact  # noqa: E402
-from prefect.client.schemas.objects import State  # noqa: E402
-from prefect.states import Completed, Failed  # noqa: E402
-from pydantic import Field  # noqa: E402
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+from pydantic import Field
 
-from flows.cleaning.cache import clean_cache  # noqa: E402
-from flows.cleaning.leftovers import end_unfinished_runs, find_leftovers, find_unfinished_runs, remove_leftovers  # noqa: E402  # noqa: E402
-from flows.processes.terminal import run_in_terminal  # noqa: E402
-from flows.runs.graph import RunRefused  # noqa: E402
+from flows.cleaning.cache import clean_cache
+from flows.cleaning.leftovers import end_unfinished_runs, find_leftovers, find_unfinished_runs, remove_leftovers
+from flows.processes.terminal import run_in_terminal
+from flows.runs.graph import RunRefused
 
 KEEP_DAYS = 14
 

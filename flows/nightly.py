@@ -16,17 +16,17 @@ from flows.processes.environment import prepare_prefect
 
 prepare_prefect()
 
-from prefect import flow  # noqa: E402
-from prefect.blocks.abstract import NotificationBlock  # noqa: E402
-from prefect.blocks.core import Block  # noqa: E402
-from prefect.client.schemas.objects import State  # noqa: E402
-from prefect.events import emit_event  # noqa: E402
-from prefect.states import Completed, Failed  # noqa: E402
+from prefect import flow
+from prefect.blocks.abstract import NotificationBlock
+from prefect.blocks.core import Block
+from prefect.client.schemas.objects import State
+from prefect.events import emit_event
+from prefect.states import Completed, Failed
 
-from flows.pipeline import pipeline  # noqa: E402
-from flows.processes.terminal import run_in_terminal  # noqa: E402
-from flows.runs.graph import RunRefused, read_plan  # noqa: E402
-from flows.runs.recorded import present_inputs, recorded_inputs  # noqa: E402
+from flows.pipeline import pipeline
+from flows.processes.terminal import run_in_terminal
+from flows.runs.graph import RunRefused, read_plan
+from flows.runs.recorded import present_inputs, recorded_inputs
 
 EVENT = "sft.nightly"
 """Beginning of the events' names, `sft.nightly.promoted` and so on: an automation can wait for them."""

@@ -12,29 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from flows.processes.environment import prepare_prefect
+
+prepare_prefect()
+
 from prefect import flow, runtime
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from flows.processes.environment import prepare_prefect
 from flows.processes.terminal import refuse, run_in_terminal
-from flows.runs.forms import (
-    Overrides,
-    StageName,
-    flatten,
-    overridden,
-    parse_assignments,
-)
+from flows.runs.forms import Overrides, StageName, flatten, overridden, parse_assignments
 from flows.runs.graph import RunRefused
 from flows.runs.report import RunReport
-from flows.runs.run import (
-    ask,
-    prune_worktrees,
-    run_asked,
-)
+from flows.runs.run import ask, prune_worktrees, run_asked
 from stages.params.schema import ParamsError
-
-prepare_prefect()
 
 
 def describe_run() -> str:

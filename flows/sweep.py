@@ -16,15 +16,15 @@ from flows.processes.environment import prepare_prefect
 
 prepare_prefect()
 
-from prefect import flow, runtime  # noqa: E402
-from prefect.client.schemas.objects import State  # noqa: E402
-from prefect.logging import get_run_logger  # noqa: E402
-from prefect.states import Completed, Failed  # noqa: E402
-from pydantic import Field  # noqa: E402
+from prefect import flow, runtime
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.states import Completed, Failed
+from pydantic import Field
 
-from flows.pipeline import pipeline  # noqa: E402
-from flows.processes.terminal import refuse, run_in_terminal  # noqa: E402
-from flows.runs.forms import (  # noqa: E402
+from flows.pipeline import pipeline
+from flows.processes.terminal import refuse, run_in_terminal
+from flows.runs.forms import (
     Overrides,
     apply_overrides,
     flatten,
@@ -32,11 +32,11 @@ from flows.runs.forms import (  # noqa: E402
     parse_assignments,
     with_values,
 )
-from flows.runs.graph import RunRefused  # noqa: E402
-from flows.runs.report import RunReport, read_figures  # noqa: E402
-from flows.runs.run import ask, flow_run_variables, prune_worktrees, run_plan, workplace  # noqa: E402
-from flows.sweeps.leaderboard import Leaderboard, Trial  # noqa: E402
-from flows.sweeps.plan import (  # noqa: E402
+from flows.runs.graph import RunRefused
+from flows.runs.report import RunReport, read_figures
+from flows.runs.run import ask, flow_run_variables, prune_worktrees, run_plan, workplace
+from flows.sweeps.leaderboard import Leaderboard, Trial
+from flows.sweeps.plan import (
     DEFAULT_OBJECTIVE,
     NUM_TRIALS,
     DimensionText,
@@ -46,11 +46,11 @@ from flows.sweeps.plan import (  # noqa: E402
     SweepAsked,
     prepare,
 )
-from flows.sweeps.search import FORM  # noqa: E402
-from stages.checkout.artifacts import write_text  # noqa: E402
-from stages.params.schema import ParamsError  # noqa: E402
-from stages.tracking.lineage import FLOW_RUN_VARIABLES, PARENT_VARIABLE  # noqa: E402
-from stages.tracking.trials import log_trial, recorded_sweep  # noqa: E402
+from flows.sweeps.search import FORM
+from stages.checkout.artifacts import write_text
+from stages.params.schema import ParamsError
+from stages.tracking.lineage import FLOW_RUN_VARIABLES, PARENT_VARIABLE
+from stages.tracking.trials import log_trial, recorded_sweep
 
 
 @flow(

@@ -13,10 +13,10 @@ from flows.processes.environment import prepare_prefect
 
 prepare_prefect()
 
-from prefect.client.schemas.objects import State  # noqa: E402
-from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
+from prefect.client.schemas.objects import State
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.processes.servers import ServerFailed, start_own_prefect_server  # noqa: E402
+from flows.processes.servers import ServerFailed, start_own_prefect_server
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
