@@ -95,7 +95,7 @@ def test_a_model_trained_on_plain_text_is_not_talked_to(
     paths: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_jsonl(paths.out("load", "train.jsonl"), [{"id": "tiny.jsonl:1", "text": "Once upon a time"}])
-    with pytest.raises(ValueError, match=r"tiny\.jsonl:1: plain text, no conversation"):
+    with pytest.raises(ValueError, match=r"tiny\.jsonl:1: plain text, not a conversation"):
         say(monkeypatch, capsys, paths, "London?")
 
 
