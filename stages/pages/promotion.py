@@ -1,4 +1,4 @@
-"""outs/publish/promotion.html: what became of a result: the figures that decided, the champion before, the aliases."""
+"""outs/publish/promotion.html: whether a result became champion, with the conditions, figures and aliases."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ TEMPLATE = "promotion.html.jinja"
 
 @dataclass(frozen=True)
 class Decision:
-    """All that decided on a promotion, and what was done.
+    """The decision on whether a result becomes champion, and its reasons.
 
     Args:
-        name: The registered model.
-        version: Of this result.
-        before: Alias -> version that it stood at; None where it stood at none.
-        champion: Before; None = there was none.
+        name: Name of the registered model.
+        version: Version of this result.
+        before: Alias -> the version it pointed to before; None if it did not exist.
+        champion: The champion before; None if there was none.
         is_comparable: Whether the champion was measured on the same held-out rows.
-        gate: Rows of `evaluate.gate`.
-        promotion: Rows of `publish.gate`.
-        promoted: Whether this result became, or stayed, the champion.
+        gate: Conditions of `evaluate.gate` with their outcomes.
+        promotion: Conditions of `publish.gate` with their outcomes.
+        promoted: Whether this result became, or remained, the champion.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Decision:
 
     @property
     def headline(self) -> str:
-        """What happened, in one line."""
+        """The decision in one line."""
         stood = self.before[CHAMPION]
         if self.promoted and stood == self.version:
             return f"Version {self.version} is the champion, as before"
@@ -52,12 +52,12 @@ class Decision:
         if stood is None:
             return f"Not promoted: version {self.version} is a candidate, and there is no champion"
         if stood == self.version:  # published again with other conditions
-            return f"Version {self.version} stays the champion, though its conditions do not hold now"
+            return f"Version {self.version} stays the champion, although a condition does not hold now"
         return f"Not promoted: version {stood} stays the champion"
 
     @property
     def reason(self) -> str:
-        """Why."""
+        """The reason in one sentence."""
         failed = [len([row for row in rows if not _passed(row)]) for rows in (self.gate, self.promotion)]
         if self.promoted:
             return "Every condition of evaluate.gate and publish.gate holds."
@@ -71,7 +71,7 @@ class Decision:
         return f"{' and '.join(texts)}." if texts else "The gate is closed."
 
     def aliases(self) -> list[tuple[str, str, str, str]]:
-        """Alias, where it stood, where it stands, and why."""
+        """Return `(alias, version before, version now, reason)` of every alias."""
         rows = []
         for alias, moves, why in (
             (CANDIDATE, True, "it moves to every result"),
@@ -92,13 +92,13 @@ def _version(number: str | None) -> str:
 
 
 def write_page(file: Path, decision: Decision, conditions: Sequence[str], results: Mapping[str, Any]) -> None:
-    """Write the page, and beside it what other tools show of it, as JSON.
+    """Write the page, and next to it a JSON file with the parts that other tools show.
 
     Args:
-        file: Where to.
-        decision: On this result.
-        conditions: Of both gates, as params.yaml states them.
-        results: Of `evaluate`.
+        file: File to write.
+        decision: The decision on this result.
+        conditions: Conditions of both gates, as in params.yaml.
+        results: Results of `evaluate`.
     """
     conditions_shown = [
         *({"key": "evaluate.gate", **row} for row in decision.gate),
@@ -115,7 +115,7 @@ def write_page(file: Path, decision: Decision, conditions: Sequence[str], result
 
 
 def figure_rows(decision: Decision, conditions: Sequence[str], results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """This result beside the champion: first the figures that conditions name, then the task's and the losses."""
+    """Return this result's figures next to the champion's: those of the conditions, then task figures and losses."""
     models, champion = results["models"], decision.champion.figures if decision.champion else {}
     named = [n.removeprefix(f"{CHAMPION}.") for c in parse_gate(conditions) for n in c.names]
     shipped = ("tuned", "quantized" if "quantized" in models else "merged")
