@@ -1,4 +1,4 @@
-"""DVC's cache without what neither the checkout, nor a git commit, nor a run recorded in MLflow refers to."""
+"""Removal of files from DVC's cache to which no checkout, git commit or recorded run in MLflow refers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _REMOVING = re.compile(r"^Removing (.+)$")
 
 @dataclass(frozen=True)
 class Unreferenced:
-    """What of the cache can go.
+    """The files of the cache that nothing refers to.
 
     Args:
-        num_objects: Files of the cache.
-        num_bytes: Their size.
+        num_objects: Number of files.
+        num_bytes: Their total size.
     """
 
     num_objects: int
@@ -39,15 +39,15 @@ class Unreferenced:
 
 
 def clean_cache(root: Path, dry: bool) -> Unreferenced:
-    """Let `dvc gc` remove what nothing refers to.
+    """Remove the files that nothing refers to with `dvc gc`.
 
     Args:
         root: The checkout.
-        dry: Only look.
+        dry: Only find them.
 
     Raises:
-        RunRefused: A run is at work, whose results nothing refers to yet; or DVC refuses.
-        ValueError: The tracking store can't be read, so that nobody knows what it refers to.
+        RunRefused: A run is in progress, whose results are not recorded yet; or `dvc gc` failed.
+        ValueError: The tracking store, which has the references of recorded runs, can't be read.
     """
     at_work = worktree.living(root)
     if at_work:
@@ -64,7 +64,7 @@ def clean_cache(root: Path, dry: bool) -> Unreferenced:
 
 
 def recorded_hashes(root: Path) -> set[str]:
-    """DVC hashes of all data and results of the runs in MLflow's store, whatever experiment they belong to."""
+    """Return the DVC hashes of data and results of all runs in MLflow's store, of every experiment."""
     home = main_checkout(root)
     publish = load_params(root / "params.yaml").publish
     uri = absolute_uri(publish.tracking_uri, home)
@@ -85,7 +85,7 @@ def recorded_hashes(root: Path) -> set[str]:
 
 
 def write_references(folder: Path, hashes: set[str], cache: Path) -> None:
-    """Make a DVC project that refers to these hashes and shares the cache: `dvc gc --projects` spares them."""
+    """Create a DVC project with these hashes and the same cache, so that `dvc gc --projects` keeps their files."""
     folder.mkdir()
     for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
         subprocess.run(command, cwd=folder, env=child_environment(), check=True, capture_output=True)

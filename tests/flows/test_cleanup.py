@@ -62,7 +62,7 @@ def test_cache_keeps_what_checkout_commits_and_recorded_runs_refer_to(
     looked = cleanup(return_state=True)
 
     assert everything <= cached(ran_project)
-    assert "can go; nothing was removed, `--remove` does it" in str(looked.message)
+    assert "can be removed; nothing was removed, use `--remove`" in str(looked.message)
     assert "DVC's cache: 1 files that no commit and no recorded run refers to" in capsys.readouterr().out
 
     assert cleanup(remove=True, return_state=True).is_completed()
@@ -130,7 +130,7 @@ def test_from_the_terminal_nothing_goes_without_remove(project: Path, capsys: py
 
     assert main(["--no-cache"]) == 0
     assert folder.exists()
-    assert "checkpoints that nobody resumed for 20 days" in capsys.readouterr().out
+    assert "checkpoints that were not resumed for 20 days" in capsys.readouterr().out
     assert main(["--no-cache", "--remove"]) == 0
     assert not folder.exists()
 
@@ -167,7 +167,7 @@ def test_run_whose_training_loses_its_checkpoints_ends(
     assert "run forgotten-unfinished in MLflow: ends as KILLED with its checkpoints" in capsys.readouterr().out
     assert fates(begun) == before
     assert main(["--no-cache", "--remove"]) == 0
-    why = "given up, its checkpoints were removed: checkpoints that nobody resumed for 20 days"
+    why = "given up, its checkpoints were removed: checkpoints that were not resumed for 20 days"
     assert fates(begun) == {**before, "forgotten-unfinished": ("KILLED", why)}
     assert [folder.name for folder in (project / ".state" / "train").iterdir()] == ["resumable"]
 
