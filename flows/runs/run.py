@@ -89,9 +89,9 @@ def prepare_run(root: Path, from_stage: str | None, to_stage: str | None, overri
         RunRefused: A stage is unknown, an override has no effect, or code for an isolated run is not committed.
         ParamsError: params.yaml with the overrides is not valid.
     """
-    whole = read_plan(root)
-    plan = whole.between(from_stage, to_stage)
-    given = plan.inputs_from_outside(whole)
+    full = read_plan(root)
+    plan = full.between(from_stage, to_stage)
+    given = plan.inputs_from_outside(full)
     values = overridden(overrides)
     if not values:
         return PreparedRun(root, plan, given, None)

@@ -121,7 +121,7 @@ def test_edit_during_the_run_is_not_recorded(ran_project: Path) -> None:
     script = "sed -i 's/max_length: 512/max_length: 256/' params.yaml; echo old > outs/pack.txt"
     (ran_project / "pack.sh").write_text(script)
 
-    with pytest.raises(StageFailed, match="pack: pack changed while it ran, nothing was recorded; run it again"):
+    with pytest.raises(StageFailed, match="pack: pack changed while it ran, so nothing was recorded; run it again"):
         run_stage(ran_project, "pack", Heard().listener)
 
     assert sorted(YAML().load(ran_project / "dvc.lock")["stages"]) == ["load", "train"]

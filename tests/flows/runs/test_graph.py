@@ -52,7 +52,9 @@ def test_unknown_stage_is_refused_with_the_nearest_name(project: Path) -> None:
 
 
 def test_empty_part_is_refused_with_the_order(project: Path) -> None:
-    with pytest.raises(RunRefused, match="no stage lies between 'train' and 'load'; the order is load, pack, train"):
+    with pytest.raises(
+        RunRefused, match="there is no stage between 'train' and 'load'; the order is load, pack, train"
+    ):
         read_plan(project).between("train", "load")
 
 
