@@ -19,7 +19,7 @@ MIN_LIKENESS = 0.3
 """Smallest share of common words (`SequenceMatcher.ratio`) at which differences are marked."""
 
 
-def generations(file: Path) -> dict[str, Any]:
+def read_answers(file: Path) -> dict[str, Any]:
     """Read the generations of `evaluate` and return what the page shows of them.
 
     Args:
@@ -33,7 +33,7 @@ def generations(file: Path) -> dict[str, Any]:
     prompts = [row["prompt"] for row in rows]
     metric = deciding_score(rows)
     start, end = shared_beginning(prompts), shared_ending(prompts)
-    shown = [generation(row, slice(len(start), len(row["prompt"]) - len(end)), metric) for row in rows]
+    shown = [prompt_with_answers(row, slice(len(start), len(row["prompt"]) - len(end)), metric) for row in rows]
     shown.sort(key=lambda row: (row["tuned_right"], row["quantized_same"]))
     return {
         "shared": start.strip(),
@@ -52,7 +52,7 @@ def deciding_score(rows: Sequence[Mapping[str, Any]]) -> str | None:
     return names[0] if names else None
 
 
-def generation(row: Mapping[str, Any], own: slice, metric: str | None) -> dict[str, Any]:
+def prompt_with_answers(row: Mapping[str, Any], own: slice, metric: str | None) -> dict[str, Any]:
     """Return what the page shows of one prompt and its answers.
 
     Args:

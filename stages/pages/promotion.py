@@ -43,17 +43,17 @@ class Decision:
     @property
     def headline(self) -> str:
         """The decision in one line."""
-        stood = self.before[CHAMPION]
-        if self.promoted and stood == self.version:
+        previous = self.before[CHAMPION]
+        if self.promoted and previous == self.version:
             return f"Version {self.version} is the champion, as before"
         if self.promoted:
-            place = "the first champion" if stood is None else f"the champion after version {stood}"
+            place = "the first champion" if previous is None else f"the champion after version {previous}"
             return f"Promoted: version {self.version} is {place}"
-        if stood is None:
+        if previous is None:
             return f"Not promoted: version {self.version} is a candidate, and there is no champion"
-        if stood == self.version:  # published again with other conditions
+        if previous == self.version:  # published again with other conditions
             return f"Version {self.version} stays the champion, although a condition does not hold now"
-        return f"Not promoted: version {stood} stays the champion"
+        return f"Not promoted: version {previous} stays the champion"
 
     @property
     def reason(self) -> str:
@@ -77,9 +77,11 @@ class Decision:
             (CANDIDATE, True, "it moves to every result"),
             (CHAMPION, self.promoted, "every condition holds" if self.promoted else "a condition does not hold"),
         ):
-            stood = self.before[alias]
-            stands = self.version if moves else stood
-            rows.append((alias, _version(stood), _version(stands), why if stood != stands else f"it stays: {why}"))
+            previous = self.before[alias]
+            current = self.version if moves else previous
+            rows.append(
+                (alias, _version(previous), _version(current), why if previous != current else f"it stays: {why}")
+            )
         return rows
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from stages.checkout.artifacts import file_digest, read_json, read_jsonl, write_text
 from stages.checkout.paths import Paths
-from stages.pages.answers import generations
+from stages.pages.answers import read_answers
 from stages.pages.charts import Series, heat_strip, line_chart
 from stages.pages.page import NBSP, ledger_summary, percent, render_page, rows_sentence, show, show_change
 from stages.params.figures import REGRESSION, figure_of, in_order
@@ -53,8 +53,8 @@ def context(params: Params, paths: Paths) -> dict[str, Any]:
         "curves": curves(paths),
         "bad_updates": bad_updates(paths),
         "trusted": params.model.trust_remote_code,
-        "generations": generations(paths.out("evaluate", "generations.jsonl")),
-        "general": generations(general) if (general := paths.out("evaluate", "general.jsonl")).exists() else None,
+        "generations": read_answers(paths.out("evaluate", "generations.jsonl")),
+        "general": read_answers(general) if (general := paths.out("evaluate", "general.jsonl")).exists() else None,
         "data": data_section(paths),
         "quantization": quantization_section(quantization),
         "lineage": lineage_section(params, paths, base),

@@ -178,7 +178,7 @@ def test_changes_have_a_sign_an_interval_and_a_p_value_and_are_marked_when_certa
 
 
 def test_mistakes_come_first_and_the_shared_beginning_is_shown_once(paths: Paths) -> None:
-    shown = report.generations(paths.out("evaluate", "generations.jsonl"))
+    shown = report.read_answers(paths.out("evaluate", "generations.jsonl"))
     assert [row["id"] for row in shown["rows"]] == ["x:1", "x:0"]
     assert (shown["num_rows"], shown["num_wrong"], shown["num_changed"]) == (2, 1, 1)
     assert shown["shared"] == "shared"
