@@ -92,7 +92,7 @@ def test_cache_is_left_alone_while_a_run_is_at_work(ran_project: Path) -> None:
         clean_cache(ran_project, dry=False)
 
 
-def test_leftovers_are_told_from_what_is_still_needed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leftovers_are_found_and_needed_files_are_not(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, logs = project / ".state" / "train", project / ".state" / "logs"
     ages = {"finished": 0.1, "just_finished": 0.0, "forgotten": 15.0, "resumable": 13.0}
     for name, days in ages.items():
@@ -137,7 +137,7 @@ def test_from_the_terminal_nothing_goes_without_remove(project: Path, capsys: py
 
 @pytest.fixture
 def begun(project: Path) -> Tracking:
-    """Three trainings that have begun a run: one that nobody resumes, one that failed, one that may go on."""
+    """Three trainings that have begun a run: one not resumed for long, one that failed, one that may be resumed."""
     tracking = open_tracking(load_params(project / "params.yaml").publish, project)
     for name, days in {"forgotten": 20.0, "failed": 20.0, "resumable": 1.0}.items():
         folder = project / ".state" / "train" / name

@@ -76,7 +76,7 @@ def test_nothing_runs_while_the_data_are_the_same(ran_project: Path, heard: list
         (False, "sft nightly: held-back", "the gate is closed: shop version 7 (run 0123456789ab) is a candidate only"),
     ],
 )
-def test_new_data_run_the_pipeline_and_the_outcome_is_told(
+def test_new_data_run_the_pipeline_and_the_outcome_is_announced(
     ran_project: Path, heard: list[Any], promoted: bool, subject: str, text: str
 ) -> None:
     publish_in_the_end(ran_project, promoted)
@@ -91,7 +91,7 @@ def test_new_data_run_the_pipeline_and_the_outcome_is_told(
     assert changed_data(ran_project) == []
 
 
-def test_failure_is_told_and_the_run_fails(ran_project: Path, heard: list[Any]) -> None:
+def test_failure_is_announced_and_the_run_fails(ran_project: Path, heard: list[Any]) -> None:
     (ran_project / "pack.sh").write_text("echo 'error: data/rows.txt:3: broken'; exit 1")
     (ran_project / "data" / "more.txt").write_text("three\n")
 

@@ -72,13 +72,13 @@ def test_pages_that_are_open_already_are_named(project: Path, capsys: pytest.Cap
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_runs_of_a_worker_that_is_gone_end_when_the_pages_open_again(
+def test_runs_of_a_killed_worker_end_when_the_pages_are_served_again(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = str(PREFECT_API_URL.value())
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name="local", type="process"), overwrite=True)
-        flow = client.create_flow_from_name("left-behind")
+        flow = client.create_flow_from_name("orphaned")
         deployment = client.create_deployment(flow, "d", work_pool_name="local", concurrency_limit=1)
         left = client.create_flow_run_from_deployment(deployment).id
         for state in (Pending(), Running()):
@@ -97,7 +97,7 @@ def test_runs_of_a_worker_that_is_gone_end_when_the_pages_open_again(
 
 
 @pytest.mark.slow
-def test_pages_open_run_a_deployment_and_leave_nothing_behind(project: Path) -> None:
+def test_pages_run_a_deployment_and_no_process_remains(project: Path) -> None:
     for package in ("flows", "stages", "sft"):
         shutil.copytree(ROOT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
     prefect_yaml = (ROOT / "prefect.yaml").read_text().replace("active: false", "active: true")

@@ -27,8 +27,8 @@ def test_dimensions_as_a_person_writes_them(text: str, dimension: Dimension) -> 
     ("text", "message"),
     [
         ("train.lora_r", "is not a dimension of a sweep; write section.key=1e-3,2e-3"),
-        ("lora_r=1,2", "is no dimension"),
-        ("train.lora_r=", "is no dimension"),
+        ("lora_r=1,2", "is not a dimension"),
+        ("train.lora_r=", "is not a dimension"),
         ("train.lora_r=1,[2", "is not a list of YAML values"),
         ("train.lora_r=8,16,8", "names 8 twice"),
         ("train.lora_r=8..4", "from a number to a larger one"),

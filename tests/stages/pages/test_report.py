@@ -1,4 +1,4 @@
-"""The page: self-contained, escaped, readable without a script, and right about what it says."""
+"""The report is self-contained and escaped, needs no script, and shows the recorded figures."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_mistakes_come_first_and_the_shared_beginning_is_shown_once(paths: Paths
     assert shown["rows"][0]["prompt"] == "other"
 
 
-def test_data_section_says_where_rows_come_from_and_went(page: str) -> None:
+def test_data_section_has_sources_and_counts_of_rows(page: str) -> None:
     assert "8 rows were read: 4 to train on, 3 held out, 1 left out." in page
     assert "3 documents of 150 tokens, 70 of them trained, packed into 2 rows that are 90 % full" in page
     assert 'title="tiny.jsonl: 5e5e' in page
@@ -200,7 +200,7 @@ def test_ledger_is_counted_by_reason_and_quantization_error_is_drawn(paths: Path
     assert "calibrated on 8,192 tokens in 32 training rows: 538 MB became 115 MB" in page
 
 
-def test_page_without_quantization_and_without_gate_says_so(paths: Paths, tmp_path: Path) -> None:
+def test_page_without_quantization_and_without_gate_has_a_note(paths: Paths, tmp_path: Path) -> None:
     other = write_tiny_run(tmp_path)
     for name in ("results.json", "generations.jsonl"):
         other.out("evaluate", name).parent.mkdir(exist_ok=True)
@@ -248,7 +248,7 @@ def test_divergence_that_is_none_by_construction_is_no_best() -> None:
     assert not any(cell["best"] for row in rows for cell in row["cells"])
 
 
-def test_page_says_what_the_promotion_will_do(page: str) -> None:
+def test_page_describes_the_promotion(page: str) -> None:
     section = page.split('id="promotion"')[1].split("</section>")[0]
     assert "The gate is open." in section
     assert "<code>champion</code> moves too, unless a condition of <code>publish.gate</code> fails" in section

@@ -1,4 +1,4 @@
-"""What is said of a repeated run; the repetition itself is in tests/test_operations.py."""
+"""The comparison of a repeated run; the repetition itself is tested in tests/test_operations.py."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_same_outs_and_figures_are_a_reproduction(tracking: Tracking, tmp_path: 
     assert outcome.lines[-1] == "reproduced: every result is the same, bit for bit"
 
 
-def test_versions_machine_and_uncommitted_changes_are_told_beforehand(tracking: Tracking, tmp_path: Path) -> None:
+def test_versions_machine_and_uncommitted_changes_are_printed_first(tracking: Tracking, tmp_path: Path) -> None:
     tags = {"version.torch": "1.0", "version.python": versions()["python"], "machine.cores": "many"}
     write_text(tmp_path / "uncommitted.patch", "diff --git a/stages/x.py b/stages/x.py\n--- a/stages/x.py\n")
     lines = circumstances(recorded(tracking, tags, {}), Record(tmp_path, "c", dirty=True))
@@ -137,7 +137,7 @@ def test_folder_of_the_base_model_in_a_config_is_no_difference_of_the_result(
     assert words.startswith("2 of 2 files differ") != same
 
 
-def test_difference_without_listings_is_told_all_the_same(tmp_path: Path) -> None:
+def test_difference_without_listings_is_reported(tmp_path: Path) -> None:
     assert changed_files(Difference("outs/train", "a.dir", "b.dir"), [tmp_path]) == "differs"
 
 
