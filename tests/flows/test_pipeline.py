@@ -17,9 +17,9 @@ from prefect.client.schemas.objects import State
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectAlreadyExists, PrefectHTTPStatusError
 
-from flows import pipeline as module
 from flows.pipeline import main, pipeline
 from flows.processes.environment import ROOT, child_environment
+from flows.runs import run as module
 from flows.runs.dvc_stage import Listener, Outcome, run_stage
 from flows.runs.forms import parse_assignments
 from stages.checkout.worktree import prune
