@@ -1,6 +1,5 @@
-"""The orchestration: Prefect flows that run the stages of dvc.yaml through DVC.
+"""Prefect flows that run the stages of dvc.yaml through DVC.
 
-Nothing here computes: a flow decides when a stage is run, DVC whether it must, and the stage does the work in a process
-of its own. So that a flow starts fast and a crash of the work can't take it along, torch and transformers are never
-imported here.
+A flow decides when a stage is run, DVC decides whether it must run, and the stage computes in a separate process. Flows
+never import torch or transformers, so that they start fast and survive a crash of a stage.
 """

@@ -1,6 +1,7 @@
-"""Disk space back: a Prefect flow, and `python -m flows.cleanup` for a shell. It only looks unless told otherwise.
+"""`cleanup`: a Prefect flow, and `python -m flows.cleanup`, that frees disk space.
 
-Results stay that the checkout, a git commit or a run in MLflow refers to.
+Without `--remove` it only lists what could be removed. It keeps every result to which the checkout, a git commit or a
+run in MLflow refers.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from flows.processes.environment import prepare_prefect
 
 prepare_prefect()
 
-from prefect import flow  # noqa: E402
-from prefect.artifacts import create_table_artifact  # noqa: E402
-from prefect.client.schemas.objects import State  # noqa: E402
-from prefect.states import Completed, Failed  # noqa: E402
-from pydantic import Field  # noqa: E402
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+from pydantic import Field
 
-from flows.cleaning.cache import clean_cache  # noqa: E402
-from flows.cleaning.leftovers import end_unfinished_runs, find_leftovers, find_unfinished_runs, remove_leftovers  # noqa: E402  # noqa: E402
-from flows.processes.terminal import run_in_terminal  # noqa: E402
-from flows.runs.graph import RunRefused  # noqa: E402
+from flows.cleaning.cache import clean_cache
+from flows.cleaning.leftovers import end_unfinished_runs, find_leftovers, find_unfinished_runs, remove_leftovers
+from flows.processes.terminal import run_in_terminal
+from flows.runs.graph import RunRefused
 
 KEEP_DAYS = 14
 
@@ -32,14 +33,13 @@ KEEP_DAYS = 14
 def cleanup(
     remove: bool = False, keep_days: Annotated[float, Field(ge=0)] = KEEP_DAYS, cache: bool = True
 ) -> State[Any]:
-    """Find what nobody needs any more, and remove it when asked.
+    """Find files that are no longer needed, and optionally remove them.
 
     Args:
-        remove: Remove it, and end the runs in MLflow whose training can't be resumed any more. Off: only say what
-            could go.
-        keep_days: Days that an unfinished training may wait to be resumed, and a log to be read.
-        cache: Look into DVC's cache, too: what neither the checkout, nor a git commit, nor a run recorded in MLflow
-            refers to can go.
+        remove: Remove them, and end the runs in MLflow whose training can't be resumed without them. Off: only list
+            them.
+        keep_days: Days for which checkpoints of unfinished trainings and logs are kept.
+        cache: Also remove files of DVC's cache to which no checkout, git commit or recorded run in MLflow refers.
     """
     root = Path.cwd().resolve()
     leftovers = find_leftovers(root, keep_days)
@@ -66,24 +66,30 @@ def cleanup(
 
 
 def summarize(rows: list[tuple[str, str, int]], removed: bool) -> str:
-    """What was found in one line."""
+    """Summarize in one line what was found."""
     if not rows:
         return "nothing to clean up"
     megabytes = sum(num_bytes for _, _, num_bytes in rows) / 1e6
-    hint = "" if removed else "; nothing was removed, `--remove` does it"
-    return f"{megabytes:.1f} MB {'removed' if removed else 'can go'}{hint}"
+    hint = "" if removed else "; nothing was removed, use `--remove`"
+    return f"{megabytes:.1f} MB {'removed' if removed else 'can be removed'}{hint}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Clean up from this terminal.
+    """Run the cleanup in this terminal.
 
     Returns:
-        0 on success, 1 when it could not be done, 130 after Ctrl-C.
+        0 on success, 1 if it failed, 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="python -m flows.cleanup", description=__doc__)
-    parser.add_argument("--remove", action="store_true", help="remove it; without this, only say what could go")
-    parser.add_argument("--keep-days", type=float, default=KEEP_DAYS, metavar="DAYS", help="default: %(default)s")
-    parser.add_argument("--no-cache", action="store_true", help="leave DVC's cache alone")
+    parser.add_argument("--remove", action="store_true", help="remove files; without this, only list them")
+    parser.add_argument(
+        "--keep-days",
+        type=float,
+        default=KEEP_DAYS,
+        metavar="DAYS",
+        help="days for which unfinished trainings and logs are kept (default: %(default)s)",
+    )
+    parser.add_argument("--no-cache", action="store_true", help="don't look at DVC's cache")
     args = parser.parse_args(argv)
     if args.keep_days < 0:
         parser.error(f"--keep-days {args.keep_days}: at least 0")

@@ -1,7 +1,7 @@
-"""New data, new model: a Prefect flow for a schedule, and `python -m flows.nightly` for a plain shell.
+"""`nightly`: a Prefect flow, and `python -m flows.nightly`, that runs the pipeline if the data changed.
 
-It looks whether the data changed since the last run; if so, it runs the pipeline, whose gate decides on the champion,
-and tells the outcome.
+The gate of the pipeline decides whether the new model becomes champion. The outcome is sent as a notification and as an
+event.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from flows.processes.environment import prepare_prefect
 
 prepare_prefect()
 
-from prefect import flow  # noqa: E402
-from prefect.blocks.abstract import NotificationBlock  # noqa: E402
-from prefect.blocks.core import Block  # noqa: E402
-from prefect.client.schemas.objects import State  # noqa: E402
-from prefect.events import emit_event  # noqa: E402
-from prefect.states import Completed, Failed  # noqa: E402
+from prefect import flow
+from prefect.blocks.abstract import NotificationBlock
+from prefect.blocks.core import Block
+from prefect.client.schemas.objects import State
+from prefect.events import emit_event
+from prefect.states import Completed, Failed
 
-from flows.pipeline import pipeline  # noqa: E402
-from flows.processes.terminal import run_in_terminal  # noqa: E402
-from flows.runs.graph import RunRefused, read_plan  # noqa: E402
-from flows.runs.recorded import present_inputs, recorded_inputs  # noqa: E402
+from flows.pipeline import pipeline
+from flows.processes.terminal import run_in_terminal
+from flows.runs.graph import RunRefused, read_plan
+from flows.runs.recorded import present_inputs, recorded_inputs
 
 EVENT = "sft.nightly"
-"""Beginning of the events' names, `sft.nightly.promoted` and so on: an automation can wait for them."""
+"""Prefix of the events' names, such as `sft.nightly.promoted`, which can trigger automations."""
 
 
 @flow(name="nightly", persist_result=False)
 def nightly(notify: str | None = None, always: bool = False) -> State[Any]:
-    """Run the pipeline if the data changed, and tell what came of it.
+    """Run the pipeline if the data changed since the last run, and report the outcome.
 
     Args:
-        notify: A notification block of Prefect, as `type/name`, such as `slack-webhook/team`. Empty: tell nobody. The
-            outcome is an event as well (`sft.nightly.promoted`, `.held-back`, `.failed`, `.unchanged`), on which an
-            automation can act.
-        always: Run it also when the data are the same.
+        notify: A notification block of Prefect as `type/name`, such as `slack-webhook/team`. Empty: no notification.
+            The outcome is also emitted as an event (`sft.nightly.promoted`, `.held-back`, `.failed` or `.unchanged`),
+            which can trigger automations.
+        always: Run the pipeline even if the data did not change.
     """
     root = Path.cwd().resolve()
     try:
@@ -49,19 +49,19 @@ def nightly(notify: str | None = None, always: bool = False) -> State[Any]:
     except (RunRefused, ValueError) as refusal:
         return Failed(message=str(refusal))
     if not changed and not always:
-        tell(root, "unchanged", "the data are those of the last run: nothing to do", None)
-        return Completed(name="Unchanged", message="the data are those of the last run: nothing to do")
-    why = f"changed: {', '.join(changed)}" if changed else "run although the data are the same"
+        announce(root, "unchanged", "the data did not change since the last run", None)
+        return Completed(name="Unchanged", message="the data did not change since the last run")
+    why = f"changed: {', '.join(changed)}" if changed else "the data did not change"
     state: State[Any] = pipeline(return_state=True)
-    kind, text = judge(root, state)
-    tell(root, kind, f"{text} ({why})", block)
+    kind, text = read_outcome(root, state)
+    announce(root, kind, f"{text} ({why})", block)
     return Completed(message=f"{text} ({why})") if state.is_completed() else Failed(message=f"{text} ({why})")
 
 
 def changed_data(root: Path) -> list[str]:
-    """Data that stages read from outside and that are not those which DVC recorded at the last run.
+    """Return the data files and folders that differ from those that DVC recorded at the last run.
 
-    Code does not count: it is changed by people, who see what it does.
+    Changes of code are ignored: who changes code runs the pipeline, too.
     """
     plan = read_plan(root)
     found: set[str] = set()
@@ -74,24 +74,26 @@ def changed_data(root: Path) -> list[str]:
 
 
 def load_notifier(name: str | None) -> NotificationBlock | None:
-    """The block that tells people.
+    """Load the notification block of this name; None if there is no name.
 
     Raises:
-        RunRefused: There is no such block, or it can't notify.
+        RunRefused: There is no such block, or it is not a notification block.
     """
     if name is None:
         return None
     try:
         block = Block.load(name)
     except ValueError as error:
-        raise RunRefused(f"notify {name!r}: {' '.join(str(error).split())} Make it on the page, under Blocks") from None
+        raise RunRefused(
+            f"notify {name!r}: {' '.join(str(error).split())} Create it on the Prefect page, under Blocks"
+        ) from None
     if not isinstance(block, NotificationBlock):
-        raise RunRefused(f"notify {name!r} is a {type(block).__name__}, which notifies nobody")
+        raise RunRefused(f"notify {name!r} is a {type(block).__name__}, not a notification block")
     return block
 
 
-def judge(root: Path, state: State[Any]) -> tuple[str, str]:
-    """What a run of the pipeline amounts to: a word for the event, and a sentence."""
+def read_outcome(root: Path, state: State[Any]) -> tuple[str, str]:
+    """Return the outcome of a run of the pipeline: the last part of the event's name, and a sentence."""
     if not state.is_completed():
         return "failed", f"the pipeline failed: {state.message}"
     record = root / "outs" / "publish" / "run.json"
@@ -101,11 +103,11 @@ def judge(root: Path, state: State[Any]) -> tuple[str, str]:
     model = f"{published['registered_model']} version {published['version']} (run {published['run_id'][:12]})"
     if published["promoted"]:
         return "promoted", f"the gate passed: {model} is champion"
-    return "held-back", f"the gate is closed: {model} is candidate only"
+    return "held-back", f"the gate is closed: {model} is a candidate only"
 
 
-def tell(root: Path, kind: str, text: str, block: NotificationBlock | None) -> None:
-    """Emit the event, and notify whoever is to be notified."""
+def announce(root: Path, kind: str, text: str, block: NotificationBlock | None) -> None:
+    """Print the outcome, emit it as an event, and send the notification."""
     print(text, flush=True)
     emit_event(f"{EVENT}.{kind}", resource={"prefect.resource.id": f"sft.{root.name}"}, payload={"text": text})
     if block is not None:
@@ -113,14 +115,14 @@ def tell(root: Path, kind: str, text: str, block: NotificationBlock | None) -> N
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run it in this terminal.
+    """Run the flow in this terminal.
 
     Returns:
-        0 on success, 1 when the pipeline failed, 130 after Ctrl-C.
+        0 on success, 1 if the pipeline failed, 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="python -m flows.nightly", description=__doc__)
-    parser.add_argument("--notify", metavar="TYPE/NAME", help="a notification block of Prefect that hears the outcome")
-    parser.add_argument("--always", action="store_true", help="run also when the data are the same")
+    parser.add_argument("--notify", metavar="TYPE/NAME", help="a notification block of Prefect for the outcome")
+    parser.add_argument("--always", action="store_true", help="run even if the data did not change")
     args = parser.parse_args(argv)
     return run_in_terminal(lambda: nightly(args.notify, args.always, return_state=True))
 

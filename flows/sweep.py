@@ -1,7 +1,7 @@
-"""Trials of the pipeline with other params, ranked: a Prefect flow, and `python -m flows.sweep` for a plain shell.
+"""`sweep`: a Prefect flow, and `python -m flows.sweep`, that runs the pipeline with other params and ranks the results.
 
-Each trial works in a git worktree of its own and shares DVC's cache, so that stages which no param of the sweep touches
-run once. Trials take turns: they would share one device.
+Each trial works in a separate git worktree and shares DVC's cache, so that stages which depend on no param of the sweep
+run once. Trials run one after the other, because they would share one device.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from flows.processes.environment import prepare_prefect
 
 prepare_prefect()
 
-from prefect import flow, runtime  # noqa: E402
-from prefect.client.schemas.objects import State  # noqa: E402
-from prefect.logging import get_run_logger  # noqa: E402
-from prefect.states import Completed, Failed  # noqa: E402
-from pydantic import Field  # noqa: E402
+from prefect import flow, runtime
+from prefect.client.schemas.objects import State
+from prefect.logging import get_run_logger
+from prefect.states import Completed, Failed
+from pydantic import Field
 
-from flows.pipeline import pipeline  # noqa: E402
-from flows.processes.terminal import refuse, run_in_terminal  # noqa: E402
-from flows.runs.forms import (  # noqa: E402
+from flows.pipeline import pipeline
+from flows.processes.terminal import refuse, run_in_terminal
+from flows.runs.forms import (
     Overrides,
     apply_overrides,
     flatten,
@@ -32,25 +32,25 @@ from flows.runs.forms import (  # noqa: E402
     parse_assignments,
     with_values,
 )
-from flows.runs.graph import RunRefused  # noqa: E402
-from flows.runs.report import RunReport, read_figures  # noqa: E402
-from flows.runs.run import ask, flow_run_variables, prune_worktrees, run_plan, workplace  # noqa: E402
-from flows.sweeps.leaderboard import Leaderboard, Trial  # noqa: E402
-from flows.sweeps.plan import (  # noqa: E402
+from flows.runs.graph import RunRefused
+from flows.runs.report import RunReport, read_figures
+from flows.runs.run import flow_run_variables, prepare_run, prune_worktrees, run_plan, workplace
+from flows.sweeps.leaderboard import Leaderboard, Trial
+from flows.sweeps.plan import (
     DEFAULT_OBJECTIVE,
     NUM_TRIALS,
     DimensionText,
     Kind,
     ObjectiveText,
-    Prepared,
-    SweepAsked,
-    prepare,
+    PreparedSweep,
+    SweepOptions,
+    prepare_sweep,
 )
-from flows.sweeps.search import FORM  # noqa: E402
-from stages.checkout.artifacts import write_text  # noqa: E402
-from stages.params.schema import ParamsError  # noqa: E402
-from stages.tracking.lineage import FLOW_RUN_VARIABLES, PARENT_VARIABLE  # noqa: E402
-from stages.tracking.trials import log_trial, recorded_sweep  # noqa: E402
+from flows.sweeps.search import FORM
+from stages.checkout.artifacts import write_text
+from stages.params.schema import ParamsError
+from stages.tracking.lineage import FLOW_RUN_VARIABLES, PARENT_VARIABLE
+from stages.tracking.trials import log_trial, recorded_sweep
 
 
 @flow(
@@ -61,24 +61,24 @@ from stages.tracking.trials import log_trial, recorded_sweep  # noqa: E402
     on_cancellation=[prune_worktrees],
 )
 def trial(number: int, values: dict[str, Any], overrides: Overrides, to_stage: str, parent_run: str) -> State[Any]:
-    """One trial: the stages up to the one that measures the objective, in a worktree.
+    """Run one trial: the stages up to the one that measures the objective, in a worktree.
 
     Args:
-        number: Its number, from 1.
-        values: What it tries.
-        overrides: The same, and what holds for all trials.
+        number: Number of the trial, from 1.
+        values: Values of the varied params.
+        overrides: The same values, and the overrides of all trials.
         to_stage: The last stage.
-        parent_run: The sweep's run in MLflow.
+        parent_run: Id of the sweep's run in MLflow.
     """
     started = time.monotonic()
     report = RunReport(flatten(overridden(overrides)))
     figures, run_id = {}, ""
     try:
-        asked = ask(Path.cwd().resolve(), None, to_stage, overrides)
-        with workplace(asked) as (folder, variables):
-            problem = run_plan(folder, asked.plan, False, report, {**variables, PARENT_VARIABLE: parent_run})
+        prepared = prepare_run(Path.cwd().resolve(), None, to_stage, overrides)
+        with workplace(prepared) as (folder, variables):
+            problem = run_plan(folder, prepared.plan, False, report, {**variables, PARENT_VARIABLE: parent_run})
             if problem is None:
-                figures = read_figures(folder, asked.plan.names)
+                figures = read_figures(folder, prepared.plan.names)
                 origin = {FLOW_RUN_VARIABLES[name]: value for name, value in flow_run_variables().items()}
                 run_id = log_trial(folder, parent_run, f"trial-{number}", figures, origin)
     except (RunRefused, ParamsError) as refusal:
@@ -91,7 +91,7 @@ def trial(number: int, values: dict[str, Any], overrides: Overrides, to_stage: s
 
 
 def describe_sweep() -> str:
-    """Name of a flow run: what it varies."""
+    """Return the name of a flow run: the params that it varies."""
     return f"sweep {'; '.join(runtime.flow_run.parameters['params'])}"[:200]
 
 
@@ -106,24 +106,24 @@ def sweep(
     promote: bool = False,
     write_to: str | None = None,
 ) -> State[Any]:
-    """Try other values of params, rank the results, and take over the best one when asked.
+    """Run the pipeline with other values of params, rank the results, and optionally publish the best one.
 
     Args:
-        params: What is varied, one param a line: `train.learning_rate=1e-3,2e-3` for values,
-            `train.learning_rate=1e-4..1e-2:log` for a range, drawn by its logarithm.
-        search: `grid` tries every combination of values; `random` draws; `optuna` draws where earlier trials were good.
-        trials: How many. Empty: all combinations of a grid, else ten.
-        objective: The figure that ranks trials, `stage.metric` as in MLflow. Less of losses and sizes is better, more
-            of everything else, unless `:min` or `:max` stands behind it. Stages behind its stage are not run.
+        params: The params to vary, one per line: `train.learning_rate=1e-3,2e-3` for values,
+            `train.learning_rate=1e-4..1e-2:log` for a range that is sampled log-uniformly.
+        search: `grid` tries every combination of values, `random` samples, `optuna` samples near good earlier trials.
+        trials: Number of trials. Empty: all combinations of a grid, else ten.
+        objective: The figure that ranks trials, `stage.metric` as in MLflow. Lower is better for losses and sizes,
+            higher for everything else; a suffix `:min` or `:max` overrides this. Stages after its stage are not run.
         overrides: Values that replace those of params.yaml in every trial.
-        seed: Of the draws.
-        promote: Publish the best trial's result. The champion alias moves only if the gate lets it.
-        write_to: Write params.yaml with the best values here; `params.yaml` itself may be named. Empty: nowhere.
+        seed: Seed of the sampling.
+        promote: Publish the best trial's result. The alias `champion` moves only if the gate is open.
+        write_to: File to write params.yaml with the best values to, which may be `params.yaml` itself. Empty: none.
     """
-    asked = SweepAsked(tuple(params), search, trials, objective, overrides, seed, write_to)
+    options = SweepOptions(tuple(params), search, trials, objective, overrides, seed, write_to)
     try:
-        prepared = prepare(Path.cwd().resolve(), asked)
-        board = run_trials(prepared, asked)
+        prepared = prepare_sweep(Path.cwd().resolve(), options)
+        board = run_trials(prepared, options)
     except (RunRefused, ValueError) as refusal:
         return Failed(message=str(refusal))
     print(board.text(), flush=True)
@@ -138,35 +138,44 @@ def sweep(
     return Completed(message=board.summary())
 
 
-def run_trials(prepared: Prepared, asked: SweepAsked) -> Leaderboard:
-    """Run the trials one after the other; one that fails is listed, and the sweep goes on.
+def run_trials(prepared: PreparedSweep, options: SweepOptions) -> Leaderboard:
+    """Run the trials one after the other; a failed trial is listed, and the sweep continues.
 
     Raises:
-        RunRefused: The first trial that ended well has no such figure as the objective.
+        RunRefused: A successful trial did not measure the objective.
         ValueError: The tracking store can't be used.
     """
-    board = Leaderboard(asked.figure, asked.maximize)
-    facts = {"search": asked.search, "objective": asked.objective, "seed": asked.seed, "params": list(asked.params)}
+    board = Leaderboard(options.figure, options.maximize)
+    facts = {
+        "search": options.search,
+        "objective": options.objective,
+        "seed": options.seed,
+        "params": list(options.params),
+    }
     with recorded_sweep(prepared.root, str(runtime.flow_run.name), facts) as record:
         while len(board.trials) < prepared.num_trials and (values := prepared.search.propose()) is not None:
             number = len(board.trials) + 1
-            overrides = with_values(asked.overrides, values)
+            overrides = with_values(options.overrides, values)
             state: State[Any] = trial(
                 number, values, overrides, prepared.to_stage, record.parent.run_id, return_state=True
             )
             done = state.result(raise_on_failure=False)
-            # a crash of the trial's own process hands back no trial but what was raised
+            # a trial that raised returns its exception instead of a Trial
             board.trials.append(done if isinstance(done, Trial) else Trial(number, values, problem=str(state.message)))
-            check_measured(board.trials[-1], asked.figure)
+            check_measured(board.trials[-1], options.figure)
             prepared.search.tell(board.score(board.trials[-1]))
             get_run_logger().info(f"trial {number} of {prepared.num_trials}: {board.summary()}")
-            board.publish()  # whoever opens the page meanwhile, or cancels the rest, has those that ended
+            board.publish()  # after every trial, for readers of the page and in case the sweep is cancelled
         record.log_leaderboard(board.rows(), board.best.values if board.best else {})
     return board
 
 
 def check_measured(done: Trial, objective: str) -> None:
-    """Refuse to go on when the stage that should measure the objective does not."""
+    """Check that a successful trial measured the objective.
+
+    Raises:
+        RunRefused: It did not.
+    """
     if done.problem is None and objective not in done.figures:
         stage = objective.partition(".")[0]
         known = [name for name in done.figures if name.startswith(f"{stage}.")]
@@ -174,7 +183,7 @@ def check_measured(done: Trial, objective: str) -> None:
 
 
 def write_best(root: Path, target: str, overrides: Overrides, best: Trial) -> None:
-    """Write params.yaml with the best values where the user wants it, comments kept."""
+    """Write params.yaml with the best values, and its comments, to a file."""
     values = overridden(with_values(overrides, best.values))
     text = apply_overrides((root / "params.yaml").read_text(encoding="utf-8"), values)
     write_text(root / target, text)
@@ -185,32 +194,41 @@ def main(argv: list[str] | None = None) -> int:
     """Run a sweep in this terminal.
 
     Returns:
-        0 on success, 1 when no trial ended well, 2 when the sweep can't be started as asked, 130 after Ctrl-C.
+        0 on success, 1 if no trial succeeded, 2 if the arguments are not valid, 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="python -m flows.sweep", description=__doc__)
-    parser.add_argument("--param", action="append", default=[], metavar="DIMENSION", help=f"what is varied: {FORM}")
+    parser.add_argument("--param", action="append", default=[], metavar="DIMENSION", help=f"a param to vary: {FORM}")
     parser.add_argument("--search", choices=get_args(Kind), default="grid")
-    parser.add_argument("--trials", type=int, metavar="N", help=f"default: all of a grid, else {NUM_TRIALS}")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        metavar="N",
+        help=f"number of trials (default: all combinations of a grid, else {NUM_TRIALS})",
+    )
     parser.add_argument(
         "--objective", default=DEFAULT_OBJECTIVE, metavar="STAGE.FIGURE[:min|:max]", help="default: %(default)s"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for every trial")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--promote", action="store_true", help="publish the best result; the gate decides on champion")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="replace a value in every trial"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument(
+        "--promote", action="store_true", help="publish the best result; the gate decides whether it becomes champion"
+    )
     parser.add_argument("--write", metavar="FILE", help="write params.yaml with the best values here")
     args = parser.parse_args(argv)
     if args.trials is not None and args.trials < 1:
         parser.error(f"--trials {args.trials}: at least one")
     try:
         overrides = parse_assignments(args.set)
-        asked = SweepAsked(
+        options = SweepOptions(
             tuple(args.param), args.search, args.trials, args.objective, overrides, args.seed, args.write
         )
-        prepare(Path.cwd().resolve(), asked)
+        prepare_sweep(Path.cwd().resolve(), options)
     except (RunRefused, ParamsError) as refusal:
         return refuse(refusal)
-    options = {**vars(asked), "params": list(asked.params), "promote": args.promote}
-    return run_in_terminal(lambda: sweep(**options, return_state=True))
+    arguments = {**vars(options), "params": list(options.params), "promote": args.promote}
+    return run_in_terminal(lambda: sweep(**arguments, return_state=True))
 
 
 if __name__ == "__main__":

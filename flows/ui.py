@@ -1,6 +1,6 @@
-"""`python -m flows.ui`: the Prefect and MLflow pages of this checkout, with the pipeline ready to be started.
+"""`python -m flows.ui`: serve the Prefect and MLflow pages of this checkout, from which flows can be started.
 
-Everything listens on loopback only and ends with this process, however it ends.
+All servers listen on loopback only and end with this process, however it ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from flows.processes.environment import UiLock, child_environment, prefect_home
-from flows.processes.servers import HOST, ServerFailed, Servers, get, post, prefect_server_command, refuse_busy_port
+from flows.processes.servers import HOST, ServerFailed, Servers, check_port, get, post, prefect_server_command
 from stages.checkout.redaction import redact
 from stages.params.schema import ParamsError, load_params
 
@@ -24,10 +24,15 @@ WORK_POOL = "local"
 
 
 def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
-    """Start everything, say where it is, and stay until a signal or a failure.
+    """Start all servers, print their addresses, and run until a signal or a failure.
+
+    Args:
+        root: The checkout.
+        prefect_port: Port of the Prefect server.
+        mlflow_port: Port of the MLflow server.
 
     Raises:
-        ServerFailed: A port is taken, a process failed, or the pages of this checkout are open already.
+        ServerFailed: A port is in use, a process failed, or the pages of this checkout are being served already.
     """
     tracking_uri = _tracking_uri(root)
     prefect_url, mlflow_url = f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}"
@@ -35,10 +40,10 @@ def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
     if not lock.acquire(prefect=prefect_url):
         holder = lock.holder()
         raise ServerFailed(
-            f"the pages of this checkout are open: {holder.get('prefect')} (process {holder.get('pid')})"
+            f"the pages of this checkout are already served: {holder.get('prefect')} (process {holder.get('pid')})"
         )
     for port, option in ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port")):
-        refuse_busy_port(port, option)
+        check_port(port, option)
     servers = Servers(root, _environment(root, prefect_url))
     try:
         print("starting Prefect and MLflow ...", flush=True)
@@ -47,7 +52,7 @@ def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
             servers.start("mlflow", *_mlflow_command(tracking_uri, mlflow_port))
         servers.wait_for("prefect", f"{prefect_url}/api/health")
         servers.run("work-pool", "prefect", "work-pool", "create", WORK_POOL, "--type", "process", "--overwrite")
-        end_runs_of_the_dead(root, prefect_url)
+        end_orphaned_runs(root, prefect_url)
         servers.run("deploy", "prefect", "--no-prompt", "deploy", "--all")
         servers.start("worker", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process")
         if tracking_uri is not None:
@@ -62,11 +67,11 @@ def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
         servers.stop()
 
 
-def end_runs_of_the_dead(root: Path, prefect_url: str) -> None:
-    """Tell Prefect which runs are over: those of a worker that was killed would stay Running and keep their turn.
+def end_orphaned_runs(root: Path, prefect_url: str) -> None:
+    """Set the flow runs of killed workers to Crashed; they would stay Running and block runs that wait for their turn.
 
-    While this process holds the lock of the pages, no other worker of this checkout lives. With a Prefect home of the
-    user's own nobody knows that.
+    While this process has the lock of the pages, no worker of this checkout is running. That is not known if the user
+    has set another Prefect home, whose runs are therefore left alone.
     """
     if "PREFECT_HOME" in os.environ and Path(os.environ["PREFECT_HOME"]) != prefect_home(root):
         return
@@ -76,12 +81,15 @@ def end_runs_of_the_dead(root: Path, prefect_url: str) -> None:
     parents = [run["id"] for run in of_workers]
     within = post(f"{api}/filter", {"flow_runs": {**alive, "parent_flow_run_id": {"any_": parents}}}) if parents else []
     for run in [*within, *of_workers]:
-        state = {"type": "CRASHED", "message": "its worker is gone; finished stages are kept, start it again to go on"}
+        state = {
+            "type": "CRASHED",
+            "message": "its worker has ended; finished stages are kept: run it again",
+        }
         post(f"{api}/{run['id']}/set_state", {"state": state, "force": True})
 
 
 def _tracking_uri(root: Path) -> str | None:
-    """The store that MLflow shows; None when another server already shows it."""
+    """Return the store for the MLflow server; None if params.yaml names a server."""
     uri = load_params(root / "params.yaml").publish.tracking_uri
     if uri.startswith(("http://", "https://")):
         return None
@@ -100,11 +108,11 @@ def _environment(root: Path, prefect_url: str) -> dict[str, str]:
     return child_environment(
         PREFECT_API_URL=f"{prefect_url}/api",
         PREFECT_HOME=os.environ.get("PREFECT_HOME", str(prefect_home(root))),
-        # Off, MLflow starts in a third of the time and half a gigabyte less; its jobs are not used here.
+        # MLflow's job execution is not used; without it, the server starts in a third of the time with 0.5 GB less
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
-        # How often the worker looks for runs; its default is ten seconds.
+        # interval at which the worker looks for runs; the default is ten seconds
         PREFECT_WORKER_QUERY_SECONDS="2",
-        # The entrypoint is a file; this lets it import its package.
+        # the entrypoint is a file, which imports the package `flows`
         PYTHONPATH=str(root),
     )
 
@@ -133,7 +141,7 @@ def _form_page(prefect_url: str) -> str:
 
 
 def _runs_page(mlflow_url: str, experiment: str) -> str:
-    """The table of runs; MLflow's own front page is that of another kind of use. Before the first run there is none."""
+    """Return the page with the table of runs; MLflow's front page if there is no run yet."""
     query = urllib.parse.urlencode({"experiment_name": experiment})
     found = get(f"{mlflow_url}/api/2.0/mlflow/experiments/get-by-name?{query}")
     if found is None:
@@ -147,7 +155,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until Ctrl-C or SIGTERM; returns 0 then, 1 if something failed."""
+    """Serve until Ctrl-C or SIGTERM; return 0 then, or 1 if something failed."""
     parser = argparse.ArgumentParser(prog="python -m flows.ui", description="Prefect and MLflow pages on loopback")
     parser.add_argument("--prefect-port", type=int, default=4200, metavar="PORT", help="default: 4200")
     parser.add_argument("--mlflow-port", type=int, default=5000, metavar="PORT", help="default: 5000")

@@ -1,4 +1,4 @@
-"""DVC's cache without what neither the checkout, nor a git commit, nor a run recorded in MLflow refers to."""
+"""Removal of files from DVC's cache to which no checkout, git commit or recorded run in MLflow refers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from flows.processes.environment import child_environment
 from flows.processes.supervised import run_supervised
-from flows.runs import worktree
 from flows.runs.graph import RunRefused
+from stages.checkout import worktree
 from stages.params.schema import load_params
 from stages.tracking.lineage import main_checkout
 from stages.tracking.store import SQLITE, absolute_uri, open_tracking
@@ -28,11 +27,11 @@ _REMOVING = re.compile(r"^Removing (.+)$")
 
 @dataclass(frozen=True)
 class Unreferenced:
-    """What of the cache can go.
+    """The files of the cache that nothing refers to.
 
     Args:
-        num_objects: Files of the cache.
-        num_bytes: Their size.
+        num_objects: Number of files.
+        num_bytes: Their total size.
     """
 
     num_objects: int
@@ -40,23 +39,23 @@ class Unreferenced:
 
 
 def clean_cache(root: Path, dry: bool) -> Unreferenced:
-    """Let `dvc gc` remove what nothing refers to.
+    """Remove the files that nothing refers to with `dvc gc`.
 
     Args:
         root: The checkout.
-        dry: Only look.
+        dry: Only find them.
 
     Raises:
-        RunRefused: A run is at work, whose results nothing refers to yet; or DVC refuses.
-        ValueError: The tracking store can't be read, so that nobody knows what it refers to.
+        RunRefused: A run is in progress, whose results are not recorded yet; or `dvc gc` failed.
+        ValueError: The tracking store, which has the references of recorded runs, can't be read.
     """
     at_work = worktree.living(root)
     if at_work:
         raise RunRefused(f"the cache is in use by {', '.join(at_work)}; clean it when these runs have ended")
     hashes = recorded_hashes(root)
-    with tempfile.TemporaryDirectory() as folder, Repo(str(root)) as repo:
+    with tempfile.TemporaryDirectory() as folder:
         keep = Path(folder) / "recorded"
-        write_references(keep, hashes, Path(repo.cache.legacy.path))
+        write_references(keep, hashes, worktree.dvc_cache(root))
         listed = _collect(root, keep, dry=True)
         found = Unreferenced(len(listed), sum(path.stat().st_size for path in listed if path.is_file()))
         if listed and not dry:
@@ -65,7 +64,7 @@ def clean_cache(root: Path, dry: bool) -> Unreferenced:
 
 
 def recorded_hashes(root: Path) -> set[str]:
-    """DVC hashes of all data and results of the runs in MLflow's store, whatever experiment they belong to."""
+    """Return the DVC hashes of data and results of all runs in MLflow's store, of every experiment."""
     home = main_checkout(root)
     publish = load_params(root / "params.yaml").publish
     uri = absolute_uri(publish.tracking_uri, home)
@@ -86,11 +85,11 @@ def recorded_hashes(root: Path) -> set[str]:
 
 
 def write_references(folder: Path, hashes: set[str], cache: Path) -> None:
-    """Make a DVC project that refers to these hashes and shares the cache: `dvc gc --projects` spares them."""
+    """Create a DVC project with these hashes and the same cache, so that `dvc gc --projects` keeps their files."""
     folder.mkdir()
     for command in (["git", "init", "--quiet"], [sys.executable, "-m", "dvc", "init", "--quiet"]):
         subprocess.run(command, cwd=folder, env=child_environment(), check=True, capture_output=True)
-    (folder / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n", encoding="utf-8")
+    worktree.use_dvc_cache(folder, cache)
     outs = [{"md5": value, "hash": "md5", "path": f"recorded-{value}"} for value in sorted(hashes)]
     with (folder / "recorded.dvc").open("w", encoding="utf-8") as file:
         YAML().dump({"outs": outs}, file)

@@ -1,6 +1,6 @@
-"""What runs leave behind: worktrees of the dead, checkpoints that nobody will resume, old logs.
+"""Leftovers of runs: worktrees of runs that have ended, checkpoints that were not resumed, old logs.
 
-Runs in MLflow whose training can't be resumed once its checkpoints are gone: they end together with these.
+A run in MLflow whose training can't be resumed without its checkpoints is ended when these are removed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.runs import worktree
+from stages.checkout import worktree
 from stages.checkout.artifacts import read_json
 from stages.launch.lock import trainings_at_work
 from stages.params.schema import load_params
@@ -22,19 +22,19 @@ from stages.tracking.store import PROGRESS_TAG, Tracking, open_tracking
 DAY_S = 86400.0
 
 FINISHED = "finished"
-"""What a training puts into its folder of checkpoints when its results are written (stages/training/checkpoints.py)."""
+"""File that a training writes into its checkpoint folder after its results (stages/training/checkpoints.py)."""
 
 FINISHED_AGE_S = 3600.0
-"""DVC copies a finished stage's results for a while before it has recorded the stage."""
+"""Minimum age of the checkpoints of a finished training: DVC may still be caching and recording its results."""
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that can go.
+    """A file or folder that is no longer needed.
 
     Args:
-        path: Where it lies.
-        why: Why nobody needs it.
+        path: Its path.
+        why: Why it is not needed.
         num_bytes: Its size.
     """
 
@@ -44,31 +44,31 @@ class Leftover:
 
 
 def find_leftovers(root: Path, keep_days: float) -> list[Leftover]:
-    """Everything of a checkout that can go.
+    """Find the leftovers of a checkout.
 
     Args:
         root: The checkout.
-        keep_days: Days that an unfinished training may wait to be resumed, and a log to be read.
+        keep_days: Days for which checkpoints of unfinished trainings and logs are kept.
     """
-    # whichever checkpoints it writes: few days may be fewer than it takes to the next one
+    # the checkpoints of a running training may be older than a small keep_days
     training = any(folder.is_relative_to(root) for folder in trainings_at_work())
-    found = [(path, "its run is gone") for path in worktree.abandoned(root)]
+    found = [(path, "its run has ended") for path in worktree.abandoned(root)]
     state = root / ".state"
     for folder in sorted((state / "train").glob("*/")):
         age = time.time() - newest(folder)
         if (folder / FINISHED).exists() and age > FINISHED_AGE_S:
             found.append((folder, "checkpoints of a training that has finished"))
         elif age > keep_days * DAY_S and not training:
-            found.append((folder, f"checkpoints that nobody resumed for {age / DAY_S:.0f} days"))
+            found.append((folder, f"checkpoints that were not resumed for {age / DAY_S:.0f} days"))
     for log in sorted((state / "logs").glob("*.log")):
         age = time.time() - log.stat().st_mtime
         if age > keep_days * DAY_S:
-            found.append((log, f"a log of {age / DAY_S:.0f} days ago"))
+            found.append((log, f"a log from {age / DAY_S:.0f} days ago"))
     return [Leftover(path, why, size(path)) for path, why in found]
 
 
 def remove_leftovers(root: Path, leftovers: list[Leftover]) -> None:
-    """Remove them; worktrees by way of git, which would otherwise go on listing them."""
+    """Remove leftovers; worktrees are removed from git's list, too."""
     worktree.prune(root)
     for leftover in leftovers:
         if leftover.path.is_dir():
@@ -78,24 +78,24 @@ def remove_leftovers(root: Path, leftovers: list[Leftover]) -> None:
 
 
 def newest(folder: Path) -> float:
-    """When a folder, or anything below it, was last written (seconds since the epoch)."""
+    """Return when a folder, or anything in it, was last modified, in seconds since the epoch."""
     return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Return the size in bytes of a file, or of all files in a folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
     return sum(file.stat().st_size for file in files)
 
 
 @dataclass(frozen=True)
 class UnfinishedRun:
-    """A run that is still going by its status, and whose training nobody can go on with.
+    """A run in MLflow with status RUNNING whose training can't be resumed.
 
     Args:
         run_id: Its id.
-        name: What it is called.
-        why: Why its checkpoints go.
+        name: Its name.
+        why: Why its checkpoints are removed.
     """
 
     run_id: str
@@ -104,17 +104,17 @@ class UnfinishedRun:
 
 
 def find_unfinished_runs(root: Path, leftovers: Iterable[Leftover]) -> tuple[Tracking | None, list[UnfinishedRun]]:
-    """The runs that were begun by trainings whose checkpoints are among what can go.
+    """Find the runs that were begun by unfinished trainings whose checkpoints are among the leftovers.
 
     Args:
         root: The checkout.
-        leftovers: What can go.
+        leftovers: What is going to be removed.
 
     Returns:
-        The store and the runs; None and none when no such training has begun a run.
+        The store and the runs; None and an empty list if no such training has begun a run.
 
     Raises:
-        ValueError: The tracking store can't be used, or a key is damaged.
+        ValueError: The tracking store can't be used, or a key file is damaged.
     """
     begun = [one for one in leftovers if (one.path / KEY_FILE).exists() and not (one.path / FINISHED).exists()]
     if not begun:
@@ -130,7 +130,7 @@ def find_unfinished_runs(root: Path, leftovers: Iterable[Leftover]) -> tuple[Tra
 
 
 def end_unfinished_runs(tracking: Tracking, runs: Iterable[UnfinishedRun]) -> None:
-    """Mark them as killed, with the reason in the tag that says how far a run came."""
+    """Set the status of runs to KILLED, and write the reason into their progress tag."""
     for run in runs:
         tracking.client.set_tag(run.run_id, PROGRESS_TAG, f"given up, its checkpoints were removed: {run.why}")
         tracking.client.set_terminated(run.run_id, "KILLED")

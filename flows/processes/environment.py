@@ -1,6 +1,6 @@
-"""What the tools find in their environment: no telemetry, this checkout's Prefect home, the server of `make ui`.
+"""Environment variables of flows and stages: no telemetry, this checkout's Prefect home, the server of `make ui`.
 
-Prefect reads its settings when it is imported, so a flow module imports this one first.
+Prefect reads its settings when it is imported, so a flow module calls `prepare_prefect` before that.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
-# A busy machine with two cores needs longer than Prefect's 20 s to bring up the server of a plain shell run.
 EPHEMERAL_STARTUP_TIMEOUT_S = 120
+"""Timeout of a temporary server's start; Prefect's default of 20 s is too short on a busy machine with two cores."""
 
 
 def prepare_prefect(root: Path = ROOT) -> None:
-    """Set what Prefect reads at its import; whatever the user has set wins.
+    """Set the environment variables that Prefect reads at import, except those that the user has set.
 
-    A checkout has its own Prefect home: two checkouts would otherwise overwrite each other's deployment, which is
-    known by its name alone. Someone who has set PREFECT_API_URL or PREFECT_HOME uses a set-up of their own.
+    Every checkout has a separate Prefect home: deployments are identified by name only, so that two checkouts would
+    overwrite each other's. If the user has set PREFECT_API_URL or PREFECT_HOME, both are left as they are.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -48,24 +48,24 @@ def prepare_prefect(root: Path = ROOT) -> None:
 
 
 def prefect_home(root: Path) -> Path:
-    """Where the runs of this checkout are remembered."""
+    """Return the Prefect home of a checkout, with the database of its flow runs."""
     return root / ".state" / "prefect"
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """The environment of a stage: no telemetry, lines as they are printed, this interpreter's tools first on PATH."""
+    """Return the environment of a stage: no telemetry, unbuffered output, this interpreter's tools first on PATH."""
     environment = {**os.environ, **QUIET, **changes}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     environment["PYTHONUNBUFFERED"] = "1"
-    # bash replaces itself by the command it is given; other shells stay in between, and signals end there.
+    # bash replaces itself with the command; other shells remain as a parent that does not pass signals on
     environment["SHELL"] = "/bin/bash"
     return environment
 
 
 class UiLock:
-    """The one `make ui` of a checkout: a locked file that says where its servers are.
+    """Lock file of the `make ui` process of a checkout, with the addresses of its servers.
 
-    The kernel drops the lock when its holder ends, however that happens, so a stale file is never believed.
+    The kernel releases the lock when the process ends, however it ends, so that a stale file is never used.
     """
 
     def __init__(self, root: Path) -> None:
@@ -73,7 +73,7 @@ class UiLock:
         self._file: Any = None
 
     def acquire(self, **facts: str) -> bool:
-        """Take the lock until this process ends and write `facts` into it; False if another process holds it."""
+        """Lock the file until this process ends and write `facts` into it; return False if it is locked already."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+", encoding="utf-8")
         try:
@@ -84,13 +84,13 @@ class UiLock:
         return True
 
     def announce(self, **facts: str) -> None:
-        """Replace what the holder says of itself."""
+        """Replace the facts in the file."""
         self._file.truncate(0)
         json.dump({"pid": str(os.getpid()), **facts}, self._file)
         self._file.flush()
 
     def holder(self) -> dict[str, str]:
-        """What the present holder wrote; empty when nobody holds the lock."""
+        """Return what the process that has locked the file wrote into it; empty if it is not locked."""
         if not self.path.exists():
             return {}
         with self.path.open("r", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The servers that flows need, as child processes that can't outlive this one."""
+"""Prefect and MLflow servers as child processes that end with this process."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ POLL_S = 0.25
 
 
 class ServerFailed(RuntimeError):
-    """A server can't be used; the message says why and what to do."""
+    """A server could not be started or used."""
 
 
 @dataclass
 class Servers:
-    """Child processes that stay, ended in reverse order so that the worker goes before the server it reports to.
+    """Long-running child processes, which are stopped in reverse order: the worker before the server it reports to.
 
     Args:
         root: The checkout.
-        environment: What every one of them finds in its environment.
+        environment: Environment variables of all processes.
+        running: The running processes by name.
     """
 
     root: Path
@@ -40,17 +41,21 @@ class Servers:
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def log(self, name: str) -> Path:
-        """Where a process's output goes."""
+        """Return the file with the output of a process."""
         return self.root / ".state" / "logs" / f"{name}.log"
 
     def start(self, name: str, *command: str) -> None:
-        """Start one process that stays."""
+        """Start a long-running process."""
         self.log(name).parent.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("wb") as log:
             self.running[name] = start_supervised(_tool(*command), self.root, self.environment, log)
 
     def run(self, name: str, *command: str) -> None:
-        """Run one command to its end."""
+        """Run a command to its end.
+
+        Raises:
+            ServerFailed: It failed, or a long-running process ended meanwhile.
+        """
         self.start(name, *command)
         while self.running[name].poll() is None:
             self.check(except_for=name)
@@ -59,7 +64,11 @@ class Servers:
             raise ServerFailed(f"{name} failed:\n{self._tail(name)}")
 
     def wait_for(self, name: str, url: str) -> None:
-        """Wait until a server answers."""
+        """Wait until a server answers.
+
+        Raises:
+            ServerFailed: It did not answer in time, or a process ended.
+        """
         deadline = time.monotonic() + START_TIMEOUT_S
         while get(url) is None:
             self.check()
@@ -70,26 +79,30 @@ class Servers:
             time.sleep(POLL_S)
 
     def check(self, except_for: str = "") -> None:
-        """Raise if a process that should stay has ended."""
+        """Check that every long-running process is running.
+
+        Raises:
+            ServerFailed: One has ended.
+        """
         for name, process in self.running.items():
             if name != except_for and process.poll() is not None:
                 raise ServerFailed(f"{name} ended with exit code {process.returncode}:\n{self._tail(name)}")
 
     def stop(self) -> None:
-        """End all of them, each with everything it started."""
+        """Stop all processes and their descendants."""
         while self.running:
             end_supervised(self.running.popitem()[1])
 
     def _tail(self, name: str, num_lines: int = 15) -> str:
         lines = self.log(name).read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(["  " + line for line in lines[-num_lines:]] + [f"  (all of it: {self.log(name)})"])
+        return "\n".join(["  " + line for line in lines[-num_lines:]] + [f"  (full log: {self.log(name)})"])
 
 
 def start_own_prefect_server(root: Path) -> str:
-    """Start a Prefect server that stays until this process ends; returns the address of its API.
+    """Start a Prefect server that runs until this process ends, and return the address of its API.
 
-    Prefect starts one by itself when there is none, but leaves it behind when the run is killed. It is stopped at
-    exit, not before: until then Prefect still delivers logs and events.
+    Prefect would start one itself, but that server keeps running if the flow is killed. It is stopped at exit and not
+    earlier, because Prefect delivers logs and events until then.
     """
     with socket.socket() as probe:
         probe.bind((HOST, 0))
@@ -102,15 +115,15 @@ def start_own_prefect_server(root: Path) -> str:
 
 
 def prefect_server_command(port: int) -> list[str]:
-    """What starts a Prefect server on loopback."""
+    """Return the command that starts a Prefect server on loopback."""
     return ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
 
 
-def refuse_busy_port(port: int, option: str) -> None:
-    """Find out before anything is started whether a port is taken.
+def check_port(port: int, option: str) -> None:
+    """Check that a port is free.
 
     Raises:
-        ServerFailed: Names the port and the option that chooses another.
+        ServerFailed: It is in use; the message names the option that sets another.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -125,14 +138,14 @@ def _tool(*command: str) -> list[str]:
 
 
 def post(url: str, body: dict[str, Any]) -> Any:
-    """What a server answers to a JSON body."""
+    """Send a JSON body to a server and return its JSON answer."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as response:
         return json.load(response)
 
 
 def get(url: str) -> bytes | None:
-    """The body of a page; None when it is not there, or nobody answers."""
+    """Return the body of a page; None if there is no such page or no answer."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return bytes(response.read())

@@ -1,9 +1,9 @@
-"""`supervise.py PARENT_PID GRACE_S COMMAND...`: run a command; its process tree ends with it, or with the parent.
+"""`supervise.py PARENT_PID GRACE_S COMMAND...`: run a command whose process tree ends with it or with the parent.
 
-DVC that gets a SIGTERM leaves its stage behind, and a killed flow can't clean up at all. This small process stands
-between: it adopts orphans, is told by the kernel when its parent dies, and ends every descendant (SIGTERM, then
-SIGKILL), also those which made a session of their own. It is started as a file and is single-threaded, because
-doing this in a `preexec_fn` is unsafe in a process with threads, which every flow is.
+DVC leaves its stage running when it gets a SIGTERM, and a killed flow can't clean up at all. This process runs between
+the two: it adopts orphans, gets a signal from the kernel when its parent ends, and ends all its descendants (SIGTERM,
+then SIGKILL), including those in other sessions. It is a separate, single-threaded program, because `preexec_fn` is
+unsafe in a process with threads, and every flow has threads.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def end_descendants(grace_s: float) -> None:
-    """End all descendants of this process: SIGTERM, `grace_s` seconds, SIGKILL; returns when none is left."""
+    """End all descendants of this process: SIGTERM, and SIGKILL after `grace_s` seconds; return when none is left."""
     deadline = time.monotonic() + grace_s
     asked: set[psutil.Process] = set()
     while True:

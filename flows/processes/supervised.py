@@ -1,4 +1,4 @@
-"""Starting commands under `supervise.py`, and ending them with everything they started."""
+"""Commands under `supervise.py`: started and ended together with all their descendants."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import IO, Any
 from flows.processes import supervise
 
 GRACE_S = 20.0
-"""Time that a process has between being asked to end and being killed."""
+"""Time between SIGTERM and SIGKILL, in seconds."""
 
 
 def start_supervised(
     command: list[str], root: Path, environment: dict[str, str], output: int | IO[Any]
 ) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own whose process tree ends with it, or with this process."""
+    """Start a command in a new session; its process tree ends with it or with this process."""
     guard = [sys.executable, "-P", str(Path(supervise.__file__)), str(os.getpid()), str(GRACE_S)]
     return subprocess.Popen(
         [*guard, *command],
@@ -33,16 +33,22 @@ def start_supervised(
 
 
 def run_supervised(command: list[str], root: Path, environment: dict[str, str], on_line: Callable[[str], None]) -> int:
-    """Run a command in a session of its own, pass on its lines, and leave no process behind, whatever happens.
+    """Run a command in a new session to its end; on any exception, end its process tree first.
+
+    Args:
+        command: The command.
+        root: Its working directory.
+        environment: Its environment variables.
+        on_line: Called with every line that it prints.
 
     Returns:
-        Its exit code, 128 plus the number when a signal ended it.
+        Its exit code; 128 plus the signal's number if a signal ended it.
     """
     process = start_supervised(command, root, environment, subprocess.PIPE)
     assert process.stdout is not None
     try:
         for line in process.stdout:
-            # A progress bar redraws itself with carriage returns; only its last state is a line.
+            # a progress bar redraws itself with carriage returns: keep its last state
             on_line(line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2])
         code = process.wait()
     except BaseException:
@@ -54,7 +60,7 @@ def run_supervised(command: list[str], root: Path, environment: dict[str, str], 
 
 
 def end_supervised(process: subprocess.Popen[bytes]) -> None:
-    """Ask a supervised process to end its tree, and wait until it has."""
+    """End a supervised process with its tree, and wait until it has ended."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=GRACE_S + 5)

@@ -1,4 +1,4 @@
-"""Running a flow in a terminal: with the server of `make ui` when there is one, else with one of its own."""
+"""Flows in a terminal, with the Prefect server of `make ui` or else a temporary one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flows.processes.environment import prepare_prefect
 
 prepare_prefect()
 
-from prefect.client.schemas.objects import State  # noqa: E402
-from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: E402
+from prefect.client.schemas.objects import State
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.processes.servers import ServerFailed, start_own_prefect_server  # noqa: E402
+from flows.processes.servers import ServerFailed, start_own_prefect_server
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -28,14 +28,14 @@ def run_in_terminal(call: Callable[[], State[Any]]) -> int:
         call: Calls the flow and returns its final state.
 
     Returns:
-        0 on success, 1 when it failed, 130 after Ctrl-C or SIGTERM.
+        0 on success, 1 if it failed, 130 after Ctrl-C or SIGTERM.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with api_settings():
             state = call()
     except KeyboardInterrupt:
-        print("error: interrupted; finished stages are kept, the same command goes on from there", file=sys.stderr)
+        print("error: interrupted; finished stages are kept, run the same command again to continue", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ServerFailed as failure:
         return refuse(failure, EXIT_FAILED)
@@ -46,14 +46,14 @@ def run_in_terminal(call: Callable[[], State[Any]]) -> int:
 
 
 def refuse(reason: Exception, code: int = EXIT_REFUSED) -> int:
-    """Say why a run can't be started as asked; returns the exit code for it."""
+    """Print why a run can't be started, and return the exit code."""
     print(f"error: {reason}", file=sys.stderr)
     return code
 
 
 @contextmanager
 def api_settings() -> Iterator[None]:
-    """Use the Prefect API that is set up, or a server of this run's own."""
+    """Use the configured Prefect API, or else start a server for this process."""
     if PREFECT_API_URL.value() is not None:
         yield
         return

@@ -1,4 +1,4 @@
-"""One stage, run as `dvc repro --single-item STAGE` in a process tree that can't outlive the flow."""
+"""One stage, run as `dvc repro --single-item STAGE` in a process tree that ends with the flow."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from flows.processes.environment import child_environment
 from flows.processes.supervised import run_supervised
 from flows.runs.recorded import discard_record, present_inputs, recorded_inputs
 
-SIGNALS_THAT_PASS = (1, 9, 15)
-"""Hang-up, kill (out of memory, pre-emption) and terminate come from outside; others are the stage's own fault."""
+EXTERNAL_SIGNALS = (1, 9, 15)
+"""SIGHUP, SIGKILL (out of memory, pre-emption) and SIGTERM come from outside; others are errors of the stage."""
 
 _PROGRESS = re.compile(r"^PROGRESS (\d+)/(\d+) ?(.*)$")
 _EXITED = re.compile(r", exited with (-?\d+)$")
@@ -28,7 +28,7 @@ _NOISE = re.compile(
 
 
 class Outcome(StrEnum):
-    """What a stage's turn amounted to."""
+    """Outcome of a stage in a run."""
 
     COMPLETED = "Completed"
     RESTORED = "Restored"
@@ -49,18 +49,23 @@ class Progress:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who hears of a running stage: each line as it comes, and its progress."""
+    """Callbacks for the output of a running stage.
+
+    Args:
+        on_line: Called with each line, except progress lines.
+        on_progress: Called with each progress line.
+    """
 
     on_line: Callable[[str], None]
     on_progress: Callable[[Progress], None]
 
 
 class StageFailed(RuntimeError):
-    """A stage that did not end well.
+    """A stage failed.
 
     Args:
-        message: One line, or the stage's own list of problems.
-        killed: A signal from outside ended it, so that another attempt may succeed.
+        message: One line, or the stage's list of problems.
+        killed: Whether a signal from outside ended it, so that a retry may succeed.
     """
 
     def __init__(self, message: str, killed: bool = False) -> None:
@@ -69,7 +74,7 @@ class StageFailed(RuntimeError):
 
 
 class StageOutput:
-    """Reads what DVC and the stage print, line by line, and keeps what tells the outcome."""
+    """Parser of the lines that DVC and the stage print, which determine the outcome."""
 
     def __init__(self, listener: Listener) -> None:
         self.outcome = Outcome.COMPLETED
@@ -80,7 +85,7 @@ class StageOutput:
         self._listener = listener
 
     def feed(self, line: str) -> None:
-        """Take in one line without its end."""
+        """Parse one line without its line break."""
         if _NOISE.match(line):
             return
         progress = _PROGRESS.match(line)
@@ -105,10 +110,10 @@ class StageOutput:
             self._last_line = line
 
     def failure(self, stage: str, dvc_code: int) -> StageFailed:
-        """What went wrong, in the words of whoever knows best: the stage, then the signal, then DVC."""
+        """Return the error of a failed stage, by its own message, or else the signal that ended it, or else DVC."""
         code = self.exit_code if self.exit_code is not None else dvc_code
         number = _signal_number(code)
-        killed = number in SIGNALS_THAT_PASS
+        killed = number in EXTERNAL_SIGNALS
         if self.error_lines:
             return StageFailed(f"{stage}: " + "\n".join(self.error_lines), killed)
         if number is not None:
@@ -120,27 +125,27 @@ class StageOutput:
 
 
 def run_stage(root: Path, stage: str, listener: Listener, force: bool = False, **variables: str) -> Outcome:
-    """Let DVC bring one stage up to date, and wait.
+    """Bring one stage up to date with DVC.
 
-    Whatever ends this function early (cancellation, time-out, Ctrl-C) first ends the whole process tree. If params,
-    code or data changed while the stage ran, its result belongs to neither state, DVC would file it under the new
-    one (dvc#11058), and what it filed is taken back.
+    An exception in this function (cancellation, timeout, Ctrl-C) first ends the stage's process tree. If params, code
+    or data changed while the stage ran, DVC records the result under the changed inputs (dvc#11058); that record is
+    deleted.
 
     Args:
         root: The checkout.
         stage: The stage's name in dvc.yaml.
-        listener: Gets every line, and progress, as they come.
-        force: Run the stage even when its result is known.
-        variables: Added to the stage's environment.
+        listener: Callbacks for lines and progress.
+        force: Run the stage even if its result is in the cache.
+        variables: Additional environment variables of the stage.
 
     Returns:
-        `COMPLETED` when the stage ran, `RESTORED` when its result came from the cache, `UNCHANGED` when it was there.
+        `COMPLETED` if the stage ran, `RESTORED` if its result came from the cache, `UNCHANGED` if it was up to date.
 
     Raises:
-        StageFailed: The stage, or DVC, failed; or inputs were edited meanwhile.
+        StageFailed: The stage or DVC failed, or inputs changed while it ran.
     """
     before = present_inputs(root, stage)
-    figures = read_figures(root)
+    figures = read_metrics_files(root)
     started = time.time()
     output = StageOutput(listener)
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage, *(["--force"] if force else [])]
@@ -153,17 +158,19 @@ def run_stage(root: Path, stage: str, listener: Listener, force: bool = False, *
         edited = sorted(key for key in before.keys() | recorded.keys() if before.get(key) != recorded.get(key))
         if edited:
             discard_record(root, stage, since=started)
-            raise StageFailed(f"{stage}: {', '.join(edited)} changed while it ran, nothing was recorded; run it again")
+            raise StageFailed(
+                f"{stage}: {', '.join(edited)} changed while it ran, so nothing was recorded; run it again"
+            )
     return output.outcome
 
 
-def read_figures(root: Path) -> dict[Path, bytes]:
-    """The metrics files, which DVC does not cache."""
+def read_metrics_files(root: Path) -> dict[Path, bytes]:
+    """Return the contents of the metrics files, which DVC does not cache."""
     return {path: path.read_bytes() for path in (root / "reports" / "metrics").glob("*.json")}
 
 
 def restore(root: Path, stage: str, figures: dict[Path, bytes]) -> None:
-    """Bring back the outs that DVC removed before a stage that then failed; there are none before its first success."""
+    """Restore the previous outs of a failed stage, which DVC removed before it ran."""
     command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing", stage]
     subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, check=False)
     for path, content in figures.items():

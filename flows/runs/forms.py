@@ -1,7 +1,7 @@
-"""What a run can be asked for, typed: the form on Prefect's page and `--set` read the same models.
+"""Typed overrides of params.yaml, for the form on Prefect's page and for `--set`.
 
-The models are made from those of params.yaml, so that a key, its type, its limits and its description are stated
-once. Prefect turns them into a JSON schema and refuses a wrong value or an unknown key before there is a run.
+The models are derived from those of params.yaml, so that a key, its type, its limits and its description are defined
+once. Prefect converts them to a JSON schema and rejects an invalid value or an unknown key before a run is created.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from stages.params.schema import Params, Section, check_params, describe_problem
 
 
 class _StageChoice:
-    """Shows a stage's name as a choice among those of dvc.yaml in the working directory."""
+    """JSON schema of a stage's name: a choice among the stages of dvc.yaml in the working directory."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        # The form sends null for an empty choice.
+        # the form sends null for an empty choice
         return {"enum": [*stage_names(Path.cwd()), None]}
 
 
@@ -43,12 +43,12 @@ StageName = Annotated[str | None, _StageChoice()]
 
 
 def stage_names(root: Path) -> list[str]:
-    """The stages that dvc.yaml states, in its order; none where there is no readable dvc.yaml."""
+    """Return the names of the stages in dvc.yaml; none if it can't be read."""
     return list(read_mapping(root / "dvc.yaml").get("stages", {}))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; empty when there is none to read, which the run itself will complain of."""
+    """Return the mapping in a YAML file; empty if it can't be read, which the run itself will report."""
     try:
         content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except (OSError, YAMLError):
@@ -57,42 +57,42 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 class Partial(BaseModel):
-    """Base of the derived models: what was not stated is not there, also when a run is stored and shown."""
+    """Base of the derived models: values that were not set are left out when a run is stored and shown."""
 
     model_config = Section.model_config
 
     @model_serializer(mode="wrap")
-    def _only_stated(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        stated = {name: value for name, value in handler(self).items() if name in self.model_fields_set}
-        # a section in which nothing is filled in is nothing either
-        return {name: value for name, value in stated.items() if value or not isinstance(getattr(self, name), Partial)}
+    def _only_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = {name: value for name, value in handler(self).items() if name in self.model_fields_set}
+        # a section without values is left out, too
+        return {name: value for name, value in values.items() if value or not isinstance(getattr(self, name), Partial)}
 
 
 def partial_model(
-    model: type[BaseModel], stated: dict[str, Any] | None, suffix: str = "Overrides", whole: bool = False
+    model: type[BaseModel], current: dict[str, Any] | None, suffix: str = "Overrides", keep_required: bool = False
 ) -> type[Partial]:
-    """The same model with every field optional, nested sections included.
+    """Derive a model in which every field is optional, including those of nested sections.
 
-    A field that is left out is not overridden; null overrides where the type allows it. The fields' own limits
-    still hold, those between fields are checked once params.yaml and the overrides are one.
+    A field that is not set is not overridden; null overrides if the type allows it. Limits of single fields are
+    checked by the derived model, limits between fields after the overrides were applied to params.yaml.
 
     Args:
-        model: A section of params.yaml, or the whole.
-        stated: The values it has there, which the form shows beside the descriptions; None where it has none.
-        suffix: What the names of the derived models end in.
-        whole: What the model itself requires is required, as in an entry of a list, which replaces nothing.
+        model: The model of params.yaml or of one of its sections.
+        current: Its values in params.yaml, which the form shows next to the descriptions; None if it has none.
+        suffix: Suffix of the derived models' names.
+        keep_required: Required fields remain required, as in an entry of a list, which replaces no other values.
     """
-    fields: dict[str, Any] = {
-        name: (field.annotation, field) if whole and field.is_required() else _optional(name, field, stated, suffix)
-        for name, field in model.model_fields.items()
-    }
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        required = keep_required and field.is_required()
+        fields[name] = (field.annotation, field) if required else _optional(name, field, current, suffix)
     name = model.__name__.removesuffix("Section") + suffix
     return create_model(name, __base__=Partial, __doc__=model.__doc__, __module__=__name__, **fields)
 
 
 def _optional(name: str, field: FieldInfo, section: dict[str, Any] | None, suffix: str) -> tuple[Any, FieldInfo]:
-    stated = None if section is None else section.get(name)
-    annotation = _partial_members(field.annotation, stated, suffix)
+    current = None if section is None else section.get(name)
+    annotation = _partial_members(field.annotation, current, suffix)
     changed = copy.copy(field)
     changed.title = name
     changed.annotation = annotation
@@ -102,7 +102,7 @@ def _optional(name: str, field: FieldInfo, section: dict[str, Any] | None, suffi
     else:
         changed.default, changed.default_factory = None, None
         if section is not None:
-            changed.description = f"{field.description} (params.yaml when deployed: `{json.dumps(stated)}`)"
+            changed.description = f"{field.description} (params.yaml when deployed: `{json.dumps(current)}`)"
     changed.json_schema_extra = _shape_for_form
     return annotation, changed
 
@@ -111,20 +111,20 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _partial_members(annotation: Any, stated: Any, suffix: str) -> Any:
-    """A type with its models made partial: the form sends an empty one for what nobody has filled in."""
+def _partial_members(annotation: Any, current: Any, suffix: str) -> Any:
+    """Return a type with its models made partial, because the form sends an empty object for an empty section."""
     if _is_model(annotation):
-        return partial_model(annotation, stated if isinstance(stated, dict) else {}, suffix)
+        return partial_model(annotation, current if isinstance(current, dict) else {}, suffix)
     members = get_args(annotation)
     if isinstance(annotation, UnionType) and any(map(_is_model, members)):
-        return Union[tuple(_partial_members(member, stated, suffix) for member in members)]  # noqa: UP007
+        return Union[tuple(_partial_members(member, current, suffix) for member in members)]  # noqa: UP007
     if get_origin(annotation) is list and _is_model(members[0]):
-        return list[partial_model(members[0], None, f"Entry{suffix}", whole=True)]  # type: ignore[misc]
+        return list[partial_model(members[0], None, f"Entry{suffix}", keep_required=True)]  # type: ignore[misc]
     return annotation
 
 
 def _shape_for_form(schema: dict[str, Any]) -> None:
-    """Let the form send nothing for what nobody has filled in; it sends defaults, and `false` for a switch."""
+    """Let the form send nothing for an empty field; it would send defaults, and `false` for a boolean."""
     schema.pop("default", None)
     if schema.get("type") == "boolean":
         del schema["type"]
@@ -138,13 +138,13 @@ else:
 
 
 def overridden(overrides: Partial) -> dict[str, Any]:
-    """Only what was stated, as nested plain values; sections without anything are left out."""
-    # A field that was left out holds None whatever its type, which the serializer drops but would warn of first.
+    """Return only the values that were set, as nested plain values; sections without any are left out."""
+    # fields that were not set are None whatever their type; the serializer would warn about them before it drops them
     return overrides.model_dump(mode="json", exclude_unset=True, warnings=False)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by their dotted names."""
+    """Return nested values by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
@@ -152,10 +152,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def parse_assignments(assignments: list[str]) -> Partial:
-    """Overrides from `section.key=value` texts, each value read as YAML.
+    """Parse overrides from `section.key=value` texts, with each value parsed as YAML.
 
     Raises:
-        RunRefused: A text has no `=`, names an unknown key, or holds a value of the wrong kind; all are listed.
+        RunRefused: A text has no `=`, an unknown key, or a value that is not valid; all problems are listed.
     """
     values: dict[str, Any] = {}
     for assignment in assignments:
@@ -176,10 +176,10 @@ def parse_assignments(assignments: list[str]) -> Partial:
 
 
 def typed_overrides(values: dict[str, Any]) -> Partial:
-    """Overrides from nested plain values.
+    """Validate overrides that are given as nested plain values.
 
     Raises:
-        RunRefused: A key is unknown or a value of the wrong kind; all are listed.
+        RunRefused: A key is unknown or a value is not valid; all problems are listed.
     """
     try:
         return Overrides.model_validate(values)
@@ -189,7 +189,11 @@ def typed_overrides(values: dict[str, Any]) -> Partial:
 
 
 def with_values(overrides: Partial, flat: dict[str, Any]) -> Partial:
-    """Overrides with some more values, given by their dotted names; raises what `typed_overrides` raises."""
+    """Return overrides with additional values, given by their dotted names.
+
+    Raises:
+        RunRefused: See `typed_overrides`.
+    """
     values = overridden(overrides)
     for name, value in flat.items():
         target = values
@@ -201,10 +205,10 @@ def with_values(overrides: Partial, flat: dict[str, Any]) -> Partial:
 
 
 def apply_overrides(params_text: str, values: dict[str, Any]) -> str:
-    """params.yaml with some values replaced, its comments and order kept, and checked as a whole.
+    """Replace values in the text of params.yaml, keep its comments and order, and check the result.
 
     Raises:
-        stages.params.schema.ParamsError: The values don't go together.
+        stages.params.schema.ParamsError: The resulting params.yaml is not valid.
     """
     yaml = _round_trip()
     document = yaml.load(params_text)
@@ -237,10 +241,10 @@ def _merge(document: Any, values: dict[str, Any]) -> None:
 
 
 def refuse_overrides_without_effect(values: dict[str, Any], plan: Plan) -> None:
-    """An override that no stage of the run reads is a mistake, not something to ignore.
+    """Check that some stage of the run reads every override.
 
     Raises:
-        RunRefused: Names those overrides and who would read them.
+        RunRefused: An override has no effect; the message names it and the stages of the run.
     """
     read = {key for stage in plan.stages for key in stage.params}
     idle = [name for name in flatten(values) if not any(_touches(name, key) for key in read)]

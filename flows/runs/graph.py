@@ -14,16 +14,16 @@ from dvc.stage import PipelineStage, Stage
 
 
 class RunRefused(ValueError):
-    """A run that can't be started as asked; the message says why and what would work."""
+    """The arguments of a run are not valid; the message says why and what is valid."""
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """What a flow has to know about one stage.
+    """One stage of dvc.yaml.
 
     Args:
         name: The stage's name in dvc.yaml.
-        upstream: The stages whose outs it reads.
+        upstream: Names of the stages whose outs it reads.
         params: Keys of params.yaml that it depends on, such as `train` or `model.dtype`.
         sources: Paths it depends on that no stage writes (code and data), relative to the root.
     """
@@ -42,18 +42,18 @@ class Plan:
 
     @property
     def names(self) -> list[str]:
-        """The stages' names in order."""
+        """The stages' names in topological order."""
         return [stage.name for stage in self.stages]
 
     def between(self, first: str | None, last: str | None) -> Plan:
-        """The part of the plan that starts at one stage and ends at another.
+        """Return the part of the plan from one stage to another.
 
         Args:
-            first: Keep this stage and what depends on it; None keeps all.
-            last: Keep this stage and what it depends on; None keeps all.
+            first: Keep this stage and those that depend on it; None keeps all.
+            last: Keep this stage and those that it depends on; None keeps all.
 
         Raises:
-            RunRefused: A name is unknown, or no stage is left.
+            RunRefused: There is no such stage, or no stage remains.
         """
         for name in (first, last):
             if name is not None and name not in self.names:
@@ -64,13 +64,13 @@ class Plan:
         if last is not None:
             kept &= self._needed_for(last)
         if not kept:
-            raise RunRefused(f"no stage lies between {first!r} and {last!r}; the order is {', '.join(self.names)}")
+            raise RunRefused(f"there is no stage between {first!r} and {last!r}; the order is {', '.join(self.names)}")
         return Plan(tuple(stage for stage in self.stages if stage.name in kept))
 
-    def inputs_from_outside(self, whole: Plan) -> list[str]:
-        """Stages of the whole plan whose outs this part reads, but does not make."""
+    def inputs_from_outside(self, full: Plan) -> list[str]:
+        """Return the stages of the full plan whose outs this part reads, but that are not in it."""
         wanted = {name for stage in self.stages for name in stage.upstream} - set(self.names)
-        return [name for name in whole.names if name in wanted]
+        return [name for name in full.names if name in wanted]
 
     def _needed_for(self, name: str) -> set[str]:
         upstream = {stage.name: stage.upstream for stage in self.stages}
@@ -89,10 +89,10 @@ class Plan:
 
 
 def read_plan(root: Path) -> Plan:
-    """Read the graph from DVC's index of `root`; nothing is locked and nothing is written.
+    """Read the graph of stages from DVC's index, without locking or writing anything.
 
     Raises:
-        RunRefused: `root` holds no DVC project, or dvc.yaml is not usable.
+        RunRefused: `root` is not a DVC project, or dvc.yaml is not valid.
     """
     try:
         with Repo(str(root)) as repo:
@@ -110,7 +110,7 @@ def _planned(stage: PipelineStage, upstream: list[Stage], root: Path) -> Planned
     for dependency in stage.deps:
         path = Path(dependency.fs_path)
         if isinstance(dependency, ParamsDependency):
-            # Who depends on the whole file records it; what it acts on is the section of its own name.
+            # a stage that depends on all of params.yaml uses the section of its name
             params.extend(dependency.params or [stage.name])
         elif not any(path == out or out in path.parents for out in made):
             sources.append(str(path.relative_to(root)) if path.is_relative_to(root) else str(path))

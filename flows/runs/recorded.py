@@ -1,4 +1,4 @@
-"""What DVC has recorded of a stage's inputs against what lies there; and how to take a false record back."""
+"""A stage's inputs: as they are now, as DVC recorded them, and the deletion of a wrong record."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Inputs = dict[str, Any]
 
 
 def present_inputs(root: Path, stage: str) -> Inputs:
-    """Hashes of what the stage would read now: code, data, the values of its params, its command.
+    """Return the hashes of a stage's present inputs: code, data, params and command.
 
-    An input that is not there yet has no entry; DVC itself will complain.
+    A missing input has no entry; DVC itself reports it.
     """
     with Repo(str(root)) as repo:
         found = _stage(repo, root, stage)
@@ -32,7 +32,7 @@ def present_inputs(root: Path, stage: str) -> Inputs:
 
 
 def recorded_inputs(root: Path, stage: str) -> Inputs:
-    """The same out of dvc.lock: the inputs that DVC believes the stage's present outs were made of."""
+    """Return the inputs in dvc.lock, from which the stage's present outs were computed according to DVC."""
     entry = _lock(root).get("stages", {}).get(stage, {})
     with Repo(str(root)) as repo:
         found = _stage(repo, root, stage)
@@ -44,12 +44,12 @@ def recorded_inputs(root: Path, stage: str) -> Inputs:
 
 
 def discard_record(root: Path, stage: str, since: float) -> None:
-    """Take back what DVC filed for a stage: its entry in dvc.lock, and the one in the run cache.
+    """Delete DVC's record of a stage: its entry in dvc.lock and the one in the run cache.
 
     Args:
         root: The checkout.
         stage: The stage's name.
-        since: When the stage started (seconds since the epoch); older entries of the run cache are others'.
+        since: When the stage started, in seconds since the epoch; older entries of the run cache are kept.
     """
     lock = _lock(root)
     entry = lock.get("stages", {}).pop(stage, None)
@@ -58,7 +58,7 @@ def discard_record(root: Path, stage: str, since: float) -> None:
     for path in run_cache.glob("*/*/*"):
         if path.stat().st_mtime >= since and YAML(typ="safe").load(path) == entry:
             path.unlink()
-            # DVC stumbles over a key without a value.
+            # DVC fails on an empty folder here
             if not any(path.parent.iterdir()):
                 path.parent.rmdir()
     partial = root / ".dvc.lock.partial"

@@ -1,4 +1,4 @@
-"""What a run shows: how far a stage is, and at the end a table and a page of its outcome."""
+"""Prefect artifacts of a run: progress of its stages, and at the end a table and a page with the outcome."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NUM_HEADLINES = 4
 
 @dataclass(frozen=True)
 class Row:
-    """One stage's line in the closing table."""
+    """One stage's row in the final table."""
 
     stage: str
     outcome: Outcome
@@ -36,7 +36,7 @@ class Row:
 
 
 class ProgressBar:
-    """One progress artifact for each stage that says how far it is, updated every two seconds at most."""
+    """Progress artifact of a stage, updated at most every two seconds."""
 
     def __init__(self, stage: str) -> None:
         self.text = ""
@@ -45,7 +45,7 @@ class ProgressBar:
         self._updated = 0.0
 
     def show(self, progress: Progress) -> None:
-        """Take in one step; the first and the last are always shown."""
+        """Show one progress line; the first and the last are always shown."""
         finished = progress.done >= progress.total
         self.text = progress.text
         if self._artifact is not None and not finished and time.monotonic() - self._updated < UPDATE_INTERVAL_S:
@@ -63,7 +63,7 @@ class ProgressBar:
 
 
 def read_figures(root: Path, stages: list[str]) -> dict[str, float]:
-    """`<stage>.<metric>` -> value of these stages, as MLflow has them."""
+    """Return the figures of stages by `<stage>.<metric>`, the names that they have in MLflow."""
     figures: dict[str, float] = {}
     for stage in stages:
         path = root / "reports" / "metrics" / f"{stage}.json"
@@ -74,7 +74,7 @@ def read_figures(root: Path, stages: list[str]) -> dict[str, float]:
 
 
 def read_headline(root: Path, stage: str) -> str:
-    """A stage's figures that count: those which its params name (a gate does), else the first of its metrics file."""
+    """Return a stage's main figures: those named in its params (by a gate), or else the first of its metrics file."""
     path = root / "reports" / "metrics" / f"{stage}.json"
     if not path.exists():
         return ""
@@ -91,23 +91,23 @@ def _figure(value: int | float) -> str:
 
 @dataclass
 class RunReport:
-    """Gathers the rows of a run.
+    """The outcome of a run.
 
     Args:
-        overrides: What differs from params.yaml, by dotted name.
-        rows: One for each stage that had its turn.
+        overrides: The values that override params.yaml, by dotted name.
+        rows: One row per stage.
     """
 
     overrides: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
 
     def summary(self) -> str:
-        """How often each outcome occurred, such as `2 completed, 6 unchanged`."""
+        """Count the outcomes, such as `2 completed, 6 unchanged`."""
         counts = {outcome: sum(row.outcome is outcome for row in self.rows) for outcome in Outcome}
         return ", ".join(f"{count} {outcome.lower()}" for outcome, count in counts.items() if count)
 
     def text_table(self) -> str:
-        """The table for a terminal."""
+        """Return the table for a terminal."""
         cells = [("stage", "outcome", "seconds", "figures"), *(_cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in cells) for column in range(3)]
         return "\n".join(
@@ -116,13 +116,13 @@ class RunReport:
         )
 
     def publish(self, problem: str | None) -> None:
-        """Close the run with a table artifact and a markdown artifact."""
+        """Publish the outcome as a table artifact and a markdown artifact."""
         table = [dict(zip(("stage", "outcome", "seconds", "figures"), _cells(row), strict=True)) for row in self.rows]
         create_table_artifact(table, key="pipeline-stages", description=self.summary())
         create_markdown_artifact(self.markdown(problem), key="pipeline-report", description=self.summary())
 
     def markdown(self, problem: str | None) -> str:
-        """The page that tells what was asked, what happened, and where the result is."""
+        """Return the page with outcome, table, overrides and how to adopt the result."""
         lines = [f"## {self.summary()}", ""]
         if problem:
             lines += ["```", problem, "```", ""]

@@ -1,4 +1,4 @@
-"""flows.runs.run."""
+"""A run of the pipeline: checked before it starts, then run stage by stage, in the checkout or in a worktree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.states import Completed, Failed
 
-from flows.runs import worktree
 from flows.runs.dvc_stage import Listener, Outcome, StageFailed, run_stage
 from flows.runs.forms import (
     Overrides,
@@ -24,15 +23,16 @@ from flows.runs.forms import (
     refuse_overrides_without_effect,
 )
 from flows.runs.graph import Plan, read_plan
+from flows.runs.isolated_checkout import isolated_checkout, refuse_uncommitted
 from flows.runs.report import ProgressBar, Row, RunReport, read_headline
+from stages.checkout.worktree import prune
 
 NUM_RETRIES = 2
-
 RETRY_DELAY_S = 5
 
 
-def may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:
-    """Retry what was ended from outside (out of memory, pre-emption), never a mistake of a user or of the code."""
+def was_killed(task: Any, task_run: Any, state: State[Any]) -> bool:
+    """Whether a stage was killed from outside (out of memory, pre-emption), so that it is worth a retry."""
     return state.name == Outcome.KILLED
 
 
@@ -40,12 +40,12 @@ def may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:
     task_run_name="{stage}",
     retries=NUM_RETRIES,
     retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=may_pass,
+    retry_condition_fn=was_killed,
     cache_policy=NO_CACHE,
     persist_result=False,
 )
 def stage_task(root: Path, stage: str, force: bool, variables: dict[str, str]) -> State[Any]:
-    """One stage of dvc.yaml; its state's name tells whether it ran, was restored from the cache, or was unchanged."""
+    """Run one stage of dvc.yaml; the name of the state is its `Outcome`."""
     bar = ProgressBar(stage)
     listener = Listener(on_line=get_run_logger().info, on_progress=bar.show)
     try:
@@ -56,24 +56,24 @@ def stage_task(root: Path, stage: str, force: bool, variables: dict[str, str]) -
 
 
 def flow_run_variables() -> dict[str, str]:
-    """What stages are told of the flow run that they belong to; what they record links to it."""
+    """Return the environment variables with the flow run's id and URL, to which the records of stages link."""
     return {"SFT_FLOW_RUN_ID": str(runtime.flow_run.id), "SFT_FLOW_RUN_URL": str(runtime.flow_run.ui_url)}
 
 
 def prune_worktrees(flow: Any, flow_run: Any, state: Any) -> None:
-    """Remove the worktrees of runs that were cancelled or crashed before they could do it."""
-    worktree.prune(Path.cwd())
+    """Remove the worktrees of runs that were cancelled or crashed."""
+    prune(Path.cwd())
 
 
 @dataclass(frozen=True)
-class Asked:
+class PreparedRun:
     """A run that can be started.
 
     Args:
         root: The checkout.
         plan: The stages to run.
-        given: Stages before them whose outs are taken as they are.
-        params_text: params.yaml with the overrides in it; None when there are none.
+        given: Earlier stages whose outs are used as they are.
+        params_text: params.yaml with the overrides applied; None if there are none.
     """
 
     root: Path
@@ -82,43 +82,46 @@ class Asked:
     params_text: str | None
 
 
-def ask(root: Path, from_stage: str | None, to_stage: str | None, overrides: Overrides) -> Asked:
-    """Check what a run is asked for, before anything is started.
+def prepare_run(root: Path, from_stage: str | None, to_stage: str | None, overrides: Overrides) -> PreparedRun:
+    """Check the arguments of a run before anything is started.
 
     Raises:
         RunRefused: A stage is unknown, an override has no effect, or code for an isolated run is not committed.
-        ParamsError: The overrides don't go together.
+        ParamsError: params.yaml with the overrides is not valid.
     """
-    whole = read_plan(root)
-    plan = whole.between(from_stage, to_stage)
-    given = plan.inputs_from_outside(whole)
+    full = read_plan(root)
+    plan = full.between(from_stage, to_stage)
+    given = plan.inputs_from_outside(full)
     values = overridden(overrides)
     if not values:
-        return Asked(root, plan, given, None)
+        return PreparedRun(root, plan, given, None)
     refuse_overrides_without_effect(values, plan)
-    worktree.refuse_uncommitted(root, plan)
-    return Asked(root, plan, given, apply_overrides((root / "params.yaml").read_text(encoding="utf-8"), values))
+    refuse_uncommitted(root, plan)
+    return PreparedRun(root, plan, given, apply_overrides((root / "params.yaml").read_text(encoding="utf-8"), values))
 
 
-def run_asked(asked: Asked, force: bool, report: RunReport) -> str | None:
-    """Run in the checkout, or in a worktree when params are overridden; returns what `run_plan` returns."""
-    with workplace(asked) as (folder, variables):
-        return run_plan(folder, asked.plan, force, report, variables)
+def execute_run(prepared: PreparedRun, force: bool, report: RunReport) -> str | None:
+    """Run in the checkout, or in a worktree if params are overridden; return what `run_plan` returns."""
+    with workplace(prepared) as (folder, variables):
+        return run_plan(folder, prepared.plan, force, report, variables)
 
 
 @contextmanager
-def workplace(asked: Asked) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Where a run works, and what its stages find in their environment; a worktree is gone behind the block."""
-    if asked.params_text is None:
-        yield asked.root, {}
+def workplace(prepared: PreparedRun) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Yield the folder in which a run works and the extra environment variables of its stages.
+
+    A worktree, which a run with overrides works in, is removed after the block.
+    """
+    if prepared.params_text is None:
+        yield prepared.root, {}
         return
     name = str(runtime.flow_run.id)
-    with worktree.isolated_checkout(asked.root, name, asked.params_text, asked.plan, asked.given) as copy:
-        yield copy, {"SFT_STATE_DIR": str(asked.root / ".state")}
+    with isolated_checkout(prepared.root, name, prepared.params_text, prepared.plan, prepared.given) as copy:
+        yield copy, {"SFT_STATE_DIR": str(prepared.root / ".state")}
 
 
 def run_plan(root: Path, plan: Plan, force: bool, report: RunReport, variables: dict[str, str]) -> str | None:
-    """Run stages in order up to the first that fails; returns why it failed, None when none did."""
+    """Run stages in order up to the first that fails; return why it failed, or None if none did."""
     problem: str | None = None
     for name in plan.names:
         if problem is not None:

@@ -1,4 +1,4 @@
-"""The trials of a sweep, the best first, for a page and for a terminal."""
+"""Leaderboard of a sweep: its trials, the best first, for the Prefect page and for a terminal."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ KEY = "sweep-leaderboard"
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one trial.
+    """The result of one trial.
 
     Args:
         number: Its number, from 1.
-        values: Param -> value.
-        figures: `<stage>.<metric>` of the stages that it ran.
-        outcomes: What each stage's turn amounted to.
-        seconds: How long it took.
-        problem: Why it failed; None when it did not.
-        run_id: Its run in MLflow.
+        values: Values of the varied params, by name.
+        figures: Figures of its stages, by `<stage>.<metric>`.
+        outcomes: Outcomes of its stages.
+        seconds: Its duration.
+        problem: Why it failed; None if it did not.
+        run_id: Id of its run in MLflow.
     """
 
     number: int
@@ -38,12 +38,12 @@ class Trial:
 
 @dataclass
 class Leaderboard:
-    """Gathers trials.
+    """The trials of a sweep and their ranking.
 
     Args:
-        objective: The figure that they are ranked by.
-        maximize: Whether more of it is better.
-        trials: In the order in which they ran.
+        objective: The figure that ranks them.
+        maximize: Whether higher is better.
+        trials: The trials in the order in which they ran.
     """
 
     objective: str
@@ -51,12 +51,12 @@ class Leaderboard:
     trials: list[Trial] = field(default_factory=list)
 
     def score(self, trial: Trial) -> float | None:
-        """The figure that counts; None for a trial that failed."""
+        """Return the objective of a trial; None if it failed."""
         return None if trial.problem is not None else trial.figures.get(self.objective)
 
     @property
     def ranked(self) -> list[Trial]:
-        """The best first, of equals the earlier one; those that failed last."""
+        """The trials, the best first and failed ones last; of equal trials, the earlier one first."""
         sign = -1.0 if self.maximize else 1.0
         scored = [(score, trial) for trial in self.trials if (score := self.score(trial)) is not None]
         ordered = [trial for _, trial in sorted(scored, key=lambda pair: (sign * pair[0], pair[1].number))]
@@ -64,12 +64,12 @@ class Leaderboard:
 
     @property
     def best(self) -> Trial | None:
-        """The first of them; None when all failed."""
+        """The best trial; None if all failed."""
         first = next(iter(self.ranked), None)
         return first if first is not None and self.score(first) is not None else None
 
     def rows(self) -> list[dict[str, Any]]:
-        """One a trial, the best first."""
+        """Return one row per trial, the best first."""
         return [
             {
                 "trial": trial.number,
@@ -84,9 +84,9 @@ class Leaderboard:
         ]
 
     def summary(self) -> str:
-        """The outcome in one line."""
+        """Summarize the sweep in one line."""
         if self.best is None:
-            return f"{len(self.trials)} trials, none of them ended with {self.objective}"
+            return f"{len(self.trials)} trials, none of which measured {self.objective}"
         failed = sum(trial.problem is not None for trial in self.trials)
         values = ", ".join(f"{name}={json.dumps(value)}" for name, value in self.best.values.items())
         return (
@@ -95,7 +95,7 @@ class Leaderboard:
         )
 
     def text(self) -> str:
-        """The table for a terminal, and how to have the best trial again."""
+        """Return the table for a terminal, and the command that runs the best trial again."""
         rows = [{name: _cell(value) for name, value in row.items()} for row in self.rows()]
         rows = [{**row, "problem": row["problem"].partition("\n")[0]} for row in rows]
         names = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
@@ -105,11 +105,11 @@ class Leaderboard:
         lines += ["", self.summary()]
         if self.best is not None:
             settings = " ".join(f"--set '{name}={json.dumps(value)}'" for name, value in self.best.values.items())
-            lines.append(f"the same again, from the cache: python -m flows.pipeline {settings}")
+            lines.append(f"to restore it from the cache: python -m flows.pipeline {settings}")
         return "\n".join(lines)
 
     def publish(self) -> None:
-        """Show the table on the run's page."""
+        """Publish the table as a Prefect artifact of the flow run."""
         rows = [{name: _cell(value) for name, value in row.items()} for row in self.rows()]
         create_table_artifact(rows, key=KEY, description=self.summary())
 

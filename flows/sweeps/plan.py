@@ -1,4 +1,4 @@
-"""What a sweep is asked for, checked before its first trial."""
+"""The options of a sweep, checked before its first trial."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from flows.runs.forms import Overrides, apply_overrides, flatten, overridden, with_values
 from flows.runs.graph import RunRefused
-from flows.runs.run import ask
+from flows.runs.run import prepare_run
 from flows.sweeps.search import PATTERN, Search, open_search, parse_dimension
 from stages.params.figures import lower_is_better, metric_names
 from stages.params.schema import check_params
@@ -27,8 +27,8 @@ Kind = Literal["grid", "random", "optuna"]
 
 
 @dataclass(frozen=True)
-class SweepAsked:
-    """What a sweep was asked for; the flow's own arguments, see there."""
+class SweepOptions:
+    """Options of a sweep; `flows.sweep.sweep` documents them."""
 
     params: tuple[str, ...]
     search: Kind
@@ -45,19 +45,19 @@ class SweepAsked:
 
     @property
     def maximize(self) -> bool:
-        """Whether more of it is better."""
+        """Whether higher is better."""
         goal = self.objective.partition(":")[2]
         return goal == "max" if goal else not lower_is_better(self.figure)
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedSweep:
     """A sweep that can be started.
 
     Args:
         root: The checkout.
-        search: What proposes values.
-        num_trials: How many at most.
+        search: The search that proposes values.
+        num_trials: Largest number of trials.
         to_stage: The stage that measures the objective.
     """
 
@@ -67,36 +67,36 @@ class Prepared:
     to_stage: str
 
 
-def prepare(root: Path, asked: SweepAsked) -> Prepared:
-    """Check what a sweep is asked for, before the first trial is started.
+def prepare_sweep(root: Path, options: SweepOptions) -> PreparedSweep:
+    """Check the options of a sweep before its first trial is started.
 
     Raises:
-        RunRefused: A param, a value or the objective makes no sense, or code for the worktrees is not committed.
-        ParamsError: Values don't go together.
+        RunRefused: A param, a value or the objective is not valid, or the code of the worktrees is not committed.
+        ParamsError: params.yaml with the values is not valid.
     """
-    dimensions = [parse_dimension(text) for text in asked.params]
-    search = open_search(asked.search, dimensions, asked.seed, asked.maximize)
-    to_stage = check_objective(root, asked.figure, asked.overrides)
+    dimensions = [parse_dimension(text) for text in options.params]
+    search = open_search(options.search, dimensions, options.seed, options.maximize)
+    to_stage = check_objective(root, options.figure, options.overrides)
     for dimension in dimensions:
-        if flatten(overridden(asked.overrides)).keys() & {dimension.name}:
-            raise RunRefused(f"{dimension.name} is varied and overridden: leave out one of the two")
+        if flatten(overridden(options.overrides)).keys() & {dimension.name}:
+            raise RunRefused(f"{dimension.name} is both varied and overridden; remove one of the two")
         for value in dimension.examples():
-            ask(root, None, to_stage, with_values(asked.overrides, {dimension.name: value}))
-    if asked.write_to is not None and not (root / asked.write_to).parent.is_dir():
-        raise RunRefused(f"the best values can't be written to {asked.write_to}: there is no such folder")
+            prepare_run(root, None, to_stage, with_values(options.overrides, {dimension.name: value}))
+    if options.write_to is not None and not (root / options.write_to).parent.is_dir():
+        raise RunRefused(f"the best values can't be written to {options.write_to}: the folder does not exist")
     combinations = math.prod(len(dimension.values) for dimension in dimensions)
-    default = combinations if asked.search == "grid" else NUM_TRIALS
-    return Prepared(root, search, asked.trials or default, to_stage)
+    default = combinations if options.search == "grid" else NUM_TRIALS
+    return PreparedSweep(root, search, options.trials or default, to_stage)
 
 
 def check_objective(root: Path, objective: str, overrides: Overrides) -> str:
-    """The stage that measures an objective.
+    """Return the stage that measures an objective.
 
     Raises:
-        RunRefused: No stage has that name, or `evaluate` has no such figure.
+        RunRefused: There is no such stage, or `evaluate` has no such figure.
     """
     stage, _, figure = objective.partition(".")
-    names = ask(root, None, None, Overrides()).plan.names
+    names = prepare_run(root, None, None, Overrides()).plan.names
     if stage not in names or not figure:
         raise RunRefused(
             f"objective {objective!r}: write STAGE.FIGURE, such as {DEFAULT_OBJECTIVE}; stages are {names}"

@@ -1,1 +1,1 @@
-"""Where files lie and how they are written: paths, artifacts, ledger, secrets, full disks. Imports no other room."""
+"""Files of a checkout: paths, artifacts, ledger, secrets, full disks, git worktrees. Imports no other room."""

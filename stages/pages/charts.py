@@ -1,6 +1,6 @@
-"""Small line charts, histograms and heat strips as inline SVG, without scripts; colours are the page's CSS variables.
+"""Line charts, histograms and heat strips as inline SVG without scripts; colours are the page's CSS variables.
 
-Drawn 360 units wide, so that they are shown at about their own size on a phone and beside each other on a desk.
+Charts are 360 units wide: about their size on a phone, and two fit next to each other on a desktop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ CELL = 11
 
 @dataclass(frozen=True)
 class Series:
-    """A named line; `css` is the class that colours it; `points` are (x, y), those that are not finite are left out."""
+    """A line of a chart.
+
+    Args:
+        name: Its name in the legend.
+        points: Its points `(x, y)`; those that are not finite are skipped.
+        css: The CSS class that colours it.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -30,10 +36,10 @@ class Series:
 
 
 def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> Markup:
-    """Lines over a common x axis, with nice ticks and the last value of each line in the legend.
+    """Draw lines over a common x axis, with the last value of each line in the legend.
 
     Returns:
-        A `<figure>` element; one that says so when there is nothing to draw.
+        A `<figure>` element; one without a chart if there is nothing to draw.
     """
     drawn = [Series(s.name, [p for p in s.points if all(map(math.isfinite, p))], s.css) for s in series]
     drawn = [s for s in drawn if s.points]
@@ -56,13 +62,13 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> M
 
 
 def heat_strip(title: str, rows: Sequence[str], columns: Sequence[str], values: dict[tuple[str, str], float]) -> Markup:
-    """A grid of cells, the larger the value the stronger the colour, each with its value as a tooltip.
+    """Draw a grid of cells whose colour is stronger for larger values, with the values as tooltips.
 
     Args:
-        title: Of the figure.
-        rows: Names down the left side.
-        columns: Names along the bottom, shown every fifth.
-        values: (row, column) -> value >= 0; cells without one stay empty.
+        title: Title of the figure.
+        rows: Names along the left side.
+        columns: Names along the bottom, of which every fifth is shown.
+        values: `(row, column)` -> value >= 0; cells without a value are empty.
     """
     if not values:
         return Markup("")
@@ -99,10 +105,10 @@ def heat_strip(title: str, rows: Sequence[str], columns: Sequence[str], values: 
 
 
 def histogram(title: str, values: Sequence[float], x_label: str) -> Markup:
-    """How often values occur, in bars between round borders, with median and largest in the legend.
+    """Draw a histogram with round bin borders, and median and maximum in the legend.
 
     Returns:
-        A `<figure>` element; one that says so when there are no values.
+        A `<figure>` element; one without a chart if there are no values.
     """
     if not len(values):
         return Markup('<figure class="chart"><figcaption>{}: nothing to count</figcaption></figure>').format(title)
@@ -131,7 +137,7 @@ def histogram(title: str, values: Sequence[float], x_label: str) -> Markup:
 
 
 def nice_ticks(values: Sequence[float], num_ticks: int = MAX_TICKS) -> list[float]:
-    """About `num_ticks` round numbers that enclose the values."""
+    """Return about `num_ticks` equally spaced round numbers that enclose the values."""
     low, high = min(values), max(values)
     if low == high:
         low, high = (low - abs(low) * 0.5, high + abs(high) * 0.5) if low else (0.0, 1.0)
@@ -143,7 +149,7 @@ def nice_ticks(values: Sequence[float], num_ticks: int = MAX_TICKS) -> list[floa
 
 
 def format_tick(value: float) -> str:
-    """A tick's label: short, without a needless decimal point."""
+    """Format the label of a tick, without trailing zeros."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
@@ -151,7 +157,7 @@ def format_tick(value: float) -> str:
 
 
 def format_value(value: float) -> str:
-    """Three significant digits."""
+    """Format a value with three significant digits."""
     return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.1e}"
 
 

@@ -1,4 +1,4 @@
-"""reports/data.html: one self-contained page on what is trained, to be looked at before the hours of training."""
+"""reports/data.html: one self-contained page with the training data as tokens, to be inspected before training."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MAX_ROWS_FOR_ROLES = 20_000
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """What is known of one split once it is packed.
+    """Statistics of one packed split.
 
     Args:
-        figures: Those of the metrics file.
-        lengths: `(num_documents,)` tokens of each document before the length limit.
-        trained: `(num_documents,)` trained tokens of each.
-        filled: `(num_rows,)` tokens of each packed row.
+        figures: Its figures in the metrics file of `pack`.
+        lengths: Tokens of each document before the length limit `(num_documents,)`.
+        trained: Trained tokens of each document `(num_documents,)`.
+        filled: Tokens of each packed row `(num_rows,)`.
     """
 
     figures: Mapping[str, Any]
@@ -41,11 +41,11 @@ class SplitFacts:
 
 
 def write_data_page(paths: Paths, splits: Mapping[str, SplitFacts], previews: list[dict[str, Any]]) -> None:
-    """Build the page from the outs of `load` and `format`, and from what `pack` knows, and write it.
+    """Build the page from the outs of `load` and `format` and the statistics of `pack`, and write it.
 
     Args:
         paths: Paths of the checkout.
-        splits: Facts of `train` and `eval`.
+        splits: Statistics of `train` and `eval`.
         previews: What `choose_previews` returned.
     """
     card, figures = read_json(paths.out("load", "card.json")), splits["train"].figures
@@ -64,7 +64,7 @@ def write_data_page(paths: Paths, splits: Mapping[str, SplitFacts], previews: li
 
 
 def summary(card: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    """One sentence on rows and one on tokens."""
+    """Return a sentence on the rows and one on the tokens."""
     share = figures["trained_tokens"] / figures["tokens"]
     return (
         f"{rows_sentence(card)} {figures['tokens']:,} tokens go into training, {percent(share)} of them "
@@ -73,7 +73,7 @@ def summary(card: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
 
 
 def charts(split: SplitFacts) -> list[Any]:
-    """How long documents are, how much of them is trained, how full rows are."""
+    """Draw histograms of the documents' tokens, their trained tokens, and the packed rows' tokens."""
     return [
         histogram("Tokens of a document", split.lengths.tolist(), "tokens"),
         histogram("Trained tokens of a document", split.trained.tolist(), "tokens"),
@@ -82,10 +82,10 @@ def charts(split: SplitFacts) -> list[Any]:
 
 
 def role_table(paths: Paths) -> list[dict[str, Any]]:
-    """Characters that each role contributes, and which share of them is trained.
+    """Return each role's share of the rendered characters, and the share of those that is trained.
 
-    A message is looked for in the rendered text behind the message before it; what a template rewrote is not found, and
-    counts as text of the template.
+    A message is searched for in the rendered text after the previous message. Text that the template rewrote is not
+    found, and counts as text of the template.
     """
     total: Counter[str] = Counter()
     trained: Counter[str] = Counter()
@@ -97,14 +97,14 @@ def role_table(paths: Paths) -> list[dict[str, Any]]:
     return [
         {"role": role, "share": count / everything, "trained": trained[role] / count}
         for role, count in total.most_common()
-        if count  # plain text has no template around it
+        if count  # plain text has no template
     ]
 
 
 def matching(
     records: Iterable[dict[str, Any]], rendered: Iterable[dict[str, Any]]
 ) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
-    """Records with their rendered rows: the same order, some records without one."""
+    """Yield records with their rendered rows; both are in the same order, and some records have no rendered row."""
     rest = iter(records)
     for row in rendered:
         record = next((record for record in rest if record["id"] == row["id"]), None)
@@ -114,7 +114,7 @@ def matching(
 
 
 def count_row(record: dict[str, Any], row: dict[str, Any], total: Counter[str], trained: Counter[str]) -> None:
-    """Add the characters of one rendered row to those of the roles, and of the template."""
+    """Add the characters of one rendered row to the counts of the roles and of the template."""
     text, spans, cursor = row["text"], row["spans"], 0
     left, left_trained = len(text), sum(stop - start for start, stop, _ in spans)
     for role, content in role_contents(record):
@@ -140,12 +140,12 @@ class Documents(Protocol):
 
 
 def choose_previews(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """A seeded sample of tokenized training documents, token by token."""
+    """Return a seeded sample of the tokenized training documents, token by token."""
     return [preview(documents[number], tokenizer) for number in sample_rows(len(documents), NUM_PREVIEWS, seed=0)]
 
 
 def preview(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """One document: its id, its tokens, how many the limit cut away and how many are not shown."""
+    """Return what the page shows of one document: id, tokens, where the length limit cut it, how many are not shown."""
     pieces = token_pieces(row["input_ids"][:MAX_PREVIEW_TOKENS], row["labels"][:MAX_PREVIEW_TOKENS], tokenizer)
     return {
         "id": row["id"],

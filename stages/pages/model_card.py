@@ -1,4 +1,4 @@
-"""The model card: README.md of a published model, filled from what the stages recorded."""
+"""The model card: README.md of a published model, filled in from the results of the stages."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ HEADLINES = ("loss", "perplexity", "token_accuracy", "exact_match", "field_f1", 
 
 
 def write_card(file: Path, params: Params, paths: Paths, shipped: str, digest: str) -> None:
-    """Write the card of a result.
+    """Write the model card of a result.
 
     Args:
-        file: Where to.
-        params: The values that led to the result.
-        paths: The checkout.
-        shipped: merged or quantized: which model the card is of.
-        digest: Of the result, as its MLflow run carries it.
+        file: File to write.
+        params: Values of params.yaml that the result was computed with.
+        paths: Paths of the checkout.
+        shipped: The model of the card: `merged` or `quantized`.
+        digest: Digest of the result, as recorded in its MLflow run.
     """
     results, base = read_json(paths.out("evaluate", "results.json")), lineage.base_model(paths)
     columns = [name for name in HEADLINES if any(name in figures for figures in results["models"].values())]
@@ -52,7 +52,7 @@ def write_card(file: Path, params: Params, paths: Paths, shipped: str, digest: s
 
 
 def card_data(params: Params, base: dict[str, Any], results: dict[str, Any], shipped: str) -> ModelCardData:
-    """The head of the card, which the hub reads; the base is named where it is one of the hub's models."""
+    """Return the metadata of the card, which the hub reads; it names the base model if that is from the hub."""
     figures = results["models"][shipped]
     return ModelCardData(
         model_name=params.publish.registered_model,
@@ -75,7 +75,7 @@ def card_data(params: Params, base: dict[str, Any], results: dict[str, Any], shi
 
 
 def form(params: Params, shipped: str) -> str:
-    """In which form the weights are."""
+    """Describe the number format of the weights."""
     if shipped == "merged":
         return params.merge.dtype
     section = params.quantize

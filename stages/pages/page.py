@@ -1,4 +1,4 @@
-"""What the pages share: one style, one way to render, and the facts that more than one of them shows."""
+"""Rendering of pages, formatting of their figures, and the texts that more than one page has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 MAX_LEDGER_IDS = 5
 
-# what the ledger calls what was done -> how a page says it
+# action in a ledger -> its text on a page
 ACTIONS = {
     "drop": "left out",
     "omit": "not taken",
@@ -32,7 +32,7 @@ NBSP = "\u00a0"
 
 
 def render_page(template: str, context: Mapping[str, Any]) -> str:
-    """Render one of the templates of this room; what a page shows is escaped, and a missing value is an error."""
+    """Render a template of this package; values are escaped, and an undefined one raises `UndefinedError`."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -45,20 +45,25 @@ def render_page(template: str, context: Mapping[str, Any]) -> str:
 
 
 def percent(value: float) -> str:
-    """A share as a percentage with one decimal, none where it is exact."""
+    """Format a share as a percentage with one decimal, or none if that is 0."""
     text = f"{100 * value:.1f}"
     return f"{text.removesuffix('.0')}{NBSP}%"
 
 
 def show_change(value: float, kind: str) -> str:
-    """A difference with its sign; of shares in points."""
+    """Format a difference with its sign; a difference of shares in percentage points."""
     if kind == "megabytes":
         return f"{value:+,.1f}{NBSP}MB"
     return f"{100 * value:+.1f}{NBSP}points" if kind == "percent" else f"{value:+.3f}"
 
 
 def show(value: float, kind: str) -> str:
-    """A figure as people read it."""
+    """Format a figure.
+
+    Args:
+        value: Its value.
+        kind: `percent`, `megabytes` or `number`.
+    """
     if kind == "percent":
         return percent(value)
     if kind == "megabytes":
@@ -67,7 +72,7 @@ def show(value: float, kind: str) -> str:
 
 
 def ledger_summary(paths: Paths) -> list[dict[str, Any]]:
-    """Rows that were left out, cut, repaired or warned of, counted by stage, reason and action, with the first ids."""
+    """Count the rows in the ledgers by stage, reason and action, and return the counts with the first row ids."""
     counts: Counter[tuple[str, str, str]] = Counter()
     ids: dict[tuple[str, str, str], list[str]] = {}
     for stage in ("load", "format", "pack"):
@@ -85,7 +90,7 @@ def ledger_summary(paths: Paths) -> list[dict[str, Any]]:
 
 
 def rows_sentence(card: Mapping[str, Any]) -> str:
-    """What became of the rows of all sources, as `load` counted them in card.json."""
+    """Return a sentence on how many rows of all sources are used for what, as counted by `load` in card.json."""
     parts = [
         f"{card['num_train']:,} to train on",
         f"{card['num_eval']:,} held out",
@@ -99,5 +104,5 @@ def rows_sentence(card: Mapping[str, Any]) -> str:
 
 
 def soft_breaks(text: str) -> Markup:
-    """Text, or marked text, that may break after punctuation: JSON without spaces would break inside words."""
+    """Return text or markup with `<wbr>` after punctuation, where lines of JSON without spaces may break."""
     return Markup(re.sub(r"([,:{}\[\]])(?=\S)", r"\1<wbr>", str(Markup("{}").format(text))))

@@ -1,4 +1,4 @@
-"""outs/publish/promotion.html: what became of a result: the figures that decided, the champion before, the aliases."""
+"""outs/publish/promotion.html: whether a result became champion, with the conditions, figures and aliases."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ TEMPLATE = "promotion.html.jinja"
 
 @dataclass(frozen=True)
 class Decision:
-    """All that decided on a promotion, and what was done.
+    """The decision on whether a result becomes champion, and its reasons.
 
     Args:
-        name: The registered model.
-        version: Of this result.
-        before: Alias -> version that it stood at; None where it stood at none.
-        champion: Before; None = there was none.
+        name: Name of the registered model.
+        version: Version of this result.
+        before: Alias -> the version it pointed to before; None if it did not exist.
+        champion: The champion before; None if there was none.
         is_comparable: Whether the champion was measured on the same held-out rows.
-        gate: Rows of `evaluate.gate`.
-        promotion: Rows of `publish.gate`.
-        promoted: Whether this result became, or stayed, the champion.
+        gate: Conditions of `evaluate.gate` with their outcomes.
+        promotion: Conditions of `publish.gate` with their outcomes.
+        promoted: Whether this result became, or remained, the champion.
     """
 
     name: str
@@ -42,22 +42,22 @@ class Decision:
 
     @property
     def headline(self) -> str:
-        """What happened, in one line."""
-        stood = self.before[CHAMPION]
-        if self.promoted and stood == self.version:
+        """The decision in one line."""
+        previous = self.before[CHAMPION]
+        if self.promoted and previous == self.version:
             return f"Version {self.version} is the champion, as before"
         if self.promoted:
-            place = "the first champion" if stood is None else f"the champion after version {stood}"
+            place = "the first champion" if previous is None else f"the champion after version {previous}"
             return f"Promoted: version {self.version} is {place}"
-        if stood is None:
+        if previous is None:
             return f"Not promoted: version {self.version} is a candidate, and there is no champion"
-        if stood == self.version:  # published again with other conditions
-            return f"Version {self.version} stays the champion, though its conditions do not hold now"
-        return f"Not promoted: version {stood} stays the champion"
+        if previous == self.version:  # published again with other conditions
+            return f"Version {self.version} stays the champion, although a condition does not hold now"
+        return f"Not promoted: version {previous} stays the champion"
 
     @property
     def reason(self) -> str:
-        """Why."""
+        """The reason in one sentence."""
         failed = [len([row for row in rows if not _passed(row)]) for rows in (self.gate, self.promotion)]
         if self.promoted:
             return "Every condition of evaluate.gate and publish.gate holds."
@@ -71,15 +71,17 @@ class Decision:
         return f"{' and '.join(texts)}." if texts else "The gate is closed."
 
     def aliases(self) -> list[tuple[str, str, str, str]]:
-        """Alias, where it stood, where it stands, and why."""
+        """Return `(alias, version before, version now, reason)` of every alias."""
         rows = []
         for alias, moves, why in (
             (CANDIDATE, True, "it moves to every result"),
             (CHAMPION, self.promoted, "every condition holds" if self.promoted else "a condition does not hold"),
         ):
-            stood = self.before[alias]
-            stands = self.version if moves else stood
-            rows.append((alias, _version(stood), _version(stands), why if stood != stands else f"it stays: {why}"))
+            previous = self.before[alias]
+            current = self.version if moves else previous
+            rows.append(
+                (alias, _version(previous), _version(current), why if previous != current else f"it stays: {why}")
+            )
         return rows
 
 
@@ -92,13 +94,13 @@ def _version(number: str | None) -> str:
 
 
 def write_page(file: Path, decision: Decision, conditions: Sequence[str], results: Mapping[str, Any]) -> None:
-    """Write the page, and beside it what other tools show of it, as JSON.
+    """Write the page, and next to it a JSON file with the parts that other tools show.
 
     Args:
-        file: Where to.
-        decision: On this result.
-        conditions: Of both gates, as params.yaml states them.
-        results: Of `evaluate`.
+        file: File to write.
+        decision: The decision on this result.
+        conditions: Conditions of both gates, as in params.yaml.
+        results: Results of `evaluate`.
     """
     conditions_shown = [
         *({"key": "evaluate.gate", **row} for row in decision.gate),
@@ -115,7 +117,7 @@ def write_page(file: Path, decision: Decision, conditions: Sequence[str], result
 
 
 def figure_rows(decision: Decision, conditions: Sequence[str], results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """This result beside the champion: first the figures that conditions name, then the task's and the losses."""
+    """Return this result's figures next to the champion's: those of the conditions, then task figures and losses."""
     models, champion = results["models"], decision.champion.figures if decision.champion else {}
     named = [n.removeprefix(f"{CHAMPION}.") for c in parse_gate(conditions) for n in c.names]
     shipped = ("tuned", "quantized" if "quantized" in models else "merged")

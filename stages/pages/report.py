@@ -1,7 +1,4 @@
-"""reports/report.html: one self-contained page that says first whether the model is good, then why.
-
-What the report says of the training: curves, tokens a second, updates that were no good.
-"""
+"""reports/report.html: one self-contained page with figures, training curves, answers and lineage of a model."""
 
 from __future__ import annotations
 
@@ -14,12 +11,14 @@ from markupsafe import Markup
 
 from stages.checkout.artifacts import file_digest, read_json, read_jsonl, write_text
 from stages.checkout.paths import Paths
-from stages.pages.answers import generations
+from stages.pages.answers import read_answers
 from stages.pages.charts import Series, heat_strip, line_chart
 from stages.pages.page import NBSP, ledger_summary, percent, render_page, rows_sentence, show, show_change
 from stages.params.figures import REGRESSION, figure_of, in_order
 from stages.params.schema import Params
 from stages.tracking import lineage
+
+TEMPLATE = "report.html.jinja"
 
 CHARTS = (
     ("Loss", [("train", "loss", "a"), ("held-out", "eval_loss", "b")]),
@@ -28,56 +27,19 @@ CHARTS = (
     ("Gradient norm", [("", "grad_norm", "a")]),
 )
 
+BY_CONSTRUCTION = ("kl",)
+"""Figures that are not ranked: the merged model's divergence from the tuned one is 0 by construction."""
+
 MAX_BAD_UPDATES = 50
 
 
-def curves(paths: Paths) -> list[Markup]:
-    """Loss, accuracy, learning rate, gradient norm and tokens a second over the steps, those that were recorded."""
-    with paths.out("train", "curve.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    drawn = []
-    for title, lines in CHARTS:
-        series = [Series(name, points(rows, column), css) for name, column, css in lines]
-        if any(s.points for s in series):
-            drawn.append(line_chart(title, series))
-    speed = throughput(paths)
-    return [*drawn, line_chart("Tokens a second", [Series("", speed, "a")])] if speed else drawn
-
-
-def points(rows: Iterable[Mapping[str, str]], column: str) -> list[tuple[float, float]]:
-    """(step, value) of the rows in which a column of the curve is filled."""
-    return [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
-
-
-def throughput(paths: Paths) -> list[tuple[float, float]]:
-    """(step, tokens a second), where this very training ran here: times are no outs, which DVC would bring back."""
-    file = paths.timings("train")
-    timings = read_json(file) if file.exists() else {}
-    if timings.get("curve_sha256") != file_digest(paths.out("train", "curve.csv")):
-        return []
-    return [(float(step), float(speed)) for step, speed in timings["throughput"]]
-
-
-def bad_updates(paths: Paths) -> dict[str, Any]:
-    """Updates that were no number or a spike, and what was done: the first ones, and how many there are."""
-    file = paths.out("train", "bad_updates.jsonl")
-    found = list(read_jsonl(file)) if file.exists() else []
-    return {"num": len(found), "rows": found[:MAX_BAD_UPDATES]}
-
-
-# The divergence of the merged model is none by construction, so that no other could be better.
-BY_CONSTRUCTION = ("kl",)
-
-TEMPLATE = "report.html.jinja"
-
-
 def write_report(params: Params, paths: Paths) -> None:
-    """Build the page from the outs of all stages and write it."""
+    """Build the page from the outs of all stages and write it to `paths.report`."""
     write_text(paths.report, render_page(TEMPLATE, context(params, paths)))
 
 
 def context(params: Params, paths: Paths) -> dict[str, Any]:
-    """Everything the template shows."""
+    """Return the values that the template shows."""
     results = read_json(paths.out("evaluate", "results.json"))
     quantization = read_json(paths.out("quantize", "report.json"))
     base = lineage.base_model(paths)
@@ -91,8 +53,8 @@ def context(params: Params, paths: Paths) -> dict[str, Any]:
         "curves": curves(paths),
         "bad_updates": bad_updates(paths),
         "trusted": params.model.trust_remote_code,
-        "generations": generations(paths.out("evaluate", "generations.jsonl")),
-        "general": generations(general) if (general := paths.out("evaluate", "general.jsonl")).exists() else None,
+        "generations": read_answers(paths.out("evaluate", "generations.jsonl")),
+        "general": read_answers(general) if (general := paths.out("evaluate", "general.jsonl")).exists() else None,
         "data": data_section(paths),
         "quantization": quantization_section(quantization),
         "lineage": lineage_section(params, paths, base),
@@ -101,11 +63,11 @@ def context(params: Params, paths: Paths) -> dict[str, Any]:
 
 
 def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Headline, one sentence of figures, and the gate."""
+    """Return the headline, a sentence with the main figures, and whether the gate is open."""
     failed = [row for row in results["gate"] if not row["passed"]]
     total = len(results["gate"])
     if not total:
-        headline = "Measured, with no gate to pass"
+        headline = "Measured without a gate"
     elif failed:
         headline = (
             f"The gate is closed: {len(failed)} of {total} conditions {'does' if len(failed) == 1 else 'do'} not hold"
@@ -124,7 +86,7 @@ def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The before/after table: one row a metric, one cell a model."""
+    """Return the rows of the before/after table: one per metric, with a cell per model."""
     models = results["models"]
     rows = []
     for metric in in_order({name for figures in models.values() for name in figures}):
@@ -143,7 +105,7 @@ def comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def comparison_cell(
     value: float | None, interval: Sequence[float] | None, kind: str, best: float | None
 ) -> dict[str, Any]:
-    """One value as text, its interval in small print, and whether no other model is better."""
+    """Return a cell: the value as text, its interval as text, and whether no other model is better."""
     if value is None:
         return {"text": "–", "interval": "", "best": False}
     small = f"{show(interval[0], kind).removesuffix(NBSP + '%')}–{show(interval[1], kind)}" if interval else ""
@@ -151,7 +113,10 @@ def comparison_cell(
 
 
 def changes(pair: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs between two models on the same rows: difference, its interval, and how likely by chance."""
+    """Return the table of two models compared row by row: each figure's difference, its interval and its p-value.
+
+    A difference is marked as better or worse if its p-value is below 0.05.
+    """
     rows = []
     for metric in in_order(set(pair["figures"])):
         label, kind, direction = figure_of(metric)
@@ -171,8 +136,45 @@ def changes(pair: Mapping[str, Any]) -> dict[str, Any]:
     return {"before": pair["before"], "after": pair["after"], "rows": rows}
 
 
+def curves(paths: Paths) -> list[Markup]:
+    """Draw loss, accuracy, learning rate, gradient norm and throughput over the steps, as far as they were recorded."""
+    with paths.out("train", "curve.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    drawn = []
+    for title, lines in CHARTS:
+        series = [Series(name, points(rows, column), css) for name, column, css in lines]
+        if any(s.points for s in series):
+            drawn.append(line_chart(title, series))
+    speed = throughput(paths)
+    return [*drawn, line_chart("Tokens per second", [Series("", speed, "a")])] if speed else drawn
+
+
+def points(rows: Iterable[Mapping[str, str]], column: str) -> list[tuple[float, float]]:
+    """Return `(step, value)` of the rows of the curve that have a value in a column."""
+    return [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
+
+
+def throughput(paths: Paths) -> list[tuple[float, float]]:
+    """Return `(step, tokens per second)`, or nothing if the timings are those of another training.
+
+    Timings are not outs: when DVC restores a training from its cache, the file is that of the last training here.
+    """
+    file = paths.timings("train")
+    timings = read_json(file) if file.exists() else {}
+    if timings.get("curve_sha256") != file_digest(paths.out("train", "curve.csv")):
+        return []
+    return [(float(step), float(speed)) for step, speed in timings["throughput"]]
+
+
+def bad_updates(paths: Paths) -> dict[str, Any]:
+    """Return the number of updates with a non-finite or spiking loss or gradient, and the first of them."""
+    file = paths.out("train", "bad_updates.jsonl")
+    found = list(read_jsonl(file)) if file.exists() else []
+    return {"num": len(found), "rows": found[:MAX_BAD_UPDATES]}
+
+
 def data_section(paths: Paths) -> dict[str, Any]:
-    """Sources with their digests, what became of their rows, and what was left out."""
+    """Return the sources with their digests, a sentence on their rows, and the summary of the ledgers."""
     card, packed = read_json(paths.out("load", "card.json")), read_json(paths.metrics("pack"))["train"]
     documents, rows, tokens, trained = (f"{packed[n]:,}" for n in ("documents", "rows", "tokens", "trained_tokens"))
     return {
@@ -187,7 +189,7 @@ def data_section(paths: Paths) -> dict[str, Any]:
 
 
 def as_text(value: Any) -> str:
-    """A value of params or a card as a reader expects it."""
+    """Format a value of params.yaml or of a card, such as `yes` for True and `none` for None."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -204,7 +206,7 @@ def as_text(value: Any) -> str:
 
 
 def quantization_section(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Error of every quantized layer, as a strip of cells and as a table, the worst first."""
+    """Return the error of every quantized layer, as a strip of cells and as a table with the worst first."""
     if report["method"] == "none":
         return {"skipped": report["reason"]}
     modules = report["modules"]
@@ -225,12 +227,12 @@ def quantization_section(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantization_method(report: Mapping[str, Any]) -> str:
-    """How it was quantized, in words."""
+    """Describe how the model was quantized."""
     if report["method"] != "gptq":
         return f"{report['method']} (bitsandbytes), without calibration"
     settings = report["settings"]
     distinct = report["num_distinct_rows"]
-    same = f", of which only {distinct} differ" if distinct < report["num_rows"] else ""
+    same = f", of which only {distinct} are distinct" if distinct < report["num_rows"] else ""
     groups = "without groups" if settings["group_size"] == -1 else f"in groups of {settings['group_size']}"
     return (
         f"{settings['bits']} bit {groups}, calibrated on "
@@ -239,7 +241,7 @@ def quantization_method(report: Mapping[str, Any]) -> str:
 
 
 def lineage_section(params: Params, paths: Paths, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Commit, digests, versions and params."""
+    """Return commit, base model, hashes, versions and params of the result."""
     git = lineage.git_state(paths.root)
     return {
         "commit": git.commit if git else "not in git",

@@ -47,9 +47,9 @@ FIGURES: dict[str, Figure] = {
     "bleu": Figure("BLEU, 0 to 100", "number", 1),
     "chrf": Figure("chrF, 0 to 100", "number", 1),
     "stop_rate": Figure("Ends by itself", "percent", 1),
-    "loss": Figure("Loss, nats a token", "number", -1),
+    "loss": Figure("Loss, nats per token", "number", -1),
     "perplexity": Figure("Perplexity", "number", -1),
-    "kl": Figure("KL from the tuned model, nats a token", "number", -1),
+    "kl": Figure("KL from the tuned model, nats per token", "number", -1),
     "token_accuracy": Figure("Token accuracy", "percent", 1),
     "size_mb": Figure("Size on disk", "megabytes", -1),
 }

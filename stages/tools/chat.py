@@ -1,4 +1,4 @@
-"""`python -m stages chat`: talk to one of the four models in the terminal, as it was trained to be talked to."""
+"""`python -m stages chat`: chat with one of the four models in the terminal, in the form of its training rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Habits:
-    """How the training conversations look: their most frequent system message, and how many questions they hold."""
+    """What the training conversations have in common.
+
+    Args:
+        system: Their most frequent system message; None if most have none.
+        num_rows: Number of training rows.
+        num_with_system: How many of them have this system message.
+        is_multi_turn: Whether any has more than one user message.
+    """
 
     system: str | None
     num_rows: int
@@ -34,17 +41,17 @@ class Habits:
 def run(
     params: Params, paths: Paths, *, model: str = "merged", max_new_tokens: int = 256, system: str | None = None
 ) -> None:
-    """Answer every line of the standard input, greedily, until it ends; notes go to the standard error.
+    """Answer every line of standard input with greedy decoding, until end of input; notes go to standard error.
 
     Args:
-        params: The pipeline's values.
-        paths: The checkout.
+        params: Values of params.yaml.
+        paths: Paths of the checkout.
         model: base, tuned, merged or quantized.
-        max_new_tokens: Longest answer.
-        system: System message; None = the one of the training rows.
+        max_new_tokens: Longest answer, in tokens.
+        system: System message; None for the most frequent one of the training rows.
 
     Raises:
-        ValueError: The model is not there yet, or was not trained on conversations.
+        ValueError: The model does not exist yet, or was not trained on conversations.
     """
     variant = find_variant(paths, model)
     tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
@@ -65,7 +72,7 @@ def run(
 
 
 def lines() -> Iterator[str]:
-    """Lines of the standard input that hold anything; a person sees a prompt, a pipe does not."""
+    """Yield the lines of standard input that are not blank; a terminal shows a prompt."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -76,16 +83,16 @@ def lines() -> Iterator[str]:
 
 
 def note(*texts: str) -> None:
-    """Say something that is no answer, apart from the answers."""
+    """Print notes to standard error, so that standard output has only the answers."""
     for text in texts:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def training_habits(params: Params, paths: Paths) -> Habits:
-    """Read the training rows for what a conversation with the model begins with.
+    """Find out from the training rows how a conversation with the model should begin.
 
     Raises:
-        ValueError: They are no conversations.
+        ValueError: The rows are not conversations.
     """
     file = paths.out("load", "train.jsonl")
     systems: Counter[str | None] = Counter()
@@ -94,7 +101,7 @@ def training_habits(params: Params, paths: Paths) -> Habits:
         messages = record.get("messages", record.get("prompt"))
         if not isinstance(messages, list):
             raise ValueError(
-                f"{file}, {record['id']}: plain text, no conversation: chat speaks by the chat template, and this "
+                f"{file}, {record['id']}: plain text, not a conversation: `chat` uses the chat template, and this "
                 "model was trained without it"
             )
         own = [message["content"] for message in messages if message["role"] == "system"]
@@ -105,26 +112,26 @@ def training_habits(params: Params, paths: Paths) -> Habits:
 
 
 def opening_notes(habits: Habits, system: str | None) -> list[str]:
-    """What a person should know before the first message."""
+    """Return the notes to print before the first message."""
     if system is None:
-        notes = ["no system message; --system TEXT gives one"]
+        notes = ["no system message; --system TEXT sets one"]
     elif system == habits.system:
         share = f"{habits.num_with_system} of {habits.num_rows} training rows"
-        notes = [f"system message {system!r}, as {share} have it; --system TEXT gives another"]
+        notes = [f"system message {system!r}, as {share} have it; --system TEXT sets another"]
     else:
         notes = [f"system message {system!r}"]
     if habits.is_multi_turn:
-        return [*notes, f"{NEW} begins a new conversation, end of input (Ctrl-D) ends"]
-    return [*notes, "trained on single questions: each line begins a new conversation; end of input (Ctrl-D) ends"]
+        return [*notes, f"{NEW} begins a new conversation; Ctrl-D (end of input) ends"]
+    return [*notes, "trained on single questions: each line begins a new conversation; Ctrl-D (end of input) ends"]
 
 
 class Talker:
-    """A model that streams its answers to the standard output.
+    """A model that streams its answers to standard output.
 
     Args:
-        model: Loaded for inference.
-        tokenizer: With the chat template that the model was trained on.
-        max_new_tokens: Longest answer.
+        model: A causal language model in evaluation mode, or a PEFT model around one.
+        tokenizer: Its tokenizer, with the chat template of the training.
+        max_new_tokens: Longest answer, in tokens.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
@@ -133,20 +140,24 @@ class Talker:
         self._generation = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
         )
-        # In place of the model's own, whose sampling and penalties would fill in what is not stated: `evaluate` has
-        # none of them either. An adapter leaves generation to the model that it wraps.
+        # Replaces the model's own generation config: `generate` would take its sampling and penalties for options that
+        # are not set here, and `evaluate` uses none. A PEFT model generates with the config of the model it wraps.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         inner.generation_config = self._generation
 
     def answer(self, conversation: list[Message]) -> list[Message]:
-        """Stream the next turn; returns the conversation with it, or without the last message when that is too long."""
+        """Print the answer to a conversation while it is generated.
+
+        Returns:
+            The conversation with the answer; without its last message if that does not fit into the context.
+        """
         inputs: Any = self._tokenizer.apply_chat_template(
             conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(next(self._model.parameters()).device)
         length = inputs["input_ids"].shape[1]
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and length + self._max_new_tokens > limit:
-            note(f"not answered: {length} tokens and {self._max_new_tokens} new ones are more than {limit}; {NEW}")
+            note(f"not answered: {length} tokens and {self._max_new_tokens} new ones are more than {limit}; type {NEW}")
             return conversation[:-1]
         streamer: Any = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         output = self._model.generate(**inputs, generation_config=self._generation, streamer=streamer)

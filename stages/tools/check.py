@@ -1,6 +1,6 @@
-"""`python -m stages check`: params.yaml, data, own metrics and the base model's name, before DVC removes any result.
+"""`python -m stages check`: check params.yaml, data, task functions and the base model's name before a run.
 
-What later stages would refuse, asked before the hours of training are spent.
+`check_later_stages` is called by `train`: it checks the values of the stages after it before the training starts.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from stages.params.schema import Params, QuantizeSection
 from stages.params.tasks import load_tasks
 
 LARGEST_READ_BYTES = 100_000_000
-"""Larger data are only looked for: reading them at every `make repro` would cost more than it saves."""
+"""Of larger sources only the existence is checked: reading them at every `make repro` would take too long."""
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Look at what `load` is going to read; what lies on the hub or behind a URL is left to it.
+    """Check what `load` is going to read, except sources on the hub and URLs.
 
     Raises:
-        ValueError: A source is missing, damaged or empty, a task can't be used, or the base model can't be the one
-            that is named.
+        ValueError: A source is missing, damaged or empty, a task can't be used, or there is no such base model.
     """
     check_named(params.model, paths.root)
     load_tasks(params.evaluate.task, paths.root)
@@ -47,7 +46,7 @@ def check_later_stages(params: Params, paths: Paths) -> None:
     """Check the values of `quantize` and `evaluate` against the base model and the held-out rows.
 
     Raises:
-        ValueError: Names the params key, and what does not fit.
+        ValueError: A value does not fit; the message names its key.
     """
     folder = Path(read_base_model(paths.out("load", "base_model.json")).path)
     try:
@@ -56,7 +55,7 @@ def check_later_stages(params: Params, paths: Paths) -> None:
         key = "bits, quantize.group_size" if params.quantize.method == "gptq" else "method"
         raise ValueError(f"quantize.{key}: {error}") from None
     if params.quantize.export_gguf is not None:
-        from sft.export.gguf import check_exportable  # imports slowly, and most runs export nothing
+        from sft.export.gguf import check_exportable  # slow to import, and most runs export nothing
 
         try:
             check_exportable(folder)
@@ -71,7 +70,11 @@ def check_later_stages(params: Params, paths: Paths) -> None:
 
 
 def check_quantization(section: QuantizeSection, folder: Path) -> None:
-    """Whether the method takes the base model's layers; raises ValueError where it does not."""
+    """Check that the quantization method supports the layers of the base model.
+
+    Raises:
+        ValueError: It does not support one.
+    """
     if section.method == "gptq":
         check_layers_fit(folder, section.bits, section.group_size, pick_device("auto"), section.sym)
     elif section.method != "none":

@@ -1,4 +1,4 @@
-"""`python -m stages compare A B`: what differs between two recorded runs, in words, and what it did to the figures."""
+"""`python -m stages compare A B`: print what differs between two recorded runs, and how their figures differ."""
 
 from __future__ import annotations
 
@@ -20,13 +20,21 @@ from stages.tracking.store import KIND_TAG, SQLITE, SWEEP, Tracking, absolute_ur
 
 VERSION, COMMIT, DIRTY, CODE, BASE = "version.", "git.commit", "git.dirty", "git.changed_code", "sft.base_model"
 MAX_VALUE = 60
+"""Longest text of a value, in characters."""
+
 NOISE = 1e-9
-"""Figures that differ by less differ in what rounding left over."""
+"""Smaller differences of figures are rounding errors."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that two runs do not have in common; None where a run lacks it."""
+    """A value that differs between two runs.
+
+    Args:
+        name: Its name.
+        before: Its value in the first run; None if that run lacks it.
+        after: The same for the second run.
+    """
 
     name: str
     before: Any
@@ -34,15 +42,15 @@ class Difference:
 
 
 def run(params: Params, paths: Paths, *, runs: list[str]) -> None:
-    """Print the comparison.
+    """Print the comparison of two recorded runs.
 
     Args:
-        params: Where runs are recorded.
-        paths: The checkout.
+        params: Values of params.yaml; `publish` has the store of the runs.
+        paths: Paths of the checkout.
         runs: Two runs: ids or their beginnings, names, or aliases of the registered model such as `champion`.
 
     Raises:
-        ValueError: There is no such run, or several are meant.
+        ValueError: No run, or more than one, has such an id, name or alias.
     """
     tracking = open_recorded(params, main_checkout(paths.root))
     first, second = (find_result(tracking, name, params.publish.registered_model) for name in runs)
@@ -50,7 +58,7 @@ def run(params: Params, paths: Paths, *, runs: list[str]) -> None:
 
 
 def open_recorded(params: Params, home: Path) -> Tracking:
-    """The store that holds earlier runs.
+    """Open the MLflow store that earlier runs were recorded in.
 
     Raises:
         ValueError: Nothing has been recorded yet, or the store can't be used.
@@ -62,10 +70,10 @@ def open_recorded(params: Params, home: Path) -> Tracking:
 
 
 def find_run(tracking: Tracking, name: str, model: str) -> Run:
-    """The finished run that a user means.
+    """Find a finished run by its id or the beginning of it, its name, or an alias of the registered model.
 
     Raises:
-        ValueError: There is none, or the name fits several.
+        ValueError: There is none, or there are several.
     """
     finished = tracking.client.search_runs([tracking.experiment_id], "attributes.status = 'FINISHED'")
     try:
@@ -82,10 +90,10 @@ def find_run(tracking: Tracking, name: str, model: str) -> Run:
 
 
 def find_result(tracking: Tracking, name: str, model: str) -> Run:
-    """The finished run that a user means, which must be one result.
+    """Find a finished run as `find_run` does, and check that it is not a sweep, which has no result.
 
     Raises:
-        ValueError: There is none, the name fits several, or it is that of a sweep.
+        ValueError: There is none, there are several, or it is a sweep; the message lists the sweep's trials.
     """
     run = find_run(tracking, name, model)
     if run.data.tags.get(KIND_TAG) != SWEEP:
@@ -93,16 +101,16 @@ def find_result(tracking: Tracking, name: str, model: str) -> Run:
     of_sweep = f"tags.`{PARENT_TAG}` = '{run.info.run_id}' and attributes.status = 'FINISHED'"
     trials = tracking.client.search_runs([tracking.experiment_id], of_sweep, order_by=["attributes.start_time ASC"])
     shown = "\n".join(f"  {trial.info.run_id[:12]}  {trial.info.run_name}" for trial in trials)
-    raise ValueError(f"{run.info.run_name!r} is a sweep; give one of its trials:\n{shown or '  none ended well'}")
+    raise ValueError(f"{run.info.run_name!r} is a sweep; give one of its trials:\n{shown or '  none succeeded'}")
 
 
 def report(first: Run, second: Run) -> list[str]:
-    """The comparison as lines of text: who, what differs, what it did."""
-    lines = [f"A  {title(first)}", f"B  {title(second)}", ""]
+    """Return the comparison as lines of text: the two runs, their inputs that differ, their figures that differ."""
+    lines = [f"A  {describe_run(first)}", f"B  {describe_run(second)}", ""]
     if first.info.run_id == second.info.run_id:
         return [*lines, "These are the same run."]
     causes = {
-        "params": sorted(differences(first.data.params, second.data.params), key=name_of),
+        "params": sorted(differences(first.data.params, second.data.params), key=lambda difference: difference.name),
         "data": differences(data_of(first), data_of(second)),
         "base model": tagged(first, second, lambda name: name.startswith(BASE)),
         "code": tagged(first, second, lambda name: name in code_tags(first, second)),
@@ -110,31 +118,26 @@ def report(first: Run, second: Run) -> list[str]:
         "machine": tagged(first, second, lambda name: name.startswith(MACHINE)),
     }
     for cause, found in causes.items():
-        lines += [heading(cause, found), *map(shown, found)]
+        lines += [heading(cause, found), *map(describe_difference, found)]
     effects = differences(metrics_of(first), metrics_of(second))
-    lines += ["", heading("figures", effects), *map(effect_shown, effects)]
+    lines += ["", heading("figures", effects), *map(describe_effect, effects)]
     return [*lines, "", verdict(first, second, {name for name, found in causes.items() if found}, effects)]
 
 
 def heading(what: str, found: list[Difference]) -> str:
-    """How many differences of one kind there are."""
+    """Return the line with the number of differences of one kind."""
     return f"{what}: {len(found) or 'no'} difference{'s' if len(found) != 1 else ''}"
 
 
-def title(run: Run) -> str:
-    """A run on one line."""
+def describe_run(run: Run) -> str:
+    """Describe a run in one line: name, id, commit, gate."""
     tags = run.data.tags
     commit = tags.get(COMMIT, "none")[:10] + (" with uncommitted changes" if tags.get(DIRTY) == "true" else "")
     return f"{run.info.run_name} (run {run.info.run_id[:12]}, commit {commit}, gate {tags.get('sft.gate', 'unknown')})"
 
 
-def name_of(difference: Difference) -> str:
-    """To sort by."""
-    return difference.name
-
-
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
-    """What two mappings do not have in common, by name."""
+    """Return the entries that differ between two mappings, including those that only one has."""
     names = [*before, *(name for name in after if name not in before)]
     return [
         Difference(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)
@@ -142,58 +145,61 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
 
 
 def data_of(run: Run) -> dict[str, str]:
-    """Data file -> SHA-256."""
+    """Return the SHA-256 of every data file of a run, by the file's name."""
     inputs = run.inputs.dataset_inputs if run.inputs else []
     return {item.dataset.name: json.loads(item.dataset.source)["sha256"] for item in inputs}
 
 
 def code_tags(*runs: Run) -> tuple[str, ...]:
-    """Tags that tell the code: the commit, and what differed from it; older runs only say whether anything did."""
+    """Return the names of the tags that identify the code: the commit, and a digest of the uncommitted changes.
+
+    Older runs have no digest, only a tag for whether anything was uncommitted.
+    """
     return (COMMIT, CODE) if all(CODE in run.data.tags for run in runs) else (COMMIT, DIRTY)
 
 
 def metrics_of(run: Run) -> dict[str, float]:
-    """Figures of the stages, those of the evaluation first; curves and the model version's copies are left out."""
+    """Return the figures of the stages, those of `evaluate` first; curves and other metrics are left out."""
     figures = {name: value for name, value in run.data.metrics.items() if name.partition(".")[0] in MEASURED_STAGES}
     return {name: figures[name] for name in sorted(figures, key=lambda name: (not name.startswith("evaluate."), name))}
 
 
 def tagged(first: Run, second: Run, wanted: Callable[[str], bool]) -> list[Difference]:
-    """Tags of one kind that differ."""
+    """Return the tags of one kind that differ between two runs."""
     before, after = (
         {name: value for name, value in sorted(run.data.tags.items()) if wanted(name)} for run in (first, second)
     )
     return differences(before, after)
 
 
-def shown(difference: Difference) -> str:
-    """One cause on one line."""
-    before, after = (cut("-" if value is None else str(value)) for value in (difference.before, difference.after))
+def describe_difference(difference: Difference) -> str:
+    """Describe a value that differs in one line."""
+    before, after = (shorten("-" if value is None else str(value)) for value in (difference.before, difference.after))
     return f"  {difference.name}: {before} -> {after}"
 
 
-def cut(text: str) -> str:
-    """A value that fits on a line; of digests the beginning is enough."""
+def shorten(text: str) -> str:
+    """Shorten a text to at most `MAX_VALUE` characters and an ellipsis."""
     return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
 
 
-def effect_shown(effect: Difference) -> str:
-    """One figure on one line, with how much it changed and whether that is good."""
+def describe_effect(effect: Difference) -> str:
+    """Describe a figure that differs in one line, with the change and whether it is better or worse."""
     if effect.before is None or effect.after is None:
-        return shown(effect)
+        return describe_difference(effect)
     change = effect.after - effect.before
-    return f"  {effect.name}: {effect.before:.6g} -> {effect.after:.6g} ({change:+.3g}{quality(effect.name, change)})"
+    return f"  {effect.name}: {effect.before:.6g} -> {effect.after:.6g} ({change:+.3g}{rating(effect.name, change)})"
 
 
-def quality(name: str, change: float) -> str:
-    """`, better` or `, worse` for the figures of the evaluation that differ by more than rounding, else nothing."""
+def rating(name: str, change: float) -> str:
+    """Return `, better` or `, worse` if a figure of `evaluate` differs by more than rounding, else an empty text."""
     if not name.startswith("evaluate.") or name == "evaluate.gate_passed" or abs(change) < NOISE:
         return ""
     return ", better" if (change < 0) == lower_is_better(name) else ", worse"
 
 
 def verdict(first: Run, second: Run, causes: set[str], effects: list[Difference]) -> str:
-    """The comparison in a sentence or two."""
+    """Summarize the comparison in a sentence or two."""
     digests = [run.data.tags.get(DIGEST_TAG) for run in (first, second)]
     if digests[0] is not None and digests[0] == digests[1]:
         return "Same params, same result to the last digit."
@@ -206,9 +212,11 @@ def verdict(first: Run, second: Run, causes: set[str], effects: list[Difference]
         return "No recorded cause, but the results differ: another processor, or something that is not recorded."
     reasons = ", ".join(sorted(causes))
     evaluated = [effect for effect in effects if effect.before is not None and effect.after is not None]
-    words = [quality(effect.name, effect.after - effect.before) for effect in evaluated]
+    words = [rating(effect.name, effect.after - effect.before) for effect in evaluated]
     better, worse = words.count(", better"), words.count(", worse")
-    alone = "That is all that differs, so it is the reason." if len(causes) == 1 else "They can't be told apart here."
+    reason = "That is all that differs, so it is the reason."
+    if len(causes) > 1:
+        reason = "The comparison can't tell which of these is the reason."
     if "data" in causes:
-        alone += " The data differ: the figures may be of different rows."
-    return f"B differs from A in {reasons}; {better} figures of the evaluation are better in B, {worse} worse. {alone}"
+        reason += " The data differ, so the figures may have been measured on different rows."
+    return f"B differs from A in {reasons}; {better} figures of the evaluation are better in B, {worse} worse. {reason}"

@@ -1,4 +1,4 @@
-"""`python -m stages estimate`: steps, parameters, memory and time of the training, from a probe of a few steps."""
+"""`python -m stages estimate`: estimate steps, memory and time of the training from a few of its steps."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Work:
-    """What a training consists of.
+    """The amount of work of a training.
 
     Args:
-        num_rows: Packed rows of an epoch.
-        num_tokens: Tokens of an epoch.
-        num_trained: Those of them with a label.
+        num_rows: Packed rows per epoch.
+        num_tokens: Tokens per epoch.
+        num_trained: Tokens per epoch that have a label.
         num_eval_tokens: Tokens of the held-out rows.
-        num_steps: Updates of the whole training.
+        num_steps: Optimizer updates of the training.
         num_epochs: Passes over the rows.
     """
 
@@ -54,15 +54,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a few steps have shown; bytes and seconds.
+    """Measurements of a few training steps and one evaluation.
 
     Args:
-        tokens_per_second: Of training.
-        eval_tokens_per_second: Of evaluation.
-        parameters: Counts.
-        weights: Of the base model and the adapter.
-        before: What the process held before it loaded the model; 0 on a GPU.
-        peak: The most that was held.
+        tokens_per_second: Speed of training.
+        eval_tokens_per_second: Speed of evaluation.
+        parameters: Parameter counts.
+        weights: Bytes of the weights of base model and adapter.
+        before: Bytes that the process used before it loaded the model; 0 on a GPU.
+        peak: Largest number of bytes in use.
     """
 
     tokens_per_second: float
@@ -74,7 +74,7 @@ class Probe:
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Print the estimate; needs the outs of `load`, `format` and `pack`, and trains nothing that is kept.
+    """Print the estimate, from the outs of `load`, `format` and `pack`; nothing is written.
 
     Raises:
         ValueError: `pack` has not run here yet.
@@ -84,37 +84,37 @@ def run(params: Params, paths: Paths) -> None:
     train, held_out = (load_from_disk(str(paths.out("pack", split))) for split in ("train", "eval"))
     work = count_work(train, held_out, params.train)
     print(f"training {NUM_STEPS} steps to measure them ...", flush=True)
-    print("\n".join(report(work, probe(params, paths, train, held_out), params.train)))
+    print("\n".join(report(work, measure(params, paths, train, held_out), params.train)))
 
 
 def count_work(train: Dataset, held_out: Dataset, section: TrainSection) -> Work:
-    """Tokens and updates of the whole training, as `transformers.Trainer` counts them."""
+    """Count the tokens and updates of the training, as `transformers.Trainer` does."""
     batches = math.ceil(len(train) / (section.per_device_train_batch_size * section.launch.processes))
     updates = math.ceil(batches / section.gradient_accumulation_steps)
     num_steps = section.max_steps if section.max_steps > 0 else math.ceil(updates * section.num_train_epochs)
     return Work(
         num_rows=len(train),
         num_tokens=sum(row_lengths(train)),
-        num_trained=pc.sum(pc.greater_equal(pc.list_flatten(whole_column(train, "labels")), 0)).as_py(),
+        num_trained=pc.sum(pc.greater_equal(pc.list_flatten(arrow_column(train, "labels")), 0)).as_py(),
         num_eval_tokens=sum(row_lengths(held_out)),
         num_steps=num_steps,
         num_epochs=num_steps / updates,
     )
 
 
-def whole_column(rows: Dataset, name: str) -> pa.ChunkedArray:
-    """A column as it lies on disk."""
+def arrow_column(rows: Dataset, name: str) -> pa.ChunkedArray:
+    """Return a column as an Arrow array, without conversion."""
     return rows.with_format("arrow")[:][name]
 
 
 def row_lengths(rows: Dataset) -> list[int]:
-    """Tokens of each row."""
-    lengths: list[int] = pc.list_value_length(whole_column(rows, "input_ids")).to_pylist()
+    """Return the number of tokens of each row."""
+    lengths: list[int] = pc.list_value_length(arrow_column(rows, "input_ids")).to_pylist()
     return lengths
 
 
-def probe(params: Params, paths: Paths, train: Dataset, held_out: Dataset) -> Probe:
-    """Train a few steps as `train` would, on the longest rows and on some at random."""
+def measure(params: Params, paths: Paths, train: Dataset, held_out: Dataset) -> Probe:
+    """Train a few steps as `train` would, first on the longest rows and then on a random sample, and measure them."""
     before = psutil.Process().memory_info().rss
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     model_config = make_model_config(params)
@@ -141,18 +141,18 @@ def probe(params: Params, paths: Paths, train: Dataset, held_out: Dataset) -> Pr
         parameters=count_parameters(trainer.model),
         weights=sum(p.numel() * p.element_size() for p in trainer.model.parameters()),
         before=0 if on_gpu else before,
-        # Linux counts in KiB
         peak=torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes(),
     )
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has held."""
+    """Return the largest resident memory that this process has had, in bytes."""
+    # Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def probe_config(section: TrainSection, folder: Path) -> Any:
-    """The training's own options, for a few steps that are neither evaluated nor saved."""
+    """Return the options of the training, limited to a few steps without evaluation or checkpoints."""
     config = make_sft_config(section.model_copy(update={"max_steps": NUM_STEPS, "logging_steps": 1}), folder)
     config.set_save(strategy="no")
     config.set_evaluate(strategy="no")
@@ -161,7 +161,7 @@ def probe_config(section: TrainSection, folder: Path) -> Any:
 
 
 def probe_rows(train: Dataset, section: TrainSection) -> list[int]:
-    """Rows of the probe: a batch of the longest, for the memory's sake, then a seeded sample, for the time's."""
+    """Choose the rows to train on: a batch of the longest to measure memory, then a seeded sample to measure time."""
     lengths = row_lengths(train)
     longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     longest = longest[: section.per_device_train_batch_size]
@@ -170,36 +170,37 @@ def probe_rows(train: Dataset, section: TrainSection) -> list[int]:
 
 
 class Clock(TrainerCallback):
-    """Times the steps of the probe behind the first ones, which warm up."""
+    """Callback that times the steps after the first `NUM_WARMUP_STEPS`."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.tokens: list[int] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the time before the first step."""
+        """Record the time before the first step."""
         if not self.times:
             self.times.append(time.perf_counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Take time and tokens behind each step."""
+        """Record time and token count after each step."""
         if logs and "loss" in logs:
             self.times.append(time.perf_counter())
             self.tokens.append(logs["num_tokens"])
 
     def tokens_per_second(self) -> float:
-        """Tokens of the steps behind the warm-up, by their time."""
+        """Return the speed of the steps after the warm-up."""
         tokens = self.tokens[-1] - self.tokens[NUM_WARMUP_STEPS - 1]
         return tokens / (self.times[-1] - self.times[NUM_WARMUP_STEPS])
 
 
 def report(work: Work, found: Probe, section: TrainSection) -> list[str]:
-    """The estimate in lines."""
+    """Return the estimate as lines of text."""
     evaluations = work.num_steps // section.eval_steps + (work.num_steps % section.eval_steps > 0)
     processes = section.launch.processes
     training = work.num_tokens * work.num_epochs / found.tokens_per_second / processes
     evaluation = evaluations * work.num_eval_tokens / found.eval_tokens_per_second / processes
-    shared = f" if {processes} processes share it without a loss; memory is one's without sharding" * (processes > 1)
+    shared = f" if {processes} processes share it evenly; memory is for one process, unsharded" * (processes > 1)
+    # float32 gradients; Adam's two moments are twice that
     trained = 4 * found.parameters.num_trainable
     rest = found.peak - found.before - found.weights - 3 * trained
     parts = [("weights", found.weights), ("gradients", trained), ("optimizer", 2 * trained)]
@@ -217,7 +218,7 @@ def report(work: Work, found: Probe, section: TrainSection) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Format seconds, such as `2 h 1 min`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,4 +1,4 @@
-"""`python -m stages preview`: packed rows in the terminal, token by token, trained ones marked."""
+"""`python -m stages preview`: print packed rows token by token, with the trained tokens marked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from stages.params.schema import Params
 
 
 def run(params: Params, paths: Paths, *, rows: int = 3, seed: int = 0, split: str = "train") -> None:
-    """Print a seeded sample of what `pack` wrote.
+    """Print a seeded sample of the rows that `pack` wrote.
+
+    Args:
+        params: Values of params.yaml.
+        paths: Paths of the checkout.
+        rows: Number of rows.
+        seed: Seed of the sample.
+        split: `train` or `eval`.
 
     Raises:
         ValueError: `pack` has not run here yet.

@@ -1,4 +1,4 @@
-"""`python -m stages serve`: one of the models behind OpenAI's API on loopback, by `transformers serve`."""
+"""`python -m stages serve`: serve one of the models on loopback with `transformers serve`, an OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ INSTALL = 'pip install "transformers[serving]"'
 
 
 def run(params: Params, paths: Paths, *, model: str = "merged", port: int = 8000) -> None:
-    """Serve until interrupted.
+    """Serve a model until interrupted.
 
     Args:
-        params: The pipeline's values.
-        paths: The checkout.
+        params: Values of params.yaml.
+        paths: Paths of the checkout.
         model: base, tuned, merged or quantized.
-        port: On loopback.
+        port: Port on loopback.
 
     Raises:
-        ValueError: The model is not there yet or is an adapter, the port is taken, or packages are missing.
+        ValueError: The model does not exist yet or is an adapter, the port is in use, or packages are missing.
     """
     if not is_serve_available():
         raise ValueError(f"the server needs packages that are not installed; type: {INSTALL}")
     variant = find_variant(paths, model)
-    check_whole(variant)
+    check_full_checkpoint(variant)
     check_port(port)
-    from transformers.cli.serve import Serve  # imports the web server, which nothing else needs
+    from transformers.cli.serve import Serve  # imports a web server
 
-    # The server lists models of the hub's cache, and fails where there has never been one.
+    # The server lists the models of the hub's cache, and fails if that folder does not exist.
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
-    # Requests name the model as the server does: short, where it lies in the checkout.
+    # Requests name the model by the path that the server got: short if relative to the checkout.
     os.chdir(paths.root)
     name = model_id(variant, paths.root)
-    print(f"serving {model} at http://{HOST}:{port}/v1; Ctrl-C ends. For example:\n{example(name, port)}", flush=True)
+    print(f"serving {model} at http://{HOST}:{port}/v1; Ctrl-C stops. For example:\n{example(name, port)}", flush=True)
     Serve(
         name,
         host=HOST,
@@ -55,40 +55,40 @@ def run(params: Params, paths: Paths, *, model: str = "merged", port: int = 8000
     )
 
 
-def check_whole(variant: Variant) -> None:
-    """Refuse an adapter, which the server can't load.
+def check_full_checkpoint(variant: Variant) -> None:
+    """Check that a model is not an adapter, which the server can't load.
 
     Raises:
-        ValueError: Says which model computes the same.
+        ValueError: It is; the message names the model with the same logits.
     """
     if variant.adapter is not None:
         raise ValueError(
-            "the tuned model is an adapter on its base, and the server loads whole checkpoints: --model merged has the "
-            "same logits, as the stage merge has proved"
+            "the tuned model is an adapter, and the server loads only full checkpoints: --model merged has the same "
+            "logits, which the stage `merge` checks"
         )
 
 
 def check_port(port: int) -> None:
-    """Make sure that the port is free before the model is loaded.
+    """Check that the port is free before the model is loaded.
 
     Raises:
-        ValueError: Something listens there, or it is no port.
+        ValueError: Another process listens on it, or it is out of range.
     """
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
-            raise ValueError(f"--port {port} can't be used on {HOST}: {error}; give another") from None
+            raise ValueError(f"--port {port} can't be used on {HOST}: {error}; choose another") from None
 
 
 def model_id(variant: Variant, root: Path) -> str:
-    """What requests call the model: its folder, relative to the checkout where it lies in it."""
+    """Return the name of the model in requests: its folder, relative to the checkout if it is inside."""
     folder = variant.checkpoint.resolve()
     return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
 
 
 def example(name: str, port: int) -> str:
-    """A request to paste into another terminal."""
+    """Return a command that sends a request, to paste into another terminal."""
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
     return f"  curl http://{HOST}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"

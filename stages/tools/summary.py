@@ -1,4 +1,4 @@
-"""`python -m stages summary`: what the last run found, and where to look."""
+"""`python -m stages summary`: print the figures of the last run and where its results are."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from stages.params.schema import Params
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Print the figures of every model, the gate, and where report, metrics and pages are.
+    """Print the figures of every model, the outcome of the gate, and the places of report, metrics and pages.
 
     Raises:
-        ValueError: The pipeline has not run here yet.
+        ValueError: The pipeline has not run in this checkout yet.
     """
     file = paths.out("evaluate", "results.json")
     if not file.exists():
@@ -35,7 +35,7 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def table(models: dict[str, dict[str, float]], columns: list[str]) -> list[str]:
-    """One line a model, one column a figure that any of them has."""
+    """Return a table with one line per model and one column per figure that any model has."""
     columns = [name for name in columns if any(name in figures for figures in models.values())]
     lines = ["  " + "model".ljust(10) + "".join(name.rjust(16) for name in columns)]
     for name, figures in models.items():
@@ -45,20 +45,20 @@ def table(models: dict[str, dict[str, float]], columns: list[str]) -> list[str]:
 
 
 def gate_lines(results: dict[str, Any]) -> list[str]:
-    """The conditions and the verdict."""
+    """Return a line per condition of the gate, and one with the outcome."""
     lines = [f"  {'holds' if row['passed'] else 'FAILS'}  {row['condition']}" for row in results["gate"]]
-    verdict = "gate passed" if results["passed"] else "gate FAILED: the champion stays as it is"
+    verdict = "gate passed" if results["passed"] else "gate FAILED: the champion does not change"
     return [*lines, f"  {verdict}"]
 
 
 def promotion_lines(paths: Paths) -> list[str]:
-    """What `publish` did with the last result that it saw."""
+    """Return a line with what `publish` did with the last result that it got; none before its first run."""
     file = paths.out("publish", "promotion.json")
     return [f"  {read_json(file)['verdict']}: {file.with_suffix('.html')}"] if file.exists() else []
 
 
 def places(params: Params, paths: Paths) -> list[str]:
-    """Where to look further."""
+    """Return lines with the places of report, metrics, model and pages."""
     return [
         f"  report    {paths.report}",
         "  metrics   dvc metrics show",

@@ -1,4 +1,4 @@
-"""A small git and DVC project with three trivial stages, and a Prefect server for the whole of tests/flows."""
+"""A small git and DVC project with three trivial stages, and a Prefect server for all of tests/flows."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def replace_param(project: Path, old: str, new: str) -> None:
 
 
 def run(project: Path, *command: str) -> str:
-    """Run a tool in the project; a failure shows what it said."""
+    """Run a tool in the project; a failure shows its output."""
     result = subprocess.run(command, cwd=project, env=child_environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -138,5 +138,5 @@ def prefect_server() -> Iterator[None]:
 
     with prefect_test_harness(server_startup_timeout=120):
         yield
-        # Prefect says good-bye to a stream that pytest has closed.
+        # at exit, Prefect logs to a stream that pytest has closed
         logging.getLogger("prefect").setLevel(logging.CRITICAL)

@@ -12,7 +12,7 @@ from flows.cleaning.cache import clean_cache
 from flows.cleaning.leftovers import DAY_S, find_leftovers
 from flows.cleanup import cleanup, main
 from flows.runs.graph import RunRefused, read_plan
-from flows.runs.worktree import isolated_checkout
+from flows.runs.isolated_checkout import isolated_checkout
 from stages.checkout.artifacts import write_json
 from stages.launch.lock import FOLDER_VARIABLE, sole_training
 from stages.params.schema import load_params
@@ -62,7 +62,7 @@ def test_cache_keeps_what_checkout_commits_and_recorded_runs_refer_to(
     looked = cleanup(return_state=True)
 
     assert everything <= cached(ran_project)
-    assert "can go; nothing was removed, `--remove` does it" in str(looked.message)
+    assert "can be removed; nothing was removed, use `--remove`" in str(looked.message)
     assert "DVC's cache: 1 files that no commit and no recorded run refers to" in capsys.readouterr().out
 
     assert cleanup(remove=True, return_state=True).is_completed()
@@ -92,7 +92,7 @@ def test_cache_is_left_alone_while_a_run_is_at_work(ran_project: Path) -> None:
         clean_cache(ran_project, dry=False)
 
 
-def test_leftovers_are_told_from_what_is_still_needed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leftovers_are_found_and_needed_files_are_not(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, logs = project / ".state" / "train", project / ".state" / "logs"
     ages = {"finished": 0.1, "just_finished": 0.0, "forgotten": 15.0, "resumable": 13.0}
     for name, days in ages.items():
@@ -130,14 +130,14 @@ def test_from_the_terminal_nothing_goes_without_remove(project: Path, capsys: py
 
     assert main(["--no-cache"]) == 0
     assert folder.exists()
-    assert "checkpoints that nobody resumed for 20 days" in capsys.readouterr().out
+    assert "checkpoints that were not resumed for 20 days" in capsys.readouterr().out
     assert main(["--no-cache", "--remove"]) == 0
     assert not folder.exists()
 
 
 @pytest.fixture
 def begun(project: Path) -> Tracking:
-    """Three trainings that have begun a run: one that nobody resumes, one that failed, one that may go on."""
+    """Three trainings that have begun a run: one not resumed for long, one that failed, one that may be resumed."""
     tracking = open_tracking(load_params(project / "params.yaml").publish, project)
     for name, days in {"forgotten": 20.0, "failed": 20.0, "resumable": 1.0}.items():
         folder = project / ".state" / "train" / name
@@ -167,7 +167,7 @@ def test_run_whose_training_loses_its_checkpoints_ends(
     assert "run forgotten-unfinished in MLflow: ends as KILLED with its checkpoints" in capsys.readouterr().out
     assert fates(begun) == before
     assert main(["--no-cache", "--remove"]) == 0
-    why = "given up, its checkpoints were removed: checkpoints that nobody resumed for 20 days"
+    why = "given up, its checkpoints were removed: checkpoints that were not resumed for 20 days"
     assert fates(begun) == {**before, "forgotten-unfinished": ("KILLED", why)}
     assert [folder.name for folder in (project / ".state" / "train").iterdir()] == ["resumable"]
 

@@ -19,7 +19,7 @@ PUBLISHED = {"registered_model": "shop", "version": "7", "run_id": "0123456789ab
 
 
 class Hook(BaseHTTPRequestHandler):
-    """Keeps what is posted."""
+    """Stores what is posted."""
 
     heard: list[Any]
 
@@ -34,7 +34,7 @@ class Hook(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def heard() -> Iterator[list[Any]]:
-    """What a webhook heard that the block `custom-webhook/team` calls."""
+    """The requests to a webhook that the block `custom-webhook/team` calls."""
     Hook.heard = []
     server = HTTPServer(("127.0.0.1", 0), Hook)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -50,7 +50,7 @@ def heard() -> Iterator[list[Any]]:
 
 
 def publish_in_the_end(project: Path, promoted: bool) -> None:
-    """Let the last stage leave what `publish` leaves."""
+    """Let the last stage write what `publish` writes."""
     record = json.dumps({**PUBLISHED, "promoted": promoted})
     lines = [
         f"mkdir -p outs/publish; echo '{record}' > outs/publish/run.json",
@@ -60,11 +60,11 @@ def publish_in_the_end(project: Path, promoted: bool) -> None:
 
 
 def test_nothing_runs_while_the_data_are_the_same(ran_project: Path, heard: list[Any]) -> None:
-    replace_param(ran_project, "max_length: 512", "max_length: 256")  # code and params are people's doing
+    replace_param(ran_project, "max_length: 512", "max_length: 256")  # not data
 
     state = nightly(notify="custom-webhook/team", return_state=True)
 
-    assert (state.name, state.message) == ("Unchanged", "the data are those of the last run: nothing to do")
+    assert (state.name, state.message) == ("Unchanged", "the data did not change since the last run")
     assert not (ran_project / "ran.log").exists()
     assert heard == []
 
@@ -73,10 +73,10 @@ def test_nothing_runs_while_the_data_are_the_same(ran_project: Path, heard: list
     ("promoted", "subject", "text"),
     [
         (True, "sft nightly: promoted", "the gate passed: shop version 7 (run 0123456789ab) is champion"),
-        (False, "sft nightly: held-back", "the gate is closed: shop version 7 (run 0123456789ab) is candidate only"),
+        (False, "sft nightly: held-back", "the gate is closed: shop version 7 (run 0123456789ab) is a candidate only"),
     ],
 )
-def test_new_data_run_the_pipeline_and_the_outcome_is_told(
+def test_new_data_run_the_pipeline_and_the_outcome_is_announced(
     ran_project: Path, heard: list[Any], promoted: bool, subject: str, text: str
 ) -> None:
     publish_in_the_end(ran_project, promoted)
@@ -91,7 +91,7 @@ def test_new_data_run_the_pipeline_and_the_outcome_is_told(
     assert changed_data(ran_project) == []
 
 
-def test_failure_is_told_and_the_run_fails(ran_project: Path, heard: list[Any]) -> None:
+def test_failure_is_announced_and_the_run_fails(ran_project: Path, heard: list[Any]) -> None:
     (ran_project / "pack.sh").write_text("echo 'error: data/rows.txt:3: broken'; exit 1")
     (ran_project / "data" / "more.txt").write_text("three\n")
 
@@ -111,5 +111,5 @@ def test_notifier_that_is_none_is_refused_before_anything_runs(ran_project: Path
     other = nightly(notify="secret/word", return_state=True)
 
     assert str(missing.message).startswith("notify 'slack-webhook/nobody': ")
-    assert other.message == "notify 'secret/word' is a Secret, which notifies nobody"
+    assert other.message == "notify 'secret/word' is a Secret, not a notification block"
     assert not (ran_project / "ran.log").exists()

@@ -17,12 +17,12 @@ from prefect.client.schemas.objects import State
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.exceptions import ObjectAlreadyExists, PrefectHTTPStatusError
 
-from flows import pipeline as module
 from flows.pipeline import main, pipeline
 from flows.processes.environment import ROOT, child_environment
-from flows.runs import worktree
+from flows.runs import run as module
 from flows.runs.dvc_stage import Listener, Outcome, run_stage
 from flows.runs.forms import parse_assignments
+from stages.checkout.worktree import prune
 from tests.flows.conftest import commit, replace_param, run
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -150,7 +150,7 @@ def test_ended_flow_takes_stage_and_server_with_it(ran_project: Path, number: si
 
     assert psutil.wait_procs(tree, timeout=15)[1] == []
     flow.wait(timeout=30)
-    worktree.prune(ran_project)
+    prune(ran_project)
     assert list((ran_project / ".worktrees").iterdir()) == []
     if number is not signal.SIGKILL:
         printed = (ran_project / "printed.log").read_text()

@@ -108,11 +108,11 @@ def test_figure_that_the_stage_does_not_measure_ends_the_sweep_after_one_trial(m
         (["--param", "train.lora_r=4,8"], "objective 'evaluate.tuned.loss': write STAGE.FIGURE"),
         (
             ["--param", "train.lora_r=4,8", "--set", "train.lora_r=2", "--objective", "train.loss"],
-            "train.lora_r is varied and overridden",
+            "train.lora_r is both varied and overridden",
         ),
         (
             ["--param", "train.lora_r=4,8", "--objective", "train.loss", "--write", "a/b.yaml"],
-            "there is no such folder",
+            "the folder does not exist",
         ),
     ],
 )

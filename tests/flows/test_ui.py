@@ -21,7 +21,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Pending, Running
 
 from flows.processes.environment import ROOT, UiLock, child_environment, prefect_home
-from flows.ui import end_runs_of_the_dead, main
+from flows.ui import end_orphaned_runs, main
 from tests.flows.conftest import commit
 
 
@@ -68,17 +68,17 @@ def test_pages_that_are_open_already_are_named(project: Path, capsys: pytest.Cap
     code = main(["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())])
 
     assert code == 1
-    assert "the pages of this checkout are open: http://127.0.0.1:1" in capsys.readouterr().err
+    assert "the pages of this checkout are already served: http://127.0.0.1:1" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_runs_of_a_worker_that_is_gone_end_when_the_pages_open_again(
+def test_runs_of_a_killed_worker_end_when_the_pages_are_served_again(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = str(PREFECT_API_URL.value())
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name="local", type="process"), overwrite=True)
-        flow = client.create_flow_from_name("left-behind")
+        flow = client.create_flow_from_name("orphaned")
         deployment = client.create_deployment(flow, "d", work_pool_name="local", concurrency_limit=1)
         left = client.create_flow_run_from_deployment(deployment).id
         for state in (Pending(), Running()):
@@ -86,10 +86,10 @@ def test_runs_of_a_worker_that_is_gone_end_when_the_pages_open_again(
         waiting = client.create_flow_run_from_deployment(deployment).id
         assert client.set_flow_run_state(waiting, Pending()).status.value == "REJECT"  # it is not its turn
 
-        end_runs_of_the_dead(project, api.removesuffix("/api"))  # with a home of the user's own nobody knows
+        end_orphaned_runs(project, api.removesuffix("/api"))  # another Prefect home: runs are left alone
         assert client.read_flow_run(left).state_name == "Running"
         monkeypatch.setenv("PREFECT_HOME", str(prefect_home(project)))
-        end_runs_of_the_dead(project, api.removesuffix("/api"))
+        end_orphaned_runs(project, api.removesuffix("/api"))
 
         assert client.read_flow_run(left).state_name == "Crashed"
         assert client.read_flow_run(waiting).state.is_scheduled()
@@ -97,7 +97,7 @@ def test_runs_of_a_worker_that_is_gone_end_when_the_pages_open_again(
 
 
 @pytest.mark.slow
-def test_pages_open_run_a_deployment_and_leave_nothing_behind(project: Path) -> None:
+def test_pages_run_a_deployment_and_no_process_remains(project: Path) -> None:
     for package in ("flows", "stages", "sft"):
         shutil.copytree(ROOT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
     prefect_yaml = (ROOT / "prefect.yaml").read_text().replace("active: false", "active: true")

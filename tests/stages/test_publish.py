@@ -311,7 +311,7 @@ def test_page_of_the_promotion_says_what_decided_who_was_champion_and_what_moved
     assert "1 of 1 conditions of publish.gate does not hold." in second
     assert "<code>candidate</code>: version 1 → version 2, it moves to every result." in second
     assert "<code>champion</code>: version 1, it stays: a condition does not hold." in second
-    (row,) = re.findall(r'<th scope="row">tuned: loss, nats a token \*</th>.*', second)
+    (row,) = re.findall(r'<th scope="row">tuned: loss, nats per token \*</th>.*', second)
     assert '<td class="no">+0.500</td>' in row
     worsen(checkout, -1.0)
     promotion(checkout)
@@ -334,5 +334,5 @@ def test_page_of_the_promotion_says_that_the_gate_is_closed_and_other_rows_were_
     assert "Not promoted: version 1 stays the champion" in page(checkout)
     assert "1 of 1 conditions of evaluate.gate does not hold." in page(checkout)
     assert "evaluate.gate: 2 &lt;= 1 does not hold" in page(checkout)
-    assert "It was measured on other held-out rows, so that differences say little." in page(checkout)
+    assert "It was measured on other held-out rows, so the differences are not comparable." in page(checkout)
     assert '<td class="yes">' not in page(checkout)

@@ -17,7 +17,7 @@ from tests.flows.conftest import run
 
 
 class Heard:
-    """Keeps what a listener is told."""
+    """Stores the lines and progress that a listener gets."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -112,7 +112,7 @@ def test_reason_of_a_failure_is_taken_from_who_knows_best(
     assert (str(failure), failure.killed) == (message, killed)
 
 
-def test_missing_input_is_told_in_the_words_of_dvc(project: Path) -> None:
+def test_missing_input_is_reported_with_the_message_of_dvc(project: Path) -> None:
     with pytest.raises(StageFailed, match=r"pack: failed to reproduce 'pack': .*outs/load\.txt"):
         run_stage(project, "pack", Heard().listener)
 
@@ -121,7 +121,7 @@ def test_edit_during_the_run_is_not_recorded(ran_project: Path) -> None:
     script = "sed -i 's/max_length: 512/max_length: 256/' params.yaml; echo old > outs/pack.txt"
     (ran_project / "pack.sh").write_text(script)
 
-    with pytest.raises(StageFailed, match="pack: pack changed while it ran, nothing was recorded; run it again"):
+    with pytest.raises(StageFailed, match="pack: pack changed while it ran, so nothing was recorded; run it again"):
         run_stage(ran_project, "pack", Heard().listener)
 
     assert sorted(YAML().load(ran_project / "dvc.lock")["stages"]) == ["load", "train"]
@@ -129,7 +129,7 @@ def test_edit_during_the_run_is_not_recorded(ran_project: Path) -> None:
     assert run_stage(ran_project, "pack", Heard().listener) is Outcome.COMPLETED
 
 
-def test_whatever_ends_the_wait_ends_the_whole_tree(ran_project: Path) -> None:
+def test_exception_while_waiting_ends_the_process_tree(ran_project: Path) -> None:
     (ran_project / "pack.sh").write_text("setsid sleep 300 & touch started; echo go; sleep 300")
     before = descendants()
     started = time.monotonic()
@@ -142,7 +142,7 @@ def test_whatever_ends_the_wait_ends_the_whole_tree(ran_project: Path) -> None:
 
 
 class Stopper:
-    """Raises an error once the stage says `go`, as a cancellation would at any moment."""
+    """Raises an error once the stage prints `go`, as a cancellation would at any moment."""
 
     def __init__(self, error: type[BaseException]) -> None:
         self._error = error
@@ -170,7 +170,7 @@ def test_tree_ends_with_a_flow_that_is_killed(ran_project: Path) -> None:
     assert psutil.wait_procs(tree, timeout=5)[1] == []
 
 
-def test_second_run_in_the_same_checkout_is_told_who_is_at_work(ran_project: Path) -> None:
+def test_second_run_in_the_same_checkout_gets_the_message_of_the_lock(ran_project: Path) -> None:
     (ran_project / "pack.sh").write_text("touch started; until test -e go; do sleep 0.1; done; echo x > outs/pack.txt")
     first = threading.Thread(target=run, args=(ran_project, sys.executable, "-m", "dvc", "repro", "-s", "pack"))
     first.start()

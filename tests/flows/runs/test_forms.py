@@ -78,7 +78,7 @@ def test_only_what_was_stated_is_an_override() -> None:
 
 
 def test_form_can_be_sent_whatever_is_left_empty_in_it() -> None:
-    # the page sends objects for sections that nobody touched, with the defaults that a schema states in them
+    # the page sends objects for sections without input, with the defaults of their schema
     definitions = parameter_schema()["definitions"]
     derived = {name: shown for name, shown in definitions.items() if name.endswith("Overrides")}
     assert {"TemplateOverrides", "SourceEntryOverrides", "TrainOverrides"} <= derived.keys()
@@ -133,13 +133,13 @@ def test_overrides_change_their_lines_of_params_yaml_and_no_others() -> None:
     assert [old.partition("#")[2] for old, _ in changed] == [new.partition("#")[2] for _, new in changed]
 
 
-def test_overridden_list_replaces_the_whole_list() -> None:
+def test_overridden_list_replaces_all_entries() -> None:
     text = apply_overrides(known_params(), {"load": {"sources": [{"path": "data/mine.csv"}]}})
 
     assert YAML(typ="safe").load(text)["load"]["sources"] == [{"path": "data/mine.csv"}]
 
 
-def test_overrides_that_do_not_go_together_are_refused_as_a_whole() -> None:
+def test_overrides_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(ParamsError, match=r"params.yaml with overrides: 1 problem\n  load.eval: state one of"):
         apply_overrides(known_params(), {"load": {"eval": {"fraction": 0.1}}})
 

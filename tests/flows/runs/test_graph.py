@@ -15,7 +15,7 @@ def test_plan_is_the_topological_order_of_dvc_yaml(project: Path) -> None:
     assert [stage.params for stage in plan.stages] == [("load",), ("pack",), ("train",)]
 
 
-def test_stage_that_records_the_whole_file_acts_on_its_own_section(project: Path) -> None:
+def test_stage_that_depends_on_all_of_params_uses_the_section_of_its_name(project: Path) -> None:
     text = (project / "dvc.yaml").read_text()
     (project / "dvc.yaml").write_text(text.replace("params: [train]", "params: [params.yaml: ]"))
 
@@ -52,7 +52,9 @@ def test_unknown_stage_is_refused_with_the_nearest_name(project: Path) -> None:
 
 
 def test_empty_part_is_refused_with_the_order(project: Path) -> None:
-    with pytest.raises(RunRefused, match="no stage lies between 'train' and 'load'; the order is load, pack, train"):
+    with pytest.raises(
+        RunRefused, match="there is no stage between 'train' and 'load'; the order is load, pack, train"
+    ):
         read_plan(project).between("train", "load")
 
 

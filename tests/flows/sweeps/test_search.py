@@ -26,13 +26,13 @@ def test_dimensions_as_a_person_writes_them(text: str, dimension: Dimension) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train.lora_r", "is no dimension of a sweep; write section.key=1e-3,2e-3"),
-        ("lora_r=1,2", "is no dimension"),
-        ("train.lora_r=", "is no dimension"),
-        ("train.lora_r=1,[2", "is no list of YAML values"),
+        ("train.lora_r", "is not a dimension of a sweep; write section.key=1e-3,2e-3"),
+        ("lora_r=1,2", "is not a dimension"),
+        ("train.lora_r=", "is not a dimension"),
+        ("train.lora_r=1,[2", "is not a list of YAML values"),
         ("train.lora_r=8,16,8", "names 8 twice"),
-        ("train.lora_r=8..4", "from a number to a higher one"),
-        ("train.method=full..lora", "from a number to a higher one"),
+        ("train.lora_r=8..4", "from a number to a larger one"),
+        ("train.method=full..lora", "from a number to a larger one"),
         ("train.weight_decay=0..1:log", "0 has no logarithm"),
     ],
 )
@@ -93,7 +93,7 @@ def test_optuna_goes_where_trials_were_good(maximize: bool) -> None:
     [
         ("grid", [], "a sweep varies at least one param"),
         ("grid", ["a.x=1..2"], "a.x: a grid takes values, not a range"),
-        ("random", ["a.x=1,2", "a.x=3"], "a.x: stated twice"),
+        ("random", ["a.x=1,2", "a.x=3"], "a.x: named twice"),
     ],
 )
 def test_search_that_can_not_work_is_refused(kind: str, texts: list[str], message: str) -> None:

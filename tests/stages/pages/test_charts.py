@@ -47,7 +47,7 @@ def test_chart_is_one_well_formed_figure_with_a_line_a_series() -> None:
     assert first[1] < last[1]  # y grows downwards, the loss falls
 
 
-def test_points_that_are_no_numbers_are_left_out_and_none_is_said() -> None:
+def test_points_that_are_not_finite_are_skipped_and_an_empty_chart_is_labelled() -> None:
     assert "nothing was recorded" in line_chart("Loss", [Series("train", [(1, math.nan)])])
     figure = ElementTree.fromstring(line_chart("Loss", [Series("train", [(1, 1.0), (2, math.inf), (3, 2.0)])]))
     assert len((figure.findall(".//polyline")[0].get("points") or "").split()) == 2

@@ -1,4 +1,4 @@
-"""The page: self-contained, escaped, readable without a script, and right about what it says."""
+"""The report is self-contained and escaped, needs no script, and shows the recorded figures."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_table_has_a_cell_a_model_an_interval_and_unknown_metrics_too() -> None:
     }
     assert report.comparison(results) == [
         {
-            "label": "Loss, nats a token",
+            "label": "Loss, nats per token",
             "better": "less",
             "cells": [
                 {"text": "2.000", "interval": "", "best": False},
@@ -170,7 +170,7 @@ def test_changes_have_a_sign_an_interval_and_a_p_value_and_are_marked_when_certa
     texts = [tuple(row[key].replace(report.NBSP, " ") for key in ("label", "difference", "interval")) for row in rows]
     assert texts == [
         ("Exact match", "+50.0 points", "-10.0 points to +90.0 points"),
-        ("Loss, nats a token", "-0.900", "-1.000 to -0.800"),
+        ("Loss, nats per token", "-0.900", "-1.000 to -0.800"),
         ("custom", "+0.250", "+0.100 to +0.400"),
     ]
     assert [(row["p_value"], row["mark"]) for row in rows] == [("0.250", ""), ("< 0.001", "yes"), ("0.010", "")]
@@ -178,14 +178,14 @@ def test_changes_have_a_sign_an_interval_and_a_p_value_and_are_marked_when_certa
 
 
 def test_mistakes_come_first_and_the_shared_beginning_is_shown_once(paths: Paths) -> None:
-    shown = report.generations(paths.out("evaluate", "generations.jsonl"))
+    shown = report.read_answers(paths.out("evaluate", "generations.jsonl"))
     assert [row["id"] for row in shown["rows"]] == ["x:1", "x:0"]
     assert (shown["num_rows"], shown["num_wrong"], shown["num_changed"]) == (2, 1, 1)
     assert shown["shared"] == "shared"
     assert shown["rows"][0]["prompt"] == "other"
 
 
-def test_data_section_says_where_rows_come_from_and_went(page: str) -> None:
+def test_data_section_has_sources_and_counts_of_rows(page: str) -> None:
     assert "8 rows were read: 4 to train on, 3 held out, 1 left out." in page
     assert "3 documents of 150 tokens, 70 of them trained, packed into 2 rows that are 90 % full" in page
     assert 'title="tiny.jsonl: 5e5e' in page
@@ -200,7 +200,7 @@ def test_ledger_is_counted_by_reason_and_quantization_error_is_drawn(paths: Path
     assert "calibrated on 8,192 tokens in 32 training rows: 538 MB became 115 MB" in page
 
 
-def test_page_without_quantization_and_without_gate_says_so(paths: Paths, tmp_path: Path) -> None:
+def test_page_without_quantization_and_without_gate_has_a_note(paths: Paths, tmp_path: Path) -> None:
     other = write_tiny_run(tmp_path)
     for name in ("results.json", "generations.jsonl"):
         other.out("evaluate", name).parent.mkdir(exist_ok=True)
@@ -210,7 +210,7 @@ def test_page_without_quantization_and_without_gate_says_so(paths: Paths, tmp_pa
     write_json(other.out("evaluate", "results.json"), {**results, "gate": []})
     report.write_report(tiny_params(), other)
     page = other.report.read_text(encoding="utf-8")
-    assert "Measured, with no gate to pass" in page
+    assert "Measured without a gate" in page
     assert "not quantized in this test" in page
 
 
@@ -218,10 +218,10 @@ def test_throughput_is_drawn_for_the_training_that_was_timed_and_for_no_other(tm
     paths = write_tiny_run(tmp_path)
     timed = {"curve_sha256": file_digest(paths.out("train", "curve.csv")), "throughput": [[2, 100.0], [3, 250.0]]}
     write_json(paths.timings("train"), timed)
-    assert "Tokens a second" in report.curves(paths)[-1]
+    assert "Tokens per second" in report.curves(paths)[-1]
     assert "250" in report.curves(paths)[-1]
     write_json(paths.timings("train"), {**timed, "curve_sha256": "another training"})
-    assert not any("Tokens a second" in chart for chart in report.curves(paths))
+    assert not any("Tokens per second" in chart for chart in report.curves(paths))
 
 
 def test_bad_updates_and_code_that_came_with_the_model_are_shown(paths: Paths, tmp_path: Path) -> None:
@@ -233,22 +233,22 @@ def test_bad_updates_and_code_that_came_with_the_model_are_shown(paths: Paths, t
     write_jsonl(other.out("train", "bad_updates.jsonl"), [row])
     report.write_report(tiny_params(model={"trust_remote_code": True}), other)
     page = other.report.read_text(encoding="utf-8")
-    assert "Updates that were no good: 1" in page
+    assert "Updates with an invalid or spiking loss or gradient: 1" in page
     assert "<td>gradient norm nan</td><td>skipped</td>" in page
     assert "Python code that comes with the model was run" in page
     quiet = paths.report.read_text(encoding="utf-8")
-    assert "Updates that were no good" not in quiet
+    assert "invalid or spiking" not in quiet
     assert "that comes with the model was run" not in quiet
 
 
 def test_divergence_that_is_none_by_construction_is_no_best() -> None:
     models = {"base": {"kl": 3.0}, "tuned": {}, "merged": {"kl": 0.0}, "quantized": {"kl": 0.1, "regression_kl": 0.2}}
     rows = report.comparison({"models": models, "intervals": {}})
-    assert next(row["label"] for row in rows) == "KL from the tuned model, nats a token"
+    assert next(row["label"] for row in rows) == "KL from the tuned model, nats per token"
     assert not any(cell["best"] for row in rows for cell in row["cells"])
 
 
-def test_page_says_what_the_promotion_will_do(page: str) -> None:
+def test_page_describes_the_promotion(page: str) -> None:
     section = page.split('id="promotion"')[1].split("</section>")[0]
     assert "The gate is open." in section
     assert "<code>champion</code> moves too, unless a condition of <code>publish.gate</code> fails" in section

@@ -1,4 +1,4 @@
-"""`chat` answers as `evaluate` does, remembers what was said where training did, and says what is missing."""
+"""`chat` answers as `evaluate` does, keeps the conversation if the training rows do, and reports what is missing."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_system_message_is_the_usual_one_of_the_rows_or_the_given_one(paths:
     assert chat.training_habits(tiny_params(format={"system_message": "Given."}), paths).system == "Given."
 
 
-def test_what_does_not_fit_is_said_and_not_answered(
+def test_message_that_does_not_fit_is_reported_and_not_answered(
     paths: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_on(paths, [QUESTION, ANSWER])
@@ -95,7 +95,7 @@ def test_a_model_trained_on_plain_text_is_not_talked_to(
     paths: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_jsonl(paths.out("load", "train.jsonl"), [{"id": "tiny.jsonl:1", "text": "Once upon a time"}])
-    with pytest.raises(ValueError, match=r"tiny\.jsonl:1: plain text, no conversation"):
+    with pytest.raises(ValueError, match=r"tiny\.jsonl:1: plain text, not a conversation"):
         say(monkeypatch, capsys, paths, "London?")
 
 

@@ -80,8 +80,11 @@ def test_several_causes_are_all_named_and_none_is_blamed(tracking: Tracking) -> 
     assert "data: 1 difference\n  data/train.jsonl: dddd" in text
     assert "code: 1 difference\n  git.commit: c1 -> c2\n" in text
     assert "versions: 1 difference\n  version.torch: 2.13 -> 2.14\n" in text
-    assert "code, data, params, versions; 2 figures of the evaluation are better in B, 0 worse. They can't be" in text
-    assert text.endswith("The data differ: the figures may be of different rows.")
+    assert (
+        "code, data, params, versions; 2 figures of the evaluation are better in B, 0 worse. The comparison can't tell"
+        in text
+    )
+    assert text.endswith("The data differ, so the figures may have been measured on different rows.")
 
 
 def test_same_result_and_same_run(tracking: Tracking) -> None:

@@ -1,4 +1,4 @@
-"""`python -m stages estimate` says before a training what it will take."""
+"""`python -m stages estimate` agrees with the training that follows."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_steps_tokens_and_parameters_are_those_of_the_training(
     before = sorted(paths.root.rglob("*"))
     estimate.run(params, paths)
     assert sorted(paths.root.rglob("*")) == before
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     train.run(params, paths)
     found = read_json(paths.metrics("train"))
-    assert f"steps       {found['steps']} updates, 3.00 epochs, {found['tokens_seen']:,} tokens" in said
-    assert f"{found['trainable_parameters']:,} trained of {found['parameters']:,}" in said
-    assert "2 evaluations" in said
+    assert f"steps       {found['steps']} updates, 3.00 epochs, {found['tokens_seen']:,} tokens" in printed
+    assert f"{found['trainable_parameters']:,} trained of {found['parameters']:,}" in printed
+    assert "2 evaluations" in printed
 
 
 def test_peak_holds_all_that_is_listed(tiny: tuple[Params, Paths], capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,11 +46,11 @@ def test_peak_holds_all_that_is_listed(tiny: tuple[Params, Paths], capsys: pytes
     assert math.isclose(float(peak), sum(sizes), abs_tol=0.05)
 
 
-def test_without_packed_rows_it_says_what_to_run(tmp_path: Path) -> None:
+def test_without_packed_rows_the_message_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="type `dvc repro pack` first"):
         estimate.run(tiny_params(), Paths(tmp_path))
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(9.4, "9 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")])
-def test_times_are_said_as_people_do(seconds: float, said: str) -> None:
-    assert estimate.duration(seconds) == said
+@pytest.mark.parametrize(("seconds", "printed"), [(9.4, "9 s"), (61, "1 min 1 s"), (7260, "2 h 1 min")])
+def test_durations_are_formatted(seconds: float, printed: str) -> None:
+    assert estimate.duration(seconds) == printed

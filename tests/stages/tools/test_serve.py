@@ -108,7 +108,7 @@ def test_missing_packages_are_one_line_to_type(paths: Paths, monkeypatch: pytest
         serve.run(tiny_params(), paths)
 
 
-def test_a_model_outside_the_checkout_is_named_by_its_whole_path(paths: Paths, tmp_path: Path) -> None:
+def test_a_model_outside_the_checkout_is_named_by_its_absolute_path(paths: Paths, tmp_path: Path) -> None:
     variant = find_variant(paths, "base")
     assert serve.model_id(variant, paths.root.resolve()) == "models/base"
     assert serve.model_id(variant, tmp_path) == str(variant.checkpoint.resolve())

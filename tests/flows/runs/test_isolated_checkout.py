@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from flows.runs.dvc_stage import Listener, Outcome, run_stage
 from flows.runs.graph import RunRefused, read_plan
-from flows.runs.worktree import isolated_checkout, prune, refuse_uncommitted
+from flows.runs.isolated_checkout import isolated_checkout, refuse_uncommitted
 from tests.flows.conftest import run
 
 QUIET = Listener(on_line=str, on_progress=str)
@@ -74,17 +73,3 @@ def test_data_that_git_ignores_is_not_silently_left_out(project: Path) -> None:
         isolated_checkout(project, "run-1", (project / "params.yaml").read_text(), read_plan(project), given=[]),
     ):
         pass
-
-
-def test_prune_removes_what_a_killed_run_left_and_spares_the_living(project: Path) -> None:
-    for name in ("dead", "loose"):
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", f".worktrees/{name}"], cwd=project, check=True)
-    (project / ".worktrees" / "dead.lock").touch()
-
-    text = (project / "params.yaml").read_text()
-    with isolated_checkout(project, "living", text, read_plan(project), given=[]) as living:
-        prune(project)
-
-        assert living.exists()
-        assert not (project / ".worktrees" / "dead").exists()
-        assert worktrees(project) == 2

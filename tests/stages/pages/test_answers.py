@@ -22,7 +22,7 @@ def test_markup_in_an_answer_is_escaped_inside_marks_too() -> None:
     assert "<ins>four</ins>" in marked
 
 
-def test_shared_beginning_ends_with_a_whole_line() -> None:
+def test_shared_beginning_ends_with_a_complete_line() -> None:
     assert shared_beginning(["system\nuser Ada", "system\nuser Bob", "system\nuser Ada and Bob"]) == "system\n"
     assert shared_beginning(["same\nx", "same\nx"]) == "same\n"
     assert shared_beginning(["only\none"]) == ""
