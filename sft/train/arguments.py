@@ -5,7 +5,6 @@ Arguments that scripts gave to the trainer itself before they had a place of the
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from sft.hardware import current_hardware
 from sft.kernels.liger import check_liger_hardware, liger_kernel_config
 from sft.models.checkpoint import load_processor
 from sft.models.loading import load_model
+from sft.suggest import did_you_mean
 
 # Options of SFTConfig that SFTTrainer itself used to take.
 OPTIONS = (
@@ -120,8 +120,8 @@ def _way_out(name: str, value: Any) -> str:
     options = [field.name for field in fields(SFTConfig)]
     if name in options:
         return f"it is an option of the training; give args=SFTConfig({name}={value!r})"
-    near = difflib.get_close_matches(name, [*options, *OPTIONS, *FROM_PRETRAINED, "processing_class"], n=1)
-    return f"did you mean {near[0]!r}?" if near else "options of the training go into args=SFTConfig(...)"
+    known = [*options, *OPTIONS, *FROM_PRETRAINED, "processing_class"]
+    return did_you_mean(name, known, otherwise="options of the training go into args=SFTConfig(...)")
 
 
 def _call(arguments: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ Types of the section `evaluate` of params.yaml: tasks, general prompts, conditio
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -26,6 +25,7 @@ from ruamel.yaml.reader import ReaderError
 
 from sft.evaluate.gate import check_ranges, parse_gate
 from sft.export.quantization import GROUP_SIZES
+from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
 from stages.params.figures import metric_names, open_ended_names, range_of
 from stages.params.tasks import FOLDER, figure_names
@@ -161,8 +161,7 @@ REASONS = (
 def _known(fractions: dict[str, float]) -> dict[str, float]:
     for name in fractions:
         if name not in REASONS:
-            near = difflib.get_close_matches(name, REASONS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(REASONS)}"
+            hint = did_you_mean(name, REASONS, otherwise=f"there are {', '.join(REASONS)}")
             raise ValueError(f"{name!r} is no reason that the ledger knows; {hint}")
     return fractions
 
@@ -347,8 +346,8 @@ class LaunchSection(Section):
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
         if self.engine not in ENGINES and not self.engine.endswith((".yaml", ".yml", ".json")):
-            near = difflib.get_close_matches(self.engine, ENGINES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(ENGINES)} or a YAML file"
+            otherwise = f"use one of {', '.join(ENGINES)} or a YAML file"
+            hint = did_you_mean(self.engine, ENGINES, otherwise=otherwise)
             raise ValueError(f"engine {self.engine!r} is unknown; {hint}")
         if self.processes % self.machines:
             raise ValueError(f"{self.processes} processes can't be shared equally by {self.machines} machines")
@@ -549,8 +548,8 @@ def describe_problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
         parent = _model_at(root, detail["loc"][:-1])
         names = list(parent.model_fields) if parent else []
-        near = difflib.get_close_matches(str(detail["loc"][-1]), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+        otherwise = f"known keys: {', '.join(names)}"
+        hint = did_you_mean(str(detail["loc"][-1]), names, otherwise=otherwise, cutoff=0.5)
         return f"{place}: unknown key; {hint}"
     if detail["type"] == "missing":
         return f"{place}: missing; the file must state it"
