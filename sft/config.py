@@ -9,15 +9,11 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from sft.options import BAD_LOSS_POLICIES, LOSS_TYPES, PACKING_STRATEGIES
+
 logger = logging.getLogger(__name__)
 
-POLICIES = ("stop", "skip", "rollback")
-
 DEFAULT_MAX_LENGTH = 1024
-
-PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
-
-LOSS_TYPES = ("nll", "dft")
 
 FLAG = {"help": "Compute activations again in the backward pass.", "nargs": "?", "const": True}
 """Of an option that a command line may name without a value."""
@@ -324,10 +320,12 @@ def check_policy(policy: str | None, factor: float | None, fp16: bool) -> None:
     Raises:
         ValueError: Says which and why.
     """
-    if policy is not None and policy not in POLICIES:
-        raise ValueError(f"on_bad_loss={policy!r}: use one of {', '.join(POLICIES)}, or None to never look")
+    if policy is not None and policy not in BAD_LOSS_POLICIES:
+        raise ValueError(f"on_bad_loss={policy!r}: use one of {', '.join(BAD_LOSS_POLICIES)}, or None to never look")
     if factor is not None and policy is None:
-        raise ValueError(f"bad_loss_factor={factor} would be ignored without on_bad_loss={' or '.join(POLICIES)}")
+        raise ValueError(
+            f"bad_loss_factor={factor} would be ignored without on_bad_loss={' or '.join(BAD_LOSS_POLICIES)}"
+        )
     if factor is not None and factor <= 1:
         raise ValueError(f"bad_loss_factor={factor}: every second loss is above the median; give more than 1")
     if policy is not None and fp16:

@@ -1,4 +1,7 @@
-"""The label value that the loss ignores."""
+"""How rows mark the tokens that are trained: the label that the loss ignores, and the names of token masks."""
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained: the default `ignore_index` of torch's cross entropy."""
+
+TOKEN_MASKS = ("completion_mask", "assistant_masks")
+"""Columns of zeros and ones per token; a token is trained only where each mask that the row has is 1."""

@@ -10,12 +10,10 @@ import numpy as np
 import torch
 
 from sft.batches.shared_tokens import share_tokens
-from sft.labels import IGNORE_INDEX
+from sft.labels import IGNORE_INDEX, TOKEN_MASKS
 
 Array = np.ndarray[Any, Any]
 Row = Mapping[str, Any]
-
-MASKS = ("completion_mask", "assistant_masks")
 
 
 @dataclass
@@ -80,7 +78,7 @@ def read_row(row: Row, place: int) -> TokenRow:
     if not len(input_ids):
         raise ValueError(f"row {place} of the batch has no tokens; filter empty rows out first")
     labels = input_ids
-    for name in ("labels", *MASKS):
+    for name in ("labels", *TOKEN_MASKS):
         if row.get(name) is None:
             continue
         values = _aligned(row[name], np.int64, len(input_ids), f"{name!r} of row {place}")

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft.chat.sandbox import MAX_BYTES, TimeLimitError, bounded_templates, time_limit
+from sft.common_prefix import common_prefix_length
 
 GENERATION_MARK = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
 # Words that no template treats specially, and that occur in none.
@@ -263,7 +264,7 @@ class TemplateProfile:
         return cls(
             generation_prompt=prompt[len(asked) :] if prompt.startswith(asked) else "",
             after_question=prompt[prompt.rfind(PROBE_QUESTION) + len(PROBE_QUESTION) :],
-            header=before[len(asked) : common_length(prompt, before)] if prompt.startswith(asked) else "",
+            header=before[len(asked) : common_prefix_length(prompt, before)] if prompt.startswith(asked) else "",
             lead=before[len(prompt) :] if before.startswith(prompt) else "",
             tail=tail,
             terminators=terminators,
@@ -287,7 +288,7 @@ def _inner_tail(template: ChatTemplate) -> tuple[str, bool]:
     except ValueError:
         return before_question, False
     before_answer = text.partition(PROBE_ANSWER)[2].partition(_SECOND_ANSWER["content"])[0]
-    return before_question[: common_length(before_question, before_answer)], True
+    return before_question[: common_prefix_length(before_question, before_answer)], True
 
 
 def _terminators(
@@ -295,7 +296,7 @@ def _terminators(
 ) -> tuple[tuple[str, ...], str | None]:
     """What closes a final and an inner answer, and the special token that closes a final one."""
     inner_tail, is_certain = inner
-    shared = _special_tokens_in(tail[: common_length(tail, inner_tail)], special_tokens)
+    shared = _special_tokens_in(tail[: common_prefix_length(tail, inner_tail)], special_tokens)
     own = _special_tokens_in(tail, special_tokens)
     if shared:
         # several may close a turn together, and what a final answer has besides ends the conversation
@@ -315,15 +316,6 @@ def _special_tokens_in(text: str, special_tokens: Sequence[str]) -> list[tuple[i
         return []
     longest_first = sorted(special_tokens, key=len, reverse=True)
     return [(match.end(), match.group()) for match in re.finditer("|".join(map(re.escape, longest_first)), text)]
-
-
-def common_length(left: str, right: str) -> int:
-    """How many characters two texts share from their beginning."""
-    low, high = 0, min(len(left), len(right))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle - 1)
-    return low
 
 
 def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:

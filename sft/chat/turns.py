@@ -21,8 +21,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sft.chat.template import PROBE_ANSWER, ChatTemplate, Messages, TemplateProfile, common_length
+from sft.chat.template import PROBE_ANSWER, ChatTemplate, Messages, TemplateProfile
 from sft.chat.template_syntax import only_prints_contents
+from sft.common_prefix import common_prefix_length
 
 
 class Turn(NamedTuple):
@@ -123,7 +124,7 @@ def _turn_by_replacement(chat: _Chat, index: int, previous_end: int) -> Turn | N
     if chat.messages[index].get("tool_calls") or other is None or PROBE_ANSWER not in other:
         return None
     before, _, rest = other.partition(PROBE_ANSWER)
-    same, end = common_length(chat.text, before), len(chat.text) - len(rest)
+    same, end = common_prefix_length(chat.text, before), len(chat.text) - len(rest)
     anchor = chat.profile.generation_prompt or chat.profile.after_question
     at = chat.text.rfind(anchor, previous_end, same) if anchor else -1
     start = at + len(anchor) if at >= 0 else same
@@ -139,7 +140,7 @@ def _terminator_length(rest: str, profile: TemplateProfile) -> int:
 
 def _not_found(chat: _Chat, index: int) -> str:
     prefix = chat.render(chat.messages[: index + 1]) or ""
-    same = common_length(chat.text, prefix)
+    same = common_prefix_length(chat.text, prefix)
     near = slice(max(0, same - 40), same + 40)
     return (
         f"the assistant's turn in message {index} cannot be located: the template prints the messages up to it "

@@ -24,13 +24,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sft.data.messages import (
-    RowError,
-    described,
-    is_messages,
-    normalize_messages,
-    tools_text,
-)
+from sft.data.messages import RowError, described, is_messages, normalize_messages, tools_text
+from sft.labels import TOKEN_MASKS
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 
@@ -52,7 +47,7 @@ CONTEXT_COLUMNS = ("input", "context")
 
 OPTIONAL_COLUMNS = ("tools", "chat_template_kwargs")
 
-TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
+TOKENIZED_COLUMNS = ("input_ids", "labels", *TOKEN_MASKS)
 
 
 class Kind(StrEnum):
@@ -104,7 +99,7 @@ def detect_layout(columns: Iterable[str]) -> Layout:
 def _layout(columns: tuple[str, ...]) -> Layout:
     system = "system" if "system" in columns else None
     if "input_ids" in columns:
-        return Layout(Kind.TOKENIZED, tuple(name for name in TOKEN_COLUMNS if name in columns))
+        return Layout(Kind.TOKENIZED, tuple(name for name in TOKENIZED_COLUMNS if name in columns))
     for name in CONVERSATION_COLUMNS:
         if name in columns:
             return Layout(Kind.MESSAGES, (name,), system=system)
@@ -233,7 +228,7 @@ def _pair_record(row: Mapping[str, Any], layout: Layout, prune_nulls: bool) -> d
 
 
 def _tokenized_record(row: Mapping[str, Any]) -> dict[str, Any]:
-    record = {name: row[name] for name in TOKEN_COLUMNS if row.get(name) is not None}
+    record = {name: row[name] for name in TOKENIZED_COLUMNS if row.get(name) is not None}
     for name, value in record.items():
         if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
             raise RowError("token_type", f"{name} must be a list of numbers, not {type(value).__name__} {value!r:.60}")

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from sft.common_prefix import common_prefix_length
+
 MIN_TOKENS = 8
 """Below this many tokens, copying keys and values costs about what computing them does."""
 
@@ -50,7 +52,9 @@ def share_prefix(model: nn.Module, sequences: Sequence[Sequence[int]], limit: in
     """
     if len(sequences) < 2:
         return SharedPrefix()
-    length = _common_length(sequences, limit)
+    # the first and the last sequence in lexicographic order share exactly what all sequences share
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
+    length = max(0, min(limit, common_prefix_length(first, last)))
     parameters = forward_parameters(model)
     if length < MIN_TOKENS or not {"past_key_values", "position_ids"} <= parameters:
         return SharedPrefix()
@@ -71,10 +75,3 @@ def forward_parameters(model: Any) -> set[str]:
     """Names of what a model's forward takes, seen through an adapter."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(inner.forward).parameters)
-
-
-def _common_length(sequences: Sequence[Sequence[int]], limit: int) -> int:
-    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
-    # What the first and the last in order share, all between them share.
-    pairs = enumerate(zip(first[:limit], last[:limit], strict=False))
-    return next((index for index, pair in pairs if pair[0] != pair[1]), max(0, min(limit, len(first), len(last))))

@@ -17,8 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sft.kernels.products import back_through_linear, linear
-
-LOSS_TYPES = ("nll", "dft")
+from sft.options import LOSS_TYPES
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24}
 """Logits held at a time, in numbers: enough rows to keep matrix products fast, few enough to be cheap to hold."""

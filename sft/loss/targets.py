@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sft.batches.shared_tokens import SHARED_KEYS
-from sft.labels import IGNORE_INDEX
+from sft.labels import IGNORE_INDEX, TOKEN_MASKS
 
 Batch = Mapping[str, Any]
 
@@ -17,8 +17,7 @@ NOT_FOR_THE_MODEL = (
     "labels",
     "seq_lengths",
     "loss_weights",
-    "completion_mask",
-    "assistant_masks",
+    *TOKEN_MASKS,
     "num_items_in_batch",
     *SHARED_KEYS,
     "filler",

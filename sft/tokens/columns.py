@@ -22,15 +22,14 @@ from datasets import Dataset, Features
 from datasets.fingerprint import Hasher, get_temporary_cache_files_directory
 from datasets.table import InMemoryTable, MemoryMappedTable
 
-from sft.labels import IGNORE_INDEX
+from sft.labels import IGNORE_INDEX, TOKEN_MASKS
 
-TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "loss_weights")
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", *TOKEN_MASKS, "loss_weights")
 """Columns that hold one value a token and are cut and joined together."""
 
 COLUMN_TYPES = {
     "attention_mask": np.int8,
-    "completion_mask": np.int8,
-    "assistant_masks": np.int8,
+    **dict.fromkeys(TOKEN_MASKS, np.int8),
     "loss_weights": np.float32,
 }
 """Types written; ids and labels are int32."""

@@ -13,7 +13,6 @@ import itertools
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
+from sft.options import OVERFLOW_POLICIES, PACKING_STRATEGIES
 from sft.tokens.columns import (
     TOKEN_COLUMNS,
     Columns,
@@ -32,15 +32,6 @@ from sft.tokens.columns import (
     token_columns,
     whole,
 )
-
-
-class Overflow(StrEnum):
-    """Policies for documents longer than the limit."""
-
-    TRUNCATE = "truncate"
-    SPLIT = "split"
-    DROP = "drop"
-    ERROR = "error"
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ class OverflowReport:
         source_rows: `(num output rows,)` the row that each output row comes from.
     """
 
-    policy: Overflow
+    policy: str
     max_length: int
     num_rows: int
     truncated: list[int] = field(default_factory=list)
@@ -114,13 +105,13 @@ class OverflowReport:
         return f"limit of {self.max_length} tokens: {', '.join(parts)}; {self.num_tokens_lost} tokens lost"
 
 
-def cut_pieces(lengths: Integers, max_length: int, policy: Overflow) -> Pieces:
+def cut_pieces(lengths: Integers, max_length: int, policy: str) -> Pieces:
     """Stretches of documents that stay, each at most `max_length` long (`error` is not handled here)."""
     documents: Integers = np.arange(len(lengths))
-    if policy is Overflow.DROP:
+    if policy == "drop":
         documents = documents[lengths <= max_length]
     kept = lengths[documents]
-    if policy is Overflow.TRUNCATE:
+    if policy == "truncate":
         return Pieces(documents, np.zeros_like(documents), np.minimum(kept, max_length))
     counts = np.maximum(1, -(-kept // max_length))
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -170,19 +161,18 @@ def plan_overflow(
     """
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, found {max_length}")
-    if policy not in list(Overflow):
-        raise ValueError(f"overflow policy {policy!r} is unknown; use one of {', '.join(Overflow)}")
-    chosen = Overflow(policy)
+    if policy not in OVERFLOW_POLICIES:
+        raise ValueError(f"overflow policy {policy!r} is unknown; use one of {', '.join(OVERFLOW_POLICIES)}")
     lengths = columns["input_ids"].lengths()
-    if chosen is Overflow.ERROR:
+    if policy == "error":
         _refuse_long(lengths, max_length, ids)
-    pieces = cut_pieces(lengths, max_length, chosen)
+    pieces = cut_pieces(lengths, max_length, policy)
     if "labels" in columns:
         trained, targets = count_trained(columns["labels"], pieces)
     else:
         trained = targets = pieces.length
     kept = targets > 0
-    report = _report(chosen, max_length, lengths, pieces[kept])
+    report = _report(policy, max_length, lengths, pieces[kept])
     _count_losses(report, columns, pieces[kept], trained[kept])
     return pieces[kept], report
 
@@ -199,17 +189,17 @@ def _count_losses(report: OverflowReport, columns: Columns, kept: Pieces, traine
     report.trained_tokens_lost.update(zip(report.touched, (before - after_trained).tolist(), strict=True))
 
 
-def _report(policy: Overflow, max_length: int, lengths: Integers, kept: Pieces) -> OverflowReport:
+def _report(policy: str, max_length: int, lengths: Integers, kept: Pieces) -> OverflowReport:
     too_long = np.flatnonzero(lengths > max_length)
     gone = np.setdiff1d(np.arange(len(lengths)), kept.document)
     long_and_kept = np.setdiff1d(too_long, gone)
-    dropped = too_long if policy is Overflow.DROP else too_long[:0]
+    dropped = too_long if policy == "drop" else too_long[:0]
     return OverflowReport(
         policy=policy,
         max_length=max_length,
         num_rows=len(lengths),
-        truncated=long_and_kept.tolist() if policy is Overflow.TRUNCATE else [],
-        split=long_and_kept.tolist() if policy is Overflow.SPLIT else [],
+        truncated=long_and_kept.tolist() if policy == "truncate" else [],
+        split=long_and_kept.tolist() if policy == "split" else [],
         dropped=dropped.tolist(),
         masked=np.setdiff1d(gone, dropped).tolist(),
         source_rows=kept.document.tolist(),
@@ -243,20 +233,12 @@ def truncate_dataset(dataset: Dataset | IterableDataset, max_length: int) -> Dat
     lengths = columns["input_ids"].lengths()
     if not (lengths > max_length).any():
         return dataset
-    plan = RowPlan(cut_pieces(lengths, max_length, Overflow.TRUNCATE), np.arange(1, len(lengths) + 1))
+    plan = RowPlan(cut_pieces(lengths, max_length, "truncate"), np.arange(1, len(lengths) + 1))
     return materialize(dataset, plan, carry=dataset.remove_columns(list(columns)))
 
 
 def _truncate_batch(batch: dict[str, list[Any]], max_length: int) -> dict[str, list[Any]]:
     return {name: [row[:max_length] for row in batch[name]] for name in TOKEN_COLUMNS if name in batch}
-
-
-class PackingStrategy(StrEnum):
-    """Ways to fill rows."""
-
-    BFD = "bfd"
-    BFD_SPLIT = "bfd_split"
-    WRAPPED = "wrapped"
 
 
 def plan_bfd(lengths: Sequence[int] | Integers, seq_length: int) -> list[list[int]]:
@@ -332,7 +314,7 @@ def pack_dataset(
         ValueError: unknown strategy, `seq_length` below 1, or no `input_ids`.
     """
     if isinstance(dataset, IterableDataset):
-        _checked(seq_length, strategy)
+        _check_options(seq_length, strategy)
         pack = partial(_pack_batch, seq_length=seq_length, strategy=strategy)
         names = dataset.column_names or list(next(iter(dataset)))
         return dataset.map(pack, batched=True, batch_size=buffer_size, remove_columns=names)
@@ -362,14 +344,14 @@ def limit_and_pack(dataset: Dataset, max_length: int, strategy: str = "bfd") -> 
     Returns:
         The packed data set, and what the limit did to the documents.
     """
-    chosen = _checked(max_length, strategy)
+    _check_options(max_length, strategy)
     columns = token_columns(dataset)
     # wrapping divides documents wherever a row is full, so the limit itself leaves them whole
     longest = int(columns["input_ids"].lengths().max(initial=1))
-    limit = max(longest, max_length) if chosen is PackingStrategy.WRAPPED else max_length
-    policy = Overflow.SPLIT if chosen is PackingStrategy.BFD_SPLIT else Overflow.TRUNCATE
+    limit = max(longest, max_length) if strategy == "wrapped" else max_length
+    policy = "split" if strategy == "bfd_split" else "truncate"
     pieces, report = plan_overflow(columns, limit, policy)
-    return materialize(dataset, plan_rows(pieces, max_length, chosen)), report
+    return materialize(dataset, plan_rows(pieces, max_length, strategy)), report
 
 
 def plan_rows(pieces: Pieces, seq_length: int, strategy: str = "bfd") -> RowPlan:
@@ -383,24 +365,23 @@ def plan_rows(pieces: Pieces, seq_length: int, strategy: str = "bfd") -> RowPlan
     Raises:
         ValueError: unknown strategy, or `seq_length` below 1.
     """
-    chosen = _checked(seq_length, strategy)
-    if chosen is PackingStrategy.WRAPPED:
+    _check_options(seq_length, strategy)
+    if strategy == "wrapped":
         plan = _plan_wrapped(pieces.length, seq_length)
     else:
-        plan = _plan_best_fit(pieces.length, seq_length, chosen)
+        plan = _plan_best_fit(pieces.length, seq_length, strategy)
     return RowPlan(plan.pieces.within(pieces), plan.ends)
 
 
-def _checked(seq_length: int, strategy: str) -> PackingStrategy:
+def _check_options(seq_length: int, strategy: str) -> None:
     if seq_length < 1:
         raise ValueError(f"seq_length must be at least 1, found {seq_length}")
-    if strategy not in list(PackingStrategy):
-        raise ValueError(f"packing strategy {strategy!r} is unknown; use one of {', '.join(PackingStrategy)}")
-    return PackingStrategy(strategy)
+    if strategy not in PACKING_STRATEGIES:
+        raise ValueError(f"packing strategy {strategy!r} is unknown; use one of {', '.join(PACKING_STRATEGIES)}")
 
 
-def _plan_best_fit(lengths: Integers, seq_length: int, strategy: PackingStrategy) -> RowPlan:
-    policy = Overflow.SPLIT if strategy is PackingStrategy.BFD_SPLIT else Overflow.TRUNCATE
+def _plan_best_fit(lengths: Integers, seq_length: int, strategy: str) -> RowPlan:
+    policy = "split" if strategy == "bfd_split" else "truncate"
     pieces = cut_pieces(lengths, seq_length, policy)
     pieces = pieces[pieces.length > 0]
     bins = plan_bfd(pieces.length, seq_length)

@@ -8,16 +8,13 @@ from itertools import compress
 from typing import Any
 
 from sft.data.records import Kind, normalize
-from sft.labels import IGNORE_INDEX
+from sft.labels import IGNORE_INDEX, TOKEN_MASKS
 
 logger = logging.getLogger(__name__)
 
 
-MASKS = ("completion_mask", "assistant_masks")
-
-
 def labels_of_tokens(
-    batch: Mapping[str, list[Any]], indices: list[int], masks: Sequence[str] = MASKS
+    batch: Mapping[str, list[Any]], indices: list[int], masks: Sequence[str] = TOKEN_MASKS
 ) -> dict[str, list[Any]]:
     """Labels of rows that are tokenized already: their own, else the ids, where all masks are 1.
 

@@ -33,7 +33,7 @@ class LossWatch(TrainerCallback, ExportableState):
     """Judges updates; a callback so that what it remembers goes into checkpoints.
 
     Args:
-        policy: One of `POLICIES`; None = never look.
+        policy: One of `sft.options.BAD_LOSS_POLICIES`; None = never look.
         factor: A loss so many times the median of the last 50 is bad too; None = only one that is no number.
         recent: Losses of the last good updates.
         num_in_a_row: Bad updates since the last good one.

@@ -26,10 +26,11 @@ from sft.data.records import (
     detect_layout,
     normalize,
 )
+from sft.labels import TOKEN_MASKS
 from sft.tokens.constant_length import constant_length_rows
 from sft.tokens.encoding import Encoder
 from sft.tokens.packing import apply_overflow, limit_and_pack, pack_dataset
-from sft.tokens.pretokenized import MASKS, StreamLimit, labels_of_tokens, nothing_trained, warn_of_double_bos
+from sft.tokens.pretokenized import StreamLimit, labels_of_tokens, nothing_trained, warn_of_double_bos
 from sft.train.batches import choose_packing
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Plan:
     with_weights: bool = False
     add_special_tokens: bool | None = None
     append_eos: bool | None = None
-    masks: tuple[str, ...] = MASKS
+    masks: tuple[str, ...] = TOKEN_MASKS
 
 
 def resolve_max_length(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -143,7 +144,7 @@ def plan_preparation(dataset: Dataset | IterableDataset, config: SFTConfig, *, f
         may_be_weighted(dataset, layout),
         config.dataset_option("add_special_tokens"),
         config.dataset_option("append_concat_token"),
-        tuple(mask for mask in MASKS if mask != "completion_mask" or config.completion_only_loss is not False),
+        tuple(mask for mask in TOKEN_MASKS if mask != "completion_mask" or config.completion_only_loss is not False),
     )
 
 

@@ -31,6 +31,7 @@ from sft.batches.shared_tokens import without_sharing
 from sft.config import SFTConfig
 from sft.kernels.layers import fused_layers
 from sft.kernels.lora import fused_lora
+from sft.labels import TOKEN_MASKS
 from sft.loss.cross_entropy import LossOptions
 from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
@@ -74,7 +75,7 @@ logger = logging.getLogger(__name__)
 Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 Callback = TypeVar("Callback", bound=TrainerCallback)
 OWN_INPUTS = ("seq_lengths", "loss_weights", "skip_logits", FILLER)
-TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", "completion_mask", "assistant_masks", FILLER)
+COLLATED_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", *TOKEN_MASKS, FILLER)
 
 
 class SFTTrainer(Trainer):
@@ -359,7 +360,7 @@ class SFTTrainer(Trainer):
         """Keep the columns that collators and loss read, though no model's forward names them."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *TOKEN_COLUMNS]))
+            self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *COLLATED_COLUMNS]))
 
 
 def checkpointing_arguments(config: SFTConfig) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ruamel.yaml.reader import ReaderError
 
 from sft.evaluate.gate import check_ranges, parse_gate
 from sft.export.quantization import GROUP_SIZES
+from sft.options import BadLossPolicy, LossType, OverflowPolicy, PackingStrategy
 from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
 from stages.params.figures import metric_names, open_ended_names, range_of
@@ -307,10 +308,8 @@ class PackSection(Section):
     """Rendered chats to token rows."""
 
     max_length: Annotated[int, Field(ge=8, description="Tokens in a packed row")]
-    strategy: Annotated[Literal["bfd", "bfd_split", "wrapped", "none"], Field(description="How rows are filled")]
-    overflow: Annotated[
-        Literal["truncate", "drop", "error", "split"], Field(description="What happens to longer documents")
-    ]
+    strategy: Annotated[Literal[PackingStrategy, "none"], Field(description="How rows are filled")]
+    overflow: Annotated[OverflowPolicy, Field(description="What happens to longer documents")]
     max_lost_fraction: Annotated[Fraction, Field(description="Stop when more trained tokens than this are cut")]
     num_proc: Annotated[Positive, Field(description="Processes that tokenize; the result is the same")]
     workers: Annotated[Workers, Field(description="Processes of this machine, or actors of Ray")]
@@ -388,12 +387,10 @@ class TrainSection(Section):
     weight_decay: Annotated[float, Field(ge=0.0, description="Decoupled weight decay")]
     max_grad_norm: Annotated[float, Field(gt=0.0, description="Gradients are scaled down to this norm")]
     neftune_noise_alpha: Annotated[float | None, Field(gt=0.0, description="NEFTune noise, arXiv:2310.05914")]
-    loss_type: Annotated[Literal["nll", "dft"], Field(description="Loss on trained tokens")]
+    loss_type: Annotated[LossType, Field(description="Loss on trained tokens")]
     gradient_checkpointing: Annotated[bool, Field(description="Recompute activations to save memory")]
     use_liger_kernel: Annotated[bool, Field(description="Liger's Triton kernels")]
-    on_bad_loss: Annotated[
-        Literal["stop", "skip", "rollback"], Field(description="What becomes of an update that is no number or a spike")
-    ]
+    on_bad_loss: Annotated[BadLossPolicy, Field(description="What becomes of an update that is no number or a spike")]
     bad_loss_factor: Annotated[
         float | None, Field(gt=1.0, description="A loss so many times the recent median is a spike; null = none is")
     ]
