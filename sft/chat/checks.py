@@ -75,25 +75,6 @@ class TerminatorCheck:
             )
 
 
-def check_terminator(
-    rendered: Iterable[tuple[str, Rendered]], tokenizer: PreTrainedTokenizerBase, stop_token_ids: Iterable[int] = ()
-) -> None:
-    """Make sure that every trained turn ends in a trained token that stops generation.
-
-    Args:
-        rendered: Row ids and rendered rows.
-        tokenizer: Its end-of-sequence token ends generation.
-        stop_token_ids: Further ids that end it, as the generation config lists them.
-
-    Raises:
-        ValueError: Some do not; says how many and shows the first ones.
-    """
-    check = TerminatorCheck(tokenizer, stop_token_ids)
-    for row_id, row in rendered:
-        check.add(row_id, row)
-    check.finish()
-
-
 BREAK = "\u200b"
 """Put behind the first character of a token's text, so that it is read as text: it shows nothing."""
 

@@ -130,11 +130,6 @@ def _layout(columns: tuple[str, ...]) -> Layout:
     )
 
 
-def detect_kind(columns: Iterable[str]) -> Kind:
-    """The kind of record that rows with these columns become; see `detect_layout`."""
-    return detect_layout(columns).kind
-
-
 def normalize(row: Mapping[str, Any], layout: Layout | Kind, *, prune_nulls: bool = False) -> dict[str, Any]:
     """Bring one row into its record.
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from sft.chat.checks import check_terminator
 from sft.chat.formats import (
     FORMATS,
     align_eos_with_template,
@@ -19,6 +18,7 @@ from sft.chat.formats import (
     setup_chat_format,
 )
 from sft.chat.render import render
+from tests.sft.chat.stops import check_stops
 from tests.sft.template_styles import CHATML
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -72,7 +72,7 @@ def test_named_formats_print_their_chats(name: str) -> None:
     trained = [rendered.text[start:end] for start, end, _ in rendered.spans]
     space = " " if name == "mistral" else ""
     assert trained == [f"{space}Hello{stop}", f"{space}See you{stop}"]
-    check_terminator([("row", rendered)], tokenizer)
+    check_stops([("row", rendered)], tokenizer)
     prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
     assert EXPECTED[name].startswith(prompt)
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sft.chat.checks import check_terminator
 from sft.chat.render import ChatRenderer, Rendered, Span, TrainOn, render
+from tests.sft.chat.stops import check_stops
 from tests.sft.template_styles import (
     CHATML,
     COMMAND,
@@ -271,7 +271,7 @@ def test_turns_close_as_the_template_closes_them(template: str, expected: list[s
     tokenizer = tokenizer_for(template)
     rendered = render({"messages": CHAT}, tokenizer)
     assert trained(rendered) == expected
-    check_terminator([("row", rendered)], tokenizer)
+    check_stops([("row", rendered)], tokenizer)
 
 
 def test_a_tool_call_is_found_though_history_lacks_the_prompt_and_the_terminator_comes_twice() -> None:
