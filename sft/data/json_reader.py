@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft.data.row import Row, SourceError
+from sft.data.source_row import Row, SourceError
 from sft.data.text_reader import decoded, pieces, raw_lines
 
 MAX_DIGITS = 4300

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from sft.data.row import SourceError
+from sft.data.source_row import SourceError
 from sft.data.sources import SAVED_DATASET, SAVED_SPLITS, is_readable, readable
 
 LOCAL = ("file", "local")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sft.data.json_reader import json_rows, jsonl_rows
-from sft.data.row import Row, SourceError
+from sft.data.source_row import Row, SourceError
 from sft.data.table_reader import arrow_rows, parquet_rows, saved_rows
 from sft.data.text_reader import COMPRESSIONS, csv_rows, data_suffix
 

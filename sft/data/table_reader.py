@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft.data.row import Row, SourceError
+from sft.data.source_row import Row, SourceError
 
 
 def saved_rows(path: Path, name: str, split: str) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from typing import IO, cast
 
 import pyarrow as pa
 
-from sft.data.row import Row, SourceError
+from sft.data.source_row import Row, SourceError
 
 COMPRESSIONS = (".gz", ".zst")
 

@@ -26,7 +26,7 @@ from sft.data.records import (
     detect_layout,
 )
 from sft.data.remote import fetch_files, is_url
-from sft.data.row import Row, SourceError
+from sft.data.source_row import Row, SourceError
 from sft.data.sources import data_files, hub_rows, is_saved_dataset, read_rows
 from sft.suggest import did_you_mean
 from stages.checkout.paths import Paths, cache_folder

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from sft.data.remote import fetch_files, is_url
-from sft.data.row import SourceError
+from sft.data.source_row import SourceError
 
 URL = "memory://bucket/chats"
 

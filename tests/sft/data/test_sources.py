@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft.data import text_reader
-from sft.data.row import Row, SourceError
+from sft.data.source_row import Row, SourceError
 from sft.data.sources import data_files, hub_rows, read_rows
 
 ROWS = [{"text": "first"}, {"text": "second\nline é 🎉"}, {"text": 'third, "quoted"'}]
