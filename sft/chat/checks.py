@@ -21,6 +21,9 @@ from sft.data.messages import Problem
 
 NUM_EXAMPLES = 3
 
+BREAK = "\u200b"
+"""Put behind the first character of a token's text, so that it is read as text: it shows nothing."""
+
 
 class TerminatorCheck:
     """Looks at the end of every trained span, row by row.
@@ -73,10 +76,6 @@ class TerminatorCheck:
                 "template close the assistant's turns with one of them, inside its generation marks if it has any, or "
                 "make its closing token the tokenizer's eos_token"
             )
-
-
-BREAK = "\u200b"
-"""Put behind the first character of a token's text, so that it is read as text: it shows nothing."""
 
 
 class SpecialText:

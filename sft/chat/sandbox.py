@@ -31,6 +31,10 @@ MAX_BYTES = 2 << 30
 """What a template may allocate besides what the process holds."""
 
 
+class TimeLimitError(ValueError):
+    """Something took longer than it may."""
+
+
 class BoundedSandbox(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, in which whole numbers stay short."""
 
@@ -114,10 +118,6 @@ def data_bytes() -> int:
         return int(os.read(file, 200).split()[5]) * resource.getpagesize()
     finally:
         os.close(file)
-
-
-class TimeLimitError(ValueError):
-    """Something took longer than it may."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

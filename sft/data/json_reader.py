@@ -12,13 +12,27 @@ from sft.data.source_row import Row, SourceError
 from sft.data.text_reader import decoded, pieces, raw_lines
 
 MAX_DIGITS = 4300
+
 LONGEST_PATTERN = 1000
+
 # Names under which a JSON file may hold its list of rows.
 _WRAPPED = re.compile(r'\{[ \t\r\n]*"(data|rows|examples|instances|train)"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
+
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
+
 _TOO_DEEP = "lists or objects lie too deep in one another to be read"
+
 _LIST_HINT = "; a list of all rows is a .json file: rename it to .json, or write one object a line"
+
 _JSON_NAMES: dict[type, str] = {list: "list", str: "text", bool: "truth value", int: "number", float: "number"}
+
+
+class RepeatedKeyError(ValueError):
+    """A JSON object that states a key twice: which of the two is meant, nobody can tell."""
+
+
+class LongNumberError(ValueError):
+    """A number in a JSON file that is too long to be one."""
 
 
 def jsonl_rows(path: Path, name: str) -> Iterator[Row]:
@@ -35,6 +49,29 @@ def jsonl_rows(path: Path, name: str) -> Iterator[Row]:
         yield Row(f"{name}:{number}", columns, damage=damage)
 
 
+def json_rows(path: Path, name: str) -> Iterator[Row]:
+    """Rows of a JSON file: a list of objects, one object that holds such a list, or objects one after the other."""
+    is_wrapped = _is_wrapped(path)
+    text = Window(path)
+    line = on_line = 0
+    try:
+        for value in _elements(text, is_wrapped=is_wrapped):
+            on_line = on_line + 1 if text.line == line else 1
+            line = text.line
+            number = f"{line}" if on_line == 1 else f"{line}#{on_line}"
+            try:
+                columns, damage = _object(value, f"{path}:{number}"), None
+            except SourceError as error:
+                columns, damage = {}, error
+            yield Row(f"{name}:{number}", columns, damage=damage)
+    except (RepeatedKeyError, LongNumberError) as error:
+        raise SourceError(f"{path}: in or after the row at line {max(line, 1)}: {error}") from error
+    except RecursionError as error:
+        raise SourceError(f"{path}: in or after the row at line {max(line, 1)}: {_TOO_DEEP}") from error
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path}:{text.place(error)}: not JSON: {error.msg}, in {_excerpt(error)}") from error
+
+
 def _columns(line: bytes, path: Path, number: int, *, is_first: bool) -> dict[str, Any]:
     """A line as an object; the first one may show that the file is a list of all rows."""
     place, text = f"{path}:{number}", decoded(line, path, number)
@@ -49,10 +86,6 @@ def _columns(line: bytes, path: Path, number: int, *, is_first: bool) -> dict[st
         raise SourceError(f"{place}: {error}") from error
 
 
-class RepeatedKeyError(ValueError):
-    """A JSON object that states a key twice: which of the two is meant, nobody can tell."""
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -60,10 +93,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise RepeatedKeyError(f"the key {twice!r} stands twice in one object; remove one of the two")
     return result
-
-
-class LongNumberError(ValueError):
-    """A number in a JSON file that is too long to be one."""
 
 
 def _integer(digits: str) -> int:
@@ -89,29 +118,6 @@ def _object(value: Any, place: str, hint: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SourceError(f"{place}: a row must be a JSON object, not {_shown(value)}{hint}")
     return value
-
-
-def json_rows(path: Path, name: str) -> Iterator[Row]:
-    """Rows of a JSON file: a list of objects, one object that holds such a list, or objects one after the other."""
-    is_wrapped = _is_wrapped(path)
-    text = Window(path)
-    line = on_line = 0
-    try:
-        for value in _elements(text, is_wrapped=is_wrapped):
-            on_line = on_line + 1 if text.line == line else 1
-            line = text.line
-            number = f"{line}" if on_line == 1 else f"{line}#{on_line}"
-            try:
-                columns, damage = _object(value, f"{path}:{number}"), None
-            except SourceError as error:
-                columns, damage = {}, error
-            yield Row(f"{name}:{number}", columns, damage=damage)
-    except (RepeatedKeyError, LongNumberError) as error:
-        raise SourceError(f"{path}: in or after the row at line {max(line, 1)}: {error}") from error
-    except RecursionError as error:
-        raise SourceError(f"{path}: in or after the row at line {max(line, 1)}: {_TOO_DEEP}") from error
-    except json.JSONDecodeError as error:
-        raise SourceError(f"{path}:{text.place(error)}: not JSON: {error.msg}, in {_excerpt(error)}") from error
 
 
 class Window:

@@ -129,18 +129,6 @@ def _changed(record: Mapping[str, Any], change: Callable[[Content], str]) -> dic
     return with_texts(record, texts)
 
 
-FINDERS: dict[str, Finder] = {
-    "truncated_answer": truncated_answer,
-    "mojibake": mojibake,
-    "control_characters": control_characters,
-}
-
-REPAIRS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "mojibake": without_mojibake,
-    "control_characters": without_control_characters,
-}
-
-
 def tool_schema(record: Mapping[str, Any]) -> Problem | None:
     """Find a tool whose parameters are no JSON Schema, or two tools of one name."""
     return _tools(record["tools"])[1] if record.get("tools") else None
@@ -207,3 +195,15 @@ def _misfit(validator: Any, arguments: str) -> str | None:
     except re.error as problem:
         return f"a pattern of its schema is no regular expression ({problem})"
     return None if error is None else f"arguments{''.join(f'.{part}' for part in error.absolute_path)}: {error.message}"
+
+
+FINDERS: dict[str, Finder] = {
+    "truncated_answer": truncated_answer,
+    "mojibake": mojibake,
+    "control_characters": control_characters,
+}
+
+REPAIRS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "mojibake": without_mojibake,
+    "control_characters": without_control_characters,
+}

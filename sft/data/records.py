@@ -49,6 +49,8 @@ OPTIONAL_COLUMNS = ("tools", "chat_template_kwargs")
 
 TOKENIZED_COLUMNS = ("input_ids", "labels", *TOKEN_MASKS)
 
+CONTENT_KEYS = ("content", "value")
+
 
 class Kind(StrEnum):
     """What a record holds."""
@@ -268,9 +270,6 @@ def record_digest(record: Mapping[str, Any]) -> str:
     except UnicodeEncodeError as error:
         around = canonical[max(0, error.start - 20) : error.start + 20]
         raise RowError("bad_unicode", f"half a surrogate pair, which is no text, in {around!r}") from error
-
-
-CONTENT_KEYS = ("content", "value")
 
 
 def numbers_as_text(row: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[str]]:

@@ -29,6 +29,18 @@ RECALL = 0.95
 NUM_NEIGHBOURS = 4
 """Rows of one band that a row is compared with: bounds the work where thousands of rows share most of their text."""
 
+FAR_OUT = 3.0
+
+MIN_FACTOR = 2.0
+"""Rows less than twice as long, or as short, as the middle half are no outliers however alike the others are."""
+
+MIN_ROWS = 20
+
+RARE = 0.01
+"""A language is rare when a smaller part of the rows than this is in it."""
+
+MIN_LETTERS, MAX_CHARACTERS = 60, 1000
+
 _SHINGLES_AT_ONCE = 4096
 
 _MAX_REMEMBERED = 500_000
@@ -158,19 +170,6 @@ def _band_pairs(keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     far = np.arange(len(order)) - group > NUM_NEIGHBOURS
     found.append(order[far] << 32 | order[group[far]])
     return np.unique(np.concatenate(found))
-
-
-FAR_OUT = 3.0
-
-MIN_FACTOR = 2.0
-"""Rows less than twice as long, or as short, as the middle half are no outliers however alike the others are."""
-
-MIN_ROWS = 20
-
-RARE = 0.01
-"""A language is rare when a smaller part of the rows than this is in it."""
-
-MIN_LETTERS, MAX_CHARACTERS = 60, 1000
 
 
 def length_limits(lengths: Sequence[int]) -> tuple[float, float]:

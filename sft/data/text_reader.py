@@ -36,6 +36,8 @@ MAX_EXPANSION, MAX_UNPACKED = 200, 1 << 30
 PIECE = 1 << 20
 """Bytes that are read at once where lines do not matter."""
 
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, OSError)
+
 _SHORTER = "each row has a line of its own here; a list of all rows is a .json file"
 
 _BOMB = "no text shrinks so much; unpack it yourself if it is meant to be so"
@@ -118,9 +120,6 @@ def pieces(path: Path) -> Iterator[str]:
             raise _not_utf8(error, path, num_ends, start) from error
         except DAMAGE as error:
             raise _damage(error, path, num_ends + 1) from error
-
-
-DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, OSError)
 
 
 @contextmanager

@@ -30,7 +30,38 @@ from sft.chat.render import Rendered
 Run = tuple[int, int, float]
 """First token that is trained, the token after the last one, and the weight of their loss."""
 
+Ids = npt.NDArray[np.int32]
+
+MAX_CHARACTERS = 8_000_000
+"""Characters of words remembered: some 100 MB with their ids and what Python needs."""
+
+MAX_NEW_SHARE = 0.4
+
+NUM_BATCHES_WITHOUT = 8
+"""Where more than this share of the characters of a batch is in new words, looking up does not pay for a while."""
+
 _PROBE = "a b\n\nc  d é\u4e2d 12 <x>"
+
+# printable ASCII, letters of Latin, Greek and Cyrillic, dashes and quotation marks: signs at which texts are cut
+_SIGNS = "!-~\u00a1-\u00ac\u00ae-\u024f\u0370-\u03ff\u0400-\u04ff\u2010-\u2027"
+
+_PART = re.compile(rf"[\s\S][^ ]*(?:(?:(?<![{_SIGNS}]) | (?![{_SIGNS}]))[^ ]*)*")
+
+_TYPICAL = "aZ0.'(<-_\"#)>"
+
+_PRE_TOKENIZERS = {"Sequence", "ByteLevel", "Split", "Digits"}
+
+
+class Crossing(NamedTuple):
+    """A token across a border.
+
+    Args:
+        token: Its index in the document.
+        border: The character at which the border lies.
+    """
+
+    token: int
+    border: int
 
 
 @dataclass(frozen=True)
@@ -124,26 +155,6 @@ def _types(part: dict[str, Any] | None) -> set[str]:
     return {str(part.get("type"))}.union(*map(_types, part.get("pretokenizers", [])))
 
 
-Ids = npt.NDArray[np.int32]
-
-# printable ASCII, letters of Latin, Greek and Cyrillic, dashes and quotation marks: signs at which texts are cut
-_SIGNS = "!-~\u00a1-\u00ac\u00ae-\u024f\u0370-\u03ff\u0400-\u04ff\u2010-\u2027"
-
-_PART = re.compile(rf"[\s\S][^ ]*(?:(?:(?<![{_SIGNS}]) | (?![{_SIGNS}]))[^ ]*)*")
-
-_TYPICAL = "aZ0.'(<-_\"#)>"
-
-_PRE_TOKENIZERS = {"Sequence", "ByteLevel", "Split", "Digits"}
-
-MAX_CHARACTERS = 8_000_000
-"""Characters of words remembered: some 100 MB with their ids and what Python needs."""
-
-MAX_NEW_SHARE = 0.4
-
-NUM_BATCHES_WITHOUT = 8
-"""Where more than this share of the characters of a batch is in new words, looking up does not pay for a while."""
-
-
 class WordCache:
     """Tokenizes texts by their words.
 
@@ -222,15 +233,3 @@ def _divides_before_spaces(rules: Tokenizer) -> bool:
     signs = [sign for sign in map(chr, range(0x2028)) if re.match(f"[{_SIGNS}]", sign)]
     pairs = [*itertools.product(signs, _TYPICAL), *itertools.product(_TYPICAL, signs)]
     return all(any(start == 1 for _, (start, _) in pre_tokenize(f"{left} {right}")) for left, right in pairs)
-
-
-class Crossing(NamedTuple):
-    """A token across a border.
-
-    Args:
-        token: Its index in the document.
-        border: The character at which the border lies.
-    """
-
-    token: int
-    border: int

@@ -36,6 +36,8 @@ COLUMN_TYPES = {
 
 TOKENS_PER_BATCH = 1 << 22
 
+MAX_FILE_BYTES = 500 << 20
+
 Integers = npt.NDArray[np.int64]
 
 
@@ -268,9 +270,6 @@ def hash_table(table: pa.Table, hasher: Hasher) -> pa.Table:
             for buffer in chunk.buffers():
                 hasher.update(b"" if buffer is None else bytes(buffer))
     return table
-
-
-MAX_FILE_BYTES = 500 << 20
 
 
 def write_rows(tables: Iterator[pa.Table], folder: Path) -> None:

@@ -29,41 +29,6 @@ from sft.tokens.columns import list_array
 
 _SHOWN = 16
 
-
-def crossing_of(encoding: Encoding, span: Span, first: int, stop: int) -> Crossing | None:
-    """The token across the start or the end of a span; None when tokens begin and end with it.
-
-    Args:
-        encoding: Tokens of the whole text.
-        span: Characters that are trained.
-        first: First token of the span.
-        stop: The token after its last one.
-    """
-    if first >= stop:
-        return None
-    begin, end = encoding.token_to_chars(first), encoding.token_to_chars(stop - 1)
-    if begin is not None and begin[0] < span.start < begin[1]:
-        return Crossing(first, span.start)
-    if end is not None and end[0] < span.end < end[1]:
-        return Crossing(stop - 1, span.end)
-    return None
-
-
-def describe(crossing: Crossing, text: str, token_id: int, rules: Tokenizer) -> str:
-    """What is wrong, in a sentence that shows the place.
-
-    Args:
-        crossing: The token and the border.
-        text: The document.
-        token_id: The token's id.
-        rules: The tokenizer.
-    """
-    at = crossing.border
-    before, behind = text[max(0, at - _SHOWN) : at], text[at : at + _SHOWN]
-    token = rules.decode([token_id], skip_special_tokens=False)
-    return f"the token {token!r} lies across the border of what is trained: {before!r} | {behind!r}"
-
-
 # Whitespace of every kind that tokenizers report as covering no characters when they trim offsets.
 _TRIM_PROBE = "a b\n\nc  d"
 
@@ -267,6 +232,40 @@ def _run_by_offsets(encoding: Encoding, span: Span) -> tuple[int, int]:
     """The same for a text of which some characters belong to no token, as after a normalizer that removes them."""
     inside = [index for index, covered in enumerate(encoding.offsets) if _overlaps(covered, span)]
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def crossing_of(encoding: Encoding, span: Span, first: int, stop: int) -> Crossing | None:
+    """The token across the start or the end of a span; None when tokens begin and end with it.
+
+    Args:
+        encoding: Tokens of the whole text.
+        span: Characters that are trained.
+        first: First token of the span.
+        stop: The token after its last one.
+    """
+    if first >= stop:
+        return None
+    begin, end = encoding.token_to_chars(first), encoding.token_to_chars(stop - 1)
+    if begin is not None and begin[0] < span.start < begin[1]:
+        return Crossing(first, span.start)
+    if end is not None and end[0] < span.end < end[1]:
+        return Crossing(stop - 1, span.end)
+    return None
+
+
+def describe(crossing: Crossing, text: str, token_id: int, rules: Tokenizer) -> str:
+    """What is wrong, in a sentence that shows the place.
+
+    Args:
+        crossing: The token and the border.
+        text: The document.
+        token_id: The token's id.
+        rules: The tokenizer.
+    """
+    at = crossing.border
+    before, behind = text[max(0, at - _SHOWN) : at], text[at : at + _SHOWN]
+    token = rules.decode([token_id], skip_special_tokens=False)
+    return f"the token {token!r} lies across the border of what is trained: {before!r} | {behind!r}"
 
 
 def _plain_rules(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
