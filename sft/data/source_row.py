@@ -1,4 +1,4 @@
-"""One row of a source, and the error of a file that can't be read."""
+"""Types of what a reader yields: a row of a source, and the error for a file that can't be read."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from typing import Any, NamedTuple
 
 
 class SourceError(ValueError):
-    """A file that cannot be read as what its name says."""
+    """A file that cannot be read in the format that its name states."""
 
 
 class Row(NamedTuple):
-    """One row of a source.
+    """One row of a file or data set.
 
     Args:
-        id: Where it is: `file:line` for text files, `file:row` (from 1) for tables.
-        columns: Column -> value.
-        from_arrow: Whether it comes out of an Arrow table, whose structs hold nulls that nobody wrote.
-        damage: What keeps it from being read, where the rows after it still can be; it has no columns then.
+        id: Place of the row: `file:line` for text files, `file:row` (from 1) for tables.
+        columns: Values by column name.
+        from_arrow: Whether the row comes from an Arrow table. Arrow fills structs with nulls for keys that only other
+            rows have.
+        damage: Error of a row that can't be read while the rows after it can; such a row has no columns.
     """
 
     id: str

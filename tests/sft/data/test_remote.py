@@ -73,8 +73,8 @@ def test_a_file_of_a_web_server_is_copied(tmp_path: Path, server: str) -> None:
     [
         ("memory://bucket/none.jsonl", r"memory://bucket/none\.jsonl does not exist, or"),
         ("memory://bucket/none", "does not exist"),
-        ("memory://bucket/chats/notes.md", "is of an unknown kind; readable are"),
-        ("memory://bucket/chats/*.parquet", "holds no data file; readable are"),
+        ("memory://bucket/chats/notes.md", "has an unsupported format; supported are"),
+        ("memory://bucket/chats/*.parquet", "contains no data file; supported are"),
         ("file:///etc/hosts", "lies on this machine; state its path, without file://"),
         (
             "nosuch://x/a.jsonl",
