@@ -192,7 +192,7 @@ class Window:
         Returns:
             False at the end of the file.
         """
-        behind, left = self._text[: self._at], self._text[self._at :]
+        before, left = self._text[: self._at], self._text[self._at :]
         ahead: list[str] = []
         num_letters = 0
         for piece in self._pieces:
@@ -202,10 +202,10 @@ class Window:
                 break
         if num_letters == 0:
             return False
-        num_ends = behind.count("\n")
+        num_ends = before.count("\n")
         self._first_line += num_ends
-        self._first_column = self._at - behind.rfind("\n") if num_ends else self._first_column + self._at
-        self.line += behind.count("\n", self._counted)
+        self._first_column = self._at - before.rfind("\n") if num_ends else self._first_column + self._at
+        self.line += before.count("\n", self._counted)
         self._text, self._at, self._counted = left + "".join(ahead), 0, 0
         return True
 

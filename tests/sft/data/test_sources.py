@@ -265,7 +265,7 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
 ) -> None:
     monkeypatch.setattr(text_reader, "MAX_LINE", 1 << 20)
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * (2 << 20) + b'"}\n')
-    with pytest.raises(SourceError, match=r"rows\.jsonl:2: a line of more than 1 MiB; each row has a line of its own"):
+    with pytest.raises(SourceError, match=r"rows\.jsonl:2: a line of more than 1 MiB; this format has one row per line; a list"):
         list(read_rows(tmp_path / "rows.jsonl"))
     (tmp_path / "rows.json").write_bytes(b'[{"text": "' + b"a" * (2 << 20) + b'"}]')
     assert len(list(read_rows(tmp_path / "rows.json"))) == 1
@@ -273,7 +273,7 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
 
 def test_what_is_not_there_says_what_is(tmp_path: Path) -> None:
     written(tmp_path / "train.jsonl", "")
-    with pytest.raises(SourceError, match=r"trian\.jsonl does not exist; .* holds train\.jsonl"):
+    with pytest.raises(SourceError, match=r"trian\.jsonl does not exist; .* contains train\.jsonl"):
         data_files(tmp_path / "trian.jsonl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="empty contains no data file"):
