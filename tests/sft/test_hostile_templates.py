@@ -29,7 +29,7 @@ def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_template_that_loops_for_ever_is_ended_and_named(short_limit: None) -> None:
     started = time.monotonic()
-    with pytest.raises(ValueError, match=r"did not come to an end within 0\.4 s for 1 conversations"):
+    with pytest.raises(ValueError, match=r"did not finish within 0\.4 s for 1 conversations"):
         ChatTemplate(LONG, VARIABLES).render([CHAT])
     assert time.monotonic() - started < 5
 

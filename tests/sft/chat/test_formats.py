@@ -213,5 +213,5 @@ def test_a_template_is_cloned_with_its_tokens(tmp_path: Path, as_path: bool) -> 
     assert tokenizer.eos_token == "<end_of_turn>"
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.get_input_embeddings().weight.shape[0] % 64 == 0
-    with pytest.raises(ValueError, match="has no chat template that could be copied"):
+    with pytest.raises(ValueError, match="has no chat template to copy"):
         clone_chat_template(model, tokenizer, base_tokenizer())

@@ -265,7 +265,9 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
 ) -> None:
     monkeypatch.setattr(text_reader, "MAX_LINE", 1 << 20)
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * (2 << 20) + b'"}\n')
-    with pytest.raises(SourceError, match=r"rows\.jsonl:2: a line of more than 1 MiB; this format has one row per line; a list"):
+    with pytest.raises(
+        SourceError, match=r"rows\.jsonl:2: a line of more than 1 MiB; this format has one row per line; a list"
+    ):
         list(read_rows(tmp_path / "rows.jsonl"))
     (tmp_path / "rows.json").write_bytes(b'[{"text": "' + b"a" * (2 << 20) + b'"}]')
     assert len(list(read_rows(tmp_path / "rows.json"))) == 1
