@@ -174,7 +174,7 @@ def test_columns_that_disagree_in_length_are_refused_with_the_row() -> None:
         pack_dataset(source, 8)
     with pytest.raises(ValueError, match="tokenized data set with 'input_ids', found columns \\['text'\\]"):
         pack_dataset(Dataset.from_dict({"text": ["a"]}), 8)
-    with pytest.raises(ValueError, match="'input_ids' must hold a list of numbers"):
+    with pytest.raises(ValueError, match="'input_ids' must have a list of numbers"):
         pack_dataset(Dataset.from_dict({"input_ids": [1, 2]}), 8)
 
 
