@@ -180,7 +180,7 @@ class WordCache:
         return cls(rules) if _divides_before_spaces(rules) else None
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of every text, `(num_tokens,)` each, equal to those of the tokenizer without special tokens."""
+        """Return the ids of every text, `(num_tokens,)` each, as the tokenizer does without special tokens."""
         if self._num_without:
             self._num_without -= 1
             return self._plain(texts)
