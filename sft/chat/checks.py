@@ -112,7 +112,7 @@ class SpecialText:
             None if the tokenizer still produces a special token for one of the texts.
         """
         broken = {
-            content.path: self._pattern.sub(_broken, content.text)
+            content.path: self._pattern.sub(_break_up, content.text)
             for content in _chat_contents(record)
             if self._pattern.search(content.text)
         }
@@ -120,7 +120,7 @@ class SpecialText:
         return None if any(self._ids.intersection(row) for row in ids) else with_texts(record, broken)
 
 
-def _broken(match: re.Match[str]) -> str:
+def _break_up(match: re.Match[str]) -> str:
     return f"{match[0][:1]}{BREAK}{match[0][1:]}"
 
 

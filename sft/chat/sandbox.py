@@ -1,7 +1,7 @@
 """Sandbox for chat templates: transformers' own, with limits on time, memory and the size of integers.
 
 The time limit interrupts Python code only. A power of two large integers is a single C operation that may take hours,
-and a repeated text is a single allocation that may exhaust the machine's memory, so both have a limit of their own.
+and a repeated text is a single allocation that may exhaust the machine's memory, so both are limited separately.
 """
 
 from __future__ import annotations

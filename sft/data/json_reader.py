@@ -38,7 +38,10 @@ class LongNumberError(ValueError):
 
 
 def jsonl_rows(path: Path, name: str) -> Iterator[Row]:
-    """Yield the rows of JSON lines: one object per line; blank lines are skipped, and other lines are damaged."""
+    """Yield the rows of JSON lines: one object per line; blank lines are skipped.
+
+    A line that is not an object is a damaged row.
+    """
     is_first = True
     for number, line in raw_lines(path):
         if line.isspace():
@@ -157,7 +160,7 @@ class Window:
             if self._at < len(self._text) or not self._read_on():
                 return self._text[self._at : self._at + 1]
 
-    def take_letter(self) -> None:
+    def skip_character(self) -> None:
         """Skip one character."""
         self._at += 1
 
@@ -194,13 +197,13 @@ class Window:
         """
         before, left = self._text[: self._at], self._text[self._at :]
         ahead: list[str] = []
-        num_letters = 0
+        num_characters = 0
         for piece in self._pieces:
             ahead.append(piece)
-            num_letters += len(piece)
-            if num_letters and num_letters >= len(left):
+            num_characters += len(piece)
+            if num_characters and num_characters >= len(left):
                 break
-        if num_letters == 0:
+        if num_characters == 0:
             return False
         num_ends = before.count("\n")
         self._first_line += num_ends
@@ -222,7 +225,7 @@ def _is_wrapped(path: Path) -> bool:
         return True  # the reader finds the same damage and reports it
     if text.peek() != "}":
         return False
-    text.take_letter()
+    text.skip_character()
     return text.peek() == ""
 
 
@@ -242,16 +245,16 @@ def _elements(text: Window, *, is_wrapped: bool) -> Iterator[Any]:
 
 def _list_elements(text: Window) -> Iterator[Any]:
     """Yield the elements of the list that begins at the current position."""
-    text.take_letter()
+    text.skip_character()
     if text.peek() == "]":
-        text.take_letter()
+        text.skip_character()
         return
     while True:
         text.peek()
         yield text.value()
-        letter = text.peek()
-        if letter not in (",", "]"):
+        character = text.peek()
+        if character not in (",", "]"):
             raise text.error("expected , or ] after a row")
-        text.take_letter()
-        if letter == "]":
+        text.skip_character()
+        if character == "]":
             return

@@ -49,7 +49,7 @@ def fetch_files(url: str, folder: Path) -> list[RemoteFile]:
     """
     protocol = urlsplit(url).scheme
     if protocol in LOCAL:
-        raise SourceError(f"{url} lies on this machine; state its path, without {protocol}://")
+        raise SourceError(f"{url} is on this machine; give its path, without {protocol}://")
     system, path = _reached(url, _file_system, url)
     names = _reached(url, _names, system, path, protocol)
     if not names:

@@ -43,9 +43,9 @@ NUM_BATCHES_WITHOUT = 8
 _PROBE = "a b\n\nc  d é\u4e2d 12 <x>"
 
 # Characters at which texts may be cut: printable ASCII, Latin, Greek and Cyrillic letters, dashes, quotation marks.
-_SIGNS = "!-~\u00a1-\u00ac\u00ae-\u024f\u0370-\u03ff\u0400-\u04ff\u2010-\u2027"
+_CUT_AT = "!-~\u00a1-\u00ac\u00ae-\u024f\u0370-\u03ff\u0400-\u04ff\u2010-\u2027"
 
-_PART = re.compile(rf"[\s\S][^ ]*(?:(?:(?<![{_SIGNS}]) | (?![{_SIGNS}]))[^ ]*)*")
+_PART = re.compile(rf"[\s\S][^ ]*(?:(?:(?<![{_CUT_AT}]) | (?![{_CUT_AT}]))[^ ]*)*")
 
 _TYPICAL = "aZ0.'(<-_\"#)>"
 
@@ -175,7 +175,7 @@ class WordCache:
         model, steps = state["model"], list(_steps(state.get("pre_tokenizer")))
         if model.get("type") != "BPE" or model.get("dropout") or not steps:
             return None
-        if not all(_is_plain(step) for step in steps) or any(map(_crosses_spaces, state["added_tokens"])):
+        if not all(_is_tokenize(step) for step in steps) or any(map(_crosses_spaces, state["added_tokens"])):
             return None
         return cls(rules) if _divides_before_spaces(rules) else None
 
@@ -183,7 +183,7 @@ class WordCache:
         """Return the ids of every text, `(num_tokens,)` each, as the tokenizer does without special tokens."""
         if self._num_without:
             self._num_without -= 1
-            return self._plain(texts)
+            return self._tokenize(texts)
         parts = [_PART.findall(text) for text in texts]
         self._learn(set().union(*parts).difference(self._known), sum(map(len, texts)))
         look_up = self._known.__getitem__
@@ -195,13 +195,13 @@ class WordCache:
 
     def _learn(self, words: Iterable[str], num_all: int) -> None:
         new = sorted(words)
-        for word, ids in zip(new, self._plain(new), strict=True):
+        for word, ids in zip(new, self._tokenize(new), strict=True):
             self._known[word] = ids.tobytes()
         num_new = sum(map(len, new))
         self._num_characters += num_new
         self._num_without = NUM_BATCHES_WITHOUT if num_new > MAX_NEW_SHARE * num_all else 0
 
-    def _plain(self, texts: Sequence[str]) -> list[Ids]:
+    def _tokenize(self, texts: Sequence[str]) -> list[Ids]:
         encodings = self._rules.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
@@ -213,7 +213,7 @@ def _steps(part: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
         yield from itertools.chain.from_iterable(map(_steps, part.get("pretokenizers", [])))
 
 
-def _is_plain(step: dict[str, Any]) -> bool:
+def _is_tokenize(step: dict[str, Any]) -> bool:
     """Return whether a pre-tokenizer splits a text by its characters only, and adds no space in front."""
     if step["type"] not in _PRE_TOKENIZERS or step.get("add_prefix_space"):
         return False
@@ -230,6 +230,6 @@ def _crosses_spaces(token: dict[str, Any]) -> bool:
 
 def _divides_before_spaces(rules: Tokenizer) -> bool:
     pre_tokenize = rules.pre_tokenizer.pre_tokenize_str
-    signs = [sign for sign in map(chr, range(0x2028)) if re.match(f"[{_SIGNS}]", sign)]
-    pairs = [*itertools.product(signs, _TYPICAL), *itertools.product(_TYPICAL, signs)]
+    characters = [character for character in map(chr, range(0x2028)) if re.match(f"[{_CUT_AT}]", character)]
+    pairs = [*itertools.product(characters, _TYPICAL), *itertools.product(_TYPICAL, characters)]
     return all(any(start == 1 for _, (start, _) in pre_tokenize(f"{left} {right}")) for left, right in pairs)

@@ -263,9 +263,9 @@ def describe(crossing: Crossing, text: str, token_id: int, rules: Tokenizer) -> 
         rules: The tokenizer.
     """
     at = crossing.border
-    before, behind = text[max(0, at - _SHOWN) : at], text[at : at + _SHOWN]
+    before, after = text[max(0, at - _SHOWN) : at], text[at : at + _SHOWN]
     token = rules.decode([token_id], skip_special_tokens=False)
-    return f"the token {token!r} lies across the border of what is trained: {before!r} | {behind!r}"
+    return f"the token {token!r} lies across the border of what is trained: {before!r} | {after!r}"
 
 
 def _plain_rules(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -129,7 +129,7 @@ class StreamLimit:
             return
         self._num_logged = self.num_cut + self.num_left_out
         logger.warning(
-            "%s data: limit of %d tokens: %d truncated, %d masked and left out, of %d rows so far",
+            "%s data: limit of %d tokens: %d truncated, %d dropped without trained tokens, of %d rows so far",
             self.name,
             self.max_length,
             self.num_cut,

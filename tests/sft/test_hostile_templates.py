@@ -1,4 +1,4 @@
-"""Chat templates are programs that come with data and models: they may do no harm, and they come to an end."""
+"""Chat templates are programs that come with data and models: they may do no harm, and they are stopped in time."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_text_of_any_language_is_no_mojibake(text: str) -> None:
         ("a\U000e0041\U000e0042b", "U+E0041", "ab"),
     ],
 )
-def test_characters_that_nobody_sees_are_found_and_taken_out(text: str, name: str, clean: str) -> None:
+def test_invisible_characters_are_found_and_removed(text: str, name: str, clean: str) -> None:
     problem = control_characters(answer("Yes.", question=text))
     assert problem is not None
     assert f"message 0 (user) holds {name}: " in problem.detail

@@ -1,4 +1,4 @@
-"""Files behind URLs are copied here, once a version, and what can't be had is one message."""
+"""Data files of URLs are downloaded once per version, and every failure is one message."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_file_of_a_web_server_is_copied(tmp_path: Path, server: str) -> None:
         ("memory://bucket/none", "does not exist"),
         ("memory://bucket/chats/notes.md", "has an unsupported format; supported are"),
         ("memory://bucket/chats/*.parquet", "contains no data file; supported are"),
-        ("file:///etc/hosts", "lies on this machine; state its path, without file://"),
+        ("file:///etc/hosts", "is on this machine; give its path, without file://"),
         (
             "nosuch://x/a.jsonl",
             r"can't be read \(ValueError: Protocol not known.*; check address",
