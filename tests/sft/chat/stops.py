@@ -1,4 +1,4 @@
-"""`TerminatorCheck` over a few rows at once, as the tests call it."""
+"""Helper of the tests: `TerminatorCheck` on a few rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that could never learn to stop is noticed before it is trained."""
+"""A model that could never learn to stop is detected before it is trained."""
 
 from __future__ import annotations
 

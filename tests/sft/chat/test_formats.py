@@ -1,4 +1,4 @@
-"""A model and a tokenizer that were given a chat format agree with each other, and the model is otherwise unchanged."""
+"""Model and tokenizer agree after a chat format was set up, and the model is otherwise unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of every shape become the records that they should, and a row that does not fit says why."""
+"""Rows of every layout are converted to the right record; the error for an invalid row states the reason."""
 
 from __future__ import annotations
 

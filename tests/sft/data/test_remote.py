@@ -83,7 +83,7 @@ def test_a_file_of_a_web_server_is_copied(tmp_path: Path, server: str) -> None:
         ("http://127.0.0.1:9/a.jsonl", "a\\.jsonl does not exist, or can't be reached"),
     ],
 )
-def test_what_cannot_be_had_is_one_message(tmp_path: Path, url: str, message: str) -> None:
+def test_a_url_that_cannot_be_read_is_one_message(tmp_path: Path, url: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         fetch_files(url, tmp_path)
 
@@ -94,7 +94,7 @@ def test_splits_of_save_to_disk_are_not_mixed(tmp_path: Path) -> None:
         fetch_files(URL, tmp_path)
 
 
-def test_local_paths_are_no_urls() -> None:
+def test_local_paths_are_not_urls() -> None:
     assert [is_url(text) for text in ("s3://b/a.jsonl", "data/a.jsonl", "/data/a.jsonl", "org/name")] == [
         True, False, False, False
     ]  # fmt: skip

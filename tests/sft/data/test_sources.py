@@ -1,4 +1,4 @@
-"""Every kind of file gives its rows with ids to find them again, and a damaged file says where it is damaged."""
+"""Files of every format yield rows with ids that locate them; errors for damaged files state the place."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ JSON_VALUES = st.recursive(
     indent=st.sampled_from([None, 0, 1]),
     size=st.integers(1, 40),
 )
-def test_a_json_file_read_in_pieces_gives_the_rows_that_it_holds(
+def test_a_json_file_read_in_pieces_gives_all_of_its_rows(
     rows: list[dict[str, Any]], layout: str, indent: int | None, size: int
 ) -> None:
     texts = {"list": [rows], "wrapped": [{"rows": rows}], "lines": rows}
@@ -273,7 +273,7 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
     assert len(list(read_rows(tmp_path / "rows.json"))) == 1
 
 
-def test_what_is_not_there_says_what_is(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_lists_its_folder(tmp_path: Path) -> None:
     written(tmp_path / "train.jsonl", "")
     with pytest.raises(SourceError, match=r"trian\.jsonl does not exist; .* contains train\.jsonl"):
         data_files(tmp_path / "trian.jsonl")
@@ -294,7 +294,7 @@ def test_the_header_shows_what_separates_columns(tmp_path: Path, header: str) ->
     assert rows_of(written(tmp_path / "a.csv", content)) == [Row("a.csv:3", {"question": "a", "answer": "b"})]
 
 
-def test_any_part_of_a_pattern_may_be_one(tmp_path: Path) -> None:
+def test_any_part_of_a_path_may_have_wildcards(tmp_path: Path) -> None:
     for name in ("a/x.jsonl", "b/c/x.jsonl", "b/c/y.jsonl", "b/c/x.csv"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         written(tmp_path / name, as_jsonl(ROWS[:1]))

@@ -1,4 +1,4 @@
-"""Packing fills rows, keeps every token that it promises to keep, and says which document went where."""
+"""Packing fills rows, keeps every token that the strategy should keep, and reports where each document went."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_wrapped_keeps_the_order_and_divides_documents_at_full_rows() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
-def test_empty_documents_and_empty_data_sets_are_no_trouble(strategy: str) -> None:
+def test_empty_documents_and_empty_data_sets_are_packed(strategy: str) -> None:
     packed, plan = pack_with_plan(rows(0, 3, 0, 2, 0), seq_length=5, strategy=strategy)
     assert plan == [[1, 3]]
     assert packed["seq_lengths"][:] == [[3, 2]]

@@ -1,4 +1,4 @@
-"""Documents come back from files as they went in, and rows written as they come are a data set like any other."""
+"""Stored documents are read back unchanged, and rows that are written one by one form a normal data set."""
 
 from __future__ import annotations
 
