@@ -87,7 +87,7 @@ class Rendered:
     append_eos: bool = False
 
     def to_row(self) -> dict[str, Any]:
-        """Return the same as JSON values."""
+        """Convert to a dict of JSON values; `from_row` is the inverse."""
         return {
             "text": self.text,
             "spans": [list(span) for span in self.spans],
@@ -97,7 +97,7 @@ class Rendered:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Rendered:
-        """Return what `to_row` was called on; other keys of the row are ignored."""
+        """Create from a dict that `to_row` returned; other keys are ignored."""
         spans = [Span(int(start), int(end), float(weight)) for start, end, weight in row["spans"]]
         return cls(row["text"], spans, row["add_special_tokens"], row["append_eos"])
 
@@ -147,7 +147,7 @@ class ChatRenderer:
 
         Returns:
             The text up to where generation begins, and the answer without its terminator. None if the record has no
-            answer, as plain text.
+            answer, such as plain text.
         """
         if "text" in record:
             return None

@@ -1,7 +1,7 @@
 """Comparison of rows: near duplicates, and outliers in length and language.
 
-Near duplicates are two texts with a high Jaccard similarity of their sets of word triples (triples in both, divided by
-triples in either). MinHash (Broder 1997) finds candidates; the caller then compares the triples themselves. Bands of
+Two texts are near duplicates if the Jaccard similarity of their sets of word triples (triples in both, divided by
+triples in either) is high. MinHash (Broder 1997) finds candidates; the caller then compares the triples themselves. Bands of
 MinHash values (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, chapter 3) are stored as one number each, 80 to
 200 bytes per row, and sorted at the end; an index of Python sets would take thousands of bytes per row.
 """
@@ -21,6 +21,7 @@ import numpy as np
 from sft.data.contents import contents
 
 NUM_VALUES = 128
+"""MinHash values per text."""
 
 RECALL = 0.95
 """Share of the pairs exactly at the threshold that become candidates; of more similar pairs nearly all do."""
@@ -29,16 +30,19 @@ NUM_NEIGHBOURS = 4
 """Rows of one band that a row is compared with, which bounds the work if thousands of rows share most of their text."""
 
 FAR_OUT = 3.0
+"""Distance of Tukey's outer fences from the quartiles, in interquartile ranges."""
 
 MIN_FACTOR = 2.0
 """A row is an outlier only if its length is more than this factor outside the quartiles, however narrow those are."""
 
 MIN_ROWS = 20
+"""Rows below which nothing counts as an outlier."""
 
 RARE = 0.01
 """A language is rare if a smaller share of the rows than this is in it."""
 
 MIN_LETTERS, MAX_CHARACTERS = 60, 1000
+"""Letters that a text needs for its language to be identified, and the length of the beginning that is looked at."""
 
 _SHINGLES_AT_ONCE = 4096
 
