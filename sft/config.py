@@ -9,15 +9,12 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-logger = logging.getLogger(__name__)
+from sft.options import BAD_LOSS_POLICIES, LOSS_TYPES, PACKING_STRATEGIES
 
-POLICIES = ("stop", "skip", "rollback")
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 1024
 
-PACKING_STRATEGIES = ("bfd", "bfd_split", "wrapped")
-
-LOSS_TYPES = ("nll", "dft")
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 """Two names of one option: transformers renamed the second to the first."""
@@ -461,10 +458,13 @@ def check_policy(policy: str | None, factor: float | None, fp16: bool) -> None:
     Raises:
         ValueError: A value is not possible, or would be ignored.
     """
-    if policy is not None and policy not in POLICIES:
-        raise ValueError(f"on_bad_loss={policy!r}: use one of {', '.join(POLICIES)}, or None to apply every update")
+    if policy is not None and policy not in BAD_LOSS_POLICIES:
+        known = ", ".join(BAD_LOSS_POLICIES)
+        raise ValueError(f"on_bad_loss={policy!r}: use one of {known}, or None to apply every update")
     if factor is not None and policy is None:
-        raise ValueError(f"bad_loss_factor={factor} would be ignored without on_bad_loss={' or '.join(POLICIES)}")
+        raise ValueError(
+            f"bad_loss_factor={factor} would be ignored without on_bad_loss={' or '.join(BAD_LOSS_POLICIES)}"
+        )
     if factor is not None and factor <= 1:
         raise ValueError(f"bad_loss_factor={factor}: half of all losses are above the median; give more than 1")
     if policy is not None and fp16:

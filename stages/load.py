@@ -14,7 +14,7 @@ from sft.data.records import (
     numbers_as_text,
     record_digest,
 )
-from sft.data.row import Row
+from sft.data.source_row import Row
 from sft.folders import replacing_folder
 from stages.checkout.artifacts import JsonlWriter, progress, write_json
 from stages.checkout.ledger import Action, Ledger

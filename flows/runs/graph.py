@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.repo.reproduce import plan_repro
 from dvc.stage import PipelineStage, Stage
+
+from sft.suggest import did_you_mean
 
 
 class RunRefused(ValueError):
@@ -84,8 +85,7 @@ class Plan:
         return found
 
     def _suggestion(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self.names, n=1)
-        return f"did you mean {near[0]!r}?" if near else f"the stages are {', '.join(self.names)}"
+        return did_you_mean(name, self.names, otherwise=f"the stages are {', '.join(self.names)}")
 
 
 def read_plan(root: Path) -> Plan:

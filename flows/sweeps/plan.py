@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from flows.runs.forms import Overrides, apply_overrides, flatten, overridden, wi
 from flows.runs.graph import RunRefused
 from flows.runs.run import prepare_run
 from flows.sweeps.search import PATTERN, Search, open_search, parse_dimension
+from sft.suggest import did_you_mean
 from stages.params.figures import lower_is_better, metric_names
 from stages.params.schema import check_params
 
@@ -106,7 +106,7 @@ def check_objective(root: Path, objective: str, overrides: Overrides) -> str:
         chosen = check_params(YAML(typ="safe", pure=True).load(text))
         known = metric_names(chosen.evaluate, with_quantized=chosen.quantize.method != "none")
         if figure not in known:
-            near = difflib.get_close_matches(figure, known, n=1)
-            hint = f"did you mean 'evaluate.{near[0]}'?" if near else f"there are {', '.join(sorted(known))}"
+            otherwise = f"there are {', '.join(sorted(known))}"
+            hint = did_you_mean(figure, known, otherwise=otherwise, shown=lambda name: f"'evaluate.{name}'")
             raise RunRefused(f"objective {objective!r}: `evaluate` measures no {figure}; {hint}")
     return stage

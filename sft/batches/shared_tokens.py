@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
+from sft.common_prefix import common_prefix_length
 from sft.labels import IGNORE_INDEX
 
 Array = np.ndarray[Any, Any]
@@ -110,7 +111,7 @@ def _owners(input_ids: Array, documents: list[slice]) -> Array:
     owners = np.full(len(input_ids), -1)
     previous = slice(0, 0)
     for document in sorted(documents, key=lambda place: input_ids[place].astype(">u4").tobytes()):
-        shared = _common_length(input_ids[previous], input_ids[document])
+        shared = common_prefix_length(input_ids[previous].data, input_ids[document].data)
         owners[document] = np.arange(document.start, document.stop)
         owners[document.start : document.start + shared] = owners[previous.start : previous.start + shared]
         previous = document
@@ -119,12 +120,6 @@ def _owners(input_ids: Array, documents: list[slice]) -> Array:
     np.minimum.at(first, owners[covered], covered)
     owners[covered] = first[owners[covered]]
     return owners
-
-
-def _common_length(first: Array, second: Array) -> int:
-    length = min(len(first), len(second))
-    differing = np.flatnonzero(first[:length] != second[:length])
-    return int(differing[0]) if len(differing) else length
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Records rendered to text, with the character spans that are trained: templates, formats, sandbox.
+"""Rendering of records to text with the character spans that are trained: chat templates, named formats, sandbox.
 
 Imports `sft.data`.
 """

@@ -1,9 +1,8 @@
-"""Whether a model trained on rendered rows will learn to stop.
+"""Checks of chats before training: every trained turn ends in a stop token, and no message spells out a special token.
 
-A model stops because it was trained to print a token at which generation ends. If the trained part of a turn does not
-include that token, or if generation waits for another one, the tuned model talks on for ever.
-
-Special tokens spelled out in what people wrote, with which a row could end its own turn or begin another one.
+A model stops because it was trained to generate a token at which generation ends. If the trained part of a turn does
+not include that token, or if generation ends at a different one, the tuned model never stops. If a message contains the
+text of a special token, it could end its own turn or begin another one.
 """
 
 from __future__ import annotations
@@ -20,14 +19,18 @@ from sft.data.contents import Content, contents, with_texts
 from sft.data.messages import Problem
 
 NUM_EXAMPLES = 3
+"""Number of rows that an error shows."""
+
+BREAK = "\u200b"
+"""Zero-width space, inserted after the first character of a special token so that it is tokenized as text."""
 
 
 class TerminatorCheck:
-    """Looks at the end of every trained span, row by row.
+    """Check that trained spans end in a token that stops generation, row by row.
 
     Args:
-        tokenizer: Its end-of-sequence token ends generation.
-        stop_token_ids: Further ids that end it, as the generation config lists them.
+        tokenizer: Tokenizer whose end-of-sequence token stops generation.
+        stop_token_ids: Further ids that stop generation, as listed in the generation config.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Iterable[int] = ()) -> None:
@@ -40,12 +43,12 @@ class TerminatorCheck:
         self._examples: list[str] = []
 
     def add(self, row_id: str, rendered: Rendered) -> None:
-        """Look at one row."""
+        """Check one row."""
         for number, span in enumerate(rendered.spans, start=1):
-            # an inner turn may be closed by a token of its own, as long as the last one stops generation
+            # an inner turn may end in any special token, as long as the last turn ends in one that stops generation
             closing = self.stop_texts if number == len(rendered.spans) else self._special_tokens
             closed = rendered.append_eos and span.end == len(rendered.text)
-            # a template may print a line break after the stop token, which does no harm
+            # a line break that the template prints after the stop token is harmless
             trained = rendered.text[span.start : span.end].rstrip()
             self.num_spans += 1
             if not closed and not trained.endswith(closing or ("\0",)):
@@ -54,16 +57,16 @@ class TerminatorCheck:
                     self._examples.append(f"{row_id} ends in {trained[-24:]!r}")
 
     def join(self, other: TerminatorCheck) -> None:
-        """Add what a check of the same tokenizer found in the rows after these."""
+        """Add the results of another check, with the same tokenizer, of the rows after these."""
         self.num_spans += other.num_spans
         self.num_open += other.num_open
         self._examples = [*self._examples, *other._examples][:NUM_EXAMPLES]
 
     def finish(self) -> None:
-        """Raise when a trained turn does not end in a stop token.
+        """Raise an error if a trained turn does not end in a stop token.
 
         Raises:
-            ValueError: Says how many, shows the first ones, and what would stop generation.
+            ValueError: States how many do not, shows the first ones, and names the stop tokens.
         """
         if self.num_open:
             stops = ", ".join(map(repr, self.stop_texts)) or "the tokenizer has none"
@@ -75,37 +78,14 @@ class TerminatorCheck:
             )
 
 
-def check_terminator(
-    rendered: Iterable[tuple[str, Rendered]], tokenizer: PreTrainedTokenizerBase, stop_token_ids: Iterable[int] = ()
-) -> None:
-    """Make sure that every trained turn ends in a trained token that stops generation.
-
-    Args:
-        rendered: Row ids and rendered rows.
-        tokenizer: Its end-of-sequence token ends generation.
-        stop_token_ids: Further ids that end it, as the generation config lists them.
-
-    Raises:
-        ValueError: Some do not; says how many and shows the first ones.
-    """
-    check = TerminatorCheck(tokenizer, stop_token_ids)
-    for row_id, row in rendered:
-        check.add(row_id, row)
-    check.finish()
-
-
-BREAK = "\u200b"
-"""Put behind the first character of a token's text, so that it is read as text: it shows nothing."""
-
-
 class SpecialText:
-    """Finds texts of special tokens inside the messages of a record, and makes plain text of them.
+    """Find texts of special tokens inside the messages of a record, and make plain text of them.
 
-    Plain text (`text`, or prompt and completion as text) goes to the model as it is, and may well hold special tokens.
+    Records of plain text (`text`, or prompt and completion as text) are not checked: they may contain special tokens.
 
     Args:
-        tokenizer: The tokenizer; tokens that are not special, such as `<think>` in many, belong to no one.
-        allowed: Special tokens that rows may spell out.
+        tokenizer: The tokenizer. Only its special tokens are looked for; `<think>`, for example, often is not one.
+        allowed: Special tokens that messages may contain.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, allowed: Iterable[str] = ()) -> None:
@@ -117,8 +97,8 @@ class SpecialText:
         self._ids = set(tokenizer.convert_tokens_to_ids(sorted(texts - {str(tokenizer.unk_token)})))
 
     def find(self, record: Mapping[str, Any]) -> Problem | None:
-        """Find the first special token that a message, a call or a tool spells out."""
-        for content in _of_people(record):
+        """Return the first special token that a message, a tool call or a tool contains as text."""
+        for content in _chat_contents(record):
             match = self._pattern.search(content.text)
             if match:
                 around = content.text[max(0, match.start() - 15) : match.end() + 15]
@@ -126,20 +106,24 @@ class SpecialText:
         return None
 
     def neutralised(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The record with such texts broken up; None where this tokenizer would read a special token all the same."""
+        """Return the record with special tokens turned into plain text.
+
+        Returns:
+            None if the tokenizer still produces a special token for one of the texts.
+        """
         broken = {
-            content.path: self._pattern.sub(_broken, content.text)
-            for content in _of_people(record)
+            content.path: self._pattern.sub(_break_up, content.text)
+            for content in _chat_contents(record)
             if self._pattern.search(content.text)
         }
         ids = (self._tokenizer.encode(text, add_special_tokens=False) for text in broken.values())
         return None if any(self._ids.intersection(row) for row in ids) else with_texts(record, broken)
 
 
-def _broken(match: re.Match[str]) -> str:
+def _break_up(match: re.Match[str]) -> str:
     return f"{match[0][:1]}{BREAK}{match[0][1:]}"
 
 
-def _of_people(record: Mapping[str, Any]) -> Iterator[Content]:
+def _chat_contents(record: Mapping[str, Any]) -> Iterator[Content]:
     is_chat = not isinstance(record.get("completion", record.get("text")), str)
     return (content for content in contents(record) if is_chat)

@@ -1,4 +1,4 @@
-"""Chat formats by name: a template, the special tokens that it needs, and a model that knows them."""
+"""Named chat formats, and their set-up on a tokenizer and a model: chat template, special tokens, new embeddings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.chat.template import ChatTemplate, TemplateProfile, special_token_texts
 
-if TYPE_CHECKING:  # seconds of imports, which those who only format have no use for
+if TYPE_CHECKING:  # importing it takes seconds, and formatting alone does not need it
     from transformers import PreTrainedModel
 
 _TEMPLATES = Path(__file__).parent / "templates"
-# Names under which tokenizers already have a token that pads and means nothing else.
+# Padding tokens of known tokenizers, which have no other meaning.
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
 
@@ -25,9 +25,9 @@ class ChatFormat:
 
     Args:
         template: Jinja source.
-        eos_token: The token that ends a turn; None: the tokenizer's own.
-        bos_token: The token that begins a chat; None: the tokenizer's own.
-        special_tokens: Further tokens of the template.
+        eos_token: Token that ends a turn; None keeps the tokenizer's own.
+        bos_token: Token that begins a chat; None keeps the tokenizer's own.
+        special_tokens: Further special tokens that the template prints.
         needs_bos: Whether the template prints the beginning-of-sequence token.
     """
 
@@ -59,10 +59,10 @@ FORMATS: dict[str, ChatFormat] = {
 
 
 def find_format(name_or_path: str | Path) -> ChatFormat:
-    """The format of a name in `FORMATS`, or of a Jinja file.
+    """Return the format with a name in `FORMATS`, or one made from a Jinja file.
 
     Raises:
-        ValueError: Neither.
+        ValueError: There is no such format or file.
     """
     if str(name_or_path) in FORMATS:
         return FORMATS[str(name_or_path)]
@@ -75,16 +75,16 @@ def find_format(name_or_path: str | Path) -> ChatFormat:
 
 
 def apply_chat_format(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> list[int]:
-    """Give a tokenizer a format's template and special tokens.
+    """Set a format's template and special tokens on a tokenizer.
 
-    The padding token is made another one than the end of a turn: whoever masks padding would mask the end with it, and
-    the model would never learn to stop.
+    The padding token is set to a different token than the one that ends a turn: masking padding would otherwise mask
+    the end of turns, and the model would never learn to stop.
 
     Returns:
-        Ids of the tokens that were new.
+        Ids of the added tokens.
 
     Raises:
-        ValueError: The format uses the tokenizer's own end- or beginning-of-sequence token, and there is none.
+        ValueError: The format uses the tokenizer's own end- or beginning-of-sequence token, and the tokenizer has none.
     """
     before = len(tokenizer)
     wanted = [chat_format.bos_token, chat_format.eos_token, *chat_format.special_tokens]
@@ -110,11 +110,11 @@ def align_eos_with_template(tokenizer: PreTrainedTokenizerBase, stop_token_ids: 
     """Make the token that ends a turn in the template the end-of-sequence token, unless generation stops at it anyway.
 
     Args:
-        tokenizer: A tokenizer with chat template.
-        stop_token_ids: Ids at which generation stops besides the tokenizer's own, as the generation config lists them.
+        tokenizer: A tokenizer with a chat template.
+        stop_token_ids: Ids at which generation stops in addition to the tokenizer's own, as in the generation config.
 
     Returns:
-        The new end-of-sequence token, None when nothing had to change.
+        The new end-of-sequence token; None if it did not change.
     """
     template = ChatTemplate(tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map))
     profile = TemplateProfile.probe(template, special_token_texts(tokenizer))
@@ -126,11 +126,12 @@ def align_eos_with_template(tokenizer: PreTrainedTokenizerBase, stop_token_ids: 
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, *, may_add: bool = True) -> None:
-    """Give a tokenizer a padding token that is not its end-of-sequence token.
+    """Set a padding token that differs from the beginning- and end-of-sequence tokens.
 
     Args:
         tokenizer: The tokenizer.
-        may_add: Add `<|pad|>` when it has none to spare; otherwise the end-of-sequence token has to serve.
+        may_add: Add `<|pad|>` if the tokenizer has no unused token of `PAD_TOKENS`. If False, padding falls back to
+            the end-of-sequence token.
     """
     used = (tokenizer.eos_token, tokenizer.bos_token)
     if tokenizer.pad_token is not None and tokenizer.pad_token not in used:
@@ -151,19 +152,19 @@ def setup_chat_format(
     format: str | Path = "chatml",
     resize_to_multiple_of: int | None = 64,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Make a model and its tokenizer speak a chat format.
+    """Set up a model and its tokenizer for a chat format.
 
     Args:
-        model: Its embeddings are resized where needed; new rows start as the mean of the old ones.
-        tokenizer: Gets the template and the special tokens; a template that it has is replaced.
+        model: The model; its embeddings are resized if needed, new rows initialized to the mean of the old ones.
+        tokenizer: The tokenizer; its chat template is replaced, and the format's special tokens are added.
         format: A name in `FORMATS`, or the path of a Jinja file.
-        resize_to_multiple_of: The vocabulary is rounded up to a multiple of this, which suits tensor cores.
+        resize_to_multiple_of: Round the number of embeddings up to a multiple of this, for tensor cores.
 
     Returns:
         The same model and tokenizer.
 
     Raises:
-        ValueError: An unknown format, or one that needs a token which the tokenizer lacks.
+        ValueError: The format is unknown, or needs a token that the tokenizer does not have.
     """
     added = apply_chat_format(tokenizer, find_format(format))
     resize_embeddings(model, len(tokenizer), added, resize_to_multiple_of)
@@ -177,16 +178,16 @@ def clone_chat_template(
     source_tokenizer_path: str | Path | PreTrainedTokenizerBase,
     resize_to_multiple_of: int | None = 64,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[int]]:
-    """Copy the chat template of another tokenizer, with the tokens that it needs.
+    """Copy the chat template of another tokenizer, with its added tokens and its end-of-sequence token.
 
     Args:
-        model: Its embeddings are resized where needed; new rows start as the mean of the old ones.
-        tokenizer: Gets the template, the added tokens and the end-of-sequence token of the source.
-        source_tokenizer_path: Folder or hub id of the source, or the tokenizer itself.
-        resize_to_multiple_of: The vocabulary is rounded up to a multiple of this.
+        model: The model; its embeddings are resized if needed, new rows initialized to the mean of the old ones.
+        tokenizer: The tokenizer to change.
+        source_tokenizer_path: Folder or Hub id of the source tokenizer, or the tokenizer itself.
+        resize_to_multiple_of: Round the number of embeddings up to a multiple of this.
 
     Returns:
-        The same model and tokenizer, and the ids of the tokens that were new.
+        The same model and tokenizer, and the ids of the added tokens.
 
     Raises:
         ValueError: The source has no chat template.
@@ -196,7 +197,7 @@ def clone_chat_template(
     else:
         source = source_tokenizer_path
     if not source.chat_template:
-        raise ValueError(f"the tokenizer {source.name_or_path!r} has no chat template that could be copied")
+        raise ValueError(f"the tokenizer {source.name_or_path!r} has no chat template to copy")
     before = len(tokenizer)
     known = tokenizer.get_vocab()
     tokens = [token for _, token in sorted(source.added_tokens_decoder.items()) if str(token) not in known]
@@ -216,15 +217,15 @@ def clone_chat_template(
 def resize_embeddings(
     model: PreTrainedModel, num_tokens: int, new_token_ids: list[int], multiple_of: int | None = None
 ) -> None:
-    """Make room for new tokens and start their rows as the mean of the old ones; never shrinks.
+    """Add embedding rows for new tokens, initialized to the mean of the old ones; never removes rows.
 
-    A mean row is neither likely nor unlikely, so the model's first outputs stay what they were. Tied input and output
-    embeddings stay tied.
+    With mean rows, new tokens are neither likely nor unlikely, so the model's outputs hardly change at first. Tied
+    input and output embeddings stay tied.
 
     Args:
         model: The model.
         num_tokens: Length of the tokenizer.
-        new_token_ids: Rows to initialise, also those that the model already had room for.
+        new_token_ids: Rows to initialize, including those for which the model already had unused rows.
         multiple_of: Round the number of rows up to a multiple of this.
     """
     current = model.get_input_embeddings().weight.shape[0]
@@ -246,7 +247,7 @@ def resize_embeddings(
 
 
 def align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make a model's config and generation config agree with its tokenizer on bos, eos and pad."""
+    """Copy the ids of the bos, eos and pad tokens from a tokenizer to a model's config and generation config."""
     configs = [model.config, model.config.get_text_config(), model.generation_config]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(tokenizer, name)

@@ -1,7 +1,7 @@
-"""Records to text, with the character ranges that are trained.
+"""Rendering of records to text, with the character spans that are trained.
 
-Spans are characters of the whole text, so that a prompt and its answer are tokenized together, as they are when
-generating: tokenizing them apart gives other tokens wherever a token crosses the border.
+Spans index characters of the full text, so that a prompt and its answer are tokenized together. Tokenizing them
+separately would give other tokens wherever a token crosses the border between them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _USE_ANOTHER = "use one that does, as the named format chatml"
 
 
 class TrainOn(StrEnum):
-    """What the loss is taken on."""
+    """Part of a record that the loss is computed on."""
 
     ALL = "all"
     COMPLETION = "completion"
@@ -38,7 +38,7 @@ class TrainOn(StrEnum):
 
 
 class PartOptions(Protocol):
-    """The options of `SFTConfig` that say which part of a row is trained."""
+    """The options of `SFTConfig` that select the trained part of a row."""
 
     completion_only_loss: bool | None
     assistant_only_loss: bool
@@ -46,11 +46,11 @@ class PartOptions(Protocol):
 
 
 def asked_part(options: PartOptions, *, has_completion: bool) -> TrainOn | None:
-    """The part that options ask for; None where that is a completion and the rows have none.
+    """Return the part that the options select; None if that is the completion and the rows do not have one.
 
     Args:
-        options: What is trained.
-        has_completion: Whether rows are a prompt and its completion.
+        options: Options that select the trained part.
+        has_completion: Whether rows consist of a prompt and its completion.
     """
     if options.last_turn_only_loss:
         return TrainOn.LAST_ASSISTANT
@@ -62,7 +62,7 @@ def asked_part(options: PartOptions, *, has_completion: bool) -> TrainOn | None:
 
 
 class Span(NamedTuple):
-    """Trained characters `start` to `end` of a text, and the weight of their loss."""
+    """Trained characters `start` to `end` (exclusive) of a text, and the weight of their loss."""
 
     start: int
     end: int
@@ -74,11 +74,11 @@ class Rendered:
     """One record as text.
 
     Args:
-        text: The whole text.
-        spans: What is trained of it, in order, without overlap.
-        add_special_tokens: Whether the tokenizer adds its own, such as a beginning-of-sequence token; a chat template
-            prints them itself.
-        append_eos: Whether the end-of-sequence token follows the text.
+        text: The full text.
+        spans: Its trained spans, in order, without overlap.
+        add_special_tokens: Whether the tokenizer adds its special tokens, such as a beginning-of-sequence token. False
+            for chats, since a chat template prints them itself.
+        append_eos: Whether the end-of-sequence token is appended to the text.
     """
 
     text: str
@@ -87,7 +87,7 @@ class Rendered:
     append_eos: bool = False
 
     def to_row(self) -> dict[str, Any]:
-        """The same as plain JSON values."""
+        """Convert to a dict of JSON values; `from_row` is the inverse."""
         return {
             "text": self.text,
             "spans": [list(span) for span in self.spans],
@@ -97,13 +97,13 @@ class Rendered:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Rendered:
-        """Undo `to_row`; other keys of the row are left out."""
+        """Create from a dict that `to_row` returned; other keys are ignored."""
         spans = [Span(int(start), int(end), float(weight)) for start, end, weight in row["spans"]]
         return cls(row["text"], spans, row["add_special_tokens"], row["append_eos"])
 
 
 class LastTurn(NamedTuple):
-    """The last answer of a record: what to prompt a model with, and what the record answers."""
+    """The last answer of a record: the prompt before it, and the answer as the reference."""
 
     prompt: str
     reference: str
@@ -111,12 +111,12 @@ class LastTurn(NamedTuple):
 
 
 class ChatRenderer:
-    """Renders records with one tokenizer's chat template.
+    """Render records with one tokenizer's chat template.
 
     Args:
-        tokenizer: Its template and special tokens are used, as they are when a kind of record first comes up.
-        train_on: What the spans cover. `assistant` and `last_assistant` mean the completion for prompt and completion
-            as text, and turns of the completion only when they are messages.
+        tokenizer: The tokenizer. Its template and special tokens are read once, at the first record that uses them.
+        train_on: Part that the spans cover. For prompt and completion, `assistant` and `last_assistant` mean the
+            completion if they are text, and only turns of the completion if they are messages.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = TrainOn.ASSISTANT) -> None:
@@ -127,11 +127,11 @@ class ChatRenderer:
         self._profiles: dict[tuple[bool, str], TemplateProfile] = {}
 
     def render(self, record: Mapping[str, Any]) -> Rendered:
-        """Render a record and find what is trained of it.
+        """Render a record and find its trained spans.
 
         Raises:
-            ValueError: The template refuses the record, a turn cannot be located, or `train_on` does not apply to it;
-                names the record's id.
+            ValueError: The template refuses the record, a turn cannot be located, or `train_on` does not apply to the
+                record. The error names the record's id.
         """
         try:
             if "text" in record:
@@ -143,10 +143,11 @@ class ChatRenderer:
             raise ValueError(f"{_name(record)}: {error}") from error
 
     def last_turn(self, record: Mapping[str, Any]) -> LastTurn | None:
-        """Split a record before its last answer, for generation; nothing when it has none, as plain text has.
+        """Split a record before its last answer, for generation.
 
         Returns:
-            The text up to where generation begins, and the answer without its terminator.
+            The text up to where generation begins, and the answer without its terminator. None if the record has no
+            answer, such as plain text.
         """
         if "text" in record:
             return None
@@ -163,7 +164,7 @@ class ChatRenderer:
         return LastTurn(text[: last[0].start], answer.removesuffix(profile.terminator), False)
 
     def template(self, record: Mapping[str, Any]) -> ChatTemplate:
-        """The template that a record uses: its tools may choose another one, and it may bring variables of its own."""
+        """Return the template of a record; its tools may select another one, and it may define variables."""
         key = _template_key(record)
         if key not in self._templates:
             template = chat_template_of(self.tokenizer, _tools(record))
@@ -171,7 +172,7 @@ class ChatRenderer:
         return self._templates[key]
 
     def profile(self, record: Mapping[str, Any]) -> TemplateProfile:
-        """What probing the template of a record showed; every template is probed once."""
+        """Return the profile of a record's template; every template is probed once."""
         key = _template_key(record)
         if key not in self._profiles:
             self._profiles[key] = TemplateProfile.probe(self.template(record), self._special_tokens)
@@ -231,7 +232,7 @@ def _weight(message: Mapping[str, Any]) -> float:
 
 
 def _check_flags(messages: Sequence[Mapping[str, Any]], train_on: TrainOn) -> None:
-    """Refuse flags that would have no effect."""
+    """Check that no message has a `train` or `weight` flag that would have no effect."""
     for index, message in enumerate(messages):
         flagged = message.get("train") is False or message.get("weight", 1.0) != 1.0
         if flagged and train_on in (TrainOn.ALL, TrainOn.COMPLETION):
@@ -243,10 +244,10 @@ def _check_flags(messages: Sequence[Mapping[str, Any]], train_on: TrainOn) -> No
 
 
 def _prepared(template: ChatTemplate, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Messages as the template expects them.
+    """Return the messages as the template expects them.
 
     Raises:
-        ValueError: The template would leave out the tools.
+        ValueError: The template would not print the tools.
     """
     if record.get("tools") and "tools" not in template.source:
         raise ValueError(f"the record has tools, and the chat template never prints them; {_USE_ANOTHER}")
@@ -256,7 +257,7 @@ def _prepared(template: ChatTemplate, record: Mapping[str, Any]) -> list[dict[st
 
 
 def _check_printed(text: str, record: Mapping[str, Any]) -> None:
-    """Refuse a template that leaves out calls, or prints content in parts as the list that it is."""
+    """Check that the template printed all tool calls, and did not print content in parts as a Python list."""
     for index, message in enumerate(_messages(record)):
         if isinstance(message["content"], list) and str(message["content"]) in text:
             kinds = ", ".join(sorted({str(part["type"]) for part in message["content"]}))
@@ -291,7 +292,7 @@ def _name(record: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _renderer(tokenizer: PreTrainedTokenizerBase, template: str, train_on: TrainOn) -> ChatRenderer:
-    """A renderer per tokenizer object; the template is part of the key because users set it on the object."""
+    """Return a cached renderer; the template is part of the key because users change it on the tokenizer."""
     del template
     return ChatRenderer(tokenizer, train_on)
 
@@ -299,6 +300,12 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, template: str, train_on: Train
 def render(
     record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = TrainOn.ASSISTANT
 ) -> Rendered:
-    """Render one record; `ChatRenderer` does the same for many."""
+    """Render one record; `ChatRenderer` does the same for many.
+
+    Args:
+        record: A record, see `sft.data.records`.
+        tokenizer: The tokenizer whose chat template is used.
+        train_on: Part that the spans cover, see `ChatRenderer`.
+    """
     key = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map, len(tokenizer)])
     return _renderer(tokenizer, key, TrainOn(train_on)).render(record)

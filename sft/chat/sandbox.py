@@ -1,9 +1,7 @@
-"""The sandbox that chat templates run in: transformers' own, with limits on what Python's time limit can't interrupt.
+"""Sandbox for chat templates: transformers' own, with limits on time, memory and the size of integers.
 
-A power of two large numbers is one step of C code that may take hours, and a repeated text one allocation that may
-take the machine's memory. Both come before any limit on the time of Python code is looked at.
-
-A limit on the time that foreign code, such as a chat template's, may take.
+The time limit interrupts Python code only. A power of two large integers is a single C operation that may take hours,
+and a repeated text is a single allocation that may exhaust the machine's memory, so both are limited separately.
 """
 
 from __future__ import annotations
@@ -25,14 +23,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import chat_template_utils
 
 MAX_BITS = 4096
-"""Of a whole number: more than any text of a template needs, and computed at once."""
+"""Largest size of an integer in bits: more than any template needs, and fast to compute."""
 
 MAX_BYTES = 2 << 30
-"""What a template may allocate besides what the process holds."""
+"""Memory in bytes that a template may allocate in addition to what the process uses already."""
+
+
+class TimeLimitError(ValueError):
+    """A block took longer than its time limit."""
 
 
 class BoundedSandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which whole numbers stay short."""
+    """Jinja's sandbox with a limit on the size of integers."""
 
     intercepted_binops = frozenset(("*", "**", "//", "%"))
 
@@ -41,10 +43,10 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         self.filters["round"] = bounded_round
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute, unless a number would become too long.
+        """Compute a binary operation, unless its result would be too long an integer.
 
         Raises:
-            SecurityError: It would.
+            SecurityError: The result, or an operand, has more than `MAX_BITS` bits.
         """
         if isinstance(left, int):
             bits = left.bit_length()
@@ -58,10 +60,10 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
 
 def bounded_round(value: Any, precision: Any = 0, method: Any = "common") -> Any:
-    """Jinja's filter `round`, which computes ten to the power of the precision.
+    """Round as Jinja's filter `round` does, which computes ten to the power of the precision.
 
     Raises:
-        SecurityError: The precision is beyond any number's.
+        SecurityError: The precision exceeds that of any float.
     """
     if isinstance(precision, int) and abs(precision) > sys.float_info.max_10_exp:
         raise SecurityError(f"round with precision {precision}")
@@ -70,10 +72,10 @@ def bounded_round(value: Any, precision: Any = 0, method: Any = "common") -> Any
 
 @contextmanager
 def bounded_templates() -> Iterator[None]:
-    """Have templates that transformers compiles in the block run in `BoundedSandbox`, with so much memory and no more.
+    """Run templates that transformers compiles inside the block in `BoundedSandbox`, with a limit on memory.
 
-    Memory is bounded where the system can (Linux), by a limit on what the whole process may allocate meanwhile; beyond
-    it Python raises MemoryError.
+    The memory limit (Linux only) applies to all allocations of the process inside the block; Python raises MemoryError
+    beyond it.
     """
     before = chat_template_utils.ImmutableSandboxedEnvironment
     chat_template_utils.ImmutableSandboxedEnvironment = BoundedSandbox
@@ -86,7 +88,7 @@ def bounded_templates() -> Iterator[None]:
 
 @contextmanager
 def bounded_memory(num_bytes: int) -> Iterator[None]:
-    """Let the process allocate so many bytes more within the block, and no more (Linux)."""
+    """Limit what the process may allocate inside the block to `num_bytes` more than it has (Linux only)."""
     if not sys.platform.startswith("linux"):
         yield
         return
@@ -105,7 +107,7 @@ def bounded_memory(num_bytes: int) -> Iterator[None]:
 
 
 def data_bytes() -> int:
-    """What the process has allocated: the kernel's count that RLIMIT_DATA is compared with."""
+    """Return the bytes that the process has allocated, as the kernel counts them for RLIMIT_DATA."""
     import resource
 
     # called for every chat; a file object takes three times as long
@@ -116,33 +118,29 @@ def data_bytes() -> int:
         os.close(file)
 
 
-class TimeLimitError(ValueError):
-    """Something took longer than it may."""
-
-
 def _stop(number: int, frame: FrameType | None) -> None:
     raise TimeLimitError
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """End the block after so many seconds, wherever its Python code is then.
+    """Interrupt the Python code of the block after a time.
 
-    A timer that ran before goes on afterwards. Outside of the main thread, and where the system has no such timer,
-    nothing is limited.
+    A timer that was running before continues afterwards. There is no limit outside of the main thread, and on systems
+    without `signal.setitimer`.
 
     Args:
-        seconds: Above 0.
+        seconds: Time limit in seconds, above 0.
 
     Raises:
-        TimeLimitError: The time is over.
+        TimeLimitError: The block took longer.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
     started = time.monotonic()
     left_s, interval_s = signal.getitimer(signal.ITIMER_REAL)
-    if 0 < left_s <= seconds:  # somebody else's limit comes first
+    if 0 < left_s <= seconds:  # an earlier timer ends first
         yield
         return
     before = signal.signal(signal.SIGALRM, _stop)

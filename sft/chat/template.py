@@ -1,7 +1,7 @@
-"""Rendering chats with a tokenizer's template, and what can be learned of a template by probing it once.
+"""Chat templates: rendering of chats, and a profile of each template from a few probe conversations.
 
-Templates are programs: nothing is read off their source. A probe conversation shows where a generation prompt ends
-and how an assistant turn is closed; both are then looked for in every rendered chat.
+Templates are programs, so their properties are not derived from their source. Probe conversations show where the
+generation prompt ends and which text closes an assistant turn; both are then searched for in every rendered chat.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft.chat.sandbox import MAX_BYTES, TimeLimitError, bounded_templates, time_limit
+from sft.common_prefix import common_prefix_length
 
 GENERATION_MARK = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
-# Words that no template treats specially, and that occur in none.
+# Words that occur in no template and that no template treats specially.
 PROBE_QUESTION, PROBE_ANSWER = "Zyquestionprobe", "Zyanswerprobe"
 FIRST_CHAT_S, CHAT_S = 10.0, 0.1
-"""How long a template may take, some thousand times what any needs."""
+"""Time limit in seconds for a call, and in addition per chat; some thousand times what any template needs."""
 MAX_CHARACTERS = 100_000_000
-# What Python raises when a template computes nonsense, besides Jinja's own errors.
+# Jinja's own errors, and those that Python raises for expressions of a template.
 TEMPLATE_ERRORS = (
     TemplateError,
     TypeError,
@@ -45,22 +46,22 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class TemplateSourceError(ValueError):
-    """A template that is no valid Jinja, whatever conversation it is given."""
+    """A template that is not valid Jinja, and so fails for every conversation."""
 
 
 def syntax_message(source: str, error: TemplateSyntaxError) -> str:
-    """What is wrong with a template's source, with the number and the text of the line."""
+    """Return the message for a syntax error in a template, with the number and the text of the line."""
     lines = source.splitlines()
     text = lines[error.lineno - 1].strip() if 0 < error.lineno <= len(lines) else ""
     return f"the chat template is not valid Jinja: line {error.lineno}: {error.message}, in {text!r:.120}"
 
 
 def template_messages(messages: Messages, *, arguments_as_text: bool = False) -> list[dict[str, Any]]:
-    """Messages as a template expects them: no training flags, no nulls, tool calls complete.
+    """Convert messages to what templates expect: no training flags, no nulls, and tool calls with ids.
 
     Args:
         messages: Messages as `sft.data.records.normalize` returns them.
-        arguments_as_text: Leave tool-call arguments the JSON text that they are; most templates expect an object.
+        arguments_as_text: Keep tool-call arguments as JSON text; most templates expect an object.
     """
     result = []
     ids: list[str] = []
@@ -78,7 +79,7 @@ def template_messages(messages: Messages, *, arguments_as_text: bool = False) ->
 
 
 def _tool_call(call: Mapping[str, Any], number: int, arguments_as_text: bool) -> dict[str, Any]:
-    """A tool call with an id (nine letters and digits, all that some templates accept) and arguments as asked."""
+    """Add an id to a tool call and convert its arguments; some templates accept only ids of nine letters and digits."""
     function = dict(call["function"])
     if isinstance(function.get("arguments"), str) and not arguments_as_text:
         try:
@@ -92,12 +93,12 @@ def _tool_call(call: Mapping[str, Any], number: int, arguments_as_text: bool) ->
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """One template together with the variables that a tokenizer gives it.
+    """A template with its variables.
 
     Args:
         source: Jinja source.
-        variables: Special tokens by name, and whatever a row adds.
-        takes_text: Whether content may be text. Templates of vision models that take a list of parts leave text out.
+        variables: Special tokens by name, and the variables that a row defines.
+        takes_text: Whether content may be text. Some templates of vision models print only lists of parts.
     """
 
     source: str
@@ -106,21 +107,21 @@ class ChatTemplate:
 
     @property
     def marks_generation(self) -> bool:
-        """Whether the template itself states what the assistant generates, with `{% generation %}`."""
+        """Whether the template marks what the assistant generates with `{% generation %}`."""
         return GENERATION_MARK.search(self.source) is not None
 
     def render(
         self, chats: Sequence[Messages], tools: list[Any] | None = None, *, add_generation_prompt: bool = False
     ) -> list[str]:
-        """Render several chats in transformers' sandbox, exactly as `apply_chat_template` does.
+        """Render several chats in transformers' sandbox, with the same result as `apply_chat_template`.
 
         Raises:
-            ValueError: The template refused the chat, or is no Jinja (`TemplateSourceError`).
+            ValueError: The template refused a chat, or is not valid Jinja (`TemplateSourceError`).
         """
         return self._render(chats, tools, add_generation_prompt=add_generation_prompt)[0]
 
     def render_marked(self, chat: Messages, tools: list[Any] | None = None) -> tuple[str, list[tuple[int, int]]]:
-        """Render one chat; returns the text and the character ranges inside the template's generation marks."""
+        """Render one chat; return the text and the character ranges inside the template's generation marks."""
         texts, ranges = self._render([chat], tools, return_assistant_tokens_mask=True)
         return texts[0], ranges[0]
 
@@ -136,12 +137,12 @@ class ChatTemplate:
                 )
         except TemplateSyntaxError as error:
             raise TemplateSourceError(syntax_message(self.source, error)) from error
-        except SyntaxError as error:  # Jinja parses a loop's break outside of a loop, Python does not compile it
+        except SyntaxError as error:  # Jinja parses a break outside of a loop, but Python does not compile it
             raise TemplateSourceError(f"the chat template is not valid Jinja: {error.msg}") from error
         except TimeLimitError:
             raise ValueError(
-                f"the chat template did not come to an end within {limit_s:g} s for {len(chats)} conversations; look "
-                "for a loop in it that never ends"
+                f"the chat template did not finish within {limit_s:g} s for {len(chats)} conversations; look for an "
+                "endless loop in it"
             ) from None
         except MemoryError:
             raise ValueError(
@@ -161,7 +162,7 @@ class ChatTemplate:
 
 
 def in_parts(messages: Messages) -> list[dict[str, Any]]:
-    """Messages whose texts are lists of one part, `{"type": "text", "text": ...}`; empty ones have none."""
+    """Convert the text of messages to a list with one part, `{"type": "text", "text": ...}`, or none if it is empty."""
     return [{**message, "content": _parts(message.get("content"))} for message in messages]
 
 
@@ -172,7 +173,7 @@ def _parts(content: Any) -> Any:
 
 
 def prints_probe(template: ChatTemplate, messages: Messages) -> bool:
-    """Whether a template prints the probe's question and answer, rather than nothing or Python's notation of them."""
+    """Return whether a template prints the texts of the probe, rather than nothing or the repr of their parts."""
     try:
         text = template.render([messages])[0]
     except ValueError:
@@ -182,7 +183,7 @@ def prints_probe(template: ChatTemplate, messages: Messages) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def wants_text_arguments(source: str) -> bool:
-    """Whether a template joins tool-call arguments to text, and so refuses the object that most templates print."""
+    """Return whether a template accepts tool-call arguments only as text, while most templates expect an object."""
     template = ChatTemplate(source, {"bos_token": "", "eos_token": ""})
     call = {"type": "function", "function": {"name": PROBE_ANSWER, "arguments": '{"x": 1}'}}
     chat: Messages = [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -198,10 +199,10 @@ def wants_text_arguments(source: str) -> bool:
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None = None) -> ChatTemplate:
-    """The template that a tokenizer uses for a chat with or without tools, given content in the form it takes.
+    """Return the template that a tokenizer uses for chats with or without tools.
 
     Raises:
-        ValueError: The tokenizer has none.
+        ValueError: The tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise ValueError(
@@ -215,19 +216,18 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None
 
 @dataclass(frozen=True)
 class TemplateProfile:
-    """What a few probe conversations show of a template.
+    """Properties of a template that a few probe conversations show.
 
     Args:
-        generation_prompt: The text that `add_generation_prompt` adds, e.g. `<|im_start|>assistant\\n`; empty when the
-            template adds nothing.
+        generation_prompt: Text that `add_generation_prompt` adds, e.g. `<|im_start|>assistant\\n`; empty if none.
         after_question: All text between the last question and the point where generation begins.
-        header: What a conversation has of the generation prompt before an answer; less than all of it where the prompt
-            begins the answer too, as with `<think>`.
-        lead: Text between that point and the answer, e.g. the space in `[/INST] answer`.
+        header: Part of the generation prompt that a conversation has before an answer. It is shorter than the prompt
+            if the prompt also begins the answer, for example with `<think>`.
+        lead: Text between the generation prompt and the answer, e.g. the space in `[/INST] answer`.
         tail: All text after a final answer.
-        terminators: What closes an answer, e.g. `<|im_end|>`: after a final answer, and after an inner one where that
-            is another text. A final answer of a template without special tokens is closed by its whole tail.
-        stop_token: The special token that closes a final answer; None when there is none.
+        terminators: Texts that close an answer, e.g. `<|im_end|>`: first that of a final answer, then that of an inner
+            answer if it differs. In a template without special tokens, the entire tail closes a final answer.
+        stop_token: Special token that closes a final answer; None if there is none.
     """
 
     generation_prompt: str
@@ -240,16 +240,16 @@ class TemplateProfile:
 
     @property
     def terminator(self) -> str:
-        """What closes a final answer."""
+        """Text that closes a final answer."""
         return self.terminators[0]
 
     @classmethod
     def probe(cls, template: ChatTemplate, special_tokens: Sequence[str]) -> TemplateProfile:
-        """Render a question with and without generation prompt, and the question with its answer.
+        """Create the profile of a template from its probe conversations.
 
         Args:
             template: The template.
-            special_tokens: Texts of all tokens that the tokenizer never splits.
+            special_tokens: Texts of all added tokens, which the tokenizer never splits.
 
         Raises:
             ValueError: The template does not render a plain question and answer.
@@ -263,7 +263,7 @@ class TemplateProfile:
         return cls(
             generation_prompt=prompt[len(asked) :] if prompt.startswith(asked) else "",
             after_question=prompt[prompt.rfind(PROBE_QUESTION) + len(PROBE_QUESTION) :],
-            header=before[len(asked) : common_length(prompt, before)] if prompt.startswith(asked) else "",
+            header=before[len(asked) : common_prefix_length(prompt, before)] if prompt.startswith(asked) else "",
             lead=before[len(prompt) :] if before.startswith(prompt) else "",
             tail=tail,
             terminators=terminators,
@@ -272,10 +272,10 @@ class TemplateProfile:
 
 
 def _inner_tail(template: ChatTemplate) -> tuple[str, bool]:
-    """What follows an answer inside a conversation, whoever speaks next; and whether that is certain.
+    """Return the text that follows an answer inside a conversation, and whether it is certain to belong to the answer.
 
-    What a question and another answer are both preceded by belongs to the answer before them. Where a template refuses
-    two answers in a row, the text before a question is all there is, and its end may announce the question.
+    Text that precedes both a question and another answer belongs to the answer before it. If the template refuses two
+    answers in a row, only the text before a question is known, and its end may belong to the question.
     """
     try:
         text = template.render([[_QUESTION, _ANSWER, _SECOND_QUESTION, _SECOND_ANSWER]])[0]
@@ -287,18 +287,24 @@ def _inner_tail(template: ChatTemplate) -> tuple[str, bool]:
     except ValueError:
         return before_question, False
     before_answer = text.partition(PROBE_ANSWER)[2].partition(_SECOND_ANSWER["content"])[0]
-    return before_question[: common_length(before_question, before_answer)], True
+    return before_question[: common_prefix_length(before_question, before_answer)], True
 
 
 def _terminators(
     tail: str, inner: tuple[str, bool], special_tokens: Sequence[str]
 ) -> tuple[tuple[str, ...], str | None]:
-    """What closes a final and an inner answer, and the special token that closes a final one."""
+    """Return the texts that close a final and an inner answer, and the special token that closes a final one.
+
+    Args:
+        tail: Text after a final answer.
+        inner: Result of `_inner_tail`.
+        special_tokens: Texts of all added tokens.
+    """
     inner_tail, is_certain = inner
-    shared = _special_tokens_in(tail[: common_length(tail, inner_tail)], special_tokens)
+    shared = _special_tokens_in(tail[: common_prefix_length(tail, inner_tail)], special_tokens)
     own = _special_tokens_in(tail, special_tokens)
     if shared:
-        # several may close a turn together, and what a final answer has besides ends the conversation
+        # several tokens may close a turn together; those that only a final answer has end the conversation
         end, token = shared[-1]
         return (tail[:end],), token
     inside = _special_tokens_in(inner_tail, special_tokens) if is_certain else []
@@ -310,23 +316,14 @@ def _terminators(
 
 
 def _special_tokens_in(text: str, special_tokens: Sequence[str]) -> list[tuple[int, str]]:
-    """End and text of all special tokens in a text, in order; the longest where several begin at one place."""
+    """Return end and text of all special tokens in a text, in order; the longest if several begin at one place."""
     if not special_tokens:
         return []
     longest_first = sorted(special_tokens, key=len, reverse=True)
     return [(match.end(), match.group()) for match in re.finditer("|".join(map(re.escape, longest_first)), text)]
 
 
-def common_length(left: str, right: str) -> int:
-    """How many characters two texts share from their beginning."""
-    low, high = 0, min(len(left), len(right))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle - 1)
-    return low
-
-
 def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Texts of all tokens that a tokenizer never splits, runs of whitespace left out."""
+    """Return the texts of all added and special tokens of a tokenizer, except those of whitespace only."""
     texts = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     return sorted(text for text in texts if text.strip())

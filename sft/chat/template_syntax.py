@@ -1,8 +1,8 @@
-"""Whether a chat template does nothing with a message's text but print it, read off its syntax.
+"""Static check whether a chat template only prints the text of messages and never inspects it.
 
-Such a template prints a marked text where it prints the plain one, and all else stays the same: rendering the plain one
-too would only show what is known. Printing, trimming, and asking whether there is any text are allowed; whatever else a
-template does counts as looking into the text.
+With such a template, marks inside the text change nothing else in the output, so one rendering with marks is enough to
+locate all turns (`sft.chat.turns`). A template may print a text, trim it, and test whether it is empty; any other use
+counts as inspecting it.
 """
 
 from __future__ import annotations
@@ -17,53 +17,53 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 _TEXT = "content"
 _LIST, _MESSAGE = "list", "message"
 _NEIGHBOURS = ("previtem", "nextitem")
-# What may be asked of the list of messages, or of a message as a whole, without a look at the texts.
+# Filters of the list of messages, and tests of a list or message, that do not depend on the texts.
 _FILTERS_OF_LIST = ("length", "count")
 _TESTS = ("defined", "undefined", "none", "string", "mapping", "sequence", "iterable")
 _STATEMENTS = (nodes.Template, nodes.If, nodes.Output, nodes.TemplateData, nodes.Break, nodes.Continue, nodes.ExprStmt)
 
 
-class _LooksIntoTextsError(Exception):
-    """The template may do something else with a text than print it."""
+class _InspectsTextError(Exception):
+    """The template may inspect a text."""
 
 
 @functools.lru_cache(maxsize=64)
 def only_prints_contents(source: str) -> bool:
-    """Whether the template prints `content` of messages as it is, or trimmed, and does nothing else with it.
+    """Return whether the template prints the `content` of messages, plain or trimmed, and does nothing else with it.
 
     Args:
         source: Jinja source.
 
     Returns:
-        False also where that can't be told.
+        False also if the check cannot decide.
     """
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     try:
         _Reader().read(environment.parse(source))
-    except (TemplateSyntaxError, _LooksIntoTextsError, RecursionError):
+    except (TemplateSyntaxError, _InspectsTextError, RecursionError):
         return False
     return True
 
 
 class _Reader:
-    """Goes through a template and remembers which names are the messages, or one of them."""
+    """Walk through the syntax tree and track which names refer to the list of messages, or to a message."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, str | None] = {"messages": _LIST}
 
     def read(self, node: nodes.Node, *, is_free: bool = False) -> None:
-        """Read a node.
+        """Check a node and its children.
 
         Args:
-            node: Of the syntax tree.
-            is_free: Whether the template does nothing with its value but print it, or ask whether it is empty; nothing
-                is put into an empty text.
+            node: Node of the syntax tree.
+            is_free: Whether the template only prints the node's value, or tests whether it is empty. The latter is
+                safe because marks are never put into empty texts.
 
         Raises:
-            _LooksIntoTextsError: A text may be looked at.
+            _InspectsTextError: The template may inspect a text.
         """
         if self._kind(node) is not None:
-            raise _LooksIntoTextsError
+            raise _InspectsTextError
         match node:
             case nodes.For():
                 self._read_loop(node)
@@ -86,7 +86,7 @@ class _Reader:
             case nodes.Output():
                 self._read_all(node.nodes, is_free=True)
             case nodes.Stmt() if not isinstance(node, _STATEMENTS):
-                raise _LooksIntoTextsError  # blocks that keep what is printed: macros, set ... endset, filters
+                raise _InspectsTextError  # blocks that capture output: macros, set ... endset, filters
             case _:
                 self._read_all(node.iter_child_nodes())
 
@@ -96,7 +96,7 @@ class _Reader:
                 self.read(part, is_free=is_free)
 
     def _kind(self, node: nodes.Node) -> str | None:
-        """Whether an expression is the list of messages, a part of it, or a message."""
+        """Return whether an expression is the list of messages (or a slice of it), a message, or neither (None)."""
         match node:
             case nodes.Name(name=name):
                 return self._kinds.get(name)
@@ -109,7 +109,7 @@ class _Reader:
 
     def _read_loop(self, node: nodes.For) -> None:
         if node.recursive:
-            raise _LooksIntoTextsError
+            raise _InspectsTextError
         if self._kind(node.iter) == _LIST and isinstance(node.target, nodes.Name):
             self._set(node.target.name, _MESSAGE)
         else:
@@ -131,22 +131,22 @@ class _Reader:
             self._set(name.name, None)
 
     def _set(self, name: str, kind: str | None) -> None:
-        """A name that is one thing here and another there could be either."""
+        """Record the kind of a name; a name with two kinds is ambiguous."""
         if self._kinds.setdefault(name, kind) != kind:
-            raise _LooksIntoTextsError
+            raise _InspectsTextError
 
     def _read_key(self, node: nodes.Getattr | nodes.Getitem, *, is_free: bool) -> None:
         key = node.attr if isinstance(node, nodes.Getattr) else _constant(node.arg)
         if self._kind(node.node) is None:
             self._read_all(node.iter_child_nodes())
         elif self._kind(node.node) == _LIST or not isinstance(key, str) or hasattr(dict, key):
-            raise _LooksIntoTextsError  # `messages.x`, a computed key, or a method that hands out all values
+            raise _InspectsTextError  # `messages.x`, a computed key, or a method that returns all values
         elif key == _TEXT and not is_free:
-            raise _LooksIntoTextsError
+            raise _InspectsTextError
 
     def _read_filter(self, node: nodes.Filter, *, is_free: bool) -> None:
         if node.node is None:
-            raise _LooksIntoTextsError
+            raise _InspectsTextError
         if node.name in _FILTERS_OF_LIST and self._kind(node.node) == _LIST:
             return
         is_trim = node.name == "trim" and not node.args and not node.kwargs
@@ -154,7 +154,7 @@ class _Reader:
         self._read_all([*node.args, *node.kwargs, node.dyn_args, node.dyn_kwargs])
 
     def _read_tested(self, node: nodes.Node) -> None:
-        """What kind of value something is does not depend on what a text says."""
+        """Check the operand of a test of type, whose result does not depend on a text."""
         is_key = isinstance(node, nodes.Getattr | nodes.Getitem) and self._kind(node.node) == _MESSAGE
         if self._kind(node) is None and not (is_key and _key(node) == _TEXT):
             self.read(node)

@@ -1,17 +1,14 @@
-"""Where the assistant's turns lie in a rendered chat, for any template, in time linear in the number of turns.
+"""Location of the assistant's turns in a rendered chat, for any chat template.
 
-A chat is rendered twice: plain, and with a private-use character before and after the content of every message. When
-the second text without those characters is the first one, the characters tell where each content landed. A turn then
-runs from the end of the generation prompt before its content (so that whatever a template puts between, such as an
-empty `<think>` block, is part of the turn: the model has to generate it) through the first terminator after it.
-
-Chats whose template looks into the content, so that the two texts differ, go through `sft.chat.turns` instead:
-quadratic, but only for those rows.
-
-Assistant turns of chats whose template edits or inspects the content: found by rendering variants of the chat.
-
-Two methods, both verified against the text: the messages up to a turn must render to a prefix of it; or, where later
-messages change how earlier ones are printed, the chat with only that turn's content replaced must differ nowhere else.
+1. Marks, in time linear in the number of turns. A chat is rendered twice: plain, and with a private-use character
+   before and after the content of every message. If the second text without those characters equals the first one, the
+   characters show where each content is. A turn then begins at the end of the generation prompt before its content and
+   ends with the first terminator after it. Anything that the template prints between prompt and content, such as an
+   empty `<think>` block, belongs to the turn, since the model has to generate it.
+2. Prefixes, if the template edits or inspects the content, so that the two texts differ: the messages up to a turn must
+   render to a prefix of the chat. This and the next method are quadratic, but needed for few rows.
+3. Replacement, if later messages change how earlier ones are printed: the chat with only that turn's content replaced
+   must differ nowhere else.
 """
 
 from __future__ import annotations
@@ -21,148 +18,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sft.chat.template import PROBE_ANSWER, ChatTemplate, Messages, TemplateProfile, common_length
+from sft.chat.template import PROBE_ANSWER, ChatTemplate, Messages, TemplateProfile
 from sft.chat.template_syntax import only_prints_contents
+from sft.common_prefix import common_prefix_length
+
+# Private-use characters (planes 15 and 16 of Unicode) that serve as marks: two for each message of a chat.
+_FIRST_MARK, _MAX_MARKED = 0xF0000, 0x7FFE
+
+_MARKS = re.compile("[\U000f0000-\U000ffffd]")
 
 
 class Turn(NamedTuple):
-    """What the assistant generates for one message: characters `start` to `end` of the rendered chat."""
+    """Text that the assistant generates for one message: characters `start` to `end` (exclusive) of the chat."""
 
     message: int
     start: int
     end: int
 
 
-def assistant_indices(messages: Messages) -> list[int]:
-    """Positions of the assistant's messages."""
-    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-
-
-@dataclass(frozen=True)
-class _Chat:
-    template: ChatTemplate
-    profile: TemplateProfile
-    messages: Messages
-    tools: list[Any] | None
-    text: str
-
-    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str | None:
-        """Render a variant of the chat, which the template may refuse although it accepts the chat itself."""
-        try:
-            return self.template.render([messages], self.tools, add_generation_prompt=add_generation_prompt)[0]
-        except ValueError:
-            return None
-
-
-def turns_by_rendering(
-    template: ChatTemplate,
-    profile: TemplateProfile,
-    messages: Messages,
-    tools: list[Any] | None,
-    text: str,
-    known: Mapping[int, Turn],
-) -> list[Turn]:
-    """Find assistant turns of a rendered chat; quadratic in the number of turns that are not known already.
-
-    Args:
-        template: The template.
-        profile: What `TemplateProfile.probe` found about it.
-        messages: Messages as `template_messages` returns them.
-        tools: Tool schemas.
-        text: The rendered chat.
-        known: Message index -> its turn, where it was found by other means.
-
-    Returns:
-        The turns of all assistant messages, in order.
-
-    Raises:
-        ValueError: Neither method explains the text; names the turn and shows where the texts part.
-    """
-    chat = _Chat(template, profile, messages, tools, text)
-    turns: list[Turn] = []
-    for index in assistant_indices(messages):
-        previous_end = turns[-1].end if turns else 0
-        turn = known.get(index) or _turn_by_prefixes(chat, index) or _turn_by_replacement(chat, index, previous_end)
-        if turn is None or turn.start < previous_end:
-            raise ValueError(_not_found(chat, index))
-        turns.append(turn)
-    return turns
-
-
-def _turn_by_prefixes(chat: _Chat, index: int) -> Turn | None:
-    through = chat.render(chat.messages[: index + 1])
-    if index == 0 or through is None or not chat.text.startswith(through):
-        return None
-    start = _end_of_prompt(chat, chat.messages[:index], through)
-    return None if start is None else Turn(index, start, _cut_tail(through, start, chat.profile))
-
-
-def _end_of_prompt(chat: _Chat, messages: Messages, through: str) -> int | None:
-    """Where generation begins after some messages: after the generation prompt, or what the history has of it."""
-    prompt = chat.render(messages, add_generation_prompt=True)
-    if prompt is not None and through.startswith(prompt):
-        return len(prompt)
-    before = chat.render(messages)
-    if before is not None and through.startswith(before + chat.profile.header):
-        return len(before) + len(chat.profile.header)
-    return None
-
-
-def _cut_tail(through: str, start: int, profile: TemplateProfile) -> int:
-    """Where the terminator ends in a text that ends with a whole turn."""
-    if through.endswith(profile.tail, start):
-        return len(through) - len(profile.tail) + len(profile.terminator)
-    at = through.rfind(profile.terminator, start) if profile.stop_token is not None else -1
-    return at + len(profile.terminator) if at >= 0 else len(through)
-
-
-def _turn_by_replacement(chat: _Chat, index: int, previous_end: int) -> Turn | None:
-    """The turn between the texts that stay the same when its content is another word."""
-    replaced = {"role": "assistant", "content": PROBE_ANSWER}
-    other = chat.render([*chat.messages[:index], replaced, *chat.messages[index + 1 :]])
-    if chat.messages[index].get("tool_calls") or other is None or PROBE_ANSWER not in other:
-        return None
-    before, _, rest = other.partition(PROBE_ANSWER)
-    same, end = common_length(chat.text, before), len(chat.text) - len(rest)
-    anchor = chat.profile.generation_prompt or chat.profile.after_question
-    at = chat.text.rfind(anchor, previous_end, same) if anchor else -1
-    start = at + len(anchor) if at >= 0 else same
-    certain = at >= 0 or same == len(before)
-    if not certain or not chat.text.endswith(rest) or end < start:
-        return None
-    return Turn(index, start, end + _terminator_length(rest, chat.profile))
-
-
-def _terminator_length(rest: str, profile: TemplateProfile) -> int:
-    return max((len(terminator) for terminator in profile.terminators if rest.startswith(terminator)), default=0)
-
-
-def _not_found(chat: _Chat, index: int) -> str:
-    prefix = chat.render(chat.messages[: index + 1]) or ""
-    same = common_length(chat.text, prefix)
-    near = slice(max(0, same - 40), same + 40)
-    return (
-        f"the assistant's turn in message {index} cannot be located: the template prints the messages up to it "
-        f"differently at the end of a conversation (...{prefix[near]!r}) than inside this one "
-        f"(...{chat.text[near]!r}). Mark what the assistant generates in the template with "
-        "{% generation %} ... {% endgeneration %}"
-    )
-
-
-# Plane 15 and 16 of Unicode hold private-use characters only: two for each message of a chat.
-_FIRST_MARK, _MAX_MARKED = 0xF0000, 0x7FFE
-
-_MARKS = re.compile("[\U000f0000-\U000ffffd]")
-
-
 @dataclass(frozen=True)
 class Marked:
-    """Where the contents of messages landed in a rendered chat.
+    """Positions of the marks, and so of the contents of messages, in a rendered chat.
 
     Args:
-        places: Characters at which marks lie, in order.
-        starts: Message index -> which of the places is the start of its content, leading whitespace excluded.
-        ends: Message index -> which of the places is its end, trailing whitespace excluded.
+        places: Position of each mark in the text without marks, in order.
+        starts: Message index -> index in `places` of the start of its content, without leading whitespace.
+        ends: Message index -> index in `places` of the end of its content, without trailing whitespace.
     """
 
     places: list[int]
@@ -177,13 +58,13 @@ def assistant_turns(
 
     Args:
         template: The template.
-        profile: What `TemplateProfile.probe` found about it.
+        profile: Its profile from `TemplateProfile.probe`.
         messages: Messages as `template_messages` returns them.
         tools: Tool schemas.
 
     Returns:
-        The rendered text and one turn (several where the template's own generation marks are several) for every
-        assistant message, in order.
+        The rendered text and, in order, one turn for every assistant message (several if the template has several
+        generation marks in it).
 
     Raises:
         ValueError: The template refused the chat, or a turn could not be found in it.
@@ -192,6 +73,11 @@ def assistant_turns(
         return _turns_by_generation_marks(template, profile, messages, tools)
     text, known = _turns_by_content_marks(template, profile, messages, tools)
     return text, turns_by_rendering(template, profile, messages, tools, text, known)
+
+
+def assistant_indices(messages: Messages) -> list[int]:
+    """Return the indices of the assistant's messages."""
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _turns_by_generation_marks(
@@ -220,7 +106,7 @@ def _turns_by_generation_marks(
 def _turns_by_content_marks(
     template: ChatTemplate, profile: TemplateProfile, messages: Messages, tools: list[Any] | None
 ) -> tuple[str, dict[int, Turn]]:
-    """The rendered text, and the turns of all messages whose marks the template carries through."""
+    """Render a chat; return the text and the turns of all messages whose marks the template printed."""
     chats = [messages, _with_marks(messages)] if len(messages) <= _MAX_MARKED // 2 else [messages]
     if len(chats) == 2 and _is_printed_as_it_is(template, messages):
         marked = template.render(chats[1:], tools)[0]
@@ -231,7 +117,7 @@ def _turns_by_content_marks(
             return plain, _turns_of(plain, messages, marks, profile)
     try:
         plain, *others = template.render(chats, tools)
-    except ValueError:  # the template may inspect what is marked, and accept the chat itself
+    except ValueError:  # the template may refuse marked content, and still accept the chat itself
         plain, others = template.render([messages], tools)[0], []
     marked = others[0] if others else ""
     marks = _find_marks(marked)
@@ -241,7 +127,7 @@ def _turns_by_content_marks(
 
 
 def _is_printed_as_it_is(template: ChatTemplate, messages: Messages) -> bool:
-    """Whether the marked chat shows all there is to see: nothing but texts are marked, and no template reads those."""
+    """Return whether rendering with marks is enough: only texts are marked, and the template only prints them."""
     return (
         template.takes_text
         and only_prints_contents(template.source)
@@ -261,7 +147,7 @@ def _with_marks(messages: Messages) -> list[dict[str, Any]]:
 
 
 def _mark(message: Mapping[str, Any], start: str, end: str) -> dict[str, Any]:
-    """A message whose content, or the names of the functions it calls, begin and end with marks."""
+    """Return a message whose content, or the names of the functions that it calls, begin and end with marks."""
     result = dict(message)
     content, calls = message.get("content"), message.get("tool_calls")
     has_text = isinstance(content, str) and bool(content.strip())
@@ -279,7 +165,7 @@ def _mark(message: Mapping[str, Any], start: str, end: str) -> dict[str, Any]:
 
 
 def _between(text: str, start: str, end: str) -> str:
-    """Text with marks inside its outer whitespace, so that a template that trims it trims the same."""
+    """Put marks inside the outer whitespace of a text, so that a template trims the same whitespace."""
     inner = text.strip()
     at = text.index(inner)
     return text[:at] + start + inner + end + text[at + len(inner) :]
@@ -294,7 +180,7 @@ def _mark_parts(parts: list[Any], start: str, end: str) -> list[Any]:
 
 
 def _find_marks(marked: str) -> Marked:
-    """All marks of a text; a content that is printed twice has no one place and counts as not found."""
+    """Find all marks of a text; content that is printed more than once has no single place and counts as not found."""
     marks = Marked([], {}, {})
     twice = set()
     for count, match in enumerate(_MARKS.finditer(marked)):
@@ -310,7 +196,7 @@ def _find_marks(marked: str) -> Marked:
 
 
 def _turn(text: str, index: int, message: Mapping[str, Any], marks: Marked, profile: TemplateProfile) -> Turn | None:
-    """The turn of one assistant message, or nothing when its marks do not tell where it is."""
+    """Return the turn of one assistant message; None if its marks do not determine it."""
     if index not in marks.ends or marks.starts.get(index, -1) > marks.ends[index]:
         return None
     last_mark = marks.ends[index]
@@ -339,7 +225,7 @@ def _start_before_content(
 
 
 def _start_without_content(text: str, before: int, end: int, profile: TemplateProfile) -> int | None:
-    """The start of a turn whose content's beginning the template removed, as it does with reasoning."""
+    """Return the start of a turn if the template removed the beginning of its content, such as reasoning."""
     at = text.find(profile.generation_prompt, before, end) if profile.generation_prompt else -1
     return at + len(profile.generation_prompt) if at >= 0 else None
 
@@ -350,7 +236,7 @@ def _end_of_turn(text: str, end: int, after: int, message: Mapping[str, Any], pr
     if profile.stop_token is not None and found:
         at, terminator = min(found)
         stop = at + len(terminator)
-        # after the name of a function come arguments, which may spell the terminator out
+        # arguments follow the name of a function and may contain the terminator as text
         return None if calls and terminator in text[stop:after] else stop
     if calls:
         return None
@@ -365,3 +251,114 @@ def _outer_whitespace(message: Mapping[str, Any]) -> tuple[str, str]:
     if not isinstance(content, str) or not content.strip():
         return "", ""
     return content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
+
+
+@dataclass(frozen=True)
+class _Chat:
+    template: ChatTemplate
+    profile: TemplateProfile
+    messages: Messages
+    tools: list[Any] | None
+    text: str
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str | None:
+        """Render a variant of the chat; None if the template refuses it."""
+        try:
+            return self.template.render([messages], self.tools, add_generation_prompt=add_generation_prompt)[0]
+        except ValueError:
+            return None
+
+
+def turns_by_rendering(
+    template: ChatTemplate,
+    profile: TemplateProfile,
+    messages: Messages,
+    tools: list[Any] | None,
+    text: str,
+    known: Mapping[int, Turn],
+) -> list[Turn]:
+    """Find assistant turns by rendering variants of the chat; quadratic in the number of turns not known already.
+
+    Args:
+        template: The template.
+        profile: Its profile from `TemplateProfile.probe`.
+        messages: Messages as `template_messages` returns them.
+        tools: Tool schemas.
+        text: The rendered chat.
+        known: Turns that were found by other means, by message index.
+
+    Returns:
+        The turns of all assistant messages, in order.
+
+    Raises:
+        ValueError: No method finds a turn. The error names the turn and shows where the texts differ.
+    """
+    chat = _Chat(template, profile, messages, tools, text)
+    turns: list[Turn] = []
+    for index in assistant_indices(messages):
+        previous_end = turns[-1].end if turns else 0
+        turn = known.get(index) or _turn_by_prefixes(chat, index) or _turn_by_replacement(chat, index, previous_end)
+        if turn is None or turn.start < previous_end:
+            raise ValueError(_not_found(chat, index))
+        turns.append(turn)
+    return turns
+
+
+def _turn_by_prefixes(chat: _Chat, index: int) -> Turn | None:
+    through = chat.render(chat.messages[: index + 1])
+    if index == 0 or through is None or not chat.text.startswith(through):
+        return None
+    start = _end_of_prompt(chat, chat.messages[:index], through)
+    return None if start is None else Turn(index, start, _cut_tail(through, start, chat.profile))
+
+
+def _end_of_prompt(chat: _Chat, messages: Messages, through: str) -> int | None:
+    """Return where generation begins after some messages: after the generation prompt, or after the header."""
+    prompt = chat.render(messages, add_generation_prompt=True)
+    if prompt is not None and through.startswith(prompt):
+        return len(prompt)
+    before = chat.render(messages)
+    if before is not None and through.startswith(before + chat.profile.header):
+        return len(before) + len(chat.profile.header)
+    return None
+
+
+def _cut_tail(through: str, start: int, profile: TemplateProfile) -> int:
+    """Return the end of the terminator in a text that ends with a complete turn."""
+    if through.endswith(profile.tail, start):
+        return len(through) - len(profile.tail) + len(profile.terminator)
+    at = through.rfind(profile.terminator, start) if profile.stop_token is not None else -1
+    return at + len(profile.terminator) if at >= 0 else len(through)
+
+
+def _turn_by_replacement(chat: _Chat, index: int, previous_end: int) -> Turn | None:
+    """Find a turn between the texts that stay the same if its content is replaced by another word."""
+    replaced = {"role": "assistant", "content": PROBE_ANSWER}
+    other = chat.render([*chat.messages[:index], replaced, *chat.messages[index + 1 :]])
+    if chat.messages[index].get("tool_calls") or other is None or PROBE_ANSWER not in other:
+        return None
+    before, _, rest = other.partition(PROBE_ANSWER)
+    same, end = common_prefix_length(chat.text, before), len(chat.text) - len(rest)
+    anchor = chat.profile.generation_prompt or chat.profile.after_question
+    at = chat.text.rfind(anchor, previous_end, same) if anchor else -1
+    start = at + len(anchor) if at >= 0 else same
+    certain = at >= 0 or same == len(before)
+    if not certain or not chat.text.endswith(rest) or end < start:
+        return None
+    return Turn(index, start, end + _terminator_length(rest, chat.profile))
+
+
+def _terminator_length(rest: str, profile: TemplateProfile) -> int:
+    return max((len(terminator) for terminator in profile.terminators if rest.startswith(terminator)), default=0)
+
+
+def _not_found(chat: _Chat, index: int) -> str:
+    prefix = chat.render(chat.messages[: index + 1]) or ""
+    same = common_prefix_length(chat.text, prefix)
+    near = slice(max(0, same - 40), same + 40)
+    return (
+        f"the assistant's turn in message {index} cannot be located: the template prints the messages up to it "
+        f"differently at the end of a conversation (...{prefix[near]!r}) than inside this one "
+        f"(...{chat.text[near]!r}). Mark what the assistant generates in the template with "
+        "{% generation %} ... {% endgeneration %}"
+    )

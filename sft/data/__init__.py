@@ -1,1 +1,1 @@
-"""Rows read from files, folders, URLs and the hub, and checks of their quality. Imports no other room."""
+"""Reading rows from files, folders, URLs and the Hub, and checking their quality. Imports no other room."""

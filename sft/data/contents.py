@@ -1,4 +1,4 @@
-"""The texts of a record: each with its place and its role, to be looked at or replaced."""
+"""Texts of a record, each with its place and role, for checks to read or replace."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Content(NamedTuple):
     """One text of a record.
 
     Args:
-        path: Keys and indices that lead to it.
-        role: Who says it: a role of messages, or the column of plain text (`text`, `prompt`, `completion`, `tools`).
+        path: Keys and indices that lead to the text inside the record.
+        role: Role of the message, or the column of a plain text (`text`, `prompt`, `completion`, `tools`).
         text: The text itself.
     """
 
@@ -24,7 +24,7 @@ class Content(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where it is, in words."""
+        """Describe where the text is, for messages."""
         if len(self.path) == 1:
             return str(self.path[0])
         column = "" if self.path[0] == "messages" else f"{self.path[0]} "
@@ -33,14 +33,17 @@ class Content(NamedTuple):
 
     @property
     def is_answer(self) -> bool:
-        """Whether it is what a model answers with, tool calls and side notes left out."""
+        """Whether the text is part of an answer of the model; tool calls and other keys of a message are not."""
         if self.path == ("completion",):
             return True
         return self.role == "assistant" and len(self.path) > 2 and self.path[2] == "content"
 
 
 def contents(record: Mapping[str, Any]) -> Iterator[Content]:
-    """All texts of a record, in order: of messages also other keys and the arguments of tool calls; then tools."""
+    """Yield all texts of a record in order, the tools last.
+
+    Of a message these are its content, its other keys that contain text, and the arguments of its tool calls.
+    """
     for column in ("messages", "prompt", "completion", "text", "tools"):
         value = record.get(column)
         if isinstance(value, str):
@@ -67,11 +70,11 @@ def _of_message(message: Mapping[str, Any], path: Path) -> Iterator[Content]:
 
 
 def with_texts(record: Mapping[str, Any], texts: Mapping[Path, str]) -> dict[str, Any]:
-    """A copy of a record with some of its texts replaced.
+    """Return a copy of a record with some of its texts replaced.
 
     Args:
-        record: What `contents` was called with.
-        texts: Path of a content -> its new text.
+        record: The record that `contents` was called with.
+        texts: New text by the path of a `Content`.
     """
     result = copy.deepcopy(dict(record))
     for path, text in texts.items():

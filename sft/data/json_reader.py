@@ -1,4 +1,4 @@
-"""Rows of JSON lines and of JSON files, each also compressed; no more than a piece of the file is in memory."""
+"""Reading of JSON lines and JSON files, also compressed; only a piece of the file is in memory at a time."""
 
 from __future__ import annotations
 
@@ -8,21 +8,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft.data.row import Row, SourceError
+from sft.data.source_row import Row, SourceError
 from sft.data.text_reader import decoded, pieces, raw_lines
 
 MAX_DIGITS = 4300
+"""Longest integer in digits; Python's own limit."""
+
 LONGEST_PATTERN = 1000
-# Names under which a JSON file may hold its list of rows.
+"""Characters to have in memory before a pattern is matched."""
+
+# Keys under which a JSON file may have its list of rows.
 _WRAPPED = re.compile(r'\{[ \t\r\n]*"(data|rows|examples|instances|train)"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
+
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
+
 _TOO_DEEP = "lists or objects lie too deep in one another to be read"
+
 _LIST_HINT = "; a list of all rows is a .json file: rename it to .json, or write one object a line"
+
 _JSON_NAMES: dict[type, str] = {list: "list", str: "text", bool: "truth value", int: "number", float: "number"}
 
 
+class RepeatedKeyError(ValueError):
+    """A JSON object that has the same key twice, so that its value is ambiguous."""
+
+
+class LongNumberError(ValueError):
+    """A number in a JSON file with more than `MAX_DIGITS` digits."""
+
+
 def jsonl_rows(path: Path, name: str) -> Iterator[Row]:
-    """Rows of JSON lines: one object a line, blank lines between them at will. A line that is none is damaged."""
+    """Yield the rows of JSON lines: one object per line; blank lines are skipped.
+
+    A line that is not an object is a damaged row.
+    """
     is_first = True
     for number, line in raw_lines(path):
         if line.isspace():
@@ -35,64 +54,8 @@ def jsonl_rows(path: Path, name: str) -> Iterator[Row]:
         yield Row(f"{name}:{number}", columns, damage=damage)
 
 
-def _columns(line: bytes, path: Path, number: int, *, is_first: bool) -> dict[str, Any]:
-    """A line as an object; the first one may show that the file is a list of all rows."""
-    place, text = f"{path}:{number}", decoded(line, path, number)
-    hint = _LIST_HINT if is_first and text.lstrip().startswith("[") else ""
-    try:
-        return _object(_DECODER.decode(text), place, hint)
-    except RecursionError as error:
-        raise SourceError(f"{place}: {_TOO_DEEP}") from error
-    except json.JSONDecodeError as error:
-        raise SourceError(f"{place}:{error.colno}: not JSON: {error.msg}, in {_excerpt(error)}{hint}") from error
-    except (RepeatedKeyError, LongNumberError) as error:
-        raise SourceError(f"{place}: {error}") from error
-
-
-class RepeatedKeyError(ValueError):
-    """A JSON object that states a key twice: which of the two is meant, nobody can tell."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise RepeatedKeyError(f"the key {twice!r} stands twice in one object; remove one of the two")
-    return result
-
-
-class LongNumberError(ValueError):
-    """A number in a JSON file that is too long to be one."""
-
-
-def _integer(digits: str) -> int:
-    """A whole number; Python itself refuses very long ones, in words that name no file."""
-    if len(digits) > MAX_DIGITS:
-        raise LongNumberError(f"a number of {len(digits)} digits, more than {MAX_DIGITS}; write it as text")
-    return int(digits)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
-
-
-def _shown(value: Any) -> str:
-    """A JSON value as its kind and beginning; null is its own kind."""
-    return "null" if value is None else f"{_JSON_NAMES.get(type(value), type(value).__name__)} {value!r:.60}"
-
-
-def _excerpt(error: json.JSONDecodeError) -> str:
-    return repr(error.doc[max(0, error.pos - 30) : error.pos + 30].strip("\r\n"))
-
-
-def _object(value: Any, place: str, hint: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise SourceError(f"{place}: a row must be a JSON object, not {_shown(value)}{hint}")
-    return value
-
-
 def json_rows(path: Path, name: str) -> Iterator[Row]:
-    """Rows of a JSON file: a list of objects, one object that holds such a list, or objects one after the other."""
+    """Yield the rows of a JSON file: a list of objects, one object with such a list, or consecutive objects."""
     is_wrapped = _is_wrapped(path)
     text = Window(path)
     line = on_line = 0
@@ -114,8 +77,56 @@ def json_rows(path: Path, name: str) -> Iterator[Row]:
         raise SourceError(f"{path}:{text.place(error)}: not JSON: {error.msg}, in {_excerpt(error)}") from error
 
 
+def _columns(line: bytes, path: Path, number: int, *, is_first: bool) -> dict[str, Any]:
+    """Parse a line as an object; the error for the first line detects a file that is a list of all rows."""
+    place, text = f"{path}:{number}", decoded(line, path, number)
+    hint = _LIST_HINT if is_first and text.lstrip().startswith("[") else ""
+    try:
+        return _object(_DECODER.decode(text), place, hint)
+    except RecursionError as error:
+        raise SourceError(f"{place}: {_TOO_DEEP}") from error
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{place}:{error.colno}: not JSON: {error.msg}, in {_excerpt(error)}{hint}") from error
+    except (RepeatedKeyError, LongNumberError) as error:
+        raise SourceError(f"{place}: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(f"the key {twice!r} stands twice in one object; remove one of the two")
+    return result
+
+
+def _integer(digits: str) -> int:
+    """Parse an integer; Python refuses very long ones too, with an error that does not name the file."""
+    if len(digits) > MAX_DIGITS:
+        raise LongNumberError(f"a number of {len(digits)} digits, more than {MAX_DIGITS}; write it as text")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
+
+
+def _shown(value: Any) -> str:
+    """Describe a JSON value by its type and beginning, for error messages."""
+    return "null" if value is None else f"{_JSON_NAMES.get(type(value), type(value).__name__)} {value!r:.60}"
+
+
+def _excerpt(error: json.JSONDecodeError) -> str:
+    return repr(error.doc[max(0, error.pos - 30) : error.pos + 30].strip("\r\n"))
+
+
+def _object(value: Any, place: str, hint: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise SourceError(f"{place}: a row must be a JSON object, not {_shown(value)}{hint}")
+    return value
+
+
 class Window:
-    """The part of a JSON text that is being read; what lies behind is forgotten, what lies ahead is still in the file.
+    """The part of a JSON file that is being read; earlier parts are dropped, later ones are not read yet.
 
     Args:
         path: The file.
@@ -128,10 +139,10 @@ class Window:
         self._first_line, self._first_column = 1, 1
         self._counted = 0
         self.line = 1
-        """Line at which the value that was read last begins."""
+        """Line on which the most recently read value begins."""
 
     def take(self, pattern: re.Pattern[str]) -> str | None:
-        """Go past what matches here, with the piece that is there; None when nothing does."""
+        """Skip whitespace and a match of `pattern`; return the match, or None if there is none."""
         self.peek()
         while len(self._text) - self._at < LONGEST_PATTERN and self._read_on():
             pass
@@ -142,19 +153,19 @@ class Window:
         return found[0]
 
     def peek(self) -> str:
-        """Go past white space; the letter there, nothing at the end."""
+        """Skip whitespace; return the next character, or an empty text at the end of the file."""
         while True:
             found = _WHITESPACE.match(self._text, self._at)
             self._at = found.end() if found else self._at
             if self._at < len(self._text) or not self._read_on():
                 return self._text[self._at : self._at + 1]
 
-    def take_letter(self) -> None:
-        """Go past one letter."""
+    def skip_character(self) -> None:
+        """Skip one character."""
         self._at += 1
 
     def value(self) -> Any:
-        """Read the value that begins here."""
+        """Read the value that begins at the current position."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
@@ -162,7 +173,7 @@ class Window:
                 if not self._read_on():
                     raise
                 continue
-            # a number may go on behind what has been read
+            # a number may continue after the part that has been read
             if end == len(self._text) and self._read_on():
                 continue
             self.line += self._text.count("\n", self._counted, self._at)
@@ -170,36 +181,40 @@ class Window:
             return value
 
     def error(self, message: str) -> json.JSONDecodeError:
-        """What is wrong here."""
+        """Return an error at the current position."""
         return json.JSONDecodeError(message, self._text, self._at)
 
     def place(self, error: json.JSONDecodeError) -> str:
-        """Line and column of an error in the file."""
+        """Return line and column of an error in the file."""
         column = error.colno if error.lineno > 1 else self._first_column + error.colno - 1
         return f"{self._first_line + error.lineno - 1}:{column}"
 
     def _read_on(self) -> bool:
-        """Read at least as much again as is left, so that a long value is begun anew but a few times."""
-        behind, left = self._text[: self._at], self._text[self._at :]
+        """Read at least as much as is left, so that the part doubles and a long value is parsed again only a few times.
+
+        Returns:
+            False at the end of the file.
+        """
+        before, left = self._text[: self._at], self._text[self._at :]
         ahead: list[str] = []
-        num_letters = 0
+        num_characters = 0
         for piece in self._pieces:
             ahead.append(piece)
-            num_letters += len(piece)
-            if num_letters and num_letters >= len(left):
+            num_characters += len(piece)
+            if num_characters and num_characters >= len(left):
                 break
-        if num_letters == 0:
+        if num_characters == 0:
             return False
-        num_ends = behind.count("\n")
+        num_ends = before.count("\n")
         self._first_line += num_ends
-        self._first_column = self._at - behind.rfind("\n") if num_ends else self._first_column + self._at
-        self.line += behind.count("\n", self._counted)
+        self._first_column = self._at - before.rfind("\n") if num_ends else self._first_column + self._at
+        self.line += before.count("\n", self._counted)
         self._text, self._at, self._counted = left + "".join(ahead), 0, 0
         return True
 
 
 def _is_wrapped(path: Path) -> bool:
-    """Whether the file is one object that holds nothing but a list of rows; its end has to be seen for that."""
+    """Return whether the file is one object whose only key is a list of rows; reads the file to its end."""
     text = Window(path)
     if text.take(_WRAPPED) is None:
         return False
@@ -207,39 +222,39 @@ def _is_wrapped(path: Path) -> bool:
         for _ in _list_elements(text):
             pass
     except (ValueError, RecursionError):
-        return True  # the reader comes to the same damage, and names it
+        return True  # the reader finds the same damage and reports it
     if text.peek() != "}":
         return False
-    text.take_letter()
+    text.skip_character()
     return text.peek() == ""
 
 
 def _elements(text: Window, *, is_wrapped: bool) -> Iterator[Any]:
-    """The rows of a JSON text, one at a time."""
+    """Yield the rows of a JSON text."""
     if is_wrapped:
         text.take(_WRAPPED)
         yield from _list_elements(text)
     elif text.peek() == "[":
         yield from _list_elements(text)
         if text.peek():
-            raise text.error("something stands behind the list of rows")
+            raise text.error("unexpected text after the list of rows")
     else:
         while text.peek():
             yield text.value()
 
 
 def _list_elements(text: Window) -> Iterator[Any]:
-    """The elements of the list that begins here."""
-    text.take_letter()
+    """Yield the elements of the list that begins at the current position."""
+    text.skip_character()
     if text.peek() == "]":
-        text.take_letter()
+        text.skip_character()
         return
     while True:
         text.peek()
         yield text.value()
-        letter = text.peek()
-        if letter not in (",", "]"):
+        character = text.peek()
+        if character not in (",", "]"):
             raise text.error("expected , or ] after a row")
-        text.take_letter()
-        if letter == "]":
+        text.skip_character()
+        if character == "]":
             return

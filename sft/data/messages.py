@@ -1,7 +1,7 @@
-"""Conversations: roles and tool calls of several conventions brought to one, and what is wrong with a conversation.
+"""Conversations: convert roles and tool calls of several conventions to one, and validate the result.
 
-Understood are OpenAI messages (`role`, `content`, `tool_calls`), ShareGPT turns (`from`, `value`; tool use as the roles
-`function_call` and `observation`), and content in parts (`[{"type": "text", "text": ...}]`).
+The input may be OpenAI messages (`role`, `content`, `tool_calls`) or ShareGPT turns (`from`, `value`; tool use as the
+roles `function_call` and `observation`). Content may be a list of parts (`[{"type": "text", "text": ...}]`).
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ ROLES = {
 
 
 IMAGE_COLUMNS = ("images", "image")
-"""Columns that hold a row's images."""
+"""Columns that contain the images of a row."""
 
 MEDIA = ("image", "image_url", "input_image", "video", "video_url", "input_video", "audio", "audio_url", "input_audio")
-"""Types of content parts that are no text."""
+"""Types of content parts that are not text."""
 
-# what a message about an unknown role names; the other names are read too
+# The roles that the error for an unknown role suggests; the other keys of ROLES are accepted too.
 MAIN_ROLES = "system, user, assistant or tool"
 
 
 class RowError(ValueError):
-    """A row that cannot become a record.
+    """A row that cannot be converted to a record.
 
     Args:
         reason: Short code, the same for all rows with this fault.
-        detail: What was found and what is needed.
+        detail: What was found and what is required.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -58,26 +58,26 @@ class RowError(ValueError):
 
 
 class Problem(NamedTuple):
-    """What is wrong with a record: a short code, and the place and value."""
+    """A fault of a record: a short code, and a text with the place and the value."""
 
     reason: str
     detail: str
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a value is a conversation rather than text."""
+    """Return whether a value is a list of messages rather than text."""
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def normalize_messages(value: Any, *, prune_nulls: bool = False) -> list[dict[str, Any]]:
-    """Bring a conversation to messages with the roles system, user, assistant and tool.
+    """Convert a conversation to messages with the roles system, user, assistant and tool.
 
     Args:
         value: A list of messages or turns, or its JSON text (CSV cells hold text).
-        prune_nulls: Remove null-valued keys inside tool-call arguments.
+        prune_nulls: Remove keys with null values from tool-call arguments.
 
     Raises:
-        RowError: Not a conversation, an unknown role, content that is not text, a tool call without name.
+        RowError: The value is not a conversation, a role is unknown, content is not text, or a tool call has no name.
     """
     if isinstance(value, str):
         value = _parse(value, "bad_messages", "the conversation")
@@ -119,7 +119,7 @@ def _role_shown(given: Any) -> str:
 
 
 def described(value: Any) -> str:
-    """A value as its type and beginning, for messages; JSON's null by its own name."""
+    """Describe a value by its type and beginning, for error messages; None is called null, as in JSON."""
     return "null" if value is None else f"{type(value).__name__} {value!r:.80}"
 
 
@@ -174,13 +174,14 @@ def _pruned(value: Any, prune_nulls: bool) -> Any:
 
 
 def tools_text(tools: Any, *, prune_nulls: bool = False) -> str:
-    """Tool schemas as JSON text of a list in the shape `{"type": "function", "function": {...}}`.
+    """Return tool schemas as the JSON text of a list of `{"type": "function", "function": {...}}`.
 
     Args:
-        tools: A list of schemas, of their JSON texts, or the JSON text of the list; bare functions are wrapped.
+        tools: A list of schemas or of their JSON texts, or the JSON text of the list; bare functions are wrapped.
+        prune_nulls: Remove keys with null values from the schemas.
 
     Raises:
-        RowError: Not JSON, or a schema that names no function.
+        RowError: A text is not JSON, or a schema does not name a function.
     """
     if isinstance(tools, str):
         tools = _parse(tools, "bad_tools", "the tools column")
@@ -201,7 +202,7 @@ def _tool(tool: Any, prune_nulls: bool) -> dict[str, Any]:
 
 
 def validate_messages(messages: Sequence[Mapping[str, Any]], *, require_alternation: bool = True) -> list[Problem]:
-    """List what makes a normalized conversation unfit for training.
+    """List the faults that make a normalized conversation unfit for training.
 
     Args:
         messages: Messages as `normalize_messages` returns them.
@@ -209,7 +210,7 @@ def validate_messages(messages: Sequence[Mapping[str, Any]], *, require_alternat
             user and ending with the assistant; tool results follow the call that asked for them.
 
     Returns:
-        All problems in the order of the messages, empty when there is none.
+        All problems; empty if there are none.
     """
     problems = [problem for index, message in enumerate(messages) for problem in _message_problems(message, index)]
     problems += media_problems(messages)
@@ -221,7 +222,7 @@ def validate_messages(messages: Sequence[Mapping[str, Any]], *, require_alternat
 
 
 def media_problems(messages: Sequence[Mapping[str, Any]]) -> list[Problem]:
-    """List the parts of normalized messages that no model of text can see."""
+    """List the parts of normalized messages that a text model cannot process, such as images."""
     return [
         Problem("has_media", f"message {index} has a part of type {part['type']!r}, and only text is trained here")
         for index, message in enumerate(messages)
@@ -232,10 +233,10 @@ def media_problems(messages: Sequence[Mapping[str, Any]]) -> list[Problem]:
 
 
 def check_text_alone(record: Mapping[str, Any]) -> None:
-    """Refuse a conversation with images or sounds, of which a template would print the names at best.
+    """Check that a conversation contains only text: a chat template would at most print the names of images or audio.
 
     Raises:
-        ValueError: Names the message and the part.
+        ValueError: A message has such a part; the error names both.
     """
     chats = [record[name] for name in ("messages", "prompt", "completion") if is_messages(record.get(name))]
     problems = [problem for chat in chats for problem in media_problems(chat)]
@@ -261,7 +262,7 @@ def _message_problems(message: Mapping[str, Any], index: int) -> list[Problem]:
     return problems
 
 
-# role and whether it calls tools -> what may come next
+# (role, whether it calls tools) of a message -> roles that may follow
 _AFTER = {
     ("start", False): ("system", "user"),
     ("system", False): ("user",),
@@ -286,7 +287,7 @@ def _order_problems(turns: list[tuple[str, bool]]) -> list[Problem]:
 
 
 def validate_record(record: Mapping[str, Any], *, require_alternation: bool = True) -> list[Problem]:
-    """List what makes a record of any kind unfit for training; see `validate_messages`."""
+    """List the faults that make a record of any kind unfit for training; see `validate_messages`."""
     if "messages" in record:
         return validate_messages(record["messages"], require_alternation=require_alternation)
     if "completion" in record:

@@ -1,8 +1,7 @@
-"""What looks wrong with the text of a row: answers that break off, text that was decoded wrongly, control characters.
+"""Checks of the quality of a record: truncated answers, wrongly decoded text, control characters, tools and tool calls.
 
-All of these are heuristics: they find what a person should look at, and rather stay silent than cry wolf.
-
-Whether tools are JSON Schema, and calls fit them (https://json-schema.org/draft/2020-12).
+The checks of text are heuristics that report candidates for a person to look at, tuned for few false alarms. Tools must
+be valid JSON Schema, and tool calls must match it (https://json-schema.org/draft/2020-12).
 """
 
 from __future__ import annotations
@@ -18,15 +17,16 @@ from sft.data.messages import Problem
 
 Finder = Callable[[Mapping[str, Any]], Problem | None]
 
-# Shorter answers are often fragments on purpose.
+# Lengths in characters below which the signs of a truncated answer are not looked for: shorter answers are often
+# fragments on purpose.
 MIN_FRAGMENT, MIN_PROSE, MIN_LAST_LINE = 40, 200, 80
 
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s")
 
 _NAME_OF_SOMETHING = re.compile(r"[/._@=`*]")
 
-# C0 without tab and line ends, DEL and C1, a byte order mark inside of text, characters that reverse the direction of
-# reading, noncharacters; and tags, which show nothing and are text all the same, unless they spell a flag.
+# C0 controls except tab and line ends, DEL and C1, a byte order mark inside text, bidirectional overrides and isolates,
+# noncharacters; and tag characters, which are invisible text, except in the emoji sequence of a flag.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\u202a-\u202e\u2066-\u2069\ufffe\uffff]"
     "|[\U000e0001\U000e0020-\U000e007f](?<![\U0001f3f4\U000e0020-\U000e007f].)[\U000e0020-\U000e007f]*"
@@ -34,14 +34,14 @@ _CONTROL = re.compile(
 
 LOST = "\ufffd"
 
-# more than what ftfy looks at in one place, of which one character at least is not ASCII
+# Longer than any match of ftfy's pattern, which contains at least one character that is not ASCII.
 _REACH = 8
 
 _NOT_ASCII = re.compile(rf"[^\x00-\x7f]+(?:[\x00-\x7f]{{1,{2 * _REACH}}}[^\x00-\x7f]+)*")
 
 
 def truncated_answer(record: Mapping[str, Any]) -> Problem | None:
-    """Find an answer that seems to break off: inside a code block, inside JSON, or in the midst of a sentence."""
+    """Find an answer that seems truncated: it ends inside a code block, inside JSON, or in the middle of a sentence."""
     for content in contents(record):
         sign = _break(content.text.rstrip()) if content.is_answer else None
         if sign:
@@ -58,7 +58,7 @@ def _break(text: str) -> str | None:
         return f"ends in {text[-1]!r}"
     line = text[text.rfind("\n") + 1 :]
     is_prose = len(text) >= MIN_PROSE and len(line) >= MIN_LAST_LINE and line[-1].islower()
-    # an address or a formula at the end of a paragraph needs no full stop
+    # a URL, a path or a formula at the end of a paragraph needs no full stop
     if is_prose and not _NAME_OF_SOMETHING.search(line.rsplit(maxsplit=1)[-1]) and _SENTENCE_END.search(line):
         return "ends in the midst of a sentence"
     return None
@@ -75,7 +75,7 @@ def _is_begun_json(text: str) -> bool:
 
 
 def mojibake(record: Mapping[str, Any]) -> Problem | None:
-    """Find text that was decoded with the wrong encoding (by ftfy's heuristic), or in which characters were lost."""
+    """Find text that was decoded with the wrong encoding (ftfy's heuristic), or in which characters were lost."""
     for content in contents(record):
         if content.text.isascii():
             continue
@@ -90,7 +90,7 @@ def mojibake(record: Mapping[str, Any]) -> Problem | None:
 
 
 def _badly_decoded(text: str) -> re.Match[str] | None:
-    """Where ftfy's pattern is found; it is slow, and looked for only around characters that are not ASCII."""
+    """Search for ftfy's pattern; since it is slow, first only around characters that are not ASCII."""
     from ftfy.badness import BADNESS_RE
 
     near = (text[max(0, part.start() - _REACH) : part.end() + _REACH] for part in _NOT_ASCII.finditer(text))
@@ -102,14 +102,14 @@ def _around(text: str, at: int) -> str:
 
 
 def without_mojibake(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with wrongly decoded text put right, as far as ftfy can tell what it was."""
+    """Return the record with wrongly decoded text repaired, as far as ftfy can."""
     from ftfy import fix_encoding
 
     return _changed(record, lambda content: content.text if content.text.isascii() else fix_encoding(content.text))
 
 
 def control_characters(record: Mapping[str, Any]) -> Problem | None:
-    """Find characters that no one sees and a model would learn: control characters, turned directions, hidden tags."""
+    """Find invisible characters that a model would learn: controls, bidirectional overrides, tag characters."""
     for content in contents(record):
         match = _CONTROL.search(content.text)
         if match:
@@ -120,7 +120,7 @@ def control_characters(record: Mapping[str, Any]) -> Problem | None:
 
 
 def without_control_characters(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record without the characters that `control_characters` finds."""
+    """Return the record without the characters that `control_characters` finds."""
     return _changed(record, lambda content: _CONTROL.sub("", content.text))
 
 
@@ -129,25 +129,16 @@ def _changed(record: Mapping[str, Any], change: Callable[[Content], str]) -> dic
     return with_texts(record, texts)
 
 
-FINDERS: dict[str, Finder] = {
-    "truncated_answer": truncated_answer,
-    "mojibake": mojibake,
-    "control_characters": control_characters,
-}
-
-REPAIRS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "mojibake": without_mojibake,
-    "control_characters": without_control_characters,
-}
-
-
 def tool_schema(record: Mapping[str, Any]) -> Problem | None:
-    """Find a tool whose parameters are no JSON Schema, or two tools of one name."""
+    """Find a tool whose parameters are not valid JSON Schema, or two tools with the same name."""
     return _tools(record["tools"])[1] if record.get("tools") else None
 
 
 def tool_call(record: Mapping[str, Any]) -> Problem | None:
-    """Find a call of a tool that is not offered, or with arguments that its schema forbids; rows without tools pass."""
+    """Find a call of a tool that the record does not list, or whose arguments do not match its schema.
+
+    Records without tools pass.
+    """
     if not record.get("tools"):
         return None
     validators, problem = _tools(record["tools"])
@@ -171,7 +162,7 @@ def _calls(record: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 @functools.lru_cache(maxsize=1024)
 def _tools(text: str) -> tuple[dict[str, Any], Problem | None]:
-    """Validator of each tool by its name, and what is wrong with one; many rows share the same tools."""
+    """Return a validator for each tool by its name, and the first problem; cached, since rows share tools."""
     from jsonschema import Draft202012Validator, SchemaError
     from referencing import Registry
 
@@ -187,7 +178,7 @@ def _tools(text: str) -> tuple[dict[str, Any], Problem | None]:
         except SchemaError as error:
             place = "".join(f".{part}" for part in error.absolute_path)
             return {}, Problem("tool_schema", f"parameters{place} of {name!r:.80}: {error.message}"[:300])
-        # an empty registry: a reference in a row must never make this machine fetch an address
+        # an empty registry, so that a reference in a row never makes this machine fetch a URL
         validators[name] = Draft202012Validator(schema, registry=Registry())
     return validators, None
 
@@ -207,3 +198,15 @@ def _misfit(validator: Any, arguments: str) -> str | None:
     except re.error as problem:
         return f"a pattern of its schema is no regular expression ({problem})"
     return None if error is None else f"arguments{''.join(f'.{part}' for part in error.absolute_path)}: {error.message}"
+
+
+FINDERS: dict[str, Finder] = {
+    "truncated_answer": truncated_answer,
+    "mojibake": mojibake,
+    "control_characters": control_characters,
+}
+
+REPAIRS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "mojibake": without_mojibake,
+    "control_characters": without_control_characters,
+}

@@ -1,16 +1,14 @@
-"""Training rows of any common shape, brought into one of four kinds of record.
+"""Records: training rows of any common layout, converted to one of four kinds.
 
 A record is a dict of plain JSON values with an optional `"id"` and one of
 
     {"messages": [{"role", "content", "train"?, "weight"?, "tool_calls"?, ...}], "tools"?: JSON text}
     {"prompt": str | messages, "completion": str | messages, "tools"?: JSON text}
     {"text": str}
-    {"input_ids": [...], "labels"?, "completion_mask"?, "assistant_masks"?}      left as it is
+    {"input_ids": [...], "labels"?, "completion_mask"?, "assistant_masks"?}      unchanged
 
 Tool schemas and tool-call arguments are kept as JSON text: Arrow unifies the structs of a column and would write a null
-for every key that another row has, and the chat template would print those nulls.
-
-Numbers where text is needed, written as JSON writes them.
+for every key that only another row has, and the chat template would print those nulls.
 """
 
 from __future__ import annotations
@@ -24,13 +22,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sft.data.messages import (
-    RowError,
-    described,
-    is_messages,
-    normalize_messages,
-    tools_text,
-)
+from sft.data.messages import RowError, described, is_messages, normalize_messages, tools_text
+from sft.labels import TOKEN_MASKS
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 
@@ -52,11 +45,13 @@ CONTEXT_COLUMNS = ("input", "context")
 
 OPTIONAL_COLUMNS = ("tools", "chat_template_kwargs")
 
-TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
+TOKENIZED_COLUMNS = ("input_ids", "labels", *TOKEN_MASKS)
+
+CONTENT_KEYS = ("content", "value")
 
 
 class Kind(StrEnum):
-    """What a record holds."""
+    """Kind of content that a record has."""
 
     MESSAGES = "messages"
     PROMPT_COMPLETION = "prompt_completion"
@@ -66,12 +61,12 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns of a data set hold what.
+    """Roles of the columns of a data set.
 
     Args:
-        kind: The kind of record that the rows become.
-        content: The column(s) that hold the conversation: one for messages and text, two for question and answer.
-        context: Column whose text follows the question, when it has any.
+        kind: The kind of record that the rows are converted to.
+        content: The columns with the conversation: one for messages and text, two for question and answer.
+        context: Column with a text that is appended to the question.
         system: Column with a system message.
         history: Column with earlier (question, answer) pairs.
     """
@@ -84,18 +79,18 @@ class Layout:
 
     @property
     def is_question_answer(self) -> bool:
-        """Whether two plain columns become a user and an assistant turn."""
+        """Whether two columns of text are converted to a user and an assistant message."""
         return self.kind is Kind.MESSAGES and len(self.content) == 2
 
 
 def detect_layout(columns: Iterable[str]) -> Layout:
-    """Decide from all columns of a data set how its rows are read.
+    """Detect the layout of a data set from its columns.
 
     Args:
-        columns: The union of the columns of all rows: the first row alone may lack some.
+        columns: The columns of all rows together, since a single row may lack some.
 
     Raises:
-        ValueError: No known combination of columns is there.
+        ValueError: The columns contain no known combination.
     """
     return _layout(tuple(sorted(set(columns))))
 
@@ -104,7 +99,7 @@ def detect_layout(columns: Iterable[str]) -> Layout:
 def _layout(columns: tuple[str, ...]) -> Layout:
     system = "system" if "system" in columns else None
     if "input_ids" in columns:
-        return Layout(Kind.TOKENIZED, tuple(name for name in TOKEN_COLUMNS if name in columns))
+        return Layout(Kind.TOKENIZED, tuple(name for name in TOKENIZED_COLUMNS if name in columns))
     for name in CONVERSATION_COLUMNS:
         if name in columns:
             return Layout(Kind.MESSAGES, (name,), system=system)
@@ -135,23 +130,18 @@ def _layout(columns: tuple[str, ...]) -> Layout:
     )
 
 
-def detect_kind(columns: Iterable[str]) -> Kind:
-    """The kind of record that rows with these columns become; see `detect_layout`."""
-    return detect_layout(columns).kind
-
-
 def normalize(row: Mapping[str, Any], layout: Layout | Kind, *, prune_nulls: bool = False) -> dict[str, Any]:
-    """Bring one row into its record.
+    """Convert one row to a record.
 
     Args:
-        row: Column -> value.
-        layout: What `detect_layout` found for the whole data set. A bare kind makes the row's own columns decide, which
-            must then lead to that kind.
-        prune_nulls: Remove null-valued keys from tool schemas and arguments: right for rows out of Arrow tables, which
-            hold nulls that nobody wrote.
+        row: Values by column name.
+        layout: Result of `detect_layout` for the data set. With a `Kind`, the layout is detected from the row's own
+            columns and must be of that kind.
+        prune_nulls: Remove keys with null values from tool schemas and arguments; right for rows of Arrow tables,
+            which fill structs with nulls for keys that only other rows have.
 
     Raises:
-        RowError: The row does not fit the layout; `.reason` is a short code, the message says what was found.
+        RowError: The row does not fit the layout; `.reason` is a short code, and the message states what was found.
     """
     if isinstance(layout, Kind):
         layout = _layout_of_row(row, layout)
@@ -233,7 +223,7 @@ def _pair_record(row: Mapping[str, Any], layout: Layout, prune_nulls: bool) -> d
 
 
 def _tokenized_record(row: Mapping[str, Any]) -> dict[str, Any]:
-    record = {name: row[name] for name in TOKEN_COLUMNS if row.get(name) is not None}
+    record = {name: row[name] for name in TOKENIZED_COLUMNS if row.get(name) is not None}
     for name, value in record.items():
         if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
             raise RowError("token_type", f"{name} must be a list of numbers, not {type(value).__name__} {value!r:.60}")
@@ -244,7 +234,7 @@ def _tokenized_record(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _extras(row: Mapping[str, Any], kind: Kind, prune_nulls: bool) -> dict[str, Any]:
-    """The columns that a chat template reads besides the conversation, as JSON text."""
+    """Return, as JSON text, the columns that a chat template reads in addition to the conversation."""
     extras: dict[str, Any] = {}
     if kind in (Kind.MESSAGES, Kind.PROMPT_COMPLETION):
         tools = tools_text(row["tools"], prune_nulls=prune_nulls) if row.get("tools") else "[]"
@@ -266,10 +256,10 @@ def _template_variables(value: Any) -> str:
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
-    """32 hexadecimal digits that are the same for records of the same content, whatever their id.
+    """Return a hash of a record's content, without its id, as 32 hexadecimal digits.
 
     Raises:
-        RowError: The content cannot be written as UTF-8, since it holds one half of a surrogate pair.
+        RowError: The content cannot be encoded as UTF-8, since it contains half of a surrogate pair.
     """
     content = {name: value for name, value in record.items() if name != "id"}
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -280,18 +270,17 @@ def record_digest(record: Mapping[str, Any]) -> str:
         raise RowError("bad_unicode", f"half a surrogate pair, which is no text, in {around!r}") from error
 
 
-CONTENT_KEYS = ("content", "value")
-
-
 def numbers_as_text(row: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[str]]:
-    """Write the numbers of a row as text where its layout expects text.
+    """Convert the numbers of a row to text, as JSON writes them, where its layout expects text.
+
+    Booleans, NaN and infinity are not converted.
 
     Args:
-        row: Column -> value.
-        layout: How the row is read.
+        row: Values by column name.
+        layout: Layout of the row.
 
     Returns:
-        The row, and where it held which number; truth values, NaN and infinity are no numbers here.
+        The converted row, and a description of each number that was converted.
     """
     result, found = dict(row), []
     for column in (*layout.content, layout.context, layout.system):

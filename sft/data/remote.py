@@ -1,4 +1,4 @@
-"""Files behind a URL (`s3://`, `gs://`, `https://`, ...), copied here through fsspec, each with its version."""
+"""Download of data files from URLs (`s3://`, `gs://`, `https://`, ...) with fsspec, and the version of each file."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from sft.data.row import SourceError
+from sft.data.source_row import SourceError
 from sft.data.sources import SAVED_DATASET, SAVED_SPLITS, is_readable, readable
 
 LOCAL = ("file", "local")
-# How file systems call what changes with a file's content, and when it was changed.
+# Names under which file systems report a file's etag or checksum, and the time of its last change.
 _ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5")
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "Last-Modified", "created")
 
 
 class RemoteFile(NamedTuple):
-    """A file behind a URL.
+    """A downloaded file.
 
     Args:
-        url: Where it is.
+        url: URL of the file.
         path: The copy on this machine.
-        version: Its size in bytes, and what else its file system says of its version: `etag`, `modified`.
+        version: Its `size` in bytes, and its `etag` and `modified` time if the file system reports them.
     """
 
     url: str
@@ -32,38 +32,39 @@ class RemoteFile(NamedTuple):
 
 
 def is_url(text: str) -> bool:
-    """Whether a path in params.yaml means something that lies elsewhere."""
+    """Return whether a path in params.yaml is a URL."""
     return "://" in text
 
 
 def fetch_files(url: str, folder: Path) -> list[RemoteFile]:
-    """Copy all data files that a URL stands for: a file, a folder (searched to the bottom), or a glob pattern.
+    """Download all data files of a URL: a file, a folder (searched recursively), or a glob pattern.
 
     Args:
-        url: Such as `s3://bucket/chats/*.jsonl`; credentials are found as its file system finds them.
-        folder: Where copies are kept. One of an earlier call is used where the file's etag shows that it is the same.
+        url: Such as `s3://bucket/chats/*.jsonl`; its file system looks up credentials as usual.
+        folder: Where copies are kept. A copy of an earlier call is reused if the file's etag is the same.
 
     Raises:
-        SourceError: There is nothing, it can't be reached, or its protocol needs a package that is not installed.
+        SourceError: There is no data file, the URL can't be reached, or its protocol needs a package that is not
+            installed.
     """
     protocol = urlsplit(url).scheme
     if protocol in LOCAL:
-        raise SourceError(f"{url} lies on this machine; state its path, without {protocol}://")
+        raise SourceError(f"{url} is on this machine; give its path, without {protocol}://")
     system, path = _reached(url, _file_system, url)
     names = _reached(url, _names, system, path, protocol)
     if not names:
-        raise SourceError(f"{url} holds no data file; readable are {readable()}")
+        raise SourceError(f"{url} contains no data file; supported are {readable()}")
     return [_reached(url, _fetch, system, name, folder) for name in names]
 
 
 def _reached(url: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Call what talks to a file system; each of them has errors of its own."""
+    """Call a function that accesses a file system, and convert the file system's own errors to SourceError."""
     try:
         return function(*args)
     except SourceError:
         raise
     except FileNotFoundError as error:
-        # also what a web server says that is not there at all
+        # fsspec raises this also for a web server that can't be reached
         raise SourceError(f"{url} does not exist, or can't be reached ({error})") from error
     except ImportError as error:
         raise SourceError(f"{url}: its protocol needs another package: {error}") from error
@@ -76,12 +77,12 @@ def _file_system(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     system, path = url_to_fs(url)
-    system.invalidate_cache()  # a process that lives long would see what was there at its first look
+    system.invalidate_cache()  # otherwise a long-running process sees the listing of its first call
     return system, path
 
 
 def _names(system: Any, path: str, protocol: str) -> list[str]:
-    """The data files that a path stands for, in the order of their names."""
+    """List the data files of a path, sorted by name."""
     if any(letter in path for letter in ("*[" if protocol.startswith("http") else "*?[")):
         found = system.glob(path)
     elif is_readable(_file_name(path)):
@@ -89,8 +90,8 @@ def _names(system: Any, path: str, protocol: str) -> list[str]:
     elif system.isdir(path):
         found = system.find(path)
     else:
-        system.info(path)  # says so where it does not exist
-        raise SourceError(f"{path} is of an unknown kind; readable are {readable()}")
+        system.info(path)  # raises FileNotFoundError if the path does not exist
+        raise SourceError(f"{path} has an unsupported format; supported are {readable()}")
     saved = [name for name in found if _file_name(name) in (SAVED_DATASET, SAVED_SPLITS)]
     if saved:
         raise SourceError(f"{saved[0]} belongs to a folder of save_to_disk; copy that folder into data/")

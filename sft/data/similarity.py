@@ -1,10 +1,9 @@
-"""Rows that are nearly the same: MinHash (Broder 1997) finds candidates, their word triples decide.
+"""Comparison of rows: near duplicates, and outliers in length and language.
 
-The likeness of two texts is the Jaccard similarity of their sets of word triples: triples in both, divided by triples
-in either. Bands of MinHash values (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, chapter 3) are kept as one
-number each, 80 to 200 bytes a row, and sorted at the end: an index of Python sets would take thousands of bytes a row.
-
-Rows unlike the rest of a data set: in length, and in language.
+Two texts are near duplicates if the Jaccard similarity of their sets of word triples (triples in both, divided by
+triples in either) is high. MinHash (Broder 1997) finds candidates; the caller then compares the triples themselves.
+Bands of MinHash values (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, chapter 3) are stored as one number
+each, 80 to 200 bytes per row, and sorted at the end; an index of Python sets would take thousands of bytes per row.
 """
 
 from __future__ import annotations
@@ -22,18 +21,34 @@ import numpy as np
 from sft.data.contents import contents
 
 NUM_VALUES = 128
+"""MinHash values per text."""
 
 RECALL = 0.95
-"""Part of the pairs exactly at the threshold that become candidates; of more alike ones nearly all."""
+"""Share of the pairs exactly at the threshold that become candidates; of more similar pairs nearly all do."""
 
 NUM_NEIGHBOURS = 4
-"""Rows of one band that a row is compared with: bounds the work where thousands of rows share most of their text."""
+"""Rows of one band that a row is compared with, which bounds the work if thousands of rows share most of their text."""
+
+FAR_OUT = 3.0
+"""Distance of Tukey's outer fences from the quartiles, in interquartile ranges."""
+
+MIN_FACTOR = 2.0
+"""A row is an outlier only if its length is more than this factor outside the quartiles, however narrow those are."""
+
+MIN_ROWS = 20
+"""Rows below which nothing counts as an outlier."""
+
+RARE = 0.01
+"""A language is rare if a smaller share of the rows than this is in it."""
+
+MIN_LETTERS, MAX_CHARACTERS = 60, 1000
+"""Letters that a text needs for its language to be identified, and the length of the beginning that is looked at."""
 
 _SHINGLES_AT_ONCE = 4096
 
 _MAX_REMEMBERED = 500_000
 
-# a word, or one letter of a script that is written without spaces, or one sign
+# A word is a run of letters and digits, one letter of a script written without spaces, or one punctuation mark.
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
@@ -44,33 +59,37 @@ Triples = set[tuple[str, ...]]
 
 
 class Pair(NamedTuple):
-    """Two rows that may be alike, `later` behind `earlier` in the order asked for."""
+    """Two rows that may be near duplicates; `later` comes after `earlier` in the requested order."""
 
     later: int
     earlier: int
 
 
 def compared_text(record: Mapping[str, Any]) -> str:
-    """What rows are compared by: all their texts but system messages and tools, which many rows share."""
+    """Return the text that rows are compared by: all but system messages and tools, which many rows share."""
     return "\n".join(content.text for content in contents(record) if content.role not in ("system", "tools"))
 
 
 def triples(text: str) -> Triples:
-    """The triples of neighbouring words of a text, in lower case, signs being words; less is one tuple."""
+    """Return the triples of consecutive words of a text, in lower case; a text of fewer words is one tuple.
+
+    Punctuation marks count as words.
+    """
     words = _WORD.findall(text.casefold())
     return set(zip(words, words[1:], words[2:], strict=False)) if len(words) >= 3 else {tuple(words)}
 
 
 def similarity(one: Triples, other: Triples) -> float:
-    """Jaccard similarity of two sets of word triples, from 0 to 1."""
+    """Return the Jaccard similarity of two sets of word triples, from 0 to 1."""
     shared = len(one & other)
     return shared / (len(one) + len(other) - shared)
 
 
 def banding(threshold: float) -> tuple[int, int]:
-    """Bands, and values in each, that make `RECALL` of the pairs at the threshold candidates, and few others.
+    """Choose numbers of bands and of MinHash values per band that find `RECALL` of the pairs at the threshold.
 
-    Two rows of similarity s share a band of r values with probability s^r.
+    Among the choices that reach `RECALL`, the longest bands give the fewest other candidates: two rows of similarity s
+    share a band of r values with probability s^r.
     """
     for size in range(NUM_VALUES // 2, 1, -1):
         num = NUM_VALUES // size
@@ -80,10 +99,10 @@ def banding(threshold: float) -> tuple[int, int]:
 
 
 class NearDuplicateIndex:
-    """Takes texts one by one and says at the end which may be alike.
+    """Index of texts that are added one by one and yields candidate pairs of near duplicates at the end.
 
     Args:
-        threshold: Similarity from which two texts are to be found, above 0 and at most 1.
+        threshold: Similarity from which two texts count as near duplicates, above 0 and at most 1.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -98,7 +117,7 @@ class NearDuplicateIndex:
         return len(self._bands) // self._num_bands
 
     def add(self, text: str) -> None:
-        """Take in one text; the first one is number 0."""
+        """Add one text; the first one has number 0."""
         hashes = _hashes(text)
         self._minhash.clear()
         for start in range(0, len(hashes), _SHINGLES_AT_ONCE):
@@ -108,12 +127,12 @@ class NearDuplicateIndex:
         self._bands.frombytes(bands.tobytes())
 
     def pairs(self, order: np.ndarray[Any, Any]) -> Iterator[Pair]:
-        """Pairs of rows that may be alike, all pairs of a later row one after the other.
+        """Yield pairs of rows that may be near duplicates, grouped by their later row.
 
-        A row is paired with the first row of every band that it shares, and with `NUM_NEIGHBOURS` rows before it.
+        In each band, a row is paired with the first row that shares it, and with the `NUM_NEIGHBOURS` rows before it.
 
         Args:
-            order: `(num_rows,)` numbers of all rows in the order in which they are gone through.
+            order: `(num_rows,)` numbers of all rows; defines which row of a pair is the later one.
         """
         bands = np.frombuffer(self._bands, dtype=np.uint64).reshape(-1, self._num_bands)[order]
         codes = np.zeros(0, dtype=np.int64)
@@ -124,7 +143,7 @@ class NearDuplicateIndex:
 
 
 class _WordCodes(dict[str, int]):
-    """A number for every word, the same in every process, as Python's own hash is not; remembers words it has seen."""
+    """Cache of a hash per word that, unlike Python's own `hash`, is the same in every process."""
 
     def __missing__(self, word: str) -> int:
         if len(self) >= _MAX_REMEMBERED:
@@ -137,7 +156,7 @@ _CODES = _WordCodes()
 
 
 def _hashes(text: str) -> np.ndarray[Any, Any]:
-    """The word triples of a text as 32-bit numbers."""
+    """Hash the word triples of a text to 32-bit numbers, `(num_triples,)`."""
     words = _WORD.findall(text.casefold())
     words += [""] * (3 - len(words))
     codes = np.fromiter(map(_CODES.__getitem__, words), np.uint64, len(words))
@@ -146,7 +165,7 @@ def _hashes(text: str) -> np.ndarray[Any, Any]:
 
 
 def _band_pairs(keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Pairs of rows with the same key, each as one number: the later row in the upper 32 bits."""
+    """Return pairs of rows with the same key, each as one number with the later row in the upper 32 bits."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     found: list[np.ndarray[Any, Any]] = [np.zeros(0, dtype=np.int64)]
@@ -160,27 +179,14 @@ def _band_pairs(keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.unique(np.concatenate(found))
 
 
-FAR_OUT = 3.0
-
-MIN_FACTOR = 2.0
-"""Rows less than twice as long, or as short, as the middle half are no outliers however alike the others are."""
-
-MIN_ROWS = 20
-
-RARE = 0.01
-"""A language is rare when a smaller part of the rows than this is in it."""
-
-MIN_LETTERS, MAX_CHARACTERS = 60, 1000
-
-
 def length_limits(lengths: Sequence[int]) -> tuple[float, float]:
-    """The shortest and the longest length that is no outlier: far-out fences on a log scale (Tukey 1977).
+    """Return the shortest and the longest length that are not outliers: Tukey's outer fences (1977) on a log scale.
 
     Args:
         lengths: Lengths of all rows in characters.
 
     Returns:
-        Lower and upper limit; 0 and infinity where there are too few rows to say.
+        Lower and upper limit; 0 and infinity if there are fewer than `MIN_ROWS` rows.
     """
     if len(lengths) < MIN_ROWS:
         return 0.0, float("inf")
@@ -190,7 +196,7 @@ def length_limits(lengths: Sequence[int]) -> tuple[float, float]:
 
 
 def language(text: str) -> str | None:
-    """ISO 639-1 code of a text's language (by py3langid, offline); None where there is too little text to tell."""
+    """Return the ISO 639-1 code of a text's language (by py3langid); None if the text is too short or ambiguous."""
     beginning = text[:MAX_CHARACTERS]
     if sum(map(str.isalpha, beginning)) < MIN_LETTERS:
         return None
@@ -206,7 +212,7 @@ def _identifier() -> Any:
 
 
 def rare_languages(languages: Sequence[str | None]) -> Counter[str]:
-    """Languages of which there are so few rows that they hardly belong there, with the number of rows."""
+    """Count the rows of each rare language; empty if there are fewer than `MIN_ROWS` rows with a known language."""
     known = Counter(label for label in languages if label is not None)
     total = sum(known.values())
     if total < MIN_ROWS:

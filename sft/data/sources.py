@@ -1,8 +1,8 @@
-"""Rows out of files, folders and the hub, one at a time, each with an id that a person can find again.
+"""Reading of rows from files, folders and the Hub, one at a time, each with an id that locates it in its source.
 
-Understood are JSON, JSON lines, CSV and TSV (each also as .gz and .zst), Parquet, Arrow files, folders of those,
-folders written by `datasets.save_to_disk`, glob patterns, and data sets of the hub. A damaged file is an error that
-names the file, the line and, where there is one, the column; nothing is skipped unless asked for, and then it is said.
+Supported are JSON, JSON lines, CSV and TSV (each also as .gz and .zst), Parquet and Arrow files, folders of those,
+folders written by `datasets.save_to_disk`, glob patterns, and data sets of the Hub. A damaged file raises an error that
+names the file, the line and, if possible, the column. Damaged rows are returned only on request, marked as damaged.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sft.data.json_reader import json_rows, jsonl_rows
-from sft.data.row import Row, SourceError
+from sft.data.source_row import Row, SourceError
 from sft.data.table_reader import arrow_rows, parquet_rows, saved_rows
 from sft.data.text_reader import COMPRESSIONS, csv_rows, data_suffix
 
-# What only a folder of `datasets.save_to_disk` holds: one split, or several.
+# Files that identify a folder of `datasets.save_to_disk`: with one split, or with several.
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
 PATTERN_LETTERS = "*?["
 
 
 def data_files(path: Path) -> list[Path]:
-    """All data files that a path stands for: a file, a folder (searched to the bottom), or a glob pattern (`**` too).
+    """List the data files of a path: a file, a folder (searched recursively), or a glob pattern (also with `**`).
 
     Returns:
-        Files in the order of their names; for a folder of `datasets.save_to_disk` the folder itself.
+        Files, sorted by name; for a folder of `datasets.save_to_disk` the folder itself.
 
     Raises:
-        SourceError: There is none.
+        SourceError: There is no data file.
     """
     if path.is_file() or is_saved_dataset(path):
         if path.is_file():
@@ -40,12 +40,12 @@ def data_files(path: Path) -> list[Path]:
     else:
         raise SourceError(f"{path} does not exist{_near(path)}")
     if not found:
-        raise SourceError(f"{path} holds no data file; readable are {readable()}")
+        raise SourceError(f"{path} contains no data file; supported are {readable()}")
     return found
 
 
 def _matching(pattern: Path) -> Iterator[Path]:
-    """What a glob pattern matches; any of its parts may be one."""
+    """Yield the paths that a glob pattern matches; any part of the path may contain wildcards."""
     parts = pattern.parts
     first = next(i for i, part in enumerate(parts) if any(letter in part for letter in PATTERN_LETTERS))
     return Path(*parts[:first]).glob("/".join(parts[first:]))
@@ -56,28 +56,28 @@ def _is_data(path: Path) -> bool:
 
 
 def is_readable(name: str) -> bool:
-    """Whether a file of this name is one of data."""
+    """Return whether a file of this name is in a supported data format."""
     return data_suffix(Path(name)) in READERS and not name.startswith(".")
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether a folder was written by `datasets.save_to_disk`."""
+    """Return whether a folder was written by `datasets.save_to_disk`."""
     return (path / SAVED_DATASET).is_file() or (path / SAVED_SPLITS).is_file()
 
 
 def _near(path: Path) -> str:
     names = sorted(item.name for item in path.parent.iterdir())[:10] if path.parent.is_dir() else []
-    return f"; {path.parent} holds {', '.join(names)}" if names else ""
+    return f"; {path.parent} contains {', '.join(names)}" if names else ""
 
 
 def readable() -> str:
-    """The kinds of file that can be read, for messages."""
+    """Return the supported file formats, for error messages."""
     return f"{', '.join(sorted(READERS))}; text files also with {' or '.join(COMPRESSIONS)}"
 
 
 def _reader(path: Path) -> Callable[[Path, str], Iterator[Row]]:
     if data_suffix(path) not in READERS:
-        raise SourceError(f"{path} is of an unknown kind; readable are {readable()}")
+        raise SourceError(f"{path} has an unsupported format; supported are {readable()}")
     return READERS[data_suffix(path)]
 
 
@@ -87,14 +87,14 @@ def read_rows(
     """Read one file, or one folder of `datasets.save_to_disk`.
 
     Args:
-        path: What `data_files` returned.
-        name: What ids call it; its file name unless given.
-        split: Which split of a folder that holds several.
-        with_damaged: Give single rows that can't be read too, with their `damage`, instead of stopping there: lines
-            that are not JSON, not UTF-8 or no object, and rows of a table with too many or too few fields.
+        path: A path that `data_files` returned.
+        name: Name of the file in row ids; by default its file name.
+        split: Split to read, for a folder with several splits.
+        with_damaged: Also yield rows that can't be read, with their `damage`, instead of raising it: lines that are
+            not JSON, not UTF-8 or not an object, and rows of a table with too many or too few fields.
 
     Raises:
-        SourceError: Not readable; says where.
+        SourceError: The file can't be read; the error states the place.
     """
     name = name or path.name
     for row in saved_rows(path, name, split) if is_saved_dataset(path) else _reader(path)(path, name):
@@ -106,14 +106,14 @@ def read_rows(
 def hub_rows(
     dataset_id: str, config: str | None, split: str, revision: str | None, *, streaming: bool = False
 ) -> Iterator[Row]:
-    """Read a data set of the hub through `datasets`, which keeps a copy unless rows are streamed.
+    """Read a data set of the Hub with `datasets`, which caches it unless rows are streamed.
 
     Args:
         dataset_id: `owner/name`.
-        config: Configuration, for data sets that have several.
-        split: Split, slices such as `train[:1000]` included.
+        config: Name of the configuration, for data sets with several.
+        split: Split, or a slice of one such as `train[:1000]`.
         revision: Branch, tag or commit.
-        streaming: Read rows as they come over the network; splits can't be slices then.
+        streaming: Read rows from the network without a copy on disk; slices of splits are not supported.
     """
     from datasets import load_dataset
 

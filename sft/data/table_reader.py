@@ -1,4 +1,4 @@
-"""Rows out of tables: Parquet and Arrow files, and folders of `datasets.save_to_disk`."""
+"""Reading of tables: Parquet and Arrow files, and folders of `datasets.save_to_disk`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft.data.row import Row, SourceError
+from sft.data.source_row import Row, SourceError
 
 
 def saved_rows(path: Path, name: str, split: str) -> Iterator[Row]:
-    """Rows of a folder of `datasets.save_to_disk`; of one split, where it holds several."""
+    """Yield the rows of a folder of `datasets.save_to_disk`; of one split, if it contains several."""
     from datasets import DatasetDict, load_from_disk
 
     rows = load_from_disk(str(path))
@@ -26,7 +26,7 @@ def saved_rows(path: Path, name: str, split: str) -> Iterator[Row]:
 
 
 def parquet_rows(path: Path, name: str) -> Iterator[Row]:
-    """Rows of a Parquet file."""
+    """Yield the rows of a Parquet file."""
     try:
         with pq.ParquetFile(path) as file:
             yield from _table_rows(file.iter_batches(batch_size=1024), name)
@@ -35,7 +35,7 @@ def parquet_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def arrow_rows(path: Path, name: str) -> Iterator[Row]:
-    """Rows of an Arrow file, of the file or of the stream format."""
+    """Yield the rows of an Arrow file, in the file or the stream format."""
     try:
         with pa.memory_map(str(path)) as file:
             is_file = file.read(6) == b"ARROW1"
@@ -50,10 +50,10 @@ def arrow_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def _damage(path: Path, kind: str, error: Exception) -> Exception:
-    """What to raise: damaged data are an error of the operating system to Arrow, one without a number."""
+    """Return the error to raise. Arrow reports damaged data as an OSError without errno; a real OSError has one."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
-    return SourceError(f"{path}: not a whole {kind} file: {error}")
+    return SourceError(f"{path}: damaged or incomplete {kind} file: {error}")
 
 
 def _table_rows(batches: Any, name: str) -> Iterator[Row]:
@@ -74,5 +74,5 @@ def _python_rows(batch: Any, name: str, before: int) -> list[dict[str, Any]]:
             except UnicodeDecodeError as error:
                 found = error.object[error.start : error.start + 4].hex(" ")
                 place = f"{name}:{before + number + 1}"
-                raise SourceError(f"{place}: a text is not UTF-8 (bytes {found}); write the file anew") from error
+                raise SourceError(f"{place}: a text is not UTF-8 (bytes {found}); write the file again") from error
         raise

@@ -1,6 +1,6 @@
-"""The text of data files, also compressed, in lines or pieces; what is no text or would fill the memory is refused.
+"""Reading of text files, also compressed: in lines, in pieces, and as rows of CSV and TSV tables.
 
-Rows of tables that are text: CSV and TSV, each also compressed; damage is named with its line.
+Files that are not UTF-8, overlong lines and decompression bombs raise an error that names the line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, cast
 
 import pyarrow as pa
 
-from sft.data.row import Row, SourceError
+from sft.data.source_row import Row, SourceError
 
 COMPRESSIONS = (".gz", ".zst")
 
@@ -28,21 +28,23 @@ BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 
 MAX_LINE = 256 << 20
-"""Bytes of a line: a row some thousand times longer than any that can be trained."""
+"""Longest line in bytes: some thousand times longer than any row that can be trained."""
 
 MAX_EXPANSION, MAX_UNPACKED = 200, 1 << 30
-"""How much larger than its compressed file a text may be, beyond the first gibibyte; ten times is usual."""
+"""A text may be 200 times larger than its compressed file, and in any case one GiB; ten times is usual."""
 
 PIECE = 1 << 20
-"""Bytes that are read at once where lines do not matter."""
+"""Bytes to read at once if lines do not matter."""
 
-_SHORTER = "each row has a line of its own here; a list of all rows is a .json file"
+DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, OSError)
 
-_BOMB = "no text shrinks so much; unpack it yourself if it is meant to be so"
+_SHORTER = "this format has one row per line; a list of all rows is a .json file"
+
+_BOMB = "text does not compress that much; if this is intended, unpack the file first"
 
 
 def data_suffix(path: Path) -> str:
-    """The ending of a file's name that says what it holds: lower case, that of a compression left out."""
+    """Return the lower-case suffix of a file's name that states its format, without that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     while suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -50,10 +52,10 @@ def data_suffix(path: Path) -> str:
 
 
 def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers, line ends kept, without a byte order mark.
+    """Yield lines with their numbers, with their line ends and without a byte order mark.
 
     Raises:
-        SourceError: A line is too long, or the file is damaged or unpacks to far more than a text does.
+        SourceError: A line is too long, or the file is damaged or a decompression bomb.
     """
     number = size = 0
     with _opened(path) as (file, largest):
@@ -69,20 +71,20 @@ def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The same as text.
+    """Yield lines as text with their numbers, as `raw_lines` does.
 
     Raises:
-        SourceError: As `raw_lines`, or a line is not UTF-8.
+        SourceError: As in `raw_lines`, or a line is not UTF-8.
     """
     for number, line in raw_lines(path):
         yield number, decoded(line, path, number)
 
 
 def decoded(line: bytes, path: Path, number: int) -> str:
-    """A line as text.
+    """Decode a line.
 
     Raises:
-        SourceError: It is not UTF-8; says where.
+        SourceError: The line is not UTF-8; the error states the place.
     """
     try:
         return line.decode("utf-8")
@@ -94,10 +96,10 @@ def decoded(line: bytes, path: Path, number: int) -> str:
 
 
 def pieces(path: Path) -> Iterator[str]:
-    """The text in pieces of about a mebibyte, without a byte order mark.
+    """Yield the text in pieces of about one MiB, without a byte order mark.
 
     Raises:
-        SourceError: It is not UTF-8, damaged, or unpacks to far more than a text does.
+        SourceError: The text is not UTF-8, or the file is damaged or a decompression bomb.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     size = num_ends = column = 0
@@ -120,12 +122,9 @@ def pieces(path: Path) -> Iterator[str]:
             raise _damage(error, path, num_ends + 1) from error
 
 
-DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, OSError)
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """The file, unpacked, and how many bytes it may have."""
+    """Open a file for reading, decompressed; also give the largest size in bytes that it may have."""
     largest = max(MAX_UNPACKED, MAX_EXPANSION * path.stat().st_size)
     match path.suffix.lower():
         case ".gz":
@@ -144,14 +143,21 @@ def _check_size(size: int, largest: int, path: Path, number: int) -> None:
 
 
 def _damage(error: Exception, path: Path, number: int) -> Exception:
-    # a damaged .zst is an error of the operating system to Arrow, one without a number
+    # Arrow reports a damaged .zst as an OSError without errno; a real OSError has one
     if isinstance(error, OSError) and error.errno is not None:
         return error
     return SourceError(f"{path}:{number}: the compressed data is damaged or ends too early: {error}")
 
 
 def _not_utf8(error: UnicodeDecodeError, path: Path, num_ends: int, column: int) -> SourceError:
-    """What is not UTF-8 in a piece before which there are so many line ends, and so many bytes behind the last one."""
+    """Return the error for a piece of a file that is not UTF-8.
+
+    Args:
+        error: The error of decoding the piece.
+        path: The file.
+        num_ends: Line ends before the piece.
+        column: Bytes between the last of them and the piece.
+    """
     before = error.object[: error.start]
     number = num_ends + before.count(b"\n") + 1
     place = error.start - before.rfind(b"\n") if b"\n" in before else column + error.start + 1
@@ -160,9 +166,9 @@ def _not_utf8(error: UnicodeDecodeError, path: Path, num_ends: int, column: int)
 
 
 def csv_rows(path: Path, name: str) -> Iterator[Row]:
-    """Rows of a table as text; the header shows what separates columns: commas, tabs or semicolons.
+    """Yield the rows of a CSV or TSV table; the separator (comma, tab or semicolon) is detected from the header.
 
-    A row with another number of fields than the header is a damaged one.
+    A row with a different number of fields than the header is damaged.
     """
     csv.field_size_limit(sys.maxsize)
     numbered = lines(path)
@@ -179,7 +185,7 @@ def csv_rows(path: Path, name: str) -> Iterator[Row]:
                 yield _row(fields, header, path, name, number)
             number = begin + reader.line_num
     except csv.Error as error:
-        found = "a carriage return that ends no line" if "new-line character" in str(error) else str(error)
+        found = "a carriage return that does not end a line" if "new-line character" in str(error) else str(error)
         place = f"{path}:{begin + reader.line_num - 1}"
         raise SourceError(f"{place}: not {data_suffix(path)[1:].upper()}: {found}") from error
 

@@ -12,12 +12,13 @@ which can only widen a range: a condition is never rejected by mistake.
 from __future__ import annotations
 
 import ast
-import difflib
 import math
 import operator
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+from sft.suggest import did_you_mean
 
 Results = Mapping[str, Mapping[str, float]]
 """Model name -> metric name -> value."""
@@ -184,8 +185,7 @@ def _value(node: ast.expr, values: Mapping[str, float]) -> float:
 
 
 def _unknown_name(name: str, available: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, list(available), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(available))}"
+    hint = did_you_mean(name, available, otherwise=f"known: {', '.join(sorted(available))}", shown=str)
     return f"nothing is called {name}; {hint}"
 
 

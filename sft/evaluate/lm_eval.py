@@ -6,7 +6,6 @@ and the index of lm-eval is only built if a task is not found there.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from sft.suggest import did_you_mean
 
 PACKAGE, EXTRA = "lm_eval", "lm-eval"
 BOOTSTRAP_ITERS = 1000
@@ -126,8 +127,7 @@ def _find_tasks(names: Sequence[str], folder: Path | None) -> Any:
     manager = TaskManager(include_path=str(folder) if folder is not None else None)
     unknown = [name for name in names if name not in manager.task_index]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], manager.task_index, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(unknown[0], manager.task_index, before="; ")
         raise ValueError(
             f"lm-eval knows no task {unknown[0]!r}, and no YAML file of your own that can be read defines it{hint}"
         )

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from sft.common_prefix import common_prefix_length
+
 MIN_TOKENS = 8
 """Shortest prefix that is cached. For shorter ones, copying keys and values takes about as long as computing them."""
 
@@ -50,7 +52,9 @@ def share_prefix(model: nn.Module, sequences: Sequence[Sequence[int]], limit: in
     """
     if len(sequences) < 2:
         return SharedPrefix()
-    length = _common_length(sequences, limit)
+    # the first and the last sequence in lexicographic order share exactly what all sequences share
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
+    length = max(0, min(limit, common_prefix_length(first, last)))
     parameters = forward_parameters(model)
     if length < MIN_TOKENS or not {"past_key_values", "position_ids"} <= parameters:
         return SharedPrefix()
@@ -71,10 +75,3 @@ def forward_parameters(model: Any) -> set[str]:
     """Return the parameter names of a model's forward; with an adapter, those of the base model."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(inner.forward).parameters)
-
-
-def _common_length(sequences: Sequence[Sequence[int]], limit: int) -> int:
-    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
-    # In sorted order, all sequences share what the first and the last one share.
-    pairs = enumerate(zip(first[:limit], last[:limit], strict=False))
-    return next((index for index, pair in pairs if pair[0] != pair[1]), max(0, min(limit, len(first), len(last))))

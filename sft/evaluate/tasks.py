@@ -6,7 +6,6 @@ chrF are imported when their task is used.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import re
@@ -18,6 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from sft.evaluate.intervals import Interval, ratio_interval, sums_interval
+from sft.suggest import did_you_mean
 
 # A sign counts only if no word character precedes it: the 3 in "5-3" is not negative.
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?")
@@ -103,8 +103,7 @@ def find_task(name: str) -> Task:
             functools.partial(_score_regex, pattern),
             check_reference=functools.partial(_check_regex, pattern),
         )
-    near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}, {REGEX}PATTERN"
+    hint = did_you_mean(name, TASKS, otherwise=f"known: {', '.join(TASKS)}, {REGEX}PATTERN", cutoff=0.5)
     raise ValueError(f"no task is called {name!r}; {hint}")
 
 

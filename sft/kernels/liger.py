@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from difflib import get_close_matches
 from importlib import import_module
 
 from torch import nn
 
 from sft.hardware import Hardware
 from sft.inner_model import causal_lm
+from sft.suggest import did_you_mean
 
 TRITON_DEVICES = ("cuda", "xpu", "npu")
 """Types of devices that Triton compiles for."""
@@ -82,8 +82,7 @@ def liger_kernel_config(model: nn.Module, given: dict[str, bool] | None = None) 
     kernels = [name for name in inspect.signature(functions[family]).parameters if name != "model"]
     for name, wanted in (given or {}).items():
         if name not in kernels:
-            near = get_close_matches(name, kernels, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(name, kernels, after=" ")
             raise ValueError(
                 f"liger_kernel_config has {name!r}, which Liger does not have for {family!r} models: {hint}"
                 f"Use {', '.join(name for name in kernels if name not in OWN_LOSS)}."

@@ -25,8 +25,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sft.kernels.products import back_through_linear, linear
-
-LOSS_TYPES = ("nll", "dft")
+from sft.options import LOSS_TYPES
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24}
 """Device type -> most logits in a chunk: enough rows for fast matrix products, few enough to take little memory."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import re
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from sft.models.token_rows import (
     train_token_rows,
     untrained_token_ids,
 )
+from sft.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from sft.config import ModelConfig
@@ -161,10 +161,8 @@ def _expression_problems(option: str, expression: str, names: list[str]) -> list
 def _nearest(entry: str, names: list[str]) -> str:
     last_parts = {name.rpartition(".")[2] for name in names}
     candidates = sorted(part for part in last_parts if not part.isdigit())
-    near = difflib.get_close_matches(entry.rpartition(".")[2], candidates, n=3)
-    if near:
-        return f"did you mean {' or '.join(repr(name) for name in near)}?"
-    return f"its modules are {', '.join(candidates[:20])}"
+    otherwise = f"its modules are {', '.join(candidates[:20])}"
+    return did_you_mean(entry.rpartition(".")[2], candidates, otherwise=otherwise, at_most=3)
 
 
 def _continue_adapter(model: PeftModel, peft_config: PeftConfig | None, checkpointing: dict[str, Any]) -> PeftModel:

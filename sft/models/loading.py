@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from sft.models.checkpoint import (
     check_weight_files,
     explain_load_error,
 )
+from sft.suggest import did_you_mean
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -49,8 +49,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
         return "auto"
     if name in DTYPES:
         return DTYPES[name]
-    near = [DTYPE_ALIASES[name]] if name in DTYPE_ALIASES else difflib.get_close_matches(name, DTYPES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = did_you_mean(DTYPE_ALIASES.get(name, name), DTYPES, after=" ")
     raise ValueError(f"dtype {dtype!r} is not one that models are trained in: {hint}Use auto, {', '.join(DTYPES)}.")
 
 
@@ -148,8 +147,7 @@ def check_attention(attn_implementation: str, dtype: torch.dtype, device_map: An
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     is_kernel = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?", attn_implementation) is not None
     if attn_implementation not in known and not is_kernel:
-        near = difflib.get_close_matches(attn_implementation.lower(), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(attn_implementation.lower(), known, after=" ")
         raise ValueError(
             f"attn_implementation={attn_implementation!r} does not exist: {hint}"
             f"Use auto, eager, sdpa, flash_attention_2, flash_attention_3, flex_attention or kernels-community/NAME."

@@ -1,1 +1,1 @@
-"""Text tokenized to rows with labels: length limit, packing, preview. Imports `sft.chat` and `sft.data`."""
+"""Tokenization of rendered text to rows with labels: length limit, packing, preview. Imports `sft.chat`, `sft.data`."""

@@ -1,14 +1,13 @@
-"""Where the tokens of byte-level tokenizers lie in a text, from their lengths alone.
+"""Faster encoding with byte-level tokenizers: token positions from token lengths, and a cache of words.
 
-Such tokens, one after another, are the bytes of the text. So a running sum of their lengths gives every border, and
-the tokenizer need not keep a table of characters, which costs it a third of its time. Whatever breaks the rule (a token
-that takes whitespace along, a normalizer that changes the text) shows in the sum, and the text goes the longer way.
+The tokens of a byte-level tokenizer, one after another, are the bytes of the text. A running sum of their lengths gives
+the position of every token (`TokenBytes`), so the tokenizer does not have to compute character offsets, which takes a
+third of its time. If a tokenizer breaks this rule (a token that includes adjacent whitespace, a normalizer that changes
+the text), the sum differs from the length of the text, and the offsets are used instead.
 
-Token ids of texts, put together from those of their words: what occurs again and again is tokenized once.
-
-Byte-level tokenizers divide a text before they look for tokens, and before a single space between two signs they
-always do. So a text may be cut there, and each part be looked up. Whether a tokenizer is of this kind is read off its
-rules and tried out on every sign at which texts are cut here; one that is not gives None, and is used as it is.
+Byte-level tokenizers split a text into words first, and always before a single space between two visible characters. So
+a text may be cut there, and frequent words are tokenized once (`WordCache`). Whether a tokenizer allows this is checked
+on its configuration and tried for every character at which texts are cut.
 """
 
 from __future__ import annotations
@@ -28,9 +27,41 @@ from tokenizers import Tokenizer
 from sft.chat.render import Rendered
 
 Run = tuple[int, int, float]
-"""First token that is trained, the token after the last one, and the weight of their loss."""
+"""First trained token, the token after the last trained one, and the weight of their loss."""
+
+Ids = npt.NDArray[np.int32]
+
+MAX_CHARACTERS = 8_000_000
+"""Characters of cached words, which take about 100 MB with their ids and Python's overhead."""
+
+MAX_NEW_SHARE = 0.4
+"""Share of a batch's characters in new words above which the cache does not pay."""
+
+NUM_BATCHES_WITHOUT = 8
+"""Batches for which the cache is then skipped."""
 
 _PROBE = "a b\n\nc  d é\u4e2d 12 <x>"
+
+# Characters at which texts may be cut: printable ASCII, Latin, Greek and Cyrillic letters, dashes, quotation marks.
+_CUT_AT = "!-~\u00a1-\u00ac\u00ae-\u024f\u0370-\u03ff\u0400-\u04ff\u2010-\u2027"
+
+_PART = re.compile(rf"[\s\S][^ ]*(?:(?:(?<![{_CUT_AT}]) | (?![{_CUT_AT}]))[^ ]*)*")
+
+_TYPICAL = "aZ0.'(<-_\"#)>"
+
+_PRE_TOKENIZERS = {"Sequence", "ByteLevel", "Split", "Digits"}
+
+
+class Crossing(NamedTuple):
+    """A token that crosses the border of a trained span.
+
+    Args:
+        token: Index of the token in the document.
+        border: Character index of the border.
+    """
+
+    token: int
+    border: int
 
 
 @dataclass(frozen=True)
@@ -38,9 +69,9 @@ class TokenBytes:
     """Byte lengths of a tokenizer's tokens.
 
     Args:
-        lengths: `(largest id + 1,)` bytes that each token stands for.
-        is_normalizing: Whether the tokenizer brings text to Unicode's form NFC.
-        adds_tokens: Whether the tokenizer puts tokens of its own around a text when asked for special tokens.
+        lengths: `(largest id + 1,)` number of bytes of each token.
+        is_normalizing: Whether the tokenizer normalizes text to Unicode's NFC.
+        adds_tokens: Whether the tokenizer adds tokens to a text with `add_special_tokens=True`.
     """
 
     lengths: npt.NDArray[np.int64]
@@ -49,7 +80,7 @@ class TokenBytes:
 
     @classmethod
     def of(cls, rules: Tokenizer) -> TokenBytes | None:
-        """Byte lengths of a tokenizer whose tokens are bytes; None for any other."""
+        """Return the byte lengths of a byte-level tokenizer; None for any other."""
         state = json.loads(rules.to_str())
         normalizer = (state.get("normalizer") or {}).get("type")
         if "ByteLevel" not in _types(state.get("pre_tokenizer")) or normalizer not in (None, "NFC"):
@@ -58,14 +89,14 @@ class TokenBytes:
         vocabulary = rules.get_vocab(with_added_tokens=True)
         lengths = np.zeros(max(vocabulary.values(), default=0) + 1, dtype=np.int64)
         for text, token in vocabulary.items():
-            # the byte-level alphabet has one character for each byte; added tokens are spelled as they are
+            # the byte-level alphabet has one character per byte; added tokens are stored as plain text
             lengths[token] = len(added[token].encode()) if token in added else len(text)
         found = cls(lengths, normalizer is not None, rules.num_special_tokens_to_add(False) > 0)
         ids = rules.encode(_PROBE, add_special_tokens=False).ids
         return found if int(lengths[ids].sum()) == len(_PROBE.encode()) else None
 
     def covers(self, item: Rendered) -> bool:
-        """Whether the tokens of a text are its bytes, so that its runs can be found here."""
+        """Return whether the tokens of a text should add up to its bytes, so that `runs` can locate them."""
         if item.add_special_tokens and self.adds_tokens:
             return False
         return not self.is_normalizing or unicodedata.is_normalized("NFC", item.text)
@@ -73,15 +104,15 @@ class TokenBytes:
     def runs(
         self, rendered: Sequence[Rendered], ids: Sequence[npt.NDArray[np.int32]]
     ) -> tuple[list[list[Run] | None], dict[int, Crossing]]:
-        """The trained tokens of every document of a batch.
+        """Find the trained tokens of every document of a batch.
 
         Args:
             rendered: Texts with their spans.
-            ids: Token ids of each.
+            ids: Token ids of each document, `(num_tokens,)`.
 
         Returns:
-            The runs of every document, None for one whose tokens do not add up to its text; and for documents in
-            which a token lies across the border of a span the first such token.
+            The runs of every document (None if its tokens do not add up to its text); and the first token that crosses
+            the border of a span, by the index of the document.
         """
         counts = np.array([len(tokens) for tokens in ids], dtype=np.int64)
         flat = np.concatenate([np.zeros(0, dtype=np.int32), *ids])
@@ -94,10 +125,10 @@ class TokenBytes:
         documents = np.array([number for number, _, _ in spans], dtype=np.int64)
         starts = np.array([_num_bytes(text, span.start) for _, text, span in spans], dtype=np.int64)
         ends = np.array([_num_bytes(text, span.end) for _, text, span in spans], dtype=np.int64)
-        # the first token that ends behind a span's start, and the first that begins at or behind its end
+        # the first token that ends after a span's start, and the first that begins at or after its end
         first = np.searchsorted(borders[1:], bases[documents] + starts, side="right") - first_tokens[documents]
         last = np.searchsorted(borders[:-1], bases[documents] + ends, side="left") - first_tokens[documents]
-        # both index borders: the one before a run's first token, and the one behind its last
+        # whether the borders before a run's first token and after its last token lie outside of the span
         early = borders[first_tokens[documents] + np.minimum(first, counts[documents])] < bases[documents] + starts
         late = borders[first_tokens[documents] + last] > bases[documents] + ends
         crossings: dict[int, Crossing] = {}
@@ -118,37 +149,17 @@ def _num_bytes(text: str, num_characters: int) -> int:
 
 
 def _types(part: dict[str, Any] | None) -> set[str]:
-    """Types of a tokenizer's part and of the parts that it consists of."""
+    """Return the types of a tokenizer component and of its subcomponents."""
     if part is None:
         return set()
     return {str(part.get("type"))}.union(*map(_types, part.get("pretokenizers", [])))
 
 
-Ids = npt.NDArray[np.int32]
-
-# printable ASCII, letters of Latin, Greek and Cyrillic, dashes and quotation marks: signs at which texts are cut
-_SIGNS = "!-~\u00a1-\u00ac\u00ae-\u024f\u0370-\u03ff\u0400-\u04ff\u2010-\u2027"
-
-_PART = re.compile(rf"[\s\S][^ ]*(?:(?:(?<![{_SIGNS}]) | (?![{_SIGNS}]))[^ ]*)*")
-
-_TYPICAL = "aZ0.'(<-_\"#)>"
-
-_PRE_TOKENIZERS = {"Sequence", "ByteLevel", "Split", "Digits"}
-
-MAX_CHARACTERS = 8_000_000
-"""Characters of words remembered: some 100 MB with their ids and what Python needs."""
-
-MAX_NEW_SHARE = 0.4
-
-NUM_BATCHES_WITHOUT = 8
-"""Where more than this share of the characters of a batch is in new words, looking up does not pay for a while."""
-
-
 class WordCache:
-    """Tokenizes texts by their words.
+    """Tokenize texts word by word, and cache the ids of words.
 
     Args:
-        rules: A tokenizer's rules; `WordCache.of` makes sure that they are of the right kind.
+        rules: A tokenizer; `WordCache.of` checks that its texts may be cut at spaces.
     """
 
     def __init__(self, rules: Tokenizer) -> None:
@@ -159,20 +170,20 @@ class WordCache:
 
     @classmethod
     def of(cls, rules: Tokenizer) -> WordCache | None:
-        """A cache for a tokenizer whose texts may be cut at single spaces; None for any other."""
+        """Return a cache for a tokenizer whose texts may be cut at single spaces; None for any other."""
         state = json.loads(rules.to_str())
         model, steps = state["model"], list(_steps(state.get("pre_tokenizer")))
         if model.get("type") != "BPE" or model.get("dropout") or not steps:
             return None
-        if not all(_is_plain(step) for step in steps) or any(map(_reaches_over, state["added_tokens"])):
+        if not all(_is_tokenize(step) for step in steps) or any(map(_crosses_spaces, state["added_tokens"])):
             return None
         return cls(rules) if _divides_before_spaces(rules) else None
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids of every text, `(num_tokens,)` each, as the tokenizer gives them without special tokens."""
+        """Return the ids of every text, `(num_tokens,)` each, as the tokenizer does without special tokens."""
         if self._num_without:
             self._num_without -= 1
-            return self._plain(texts)
+            return self._tokenize(texts)
         parts = [_PART.findall(text) for text in texts]
         self._learn(set().union(*parts).difference(self._known), sum(map(len, texts)))
         look_up = self._known.__getitem__
@@ -184,33 +195,33 @@ class WordCache:
 
     def _learn(self, words: Iterable[str], num_all: int) -> None:
         new = sorted(words)
-        for word, ids in zip(new, self._plain(new), strict=True):
+        for word, ids in zip(new, self._tokenize(new), strict=True):
             self._known[word] = ids.tobytes()
         num_new = sum(map(len, new))
         self._num_characters += num_new
         self._num_without = NUM_BATCHES_WITHOUT if num_new > MAX_NEW_SHARE * num_all else 0
 
-    def _plain(self, texts: Sequence[str]) -> list[Ids]:
+    def _tokenize(self, texts: Sequence[str]) -> list[Ids]:
         encodings = self._rules.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
 
 def _steps(part: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
-    """The steps in which a tokenizer divides a text."""
+    """Yield the pre-tokenizers of a tokenizer, including nested ones."""
     if part is not None:
         yield part
         yield from itertools.chain.from_iterable(map(_steps, part.get("pretokenizers", [])))
 
 
-def _is_plain(step: dict[str, Any]) -> bool:
-    """Whether a step divides a text by its signs alone, and puts nothing before it."""
+def _is_tokenize(step: dict[str, Any]) -> bool:
+    """Return whether a pre-tokenizer splits a text by its characters only, and adds no space in front."""
     if step["type"] not in _PRE_TOKENIZERS or step.get("add_prefix_space"):
         return False
     return step["type"] != "Split" or step["behavior"] == "Isolated"
 
 
-def _reaches_over(token: dict[str, Any]) -> bool:
-    """Whether an added token may take a space between two signs, or looks at what stands beside it."""
+def _crosses_spaces(token: dict[str, Any]) -> bool:
+    """Return whether an added token may match a space between two words, or depends on the text around it."""
     if token["lstrip"] or token["rstrip"] or token["single_word"] or token["normalized"]:
         return True
     content = token["content"]
@@ -219,18 +230,6 @@ def _reaches_over(token: dict[str, Any]) -> bool:
 
 def _divides_before_spaces(rules: Tokenizer) -> bool:
     pre_tokenize = rules.pre_tokenizer.pre_tokenize_str
-    signs = [sign for sign in map(chr, range(0x2028)) if re.match(f"[{_SIGNS}]", sign)]
-    pairs = [*itertools.product(signs, _TYPICAL), *itertools.product(_TYPICAL, signs)]
+    characters = [character for character in map(chr, range(0x2028)) if re.match(f"[{_CUT_AT}]", character)]
+    pairs = [*itertools.product(characters, _TYPICAL), *itertools.product(_TYPICAL, characters)]
     return all(any(start == 1 for _, (start, _) in pre_tokenize(f"{left} {right}")) for left, right in pairs)
-
-
-class Crossing(NamedTuple):
-    """A token across a border.
-
-    Args:
-        token: Its index in the document.
-        border: The character at which the border lies.
-    """
-
-    token: int
-    border: int

@@ -1,9 +1,8 @@
-"""Cut and join rows of token columns on Arrow's own buffers: no Python object per token is ever made.
+"""Token columns: cut and join rows on Arrow buffers, without a Python object per token.
 
-Every operation of packing and truncation is one list of pieces (which document, from where, how long) and a division
-of that list into output rows; `materialize` turns it into a data set, a bounded number of tokens at a time.
-
-Rows written to a folder that `datasets.load_from_disk` opens, as they come: no more than a table is in memory.
+Packing and truncation are planned as a list of pieces (document, start, length) and a division of that list into output
+rows (`RowPlan`). `materialize` turns a plan into a data set, a bounded number of tokens at a time. `write_rows` writes
+tables one at a time to a folder for `datasets.load_from_disk`.
 """
 
 from __future__ import annotations
@@ -22,20 +21,23 @@ from datasets import Dataset, Features
 from datasets.fingerprint import Hasher, get_temporary_cache_files_directory
 from datasets.table import InMemoryTable, MemoryMappedTable
 
-from sft.labels import IGNORE_INDEX
+from sft.labels import IGNORE_INDEX, TOKEN_MASKS
 
-TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks", "loss_weights")
-"""Columns that hold one value a token and are cut and joined together."""
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", *TOKEN_MASKS, "loss_weights")
+"""Columns with one value per token, which are cut and joined together."""
 
 COLUMN_TYPES = {
     "attention_mask": np.int8,
-    "completion_mask": np.int8,
-    "assistant_masks": np.int8,
+    **dict.fromkeys(TOKEN_MASKS, np.int8),
     "loss_weights": np.float32,
 }
-"""Types written; ids and labels are int32."""
+"""Types of the columns that are written; ids and labels are int32."""
 
 TOKENS_PER_BATCH = 1 << 22
+"""Tokens to process at a time."""
+
+MAX_FILE_BYTES = 500 << 20
+"""Size from which `write_rows` begins the next file."""
 
 Integers = npt.NDArray[np.int64]
 
@@ -49,12 +51,12 @@ def ranges(starts: Integers, lengths: Integers) -> Integers:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Stretches of documents, in output order.
+    """Contiguous parts of documents, in output order.
 
     Attributes:
         document: `(num_pieces,)` row of the source.
-        start: `(num_pieces,)` first token taken.
-        length: `(num_pieces,)` number of tokens taken.
+        start: `(num_pieces,)` first token of each piece in its document.
+        length: `(num_pieces,)` number of tokens in each piece.
     """
 
     document: Integers
@@ -68,30 +70,30 @@ class Pieces:
         return Pieces(self.document[key], self.start[key], self.length[key])
 
     def within(self, outer: Pieces) -> Pieces:
-        """The same stretches seen from the source, when these are pieces of the pieces `outer`."""
+        """Return these pieces in terms of the source documents, if their documents are the pieces `outer`."""
         return Pieces(outer.document[self.document], outer.start[self.document] + self.start, self.length)
 
 
 def whole(lengths: Integers) -> Pieces:
-    """Every document as one piece."""
+    """Return every document as one piece."""
     return Pieces(np.arange(len(lengths)), np.zeros_like(lengths), lengths)
 
 
 class Column(Protocol):
-    """One list column, wherever its values lie."""
+    """A column with one list of values per document, in memory or in a file."""
 
     def lengths(self) -> Integers:
-        """Tokens in each document, `(num_documents,)`."""
+        """Return the number of tokens in each document, `(num_documents,)`."""
 
     def gather(self, pieces: Pieces, dtype: Any) -> np.ndarray[Any, Any]:
-        """Values of all pieces one after another, `(sum of lengths,)`."""
+        """Return the values of all pieces one after another, `(sum of lengths,)`."""
 
 
 Columns = Mapping[str, Column]
 
 
 class RaggedColumn:
-    """One list column of a data set as offsets and values, chunk by chunk as Arrow stores it."""
+    """A list column of a data set as offsets and values, in chunks as Arrow stores it."""
 
     def __init__(self, name: str, column: pa.ChunkedArray, indices: Integers | None) -> None:
         self._indices = indices
@@ -104,13 +106,13 @@ class RaggedColumn:
         self._first_rows = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
 
     def lengths(self) -> Integers:
-        """Tokens in each document, `(num_documents,)`."""
+        """Return the number of tokens in each document, `(num_documents,)`."""
         stored = [np.diff(offsets) for offsets in self._offsets]
         lengths = np.concatenate(stored).astype(np.int64) if stored else np.zeros(0, dtype=np.int64)
         return lengths if self._indices is None else lengths[self._indices]
 
     def gather(self, pieces: Pieces, dtype: Any) -> np.ndarray[Any, Any]:
-        """Values of all pieces one after another, `(sum of lengths,)`."""
+        """Return the values of all pieces one after another, `(sum of lengths,)`."""
         output = np.empty(int(pieces.length.sum()), dtype=dtype)
         places = np.cumsum(pieces.length) - pieces.length
         for chunk, picked, first_values in self._by_chunk(pieces):
@@ -119,7 +121,7 @@ class RaggedColumn:
         return output
 
     def _by_chunk(self, pieces: Pieces) -> Iterator[tuple[int, Integers, Integers]]:
-        """Yield each chunk in use, the pieces that lie in it, and where their values begin in it."""
+        """Yield each chunk that has pieces, the indices of those pieces, and where their values begin in the chunk."""
         rows = pieces.document if self._indices is None else self._indices[pieces.document]
         chunk_of = np.searchsorted(self._first_rows, rows, side="right") - 1
         for chunk in np.unique(chunk_of):
@@ -129,14 +131,16 @@ class RaggedColumn:
 
 
 def count_trained(labels: Column, pieces: Pieces) -> tuple[Integers, Integers]:
-    """Trained tokens in each piece, and targets: a piece's first label is no target, having nothing before it.
+    """Count the trained tokens and the targets in each piece.
+
+    A piece's first label is not a target, since there is no token before it to predict it from.
 
     Args:
-        labels: The labels.
-        pieces: What to count in.
+        labels: The column of labels.
+        pieces: The pieces to count in.
 
     Returns:
-        Two arrays `(num_pieces,)`.
+        Trained tokens `(num_pieces,)` and targets `(num_pieces,)`.
     """
     trained = np.zeros(len(pieces), dtype=np.int64)
     targets = np.zeros(len(pieces), dtype=np.int64)
@@ -153,9 +157,9 @@ def count_trained(labels: Column, pieces: Pieces) -> tuple[Integers, Integers]:
 
 def _buffers(name: str, chunk: Any) -> tuple[Integers, np.ndarray[Any, Any]]:
     if not isinstance(chunk, pa.ListArray | pa.LargeListArray):
-        raise ValueError(f"column {name!r} must hold a list of numbers in each row, found {chunk.type}")
+        raise ValueError(f"column {name!r} must have a list of numbers in each row, found {chunk.type}")
     if chunk.null_count or chunk.values.null_count:
-        raise ValueError(f"column {name!r} holds nulls; every row must be a list of numbers without gaps")
+        raise ValueError(f"column {name!r} contains nulls; every row must be a list of numbers without gaps")
     return chunk.offsets.to_numpy().astype(np.int64), chunk.values.to_numpy(zero_copy_only=False)
 
 
@@ -190,7 +194,7 @@ class RowPlan:
     ends: Integers
 
     def batches(self) -> Iterator[tuple[int, int]]:
-        """Ranges of rows of about `TOKENS_PER_BATCH` tokens; one empty range when there is no row."""
+        """Yield ranges of rows with about `TOKENS_PER_BATCH` tokens each; one empty range if there are no rows."""
         running = np.concatenate([[0], np.cumsum(self.pieces.length)])[self.ends]
         first = 0
         while first < len(self.ends) or first == 0:
@@ -200,28 +204,28 @@ class RowPlan:
             first = last
 
     def part(self, first: int, last: int) -> RowPlan:
-        """The plan of rows first to last (exclusive) alone."""
+        """Return the plan of rows `first` to `last` (exclusive)."""
         before = int(self.ends[first - 1]) if first else 0
         ends = self.ends[first:last] - before
         return RowPlan(self.pieces[before : before + (int(ends[-1]) if len(ends) else 0)], ends)
 
 
 def materialize(dataset: Dataset, plan: RowPlan, carry: Dataset | None = None) -> Dataset:
-    """Write the data set whose rows are the plan's.
+    """Create the data set of a plan's rows.
 
-    Held in memory when the source is; otherwise in a temporary file that goes away with the process.
+    It is in memory if the source is, otherwise in a temporary file that is deleted when the process ends.
 
     Args:
-        dataset: the source, with token columns.
-        plan: what to take, in order.
-        carry: as many rows with further columns to keep, when output rows are rows of the source; None when rows are
-            packed, which adds `seq_lengths` (the lengths of the row's pieces), and `labels` where the source has none.
+        dataset: The source, with token columns.
+        plan: The rows to create.
+        carry: Further columns to keep, one row per output row. None if rows are packed; then `seq_lengths` (lengths of
+            the row's pieces) is added, and `labels` if the source has none.
     """
     return _store(row_tables(token_columns(dataset), plan, carry), in_memory=not dataset.cache_files)
 
 
 def row_tables(columns: Columns, plan: RowPlan, carry: Dataset | None = None) -> Iterator[pa.Table]:
-    """The rows of a plan as Arrow tables of about `TOKENS_PER_BATCH` tokens each; see `materialize`."""
+    """Yield the rows of a plan as Arrow tables of about `TOKENS_PER_BATCH` tokens each; see `materialize`."""
     return (_batch_table(columns, plan, batch, carry) for batch in plan.batches())
 
 
@@ -241,12 +245,12 @@ def _batch_table(columns: Columns, plan: RowPlan, batch: tuple[int, int], carry:
 
 
 def list_array(offsets: Integers, values: np.ndarray[Any, Any]) -> pa.ListArray:
-    """An Arrow column of lists; `offsets` are `(num_lists + 1,)` borders in `values`."""
+    """Return an Arrow array of lists; `offsets` are `(num_lists + 1,)` borders in `values`."""
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
 
 
 def _store(tables: Iterator[pa.Table], in_memory: bool) -> Dataset:
-    """Keep tables as a data set whose fingerprint depends on its content alone, so that equal runs save equal files."""
+    """Store tables as a data set whose fingerprint depends only on its content, so that equal runs save equal files."""
     hasher = Hasher()
     if in_memory:
         kept = pa.concat_tables([hash_table(table, hasher) for table in tables])
@@ -262,7 +266,7 @@ def _store(tables: Iterator[pa.Table], in_memory: bool) -> Dataset:
 
 
 def hash_table(table: pa.Table, hasher: Hasher) -> pa.Table:
-    """Let a fingerprint depend on the content of a table; returns the table."""
+    """Update a fingerprint with the content of a table; return the table."""
     for name in table.column_names:
         hasher.update(name)
         for chunk in table.column(name).chunks:
@@ -271,15 +275,14 @@ def hash_table(table: pa.Table, hasher: Hasher) -> pa.Table:
     return table
 
 
-MAX_FILE_BYTES = 500 << 20
-
-
 def write_rows(tables: Iterator[pa.Table], folder: Path) -> None:
-    """Write tables of one schema as one data set, whose fingerprint depends on their content alone.
+    """Write tables as one data set whose fingerprint depends only on their content.
+
+    Only one table is in memory at a time.
 
     Args:
-        tables: One or more tables.
-        folder: Made new.
+        tables: One or more tables with the same schema.
+        folder: Folder to create.
     """
     first = next(tables)
     schema = Features.from_arrow_schema(first.schema).arrow_schema
@@ -300,7 +303,7 @@ def write_rows(tables: Iterator[pa.Table], folder: Path) -> None:
 
 
 def _describe(folder: Path, names: list[str], schema: pa.Schema, fingerprint: str) -> None:
-    """Let `datasets` write its own description, of no rows, and put our files into it."""
+    """Write the files that describe the data set, by letting `datasets` save an empty one and adding the file names."""
     Dataset(InMemoryTable(schema.empty_table()), fingerprint=fingerprint).save_to_disk(str(folder / "empty"))
     state = json.loads((folder / "empty" / "state.json").read_text(encoding="utf-8"))
     final = [f"data-{number:05d}-of-{len(names):05d}.arrow" for number in range(len(names))]

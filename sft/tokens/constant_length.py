@@ -1,4 +1,4 @@
-"""A stream of rows of exactly `seq_length` tokens, made from texts (or token ids) on the fly."""
+"""Packing of texts (or token ids) on the fly into a stream of rows of exactly `seq_length` tokens."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ Example = Mapping[str, Any]
 
 
 class ConstantLengthDataset(IterableDataset):
-    """Joins documents, each followed by a concatenation token, and cuts the result into rows of equal length.
+    """Concatenate documents, each followed by a concatenation token, and cut the result into rows of equal length.
 
-    Documents are read into a buffer of about `seq_length * num_of_sequences` tokens, shuffled, joined and cut; rows are
-    shuffled again. What is left of a buffer goes on into the next one, so that a pass loses at most `seq_length - 1`
-    tokens. A document that is cut goes on in another row as another document: each row's `seq_lengths` say where its
-    documents end, and attention respects that. Shuffling uses Python's `random`, as `transformers.set_seed` seeds it.
+    Documents are read into a buffer of about `seq_length * num_of_sequences` tokens, shuffled, concatenated and cut;
+    the rows are shuffled again. The remainder of a buffer is carried over to the next one, so that a pass loses at most
+    `seq_length - 1` tokens. The parts of a document that is cut count as separate documents: `seq_lengths` of each row
+    list the lengths of its documents, which do not attend to each other. Shuffling uses Python's `random`, which
+    `transformers.set_seed` seeds.
 
     Items are dicts of int64 tensors: `input_ids` and `labels` `(seq_length,)`, `seq_lengths` `(num_documents,)`.
 
     Attributes:
-        concat_token_id: what follows each document: the tokenizer's end token, or else `eos_token_id`.
-        max_buffer_size: where a buffer is full, in characters (tokens when the data set is tokenized).
-        current_size: rows given out so far.
+        concat_token_id: Token after each document: the tokenizer's end-of-sequence token, or else `eos_token_id`.
+        max_buffer_size: Size at which a buffer is full, in characters (in tokens for tokenized data sets).
+        current_size: Number of rows yielded so far.
     """
 
     def __init__(
@@ -50,24 +51,24 @@ class ConstantLengthDataset(IterableDataset):
         append_concat_token: bool = True,
         add_special_tokens: bool = True,
     ) -> None:
-        """Set the stream up; nothing is read yet.
+        """Set up the stream; nothing is read yet.
 
         Args:
-            tokenizer: turns texts into ids.
-            dataset: examples with a text column, with what `formatting_func` reads, or with `input_ids`.
-            dataset_text_field: the text column; `text` when neither this nor `formatting_func` is given.
-            formatting_func: makes a text (or a list of texts) of an example.
-            infinite: begin again at the end instead of stopping.
-            seq_length: tokens of a row.
-            num_of_sequences: rows that a buffer is made for.
-            chars_per_token: characters a token is taken to have when a buffer is filled.
-            eos_token_id: concatenation token when the tokenizer has no end token.
-            shuffle: shuffle the documents of each buffer and its rows.
-            append_concat_token: whether the concatenation token follows each document.
-            add_special_tokens: passed to the tokenizer.
+            tokenizer: Tokenizer of the texts.
+            dataset: Examples with a text column, with the columns that `formatting_func` reads, or with `input_ids`.
+            dataset_text_field: The text column; `text` if neither this nor `formatting_func` is given.
+            formatting_func: Function that converts an example to a text or a list of texts.
+            infinite: Restart at the end of the data set instead of stopping.
+            seq_length: Number of tokens in a row.
+            num_of_sequences: Number of rows that a buffer should fill.
+            chars_per_token: Assumed number of characters per token when a buffer is filled.
+            eos_token_id: Concatenation token if the tokenizer has no end-of-sequence token.
+            shuffle: Shuffle the documents of each buffer and its rows.
+            append_concat_token: Append the concatenation token to each document.
+            add_special_tokens: Passed to the tokenizer.
 
         Raises:
-            ValueError: both ways to get a text are given, or a size is below 1.
+            ValueError: Both `dataset_text_field` and `formatting_func` are given, or a size is not positive.
         """
         if dataset_text_field is not None and formatting_func is not None:
             raise ValueError(
@@ -94,7 +95,11 @@ class ConstantLengthDataset(IterableDataset):
         self._length: int | None = None
 
     def __len__(self) -> int:
-        """Rows of one pass, exactly; the first call tokenizes the data set once. A stream has no length: TypeError."""
+        """Return the exact number of rows in one pass; the first call tokenizes the data set.
+
+        Raises:
+            TypeError: The data set is a stream, which has no length.
+        """
         if self._length is None:
             len(self.dataset)  # type: ignore[arg-type]  # a stream must raise TypeError here, before it is read
             num_tokens = sum(len(ids) for buffer in self._buffers(self.dataset) for ids in self._tokenized(buffer))
@@ -102,7 +107,7 @@ class ConstantLengthDataset(IterableDataset):
         return self._length
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Rows, without end when `infinite`; each worker of a loader takes its share of the documents."""
+        """Yield rows, endlessly if `infinite`; each worker of a data loader reads its share of the documents."""
         worker = get_worker_info()
         share = (0, 1) if worker is None else (worker.id, worker.num_workers)
         open_row = _OpenRow(self.seq_length)
@@ -128,7 +133,7 @@ class ConstantLengthDataset(IterableDataset):
             yield row
 
     def _buffers(self, examples: Iterable[Example]) -> Iterator[list[Any]]:
-        """Lists of documents (texts, or token ids) that fill a buffer; the last one may not."""
+        """Yield lists of documents (texts, or token ids) that fill a buffer, except perhaps the last one."""
         buffer: list[Any] = []
         size = 0
         for example in examples:
@@ -161,7 +166,7 @@ class ConstantLengthDataset(IterableDataset):
             yield [*ids, *end]
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts; one that begins with the bos token, as chat templates print it, gets no second one."""
+        """Tokenize texts; one that begins with the bos token, as chat templates print it, does not get another."""
         bos = str(getattr(self.tokenizer, "bos_token", None) or "")
         has_bos = [bos != "" and text.startswith(bos) for text in texts]
         documents: dict[int, list[int]] = {}
@@ -174,7 +179,7 @@ class ConstantLengthDataset(IterableDataset):
 
 
 class _OpenRow:
-    """A row being filled, across documents and buffers."""
+    """A row that is being filled, across documents and buffers."""
 
     def __init__(self, seq_length: int) -> None:
         self.seq_length = seq_length
@@ -186,7 +191,7 @@ class _OpenRow:
         return len(self.tokens)
 
     def add(self, ids: list[int]) -> Iterator[dict[str, torch.Tensor]]:
-        """Take a document in and give out every row that it completes."""
+        """Add a document and yield every row that it completes."""
         start = 0
         while start < len(ids):
             piece = ids[start : start + self.seq_length - len(self.tokens)]
@@ -202,20 +207,20 @@ class _OpenRow:
 def constant_length_rows(
     dataset: Any, tokenizer: Any, config: SFTConfig, *, seq_length: int, name: str = "train"
 ) -> Dataset | ConstantLengthDataset:
-    """Pack texts as `num_of_sequences` and `chars_per_token` ask: in the old way, from a shuffled buffer.
+    """Pack texts with `ConstantLengthDataset`, as the options `num_of_sequences` and `chars_per_token` request.
 
     Args:
-        dataset: Texts in the column `config.dataset_text_field`, or rows with `input_ids` alone.
-        tokenizer: Turns texts into ids.
-        config: The two options, `dataset_kwargs`, and what is trained, which is everything.
-        seq_length: Tokens of a row.
-        name: What messages call the data set.
+        dataset: Texts in the column `config.dataset_text_field`, or rows with only `input_ids`.
+        tokenizer: Tokenizer of the texts.
+        config: The two options, and `dataset_kwargs`.
+        seq_length: Number of tokens in a row.
+        name: Name of the data set in messages.
 
     Returns:
-        Rows with `input_ids`, `labels`, `seq_lengths`: a `Dataset`, or for a streamed data set a stream.
+        Rows with `input_ids`, `labels`, `seq_lengths`: a `Dataset`, or a stream for a streamed data set.
 
     Raises:
-        ValueError: Only a part is to be trained, or the texts do not fill a row.
+        ValueError: Options or columns select only a part of the tokens for training, or the texts do not fill a row.
     """
     masks = {"labels", "completion_mask", "assistant_masks"} & set(getattr(dataset, "column_names", None) or ())
     parts = [

@@ -1,13 +1,12 @@
-"""Rendered text to token ids and labels, in one tokenizer call for a whole batch.
+"""Encoding of rendered text to token ids and labels, with one tokenizer call per batch.
 
-A token is trained when the characters it covers overlap a trained span. The tokens that overlap a span are neighbours:
-two look-ups give all of them, without a Python object for every token. Where a tokenizer's tokens are the text's bytes,
-their lengths tell where they lie (`sft.tokens.byte_level`); elsewhere the tokenizer's own offset table does.
+A token is trained if the characters that it covers overlap a trained span. The tokens that overlap a span are
+contiguous, so two look-ups find all of them, without a Python object per token. With byte-level tokenizers, positions
+follow from the lengths of tokens (`sft.tokens.byte_level`), with others from the tokenizer's character offsets.
 
-Tokens that lie across a border of what is trained: half in the prompt, half in the answer.
-
-Such a token is trained, and with it the end of the prompt. When the model generates, its prompt ends at the border, in
-other tokens than those it was trained behind. A template whose generation prompt ends in a space is the usual cause.
+A token may cross the border of a span, with a part in the prompt and a part in the answer. It is trained, but at
+inference the prompt ends at the border and is tokenized differently there, so the model never sees the tokens that it
+was trained on. Such tokens are reported (`Crossing`); the usual cause is a generation prompt that ends in a space.
 """
 
 from __future__ import annotations
@@ -28,48 +27,14 @@ from sft.tokens.byte_level import Crossing, Ids, Run, TokenBytes, WordCache
 from sft.tokens.columns import list_array
 
 _SHOWN = 16
+"""Characters shown on each side of a border."""
 
-
-def crossing_of(encoding: Encoding, span: Span, first: int, stop: int) -> Crossing | None:
-    """The token across the start or the end of a span; None when tokens begin and end with it.
-
-    Args:
-        encoding: Tokens of the whole text.
-        span: Characters that are trained.
-        first: First token of the span.
-        stop: The token after its last one.
-    """
-    if first >= stop:
-        return None
-    begin, end = encoding.token_to_chars(first), encoding.token_to_chars(stop - 1)
-    if begin is not None and begin[0] < span.start < begin[1]:
-        return Crossing(first, span.start)
-    if end is not None and end[0] < span.end < end[1]:
-        return Crossing(stop - 1, span.end)
-    return None
-
-
-def describe(crossing: Crossing, text: str, token_id: int, rules: Tokenizer) -> str:
-    """What is wrong, in a sentence that shows the place.
-
-    Args:
-        crossing: The token and the border.
-        text: The document.
-        token_id: The token's id.
-        rules: The tokenizer.
-    """
-    at = crossing.border
-    before, behind = text[max(0, at - _SHOWN) : at], text[at : at + _SHOWN]
-    token = rules.decode([token_id], skip_special_tokens=False)
-    return f"the token {token!r} lies across the border of what is trained: {before!r} | {behind!r}"
-
-
-# Whitespace of every kind that tokenizers report as covering no characters when they trim offsets.
+# Text with the kinds of whitespace that tokenizers exclude from offsets if they trim them.
 _TRIM_PROBE = "a b\n\nc  d"
 
 
 class Encoded(TypedDict):
-    """One document as tokens; labels are not shifted: `labels[i] == input_ids[i]` where token i is trained."""
+    """One tokenized document; labels are not shifted: `labels[i] == input_ids[i]` if token i is trained."""
 
     input_ids: list[int]
     labels: list[int]
@@ -77,7 +42,7 @@ class Encoded(TypedDict):
 
 
 class Document(NamedTuple):
-    """Token ids of one document, which of its tokens are trained, and one that lies across the border of those."""
+    """Token ids of one document, the runs of its trained tokens, and the first token across a span's border."""
 
     ids: Ids
     runs: list[Run]
@@ -85,14 +50,14 @@ class Document(NamedTuple):
 
 
 class TokenBatch(NamedTuple):
-    """Documents as tokens, one after another.
+    """Tokenized documents, one after another.
 
     Args:
-        lengths: `(num_documents,)` tokens of each, int64.
+        lengths: `(num_documents,)` number of tokens in each document, int64.
         input_ids: `(num_tokens,)` int32.
-        labels: `(num_tokens,)` int32, the id where a token is trained.
-        loss_weights: `(num_tokens,)` float32; None where every trained token weighs 1.
-        crossings: Document -> what is wrong where one of its tokens lies across the border of what is trained.
+        labels: `(num_tokens,)` int32, the id if a token is trained, else `IGNORE_INDEX`.
+        loss_weights: `(num_tokens,)` float32; None if every trained token has weight 1.
+        crossings: Description of the first token that crosses the border of a span, by the index of the document.
     """
 
     lengths: npt.NDArray[np.int64]
@@ -102,17 +67,17 @@ class TokenBatch(NamedTuple):
     crossings: dict[int, str]
 
     def columns(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The values of every token column by its name."""
+        """Return the values of the token columns by name."""
         columns: dict[str, np.ndarray[Any, Any]] = {"input_ids": self.input_ids, "labels": self.labels}
         return columns if self.loss_weights is None else {**columns, "loss_weights": self.loss_weights}
 
     def table(self) -> pa.Table:
-        """One row a document, as an Arrow table."""
+        """Return an Arrow table with one row per document."""
         borders = np.concatenate([[0], np.cumsum(self.lengths)])
         return pa.table({name: list_array(borders, column) for name, column in self.columns().items()})
 
     def rows(self) -> list[Encoded]:
-        """One row a document, as lists."""
+        """Return one row per document, with lists."""
         ends = np.cumsum(self.lengths)
         borders = zip((ends - self.lengths).tolist(), ends.tolist(), strict=True)
         values = {name: column.tolist() for name, column in self.columns().items()}
@@ -120,13 +85,13 @@ class TokenBatch(NamedTuple):
 
 
 class Encoder:
-    """Encodes batches with one tokenizer; makes a copy of the tokenizer's rules once.
+    """Encode batches with one tokenizer, of which it makes a copy.
 
     Args:
         tokenizer: A fast tokenizer.
 
     Raises:
-        ValueError: The tokenizer gives no character offsets.
+        ValueError: The tokenizer is not a fast one, and so gives no character offsets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -145,7 +110,7 @@ class Encoder:
         return self.encode_flat(rendered, with_weights=with_weights).rows()
 
     def encode_flat(self, rendered: Sequence[Rendered], *, with_weights: bool | None = None) -> TokenBatch:
-        """Encode a batch into arrays, which takes less time and memory than lists; see `encode_batch`."""
+        """Encode a batch to arrays, which take less time and memory than lists; see `encode_batch`."""
         if with_weights is None:
             with_weights = any(span.weight != 1.0 for item in rendered for span in item.spans)
         documents = [
@@ -185,7 +150,7 @@ class Encoder:
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def _closed(self, item: Rendered, document: Document) -> Document:
-        """The document with the end-of-sequence token behind it; it is trained when the text's end is."""
+        """Append the end-of-sequence token to a document; it is trained if the end of the text is."""
         ids, runs, crossing = document
         if self._eos is None:
             raise ValueError("the tokenizer has no end-of-sequence token to close a text with; set its eos_token")
@@ -198,7 +163,7 @@ class Encoder:
 
 
 def _document(encoding: Encoding, item: Rendered) -> Document:
-    """A text by its tokenizer's table of offsets."""
+    """Create a document from the tokenizer's character offsets."""
     runs: list[Run] = [(*token_run(encoding, span, len(item.text)), span.weight) for span in item.spans]
     crossings = (crossing_of(encoding, span, *run[:2]) for span, run in zip(item.spans, runs, strict=True))
     first = next((crossing for crossing in crossings if crossing is not None), None)
@@ -227,23 +192,23 @@ def encode_batch(
     Args:
         rendered: Texts with trained character spans.
         tokenizer: A fast tokenizer.
-        with_weights: Whether rows carry `loss_weights`; None: when some weight of this batch is not 1.
+        with_weights: Whether rows have `loss_weights`; None adds them if some weight of this batch is not 1.
 
     Returns:
-        One row a record. Tokens that the tokenizer itself puts before (or after) the text are trained when a span
+        One row per record. Tokens that the tokenizer itself adds before (or after) the text are trained if a span
         begins (or ends) with the text.
 
     Raises:
-        ValueError: The tokenizer gives no offsets, or has no end-of-sequence token where one is appended.
+        ValueError: The tokenizer gives no character offsets, or has no end-of-sequence token to append.
     """
     return Encoder(tokenizer).encode(rendered, with_weights=with_weights)
 
 
 def token_run(encoding: Encoding, span: Span, num_characters: int) -> tuple[int, int]:
-    """First token that overlaps a span, and the token after the last one that does.
+    """Return the first token that overlaps a span, and the token after the last one that does.
 
     Args:
-        encoding: Tokens of the whole text.
+        encoding: Tokens of the full text.
         span: Characters of the text.
         num_characters: Length of the text.
     """
@@ -253,7 +218,7 @@ def token_run(encoding: Encoding, span: Span, num_characters: int) -> tuple[int,
     last = len(encoding) - 1 if span.end == num_characters else encoding.char_to_token(span.end - 1)
     if first is None or last is None:
         return _run_by_offsets(encoding, span)
-    # several tokens may cover one character: a byte-level tokenizer spells it out in bytes
+    # several tokens may cover one character, each with some of its bytes
     while last + 1 < len(encoding) and _overlaps(encoding.token_to_chars(last + 1), span):
         last += 1
     return first, last + 1
@@ -264,15 +229,49 @@ def _overlaps(covered: tuple[int, int] | None, span: Span) -> bool:
 
 
 def _run_by_offsets(encoding: Encoding, span: Span) -> tuple[int, int]:
-    """The same for a text of which some characters belong to no token, as after a normalizer that removes them."""
+    """Do the same for a text with characters that are in no token, for example since a normalizer removed them."""
     inside = [index for index, covered in enumerate(encoding.offsets) if _overlaps(covered, span)]
     return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
-def _plain_rules(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of a tokenizer's rules without truncation, padding, and trimmed offsets.
+def crossing_of(encoding: Encoding, span: Span, first: int, stop: int) -> Crossing | None:
+    """Return the token that crosses the start or the end of a span; None if no token does.
 
-    Some byte-level tokenizers report offsets without the whitespace that their tokens cover, so that a line break
+    Args:
+        encoding: Tokens of the full text.
+        span: The trained characters.
+        first: First token of the span.
+        stop: The token after its last one.
+    """
+    if first >= stop:
+        return None
+    begin, end = encoding.token_to_chars(first), encoding.token_to_chars(stop - 1)
+    if begin is not None and begin[0] < span.start < begin[1]:
+        return Crossing(first, span.start)
+    if end is not None and end[0] < span.end < end[1]:
+        return Crossing(stop - 1, span.end)
+    return None
+
+
+def describe(crossing: Crossing, text: str, token_id: int, rules: Tokenizer) -> str:
+    """Describe a crossing, with the text around it.
+
+    Args:
+        crossing: The token and the border.
+        text: The document.
+        token_id: The token's id.
+        rules: The tokenizer.
+    """
+    at = crossing.border
+    before, after = text[max(0, at - _SHOWN) : at], text[at : at + _SHOWN]
+    token = rules.decode([token_id], skip_special_tokens=False)
+    return f"the token {token!r} lies across the border of what is trained: {before!r} | {after!r}"
+
+
+def _plain_rules(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return a copy of a tokenizer's rules without truncation, padding and trimmed offsets.
+
+    Some byte-level tokenizers exclude whitespace from the offsets of their tokens, so that the token of a line break
     seems to cover nothing and would never be trained.
     """
     rules = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -1,10 +1,11 @@
-"""Pack tokenized documents into rows of at most `seq_length` tokens.
+"""Length limit and packing of tokenized documents.
 
-A packed row keeps its documents apart: `seq_lengths` lists their lengths, and a document that is divided goes on as
-another document. Best-fit decreasing is described in D. S. Johnson et al., "Worst-case performance bounds for simple
-one-dimensional packing algorithms" (1974); its use for training in arXiv:2404.10830.
+The length limit truncates, splits, drops or refuses documents that are too long, and counts what it did.
 
-What becomes of documents that are longer than the limit: cut, split, dropped or refused, and always counted.
+Packing puts documents into rows of at most `seq_length` tokens. `seq_lengths` lists the lengths of a row's documents,
+so that attention can keep them separate; the parts of a document that is split count as documents. Best-fit decreasing
+is described in D. S. Johnson et al., "Worst-case performance bounds for simple one-dimensional packing algorithms"
+(1974), and its use for training in arXiv:2404.10830.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import itertools
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
+from sft.options import OVERFLOW_POLICIES, PACKING_STRATEGIES
 from sft.tokens.columns import (
     TOKEN_COLUMNS,
     Columns,
@@ -34,33 +35,25 @@ from sft.tokens.columns import (
 )
 
 
-class Overflow(StrEnum):
-    """Policies for documents longer than the limit."""
-
-    TRUNCATE = "truncate"
-    SPLIT = "split"
-    DROP = "drop"
-    ERROR = "error"
-
-
 @dataclass(frozen=True)
 class OverflowReport:
-    """What a limit did to a data set; row numbers are those of the data set given.
+    """Effect of a length limit on a data set; row numbers are those of the input.
 
     Attributes:
-        policy: what was asked.
-        max_length: the limit in tokens.
-        num_rows: rows given.
-        truncated: rows cut at the limit.
-        split: rows divided into several.
-        dropped: rows left out for their length.
-        masked: rows left out because nothing in them is trained (any more, after a cut), empty ones among them.
-        tokens_lost: row -> its tokens that are in no output row, for every row touched.
-        trained_tokens_lost: row -> how many of them are trained.
-        source_rows: `(num output rows,)` the row that each output row comes from.
+        policy: The overflow policy.
+        max_length: The limit in tokens.
+        num_rows: Number of input rows.
+        truncated: Rows that were truncated at the limit.
+        split: Rows that were split into several.
+        dropped: Rows that were dropped for their length.
+        masked: Rows that were dropped because nothing in them is trained, possibly only after truncation; empty rows
+            are among them.
+        tokens_lost: Number of tokens that are in no output row, for every row with an effect.
+        trained_tokens_lost: Number of trained tokens among those, for every row with an effect.
+        source_rows: `(num_output_rows,)` input row of each output row.
     """
 
-    policy: Overflow
+    policy: str
     max_length: int
     num_rows: int
     truncated: list[int] = field(default_factory=list)
@@ -73,27 +66,27 @@ class OverflowReport:
 
     @property
     def num_tokens_lost(self) -> int:
-        """Tokens that are in no output row."""
+        """Number of tokens that are in no output row."""
         return sum(self.tokens_lost.values())
 
     @property
     def num_truncated(self) -> int:
-        """Rows cut at the limit."""
+        """Number of rows that were truncated."""
         return len(self.truncated)
 
     @property
     def num_split(self) -> int:
-        """Rows divided into several."""
+        """Number of rows that were split."""
         return len(self.split)
 
     @property
     def num_dropped(self) -> int:
-        """Rows left out, for their length or because nothing in them is trained."""
+        """Number of rows that were dropped, for their length or because nothing in them is trained."""
         return len(self.dropped) + len(self.masked)
 
     @property
     def row_indices(self) -> dict[str, list[int]]:
-        """Rows touched, by what happened to them."""
+        """Rows with an effect, by the kind of effect."""
         return {
             "truncated": self.truncated,
             "split": self.split,
@@ -103,24 +96,30 @@ class OverflowReport:
 
     @property
     def touched(self) -> list[int]:
-        """All of them, in order."""
+        """All rows with an effect, in order."""
         return sorted(itertools.chain.from_iterable(self.row_indices.values()))
 
     def summary(self) -> str:
-        """One line for the log; empty when nothing was touched."""
+        """Return one line for the log; empty if no row was affected."""
         parts = [f"{len(rows)} {name} (first: row {rows[0]})" for name, rows in self.row_indices.items() if rows]
         if not parts:
             return ""
         return f"limit of {self.max_length} tokens: {', '.join(parts)}; {self.num_tokens_lost} tokens lost"
 
 
-def cut_pieces(lengths: Integers, max_length: int, policy: Overflow) -> Pieces:
-    """Stretches of documents that stay, each at most `max_length` long (`error` is not handled here)."""
+def cut_pieces(lengths: Integers, max_length: int, policy: str) -> Pieces:
+    """Return the parts of documents to keep, each of at most `max_length` tokens.
+
+    Args:
+        lengths: `(num_documents,)` number of tokens in each document.
+        max_length: Limit in tokens.
+        policy: `truncate`, `split` or `drop`.
+    """
     documents: Integers = np.arange(len(lengths))
-    if policy is Overflow.DROP:
+    if policy == "drop":
         documents = documents[lengths <= max_length]
     kept = lengths[documents]
-    if policy is Overflow.TRUNCATE:
+    if policy == "truncate":
         return Pieces(documents, np.zeros_like(documents), np.minimum(kept, max_length))
     counts = np.maximum(1, -(-kept // max_length))
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -129,18 +128,18 @@ def cut_pieces(lengths: Integers, max_length: int, policy: Overflow) -> Pieces:
 
 
 def apply_overflow(dataset: Dataset, max_length: int, policy: str = "truncate") -> tuple[Dataset, OverflowReport]:
-    """Bring every document within the limit and leave out those in which nothing is trained.
+    """Apply a length limit to every document, and drop those in which nothing is trained.
 
     Args:
-        dataset: tokenized rows; columns other than the token columns are kept as they are.
-        max_length: limit in tokens.
-        policy: `truncate` (keep the beginning), `split` (into documents of their own), `drop` or `error`.
+        dataset: Tokenized rows; columns other than the token columns are kept unchanged.
+        max_length: Limit in tokens.
+        policy: `truncate` (keep the beginning), `split` (into several documents), `drop` or `error`.
 
     Returns:
-        The data set (the very same one when nothing had to be done), and what was done to it.
+        The data set (the same object if nothing changed), and a report.
 
     Raises:
-        ValueError: the limit is below 1, or the policy is `error` and a document is too long.
+        ValueError: The limit is below 1, or the policy is `error` and a document is too long.
     """
     columns = token_columns(dataset)
     ids = dataset["id"] if "id" in dataset.column_names else None
@@ -154,41 +153,40 @@ def apply_overflow(dataset: Dataset, max_length: int, policy: str = "truncate") 
 def plan_overflow(
     columns: Columns, max_length: int, policy: str = "truncate", ids: Sequence[Any] | None = None
 ) -> tuple[Pieces, OverflowReport]:
-    """Decide what `apply_overflow` does, without doing it.
+    """Plan a length limit as in `apply_overflow`, without moving tokens.
 
     Args:
         columns: `input_ids`, and `labels` unless all tokens are trained.
-        max_length: limit in tokens.
+        max_length: Limit in tokens.
         policy: `truncate`, `split`, `drop` or `error`.
-        ids: `(num_documents,)` what messages call the documents.
+        ids: `(num_documents,)` names of the documents in messages.
 
     Returns:
-        Stretches of documents that stay, and what was done to the others.
+        The parts of documents to keep, and a report.
 
     Raises:
-        ValueError: the limit is below 1, or the policy is `error` and a document is too long.
+        ValueError: The limit is below 1, or the policy is `error` and a document is too long.
     """
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, found {max_length}")
-    if policy not in list(Overflow):
-        raise ValueError(f"overflow policy {policy!r} is unknown; use one of {', '.join(Overflow)}")
-    chosen = Overflow(policy)
+    if policy not in OVERFLOW_POLICIES:
+        raise ValueError(f"overflow policy {policy!r} is unknown; use one of {', '.join(OVERFLOW_POLICIES)}")
     lengths = columns["input_ids"].lengths()
-    if chosen is Overflow.ERROR:
+    if policy == "error":
         _refuse_long(lengths, max_length, ids)
-    pieces = cut_pieces(lengths, max_length, chosen)
+    pieces = cut_pieces(lengths, max_length, policy)
     if "labels" in columns:
         trained, targets = count_trained(columns["labels"], pieces)
     else:
         trained = targets = pieces.length
     kept = targets > 0
-    report = _report(chosen, max_length, lengths, pieces[kept])
+    report = _report(policy, max_length, lengths, pieces[kept])
     _count_losses(report, columns, pieces[kept], trained[kept])
     return pieces[kept], report
 
 
 def _count_losses(report: OverflowReport, columns: Columns, kept: Pieces, trained: Integers) -> None:
-    """Enter the tokens that each touched row lost."""
+    """Add the number of tokens that each affected row lost to the report."""
     lengths = columns["input_ids"].lengths()
     rows = np.array(report.touched, dtype=np.int64)
     touched = whole(lengths)[rows]
@@ -199,17 +197,17 @@ def _count_losses(report: OverflowReport, columns: Columns, kept: Pieces, traine
     report.trained_tokens_lost.update(zip(report.touched, (before - after_trained).tolist(), strict=True))
 
 
-def _report(policy: Overflow, max_length: int, lengths: Integers, kept: Pieces) -> OverflowReport:
+def _report(policy: str, max_length: int, lengths: Integers, kept: Pieces) -> OverflowReport:
     too_long = np.flatnonzero(lengths > max_length)
     gone = np.setdiff1d(np.arange(len(lengths)), kept.document)
     long_and_kept = np.setdiff1d(too_long, gone)
-    dropped = too_long if policy is Overflow.DROP else too_long[:0]
+    dropped = too_long if policy == "drop" else too_long[:0]
     return OverflowReport(
         policy=policy,
         max_length=max_length,
         num_rows=len(lengths),
-        truncated=long_and_kept.tolist() if policy is Overflow.TRUNCATE else [],
-        split=long_and_kept.tolist() if policy is Overflow.SPLIT else [],
+        truncated=long_and_kept.tolist() if policy == "truncate" else [],
+        split=long_and_kept.tolist() if policy == "split" else [],
         dropped=dropped.tolist(),
         masked=np.setdiff1d(gone, dropped).tolist(),
         source_rows=kept.document.tolist(),
@@ -229,11 +227,11 @@ def _refuse_long(lengths: Integers, max_length: int, ids: Sequence[Any] | None) 
 
 
 def truncate_dataset(dataset: Dataset | IterableDataset, max_length: int) -> Dataset | IterableDataset:
-    """Cut the token columns of every row at `max_length` tokens; no row is left out.
+    """Truncate the token columns of every row to `max_length` tokens; no row is dropped.
 
     Args:
-        dataset: tokenized rows, streamed or not.
-        max_length: limit in tokens.
+        dataset: Tokenized rows, streamed or not.
+        max_length: Limit in tokens.
     """
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, found {max_length}")
@@ -243,7 +241,7 @@ def truncate_dataset(dataset: Dataset | IterableDataset, max_length: int) -> Dat
     lengths = columns["input_ids"].lengths()
     if not (lengths > max_length).any():
         return dataset
-    plan = RowPlan(cut_pieces(lengths, max_length, Overflow.TRUNCATE), np.arange(1, len(lengths) + 1))
+    plan = RowPlan(cut_pieces(lengths, max_length, "truncate"), np.arange(1, len(lengths) + 1))
     return materialize(dataset, plan, carry=dataset.remove_columns(list(columns)))
 
 
@@ -251,29 +249,22 @@ def _truncate_batch(batch: dict[str, list[Any]], max_length: int) -> dict[str, l
     return {name: [row[:max_length] for row in batch[name]] for name in TOKEN_COLUMNS if name in batch}
 
 
-class PackingStrategy(StrEnum):
-    """Ways to fill rows."""
-
-    BFD = "bfd"
-    BFD_SPLIT = "bfd_split"
-    WRAPPED = "wrapped"
-
-
 def plan_bfd(lengths: Sequence[int] | Integers, seq_length: int) -> list[list[int]]:
-    """Assign documents to rows by best fit, longest first: each goes where it leaves the least room.
+    """Assign documents to rows by best-fit decreasing: longest first, each to the row where it leaves the least room.
 
-    Deterministic: equal lengths go by their number, equal rooms to the row opened last. O(n log n) apart from moves
-    within a list of at most `seq_length` numbers; 100,000 documents take a fraction of a second.
+    Deterministic: documents of equal length are taken in order, and of rows with equal room the one opened last is
+    used. O(n log n) apart from moves within a list of at most `seq_length` numbers; 100,000 documents take a fraction
+    of a second.
 
     Args:
-        lengths: `(num_documents,)` tokens of each, 1 to `seq_length`.
-        seq_length: tokens that a row holds.
+        lengths: `(num_documents,)` number of tokens in each document, 1 to `seq_length`.
+        seq_length: Maximum number of tokens in a row.
 
     Returns:
         Rows of document numbers, in the order in which rows were opened; within a row, longest document first.
 
     Raises:
-        ValueError: a document is empty or longer than a row.
+        ValueError: A document is empty or longer than a row.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     unfit = np.flatnonzero((sizes < 1) | (sizes > seq_length))
@@ -285,7 +276,7 @@ def plan_bfd(lengths: Sequence[int] | Integers, seq_length: int) -> list[list[in
         )
     order = np.argsort(-sizes, kind="stable")
     rows: list[list[int]] = []
-    rooms: list[int] = []  # the distinct amounts of room left, sorted
+    rooms: list[int] = []  # the distinct amounts of free room, sorted
     rows_with: dict[int, list[int]] = {}
     for document, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
         place = bisect_left(rooms, size)
@@ -303,7 +294,7 @@ def plan_bfd(lengths: Sequence[int] | Integers, seq_length: int) -> list[list[in
 
 
 def _offer(rooms: list[int], rows_with: dict[int, list[int]], room: int, row: int) -> None:
-    """Note that a row has this much room left; full rows are done with."""
+    """Record that a row has this much free room, unless it is full."""
     if room == 0:
         return
     waiting = rows_with.setdefault(room, [])
@@ -318,21 +309,21 @@ def pack_dataset(
     """Pack tokenized documents into rows of at most `seq_length` tokens.
 
     Args:
-        dataset: rows with `input_ids` and perhaps `labels`, `loss_weights`, masks; other columns are left behind.
-            A streamed data set is packed `buffer_size` documents at a time.
-        seq_length: tokens that a row holds.
-        strategy: `bfd` (best-fit decreasing; longer documents are cut off at `seq_length`), `bfd_split` (longer ones
-            are divided, and nothing is lost), `wrapped` (in the given order, divided wherever a row is full).
-        buffer_size: documents that a streamed data set is packed from at a time.
+        dataset: Rows with `input_ids` and optionally other token columns (`sft.tokens.columns.TOKEN_COLUMNS`); other
+            columns are dropped.
+        seq_length: Maximum number of tokens in a row.
+        strategy: `bfd` (best-fit decreasing; longer documents are truncated to `seq_length`), `bfd_split` (longer
+            documents are split, and nothing is lost), `wrapped` (in the given order, split wherever a row is full).
+        buffer_size: Number of documents of a streamed data set that are packed at a time.
 
     Returns:
         Rows with `input_ids`, `labels`, `seq_lengths` and the other token columns of the source.
 
     Raises:
-        ValueError: unknown strategy, `seq_length` below 1, or no `input_ids`.
+        ValueError: The strategy is unknown, `seq_length` is below 1, or there are no `input_ids`.
     """
     if isinstance(dataset, IterableDataset):
-        _checked(seq_length, strategy)
+        _check_options(seq_length, strategy)
         pack = partial(_pack_batch, seq_length=seq_length, strategy=strategy)
         names = dataset.column_names or list(next(iter(dataset)))
         return dataset.map(pack, batched=True, batch_size=buffer_size, remove_columns=names)
@@ -340,11 +331,11 @@ def pack_dataset(
 
 
 def pack_with_plan(dataset: Dataset, seq_length: int, strategy: str = "bfd") -> tuple[Dataset, list[list[int]]]:
-    """Pack as `pack_dataset` does and tell which documents each row holds.
+    """Pack as `pack_dataset` does, and also return which documents are in each row.
 
     Returns:
-        The packed data set, and for every row the source rows of its documents, one a document in row order (a source
-        row that was divided appears once for each of its pieces).
+        The packed data set, and for every row the source rows of its documents in order (a source row that was split
+        appears once for each of its pieces).
     """
     plan = plan_rows(whole(token_columns(dataset)["input_ids"].lengths()), seq_length, strategy)
     members = [part.tolist() for part in np.split(plan.pieces.document, plan.ends[:-1])] if len(plan.ends) else []
@@ -352,55 +343,55 @@ def pack_with_plan(dataset: Dataset, seq_length: int, strategy: str = "bfd") -> 
 
 
 def limit_and_pack(dataset: Dataset, max_length: int, strategy: str = "bfd") -> tuple[Dataset, OverflowReport]:
-    """Apply the length limit, leave out documents in which nothing is trained, and pack; every token is moved once.
+    """Apply the length limit, drop documents in which nothing is trained, and pack; every token is moved once.
 
     Args:
-        dataset: tokenized rows.
-        max_length: tokens that a row holds. `bfd` cuts longer documents, `bfd_split` and `wrapped` divide them.
-        strategy: as in `pack_dataset`.
+        dataset: Tokenized rows.
+        max_length: Maximum number of tokens in a row. `bfd` truncates longer documents, `bfd_split` and `wrapped`
+            split them.
+        strategy: As in `pack_dataset`.
 
     Returns:
-        The packed data set, and what the limit did to the documents.
+        The packed data set, and a report on the limit.
     """
-    chosen = _checked(max_length, strategy)
+    _check_options(max_length, strategy)
     columns = token_columns(dataset)
-    # wrapping divides documents wherever a row is full, so the limit itself leaves them whole
+    # `wrapped` splits documents wherever a row is full, so the limit does not apply to them
     longest = int(columns["input_ids"].lengths().max(initial=1))
-    limit = max(longest, max_length) if chosen is PackingStrategy.WRAPPED else max_length
-    policy = Overflow.SPLIT if chosen is PackingStrategy.BFD_SPLIT else Overflow.TRUNCATE
+    limit = max(longest, max_length) if strategy == "wrapped" else max_length
+    policy = "split" if strategy == "bfd_split" else "truncate"
     pieces, report = plan_overflow(columns, limit, policy)
-    return materialize(dataset, plan_rows(pieces, max_length, chosen)), report
+    return materialize(dataset, plan_rows(pieces, max_length, strategy)), report
 
 
 def plan_rows(pieces: Pieces, seq_length: int, strategy: str = "bfd") -> RowPlan:
-    """Decide which pieces of documents share a row, without moving a token.
+    """Plan which pieces of documents share a row, without moving tokens.
 
     Args:
-        pieces: stretches of documents, each to be packed as a document of its own.
-        seq_length: tokens that a row holds.
-        strategy: as in `pack_dataset`.
+        pieces: Parts of documents, each packed as one document.
+        seq_length: Maximum number of tokens in a row.
+        strategy: As in `pack_dataset`.
 
     Raises:
-        ValueError: unknown strategy, or `seq_length` below 1.
+        ValueError: The strategy is unknown, or `seq_length` is below 1.
     """
-    chosen = _checked(seq_length, strategy)
-    if chosen is PackingStrategy.WRAPPED:
+    _check_options(seq_length, strategy)
+    if strategy == "wrapped":
         plan = _plan_wrapped(pieces.length, seq_length)
     else:
-        plan = _plan_best_fit(pieces.length, seq_length, chosen)
+        plan = _plan_best_fit(pieces.length, seq_length, strategy)
     return RowPlan(plan.pieces.within(pieces), plan.ends)
 
 
-def _checked(seq_length: int, strategy: str) -> PackingStrategy:
+def _check_options(seq_length: int, strategy: str) -> None:
     if seq_length < 1:
         raise ValueError(f"seq_length must be at least 1, found {seq_length}")
-    if strategy not in list(PackingStrategy):
-        raise ValueError(f"packing strategy {strategy!r} is unknown; use one of {', '.join(PackingStrategy)}")
-    return PackingStrategy(strategy)
+    if strategy not in PACKING_STRATEGIES:
+        raise ValueError(f"packing strategy {strategy!r} is unknown; use one of {', '.join(PACKING_STRATEGIES)}")
 
 
-def _plan_best_fit(lengths: Integers, seq_length: int, strategy: PackingStrategy) -> RowPlan:
-    policy = Overflow.SPLIT if strategy is PackingStrategy.BFD_SPLIT else Overflow.TRUNCATE
+def _plan_best_fit(lengths: Integers, seq_length: int, strategy: str) -> RowPlan:
+    policy = "split" if strategy == "bfd_split" else "truncate"
     pieces = cut_pieces(lengths, seq_length, policy)
     pieces = pieces[pieces.length > 0]
     bins = plan_bfd(pieces.length, seq_length)

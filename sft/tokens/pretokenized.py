@@ -1,4 +1,4 @@
-"""Rows that are token ids already: their labels, a look at how they begin, the limit of those in a stream."""
+"""Rows that are already tokenized: labels, a check for a double bos token, and the length limit of streams."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ logger = logging.getLogger(__name__)
 def labels_of_tokens(
     batch: Mapping[str, list[Any]], indices: list[int], masks: Sequence[str] = TOKEN_MASKS
 ) -> dict[str, list[Any]]:
-    """Labels of rows that are tokenized already: their own, else the ids, where all masks are 1.
+    """Return ids and labels of rows that are already tokenized.
 
-    Padding, as a row's `attention_mask` says, is taken out: it would be trained, and would fill packed rows.
+    A label is the row's own label, or else the id, if all masks of the row are 1 there, and `IGNORE_INDEX` otherwise.
+    Padding, where `attention_mask` is 0, is removed: it would otherwise be trained, and fill packed rows.
 
     Args:
-        batch: Column -> values; `input_ids` and perhaps `labels`, `attention_mask` and masks.
-        indices: Row numbers, for messages.
-        masks: Columns of 0 and 1 that say what is trained, where a row has them.
+        batch: Lists of values by column: `input_ids` and optionally `labels`, `attention_mask` and masks.
+        indices: Row numbers for messages.
+        masks: Columns of zeros and ones to apply, in rows that have them.
 
     Returns:
-        `input_ids` as they are but for padding, and `labels` of the same lengths.
+        `input_ids` without padding, and `labels` of the same lengths.
 
     Raises:
-        ValueError: A row is empty, or its columns differ in length; names the row.
+        ValueError: A row is empty, or its columns differ in length; the error names the row.
     """
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     read = [_read(row, number, masks) for number, row in zip(indices, rows, strict=True)]
@@ -37,7 +38,7 @@ def labels_of_tokens(
 
 
 def _read(row: Mapping[str, Any], row_number: int, masks: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The ids of one row and its labels, without padding."""
+    """Return the ids and the labels of one row, without padding."""
     try:
         record = normalize(row, Kind.TOKENIZED)
     except ValueError as error:
@@ -59,22 +60,23 @@ def _read(row: Mapping[str, Any], row_number: int, masks: Sequence[str]) -> tupl
 
 
 def supervised(labels: Sequence[int]) -> bool:
-    """Whether a row has a target; its first label is none, having nothing before it."""
+    """Return whether a row has a target; its first label is not one, since there is no token to predict it from."""
     return any(label != IGNORE_INDEX for label in labels[1:])
 
 
 def warn_of_double_bos(rows: Iterable[Any], bos_token_id: int | None, name: str) -> int:
-    """Count rows that begin with the beginning-of-sequence token twice, and say so in the log.
+    """Count rows that begin with two beginning-of-sequence tokens, and log a warning if there are any.
 
-    A template that prints the token and a tokenizer that adds it make such rows; no model has seen them before.
+    Such rows result from a template that prints the token and a tokenizer that adds it; base models are not trained on
+    them.
 
     Args:
         rows: Token ids of each row.
-        bos_token_id: None = there is no such token.
-        name: What the message calls the data set.
+        bos_token_id: Id of the token; None if the tokenizer has none.
+        name: Name of the data set in the message.
 
     Returns:
-        The count.
+        The number of such rows.
     """
     if bos_token_id is None:
         return 0
@@ -92,11 +94,11 @@ def warn_of_double_bos(rows: Iterable[Any], bos_token_id: int | None, name: str)
 
 
 class StreamLimit:
-    """Cuts the rows of a stream, leaves out those in which nothing is trained, and counts both in the log.
+    """Truncate the rows of a stream, drop those in which nothing is trained, and log the counts of both.
 
     Args:
-        max_length: Longest row in tokens.
-        name: What messages call the data set.
+        max_length: Limit in tokens.
+        name: Name of the data set in messages.
     """
 
     def __init__(self, max_length: int, name: str) -> None:
@@ -106,10 +108,10 @@ class StreamLimit:
         self._num_logged = 0
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Limit a batch.
+        """Apply the limit to a batch.
 
         Raises:
-            ValueError: Nothing is trained in any row so far: then options or masks are wrong, not single rows.
+            ValueError: Nothing is trained in any row so far, which means that options or masks are wrong.
         """
         cut = {name: [values[: self.max_length] for values in column] for name, column in batch.items()}
         kept = [place for place, labels in enumerate(cut["labels"]) if supervised(labels)]
@@ -122,12 +124,12 @@ class StreamLimit:
         return {name: [column[place] for place in kept] for name, column in cut.items()}
 
     def _log(self) -> None:
-        """Speak at once, and again whenever the count has doubled: a stream may have millions of rows."""
+        """Log at the first row, and again whenever the count has doubled, since a stream may have millions of rows."""
         if self.num_cut + self.num_left_out < max(1, 2 * self._num_logged):
             return
         self._num_logged = self.num_cut + self.num_left_out
         logger.warning(
-            "%s data: limit of %d tokens: %d truncated, %d masked and left out, of %d rows so far",
+            "%s data: limit of %d tokens: %d truncated, %d dropped without trained tokens, of %d rows so far",
             self.name,
             self.max_length,
             self.num_cut,
@@ -137,7 +139,13 @@ class StreamLimit:
 
 
 def nothing_trained(name: str, rows: str, max_length: int) -> str:
-    """What to tell a user none of whose rows would be trained."""
+    """Return the error message for a data set without any trained token.
+
+    Args:
+        name: Name of the data set.
+        rows: Which rows were looked at, such as "the first 1000".
+        max_length: The length limit in tokens.
+    """
     return (
         f"no trainable token in any of {rows} {name} rows at max_length={max_length}: look at the masks with "
         "sft.preview_masks, raise max_length, or check completion_only_loss and assistant_only_loss"

@@ -1,4 +1,4 @@
-"""A look at what is trained: a few rows token by token, trained tokens marked, as text for a terminal."""
+"""Preview of trained tokens: a few rows token by token, with trained tokens marked, as text for a terminal."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sft.tokens.encoding import Encoder
 TRAINED_MARKS = ("⟦", "⟧")
 TRAINED_COLOUR, PLAIN_COLOUR, RESET = "\033[30;42m", "\033[2m", "\033[0m"
 TOKEN_BORDER = "·"
-# A character is spelled out in at most four byte tokens.
+# Byte-level tokenizers encode one character in at most four tokens.
 _MAX_TOKENS_A_CHARACTER = 4
 
 
 class Piece(NamedTuple):
-    """Text of one token (of several, where only several make up a character), and whether it is trained."""
+    """Text of one token, or of several that together form a character, and whether it is trained."""
 
     text: str
     is_trained: bool
@@ -40,17 +40,17 @@ def preview_masks(
     """Show a seeded sample of rows token by token.
 
     Args:
-        rows: Token rows (`input_ids`, `labels`, packed or not), or records as `sft.data.records.normalize` returns
-            them, which are rendered and tokenized first and for which the shares of the roles are shown too.
+        rows: Tokenized rows (`input_ids`, `labels`, packed or not), or records as `sft.data.records.normalize` returns
+            them. Records are rendered and tokenized first, and the share of characters of each role is shown too.
         tokenizer: The tokenizer of the rows.
-        num_rows: How many rows are shown.
-        seed: Which ones.
-        train_on: What is trained of records; token rows state it in their labels.
+        num_rows: Number of rows to show.
+        seed: Seed of the sample.
+        train_on: Part of records that is trained; ignored for tokenized rows, which have labels.
         colour: Colour trained tokens for a terminal instead of putting them in brackets.
 
     Returns:
-        For every row a line of figures, then its tokens, parted by a middle dot; every document of a packed row begins
-        on a line of its own.
+        For every row a line with its counts, then its tokens separated by a middle dot; every document of a packed row
+        begins on a new line.
     """
     chosen = sample_rows(len(rows), num_rows, seed)
     legend = "trained tokens are coloured" if colour else f"trained tokens stand in {' '.join(TRAINED_MARKS)}"
@@ -77,7 +77,7 @@ def _show_record(
 
 
 def role_characters(record: Mapping[str, Any]) -> Counter[str]:
-    """How many characters of content every role contributes to a record."""
+    """Count the characters of content of each role in a record."""
     counts: Counter[str] = Counter()
     for role, content in role_contents(record):
         counts[role] += len(content)
@@ -85,7 +85,7 @@ def role_characters(record: Mapping[str, Any]) -> Counter[str]:
 
 
 def role_contents(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Who says what in a record, in order: (role, text), without white space around conversation turns."""
+    """Return the role and text of each part of a record, in order, without whitespace around turns of conversations."""
     if "text" in record:
         return [("text", record["text"])]
     if isinstance(record.get("completion"), str):
@@ -96,7 +96,7 @@ def role_contents(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def sample_rows(num_rows: int, num_chosen: int, seed: int) -> list[int]:
-    """Numbers of a seeded sample of rows, in order."""
+    """Return the indices of a seeded sample of rows, in order."""
     return sorted(random.Random(seed).sample(range(num_rows), min(num_chosen, num_rows)))
 
 
@@ -115,7 +115,7 @@ def _show_row(row: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenize
 
 
 def token_pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """The text of every token; tokens that hold only parts of a character are joined into one piece.
+    """Return the text of every token; tokens that are only parts of a character are combined into one piece.
 
     Args:
         ids: Token ids of one document.
@@ -141,7 +141,7 @@ def token_pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTraine
 def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     text = str(tokenizer.decode(list(ids), skip_special_tokens=False))
     first = str(tokenizer.convert_ids_to_tokens(int(ids[0])))
-    # decoders of the SentencePiece kind drop the space at the start of what they decode
+    # SentencePiece decoders drop the space at the start of the decoded text
     return f" {text}" if first.startswith("▁") and not text.startswith(" ") else text
 
 

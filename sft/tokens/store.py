@@ -1,4 +1,4 @@
-"""Documents as tokens in plain files, read back piece by piece: memory does not grow with their tokens."""
+"""Storage of tokenized documents in plain files, read back in pieces, so that memory does not grow with the tokens."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sft.tokens.encoding import TokenBatch
 
 
 class FileColumn:
-    """One token column in a file of its own, document after document.
+    """One token column in a file, document after document.
 
-    Reads go past memory maps on purpose: pages of a map that have been read count as resident memory, and reading in
-    the order of packed rows touches all of them.
+    The file is not memory-mapped: pages of a map that have been read count as resident memory, and reading in the
+    order of packed rows touches all of them.
 
     Args:
         file: The open file.
-        dtype: Type of the values in it.
-        lengths: `(num_documents,)` tokens of each document.
+        dtype: Type of the values in the file.
+        lengths: `(num_documents,)` number of tokens in each document.
     """
 
     def __init__(self, file: IO[bytes], dtype: Any, lengths: Integers) -> None:
@@ -32,11 +32,11 @@ class FileColumn:
         self._starts = np.cumsum(lengths) - lengths
 
     def lengths(self) -> Integers:
-        """Tokens in each document, `(num_documents,)`."""
+        """Return the number of tokens in each document, `(num_documents,)`."""
         return self._lengths
 
     def gather(self, pieces: Pieces, dtype: Any) -> np.ndarray[Any, Any]:
-        """Values of all pieces one after another, `(sum of lengths,)`."""
+        """Return the values of all pieces one after another, `(sum of lengths,)`."""
         output = np.empty(int(pieces.length.sum()), dtype=self._dtype)
         view, place = output.view(np.uint8).data, 0
         for start, length in self._stretches(pieces):
@@ -47,7 +47,7 @@ class FileColumn:
         return output.astype(dtype, copy=False)
 
     def _stretches(self, pieces: Pieces) -> list[tuple[int, int]]:
-        """Start and length in bytes of what is to be read; pieces that lie one behind the other are one stretch."""
+        """Return start and length in bytes of the reads; adjacent pieces are combined into one read."""
         pieces = pieces[pieces.length > 0]
         starts = self._starts[pieces.document] + pieces.start
         begins = np.ones(len(pieces), dtype=bool)
@@ -59,10 +59,10 @@ class FileColumn:
 
 
 class TokenStore:
-    """Takes documents batch by batch and gives them back as columns.
+    """Store documents batch by batch and give them back as columns.
 
     Args:
-        folder: An empty folder for its files, which are removed with it.
+        folder: An empty folder for the files; the caller deletes it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,7 +72,7 @@ class TokenStore:
         self._trained: list[Integers] = []
 
     def append(self, batch: TokenBatch) -> None:
-        """Write a batch behind those before it."""
+        """Append a batch."""
         columns = batch.columns()
         if "loss_weights" in columns and "loss_weights" not in self._files:
             self._weigh_former_documents()
@@ -86,7 +86,7 @@ class TokenStore:
         self._trained.append(running[ends] - running[ends - batch.lengths])
 
     def columns(self) -> dict[str, FileColumn]:
-        """All documents so far; `loss_weights` are among the columns when some batch has them."""
+        """Return the columns of all documents so far, with `loss_weights` if any batch has them."""
         lengths = np.concatenate([np.zeros(0, dtype=np.int64), *self._lengths])
         columns = {}
         for name in ("input_ids", "labels", *(["loss_weights"] if "loss_weights" in self._files else [])):
@@ -96,11 +96,11 @@ class TokenStore:
         return columns
 
     def trained(self) -> Integers:
-        """Trained tokens in each document, `(num_documents,)`."""
+        """Return the number of trained tokens in each document, `(num_documents,)`."""
         return np.concatenate([np.zeros(0, dtype=np.int64), *self._trained])
 
     def close(self) -> None:
-        """Close the files; columns can't be read any more."""
+        """Close the files; columns can't be read afterwards."""
         for file in self._files.values():
             file.close()
 
@@ -110,7 +110,7 @@ class TokenStore:
         return self._files[name]
 
     def _weigh_former_documents(self) -> None:
-        """Write the weights of documents that came before the first one with weights."""
+        """Write weights for the documents before the first batch with weights."""
         weights, columns = self._file("loss_weights"), self.columns()
         lengths = columns["labels"].lengths()
         for document in range(len(lengths)):

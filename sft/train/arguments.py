@@ -6,7 +6,6 @@ the options that replaced them, or refused with a message that says where they b
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from sft.hardware import current_hardware
 from sft.kernels.liger import check_liger_hardware, liger_kernel_config
 from sft.models.checkpoint import load_processor
 from sft.models.loading import load_model
+from sft.suggest import did_you_mean
 
 FORMER_OPTIONS = (
     "chars_per_token",
@@ -151,8 +151,7 @@ def _way_out(name: str, value: Any) -> str:
     if name in options:
         return f"it is an option of the training; give args=SFTConfig({name}={value!r})"
     known = [*options, *FORMER_OPTIONS, *FROM_PRETRAINED, "processing_class"]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else "options of the training go into args=SFTConfig(...)"
+    return did_you_mean(name, known, otherwise="options of the training go into args=SFTConfig(...)")
 
 
 def choose_processing_class(processing_class: Any, former_tokenizer: Any) -> Any:

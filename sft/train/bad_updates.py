@@ -38,7 +38,7 @@ class LossWatch(TrainerCallback, ExportableState):
     """Callback that finds bad updates; as a callback, it is saved in checkpoints with the losses it has seen.
 
     Args:
-        policy: One of `sft.config.POLICIES`; None = check nothing.
+        policy: One of `sft.options.BAD_LOSS_POLICIES`; None = check nothing.
         factor: An update is also bad if its loss is more than this many times the median of the last 50; None = only
             if its gradients are not finite.
         recent: Losses of the last good updates.

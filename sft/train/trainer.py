@@ -31,6 +31,7 @@ from sft.batches.shared_tokens import without_sharing
 from sft.config import SFTConfig
 from sft.kernels.layers import fused_layers
 from sft.kernels.lora import fused_lora
+from sft.labels import TOKEN_MASKS
 from sft.loss.cross_entropy import LossOptions
 from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
@@ -76,7 +77,7 @@ Callback = TypeVar("Callback", bound=TrainerCallback)
 OWN_INPUTS = ("seq_lengths", "loss_weights", SKIP_LOGITS, FILLER)
 """Keys of a batch that this library reads and a model's forward does not take."""
 
-TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", "completion_mask", "assistant_masks", FILLER)
+COLLATED_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", *TOKEN_MASKS, FILLER)
 """Columns of prepared rows that collators and loss read."""
 
 
@@ -411,7 +412,7 @@ class SFTTrainer(Trainer):
         """Keep the columns that collators and loss read, which a model's forward does not name."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *TOKEN_COLUMNS]))
+            self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *COLLATED_COLUMNS]))
 
 
 def checkpointing_arguments(config: SFTConfig) -> dict[str, Any]:

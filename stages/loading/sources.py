@@ -5,7 +5,6 @@ Rows as params.yaml says that they are to be read: columns renamed, roles transl
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -27,8 +26,9 @@ from sft.data.records import (
     detect_layout,
 )
 from sft.data.remote import fetch_files, is_url
-from sft.data.row import Row, SourceError
+from sft.data.source_row import Row, SourceError
 from sft.data.sources import data_files, hub_rows, is_saved_dataset, read_rows
+from sft.suggest import did_you_mean
 from stages.checkout.paths import Paths, cache_folder
 from stages.params.schema import MappedSection, SourceSection
 
@@ -97,8 +97,7 @@ class RowMapping:
 
     def _check_named(self, key: str, named: Iterable[str], seen: tuple[str, ...], what: str) -> None:
         for name in sorted(set(named) - set(seen)):
-            near = difflib.get_close_matches(name, seen, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, seen, before="; ")
             raise ValueError(f"{key} names {name!r}, a {what} that no row has; there are {sorted(seen)[:20]}{hint}")
 
     def apply(self, row: Mapping[str, Any]) -> dict[str, Any]:

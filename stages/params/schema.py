@@ -11,7 +11,6 @@ Types of the section `evaluate` of params.yaml: tasks, general prompts, conditio
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -26,6 +25,8 @@ from ruamel.yaml.reader import ReaderError
 
 from sft.evaluate.gate import check_ranges, parse_gate
 from sft.export.quantization import GROUP_SIZES
+from sft.options import BadLossPolicy, LossType, OverflowPolicy, PackingStrategy
+from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
 from stages.params.figures import metric_names, open_ended_names, range_of
 from stages.params.tasks import FOLDER, figure_names
@@ -161,8 +162,7 @@ REASONS = (
 def _known(fractions: dict[str, float]) -> dict[str, float]:
     for name in fractions:
         if name not in REASONS:
-            near = difflib.get_close_matches(name, REASONS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(REASONS)}"
+            hint = did_you_mean(name, REASONS, otherwise=f"there are {', '.join(REASONS)}")
             raise ValueError(f"{name!r} is no reason that the ledger knows; {hint}")
     return fractions
 
@@ -308,10 +308,8 @@ class PackSection(Section):
     """Rendered chats to token rows."""
 
     max_length: Annotated[int, Field(ge=8, description="Tokens in a packed row")]
-    strategy: Annotated[Literal["bfd", "bfd_split", "wrapped", "none"], Field(description="How rows are filled")]
-    overflow: Annotated[
-        Literal["truncate", "drop", "error", "split"], Field(description="What happens to longer documents")
-    ]
+    strategy: Annotated[Literal[PackingStrategy, "none"], Field(description="How rows are filled")]
+    overflow: Annotated[OverflowPolicy, Field(description="What happens to longer documents")]
     max_lost_fraction: Annotated[Fraction, Field(description="Stop when more trained tokens than this are cut")]
     num_proc: Annotated[Positive, Field(description="Processes that tokenize; the result is the same")]
     workers: Annotated[Workers, Field(description="Processes of this machine, or actors of Ray")]
@@ -347,8 +345,8 @@ class LaunchSection(Section):
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
         if self.engine not in ENGINES and not self.engine.endswith((".yaml", ".yml", ".json")):
-            near = difflib.get_close_matches(self.engine, ENGINES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(ENGINES)} or a YAML file"
+            otherwise = f"use one of {', '.join(ENGINES)} or a YAML file"
+            hint = did_you_mean(self.engine, ENGINES, otherwise=otherwise)
             raise ValueError(f"engine {self.engine!r} is unknown; {hint}")
         if self.processes % self.machines:
             raise ValueError(f"{self.processes} processes can't be shared equally by {self.machines} machines")
@@ -389,12 +387,10 @@ class TrainSection(Section):
     weight_decay: Annotated[float, Field(ge=0.0, description="Decoupled weight decay")]
     max_grad_norm: Annotated[float, Field(gt=0.0, description="Gradients are scaled down to this norm")]
     neftune_noise_alpha: Annotated[float | None, Field(gt=0.0, description="NEFTune noise, arXiv:2310.05914")]
-    loss_type: Annotated[Literal["nll", "dft"], Field(description="Loss on trained tokens")]
+    loss_type: Annotated[LossType, Field(description="Loss on trained tokens")]
     gradient_checkpointing: Annotated[bool, Field(description="Recompute activations to save memory")]
     use_liger_kernel: Annotated[bool, Field(description="Liger's Triton kernels")]
-    on_bad_loss: Annotated[
-        Literal["stop", "skip", "rollback"], Field(description="What becomes of an update that is no number or a spike")
-    ]
+    on_bad_loss: Annotated[BadLossPolicy, Field(description="What becomes of an update that is no number or a spike")]
     bad_loss_factor: Annotated[
         float | None, Field(gt=1.0, description="A loss so many times the recent median is a spike; null = none is")
     ]
@@ -549,8 +545,8 @@ def describe_problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
         parent = _model_at(root, detail["loc"][:-1])
         names = list(parent.model_fields) if parent else []
-        near = difflib.get_close_matches(str(detail["loc"][-1]), names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+        otherwise = f"known keys: {', '.join(names)}"
+        hint = did_you_mean(str(detail["loc"][-1]), names, otherwise=otherwise, cutoff=0.5)
         return f"{place}: unknown key; {hint}"
     if detail["type"] == "missing":
         return f"{place}: missing; the file must state it"

@@ -5,7 +5,6 @@ DVC tracks the whole folder, so that a changed function evaluates again; a funct
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.evaluate.tasks import Task, check_packages, find_task, join_tasks
+from sft.suggest import did_you_mean
 
 FOLDER = "tasks"
 OWN = re.compile(rf"{FOLDER}\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)")
@@ -86,8 +86,8 @@ def _declared(name: str) -> Task:
 def _load_function(root: Path, module: str, function: str) -> Callable[..., Any]:
     path = root / FOLDER / f"{module}.py"
     if not path.is_file():
-        near = difflib.get_close_matches(module, [file.stem for file in path.parent.glob("*.py")], n=1, cutoff=0.5)
-        hint = f"; did you mean {FOLDER}.{near[0]}.{function}?" if near else ""
+        files = [file.stem for file in path.parent.glob("*.py")]
+        hint = did_you_mean(module, files, before="; ", shown=lambda file: f"{FOLDER}.{file}.{function}", cutoff=0.5)
         raise ValueError(f"task {FOLDER}.{module}.{function}: there is no file {FOLDER}/{module}.py{hint}")
     spec = spec_from_file_location(f"{FOLDER}.{module}", path)
     assert spec is not None
@@ -99,8 +99,7 @@ def _load_function(root: Path, module: str, function: str) -> Callable[..., Any]
         raise ValueError(f"{FOLDER}/{module}.py can't be loaded: {type(error).__name__}: {error}") from error
     found = getattr(loaded, function, None)
     if not callable(found):
-        near = difflib.get_close_matches(function, vars(loaded), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(function, vars(loaded), before="; ")
         raise ValueError(f"{FOLDER}/{module}.py has no function {function!r}{hint}")
     return found
 

@@ -1,4 +1,4 @@
-"""Chat templates are programs that come with data and models: they may do no harm, and they come to an end."""
+"""Chat templates are programs that come with data and models: they may do no harm, and they are stopped in time."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template, "FIRST_CHAT_S", 0.3)
 
 
-def test_a_template_that_loops_for_ever_is_ended_and_named(short_limit: None) -> None:
+def test_a_template_with_an_endless_loop_is_stopped_with_a_message(short_limit: None) -> None:
     started = time.monotonic()
-    with pytest.raises(ValueError, match=r"did not come to an end within 0\.4 s for 1 conversations"):
+    with pytest.raises(ValueError, match=r"did not finish within 0\.4 s for 1 conversations"):
         ChatTemplate(LONG, VARIABLES).render([CHAT])
     assert time.monotonic() - started < 5
 
@@ -73,7 +73,7 @@ def test_a_text_that_would_fill_the_memory_is_refused(source: str) -> None:
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
-def test_ordinary_arithmetic_of_templates_is_as_ever() -> None:
+def test_ordinary_arithmetic_of_templates_still_works() -> None:
     source = "{{ 2 ** 10 }} {{ 7 // 2 }} {{ 'ab' * 2 }} {{ 'a%s' % 'b' }} {{ 2.57|round(1) }} {{ 4 ** 0.5 }}"
     assert ChatTemplate(source, VARIABLES).render([CHAT]) == ["1024 3 abab ab 2.6 2.0"]
 
@@ -139,7 +139,7 @@ def count_for_ever() -> None:
         number += 1
 
 
-def test_a_limit_lets_an_outer_timer_go_on(tmp_path: Path) -> None:
+def test_an_outer_timer_continues_after_a_time_limit(tmp_path: Path) -> None:
     rung: list[int] = []
     before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
     outer = signal.getitimer(signal.ITIMER_REAL)

@@ -1,4 +1,4 @@
-"""A model and a tokenizer that were given a chat format agree with each other, and the model is otherwise unchanged."""
+"""Model and tokenizer agree after a chat format was set up, and the model is otherwise unchanged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from sft.chat.checks import check_terminator
 from sft.chat.formats import (
     FORMATS,
     align_eos_with_template,
@@ -19,6 +18,7 @@ from sft.chat.formats import (
     setup_chat_format,
 )
 from sft.chat.render import render
+from tests.sft.chat.stops import check_stops
 from tests.sft.template_styles import CHATML
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -72,7 +72,7 @@ def test_named_formats_print_their_chats(name: str) -> None:
     trained = [rendered.text[start:end] for start, end, _ in rendered.spans]
     space = " " if name == "mistral" else ""
     assert trained == [f"{space}Hello{stop}", f"{space}See you{stop}"]
-    check_terminator([("row", rendered)], tokenizer)
+    check_stops([("row", rendered)], tokenizer)
     prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
     assert EXPECTED[name].startswith(prompt)
 
@@ -213,5 +213,5 @@ def test_a_template_is_cloned_with_its_tokens(tmp_path: Path, as_path: bool) -> 
     assert tokenizer.eos_token == "<end_of_turn>"
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.get_input_embeddings().weight.shape[0] % 64 == 0
-    with pytest.raises(ValueError, match="has no chat template that could be copied"):
+    with pytest.raises(ValueError, match="has no chat template to copy"):
         clone_chat_template(model, tokenizer, base_tokenizer())

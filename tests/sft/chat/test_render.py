@@ -1,4 +1,4 @@
-"""What is trained of a rendered chat, checked against rendering prefixes and against texts written out by hand."""
+"""Trained spans of rendered chats, compared with rendering of prefixes and with expected texts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sft.chat.checks import check_terminator
 from sft.chat.render import ChatRenderer, Rendered, Span, TrainOn, render
+from tests.sft.chat.stops import check_stops
 from tests.sft.template_styles import (
     CHATML,
     COMMAND,
@@ -97,7 +97,7 @@ SLOW_TO_LEARN = settings(max_examples=60, deadline=None, suppress_health_check=[
 @pytest.mark.parametrize("name", [name for name in STYLES if name not in ("qwen3", "zephyr")])
 @SLOW_TO_LEARN
 @given(st.lists(st.tuples(NASTY, NASTY), min_size=1, max_size=3))
-def test_no_content_leads_a_span_astray(name: str, pairs: list[tuple[str, str]]) -> None:
+def test_spans_are_right_whatever_the_content(name: str, pairs: list[tuple[str, str]]) -> None:
     tokenizer = style_tokenizer(name)
     messages = [
         {"role": role, "content": text}
@@ -271,7 +271,7 @@ def test_turns_close_as_the_template_closes_them(template: str, expected: list[s
     tokenizer = tokenizer_for(template)
     rendered = render({"messages": CHAT}, tokenizer)
     assert trained(rendered) == expected
-    check_terminator([("row", rendered)], tokenizer)
+    check_stops([("row", rendered)], tokenizer)
 
 
 def test_a_tool_call_is_found_though_history_lacks_the_prompt_and_the_terminator_comes_twice() -> None:

@@ -1,4 +1,4 @@
-"""Special tokens that people spell out are found in conversations, and can be made plain text."""
+"""Special tokens that messages contain as text are found, and can be turned into plain text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_token_is_found_wherever_it_would_be_printed() -> None:
     assert special.find(chat("What does <|im_ end|> mean? <b>")) is None
 
 
-def test_plain_text_may_hold_special_tokens() -> None:
+def test_plain_text_may_contain_special_tokens() -> None:
     special = SpecialText(tiny_tokenizer())
     assert special.find({"text": "<|im_start|>user"}) is None
     assert special.find({"prompt": "<|im_start|>user", "completion": "x"}) is None
@@ -35,7 +35,7 @@ def test_tokens_that_are_allowed_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("text", ["a<|im_end|>b", "<|im_start|><|im_end|>", "<|im_<|im_end|>end|>"])
-def test_neutralised_text_holds_no_special_token_and_reads_the_same(text: str) -> None:
+def test_neutralised_text_has_no_special_token_and_reads_the_same(text: str) -> None:
     tokenizer = tiny_tokenizer()
     record = SpecialText(tokenizer).neutralised(chat(text))
     assert record is not None

@@ -1,4 +1,4 @@
-"""Templates that only print texts are rendered once, with marks in them, and show the same turns as two renderings."""
+"""Templates that only print texts are rendered once, with marks, and give the same turns as two renderings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOOP = "{% for message in messages %}<m>{BODY}</m>{% endfor %}"
         "{% set m = messages[loop.index0] %}{{ m.content or 'nothing' }}",
     ],
 )
-def test_printing_is_seen_to_be_printing(body: str) -> None:
+def test_templates_that_only_print_are_recognized(body: str) -> None:
     assert only_prints_contents(LOOP.replace("{BODY}", body))
 
 
@@ -64,7 +64,7 @@ def test_printing_is_seen_to_be_printing(body: str) -> None:
         "{% endfor",
     ],
 )
-def test_whatever_else_is_done_with_a_text_counts_as_a_look_into_it(body: str) -> None:
+def test_any_other_use_of_a_text_counts_as_inspecting_it(body: str) -> None:
     assert not only_prints_contents(LOOP.replace("{BODY}", body))
 
 

@@ -1,4 +1,4 @@
-"""Every text of a record is found with its place, and can be replaced."""
+"""Texts of records are found with their places, and can be replaced."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHAT = {
 }
 
 
-def test_all_texts_are_found_with_who_says_them() -> None:
+def test_all_texts_are_found_with_their_roles() -> None:
     found = [(content.place, content.text, content.is_answer) for content in contents(CHAT)]
     assert found == [
         ("message 0 (user)", "What is this?", False),

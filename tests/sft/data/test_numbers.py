@@ -1,4 +1,4 @@
-"""Numbers become the text that JSON writes for them, and only where text is needed."""
+"""Numbers are converted to the text that JSON writes for them, but only where text is required."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def test_numbers_of_plain_columns_and_of_messages_become_text() -> None:
     assert found == ["message 0 has the number 1 as value"]
 
 
-def test_what_is_no_number_stays() -> None:
+def test_other_values_than_numbers_stay() -> None:
     row = {"question": True, "answer": float("nan")}
     assert numbers_as_text(row, detect_layout(row)) == (row, [])

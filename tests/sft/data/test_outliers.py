@@ -1,4 +1,4 @@
-"""Lengths and languages unlike the rest are found, where there is a rest to compare with."""
+"""Outliers in length and rare languages are found, if there are enough rows to compare with."""
 
 from __future__ import annotations
 

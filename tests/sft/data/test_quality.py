@@ -1,4 +1,4 @@
-"""What looks wrong is found, and what is merely unusual is left alone."""
+"""Checks of quality find faults, and report nothing for text that is merely unusual."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_wrongly_decoded_text_is_found_and_put_right() -> None:
 
 
 @pytest.mark.parametrize("text", ["A café", "Übergröße", "日本語のテキスト", "Привет", "👩‍💻 it’s “fine” – 5 €"])
-def test_text_of_any_language_is_no_mojibake(text: str) -> None:
+def test_text_of_any_language_is_not_mojibake(text: str) -> None:
     assert mojibake(answer(text)) is None
     assert control_characters(answer(text)) is None
 
@@ -95,13 +95,13 @@ def test_text_of_any_language_is_no_mojibake(text: str) -> None:
         ("a\U000e0041\U000e0042b", "U+E0041", "ab"),
     ],
 )
-def test_characters_that_nobody_sees_are_found_and_taken_out(text: str, name: str, clean: str) -> None:
+def test_invisible_characters_are_found_and_removed(text: str, name: str, clean: str) -> None:
     problem = control_characters(answer("Yes.", question=text))
     assert problem is not None
     assert f"message 0 (user) holds {name}: " in problem.detail
     assert without_control_characters(answer("Yes.", question=text)) == answer("Yes.", question=clean)
 
 
-def test_line_ends_tabs_and_flags_are_no_control_characters() -> None:
+def test_line_ends_tabs_and_flags_are_not_control_characters() -> None:
     scotland = "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f"
     assert control_characters(answer(f"a\tb\r\nc {scotland}")) is None

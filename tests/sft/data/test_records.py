@@ -1,4 +1,4 @@
-"""Rows of every shape become the records that they should, and a row that does not fit says why."""
+"""Rows of every layout are converted to the right record; the error for an invalid row states the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from sft.data.messages import RowError, validate_record
 from sft.data.records import (
     Kind,
     Layout,
-    detect_kind,
     detect_layout,
     normalize,
     record_digest,
@@ -36,17 +35,17 @@ ASKED = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
     ],
 )
 def test_kind_follows_from_the_columns(columns: list[str], kind: Kind) -> None:
-    assert detect_kind(columns) is kind
+    assert detect_layout(columns).kind is kind
 
 
 def test_unknown_columns_are_listed() -> None:
     with pytest.raises(ValueError, match=r"\['body', 'title'\] are none of: messages"):
-        detect_kind(["title", "body"])
+        detect_layout(["title", "body"])
 
 
 def test_columns_in_capitals_are_refused_with_their_new_names() -> None:
     with pytest.raises(ValueError, match=r"rename ' Question' to 'question', 'Answer' to 'answer'"):
-        detect_kind([" Question", "Answer"])
+        detect_layout([" Question", "Answer"])
 
 
 def test_kind_is_decided_from_all_rows_not_from_the_first() -> None:

@@ -1,4 +1,4 @@
-"""Files behind URLs are copied here, once a version, and what can't be had is one message."""
+"""Data files of URLs are downloaded once per version, and every failure is one message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from sft.data.remote import fetch_files, is_url
-from sft.data.row import SourceError
+from sft.data.source_row import SourceError
 
 URL = "memory://bucket/chats"
 
@@ -73,9 +73,9 @@ def test_a_file_of_a_web_server_is_copied(tmp_path: Path, server: str) -> None:
     [
         ("memory://bucket/none.jsonl", r"memory://bucket/none\.jsonl does not exist, or"),
         ("memory://bucket/none", "does not exist"),
-        ("memory://bucket/chats/notes.md", "is of an unknown kind; readable are"),
-        ("memory://bucket/chats/*.parquet", "holds no data file; readable are"),
-        ("file:///etc/hosts", "lies on this machine; state its path, without file://"),
+        ("memory://bucket/chats/notes.md", "has an unsupported format; supported are"),
+        ("memory://bucket/chats/*.parquet", "contains no data file; supported are"),
+        ("file:///etc/hosts", "is on this machine; give its path, without file://"),
         (
             "nosuch://x/a.jsonl",
             r"can't be read \(ValueError: Protocol not known.*; check address",
@@ -83,7 +83,7 @@ def test_a_file_of_a_web_server_is_copied(tmp_path: Path, server: str) -> None:
         ("http://127.0.0.1:9/a.jsonl", "a\\.jsonl does not exist, or can't be reached"),
     ],
 )
-def test_what_cannot_be_had_is_one_message(tmp_path: Path, url: str, message: str) -> None:
+def test_a_url_that_cannot_be_read_is_one_message(tmp_path: Path, url: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         fetch_files(url, tmp_path)
 
@@ -94,7 +94,7 @@ def test_splits_of_save_to_disk_are_not_mixed(tmp_path: Path) -> None:
         fetch_files(URL, tmp_path)
 
 
-def test_local_paths_are_no_urls() -> None:
+def test_local_paths_are_not_urls() -> None:
     assert [is_url(text) for text in ("s3://b/a.jsonl", "data/a.jsonl", "/data/a.jsonl", "org/name")] == [
         True, False, False, False
     ]  # fmt: skip

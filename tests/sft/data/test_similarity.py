@@ -1,4 +1,4 @@
-"""Texts that share most of their word triples become pairs; likeness is exact."""
+"""Texts that share most of their word triples are found as pairs; the similarity itself is exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of file gives its rows with ids to find them again, and a damaged file says where it is damaged."""
+"""Files of every format yield rows with ids that locate them; errors for damaged files state the place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft.data import text_reader
-from sft.data.row import Row, SourceError
+from sft.data.source_row import Row, SourceError
 from sft.data.sources import data_files, hub_rows, read_rows
 
 ROWS = [{"text": "first"}, {"text": "second\nline é 🎉"}, {"text": 'third, "quoted"'}]
@@ -132,7 +132,7 @@ def test_a_folder_and_a_pattern_give_all_files_in_order(tmp_path: Path) -> None:
         ("a.json", '[\n {"text": "x"}\n {"text": "y"}\n]', r"a\.json:3:2: not JSON: expected , or \]"),
         ("a.json", '[\n {"text": "x"},\n', r"a\.json:3:1: not JSON"),
         ("a.json", "[1, 2]", r"a\.json:1: a row must be a JSON object, not number 1"),
-        ("a.json", '[{"text": "x"}]\n[{"text": "y"}]', r"a\.json:2:1: not JSON: something stands behind the list"),
+        ("a.json", '[{"text": "x"}]\n[{"text": "y"}]', r"a\.json:2:1: not JSON: unexpected text after the list"),
         ("a.jsonl", '{"text": "x"}\n{"text": ' + "[" * 100_000, r"a\.jsonl:2: lists or objects lie too deep"),
         ("a.json", "[" * 100_000, r"a\.json: in or after the row at line 1: lists or objects lie too deep"),
         ("a.jsonl", '{"text": "x"}\n{"text": ' + "9" * 5000 + "}", r"a\.jsonl:2: a number of 5000 digits"),
@@ -142,13 +142,13 @@ def test_a_folder_and_a_pattern_give_all_files_in_order(tmp_path: Path) -> None:
             r"a\.json: .* line 1: a number of 5000 digits",
         ),
         ("a.csv", "text,text\nx,y\n", r"a\.csv:1: two columns are named 'text'"),
-        ("a.csv", "text,n\rx,1\r", r"a\.csv:1: not CSV: a carriage return that ends no line"),
+        ("a.csv", "text,n\rx,1\r", r"a\.csv:1: not CSV: a carriage return that does not end a line"),
         ("a.jsonl.zst", "no zstandard", r"a\.jsonl\.zst:1: the compressed data is damaged"),
         ("a.csv", "text,n\nx,1\ny\n", r"a\.csv:3: 1 fields where the header has 2"),
         ("a.csv", 'text,n\n"x,1\n', r"a\.csv:2: not CSV: unexpected end of data"),
-        ("a.parquet", "not parquet", r"a\.parquet: not a whole Parquet file"),
-        ("a.arrow", "not arrow, not at all", r"a\.arrow: not a whole Arrow file"),
-        ("a.xlsx", "", r"a\.xlsx is of an unknown kind; readable are \.arrow, \.csv"),
+        ("a.parquet", "not parquet", r"a\.parquet: damaged or incomplete Parquet file"),
+        ("a.arrow", "not arrow, not at all", r"a\.arrow: damaged or incomplete Arrow file"),
+        ("a.xlsx", "", r"a\.xlsx has an unsupported format; supported are \.arrow, \.csv"),
     ],
 )
 def test_damage_is_named_with_its_place(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -170,7 +170,7 @@ JSON_VALUES = st.recursive(
     indent=st.sampled_from([None, 0, 1]),
     size=st.integers(1, 40),
 )
-def test_a_json_file_read_in_pieces_gives_the_rows_that_it_holds(
+def test_a_json_file_read_in_pieces_gives_all_of_its_rows(
     rows: list[dict[str, Any]], layout: str, indent: int | None, size: int
 ) -> None:
     texts = {"list": [rows], "wrapped": [{"rows": rows}], "lines": rows}
@@ -265,18 +265,20 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(
 ) -> None:
     monkeypatch.setattr(text_reader, "MAX_LINE", 1 << 20)
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * (2 << 20) + b'"}\n')
-    with pytest.raises(SourceError, match=r"rows\.jsonl:2: a line of more than 1 MiB; each row has a line of its own"):
+    with pytest.raises(
+        SourceError, match=r"rows\.jsonl:2: a line of more than 1 MiB; this format has one row per line; a list"
+    ):
         list(read_rows(tmp_path / "rows.jsonl"))
     (tmp_path / "rows.json").write_bytes(b'[{"text": "' + b"a" * (2 << 20) + b'"}]')
     assert len(list(read_rows(tmp_path / "rows.json"))) == 1
 
 
-def test_what_is_not_there_says_what_is(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_lists_its_folder(tmp_path: Path) -> None:
     written(tmp_path / "train.jsonl", "")
-    with pytest.raises(SourceError, match=r"trian\.jsonl does not exist; .* holds train\.jsonl"):
+    with pytest.raises(SourceError, match=r"trian\.jsonl does not exist; .* contains train\.jsonl"):
         data_files(tmp_path / "trian.jsonl")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match="empty holds no data file"):
+    with pytest.raises(SourceError, match="empty contains no data file"):
         data_files(tmp_path / "empty")
 
 
@@ -292,7 +294,7 @@ def test_the_header_shows_what_separates_columns(tmp_path: Path, header: str) ->
     assert rows_of(written(tmp_path / "a.csv", content)) == [Row("a.csv:3", {"question": "a", "answer": "b"})]
 
 
-def test_any_part_of_a_pattern_may_be_one(tmp_path: Path) -> None:
+def test_any_part_of_a_path_may_have_wildcards(tmp_path: Path) -> None:
     for name in ("a/x.jsonl", "b/c/x.jsonl", "b/c/y.jsonl", "b/c/x.csv"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         written(tmp_path / name, as_jsonl(ROWS[:1]))
@@ -317,7 +319,7 @@ def test_damage_inside_of_tables_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["x" * 1000] * 1000}), tmp_path / "b.parquet")
     content = bytearray((tmp_path / "b.parquet").read_bytes())
     content[10:60] = bytes(50)
-    with pytest.raises(SourceError, match=r"b\.parquet: not a whole Parquet file"):
+    with pytest.raises(SourceError, match=r"b\.parquet: damaged or incomplete Parquet file"):
         rows_of(written(tmp_path / "b.parquet", bytes(content)))
 
 

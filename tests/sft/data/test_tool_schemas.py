@@ -1,4 +1,4 @@
-"""Tools are JSON Schema, and calls fit the tools that are offered."""
+"""Tools must be JSON Schema, and calls must match the tools of their record."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_call_that_fits_its_tool_is_fine() -> None:
         (row(CITY, times=2), "two tools are named 'weather'"),
     ],
 )
-def test_tools_that_are_no_schema_are_found(bad: Any, words: str) -> None:
+def test_tools_that_are_not_a_schema_are_found(bad: Any, words: str) -> None:
     problem = tool_schema(bad)
     assert problem is not None
     assert words in problem.detail

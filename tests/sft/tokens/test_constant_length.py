@@ -1,4 +1,4 @@
-"""A stream of full rows that loses next to nothing and keeps its documents apart."""
+"""A stream of full rows that loses at most one incomplete row and keeps its documents separate."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_concatenation_token_can_be_left_out_or_named() -> None:
     assert lists(stream) == [[100, 101, 102, 7]]
 
 
-def test_what_is_left_of_a_buffer_goes_on_in_the_next() -> None:
+def test_the_remainder_of_a_buffer_is_carried_over_to_the_next() -> None:
     in_one = lists(make(ids(3, 2, 6, 5), num_of_sequences=100))
     assert lists(make(ids(3, 2, 6, 5), num_of_sequences=1)) == in_one
     assert len(in_one) == 20 // 4

@@ -1,4 +1,4 @@
-"""Labels follow from the characters that a token covers, whatever the tokenizer."""
+"""Labels follow from the characters that tokens cover, for every kind of tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every token that a limit takes away is accounted for, by row."""
+"""Every token that a length limit removes is counted, per row."""
 
 from __future__ import annotations
 

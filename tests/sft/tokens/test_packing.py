@@ -1,4 +1,4 @@
-"""Packing fills rows, keeps every token that it promises to keep, and says which document went where."""
+"""Packing fills rows, keeps every token that the strategy should keep, and reports where each document went."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_wrapped_keeps_the_order_and_divides_documents_at_full_rows() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
-def test_empty_documents_and_empty_data_sets_are_no_trouble(strategy: str) -> None:
+def test_empty_documents_and_empty_data_sets_are_packed(strategy: str) -> None:
     packed, plan = pack_with_plan(rows(0, 3, 0, 2, 0), seq_length=5, strategy=strategy)
     assert plan == [[1, 3]]
     assert packed["seq_lengths"][:] == [[3, 2]]
@@ -174,7 +174,7 @@ def test_columns_that_disagree_in_length_are_refused_with_the_row() -> None:
         pack_dataset(source, 8)
     with pytest.raises(ValueError, match="tokenized data set with 'input_ids', found columns \\['text'\\]"):
         pack_dataset(Dataset.from_dict({"text": ["a"]}), 8)
-    with pytest.raises(ValueError, match="'input_ids' must hold a list of numbers"):
+    with pytest.raises(ValueError, match="'input_ids' must have a list of numbers"):
         pack_dataset(Dataset.from_dict({"input_ids": [1, 2]}), 8)
 
 

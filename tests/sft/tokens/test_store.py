@@ -1,4 +1,4 @@
-"""Documents come back from files as they went in, and rows written as they come are a data set like any other."""
+"""Stored documents are read back unchanged, and rows that are written one by one form a normal data set."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_columns_give_back_what_was_appended(tmp_path: Path) -> None:
     assert store.trained().tolist() == [sum(label != -100 for label in row["labels"]) for row in rows]
 
 
-def test_weights_that_come_late_are_filled_in_before_and_behind(tmp_path: Path) -> None:
+def test_weights_of_a_later_batch_are_filled_in_for_earlier_and_later_ones(tmp_path: Path) -> None:
     encoder, store = Encoder(tiny_tokenizer()), TokenStore(tmp_path)
     for weight in (1.0, 0.5, 1.0):
         store.append(encoder.encode_flat(rendered(weight)))

@@ -1,4 +1,4 @@
-"""Texts put together from the ids of their words are what the tokenizer itself makes of them."""
+"""Ids from the cache of words equal those of the tokenizer itself."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_words_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyP
         lambda state: state["added_tokens"][0].update(content="<|the end|>"),
     ],
 )
-def test_tokenizers_that_look_over_a_space_have_no_cache(change: object) -> None:
+def test_tokenizers_with_tokens_across_spaces_have_no_cache(change: object) -> None:
     state = json.loads(tokenizer(GPT).to_str())
     assert callable(change)
     change(state)

@@ -1,0 +1,21 @@
+"""Values that options may take, for the library and for the types of params.yaml. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
+"""How documents are put into rows, see `sft.tokens.packing.pack_dataset`."""
+PACKING_STRATEGIES: tuple[PackingStrategy, ...] = get_args(PackingStrategy)
+
+OverflowPolicy = Literal["truncate", "split", "drop", "error"]
+"""What happens to documents longer than the limit, see `sft.tokens.packing.apply_overflow`."""
+OVERFLOW_POLICIES: tuple[OverflowPolicy, ...] = get_args(OverflowPolicy)
+
+LossType = Literal["nll", "dft"]
+"""Loss per token: negative log-likelihood, or dynamic fine-tuning (arXiv:2508.05629)."""
+LOSS_TYPES: tuple[LossType, ...] = get_args(LossType)
+
+BadLossPolicy = Literal["stop", "skip", "rollback"]
+"""What happens to an update with a non-finite or spiking loss, see `SFTConfig.on_bad_loss`."""
+BAD_LOSS_POLICIES: tuple[BadLossPolicy, ...] = get_args(BadLossPolicy)
