@@ -21,13 +21,20 @@ from sft.labels import IGNORE_INDEX
 from sft.tokens.columns import Pieces, RowPlan, row_tables, write_rows
 from sft.tokens.packing import OverflowReport, plan_overflow, plan_rows
 from sft.tokens.preview import preview_masks
-from stages.checkout.artifacts import JsonlWriter, progress, replacing_folder, write_json, write_jsonl, write_text
+from stages.checkout.artifacts import progress, replacing_folder, write_json, write_jsonl, write_text
+from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
 from stages.pages.data import SplitFacts, choose_previews, write_data_page
 from stages.params.schema import PackSection, Params
 from stages.shards.encoding import Documents, Kept, encode_split
 
-DONE = {"truncated": "cut", "split": "split", "divided": "split", "dropped": "drop", "masked": "drop"}
+ACTIONS = {
+    "truncated": Action.CUT,
+    "split": Action.SPLIT,
+    "divided": Action.SPLIT,
+    "dropped": Action.DROP,
+    "masked": Action.DROP,
+}
 """Reason of an entry -> what was done to the document."""
 
 
@@ -46,17 +53,6 @@ class Lost(NamedTuple):
     reason: str
     tokens_lost: int
     trained_tokens_lost: int
-
-    def to_row(self) -> dict[str, Any]:
-        """The entry as the ledger has it."""
-        return {
-            "id": self.id,
-            "stage": "pack",
-            "reason": self.reason,
-            "action": DONE[self.reason],
-            "tokens_lost": self.tokens_lost,
-            "trained_tokens_lost": self.trained_tokens_lost,
-        }
 
 
 def losses(ids: pa.ChunkedArray, report: OverflowReport, pieces: Pieces, plan: RowPlan) -> Iterator[Lost]:
@@ -136,7 +132,7 @@ def run(params: Params, paths: Paths) -> None:
     tokenizer_folder = paths.out("format", "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     splits: dict[str, SplitFacts] = {}
-    with replacing_folder(paths.out("pack")) as folder, JsonlWriter(folder / "ledger.jsonl") as ledger:
+    with replacing_folder(paths.out("pack")) as folder, Ledger(folder / "ledger.jsonl", "pack") as ledger:
         for number, split in enumerate(SPLITS):
             progress(number, len(SPLITS), f"packing {split}")
             rendered = paths.out("format", f"{split}.jsonl")
@@ -164,7 +160,7 @@ def summary(figures: Mapping[str, Any]) -> str:
 
 
 def pack_split(
-    documents: Documents, section: PackSection, split: str, folder: Path, ledger: JsonlWriter
+    documents: Documents, section: PackSection, split: str, folder: Path, ledger: Ledger
 ) -> tuple[SplitFacts, Kept]:
     """Apply the length limit, pack, write; every token is in a row or in the ledger.
 
@@ -181,8 +177,9 @@ def pack_split(
     check_losses(int(before[1]), int(lost[1]), section, losses(documents.ids, report, pieces, plan), split)
     entered = np.zeros(2, dtype=np.int64)
     for entry in losses(documents.ids, report, pieces, plan):
-        ledger.write(entry.to_row())
-        entered += [entry.tokens_lost, entry.trained_tokens_lost]
+        lost_tokens = {"tokens_lost": entry.tokens_lost, "trained_tokens_lost": entry.trained_tokens_lost}
+        ledger.enter(entry.id, entry.reason, None, ACTIONS[entry.reason], **lost_tokens)
+        entered += list(lost_tokens.values())
     count = RowCount()
     tables = row_tables(documents.columns, plan)
     write_rows(count.through(tables if section.strategy != "none" else without_lengths(tables)), folder / split)

@@ -20,6 +20,8 @@ class Action(StrEnum):
     REPAIR = "repair"
     WARN = "warn"
     FAIL = "fail"
+    CUT = "cut"
+    SPLIT = "split"
 
 
 LEAVES_OUT = (Action.DROP, Action.OMIT)
@@ -39,19 +41,21 @@ class Ledger(JsonlWriter):
         self.counts: defaultdict[Action, Counter[str]] = defaultdict(Counter)
         self._examples: defaultdict[tuple[Action, str], list[str]] = defaultdict(list)
 
-    def enter(self, row_id: str, reason: str, detail: str, action: Action = Action.DROP) -> None:
-        """Enter one row; it may have several entries, of which one at most leaves it out.
+    def enter(self, row_id: str, reason: str, detail: str | None, action: Action = Action.DROP, **columns: int) -> None:
+        """Write an entry for one row. A row may have several entries, at most one of which leaves it out.
 
         Args:
             row_id: Where the row is, `file:line`.
             reason: Short code.
-            detail: What was found.
+            detail: What was found; None if `reason` says it all, the entry then has no detail.
             action: What was done.
+            columns: More columns of the entry, which come last.
         """
-        self.write({"id": row_id, "stage": self._stage, "reason": reason, "action": action.value, "detail": detail})
+        entry = {"id": row_id, "stage": self._stage, "reason": reason, "action": action.value}
+        self.write({**entry, **({} if detail is None else {"detail": detail}), **columns})
         self.counts[action][reason] += 1
         if len(self._examples[action, reason]) < NUM_EXAMPLES:
-            self._examples[action, reason].append(f"{row_id} ({detail})")
+            self._examples[action, reason].append(row_id if detail is None else f"{row_id} ({detail})")
 
     @property
     def num_left_out(self) -> int:

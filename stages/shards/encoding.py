@@ -15,7 +15,7 @@ from sft.chat.render import Rendered
 from sft.tokens.columns import Integers, Pieces
 from sft.tokens.encoding import Encoder, TokenBatch
 from sft.tokens.store import FileColumn, TokenStore
-from stages.checkout.artifacts import JsonlWriter
+from stages.checkout.ledger import Action, Ledger
 from stages.params.schema import PackSection
 from stages.shards.shards import Shard, run_shards, shards_of
 
@@ -82,7 +82,7 @@ class Documents:
     num_crossed: int
 
 
-def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSection, ledger: JsonlWriter) -> Documents:
+def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSection, ledger: Ledger) -> Documents:
     """Tokenize a file of rendered chats.
 
     Args:
@@ -102,7 +102,7 @@ def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSectio
             store.append(batch)
         num_crossed += len(encoded.crossings)
         for row_id, detail in encoded.crossings:
-            ledger.write(crossed(row_id, detail))
+            ledger.enter(row_id, "border_in_token", detail, Action.WARN, tokens_lost=0, trained_tokens_lost=0)
     columns = store.columns()
     return Documents(pa.chunked_array(ids), columns, columns["input_ids"].lengths(), store.trained(), num_crossed)
 
@@ -128,9 +128,3 @@ class Kept:
         document = int(piece.document[0])
         place = {"start": int(piece.start[0]), "num_in_document": int(self._documents.lengths[document])}
         return {"id": self._documents.ids[document].as_py(), **place, **tokens}
-
-
-def crossed(row_id: str, detail: str) -> dict[str, Any]:
-    """The ledger's entry of a document in which a token lies across the border of what is trained."""
-    nothing = {"tokens_lost": 0, "trained_tokens_lost": 0}
-    return {"id": row_id, "stage": "pack", "reason": "border_in_token", "action": "warn", "detail": detail, **nothing}

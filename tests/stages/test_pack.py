@@ -268,3 +268,51 @@ def test_the_page_shows_documents_as_the_limit_left_them(paths: Paths) -> None:
     shown = re.findall(r", (\d+) tokens</p>", paths.data_page.read_text(encoding="utf-8"))
     assert shown
     assert max(map(int, shown)) <= 64
+
+
+@pytest.mark.parametrize(
+    ("section", "lines"),
+    [
+        (
+            {"overflow": "truncate", "max_length": 100},
+            [
+                '{"id": "rows.jsonl:3", "stage": "pack", "reason": "border_in_token", "action": "warn", "detail": "the token '
+                "'The' lies across the border of what is trained: 'rt|>assistant\\\\nTh' | 'e quick brown fo'\", "
+                '"tokens_lost": 0, "trained_tokens_lost": 0}',
+                '{"id": "rows.jsonl:3", "stage": "pack", "reason": "truncated", "action": "cut", '
+                '"tokens_lost": 7, "trained_tokens_lost": 7}',
+            ],
+        ),
+        (
+            {"overflow": "drop", "max_length": 100},
+            [
+                '{"id": "rows.jsonl:3", "stage": "pack", "reason": "dropped", "action": "drop", '
+                '"tokens_lost": 107, "trained_tokens_lost": 93}',
+            ],
+        ),
+        (
+            {"overflow": "truncate", "max_length": 50},
+            [
+                '{"id": "rows.jsonl:2", "stage": "pack", "reason": "masked", "action": "drop", '
+                '"tokens_lost": 84, "trained_tokens_lost": 24}',
+            ],
+        ),
+        (
+            {"overflow": "split", "strategy": "wrapped", "max_length": 100},
+            [
+                '{"id": "rows.jsonl:3", "stage": "pack", "reason": "split", "action": "split", '
+                '"tokens_lost": 0, "trained_tokens_lost": 0}',
+                '{"id": "rows.jsonl:3", "stage": "pack", "reason": "divided", "action": "split", '
+                '"tokens_lost": 0, "trained_tokens_lost": 0}',
+            ],
+        ),
+    ],
+)
+def test_the_bytes_of_an_entry_of_each_action(paths: Paths, section: dict[str, Any], lines: list[str]) -> None:
+    rows = [rendered(number, 1 + number % 4) for number in range(12)]
+    rows[2]["spans"][0][0] = len(rows[2]["text"]) - len(SENTENCE + "<|im_end|>")
+    rows[3]["spans"][0][0] += 2
+    write_jsonl(paths.out("format", "train.jsonl"), iter(rows))
+    pack.run(params(max_lost_fraction=1.0, **section), paths)
+    written = paths.out("pack", "ledger.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line not in written] == []
