@@ -1,4 +1,4 @@
-"""A stage's output folder that is replaced as a whole, and the ledger of rows that something was done to."""
+"""The ledger of a stage: each row that the stage drops, changes or warns of, with the reason."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ NUM_EXAMPLES = 3
 
 
 class Action(StrEnum):
-    """What was done to a row that stands in the ledger."""
+    """What was done to a row of the ledger."""
 
     DROP = "drop"
     OMIT = "omit"
-    """Left out because params.yaml wants fewer rows: nothing is wrong with it."""
+    """Not taken because params.yaml asks for fewer rows; nothing is wrong with the row."""
     REPAIR = "repair"
     WARN = "warn"
     FAIL = "fail"
@@ -28,11 +28,11 @@ LEAVES_OUT = (Action.DROP, Action.OMIT)
 
 
 class Ledger(JsonlWriter):
-    """Every row that a stage leaves out, mends or warns of, with the reason; remembers the first ids of each reason.
+    """Writer of a ledger, which counts entries and keeps the first ids of each reason for messages.
 
     Args:
         path: JSON lines file.
-        stage: The stage that writes it.
+        stage: Name of the stage that writes it.
     """
 
     def __init__(self, path: Path, stage: str) -> None:
@@ -42,14 +42,14 @@ class Ledger(JsonlWriter):
         self._examples: defaultdict[tuple[Action, str], list[str]] = defaultdict(list)
 
     def enter(self, row_id: str, reason: str, detail: str | None, action: Action = Action.DROP, **columns: int) -> None:
-        """Write an entry for one row. A row may have several entries, at most one of which leaves it out.
+        """Write an entry for one row. A row may have several entries, at most one of them with `drop` or `omit`.
 
         Args:
             row_id: Where the row is, `file:line`.
             reason: Short code.
-            detail: What was found; None if `reason` says it all, the entry then has no detail.
+            detail: What was found; None if the entry has no column `detail`.
             action: What was done.
-            columns: More columns of the entry, which come last.
+            columns: More columns of the entry, written last.
         """
         entry = {"id": row_id, "stage": self._stage, "reason": reason, "action": action.value}
         self.write({**entry, **({} if detail is None else {"detail": detail}), **columns})
@@ -59,15 +59,21 @@ class Ledger(JsonlWriter):
 
     @property
     def num_left_out(self) -> int:
-        """How many rows it leaves out."""
+        """Number of rows that were dropped or omitted."""
         return sum(self.counts[action].total() for action in LEAVES_OUT)
 
     def count(self, reason: str) -> int:
-        """How many rows have something, whatever was done about it."""
+        """Return the number of entries with a reason, whatever their action."""
         return sum(counts[reason] for counts in self.counts.values())
 
     def summary(self, *actions: Action, reason: str | None = None) -> str:
-        """Reasons, most frequent first, with the first ids of each; of rows left out, of some actions or one reason."""
+        """Describe the entries: reasons, most frequent first, with the first ids of each.
+
+        Args:
+            actions: Describe entries with these actions only; none given = those of dropped and omitted rows, or all if
+                `reason` is given.
+            reason: Describe entries with this reason only.
+        """
         chosen = [
             (count, name, action)
             for action in actions or (LEAVES_OUT if reason is None else Action)
