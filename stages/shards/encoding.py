@@ -1,4 +1,4 @@
-"""The tokenized documents of one split, kept in files while they are packed."""
+"""Tokenization of the rendered chats of a split into documents whose tokens are stored in files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ BATCH_SIZE = 1000
 
 
 class EncodedShard(NamedTuple):
-    """Ids and tokens of the documents of a shard, batch by batch, and what the ledger is to say of them."""
+    """The tokenized documents of a shard.
+
+    Args:
+        ids: Ids of their records.
+        batches: Their tokens, in batches.
+        crossings: Id and detail of each document in which a token lies across the border of what is trained.
+    """
 
     ids: list[str]
     batches: list[TokenBatch]
@@ -32,7 +38,7 @@ class EncodedShard(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodingWork:
-    """Tokenizes shards of rendered chats.
+    """Work that tokenizes shards of rendered chats.
 
     Args:
         tokenizer: Folder of the tokenizer.
@@ -46,7 +52,7 @@ class EncodingWork:
 
 
 class ShardEncoder:
-    """Rendered chats to tokens, with one tokenizer."""
+    """Tokenizer of the rendered chats of a shard."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._encoder = Encoder(tokenizer)
@@ -70,9 +76,9 @@ class Documents:
     Args:
         ids: `(num_documents,)` ids of their records.
         columns: Token columns.
-        lengths: `(num_documents,)` tokens of each.
-        trained: `(num_documents,)` trained tokens of each.
-        num_crossed: In how many a token lies across the border of what is trained.
+        lengths: `(num_documents,)` numbers of tokens.
+        trained: `(num_documents,)` numbers of trained tokens.
+        num_crossed: Number of documents in which a token lies across the border of what is trained.
     """
 
     ids: pa.ChunkedArray
@@ -83,14 +89,14 @@ class Documents:
 
 
 def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSection, ledger: Ledger) -> Documents:
-    """Tokenize a file of rendered chats.
+    """Tokenize a file of rendered chats, in several processes if the section says so.
 
     Args:
-        path: Rows that `format` wrote.
+        path: File of rows that `format` wrote.
         tokenizer: Folder of the tokenizer.
-        scratch: Folder for files that live as long as the documents are read.
-        section: Says who tokenizes.
-        ledger: Gets the documents in which a token lies across the border of what is trained.
+        scratch: Folder for the files of the token columns, which must exist as long as the documents are read.
+        section: The section `pack` of params.yaml.
+        ledger: Gets an entry for each document in which a token lies across the border of what is trained.
     """
     scratch.mkdir(parents=True)
     store = TokenStore(scratch)
@@ -108,11 +114,11 @@ def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSectio
 
 
 class Kept:
-    """What the length limit left of documents, as rows.
+    """Sequence of the pieces that the length limit left of documents, each as a row with id, place and tokens.
 
     Args:
         documents: The documents.
-        pieces: What is left of them.
+        pieces: The pieces that are left of them.
     """
 
     def __init__(self, documents: Documents, pieces: Pieces) -> None:

@@ -258,7 +258,7 @@ def test_the_same_bytes_whatever_the_number_of_processes(root: DataRoot, monkeyp
     run(root, rows, num_proc=1)
     first = {path: path.read_bytes() for path in root.paths.out("format").rglob("*") if path.is_file()}
     monkeypatch.setattr(shards, "SHARD_BYTES", 600)
-    assert len(shards.shards_of(root.paths.out("load", "train.jsonl"))) >= 2 * shards.SHARDS_A_PROCESS
+    assert len(shards.shards_of(root.paths.out("load", "train.jsonl"))) >= 2 * shards.SHARDS_PER_PROCESS
     run(root, rows, num_proc=2)
     assert {path: path.read_bytes() for path in root.paths.out("format").rglob("*") if path.is_file()} == first
     assert len(root.rows("format", "ledger.jsonl")) == 1

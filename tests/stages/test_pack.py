@@ -179,7 +179,7 @@ def test_the_same_bytes_whatever_the_number_of_processes(paths: Paths, monkeypat
     pack.run(params(max_length=100, max_lost_fraction=0.9, num_proc=1), paths)
     first = {path: path.read_bytes() for path in paths.out("pack").rglob("*") if path.is_file()}
     monkeypatch.setattr(shards, "SHARD_BYTES", 600)
-    assert len(shards.shards_of(paths.out("format", "train.jsonl"))) >= 2 * shards.SHARDS_A_PROCESS
+    assert len(shards.shards_of(paths.out("format", "train.jsonl"))) >= 2 * shards.SHARDS_PER_PROCESS
     pack.run(params(max_length=100, max_lost_fraction=0.9, num_proc=2), paths)
     assert {path: path.read_bytes() for path in paths.out("pack").rglob("*") if path.is_file()} == first
 
