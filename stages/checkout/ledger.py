@@ -24,7 +24,8 @@ class Action(StrEnum):
     SPLIT = "split"
 
 
-LEAVES_OUT = (Action.DROP, Action.OMIT)
+REMOVING = (Action.DROP, Action.OMIT)
+"""Actions after which a row is not in the output."""
 
 
 class Ledger(JsonlWriter):
@@ -58,9 +59,9 @@ class Ledger(JsonlWriter):
             self._examples[action, reason].append(row_id if detail is None else f"{row_id} ({detail})")
 
     @property
-    def num_left_out(self) -> int:
+    def num_removed(self) -> int:
         """Number of rows that were dropped or omitted."""
-        return sum(self.counts[action].total() for action in LEAVES_OUT)
+        return sum(self.counts[action].total() for action in REMOVING)
 
     def count(self, reason: str) -> int:
         """Return the number of entries with a reason, whatever their action."""
@@ -76,7 +77,7 @@ class Ledger(JsonlWriter):
         """
         chosen = [
             (count, name, action)
-            for action in actions or (LEAVES_OUT if reason is None else Action)
+            for action in actions or (REMOVING if reason is None else Action)
             for name, count in self.counts[action].items()
             if reason in (None, name)
         ]
