@@ -1,1 +1,1 @@
-"""Where files lie and how they are written: paths, artifacts, ledger, secrets, full disks. Imports no other room."""
+"""Paths of files and how they are written: artifacts, ledger, secrets, full disks. Imports no other room."""

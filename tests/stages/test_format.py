@@ -105,7 +105,7 @@ def test_a_template_that_is_no_jinja_is_named_with_its_line(root: DataRoot, is_o
     place = root.model / "chat_template.jinja" if is_own else root.paths.data / "mine.jinja"
     place.write_text("{% for message in messages %}\n{{ message['content'] }\n{% endfor %}")
     which = rf"null, the base model's own in {root.model}" if is_own else r"data/mine\.jinja"
-    words = rf"params\.yaml, format\.chat_template \({which}\): .*not valid Jinja: line 2: unexpected '}}'.*Mend"
+    words = rf"params\.yaml, format\.chat_template \({which}\): .*not valid Jinja: line 2: unexpected '}}'.*Fix"
     with pytest.raises(ValueError, match=words):
         run(root, chat_template=None if is_own else "data/mine.jinja")
 
