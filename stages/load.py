@@ -22,7 +22,7 @@ from stages.params.schema import LoadSection, Params
 
 ROWS_BETWEEN_PROGRESS = 10_000
 NOT_TEXT = ("not_text", "content_not_text")
-"""Reasons of rows that may hold a number where text is needed."""
+"""Reasons of rows that may contain a number where text is needed."""
 
 
 def run(params: Params, paths: Paths) -> None:
