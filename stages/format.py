@@ -1,4 +1,4 @@
-"""Stage `format`: records to text, with the characters that are trained, and the tokenizer that fits."""
+"""Stage `format`: records to rendered text with the spans that are trained, and the tokenizer for it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def run(params: Params, paths: Paths) -> None:
     """Render outs/load and write outs/format.
 
     Raises:
-        ValueError: The template refuses a row, a turn cannot be located or does not end in a stop token, or no token
-            would be trained.
+        ValueError: The template refuses a row, a turn can't be located or does not end in a stop token, too many rows
+            were dropped, or nothing would be trained.
     """
     section = params.format
     base = Path(read_base_model(paths.out("load", "base_model.json")).path)
@@ -71,13 +71,20 @@ def run(params: Params, paths: Paths) -> None:
 def prepare_tokenizer(
     tokenizer: PreTrainedTokenizerBase, section: FormatSection, paths: Paths, stop_token_ids: tuple[int, ...]
 ) -> str | None:
-    """Give the base model's tokenizer the template and tokens that params.yaml asks for.
+    """Set the chat template and add the tokens that params.yaml states, in place.
+
+    Args:
+        tokenizer: Tokenizer of the base model.
+        section: The section `format` of params.yaml.
+        paths: Paths of the checkout.
+        stop_token_ids: Ids at which the base model's generation stops.
 
     Returns:
-        The new end-of-sequence token where the template closes turns with one at which generation did not stop.
+        The new end-of-sequence token, if the template ends turns with a token at which generation did not stop.
 
     Raises:
-        ValueError: An unknown format, a Jinja file outside data/, or a token that exists already.
+        ValueError: The chat format is unknown, the Jinja file lies outside data/ or is invalid, or a token exists
+            already.
     """
     before = tokenizer.eos_token
     known = sorted(set(section.add_special_tokens) & tokenizer.get_vocab().keys())
@@ -87,24 +94,24 @@ def prepare_tokenizer(
     try:
         if section.chat_template is not None:
             apply_chat_format(tokenizer, find_format(_format_name(section.chat_template, paths)))
-        if tokenizer.chat_template and _holds_chats(paths):
+        if tokenizer.chat_template and _has_chats(paths):
             align_eos_with_template(tokenizer, stop_token_ids)
     except TemplateSourceError as error:
         which = section.chat_template or f"null, the base model's own in {tokenizer.name_or_path}"
-        way_out = "Mend the template, or name a format: " + ", ".join(FORMATS)
+        way_out = "Fix the template, or name a format: " + ", ".join(FORMATS)
         raise ValueError(f"params.yaml, format.chat_template ({which}): {error}. {way_out}") from error
     ensure_pad_token(tokenizer, may_add=False)
     return str(tokenizer.eos_token) if tokenizer.eos_token != before else None
 
 
-def _holds_chats(paths: Paths) -> bool:
-    """Whether any training record goes through the chat template; text is closed by the tokenizer's own token."""
+def _has_chats(paths: Paths) -> bool:
+    """Return whether any training record is a chat. Plain text does not use the template."""
     records = read_jsonl(paths.out("load", "train.jsonl"))
     return any("messages" in record or isinstance(record.get("prompt"), list) for record in records)
 
 
 def _format_name(name: str, paths: Paths) -> str | Path:
-    """A named format, or a Jinja file in data/, where DVC sees it change."""
+    """Return the name of a chat format, or the path of a Jinja file in data/, where DVC sees changes of it."""
     if name in FORMATS:
         return name
     path = (paths.root / name).resolve()
@@ -121,7 +128,7 @@ def _format_name(name: str, paths: Paths) -> str | Path:
 
 
 def _stop_token_ids(base: Path) -> tuple[int, ...]:
-    """All ids at which the base model's generation config stops."""
+    """Return all ids at which generation stops by the base model's generation config."""
     if not (base / "generation_config.json").is_file():
         return ()
     eos = GenerationConfig.from_pretrained(base).eos_token_id
@@ -133,7 +140,7 @@ def _template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 class Formatter:
-    """Renders files and writes each row to its split; rows without anything trained go to the ledger.
+    """Rendering of records to the files of their split; dropped rows get ledger entries.
 
     Args:
         folder: Output folder.
@@ -164,7 +171,13 @@ class Formatter:
             writer.close()
 
     def take(self, split: str, path: Path, num_rows: int) -> None:
-        """Render all records of a file; those of the split eval are prompts too."""
+        """Render all records of a split. Those of `eval` are written as prompts, too.
+
+        Args:
+            split: train or eval.
+            path: File of records.
+            num_rows: Number of records in it.
+        """
         work = replace(self._work, with_prompts=split == "eval")
         for part in run_shards(work, shards_of(path), self._section.num_proc, self._section.workers):
             progress(self._num_in[split], num_rows, f"{split} rows")
@@ -180,14 +193,16 @@ class Formatter:
         progress(num_rows, num_rows, f"{split} rows")
 
     def close_accounts(self) -> dict[str, Any]:
-        """Make sure that every row is accounted for and that something is trained; returns the stage's figures.
+        """Check that every row is accounted for and that something is trained; return the stage's figures.
 
         Raises:
-            ValueError: Nothing would be trained, too many rows were dropped, rows spell out special tokens and that is
-                to stop the pipeline, or a trained turn does not end in a stop token.
+            ValueError: Nothing would be trained, too many rows were dropped, rows spell out special tokens and
+                `special_text` is `fail`, or a trained turn does not end in a stop token.
         """
         num_out = {split: writer.num_rows for split, writer in self._writers.items()}
-        assert sum(self._num_in.values()) == sum(num_out.values()) + self._ledger.num_left_out, "a row got lost"
+        assert sum(self._num_in.values()) == sum(num_out.values()) + self._ledger.num_removed, (
+            "a row is neither written nor in the ledger"
+        )
         for split in SPLITS:
             if num_out[split] == 0:
                 raise ValueError(
@@ -201,19 +216,19 @@ class Formatter:
             share = self._num_trained[split] / self._num_characters[split]
             figures[f"trained_characters_{split}"] = round(share, 6)
         counts = {action: dict(sorted(self._ledger.counts[action].items())) for action in Action}
-        figures |= {"num_dropped": self._ledger.num_left_out, "dropped": counts[Action.DROP]}
+        figures |= {"num_dropped": self._ledger.num_removed, "dropped": counts[Action.DROP]}
         return {**figures, "repaired": counts[Action.REPAIR], "warned": counts[Action.WARN]}
 
     def _check_dropped(self) -> None:
         if self._ledger.counts[Action.FAIL]:
             found = self._ledger.summary(Action.FAIL)
             raise ValueError(
-                f"params.yaml, format.special_text: {found}. Mend the data, or state neutralise, warn or drop"
+                f"params.yaml, format.special_text: {found}. Fix the data, or state neutralise, warn or drop"
             )
         limit, num_in = self._section.max_dropped_fraction, sum(self._num_in.values())
-        dropped = self._ledger.num_left_out
+        dropped = self._ledger.num_removed
         if dropped > limit * num_in:
             raise ValueError(
                 f"{dropped} of {num_in} rows ({dropped / num_in:.1%}) had to be dropped, more than "
-                f"format.max_dropped_fraction {limit} allows: {self._ledger.summary()}. Mend the data, or raise it"
+                f"format.max_dropped_fraction {limit} allows: {self._ledger.summary()}. Fix the data, or raise it"
             )

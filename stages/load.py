@@ -1,4 +1,4 @@
-"""Stage `load`: any source to validated records, held-out rows apart, a ledger of all that was left out or found."""
+"""Stage `load`: sources to validated records, separate held-out rows, and a ledger of dropped and conspicuous rows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.data.messages import IMAGE_COLUMNS, Problem, RowError, validate_record
-from sft.data.records import (
-    Layout,
-    normalize,
-    numbers_as_text,
-    record_digest,
-)
+from sft.data.records import Layout, normalize, numbers_as_text, record_digest
 from sft.data.source_row import Row
 from sft.folders import replacing_folder
 from stages.checkout.artifacts import JsonlWriter, progress, write_json
@@ -28,15 +23,15 @@ from stages.params.schema import LoadSection, Params
 
 ROWS_BETWEEN_PROGRESS = 10_000
 NOT_TEXT = ("not_text", "content_not_text")
-"""Reasons of rows that may hold a number where text is needed."""
+"""Reasons of rows that may contain a number where text is needed."""
 
 
 def run(params: Params, paths: Paths) -> None:
     """Read all sources, check every row, and write outs/load.
 
     Raises:
-        ValueError: A source is missing, damaged or empty, too many rows had to be dropped, a check that is to stop the
-            pipeline found something, no row is left, or the base model can't be found.
+        ValueError: A source is missing, damaged or empty, too many rows were dropped, a check with the action `fail`
+            found something, no row is left, or the base model can't be found.
     """
     section = params.load
     with_damaged = section.checks.unreadable == "drop"
@@ -49,7 +44,7 @@ def run(params: Params, paths: Paths) -> None:
         with Intake(folder, section) as intake:
             intake.take(held_out, "eval")
             intake.take(train, "train")
-            intake.look_at_all()
+            intake.check_training_rows()
             figures = intake.close_accounts()
         write_json(folder / "card.json", {"sources": intake.accounts.cards, **figures})
         write_json(folder / "base_model.json", base_model.record())
@@ -57,10 +52,14 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def refuse_images(columns: Mapping[str, Any], layout: Layout) -> None:
-    """Refuse a row with images, which would be trained as if it had none.
+    """Check that a row has no images, which would be ignored by the training.
+
+    Args:
+        columns: The row, after the mapping of its source.
+        layout: How the row becomes a record.
 
     Raises:
-        RowError: Names the column.
+        RowError: The row has images; the message names the column.
     """
     found = [name for name in IMAGE_COLUMNS if name not in layout.content and columns.get(name)]
     if found:
@@ -72,11 +71,11 @@ def refuse_images(columns: Mapping[str, Any], layout: Layout) -> None:
 
 
 class OmittedRow(RowError):
-    """A row that nothing is wrong with: params.yaml wants fewer."""
+    """A valid row that is not taken, because params.yaml asks for fewer rows."""
 
 
 class Intake(ExitStack):
-    """Takes in rows one by one: normalizes, checks, drops duplicates, and writes each to where it belongs.
+    """Normalization, checks and writing of the rows of all sources, one by one, to the splits `train` and `eval`.
 
     Args:
         folder: Output folder.
@@ -95,7 +94,12 @@ class Intake(ExitStack):
         self._held_out: frozenset[bytes] = frozenset()
 
     def take(self, sources: list[Source], purpose: str) -> None:
-        """Take in all rows of sources that are meant for training, or for evaluation."""
+        """Check and write all rows of sources.
+
+        Args:
+            sources: The sources.
+            purpose: `train` or `eval`. A part of the rows of `train` may be held out, and is written to `eval`.
+        """
         total, num_rows = sum(source.num_rows for source in sources), self.accounts.num_rows
         chosen = [self._choose(source) for source in sources]
         if purpose == "train" and self._section.eval.count is not None:
@@ -128,22 +132,22 @@ class Intake(ExitStack):
         self.accounts.num_repeated += copies - 1
 
     def _record(self, row: Row, source: Source) -> tuple[dict[str, Any], list[Note]]:
-        """The row as a record that is fit for training, and what was found in it."""
+        """Return the row as a record that is valid for training, and what was found in it."""
         record, of_numbers = self._normalized(row, source)
         record, notes = self._row_checks.inspect(record)
         return record, [*of_numbers, *notes, *self._validated(record)]
 
     def _validated(self, record: dict[str, Any]) -> list[Note]:
-        """Make sure that a record is fit for training; a note of empty answers where they may stay."""
+        """Check that a record is valid for training; return a note of empty answers if they are allowed."""
         problems = validate_record(record, require_alternation=self._section.require_alternation)
         wanted = self._section.checks.empty_answer
-        unfit = [problem for problem in problems if problem.reason != "empty_answer" or wanted == "drop"]
-        if unfit:
-            raise RowError(unfit[0].reason, "; ".join(problem.detail for problem in unfit))
+        invalid = [problem for problem in problems if problem.reason != "empty_answer" or wanted == "drop"]
+        if invalid:
+            raise RowError(invalid[0].reason, "; ".join(problem.detail for problem in invalid))
         return [Note(Action(wanted), problem) for problem in problems[:1] if wanted != "off"]
 
     def _normalized(self, row: Row, source: Source) -> tuple[dict[str, Any], list[Note]]:
-        """The row as a record; with numbers as text where params.yaml says so, and a note of it."""
+        """Return the row as a record, and a note if numbers in it were changed to text."""
         if row.damage is not None:
             raise RowError("unreadable", str(row.damage))
         columns = source.mapping.apply(row.columns)
@@ -168,13 +172,13 @@ class Intake(ExitStack):
         chosen: frozenset[bytes] | None,
         purpose: str,
     ) -> tuple[str, int]:
-        """Where a record goes, and how many times; notes that it is there already are added to the others."""
+        """Return the split that a record is written to, and how many times; add notes of duplicates to `notes`."""
         key = bytes.fromhex(record_digest(record))
         fraction = self._section.eval.fraction
         held_out = key in self._held_out or (fraction is not None and self._selection.position(key) < fraction)
         target = "eval" if held_out else purpose
         is_repeated = key in self._seen[target]
-        notes += self._notes_of_repetition(key, target)
+        notes += self._duplicate_notes(key, target)
         self._seen[target].setdefault(key, row_id)
         if chosen is not None and (key not in chosen or is_repeated):
             raise OmittedRow("max_rows", f"not among the {source.section.max_rows} rows that max_rows takes")
@@ -184,8 +188,8 @@ class Intake(ExitStack):
             raise OmittedRow("weight", f"not among the rows that weight {weight} takes")
         return target, copies
 
-    def _notes_of_repetition(self, key: bytes, target: str) -> list[Note]:
-        """What is to be noted of a row that is there already; among held-out rows a second one is always dropped."""
+    def _duplicate_notes(self, key: bytes, target: str) -> list[Note]:
+        """Return notes if a row was written before. A second held-out row is always dropped."""
         checks, notes = self._section.checks, []
         action = "drop" if target == "eval" else checks.duplicate
         for split, reason, wanted in ((target, "duplicate", action), ("eval", "in_eval", checks.in_eval)):
@@ -198,7 +202,7 @@ class Intake(ExitStack):
         return notes
 
     def _keys(self, source: Source) -> Iterator[bytes]:
-        """What a source's good rows are known by; rows that are not good come to the ledger when they are taken."""
+        """Yield the digests of a source's valid rows. The others get their ledger entries in `take`."""
         for row in source.rows():
             try:
                 yield bytes.fromhex(record_digest(self._record(row, source)[0]))
@@ -206,21 +210,21 @@ class Intake(ExitStack):
                 continue
 
     def _choose(self, source: Source) -> frozenset[bytes] | None:
-        """The rows that `max_rows` takes; None where it takes all."""
+        """Return the rows that `max_rows` takes, or None if it takes all."""
         if source.section.max_rows is None:
             return None
         return self._selection.choose(set(self._keys(source)) - self._seen["eval"].keys(), source.section.max_rows)
 
     def _strata(self, sources: list[Source], chosen: list[frozenset[bytes] | None]) -> list[set[bytes]]:
-        """The rows of every source of which some are held out; what several have belongs to the first."""
+        """Return the rows of every source, some of which are held out. A row of several belongs to the first."""
         strata: list[set[bytes]] = []
         for source, keys in zip(sources, chosen, strict=True):
-            mine = set(self._keys(source)) if keys is None else set(keys)
-            strata.append(mine.difference(*strata))
+            rows = set(self._keys(source)) if keys is None else set(keys)
+            strata.append(rows.difference(*strata))
         return strata
 
-    def look_at_all(self) -> None:
-        """Look at the training rows as a whole, once all are there, and take out what is to be dropped."""
+    def check_training_rows(self) -> None:
+        """Check the training rows as a set, after all of them were written, and remove those that are dropped."""
         rows, removed = self._set_checks.rows["train"], set[int]()
         for row, note in list(self._set_checks.findings()):
             self.accounts.enter(self._set_checks.row_id(row), note, rows.sources[row], "train")
@@ -231,5 +235,9 @@ class Intake(ExitStack):
             self._writers["train"].remove(removed)
 
     def close_accounts(self) -> dict[str, Any]:
-        """Make sure that every row is accounted for and that enough are left; returns the stage's figures."""
+        """Check that every row is accounted for and that enough are left; return the stage's figures.
+
+        Raises:
+            ValueError: As in `Accounts.close`.
+        """
         return self.accounts.close({name: writer.num_rows for name, writer in self._writers.items()})

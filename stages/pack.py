@@ -1,14 +1,14 @@
-"""`pack`: rendered chats -> tokenized, masked, packed rows.
+"""Stage `pack`: rendered chats to tokenized, masked and packed rows.
 
-What became of every token: the ledger's entries of `pack`, and the way back from a packed token to its record.
+Every token is in a packed row or, with the reason, in outs/pack/ledger.jsonl. outs/pack/SPLIT_index.jsonl leads from a
+packed token back to its record.
 """
 
 from __future__ import annotations
 
 import itertools
 import shutil
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,122 +22,43 @@ from sft.labels import IGNORE_INDEX
 from sft.tokens.columns import Pieces, RowPlan, row_tables, write_rows
 from sft.tokens.packing import OverflowReport, plan_overflow, plan_rows
 from sft.tokens.preview import preview_masks
-from stages.checkout.artifacts import JsonlWriter, progress, write_json, write_jsonl, write_text
+from stages.checkout.artifacts import progress, write_json, write_jsonl, write_text
+from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
 from stages.pages.data import SplitFacts, choose_previews, write_data_page
 from stages.params.schema import PackSection, Params
 from stages.shards.encoding import Documents, Kept, encode_split
 
-DONE = {"truncated": "cut", "split": "split", "divided": "split", "dropped": "drop", "masked": "drop"}
-"""Reason of an entry -> what was done to the document."""
-
-
-class Lost(NamedTuple):
-    """One document that was cut, divided or left out.
-
-    Args:
-        id: Its record.
-        reason: `truncated`, `split` (at the limit), `dropped` (too long), `masked` (nothing in it is trained) or
-            `divided` (where a row was full; no token is lost).
-        tokens_lost: Tokens of it that are in no row.
-        trained_tokens_lost: How many of them are trained.
-    """
-
-    id: str
-    reason: str
-    tokens_lost: int
-    trained_tokens_lost: int
-
-    def to_row(self) -> dict[str, Any]:
-        """The entry as the ledger has it."""
-        return {
-            "id": self.id,
-            "stage": "pack",
-            "reason": self.reason,
-            "action": DONE[self.reason],
-            "tokens_lost": self.tokens_lost,
-            "trained_tokens_lost": self.trained_tokens_lost,
-        }
-
-
-def losses(ids: pa.ChunkedArray, report: OverflowReport, pieces: Pieces, plan: RowPlan) -> Iterator[Lost]:
-    """One entry for every document that the limit touched or a row's end divided.
-
-    Args:
-        ids: `(num_documents,)` their ids.
-        report: What the limit did.
-        pieces: What the limit left.
-        plan: The rows made of it.
-    """
-    for reason, rows in report.row_indices.items():
-        for row in rows:
-            yield Lost(ids[row].as_py(), reason, report.tokens_lost[row], report.trained_tokens_lost[row])
-    size = report.num_rows
-    divided = np.bincount(plan.pieces.document, minlength=size) > np.bincount(pieces.document, minlength=size)
-    for row in np.flatnonzero(divided).tolist():
-        yield Lost(ids[row].as_py(), "divided", 0, 0)
-
-
-def index_entries(ids: pa.ChunkedArray, plan: RowPlan) -> Iterator[dict[str, Any]]:
-    """For every packed row the documents in it, in order.
-
-    Returns:
-        Objects with `row`, `ids`, `ends` (the token behind each document's last one) and `starts` (the token of its
-        record with which each document begins: not 0 for the later parts of one that was divided).
-    """
-    first = 0
-    names = ids.take(pa.array(plan.pieces.document)) if len(plan.pieces) else ids
-    for row, last in enumerate(plan.ends.tolist()):
-        yield {
-            "row": row,
-            "ids": names[first:last].to_pylist(),
-            "ends": np.cumsum(plan.pieces.length[first:last]).tolist(),
-            "starts": plan.pieces.start[first:last].tolist(),
-        }
-        first = last
-
-
-class Origin(NamedTuple):
-    """Where a packed token comes from: its record, and which of the record's tokens it is."""
-
-    id: str
-    token: int
-
-
-def origin_of(entry: Mapping[str, Sequence[Any]], position: int) -> Origin:
-    """The way back from a token to its record.
-
-    Args:
-        entry: The packed row's entry in the index.
-        position: Number of the token in the row.
-
-    Raises:
-        ValueError: The row is shorter.
-    """
-    ends = entry["ends"]
-    if not 0 <= position < ends[-1]:
-        raise ValueError(f"packed row {entry['row']} has {ends[-1]} tokens; there is no token {position}")
-    place = bisect_right(ends, position)
-    begin = ends[place - 1] if place else 0
-    return Origin(entry["ids"][place], entry["starts"][place] + position - begin)
-
-
 SPLITS = ("train", "eval")
-
 SCRATCH = "scratch"
 
+ACTIONS = {
+    "truncated": Action.CUT,
+    "split": Action.SPLIT,
+    "divided": Action.SPLIT,
+    "dropped": Action.DROP,
+    "masked": Action.DROP,
+}
+"""Reason of a ledger entry -> what was done to the document."""
+
 CROSSED = (
-    "in {} documents a token lies across the border of what is trained, so that their prompts end in other tokens when "
-    "the model generates; border_in_token in outs/pack/ledger.jsonl names them, docs/data.md says more"
+    "in {} documents a token lies across the border between untrained and trained text, so that their prompts end in "
+    "other tokens when the model generates; see border_in_token in outs/pack/ledger.jsonl and docs/data.md"
 )
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write outs/pack: packed rows, an index from tokens to record ids, a preview of the masks; and the figures."""
+    """Write outs/pack, the figures and the data page.
+
+    outs/pack gets packed rows, an index from tokens to record ids, a preview of the masks, and the ledger.
+
+    Raises:
+        ValueError: No trainable token is left, or more were cut than `max_lost_fraction` allows.
+    """
     tokenizer_folder = paths.out("format", "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     splits: dict[str, SplitFacts] = {}
-    with replacing_folder(paths.out("pack")) as folder, JsonlWriter(folder / "ledger.jsonl") as ledger:
+    with replacing_folder(paths.out("pack")) as folder, Ledger(folder / "ledger.jsonl", "pack") as ledger:
         for number, split in enumerate(SPLITS):
             progress(number, len(SPLITS), f"packing {split}")
             rendered = paths.out("format", f"{split}.jsonl")
@@ -157,7 +78,7 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def summary(figures: Mapping[str, Any]) -> str:
-    """One line about the training rows."""
+    """Describe the packed training rows in one line."""
     return (
         f"{figures['documents']} documents, {figures['tokens']} tokens ({figures['trained_tokens']} trained) "
         f"in {figures['rows']} rows, fill {figures['fill']:.3f}"
@@ -165,25 +86,33 @@ def summary(figures: Mapping[str, Any]) -> str:
 
 
 def pack_split(
-    documents: Documents, section: PackSection, split: str, folder: Path, ledger: JsonlWriter
+    documents: Documents, section: PackSection, split: str, folder: Path, ledger: Ledger
 ) -> tuple[SplitFacts, Kept]:
-    """Apply the length limit, pack, write; every token is in a row or in the ledger.
+    """Apply the length limit to the documents of a split, pack them, and write rows, index and ledger entries.
+
+    Args:
+        documents: Tokenized documents.
+        section: The section `pack` of params.yaml.
+        split: train or eval.
+        folder: Output folder.
+        ledger: Gets an entry for every document that is cut, split or dropped.
 
     Returns:
-        What is known of the packed rows, and the documents as the limit left them.
+        The figures and lengths of the split, and the documents as the limit left them.
 
     Raises:
-        ValueError: Nothing trainable is left, or more trained tokens were cut than `max_lost_fraction` allows.
+        ValueError: No trainable token is left, or more were cut than `max_lost_fraction` allows.
     """
     pieces, report = plan_overflow(documents.columns, section.max_length, section.overflow, documents.ids)
     plan = plan_split(pieces, section)
     before = np.array([documents.lengths.sum(), documents.trained.sum()])
     lost = np.array([report.num_tokens_lost, sum(report.trained_tokens_lost.values())])
-    check_losses(int(before[1]), int(lost[1]), section, losses(documents.ids, report, pieces, plan), split)
+    check_lost_tokens(int(before[1]), int(lost[1]), section, lost_tokens(documents.ids, report, pieces, plan), split)
     entered = np.zeros(2, dtype=np.int64)
-    for entry in losses(documents.ids, report, pieces, plan):
-        ledger.write(entry.to_row())
-        entered += [entry.tokens_lost, entry.trained_tokens_lost]
+    for entry in lost_tokens(documents.ids, report, pieces, plan):
+        num_lost = {"tokens_lost": entry.tokens_lost, "trained_tokens_lost": entry.trained_tokens_lost}
+        ledger.enter(entry.id, entry.reason, None, ACTIONS[entry.reason], **num_lost)
+        entered += list(num_lost.values())
     count = RowCount()
     tables = row_tables(documents.columns, plan)
     write_rows(count.through(tables if section.strategy != "none" else without_lengths(tables)), folder / split)
@@ -207,49 +136,59 @@ def pack_split(
 
 
 def plan_split(pieces: Pieces, section: PackSection) -> RowPlan:
-    """Which pieces share a row; one row a piece without packing."""
+    """Choose which pieces share a row. With strategy `none` each piece is a row."""
     if section.strategy == "none":
         return RowPlan(pieces, np.arange(1, len(pieces) + 1))
     return plan_rows(pieces, section.max_length, section.strategy)
 
 
-def without_lengths(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Rows of one document each say nothing of the documents in them."""
-    return (table.drop_columns(["seq_lengths"]) for table in tables)
-
-
-class RowCount:
-    """Counts tokens and trained tokens of rows on their way to the disk."""
-
-    def __init__(self) -> None:
-        self.num_trained = 0
-        self._filled: list[np.ndarray[Any, Any]] = [np.zeros(0, dtype=np.int64)]
-
-    def through(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        """Count tables and hand them on."""
-        for table in tables:
-            for chunk in table.column("labels").chunks:
-                self._filled.append(np.diff(chunk.offsets.to_numpy()).astype(np.int64))
-                self.num_trained += int((chunk.flatten().to_numpy() != IGNORE_INDEX).sum())
-            yield table
-
-    def filled(self) -> np.ndarray[Any, Any]:
-        """Tokens in each row, `(num_rows,)`."""
-        return np.concatenate(self._filled)
-
-
-def check_losses(trained: int, lost: int, section: PackSection, entries: Iterator[Lost], split: str) -> None:
-    """Stop when the length limit took too much, or everything.
+class LostTokens(NamedTuple):
+    """A document that was cut, divided or dropped.
 
     Args:
-        trained: Trained tokens before the limit.
-        lost: How many of them it took.
+        id: Id of its record.
+        reason: `truncated`, `split` (at the length limit), `dropped` (too long), `masked` (nothing in it is trained) or
+            `divided` (where a row was full; no token is lost).
+        tokens_lost: Number of its tokens that are in no row.
+        trained_tokens_lost: How many of those are trained.
+    """
+
+    id: str
+    reason: str
+    tokens_lost: int
+    trained_tokens_lost: int
+
+
+def lost_tokens(ids: pa.ChunkedArray, report: OverflowReport, pieces: Pieces, plan: RowPlan) -> Iterator[LostTokens]:
+    """Yield an entry for every document that the length limit changed or the end of a row divided.
+
+    Args:
+        ids: `(num_documents,)` ids of the records.
+        report: What the limit did.
+        pieces: Pieces that the limit left.
+        plan: Rows that are made of the pieces.
+    """
+    for reason, rows in report.row_indices.items():
+        for row in rows:
+            yield LostTokens(ids[row].as_py(), reason, report.tokens_lost[row], report.trained_tokens_lost[row])
+    size = report.num_rows
+    divided = np.bincount(plan.pieces.document, minlength=size) > np.bincount(pieces.document, minlength=size)
+    for row in np.flatnonzero(divided).tolist():
+        yield LostTokens(ids[row].as_py(), "divided", 0, 0)
+
+
+def check_lost_tokens(trained: int, lost: int, section: PackSection, entries: Iterator[LostTokens], split: str) -> None:
+    """Check that the length limit left enough trained tokens.
+
+    Args:
+        trained: Number of trained tokens before the limit.
+        lost: How many of them are lost.
         section: The section `pack` of params.yaml.
-        entries: What the ledger will say.
+        entries: Documents that lost tokens; the message names the first ones.
         split: train or eval.
 
     Raises:
-        ValueError: Says how much was lost, to what, and which parameter to change.
+        ValueError: All trained tokens are lost, or more than `max_lost_fraction` allows.
     """
     first = ", ".join(f"{entry.id} ({entry.reason})" for entry in itertools.islice(entries, 3))
     if lost == trained:
@@ -263,3 +202,52 @@ def check_losses(trained: int, lost: int, section: PackSection, entries: Iterato
             f"{section.max_length}, more than pack.max_lost_fraction {section.max_lost_fraction:.1%} allows; "
             f"first rows: {first}; raise pack.max_length, set pack.overflow to split, or raise pack.max_lost_fraction"
         )
+
+
+def without_lengths(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Drop the column `seq_lengths`, which rows of one document each do not need."""
+    return (table.drop_columns(["seq_lengths"]) for table in tables)
+
+
+class RowCount:
+    """Counts tokens and trained tokens of rows while they are written."""
+
+    def __init__(self) -> None:
+        self.num_trained = 0
+        self._filled: list[np.ndarray[Any, Any]] = [np.zeros(0, dtype=np.int64)]
+
+    def through(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        """Count the rows of tables and yield the tables unchanged."""
+        for table in tables:
+            for chunk in table.column("labels").chunks:
+                self._filled.append(np.diff(chunk.offsets.to_numpy()).astype(np.int64))
+                self.num_trained += int((chunk.flatten().to_numpy() != IGNORE_INDEX).sum())
+            yield table
+
+    def filled(self) -> np.ndarray[Any, Any]:
+        """Return the number of tokens in each row, `(num_rows,)`."""
+        return np.concatenate(self._filled)
+
+
+def index_entries(ids: pa.ChunkedArray, plan: RowPlan) -> Iterator[dict[str, Any]]:
+    """Yield for every packed row the documents in it, in order.
+
+    Args:
+        ids: `(num_documents,)` ids of the records.
+        plan: The packed rows.
+
+    Yields:
+        Entries with `row`, `ids`, `ends` (for each document, the position after its last token in the row) and `starts`
+        (for each document, which of its record's tokens is its first one in the row; not 0 for the later parts of a
+        divided document).
+    """
+    first = 0
+    names = ids.take(pa.array(plan.pieces.document)) if len(plan.pieces) else ids
+    for row, last in enumerate(plan.ends.tolist()):
+        yield {
+            "row": row,
+            "ids": names[first:last].to_pylist(),
+            "ends": np.cumsum(plan.pieces.length[first:last]).tolist(),
+            "starts": plan.pieces.start[first:last].tolist(),
+        }
+        first = last

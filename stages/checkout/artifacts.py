@@ -1,4 +1,4 @@
-"""Reading and writing the pipeline's small files; every write is whole or not at all."""
+"""Reading and writing of the pipeline's small files. A file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, Any, Self
 
 @contextmanager
 def partial_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends, and goes when it raises."""
+    """Yield a temporary file next to `path`, which replaces `path` at the end of the block; an error deletes it."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -25,14 +25,18 @@ def partial_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file by way of a temporary one, so that a reader never sees half of it."""
+    """Write a text file by way of a temporary one, so that no reader sees an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write one JSON value, indented; NaN and infinity are refused since JSON has neither."""
+    """Write one JSON value, indented.
+
+    Raises:
+        ValueError: The value contains NaN or infinity, which JSON does not have.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -42,7 +46,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write one JSON object a line; returns how many."""
+    """Write one JSON object per line and return their number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     num_rows = 0
     with partial_file(path) as partial, partial.open("w", encoding="utf-8") as file:
@@ -53,32 +57,36 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Read one JSON object a line, one at a time."""
+    """Yield the JSON objects of a file, one per line."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fresh_folder(path: Path) -> Path:
-    """An empty folder in place of whatever was there."""
+    """Replace whatever is at `path` by an empty folder and return it."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
 
 
 def progress(done: int, total: int, text: str) -> None:
-    """Say how far a stage is; flows turn the line into a progress artifact, a person reads it as it is."""
+    """Print the progress of a stage. Flows read the line and show it as a progress artifact."""
     print(f"PROGRESS {done}/{total} {text}", flush=True)
 
 
 class JsonlWriter:
-    """Writes one JSON object a line, as rows come; counts them, and knows at which byte the next one begins."""
+    """Writer of JSON lines that counts rows and bytes, and can read and remove rows that it wrote.
+
+    Args:
+        path: File to write; an existing file is replaced.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -104,21 +112,29 @@ class JsonlWriter:
         self.num_bytes += len(line)
 
     def write_lines(self, lines: Sequence[str]) -> None:
-        """Append rows that are JSON already."""
+        """Append rows that are already JSON texts."""
         encoded = [f"{line}\n".encode() for line in lines]
         self._file.writelines(encoded)
         self.num_rows += len(encoded)
         self.num_bytes += sum(map(len, encoded))
 
     def read(self, offset: int) -> dict[str, Any]:
-        """A row that was written, by the byte at which it begins."""
+        """Return a row that was written.
+
+        Args:
+            offset: Byte at which the row begins.
+        """
         self._file.seek(offset)
         row = json.loads(self._file.readline())
         self._file.seek(0, os.SEEK_END)
         return dict(row)
 
     def remove(self, rows: Set[int]) -> None:
-        """Take out rows by their numbers, from 0."""
+        """Remove rows.
+
+        Args:
+            rows: Their numbers, from 0.
+        """
         self._file.close()
         partial = self.path.with_name(f".{self.path.name}.partial")
         with self.path.open("rb") as lines, partial.open("wb") as kept:

@@ -1,4 +1,4 @@
-"""A stage's output folder that is replaced as a whole, and the ledger of rows that something was done to."""
+"""The ledger of a stage: each row that the stage drops, changes or warns of, with the reason."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ NUM_EXAMPLES = 3
 
 
 class Action(StrEnum):
-    """What was done to a row that stands in the ledger."""
+    """What was done to a row of the ledger."""
 
     DROP = "drop"
     OMIT = "omit"
-    """Left out because params.yaml wants fewer rows: nothing is wrong with it."""
+    """Not taken because params.yaml asks for fewer rows; nothing is wrong with the row."""
     REPAIR = "repair"
     WARN = "warn"
     FAIL = "fail"
+    CUT = "cut"
+    SPLIT = "split"
 
 
-LEAVES_OUT = (Action.DROP, Action.OMIT)
+REMOVING = (Action.DROP, Action.OMIT)
+"""Actions after which a row is not in the output."""
 
 
 class Ledger(JsonlWriter):
-    """Every row that a stage leaves out, mends or warns of, with the reason; remembers the first ids of each reason.
+    """Writer of a ledger, which counts entries and keeps the first ids of each reason for messages.
 
     Args:
         path: JSON lines file.
-        stage: The stage that writes it.
+        stage: Name of the stage that writes it.
     """
 
     def __init__(self, path: Path, stage: str) -> None:
@@ -39,34 +42,42 @@ class Ledger(JsonlWriter):
         self.counts: defaultdict[Action, Counter[str]] = defaultdict(Counter)
         self._examples: defaultdict[tuple[Action, str], list[str]] = defaultdict(list)
 
-    def enter(self, row_id: str, reason: str, detail: str, action: Action = Action.DROP) -> None:
-        """Enter one row; it may have several entries, of which one at most leaves it out.
+    def enter(self, row_id: str, reason: str, detail: str | None, action: Action = Action.DROP, **columns: int) -> None:
+        """Write an entry for one row. A row may have several entries, at most one of them with `drop` or `omit`.
 
         Args:
             row_id: Where the row is, `file:line`.
             reason: Short code.
-            detail: What was found.
+            detail: What was found; None if the entry has no column `detail`.
             action: What was done.
+            columns: More columns of the entry, written last.
         """
-        self.write({"id": row_id, "stage": self._stage, "reason": reason, "action": action.value, "detail": detail})
+        entry = {"id": row_id, "stage": self._stage, "reason": reason, "action": action.value}
+        self.write({**entry, **({} if detail is None else {"detail": detail}), **columns})
         self.counts[action][reason] += 1
         if len(self._examples[action, reason]) < NUM_EXAMPLES:
-            self._examples[action, reason].append(f"{row_id} ({detail})")
+            self._examples[action, reason].append(row_id if detail is None else f"{row_id} ({detail})")
 
     @property
-    def num_left_out(self) -> int:
-        """How many rows it leaves out."""
-        return sum(self.counts[action].total() for action in LEAVES_OUT)
+    def num_removed(self) -> int:
+        """Number of rows that were dropped or omitted."""
+        return sum(self.counts[action].total() for action in REMOVING)
 
     def count(self, reason: str) -> int:
-        """How many rows have something, whatever was done about it."""
+        """Return the number of entries with a reason, whatever their action."""
         return sum(counts[reason] for counts in self.counts.values())
 
     def summary(self, *actions: Action, reason: str | None = None) -> str:
-        """Reasons, most frequent first, with the first ids of each; of rows left out, of some actions or one reason."""
+        """Describe the entries: reasons, most frequent first, with the first ids of each.
+
+        Args:
+            actions: Describe entries with these actions only; none given = those of dropped and omitted rows, or all if
+                `reason` is given.
+            reason: Describe entries with this reason only.
+        """
         chosen = [
             (count, name, action)
-            for action in actions or (LEAVES_OUT if reason is None else Action)
+            for action in actions or (REMOVING if reason is None else Action)
             for name, count in self.counts[action].items()
             if reason in (None, name)
         ]

@@ -1,4 +1,4 @@
-"""Where every input and output of the pipeline lies, relative to the repository's root."""
+"""Paths of every input and output of the pipeline, relative to the repository's root."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ class Paths:
     """All paths of one checkout.
 
     Args:
-        root: The folder that holds params.yaml and dvc.yaml.
+        root: The folder that contains params.yaml and dvc.yaml.
     """
 
     root: Path
 
     def out(self, stage: str, *parts: str) -> Path:
-        """A path below a stage's own output folder, e.g. `out("pack", "train")`."""
+        """Return a path in a stage's output folder, e.g. `out("pack", "train")`."""
         return self.root.joinpath("outs", stage, *parts)
 
     def metrics(self, stage: str) -> Path:
-        """A stage's DVC metrics file: figures that are the same whenever the result is."""
+        """Return the DVC metrics file of a stage: figures that depend on the result alone."""
         return self.root / "reports" / "metrics" / f"{stage}.json"
 
     def timings(self, stage: str) -> Path:
-        """A stage's wall times and speeds: different at every run, so neither an out nor recorded in git."""
+        """Return the file of a stage's wall times and speeds, which differ between runs: neither an out nor in git."""
         return self.root / "reports" / "timings" / f"{stage}.json"
 
     @property
     def params(self) -> Path:
-        """The parameters' file."""
+        """The file of the parameters."""
         return self.root / "params.yaml"
 
     @property
@@ -41,20 +41,20 @@ class Paths:
 
     @property
     def report(self) -> Path:
-        """The page that a run ends with."""
+        """The page of results, written at the end of a run."""
         return self.root / "reports" / "report.html"
 
     @property
     def data_page(self) -> Path:
-        """The page on what is trained, there before training begins."""
+        """The page that shows the training data, written before the training begins."""
         return self.root / "reports" / "data.html"
 
     @property
     def state(self) -> Path:
-        """Checkpoints of unfinished trainings: ignored by git and DVC, shared by worktrees through SFT_STATE_DIR."""
+        """Checkpoints of unfinished trainings, ignored by git and DVC. Worktrees share them through SFT_STATE_DIR."""
         return Path(os.environ.get("SFT_STATE_DIR") or self.root / ".state")
 
 
 def cache_folder() -> Path:
-    """Where models and copies of data are kept outside the repository: $SFT_CACHE, or ~/.cache/sft."""
+    """Return the folder of models and copies of data outside the repository: $SFT_CACHE, or ~/.cache/sft."""
     return Path(os.environ.get("SFT_CACHE") or "~/.cache/sft").expanduser().absolute()

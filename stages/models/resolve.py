@@ -1,4 +1,4 @@
-"""Find the base model that params.yaml names: an embedded one, a local folder, or a commit on the hub."""
+"""Search for the base model that params.yaml names: an embedded one, a local folder, or a commit on the hub."""
 
 from __future__ import annotations
 
@@ -32,21 +32,23 @@ from stages.models.embedded import EMBEDDED_MODELS, install_embedded
 from stages.params.schema import ModelSection
 
 KEY = "params.yaml, model.name_or_path"
-WAYS_OUT = f"Use a hub id such as org/name, a folder that holds the model, or {EMBEDDED_PREFIX}smollm2-135m-instruct."
+WAYS_OUT = (
+    f"Use a hub id such as org/name, a folder that contains the model, or {EMBEDDED_PREFIX}smollm2-135m-instruct."
+)
 HUB_TIMEOUT_S = 15
-# The hub client has changed its HTTP library; what its own errors derive from is the base of that library's errors.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)
+"""The hub client's versions use different HTTP libraries; its own errors derive from the base error of the library."""
 
 
 def resolve_base_model(model: ModelSection, root: Path | None = None) -> BaseModel:
-    """Find the model, download it where needed, and make sure that training can start from it.
+    """Find the base model, download it if necessary, and check that training can start from it.
 
     Args:
         model: The section `model` of params.yaml.
-        root: Folder that a relative path starts from; None = the current one.
+        root: Folder that relative paths start from; None = the current one.
 
     Raises:
-        ValueError: It does not exist, can't be reached, is incomplete, or is of a kind that can't be trained.
+        ValueError: The model does not exist, can't be reached, is incomplete, or is of a kind that can't be trained.
     """
     check_named(model, root)
     name = model.name_or_path
@@ -61,14 +63,15 @@ def resolve_base_model(model: ModelSection, root: Path | None = None) -> BaseMod
 
 
 def check_named(model: ModelSection, root: Path | None = None) -> None:
-    """What can be said of the named model at once, without the network and without reading its weights.
+    """Check what can be checked at once: without the network and without reading weights.
 
     Args:
         model: The section `model` of params.yaml.
-        root: Folder that a relative path starts from; None = the current one.
+        root: Folder that relative paths start from; None = the current one.
 
     Raises:
-        ValueError: There is no such embedded model or folder, it has no revisions, or its files can't be a model.
+        ValueError: There is no such embedded model or folder, a revision is given for one, or its files are not those
+            of a model.
     """
     name = model.name_or_path
     folder = local_folder(name, root or Path())
@@ -91,7 +94,7 @@ def _check_embedded(model: ModelSection) -> None:
         raise ValueError(f"{KEY}: there is no embedded model {name!r}; known: {known}.")
     if model.revision is not None:
         raise ValueError(
-            f"params.yaml, model.revision: {model.revision!r} is given, and an embedded model has only one; "
+            f"params.yaml, model.revision: {model.revision!r} is given, but an embedded model has only one; "
             f"set it to null."
         )
 
@@ -99,7 +102,7 @@ def _check_embedded(model: ModelSection) -> None:
 def _check_folder(model: ModelSection, folder: Path) -> None:
     if model.revision is not None:
         raise ValueError(
-            f"params.yaml, model.revision: {model.revision!r} is given, and the folder {folder} has no revisions; "
+            f"params.yaml, model.revision: {model.revision!r} is given, but the folder {folder} has no revisions; "
             f"set it to null."
         )
     names = [file.name for file in folder.iterdir()]
@@ -113,12 +116,12 @@ def _resolve_hub(model: ModelSection) -> BaseModel:
     folder = _cached_snapshot(name, revision) if info is None else _download(model, info)
     check_listing([file.name for file in folder.iterdir()], name)
     check_config(folder, model.trust_remote_code)
-    # the hub cache names the folder of a snapshot by its commit
+    # The hub cache names the folder of a snapshot after its commit.
     return BaseModel(name, revision, folder.name, folder_digest(folder), str(folder))
 
 
 def _look_up(name: str, revision: str | None) -> ModelInfo | None:
-    """Ask the hub for the commit and the files of a revision; None when the hub can't be reached."""
+    """Ask the hub for the commit and the files of a revision; return None if the hub can't be reached."""
     place = f"{KEY}: {name!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
@@ -143,17 +146,18 @@ def _download(model: ModelSection, info: ModelInfo) -> Path:
     name = model.name_or_path
     _check_space(info)
     try:
-        # By the revision as it was asked for: the cache then knows it by that name too, when the hub is out of reach.
+        # By the stated revision instead of the commit, so that the cache knows it by that name when the hub can't be
+        # reached.
         return hub_snapshot(name, model.revision)
     except NETWORK_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{KEY}: the download of {name!r} broke off ({reason}). Run again: it goes on where it stopped."
+            f"{KEY}: the download of {name!r} was interrupted ({reason}). Run again: it continues where it stopped."
         ) from error
 
 
 def _cached_snapshot(name: str, revision: str | None) -> Path:
-    """What an earlier download left, for machines that are offline."""
+    """Return the folder of an earlier download, for machines that are offline."""
     try:
         folder = hub_snapshot(name, revision, local_files_only=True)
     except LocalEntryNotFoundError:
@@ -170,36 +174,50 @@ def _cached_snapshot(name: str, revision: str | None) -> Path:
 
 
 def check_listing(names: list[str], place: str) -> None:
-    """Refuse a folder or repository that lacks its config or its safetensors.
+    """Check that a folder or repository has a config and safetensors.
 
     Args:
-        names: Files at the top level (those in subfolders are not looked at).
-        place: What the message calls it.
+        names: Names of its files; those in subfolders are ignored.
+        place: Name of the folder or repository, for messages.
+
+    Raises:
+        ValueError: The config or the weights are missing.
     """
     top = [name for name in names if "/" not in name]
     if "config.json" not in top:
-        adapter = " It holds an adapter: give the model that it was trained on." if "adapter_config.json" in top else ""
-        raise ValueError(f"{KEY}: {place} has no config.json, so it is no model that can be loaded.{adapter}")
+        adapter = (
+            " It contains an adapter: give the model that it was trained on." if "adapter_config.json" in top else ""
+        )
+        raise ValueError(f"{KEY}: {place} has no config.json, so it can't be loaded as a model.{adapter}")
     if any(Path(name).match(WEIGHTS_PATTERN) for name in top):
         return
     pickled = sorted(name for name in top if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if pickled:
         raise ValueError(
-            f"{KEY}: {place} has its weights only as pickles ({', '.join(pickled[:3])}), and reading a pickle runs the "
+            f"{KEY}: {place} has weights only as pickles ({', '.join(pickled[:3])}), and reading a pickle runs the "
             f"code in it. Use a model with .safetensors files, or convert this one in a sandbox with save_pretrained."
         )
     raise ValueError(f"{KEY}: {place} has a config.json but no weights (*.safetensors).")
 
 
 def check_config(folder: Path, trust_remote_code: bool) -> None:
-    """Refuse a config that can't be read, quantized, damaged or incomplete weights, and code that may not run."""
+    """Check the config, the weights and the tokenizer of a model.
+
+    Args:
+        folder: Folder of the model.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        ValueError: The config can't be read, the weights are quantized, damaged or incomplete, or the model needs code
+            that may not run.
+    """
     file = folder / "config.json"
     try:
         config: Any = read_json(file)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}). {WAYS_OUT}") from None
     if not isinstance(config, dict) or not config.get("model_type"):
-        raise ValueError(f"{file} states no model_type, so nothing knows how to load it. {WAYS_OUT}")
+        raise ValueError(f"{file} states no model_type, so its architecture is unknown. {WAYS_OUT}")
     quantizer = (config.get("quantization_config") or {}).get("quant_method")
     if quantizer is not None:
         raise ValueError(
@@ -213,7 +231,7 @@ def check_config(folder: Path, trust_remote_code: bool) -> None:
             f"model.trust_remote_code: true, or use another model."
         )
     try:
-        # a class that comes with the model is built by its own code
+        # The weights that a class expects are known only to its own code if it comes with the model.
         (check_weight_files if "auto_map" in config else check_checkpoint)(folder)
         load_tokenizer(folder, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
@@ -221,7 +239,11 @@ def check_config(folder: Path, trust_remote_code: bool) -> None:
 
 
 def check_shards(folder: Path) -> None:
-    """Refuse weights in several files of which some are not there."""
+    """Check that all weight files of an index exist.
+
+    Raises:
+        ValueError: The index is damaged, or files are missing.
+    """
     index_file = folder / INDEX
     if not index_file.is_file():
         return
@@ -237,13 +259,15 @@ def check_shards(folder: Path) -> None:
 
 
 def _is_known(model_type: str) -> bool:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # slow, and only such models need it
+    from transformers.models.auto.configuration_auto import (
+        CONFIG_MAPPING_NAMES,
+    )  # A slow import, which only such models need.
 
     return model_type in CONFIG_MAPPING_NAMES
 
 
 def _check_space(info: ModelInfo) -> None:
-    """Refuse a download that would fill the disk; files that are in the cache already do not count."""
+    """Check that the disk has space for the files that are not in the cache yet."""
     weights = [file for file in info.siblings or [] if Path(file.rfilename).match(WEIGHTS_PATTERN)]
     missing = [
         file

@@ -1,4 +1,4 @@
-"""The four models of a run (base, tuned, merged, quantized): where each lies, how it is loaded, what it weighs."""
+"""The four models of a run (base, tuned, merged, quantized): their folders, how they are loaded, and their sizes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
 from stages.params.schema import ModelSection
 
-# model -> the stage that makes it, and where in its outs
 MADE_BY = {
     "base": ("load", "base_model.json"),
     "tuned": ("train", "model"),
     "merged": ("merge", "model"),
     "quantized": ("quantize", "model"),
 }
+"""Model -> the stage that makes it, and its path in the stage's output folder."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One model: a checkpoint folder, and an adapter on top of it or none."""
+    """A model of a run.
+
+    Args:
+        name: base, tuned, merged or quantized.
+        checkpoint: Folder of the checkpoint.
+        adapter: Folder of an adapter on top of it, if there is one.
+    """
 
     name: str
     checkpoint: Path
@@ -33,10 +39,10 @@ class Variant:
 
 
 def find_variants(paths: Paths) -> list[Variant]:
-    """The models that the stages before have written: base, tuned, merged, and quantized where there is one.
+    """Return the models that earlier stages have written: base, tuned, merged, and quantized if there is one.
 
     Raises:
-        ValueError: The training has left neither an adapter nor weights.
+        ValueError: The training wrote neither an adapter nor weights.
     """
     base = Variant("base", Path(read_base_model(paths.out("load", "base_model.json")).path))
     trained, quantized = paths.out("train", "model"), paths.out("quantize", "model")
@@ -45,7 +51,7 @@ def find_variants(paths: Paths) -> list[Variant]:
     elif (trained / "config.json").exists():
         tuned = Variant("tuned", trained)
     else:
-        raise ValueError(f"{trained} holds neither an adapter nor a model: run the stage `train` again")
+        raise ValueError(f"{trained} contains neither an adapter nor a model: run the stage `train` again")
     found = [base, tuned, Variant("merged", paths.out("merge", "model"))]
     if (quantized / "config.json").exists():
         found.append(Variant("quantized", quantized))
@@ -53,10 +59,14 @@ def find_variants(paths: Paths) -> list[Variant]:
 
 
 def find_variant(paths: Paths, name: str) -> Variant:
-    """One of the four models, by name; those that later stages make need not be there.
+    """Return one of the four models. Models of later stages need not exist.
+
+    Args:
+        paths: Paths of the checkout.
+        name: base, tuned, merged or quantized.
 
     Raises:
-        ValueError: The stage that makes it has not run here yet; the message says what to type.
+        ValueError: The stage that makes the model has not run here yet; the message states what to type.
     """
     stage, file = MADE_BY[name]
     for needed in ("load", "format", stage):
@@ -67,8 +77,8 @@ def find_variant(paths: Paths, name: str) -> Variant:
         return Variant("base", Path(read_base_model(paths.out(stage, file)).path))
     found = {variant.name: variant for variant in find_variants(paths)}
     if name not in found or not (found[name].checkpoint / "config.json").exists():
-        reason = "quantize.method is none" if name == "quantized" else f"the stage {stage} has left none"
-        raise ValueError(f"{paths.out(stage, file)} holds no model: {reason}; `dvc repro {stage}` makes it")
+        reason = "quantize.method is none" if name == "quantized" else f"the stage {stage} wrote none"
+        raise ValueError(f"{paths.out(stage, file)} contains no model: {reason}; `dvc repro {stage}` makes it")
     return found[name]
 
 
@@ -76,13 +86,13 @@ def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_t
     """Load one model for inference.
 
     Args:
-        variant: Which one.
-        section: dtype, attention and trust of the base model.
-        num_tokens: Size of the tokenizer.
-        new_token_ids: Tokens that `format` added: their rows are made in the base as `train` made them.
+        variant: The model.
+        section: The section `model` of params.yaml: dtype, attention and trust.
+        num_tokens: Size of the tokenizer's vocabulary.
+        new_token_ids: Tokens that `format` added. Their embedding rows in the base model are initialized as in `train`.
     """
     if (variant.checkpoint / "quantize_config.json").exists() and training_device().type == "cpu":
-        # The packed kernel is four times slower here; `quantize` has proved that it computes the same.
+        # On a CPU the packed kernel is four times slower; `quantize` has proved that it computes the same.
         return load_dequantized(variant.checkpoint)
     model = load_model(
         variant.checkpoint,
@@ -94,17 +104,19 @@ def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_t
     if variant.name == "base" or variant.adapter is not None:
         resize_embeddings(model, num_tokens, new_token_ids)
     if variant.adapter is not None:
-        from sft.models.saved_adapters import load_adapter  # slow, and the other models need no peft
+        from sft.models.saved_adapters import (
+            load_adapter,
+        )  # A slow import, which models without an adapter do not need.
 
         model = load_adapter(model, variant.adapter)
     return model.eval()
 
 
 def saved_dtype(checkpoint: Path) -> str | None:
-    """The dtype that a checkpoint of bitsandbytes has to be loaded in, None for any other.
+    """Return the dtype in which a bitsandbytes checkpoint must be loaded; None for any other checkpoint.
 
-    transformers leaves the norms of such a checkpoint in their own dtype whatever it is asked for, and torch's layer
-    norm takes no other.
+    transformers keeps the norms of such a checkpoint in their saved dtype whatever dtype is requested, and torch's
+    layer norm requires its input in the same dtype.
     """
     config = read_json(checkpoint / "config.json")
     is_rounded = config.get("quantization_config", {}).get("quant_method") == "bitsandbytes"
@@ -112,6 +124,6 @@ def saved_dtype(checkpoint: Path) -> str | None:
 
 
 def size_mb(variant: Variant) -> float:
-    """Megabytes (10^6 bytes) of weight files that must be kept to run the model, an adapter's base included."""
+    """Return the megabytes (10^6 bytes) of weight files that running the model needs, including an adapter's base."""
     folders = [variant.checkpoint, *([variant.adapter] if variant.adapter else [])]
     return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors")) / 1e6

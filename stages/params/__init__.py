@@ -1,1 +1,1 @@
-"""What params.yaml may say: sections, names and ranges of figures, names of tasks. Imports `stages.checkout`."""
+"""What params.yaml may contain: sections, names and ranges of figures, names of tasks. Imports `stages.checkout`."""

@@ -1,6 +1,6 @@
-"""The figures of an evaluation: label, how they are shown, whether more or less is better; stated here alone.
+"""The figures of an evaluation: which ones each model has, and the label, range and direction of each.
 
-Which `model.metric` figures an evaluation has: known beforehand, so that a wrong gate is refused at once.
+Names of figures are known before anything is computed, so that a gate with a wrong name is refused at once.
 """
 
 from __future__ import annotations
@@ -14,16 +14,28 @@ from stages.params.tasks import figure_names
 if TYPE_CHECKING:
     from stages.params.schema import EvaluateSection
 
+MODELS = ("base", "tuned", "merged", "quantized")
+
+REFERENCE = "tuned"
+"""The model from which the KL divergence of the others is measured."""
+
+ANSWERING = ("base", "tuned", "quantized")
+"""Models that generate answers. `merge` has proved that the merged model's logits equal those of the tuned one."""
+
+LIKELIHOOD = ("loss", "perplexity", "token_accuracy")
+STOP_RATE = "stop_rate"
+
 REGRESSION = "regression_"
+"""Prefix of the figures of general prompts."""
 
 
 class Figure(NamedTuple):
-    """What is known of a figure by its name.
+    """How a figure is shown and compared.
 
     Args:
-        label: As people read it.
+        label: Name for readers.
         kind: percent, number or megabytes.
-        direction: 1 where more is better, -1 where less is, 0 where nobody knows.
+        direction: 1 if more is better, -1 if less is better, 0 if that is unknown.
     """
 
     label: str
@@ -31,7 +43,6 @@ class Figure(NamedTuple):
     direction: int = 0
 
 
-# In the order of the report's table.
 FIGURES: dict[str, Figure] = {
     "exact_match": Figure("Exact match", "percent", 1),
     "json_valid": Figure("Valid JSON", "percent", 1),
@@ -39,22 +50,22 @@ FIGURES: dict[str, Figure] = {
     "field_f1_micro": Figure("Field F1, all fields pooled", "percent", 1),
     "word_f1": Figure("Word F1", "percent", 1),
     "number_match": Figure("Number match", "percent", 1),
-    "regex_match": Figure("Pattern finds the same", "percent", 1),
-    "regex_found": Figure("Pattern found", "percent", 1),
+    "regex_match": Figure("Pattern matches the same text", "percent", 1),
+    "regex_found": Figure("Pattern matches", "percent", 1),
     "rouge1": Figure("ROUGE-1", "percent", 1),
     "rouge2": Figure("ROUGE-2", "percent", 1),
     "rougeL": Figure("ROUGE-L", "percent", 1),
     "bleu": Figure("BLEU, 0 to 100", "number", 1),
     "chrf": Figure("chrF, 0 to 100", "number", 1),
-    "stop_rate": Figure("Ends by itself", "percent", 1),
-    "loss": Figure("Loss, nats per token", "number", -1),
+    "stop_rate": Figure("Answers that end before the limit", "percent", 1),
+    "loss": Figure("Loss (nats per token)", "number", -1),
     "perplexity": Figure("Perplexity", "number", -1),
-    "kl": Figure("KL from the tuned model, nats per token", "number", -1),
+    "kl": Figure("KL from the tuned model (nats per token)", "number", -1),
     "token_accuracy": Figure("Token accuracy", "percent", 1),
     "size_mb": Figure("Size on disk", "megabytes", -1),
 }
+"""In the order of the report's table."""
 
-# Of those that are no shares.
 RANGES = {
     "loss": (0.0, math.inf),
     "perplexity": (1.0, math.inf),
@@ -63,20 +74,20 @@ RANGES = {
     "bleu": (0.0, 100.0),
     "chrf": (0.0, 100.0),
 }
+"""Smallest and largest value of figures that are not fractions."""
 
-# Of lm-eval's tasks: the beginning of a metric's name, which a filter's may follow.
-HARNESS = {
+LM_EVAL_FIGURES = {
     "acc_norm": Figure("accuracy by length", "percent", 1),
     "acc": Figure("accuracy", "percent", 1),
     "exact_match": Figure("exact match", "percent", 1),
     "f1": Figure("F1", "percent", 1),
-    "word_perplexity": Figure("perplexity of a word", "number", -1),
-    "byte_perplexity": Figure("perplexity of a byte", "number", -1),
-    "bits_per_byte": Figure("bits a byte", "number", -1),
+    "word_perplexity": Figure("perplexity per word", "number", -1),
+    "byte_perplexity": Figure("perplexity per byte", "number", -1),
+    "bits_per_byte": Figure("bits per byte", "number", -1),
     "perplexity": Figure("perplexity", "number", -1),
 }
+"""Figures of lm-eval's tasks, by the start of their name; the name of a filter may follow."""
 
-# Of the other stages, which no table shows.
 LOWER_ELSEWHERE = (
     "stderr",
     "bits_per_byte",
@@ -87,12 +98,13 @@ LOWER_ELSEWHERE = (
     "deviation",
     "bad_updates",
 )
+"""Figures of other stages of which less is better."""
 
 LOWER = (*(name for name, figure in FIGURES.items() if figure.direction < 0), *LOWER_ELSEWHERE)
 
 
 def figure_of(name: str) -> Figure:
-    """What is known of a figure; a name of one's own is its own label."""
+    """Return how a figure is shown and compared. A figure of an unknown name is labelled with that name."""
     if name.startswith(REGRESSION):
         label, kind, direction = figure_of(name.removeprefix(REGRESSION))
         return Figure(
@@ -100,12 +112,12 @@ def figure_of(name: str) -> Figure:
         )
     task, dot, metric = name.partition(".")
     if dot:
-        return _of_harness(task, metric)
+        return _lm_eval_figure(task, metric)
     return FIGURES.get(name, Figure(name))
 
 
-def _of_harness(task: str, metric: str) -> Figure:
-    for known, (label, kind, direction) in HARNESS.items():
+def _lm_eval_figure(task: str, metric: str) -> Figure:
+    for known, (label, kind, direction) in LM_EVAL_FIGURES.items():
         if metric == known or metric.startswith(f"{known}_"):
             chosen = metric.removeprefix(known).strip("_").replace("_", " ")
             return Figure(f"{task}: {label}{f' ({chosen})' if chosen else ''}", kind, direction)
@@ -113,7 +125,7 @@ def _of_harness(task: str, metric: str) -> Figure:
 
 
 def range_of(name: str) -> tuple[float, float]:
-    """The least and the largest value that a figure can have, by the last part of its name."""
+    """Return the smallest and the largest value that a figure can have, by the last part of its name."""
     figure = name.rpartition(".")[2].removeprefix(REGRESSION)
     if figure.startswith("acc"):
         return 0.0, 1.0
@@ -123,52 +135,38 @@ def range_of(name: str) -> tuple[float, float]:
 
 
 def in_order(names: set[str]) -> list[str]:
-    """Names of figures in the order of the table: known ones, general prompts, others."""
+    """Sort names of figures as in the report's table: known figures, those of general prompts, others."""
     known = [*FIGURES, *(f"{REGRESSION}{name}" for name in FIGURES)]
     return [name for name in known if name in names] + sorted(names.difference(known))
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether less of a figure is better, by the last part of its name: losses and sizes are, scores are not."""
+    """Return whether less of a figure is better, by the last part of its name, as for losses and sizes."""
     last = name.rpartition(".")[2]
     return last in LOWER or last.endswith(tuple(f"_{figure}" for figure in LOWER))
 
 
-# KL is measured of all others against the tuned model
-REFERENCE = "tuned"
-
-LIKELIHOOD = ("loss", "perplexity", "token_accuracy")
-
-MODELS = ("base", "tuned", "merged", "quantized")
-
-# `merge` has proved that the merged model's logits are those of the tuned one, so it need not answer again
-ANSWERING = ("base", "tuned", "quantized")
-
-STOP_RATE = "stop_rate"
-
-
 def metric_names(section: EvaluateSection, *, with_quantized: bool) -> set[str]:
-    """Every `model.metric` that `evaluate` will measure.
+    """Return the names `model.metric` of all figures that `evaluate` will measure, except those of lm-eval.
 
     Args:
-        section: `evaluate` of params.yaml.
-        with_quantized: Whether `quantize` makes a model.
+        section: The section `evaluate` of params.yaml.
+        with_quantized: Whether there is a quantized model.
 
     Raises:
         ValueError: A task is unknown.
     """
     models = [model for model in MODELS if with_quantized or model != "quantized"]
-    return {f"{model}.{name}" for model in models for name in _names(section, model)}
+    return {f"{model}.{name}" for model in models for name in _names_of_model(section, model)}
 
 
 def open_ended_names(section: EvaluateSection, *, with_quantized: bool) -> list[str]:
-    """What names of lm-eval's figures begin with, `model.task.`: which metrics a task has, only lm-eval knows."""
+    """Return the prefixes `model.task.` of lm-eval's figures; which metrics follow is known to lm-eval only."""
     models = [model for model in ANSWERING if with_quantized or model != "quantized"]
     return [f"{model}.{figure_part(task)}." for model in models for task in section.lm_eval.tasks]
 
 
-def _names(section: EvaluateSection, model: str) -> list[str]:
-    """The figures of one model."""
+def _names_of_model(section: EvaluateSection, model: str) -> list[str]:
     kl = [] if model == REFERENCE else ["kl"]
     names = [*LIKELIHOOD, *kl, "size_mb"]
     if model in ANSWERING:

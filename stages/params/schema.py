@@ -1,12 +1,8 @@
-"""Types of params.yaml: what a section holds, and one message that lists everything wrong with it.
+"""Typed mirror of params.yaml: one class per section, in the order of the file, and the functions that read it.
 
-The file states every value, so nothing here has a default; `extra="forbid"` makes a misspelt key an error.
-
-What all sections of params.yaml share: frozen, strictly typed, unknown keys refused.
-
-Types of the section `load` of params.yaml: sources, held-out rows, and what is looked for in rows.
-
-Types of the section `evaluate` of params.yaml: tasks, general prompts, conditions.
+params.yaml states every value, so fields have no defaults, except those of a source. Unknown keys are refused. Each key
+is described once, in its field's `Field(description=...)`, and a top-level section in the docstring of its class.
+Prefect's form shows these texts, and the comments of params.yaml repeat them word for word.
 """
 
 from __future__ import annotations
@@ -25,17 +21,63 @@ from ruamel.yaml.reader import ReaderError
 
 from sft.evaluate.gate import check_ranges, parse_gate
 from sft.export.quantization import GROUP_SIZES
-from sft.options import BadLossPolicy, LossType, OverflowPolicy, PackingStrategy
+from sft.options import BadLossPolicy, OverflowPolicy, PackingStrategy
 from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
 from stages.params.figures import metric_names, open_ended_names, range_of
 from stages.params.tasks import FOLDER, figure_names
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
 Positive = Annotated[int, Field(ge=1)]
-
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+DType = Literal["float32", "bfloat16", "float16"]
+Role = Literal["system", "user", "assistant", "tool"]
+Workers = Literal["processes", "ray"]
+CheckAction = Literal["off", "warn", "drop", "fail"]
+RepairAction = Literal["off", "warn", "repair", "drop", "fail"]
+
+Engine = Literal["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+REASONS = (
+    "bad_flag",
+    "bad_history",
+    "bad_messages",
+    "bad_template_kwargs",
+    "bad_tool_call",
+    "bad_tools",
+    "bad_unicode",
+    "content_not_text",
+    "control_characters",
+    "duplicate",
+    "empty_answer",
+    "empty_content",
+    "empty_text",
+    "has_media",
+    "in_eval",
+    "length_outlier",
+    "missing_column",
+    "mojibake",
+    "near_duplicate",
+    "near_eval",
+    "no_answer",
+    "no_final_answer",
+    "no_messages",
+    "not_text",
+    "number",
+    "rare_language",
+    "system_of_text",
+    "template",
+    "tool_call",
+    "tool_schema",
+    "truncated_answer",
+    "two_system_messages",
+    "unknown_role",
+    "unreadable",
+    "wrong_order",
+)
+"""Reasons in the ledger of `load`, except those of rows that `max_rows` and `weight` do not take."""
 
 
 class Section(BaseModel):
@@ -44,7 +86,23 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
-def _template(text: str) -> str:
+class ModelSection(Section):
+    """The base model."""
+
+    name_or_path: Annotated[
+        str, Field(min_length=1, description="Hub id, local folder, or `embedded:NAME` for an embedded model.")
+    ]
+    revision: Annotated[str | None, Field(description="Branch, tag or commit on the hub; null = the branch main.")]
+    dtype: Annotated[
+        DType, Field(description="Data type in which the base model is loaded: float32, bfloat16 or float16.")
+    ]
+    attn_implementation: Annotated[
+        str, Field(description="auto, sdpa, eager, flash_attention_2, flash_attention_3 or flex_attention.")
+    ]
+    trust_remote_code: Annotated[bool, Field(description="Whether to run Python code that comes with the model.")]
+
+
+def _check_template(text: str) -> str:
     try:
         SandboxedEnvironment().parse(text)
     except TemplateSyntaxError as error:
@@ -52,111 +110,13 @@ def _template(text: str) -> str:
     return text
 
 
-def _without_secrets(path: str) -> str:
+def _refuse_secrets(path: str) -> str:
     if redact(path, {}) != path:
         raise ValueError(
-            "a name or password in an address would be recorded wherever params.yaml is (git, DVC, MLflow); leave it "
-            "out: credentials are found in ~/.netrc or the environment, as the file system finds them"
+            "the user name or password in this URL would be recorded wherever params.yaml is (git, DVC, MLflow). "
+            "Remove it: credentials are read from ~/.netrc or the environment"
         )
     return path
-
-
-Template = Annotated[str, AfterValidator(_template)]
-
-Role = Literal["system", "user", "assistant", "tool"]
-
-
-class TemplateSection(Section):
-    """A conversation made of a row's columns, each text a Jinja template such as `{{ title }}: {{ body }}`."""
-
-    system: Annotated[Template | None, Field(description="System message")] = None
-    user: Annotated[Template, Field(description="What the user says")]
-    assistant: Annotated[Template, Field(description="What is to be answered")]
-
-
-class MappedSection(Section):
-    """How rows are read whose columns or roles are not named as usual."""
-
-    # pydantic gives every object a default of its own
-    columns: Annotated[dict[str, str], Field(description="Column of the data -> its name here")] = {}
-    roles: Annotated[dict[str, Role], Field(description="Role in the data -> one of ours")] = {}
-    template: Annotated[TemplateSection | None, Field(description="Makes a conversation of any columns")] = None
-
-    @model_validator(mode="after")
-    def _template_alone(self) -> Self:
-        if self.template is not None and (self.columns or self.roles):
-            raise ValueError("template reads columns by their own names and makes the roles; remove columns and roles")
-        return self
-
-
-class SourceSection(MappedSection):
-    """One source of training rows; only `path` must be stated."""
-
-    path: Annotated[
-        str,
-        AfterValidator(_without_secrets),
-        Field(min_length=1, description="File, folder or pattern in data/, URL, or hub id"),
-    ]
-    hub: Annotated[bool, Field(description="path is a data set id on the hub")] = False
-    config: Annotated[str | None, Field(description="Configuration of the hub data set")] = None
-    split: Annotated[str, Field(description="Split of the hub data set")] = "train"
-    revision: Annotated[str | None, Field(description="Branch, tag or commit of the hub data set")] = None
-    streaming: Annotated[bool, Field(description="Read the hub data set as it comes, without a copy on disk")] = False
-    max_rows: Annotated[int | None, Field(ge=1, description="Take so many rows, by load.seed; a stream's first")] = None
-    weight: Annotated[
-        float, Field(gt=0.0, le=100.0, description="Times each row is trained on; 0.5 = half of them")
-    ] = 1.0
-
-    @model_validator(mode="after")
-    def _only_the_hub_streams(self) -> Self:
-        if self.streaming and not self.hub:
-            raise ValueError("streaming is for data sets of the hub; remove it, or state hub: true")
-        return self
-
-
-class EvalSection(MappedSection):
-    """Held-out rows: a file, or a fraction or a number of the sources' rows."""
-
-    path: Annotated[str | None, Field(description="File inside data/")]
-    fraction: Annotated[float | None, Field(gt=0.0, lt=1.0, description="Part of the sources that is held out")]
-    count: Annotated[int | None, Field(ge=1, description="Rows held out, from every source its share")] = None
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> Self:
-        given = {name: getattr(self, name) for name in ("path", "fraction", "count")}
-        stated = {name: value for name, value in given.items() if value is not None}
-        if len(stated) != 1:
-            raise ValueError(f"state one of path, fraction and count, not {stated or 'none'}")
-        mapped = [name for name in MappedSection.model_fields if getattr(self, name)]
-        if self.path is None and mapped:
-            raise ValueError(f"{', '.join(mapped)} belong to the sources here: held-out rows are some of theirs")
-        return self
-
-    def source(self) -> SourceSection | None:
-        """The file of held-out rows as a source, when there is one."""
-        if self.path is None:
-            return None
-        return SourceSection(path=self.path, columns=self.columns, roles=self.roles, template=self.template)
-
-
-REASONS = (
-    *("bad_flag", "bad_history", "bad_messages", "bad_template_kwargs", "bad_tool_call", "bad_tools"),
-    *("bad_unicode", "content_not_text", "control_characters", "duplicate", "empty_answer", "empty_content"),
-    *("empty_text", "has_media", "in_eval", "length_outlier", "missing_column", "mojibake", "near_duplicate"),
-    *(
-        "near_eval",
-        "no_answer",
-        "no_final_answer",
-        "no_messages",
-        "not_text",
-        "number",
-        "rare_language",
-        "system_of_text",
-    ),
-    *("template", "tool_call", "tool_schema", "truncated_answer", "two_system_messages", "unknown_role"),
-    *("unreadable", "wrong_order"),
-)
-"""What the ledger of `load` gives as a reason, what `max_rows` and `weight` leave out aside."""
 
 
 def _known(fractions: dict[str, float]) -> dict[str, float]:
@@ -167,155 +127,256 @@ def _known(fractions: dict[str, float]) -> dict[str, float]:
     return fractions
 
 
+Template = Annotated[str, AfterValidator(_check_template)]
 Fractions = Annotated[dict[str, Fraction], AfterValidator(_known)]
 
-Action = Literal["off", "warn", "drop", "fail"]
 
-MendingAction = Literal["off", "warn", "repair", "drop", "fail"]
+class TemplateSection(Section):
+    """A conversation made of a row's columns, each text a Jinja template such as `{{ title }}: {{ body }}`."""
+
+    system: Annotated[Template | None, Field(description="System message.")] = None
+    user: Annotated[Template, Field(description="User message.")]
+    assistant: Annotated[Template, Field(description="Answer of the assistant.")]
+
+
+class MappedSection(Section):
+    """How to read rows whose columns or roles have other names than the pipeline's."""
+
+    # pydantic copies a mutable default for each instance
+    columns: Annotated[dict[str, str], Field(description="Name of a column in the data -> its name here.")] = {}
+    roles: Annotated[
+        dict[str, Role], Field(description="Name of a role in the data -> system, user, assistant or tool.")
+    ] = {}
+    template: Annotated[
+        TemplateSection | None, Field(description="Jinja templates that make a conversation of any columns.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _check_template_is_alone(self) -> Self:
+        if self.template is not None and (self.columns or self.roles):
+            raise ValueError("template reads columns by their own names and sets the roles; remove columns and roles")
+        return self
+
+
+class SourceSection(MappedSection):
+    """One source of training rows. Only `path` is required."""
+
+    path: Annotated[
+        str,
+        AfterValidator(_refuse_secrets),
+        Field(
+            min_length=1,
+            description="File (.jsonl, .json, .csv, .parquet), folder or pattern in data/, whose changes DVC sees; a "
+            "URL; or a hub id with `hub: true`.",
+        ),
+    ]
+    hub: Annotated[bool, Field(description="Whether `path` is the id of a data set on the hub.")] = False
+    config: Annotated[str | None, Field(description="Configuration of the hub data set.")] = None
+    split: Annotated[str, Field(description="Split of the hub data set.")] = "train"
+    revision: Annotated[str | None, Field(description="Branch, tag or commit of the hub data set.")] = None
+    streaming: Annotated[
+        bool, Field(description="Whether to read the hub data set as a stream, without a copy on disk.")
+    ] = False
+    max_rows: Annotated[
+        int | None,
+        Field(ge=1, description="Number of rows to take, chosen with load.seed; of a stream, the first rows."),
+    ] = None
+    weight: Annotated[
+        float,
+        Field(
+            gt=0.0,
+            le=100.0,
+            description="How often to train on each row: 0.5 = on half of the rows, 2 = on each twice.",
+        ),
+    ] = 1.0
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> Self:
+        if self.streaming and not self.hub:
+            raise ValueError("streaming is for data sets of the hub; remove it, or state hub: true")
+        return self
+
+
+class EvalSection(MappedSection):
+    """Where held-out rows come from. Exactly one of `path`, `fraction` and `count` is given."""
+
+    path: Annotated[str | None, Field(description="File in data/; null if `fraction` or `count` is given.")]
+    fraction: Annotated[
+        float | None,
+        Field(
+            gt=0.0,
+            lt=1.0,
+            description="Fraction of the sources' rows to hold out, e.g. 0.1. Rows are chosen by a hash of their "
+            "content, so appending rows does not change the choice.",
+        ),
+    ]
+    count: Annotated[
+        int | None, Field(ge=1, description="Number of rows to hold out, e.g. 200; each source gives its share.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _check_one_is_stated(self) -> Self:
+        given = {name: getattr(self, name) for name in ("path", "fraction", "count")}
+        stated = {name: value for name, value in given.items() if value is not None}
+        if len(stated) != 1:
+            raise ValueError(f"state one of path, fraction and count, not {stated or 'none'}")
+        mapped = [name for name in MappedSection.model_fields if getattr(self, name)]
+        if self.path is None and mapped:
+            raise ValueError(
+                f"{', '.join(mapped)} belong to the sources here, since held-out rows are taken from them; remove them"
+            )
+        return self
+
+    def source(self) -> SourceSection | None:
+        """Return the file of held-out rows as a source, or None if there is no such file."""
+        if self.path is None:
+            return None
+        return SourceSection(path=self.path, columns=self.columns, roles=self.roles, template=self.template)
 
 
 class ChecksSection(Section):
-    """What rows are looked at for, and what happens to a row that has it."""
+    """Problems that are looked for in rows, each with an action."""
 
-    duplicate: Annotated[Action, Field(description="The same as an earlier training row")]
-    in_eval: Annotated[Action, Field(description="The same as a held-out row")]
-    near_duplicate: Annotated[Action, Field(description="Nearly the same as an earlier training row")]
-    near_eval: Annotated[Action, Field(description="Nearly the same as a held-out row")]
-    similarity: Annotated[float, Field(ge=0.3, le=1.0, description="Word triples shared by rows nearly the same")]
-    unreadable: Annotated[Literal["drop", "fail"], Field(description="A line or table row that can't be read")]
-    empty_answer: Annotated[Action, Field(description="An answer without text")]
-    number: Annotated[Literal["repair", "drop", "fail"], Field(description="A number where text is needed")]
-    truncated_answer: Annotated[Action, Field(description="An answer that breaks off")]
-    mojibake: Annotated[MendingAction, Field(description="Text decoded with the wrong encoding")]
-    control_characters: Annotated[MendingAction, Field(description="Characters that nobody sees")]
-    tool_schema: Annotated[Action, Field(description="A tool whose parameters are no JSON Schema")]
-    tool_call: Annotated[Action, Field(description="A call that does not fit the tools offered")]
-    length_outlier: Annotated[Action, Field(description="A row far longer or shorter than the others")]
-    rare_language: Annotated[Action, Field(description="A row in a language of less than 1 % of the rows")]
+    duplicate: Annotated[CheckAction, Field(description="Training row that equals an earlier training row.")]
+    in_eval: Annotated[CheckAction, Field(description="Training row that equals a held-out row.")]
+    near_duplicate: Annotated[CheckAction, Field(description="Training row that nearly equals an earlier one.")]
+    near_eval: Annotated[CheckAction, Field(description="Training row that nearly equals a held-out row.")]
+    similarity: Annotated[
+        float,
+        Field(ge=0.3, le=1.0, description="Smallest fraction of shared word triples of nearly equal rows; 0.3 to 1."),
+    ]
+    unreadable: Annotated[
+        Literal["drop", "fail"],
+        Field(description="Line that is not a JSON object in UTF-8, CSV row of another length: drop or fail."),
+    ]
+    empty_answer: Annotated[CheckAction, Field(description="Assistant message or completion without text.")]
+    number: Annotated[
+        Literal["repair", "drop", "fail"],
+        Field(description="Number where text is needed: drop, fail, or repair (write it as text)."),
+    ]
+    truncated_answer: Annotated[
+        CheckAction, Field(description="Answer that ends inside a code block, JSON or a sentence.")
+    ]
+    mojibake: Annotated[
+        RepairAction, Field(description="Text decoded with the wrong encoding (cafÃ©), lost characters; also repair.")
+    ]
+    control_characters: Annotated[
+        RepairAction, Field(description="Control characters, reversed text direction, invisible tags; also repair.")
+    ]
+    tool_schema: Annotated[CheckAction, Field(description="Tool whose parameters are not a valid JSON Schema.")]
+    tool_call: Annotated[
+        CheckAction, Field(description="Call of a tool that is not offered, or arguments that its schema forbids.")
+    ]
+    length_outlier: Annotated[CheckAction, Field(description="Training row far longer or shorter than the others.")]
+    rare_language: Annotated[
+        CheckAction, Field(description="Training row in a language of less than 1 % of them; takes 0.1 ms per row.")
+    ]
 
 
 class LoadSection(Section):
-    """Sources to validated records."""
+    """From data sources to validated records."""
 
-    sources: Annotated[list[SourceSection], Field(min_length=1, description="Where training rows come from")]
-    eval: Annotated[EvalSection, Field(description="Where held-out rows come from")]
-    require_alternation: Annotated[bool, Field(description="User and assistant must take turns")]
-    checks: Annotated[ChecksSection, Field(description="What rows are looked at for")]
-    max_dropped_fraction: Annotated[Fraction, Field(description="Stop when more rows than this were dropped")]
-    max_fractions: Annotated[Fractions, Field(description="Reason -> stop when more rows than this have it")]
-    seed: Annotated[Seed, Field(description="Seed of the eval split")]
-
-
-def _known_tasks(value: str | list[str]) -> str | list[str]:
-    figure_names(value)
-    return value
-
-
-def _in_folder(value: str) -> str:
-    if not value.startswith(f"{FOLDER}/") or ".." in value.split("/"):
-        raise ValueError(f"the file must lie in {FOLDER}/, where `evaluate` sees its changes and training does not")
-    return value
-
-
-Tasks = Annotated[str | list[str], AfterValidator(_known_tasks)]
-
-OwnFile = Annotated[str, AfterValidator(_in_folder)]
+    sources: Annotated[
+        list[SourceSection],
+        Field(min_length=1, description="Where training rows come from. docs/data.md lists the options of a source."),
+    ]
+    eval: Annotated[EvalSection, Field(description="Held-out rows: a file of their own, or a part of the sources.")]
+    require_alternation: Annotated[bool, Field(description="Whether user and assistant must take turns.")]
+    checks: Annotated[
+        ChecksSection,
+        Field(description="What to do with a row that has a problem: off, warn (list it), drop or fail."),
+    ]
+    max_dropped_fraction: Annotated[
+        Fraction, Field(description="Stop if more than this fraction of the training or held-out rows is dropped.")
+    ]
+    max_fractions: Annotated[
+        Fractions, Field(description="Like max_dropped_fraction, per reason, dropped or not, e.g. {duplicate: 0.01}.")
+    ]
+    seed: Annotated[
+        Seed, Field(description="Seed for choosing held-out rows, and the rows of `max_rows` and `weight`.")
+    ]
 
 
-class RegressionSection(Section):
-    """General prompts, which must not get worse by the training."""
-
-    path: Annotated[OwnFile | None, Field(description="File of rows in tasks/; null = none are looked at")]
-    task: Annotated[Tasks | None, Field(description="What answers are scored with; null = losses only")]
-    max_new_tokens: Annotated[Positive, Field(description="Longest answer")]
-
-
-def _all_different(names: list[str]) -> list[str]:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"every task can be stated once, found {', '.join(twice)} twice")
-    return names
-
-
-HarnessTask = Annotated[str, Field(min_length=1)]
-
-
-class LmEvalSection(Section):
-    """Tasks of lm-eval, an optional extra."""
-
-    tasks: Annotated[list[HarnessTask], AfterValidator(_all_different), Field(description="Names; [] = none are run")]
-    limit: Annotated[Positive | None, Field(description="Rows of each task; null = all")]
-    num_fewshot: Annotated[int | None, Field(ge=0, description="Examples before each row; null = as the task has it")]
-    apply_chat_template: Annotated[bool, Field(description="Ask in the chat template, not as plain text")]
-    batch_size: Annotated[Positive, Field(description="Requests computed at a time")]
-
-
-class EvaluateSection(Section):
-    """Base, tuned, merged and quantized side by side."""
-
-    task: Annotated[Tasks, Field(description="What answers are scored with, one or several")]
-    num_rows: Annotated[Positive | None, Field(description="null = every held-out row")]
-    batch_size: Annotated[Positive, Field(description="Rows generated at a time")]
-    max_new_tokens: Annotated[Positive, Field(description="Longest generation")]
-    regression: Annotated[RegressionSection, Field(description="General prompts that must not get worse")]
-    lm_eval: Annotated[LmEvalSection, Field(description="Tasks of lm-eval by name")]
-    gate: Annotated[list[str], Field(description="Conditions that must hold before the champion is replaced")]
-
-
-def _not_blank(token: str) -> str:
+def _refuse_blank(token: str) -> str:
     if not token.strip():
-        raise ValueError("a token must have a character that is no space; remove it, or write the token")
+        raise ValueError("a token must have a character other than white space; remove it, or write the token")
     return token
 
 
-Token = Annotated[str, AfterValidator(_not_blank)]
-
-DType = Literal["float32", "bfloat16", "float16"]
-
-
-class ModelSection(Section):
-    """The base model."""
-
-    name_or_path: Annotated[str, Field(min_length=1, description="Hub id, local folder, or embedded:NAME")]
-    revision: Annotated[str | None, Field(description="Hub branch, tag or commit")]
-    dtype: Annotated[DType, Field(description="Data type in which the base model is loaded")]
-    attn_implementation: Annotated[str, Field(description="auto, sdpa, eager, flash_attention_2, ...")]
-    trust_remote_code: Annotated[bool, Field(description="Run Python code that comes with the model")]
-
-
-Workers = Literal["processes", "ray"]
+Token = Annotated[str, AfterValidator(_refuse_blank)]
 
 
 class FormatSection(Section):
-    """Records to rendered chats."""
+    """From records to rendered chats, with the spans that are trained."""
 
-    chat_template: Annotated[str | None, Field(description="null = the model's own, a named format, or a Jinja file")]
-    train_on: Annotated[
-        Literal["assistant", "last_assistant", "completion", "all"], Field(description="What the loss is taken on")
+    chat_template: Annotated[
+        str | None,
+        Field(
+            description="chatml, gemma, llama3, mistral, phi3, zephyr, or the path of a Jinja file in data/; null = "
+            "the model's own template."
+        ),
     ]
-    system_message: Annotated[str | None, Field(description="Put before conversations that have none")]
-    add_special_tokens: Annotated[list[Token], Field(description="Tokens to add to the vocabulary")]
+    train_on: Annotated[
+        Literal["assistant", "last_assistant", "completion", "all"],
+        Field(description="Text that is trained: assistant, last_assistant, completion or all."),
+    ]
+    system_message: Annotated[str | None, Field(description="System message for conversations that have none.")]
+    add_special_tokens: Annotated[list[Token], Field(description='New special tokens, e.g. ["<|tool|>"].')]
     special_text: Annotated[
         Literal["off", "warn", "neutralise", "drop", "fail"],
-        Field(description="Special tokens spelled out in messages"),
+        Field(
+            description="Special tokens spelled out in messages: off, warn, drop, fail, or neutralise (read them as "
+            "plain text). Those of add_special_tokens are allowed."
+        ),
     ]
-    max_dropped_fraction: Annotated[Fraction, Field(description="Stop when more rows than this were dropped")]
-    num_proc: Annotated[Positive, Field(description="Processes that render; the result is the same")]
-    workers: Annotated[Workers, Field(description="Processes of this machine, or actors of Ray")]
+    max_dropped_fraction: Annotated[
+        Fraction, Field(description="Stop if more than this fraction of the rows is dropped.")
+    ]
+    num_proc: Annotated[
+        Positive, Field(description="Processes that render tens of thousands of rows; the result is the same.")
+    ]
+    workers: Annotated[
+        Workers,
+        Field(
+            description="processes (on this machine), or ray (num_proc actors of Ray, also on a cluster; see "
+            "docs/data.md)."
+        ),
+    ]
 
 
 class PackSection(Section):
-    """Rendered chats to token rows."""
+    """From rendered chats to token rows."""
 
-    max_length: Annotated[int, Field(ge=8, description="Tokens in a packed row")]
-    strategy: Annotated[Literal[PackingStrategy, "none"], Field(description="How rows are filled")]
-    overflow: Annotated[OverflowPolicy, Field(description="What happens to longer documents")]
-    max_lost_fraction: Annotated[Fraction, Field(description="Stop when more trained tokens than this are cut")]
-    num_proc: Annotated[Positive, Field(description="Processes that tokenize; the result is the same")]
-    workers: Annotated[Workers, Field(description="Processes of this machine, or actors of Ray")]
+    max_length: Annotated[
+        int, Field(ge=8, description="Tokens per packed row, and the longest document that is kept intact.")
+    ]
+    strategy: Annotated[
+        Literal[PackingStrategy, "none"],
+        Field(
+            description="How rows are filled: bfd (best-fit decreasing), bfd_split (the same with `overflow: split`), "
+            "wrapped, or none (one document per row)."
+        ),
+    ]
+    overflow: Annotated[
+        OverflowPolicy,
+        Field(description="Documents longer than max_length: truncate, drop, error or split."),
+    ]
+    max_lost_fraction: Annotated[
+        Fraction, Field(description="Stop if more than this fraction of the trained tokens is cut away.")
+    ]
+    num_proc: Annotated[
+        Positive, Field(description="Processes that tokenize tens of thousands of rows; the result is the same.")
+    ]
+    workers: Annotated[
+        Workers,
+        Field(
+            description="processes (on this machine), or ray (num_proc actors of Ray, also on a cluster; see "
+            "docs/data.md)."
+        ),
+    ]
 
     @model_validator(mode="after")
-    def _agree_on_long_documents(self) -> Self:
+    def _check_overflow_fits_strategy(self) -> Self:
         if self.strategy == "bfd_split" and self.overflow != "split":
             raise ValueError(
                 f"strategy bfd_split divides longer documents, and overflow {self.overflow} would not; state overflow: "
@@ -324,26 +385,36 @@ class PackSection(Section):
         return self
 
 
-ENGINES = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
-
-
 class LaunchSection(Section):
-    """The processes of a training."""
+    """How the processes of a training are started and what they share."""
 
-    launcher: Annotated[Literal["accelerate", "ray"], Field(description="What starts the processes")]
+    launcher: Annotated[
+        Literal["accelerate", "ray"],
+        Field(description="accelerate, or ray (Ray Train, here or on a cluster; needs the extra `ray`)."),
+    ]
     engine: Annotated[
-        str, Field(description="ddp, fsdp2, deepspeed_zero2, deepspeed_zero3, or an accelerate YAML file")
+        str, Field(description="ddp, fsdp2, deepspeed_zero2, deepspeed_zero3, or an accelerate YAML file.")
     ]
-    processes: Annotated[Positive, Field(description="Processes on all machines together, one a GPU")]
-    machines: Annotated[Positive, Field(description="Machines that share them equally")]
+    processes: Annotated[Positive, Field(description="Number of processes on all machines together.")]
+    machines: Annotated[Positive, Field(description="Number of machines, each with an equal share of the processes.")]
     machine_rank: Annotated[
-        int | None, Field(ge=0, description="This machine's number; null = the environment says it")
+        int | None,
+        Field(ge=0, description="Number of this machine; null = from SFT_MACHINE_RANK, Slurm or Kubernetes."),
     ]
-    address: Annotated[str | None, Field(description="First machine's name or IP, or the Ray cluster's")]
-    port: Annotated[int | None, Field(ge=1, le=65535, description="Free port of the first machine; null = any")]
+    address: Annotated[
+        str | None,
+        Field(
+            description="Name or IP of the first machine; null = MASTER_ADDR. Under ray: address of the cluster, such "
+            "as auto; null = RAY_ADDRESS, else Ray on this machine alone."
+        ),
+    ]
+    port: Annotated[
+        int | None,
+        Field(ge=1, le=65535, description="Free port of the first machine; null = any, if there is only one machine."),
+    ]
 
     @model_validator(mode="after")
-    def _is_possible(self) -> Self:
+    def _check_launch(self) -> Self:
         if self.engine not in ENGINES and not self.engine.endswith((".yaml", ".yml", ".json")):
             otherwise = f"use one of {', '.join(ENGINES)} or a YAML file"
             hint = did_you_mean(self.engine, ENGINES, otherwise=otherwise)
@@ -351,102 +422,244 @@ class LaunchSection(Section):
         if self.processes % self.machines:
             raise ValueError(f"{self.processes} processes can't be shared equally by {self.machines} machines")
         if self.launcher == "ray":
-            self._fits_ray()
+            self._check_ray()
         elif self.machines == 1 and (self.machine_rank or self.address):
             raise ValueError("machine_rank and address would be ignored on one machine; set them to null")
         return self
 
-    def _fits_ray(self) -> None:
+    def _check_ray(self) -> None:
         if self.machines > 1 or self.machine_rank is not None or self.port is not None:
             raise ValueError(
                 "machines, machine_rank and port would be ignored: Ray places the processes itself; set machines to 1, "
                 "the others to null"
             )
         if self.engine.startswith("deepspeed"):
-            raise ValueError(f"engine {self.engine!r} needs launcher accelerate; fsdp2 shares the model under ray, too")
+            raise ValueError(
+                f"engine {self.engine!r} needs launcher accelerate; with launcher ray, use fsdp2, which also divides "
+                "the model among the processes"
+            )
 
 
 class TrainSection(Section):
-    """Packed rows to an adapter or weights."""
+    """From packed rows to an adapter or full weights."""
 
-    method: Annotated[Literal["lora", "qlora", "full"], Field(description="What is trained")]
-    lora_r: Annotated[Positive, Field(description="LoRA rank")]
-    lora_alpha: Annotated[Positive, Field(description="LoRA scale times rank")]
-    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0, description="Dropout before the LoRA matrices")]
-    lora_target_modules: Annotated[str | list[str], Field(description="all-linear, or module names")]
-    learning_rate: Annotated[float, Field(gt=0.0, le=1.0, description="Peak learning rate")]
-    num_train_epochs: Annotated[float, Field(gt=0.0, description="Passes over the data")]
-    max_steps: Annotated[int, Field(ge=-1, description="A positive number overrides num_train_epochs")]
-    per_device_train_batch_size: Annotated[Positive, Field(description="Packed rows a forward pass")]
-    gradient_accumulation_steps: Annotated[Positive, Field(description="Forward passes an update")]
-    lr_scheduler_type: Annotated[
-        Literal["linear", "cosine", "constant", "constant_with_warmup"], Field(description="Learning rate schedule")
+    method: Annotated[
+        Literal["lora", "qlora", "full"], Field(description="lora, qlora (LoRA on a 4-bit base) or full (all weights).")
     ]
-    warmup_ratio: Annotated[Fraction, Field(description="Part of the steps in which the rate rises")]
-    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0, description="Memory of AdamW's squared gradients")]
-    weight_decay: Annotated[float, Field(ge=0.0, description="Decoupled weight decay")]
-    max_grad_norm: Annotated[float, Field(gt=0.0, description="Gradients are scaled down to this norm")]
-    neftune_noise_alpha: Annotated[float | None, Field(gt=0.0, description="NEFTune noise, arXiv:2310.05914")]
-    loss_type: Annotated[LossType, Field(description="Loss on trained tokens")]
-    gradient_checkpointing: Annotated[bool, Field(description="Recompute activations to save memory")]
-    use_liger_kernel: Annotated[bool, Field(description="Liger's Triton kernels")]
-    on_bad_loss: Annotated[BadLossPolicy, Field(description="What becomes of an update that is no number or a spike")]
+    lora_r: Annotated[Positive, Field(description="Rank of the LoRA matrices.")]
+    lora_alpha: Annotated[Positive, Field(description="LoRA updates are scaled by lora_alpha / lora_r.")]
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0, description="Dropout probability before the LoRA matrices.")]
+    lora_target_modules: Annotated[str | list[str], Field(description="all-linear, or a list of module names.")]
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0, description="Peak learning rate.")]
+    num_train_epochs: Annotated[float, Field(gt=0.0, description="Passes over the data.")]
+    max_steps: Annotated[int, Field(ge=-1, description="Number of steps, if positive; overrides num_train_epochs.")]
+    per_device_train_batch_size: Annotated[Positive, Field(description="Packed rows per forward pass.")]
+    gradient_accumulation_steps: Annotated[Positive, Field(description="Forward passes per step.")]
+    lr_scheduler_type: Annotated[
+        Literal["linear", "cosine", "constant", "constant_with_warmup"],
+        Field(description="linear, cosine, constant or constant_with_warmup."),
+    ]
+    warmup_ratio: Annotated[
+        Fraction, Field(description="Fraction of the steps in which the learning rate rises from 0.")
+    ]
+    adam_beta2: Annotated[
+        float, Field(ge=0.0, lt=1.0, description="Decay rate of AdamW's squared gradients; 0.999 for long trainings.")
+    ]
+    weight_decay: Annotated[float, Field(ge=0.0, description="Decoupled weight decay, as in AdamW.")]
+    max_grad_norm: Annotated[float, Field(gt=0.0, description="Gradients are scaled down to this norm.")]
+    neftune_noise_alpha: Annotated[
+        float | None, Field(gt=0.0, description="Noise on embeddings (NEFTune, arXiv:2310.05914), e.g. 5; null = none.")
+    ]
+    loss_type: Annotated[
+        LossType,
+        Field(description="Loss on trained tokens: nll (cross entropy) or dft (arXiv:2508.05629)."),
+    ]
+    gradient_checkpointing: Annotated[
+        bool, Field(description="Compute activations twice: less memory for about a third more time.")
+    ]
+    use_liger_kernel: Annotated[
+        bool, Field(description="Whether to use Liger's kernels; needs a device that Triton supports.")
+    ]
+    on_bad_loss: Annotated[
+        BadLossPolicy,
+        Field(
+            description="Policy for updates with a non-finite or spiking loss: stop, skip (and record), or rollback "
+            "(to the last checkpoint)."
+        ),
+    ]
     bad_loss_factor: Annotated[
-        float | None, Field(gt=1.0, description="A loss so many times the recent median is a spike; null = none is")
+        float | None,
+        Field(gt=1.0, description="Spike: a loss this many times the median of the last 50, e.g. 10; null = none."),
     ]
     on_oom: Annotated[
         Literal["fail", "halve"],
-        Field(description="Out of memory: stop, or go on with half the rows a forward pass and twice the passes"),
+        Field(description="Out of memory: fail, or halve (half the rows per pass, twice as many passes)."),
     ]
-    logging_steps: Annotated[Positive, Field(description="Steps between points of the curve")]
-    eval_steps: Annotated[Positive, Field(description="Steps between evaluations on held-out rows")]
-    save_steps: Annotated[Positive, Field(description="Steps between checkpoints")]
-    seed: Annotated[Seed, Field(description="Seed of the adapter, the order of rows and dropout")]
-    launch: Annotated[LaunchSection, Field(description="The processes of the training")]
+    logging_steps: Annotated[Positive, Field(description="Steps between points of the training curve.")]
+    eval_steps: Annotated[Positive, Field(description="Steps between evaluations on held-out rows.")]
+    save_steps: Annotated[Positive, Field(description="Steps between checkpoints in .state/.")]
+    seed: Annotated[Seed, Field(description="Seed of the adapter's initial weights, the order of rows and dropout.")]
+    launch: Annotated[
+        LaunchSection,
+        Field(description="Processes of the training: one, or one per GPU (docs/many_machines.md)."),
+    ]
 
 
 class MergeSection(Section):
-    """Base and adapter to one checkpoint."""
+    """From base and adapter to one merged checkpoint."""
 
-    dtype: Annotated[DType, Field(description="Data type of the merged checkpoint")]
-    tolerance: Annotated[float, Field(gt=0.0, description="Largest difference of logits")]
-    num_sample_rows: Annotated[Positive, Field(description="Packed eval rows on which logits are compared")]
+    dtype: Annotated[DType, Field(description="Data type of the merged checkpoint: float32, bfloat16 or float16.")]
+    tolerance: Annotated[
+        float, Field(gt=0.0, description="Largest allowed difference between its logits and those of base + adapter.")
+    ]
+    num_sample_rows: Annotated[Positive, Field(description="Packed eval rows on which the logits are compared.")]
 
 
 class QuantizeSection(Section):
-    """Merged checkpoint to a quantized one."""
+    """From the merged checkpoint to a smaller one."""
 
-    method: Annotated[Literal["gptq", "int8", "nf4", "none"], Field(description="Quantization method")]
-    export_gguf: Annotated[Literal["f16", "q8_0"] | None, Field(description="Merged model as a GGUF file too")]
-    bits: Annotated[Literal[2, 3, 4, 8], Field(description="Bits a weight")]
-    group_size: Annotated[int, Field(description="Weights that share a scale; -1 = a whole row")]
-    sym: Annotated[bool, Field(description="Symmetric quantization")]
-    desc_act: Annotated[bool, Field(description="Columns in order of activation size")]
-    damp_percent: Annotated[float, Field(gt=0.0, lt=1.0, description="Damping of the Hessian")]
-    num_calibration_rows: Annotated[Positive, Field(description="Packed training rows")]
-    calibration_length: Annotated[int, Field(ge=8, description="Tokens a calibration row")]
-    seed: Annotated[Seed, Field(description="Choice of calibration rows")]
+    method: Annotated[
+        Literal["gptq", "int8", "nf4", "none"],
+        Field(description="gptq, int8, nf4 (both of bitsandbytes, without calibration) or none."),
+    ]
+    export_gguf: Annotated[
+        Literal["f16", "q8_0"] | None,
+        Field(
+            description="f16 or q8_0: also write the merged model as a GGUF file for llama.cpp, for Llama and Qwen2 "
+            "models; null = no file."
+        ),
+    ]
+    bits: Annotated[
+        Literal[2, 3, 4, 8],
+        Field(description="Bits per weight: 2, 3, 4 or 8. This and the options below are for gptq."),
+    ]
+    group_size: Annotated[
+        int, Field(description="Weights per scale; must divide the width of every layer; -1 = one scale per row.")
+    ]
+    sym: Annotated[bool, Field(description="Whether quantization is symmetric.")]
+    desc_act: Annotated[bool, Field(description="Whether to quantize columns in order of activation size.")]
+    damp_percent: Annotated[
+        float, Field(gt=0.0, lt=1.0, description="Fraction of the mean Hessian diagonal that is added to the diagonal.")
+    ]
+    num_calibration_rows: Annotated[Positive, Field(description="Number of packed training rows for calibration.")]
+    calibration_length: Annotated[int, Field(ge=8, description="Tokens per calibration row.")]
+    seed: Annotated[Seed, Field(description="Seed for choosing calibration rows.")]
 
     @model_validator(mode="after")
-    def _group_size_is_usable(self) -> QuantizeSection:
+    def _check_group_size(self) -> QuantizeSection:
         if self.group_size not in (-1, *GROUP_SIZES):
             known = ", ".join(map(str, GROUP_SIZES))
-            raise ValueError(f"group_size {self.group_size} is none that readers know: {known}, or -1 for a whole row")
+            raise ValueError(
+                f"group_size {self.group_size} is not supported by all programs that load GPTQ checkpoints; use "
+                f"{known}, or -1 for one scale per row"
+            )
         return self
 
 
-class PublishSection(Section):
-    """All figures to MLflow."""
+def _check_tasks(value: str | list[str]) -> str | list[str]:
+    figure_names(value)
+    return value
 
-    tracking_uri: Annotated[str, Field(min_length=1, description="MLflow tracking URI")]
-    experiment: Annotated[str, Field(min_length=1, description="MLflow experiment")]
-    registered_model: Annotated[str, Field(min_length=1, description="Name in MLflow's model registry")]
-    push_to_hub: Annotated[str | None, Field(min_length=1, description="Hub repository for the shipped model")]
-    gate: Annotated[list[str], Field(description="Conditions on this result and the champion's, checked at promotion")]
+
+def _check_in_folder(value: str) -> str:
+    if not value.startswith(f"{FOLDER}/") or ".." in value.split("/"):
+        raise ValueError(
+            f"the file must lie in {FOLDER}/: DVC tracks it there for `evaluate`, and `train` does not read it"
+        )
+    return value
+
+
+def _check_distinct(names: list[str]) -> list[str]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"every task can be stated once, found {', '.join(twice)} twice")
+    return names
+
+
+Tasks = Annotated[str | list[str], AfterValidator(_check_tasks)]
+OwnFile = Annotated[str, AfterValidator(_check_in_folder)]
+LmEvalTask = Annotated[str, Field(min_length=1)]
+
+
+class RegressionSection(Section):
+    """General prompts and how their answers are scored."""
+
+    path: Annotated[OwnFile | None, Field(description="File of rows like those of data/, but in tasks/; null = none.")]
+    task: Annotated[Tasks | None, Field(description="As `task` above, e.g. text; null = losses only, without answers.")]
+    max_new_tokens: Annotated[Positive, Field(description="Tokens of the longest answer.")]
+
+
+class LmEvalSection(Section):
+    """Tasks of the library lm-eval and how they are run."""
+
+    tasks: Annotated[
+        list[LmEvalTask],
+        AfterValidator(_check_distinct),
+        Field(description="Names, e.g. [arc_easy, gsm8k], or of your own YAML files in tasks/; [] = none."),
+    ]
+    limit: Annotated[Positive | None, Field(description="Rows of each task; null = all.")]
+    num_fewshot: Annotated[
+        int | None, Field(ge=0, description="Examples shown before each row; null = as the task states.")
+    ]
+    apply_chat_template: Annotated[
+        bool, Field(description="Whether to ask in the chat template instead of plain text.")
+    ]
+    batch_size: Annotated[Positive, Field(description="Requests computed at a time.")]
+
+
+class EvaluateSection(Section):
+    """Scores of base, tuned, merged and quantized model on the held-out rows."""
+
+    task: Annotated[
+        Tasks,
+        Field(
+            description="One or several: json (exact match, valid JSON, field F1), text (exact match, word F1), "
+            "number (the last one), regex:PATTERN, rouge, bleu, chrf, or tasks.FILE.FUNCTION "
+            "(docs/evaluation.md)."
+        ),
+    ]
+    num_rows: Annotated[Positive | None, Field(description="Number of held-out rows to use; null = all.")]
+    batch_size: Annotated[Positive, Field(description="Rows generated at a time.")]
+    max_new_tokens: Annotated[
+        Positive, Field(description="Tokens of the longest answer; more than the longest reference has.")
+    ]
+    regression: Annotated[
+        RegressionSection,
+        Field(description="General prompts, on which the training must not make the model worse."),
+    ]
+    lm_eval: Annotated[
+        LmEvalSection, Field(description="Tasks of lm-eval. Needs the extra `lm-eval` (docs/evaluation.md).")
+    ]
+    gate: Annotated[list[str], Field(description="Conditions that must be true before the alias `champion` moves.")]
+
+
+class PublishSection(Section):
+    """All results to one MLflow run and a registered model version."""
+
+    tracking_uri: Annotated[
+        str, Field(min_length=1, description="MLflow tracking URI. A relative SQLite path lies in the main checkout.")
+    ]
+    experiment: Annotated[str, Field(min_length=1, description="MLflow experiment.")]
+    registered_model: Annotated[str, Field(min_length=1, description="Name in MLflow's model registry.")]
+    push_to_hub: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="owner/name of a hub repository for the shipped model and its card; private if new; null = "
+            "none.",
+        ),
+    ]
+    gate: Annotated[
+        list[str],
+        Field(
+            description="More conditions for `champion`, against the current one on the same rows, e.g. "
+            "tuned.exact_match >= champion.tuned.exact_match - 0.02."
+        ),
+    ]
 
 
 class Params(Section):
-    """The whole of params.yaml."""
+    """All sections of params.yaml."""
 
     model: ModelSection
     load: LoadSection
@@ -459,18 +672,18 @@ class Params(Section):
     publish: PublishSection
 
     @model_validator(mode="after")
-    def _gate_speaks_of_what_is_measured(self) -> Params:
+    def _check_gates(self) -> Params:
         is_quantized = self.quantize.method != "none"
         available = metric_names(self.evaluate, with_quantized=is_quantized)
-        beginnings = open_ended_names(self.evaluate, with_quantized=is_quantized)
-        champions = {f"champion.{name}" for name in available}
-        of_champion = [f"champion.{name}" for name in beginnings]
-        for key, gate, names, begun in (
-            ("evaluate.gate", self.evaluate.gate, available, beginnings),
-            ("publish.gate", self.publish.gate, available | champions, beginnings + of_champion),
+        prefixes = open_ended_names(self.evaluate, with_quantized=is_quantized)
+        champion_names = {f"champion.{name}" for name in available}
+        champion_prefixes = [f"champion.{name}" for name in prefixes]
+        for key, gate, names, known_prefixes in (
+            ("evaluate.gate", self.evaluate.gate, available, prefixes),
+            ("publish.gate", self.publish.gate, available | champion_names, prefixes + champion_prefixes),
         ):
             try:
-                check_ranges(parse_gate(gate, names, begun), range_of)
+                check_ranges(parse_gate(gate, names, known_prefixes), range_of)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from None
         return self
@@ -490,7 +703,7 @@ def load_params(path: Path) -> Params:
         The typed, frozen parameters.
 
     Raises:
-        ParamsError: The file is missing, is not YAML, repeats a key, or holds unknown keys or unusable values; all
+        ParamsError: The file is missing, is not YAML, repeats a key, or contains unknown keys or invalid values. All
             problems are listed, each with its place and, for a misspelt key, the nearest name.
     """
     try:
@@ -510,24 +723,32 @@ def load_params(path: Path) -> Params:
     except YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise ParamsError(f"{path}: values are nested far deeper than any of params.yaml") from None
+        raise ParamsError(f"{path}: values are nested far deeper than any value of params.yaml") from None
     except ValueError as error:  # a number of thousands of digits
         raise ParamsError(f"{path}: a value can't be read: {' '.join(str(error).split())}") from None
     return check_params(values, source=str(path))
 
 
 def _yaml_problem(error: MarkedYAMLError) -> str:
-    """What is wrong, in one line."""
+    """Describe a YAML error in one line."""
     problem = " ".join(str(error.problem or error.context).split())
     if isinstance(error, DuplicateKeyError):
         return f"{problem.partition(' with value')[0]}: this section has it already; remove one of the two"
     if "\\t" in problem or "\t" in str(error.problem):
-        return "a tab where only spaces may stand; indent with spaces"
+        return "a tab where only spaces are allowed; indent with spaces"
     return problem
 
 
 def check_params(values: Any, source: str = "params.yaml") -> Params:
-    """Turn plain values (as YAML gives them) into `Params`; raises `ParamsError` naming `source`."""
+    """Check plain values, as YAML gives them, and return them as `Params`.
+
+    Args:
+        values: Sections by name.
+        source: Name of the values' origin, for messages.
+
+    Raises:
+        ParamsError: Lists all problems.
+    """
     if not isinstance(values, dict):
         found = "an empty file" if values is None else type(values).__name__
         raise ParamsError(f"{source}: expected sections such as `train:`, found {found}")
@@ -540,7 +761,12 @@ def check_params(values: Any, source: str = "params.yaml") -> Params:
 
 
 def describe_problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
-    """One line for one pydantic error: the key's path, what was found, and the nearest name for an unknown key."""
+    """Describe one pydantic error in a line: the key's path, what was found, and the nearest name for an unknown key.
+
+    Args:
+        detail: The error.
+        root: Model class that was validated.
+    """
     place = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         parent = _model_at(root, detail["loc"][:-1])
@@ -559,7 +785,7 @@ def describe_problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
 
 
 def _model_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """The model class that a pydantic error location points into, None where the path leaves the models."""
+    """Return the model class that a pydantic error location leads to; None if the path leaves the models."""
     current: type[BaseModel] = root
     for part in loc:
         if isinstance(part, int):

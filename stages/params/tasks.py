@@ -1,6 +1,6 @@
-"""The tasks that `evaluate.task` names: those of `sft.evaluate.tasks`, and functions of your own in the folder tasks/.
+"""Tasks that `evaluate.task` names: those of `sft.evaluate.tasks`, and functions of the user in the folder tasks/.
 
-DVC tracks the whole folder, so that a changed function evaluates again; a function anywhere else would not.
+Functions must lie in tasks/ because DVC tracks that folder: after a change of a function, `evaluate` runs again.
 """
 
 from __future__ import annotations
@@ -17,24 +17,29 @@ from sft.evaluate.tasks import Task, check_packages, find_task, join_tasks
 from sft.suggest import did_you_mean
 
 FOLDER = "tasks"
+
 OWN = re.compile(rf"{FOLDER}\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)")
-# Figures that every evaluation has.
 TAKEN = {"loss", "perplexity", "token_accuracy", "kl", "size_mb", "stop_rate"}
+"""Figures that every evaluation has."""
 
 
 def task_names(value: str | list[str]) -> list[str]:
-    """One name or several as a list."""
+    """Return the names of tasks as a list.
+
+    Args:
+        value: `evaluate.task`, one name or a list.
+    """
     return [value] if isinstance(value, str) else value
 
 
 def figure_names(value: str | list[str]) -> tuple[str, ...]:
-    """The figures that tasks will have, found without running anyone's code.
+    """Return the names of the figures that tasks will have, without importing code from tasks/.
 
     Args:
         value: `evaluate.task`.
 
     Raises:
-        ValueError: a name is unknown, or two tasks would write the same figure.
+        ValueError: A name is unknown, or two tasks would have the same figure.
     """
     names = task_names(value)
     if not names:
@@ -51,14 +56,14 @@ def figure_names(value: str | list[str]) -> tuple[str, ...]:
 
 
 def load_tasks(value: str | list[str], root: Path) -> Task:
-    """All tasks as one, ready to score.
+    """Load tasks and join them into one.
 
     Args:
         value: `evaluate.task`.
-        root: the checkout, which holds the folder tasks/.
+        root: The checkout, which contains the folder tasks/.
 
     Raises:
-        ValueError: a name is unknown, a package is missing, or a function of one's own can't be used.
+        ValueError: A name is unknown, a package is missing, or a function in tasks/ can't be used.
     """
     tasks = []
     for name in task_names(value):
@@ -72,7 +77,7 @@ def load_tasks(value: str | list[str], root: Path) -> Task:
 
 
 def _declared(name: str) -> Task:
-    """A task's names; a function of one's own gives the figure that is called as it is."""
+    """Return a task by name. A function in tasks/ is not imported yet; its figure has the function's name."""
     if own := OWN.fullmatch(name):
         return Task((own[2],))
     if name.startswith(f"{FOLDER}.") or ("." in name and not name.startswith("regex:")):
@@ -105,7 +110,7 @@ def _load_function(root: Path, module: str, function: str) -> Callable[..., Any]
 
 
 def _score_own(function: Callable[..., Any], name: str, prediction: str, reference: str) -> dict[str, float]:
-    """Call a function of the user's, and say which answer it failed on."""
+    """Score an answer with a function of the user; an error names the answer and the reference."""
     place = f"task {name}, answer {prediction[:60]!r}, reference {reference[:60]!r}"
     try:
         value = function(prediction, reference)

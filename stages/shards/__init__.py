@@ -1,4 +1,4 @@
-"""Long files worked on in pieces by several processes or Ray: rendering and encoding.
+"""Work on long files in shards, by several processes or Ray: rendering and encoding.
 
 Imports `stages.checkout` and `stages.params`.
 """

@@ -1,4 +1,4 @@
-"""The tokenized documents of one split, kept in files while they are packed."""
+"""Tokenization of the rendered chats of a split into documents whose tokens are stored in files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sft.chat.render import Rendered
 from sft.tokens.columns import Integers, Pieces
 from sft.tokens.encoding import Encoder, TokenBatch
 from sft.tokens.store import FileColumn, TokenStore
-from stages.checkout.artifacts import JsonlWriter
+from stages.checkout.ledger import Action, Ledger
 from stages.params.schema import PackSection
 from stages.shards.shards import Shard, run_shards, shards_of
 
@@ -23,7 +23,13 @@ BATCH_SIZE = 1000
 
 
 class EncodedShard(NamedTuple):
-    """Ids and tokens of the documents of a shard, batch by batch, and what the ledger is to say of them."""
+    """The tokenized documents of a shard.
+
+    Args:
+        ids: Ids of their records.
+        batches: Their tokens, in batches.
+        crossings: Id and detail of each document in which a token lies across the border of what is trained.
+    """
 
     ids: list[str]
     batches: list[TokenBatch]
@@ -32,7 +38,7 @@ class EncodedShard(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodingWork:
-    """Tokenizes shards of rendered chats.
+    """Work that tokenizes shards of rendered chats.
 
     Args:
         tokenizer: Folder of the tokenizer.
@@ -46,7 +52,7 @@ class EncodingWork:
 
 
 class ShardEncoder:
-    """Rendered chats to tokens, with one tokenizer."""
+    """Tokenizer of the rendered chats of a shard."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._encoder = Encoder(tokenizer)
@@ -70,9 +76,9 @@ class Documents:
     Args:
         ids: `(num_documents,)` ids of their records.
         columns: Token columns.
-        lengths: `(num_documents,)` tokens of each.
-        trained: `(num_documents,)` trained tokens of each.
-        num_crossed: In how many a token lies across the border of what is trained.
+        lengths: `(num_documents,)` numbers of tokens.
+        trained: `(num_documents,)` numbers of trained tokens.
+        num_crossed: Number of documents in which a token lies across the border of what is trained.
     """
 
     ids: pa.ChunkedArray
@@ -82,15 +88,15 @@ class Documents:
     num_crossed: int
 
 
-def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSection, ledger: JsonlWriter) -> Documents:
-    """Tokenize a file of rendered chats.
+def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSection, ledger: Ledger) -> Documents:
+    """Tokenize a file of rendered chats, in several processes if the section says so.
 
     Args:
-        path: Rows that `format` wrote.
+        path: File of rows that `format` wrote.
         tokenizer: Folder of the tokenizer.
-        scratch: Folder for files that live as long as the documents are read.
-        section: Says who tokenizes.
-        ledger: Gets the documents in which a token lies across the border of what is trained.
+        scratch: Folder for the files of the token columns, which must exist as long as the documents are read.
+        section: The section `pack` of params.yaml.
+        ledger: Gets an entry for each document in which a token lies across the border of what is trained.
     """
     scratch.mkdir(parents=True)
     store = TokenStore(scratch)
@@ -102,17 +108,17 @@ def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSectio
             store.append(batch)
         num_crossed += len(encoded.crossings)
         for row_id, detail in encoded.crossings:
-            ledger.write(crossed(row_id, detail))
+            ledger.enter(row_id, "border_in_token", detail, Action.WARN, tokens_lost=0, trained_tokens_lost=0)
     columns = store.columns()
     return Documents(pa.chunked_array(ids), columns, columns["input_ids"].lengths(), store.trained(), num_crossed)
 
 
 class Kept:
-    """What the length limit left of documents, as rows.
+    """Sequence of the pieces that the length limit left of documents, each as a row with id, place and tokens.
 
     Args:
         documents: The documents.
-        pieces: What is left of them.
+        pieces: The pieces that are left of them.
     """
 
     def __init__(self, documents: Documents, pieces: Pieces) -> None:
@@ -128,9 +134,3 @@ class Kept:
         document = int(piece.document[0])
         place = {"start": int(piece.start[0]), "num_in_document": int(self._documents.lengths[document])}
         return {"id": self._documents.ids[document].as_py(), **place, **tokens}
-
-
-def crossed(row_id: str, detail: str) -> dict[str, Any]:
-    """The ledger's entry of a document in which a token lies across the border of what is trained."""
-    nothing = {"tokens_lost": 0, "trained_tokens_lost": 0}
-    return {"id": row_id, "stage": "pack", "reason": "border_in_token", "action": "warn", "detail": detail, **nothing}

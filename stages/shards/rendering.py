@@ -1,4 +1,4 @@
-"""Rendering the records of a shard: what `format` does in every one of its processes."""
+"""Rendering of the records of a shard, as `format` does it in each of its processes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from stages.shards.shards import Shard
 
 @dataclass
 class RenderedShard:
-    """What became of the records of a shard.
+    """The rendered records of a shard, with counts and ledger entries.
 
     Args:
-        check: How trained turns end.
-        num_in: Records read.
-        num_characters: Characters of all rendered texts.
+        check: Collects how trained turns end.
+        num_in: Number of records read.
+        num_characters: Number of characters of all rendered texts.
         num_trained: How many of them are trained.
         rows: Lines of rendered texts, as JSON.
         prompts: Lines of prompts and references, as JSON.
-        entries: Id, reason, detail and action of every record that was left out, mended or warned of.
+        entries: Ledger entries: id, reason, detail and action of each record that was dropped, repaired or warned of.
     """
 
     check: TerminatorCheck
@@ -41,17 +41,17 @@ class RenderedShard:
 
 @dataclass(frozen=True)
 class RenderingWork:
-    """Renders shards of records.
+    """Work that renders shards of records.
 
     Args:
         tokenizer: Folder of the tokenizer with the chat template.
-        trust_remote_code: Run Python code that comes with it.
+        trust_remote_code: Whether to run Python code that comes with it.
         train_on: What is trained.
-        system_message: Put before conversations that have none.
-        special_text: What becomes of special tokens that messages spell out.
-        meant_tokens: Those that messages may spell out.
+        system_message: System message for conversations that have none.
+        special_text: What to do with special tokens that are spelled out in messages.
+        meant_tokens: Special tokens that messages may spell out.
         stop_token_ids: Ids at which the base model's generation stops.
-        with_prompts: Also split each record before its last answer.
+        with_prompts: Whether to split each record before its last answer, for evaluation.
     """
 
     tokenizer: Path
@@ -70,7 +70,7 @@ class RenderingWork:
 
 
 class ShardRenderer:
-    """Renders records one by one; those without anything trained are left out and said so."""
+    """Renderer of records. Records in which nothing is trained are dropped, with a ledger entry."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, work: RenderingWork) -> None:
         self._tokenizer = tokenizer
@@ -91,7 +91,7 @@ class ShardRenderer:
         return done
 
     def _render(self, given: dict[str, Any], done: RenderedShard) -> None:
-        record = self._guarded(given, done)
+        record = self._treat_special_text(given, done)
         if record is None:
             return
         rendered = self._renderer.render(record)
@@ -108,8 +108,8 @@ class ShardRenderer:
         if last is not None:
             done.prompts.append(json.dumps({"id": record["id"], **last._asdict()}, ensure_ascii=False))
 
-    def _guarded(self, record: dict[str, Any], done: RenderedShard) -> dict[str, Any] | None:
-        """The record with special tokens that it spells out treated as params.yaml says; None when it is dropped."""
+    def _treat_special_text(self, record: dict[str, Any], done: RenderedShard) -> dict[str, Any] | None:
+        """Treat special tokens that are spelled out in a record as the work states; return None if it is dropped."""
         wanted = self._work.special_text
         problem = None if wanted == "off" else self._special_text.find(record)
         if problem is None:
@@ -125,7 +125,7 @@ class ShardRenderer:
 
 
 def with_system_message(record: dict[str, Any], system_message: str | None) -> dict[str, Any]:
-    """A conversation that begins with a system message: its own, or the given one."""
+    """Add a system message to a conversation that has none; None adds nothing."""
     key = "messages" if "messages" in record else "prompt"
     messages: list[Mapping[str, Any]] | Any = record.get(key)
     if system_message is None or not isinstance(messages, list) or messages[0]["role"] == "system":

@@ -1,8 +1,6 @@
-"""Long JSON lines files in stretches of bytes, worked on by several processes; results come in the file's order.
+"""Work on a long JSON lines file in shards of whole lines, by processes of this machine or actors of Ray.
 
-Stretches of whole lines of a JSON lines file, and what work on them looks like.
-
-Shards worked on by actors of Ray, on this machine or on a cluster; results come in the file's order.
+Results come in the order of the file, whoever does the work.
 """
 
 from __future__ import annotations
@@ -24,6 +22,12 @@ Result = TypeVar("Result", covariant=True)
 
 SHARD_BYTES = 8 << 20
 
+SHARDS_PER_PROCESS = 2
+"""A process takes seconds to start, so fewer shards than this per process are done faster without it."""
+
+WAITING_PER_WORKER = 2
+"""Shards that are submitted at a time, per process or actor: this bounds the results in memory."""
+
 
 class Shard(NamedTuple):
     """Whole lines of a file: bytes `start` to `end`."""
@@ -33,18 +37,11 @@ class Shard(NamedTuple):
     end: int
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The JSON objects in it, one a line."""
+        """Yield the JSON objects of the lines."""
         with self.path.open("rb") as file:
             file.seek(self.start)
             lines = file.read(self.end - self.start).split(b"\n")
         return (json.loads(line) for line in lines if line)
-
-
-class Work(Protocol[Result]):
-    """What is done with every shard; hashable and small, since each process gets a copy."""
-
-    def build(self) -> Callable[[Shard], Result]:
-        """Load what the work needs, once a process."""
 
 
 def shards_of(path: Path) -> list[Shard]:
@@ -59,13 +56,11 @@ def shards_of(path: Path) -> list[Shard]:
     return shards
 
 
-def keep_to_one_thread() -> None:
-    """Processes that each use all cores slow each other down."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+class Work(Protocol[Result]):
+    """What is done with every shard. Must be hashable and small, since each process gets a copy."""
 
-
-SHARDS_A_PROCESS = 2
-"""A process takes seconds to start: fewer shards than this are done sooner without it."""
+    def build(self) -> Callable[[Shard], Result]:
+        """Load what the work needs and return the function that does it; called once per process."""
 
 
 def run_shards(
@@ -75,42 +70,46 @@ def run_shards(
 
     Args:
         work: What to do.
-        shards: What to do it on.
-        num_proc: Processes at most; 1 = in this one.
-        workers: Processes of this machine, or actors of Ray (`stages.shards.shards`).
+        shards: Shards to do it on.
+        num_proc: Largest number of processes or actors; with processes, 1 = in this process.
+        workers: `processes` of this machine, or `ray` for actors of Ray. Where RAY_ADDRESS names a cluster, actors run
+            on its machines; otherwise Ray is started on this machine for this call.
 
-    Returns:
-        The results in the order of the shards, whoever does the work; few of them wait at a time.
+    Yields:
+        The results in the order of the shards. Few of them are in memory at a time.
 
     Raises:
-        ValueError: What the work raised on the first shard that failed.
-        OSError: A process was killed.
+        ValueError: What the work raised on the first shard that failed; or Ray is not installed.
+        OSError: A process or actor was killed, or the Ray cluster can't be reached or has no processor.
     """
     if workers == "ray":
-        from stages.shards.shards import run_on_ray  # an optional package
-
-        yield from run_on_ray(work, shards, num_proc)
+        yield from _run_with_ray(work, shards, num_proc)
         return
-    num_processes = min(num_proc, len(shards) // SHARDS_A_PROCESS)
+    num_processes = min(num_proc, len(shards) // SHARDS_PER_PROCESS)
     if num_processes <= 1:
         yield from map(work.build(), shards)
         return
     waiting: deque[Future[Result]] = deque()
-    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks, and not the threads
-    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=keep_to_one_thread)
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads, but not the threads
+    pool = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_use_one_thread)
     try:
         for shard in shards:
             waiting.append(pool.submit(_run, work, shard))
-            if len(waiting) >= 2 * num_processes:
+            if len(waiting) >= WAITING_PER_WORKER * num_processes:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise OSError(
-            f"one of {num_processes} processes was killed, perhaps for want of memory: lower num_proc"
+            f"one of {num_processes} processes was killed, perhaps because memory ran out: lower num_proc"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _use_one_thread() -> None:
+    """Keep tokenizers to one thread: processes that each use all cores slow each other down."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 @functools.lru_cache(maxsize=1)
@@ -122,77 +121,45 @@ def _run(work: Any, shard: Shard) -> Any:
     return _built(work)(shard)
 
 
-WAITING_AN_ACTOR = 2
-
-
 class ShardActor:
-    """Does one kind of work in a process of Ray.
+    """Ray actor that does one kind of work.
 
     Args:
         work: What to do; its `build` is called once.
     """
 
     def __init__(self, work: Work[Any]) -> None:
-        keep_to_one_thread()
+        _use_one_thread()
         self._do: Callable[[Shard], Any] = work.build()
 
     def run(self, shard: Shard) -> Any:
-        """Do it on one shard."""
+        """Do the work on one shard."""
         return self._do(shard)
 
 
-def run_on_ray(work: Work[Any], shards: Sequence[Shard], num_proc: int) -> Iterator[Any]:
-    """Do the work on every shard, each `num_proc`-th one in the same actor.
-
-    Args:
-        work: What to do.
-        shards: What to do it on.
-        num_proc: Actors at most, one processor each. Where RAY_ADDRESS names a cluster they are spread over its
-            machines; otherwise Ray starts here, for this call.
-
-    Returns:
-        The results in the order of the shards; few of them wait at a time.
-
-    Raises:
-        ValueError: Ray is not installed, or what the work raised on the first shard that failed.
-        OSError: The cluster can't be reached or has no processor, or an actor was killed.
-    """
+def _run_with_ray(work: Work[Any], shards: Sequence[Shard], num_proc: int) -> Iterator[Any]:
     if not shards:
         return
-    ray = _ray()
+    ray = _import_ray()
     wanted = min(num_proc, len(shards))
     started = not ray.is_initialized()
     if started:
-        _start(ray, wanted)
+        _start_ray(ray, wanted)
     try:
-        yield from _results(ray, work, shards, min(wanted, _num_processors(ray)))
+        yield from _run_actors(ray, work, shards, min(wanted, _num_processors(ray)))
     except ray.exceptions.RayTaskError as error:
-        # an error of the work itself: Ray wraps it in its own, with a traceback of the other process
+        # Ray wraps an error of the work in its own error, with a traceback of the other process.
         raise error.cause if isinstance(error.cause, ValueError | OSError) else error from None
     except ray.exceptions.RayActorError as error:
-        raise OSError(f"an actor of Ray was killed, perhaps for want of memory: lower num_proc ({error})") from error
+        raise OSError(
+            f"an actor of Ray was killed, perhaps because memory ran out: lower num_proc ({error})"
+        ) from error
     finally:
         if started:
             ray.shutdown()
 
 
-def _results(ray: Any, work: Work[Any], shards: Sequence[Shard], num_actors: int) -> Iterator[Any]:
-    remote = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(ShardActor)
-    actors = [remote.remote(work) for _ in range(num_actors)]
-    waiting: deque[Any] = deque()
-    try:
-        for number, shard in enumerate(shards):
-            waiting.append(actors[number % num_actors].run.remote(shard))
-            if len(waiting) >= WAITING_AN_ACTOR * num_actors:
-                yield ray.get(waiting.popleft())
-        while waiting:
-            yield ray.get(waiting.popleft())
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-
-
-def _ray() -> Any:
+def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -203,9 +170,9 @@ def _ray() -> Any:
     return ray
 
 
-def _start(ray: Any, num_proc: int) -> None:
+def _start_ray(ray: Any, num_proc: int) -> None:
     address = os.environ.get("RAY_ADDRESS")
-    # a cluster states its own processors; a Ray of our own has as many as are asked for
+    # A cluster states its own number of processors; a Ray started here gets as many as there are actors.
     options: dict[str, Any] = {} if address else {"num_cpus": num_proc, "include_dashboard": False}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
@@ -216,5 +183,22 @@ def _start(ray: Any, num_proc: int) -> None:
 def _num_processors(ray: Any) -> int:
     found = int(ray.cluster_resources().get("CPU", 0))
     if found < 1:
-        raise OSError("the cluster of Ray has no processor (CPU) to give: start its nodes with --num-cpus")
+        raise OSError("the Ray cluster has no processor (CPU): start its nodes with --num-cpus")
     return found
+
+
+def _run_actors(ray: Any, work: Work[Any], shards: Sequence[Shard], num_actors: int) -> Iterator[Any]:
+    """Do the work on every shard, each `num_actors`-th one in the same actor; an actor takes one processor."""
+    remote = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(ShardActor)
+    actors = [remote.remote(work) for _ in range(num_actors)]
+    waiting: deque[Any] = deque()
+    try:
+        for number, shard in enumerate(shards):
+            waiting.append(actors[number % num_actors].run.remote(shard))
+            if len(waiting) >= WAITING_PER_WORKER * num_actors:
+                yield ray.get(waiting.popleft())
+        while waiting:
+            yield ray.get(waiting.popleft())
+    finally:
+        for actor in actors:
+            ray.kill(actor)

@@ -105,7 +105,7 @@ def test_a_template_that_is_no_jinja_is_named_with_its_line(root: DataRoot, is_o
     place = root.model / "chat_template.jinja" if is_own else root.paths.data / "mine.jinja"
     place.write_text("{% for message in messages %}\n{{ message['content'] }\n{% endfor %}")
     which = rf"null, the base model's own in {root.model}" if is_own else r"data/mine\.jinja"
-    words = rf"params\.yaml, format\.chat_template \({which}\): .*not valid Jinja: line 2: unexpected '}}'.*Mend"
+    words = rf"params\.yaml, format\.chat_template \({which}\): .*not valid Jinja: line 2: unexpected '}}'.*Fix"
     with pytest.raises(ValueError, match=words):
         run(root, chat_template=None if is_own else "data/mine.jinja")
 
@@ -258,7 +258,7 @@ def test_the_same_bytes_whatever_the_number_of_processes(root: DataRoot, monkeyp
     run(root, rows, num_proc=1)
     first = {path: path.read_bytes() for path in root.paths.out("format").rglob("*") if path.is_file()}
     monkeypatch.setattr(shards, "SHARD_BYTES", 600)
-    assert len(shards.shards_of(root.paths.out("load", "train.jsonl"))) >= 2 * shards.SHARDS_A_PROCESS
+    assert len(shards.shards_of(root.paths.out("load", "train.jsonl"))) >= 2 * shards.SHARDS_PER_PROCESS
     run(root, rows, num_proc=2)
     assert {path: path.read_bytes() for path in root.paths.out("format").rglob("*") if path.is_file()} == first
     assert len(root.rows("format", "ledger.jsonl")) == 1

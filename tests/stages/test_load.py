@@ -206,9 +206,9 @@ def one_row(root: DataRoot) -> None:
     ("prepare", "section", "message"),
     [
         (broken_line, {}, r"data/train\.jsonl:2:15: not JSON"),
-        (no_rows, {}, r"load\.sources\[0\]\.path: data/train\.jsonl holds no row"),
+        (no_rows, {}, r"load\.sources\[0\]\.path: data/train\.jsonl has no rows"),
         (unknown_columns, {}, r"load\.sources\[0\]\.path: data/train\.jsonl: columns \['body', 'title'\] are none of"),
-        (token_ids, {}, r"holds token ids"),
+        (token_ids, {}, r"contains token ids"),
         (nothing, {}, r"load\.sources\[0\]\.path: .*data/train\.jsonl does not exist; .* holds trian\.jsonl"),
         (
             one_row,
@@ -283,7 +283,7 @@ def test_count_of_held_out_rows_is_shared_out_among_the_sources(root: DataRoot) 
     root.write("a.jsonl", [turn(f"a{i}?", "Yes.") for i in range(61)])
     run(root, sources=sources, eval={"path": None, "fraction": None, "count": 10})
     assert len(set(before) - set(held_out_ids(root))) <= 1
-    with pytest.raises(ValueError, match=r"load\.eval\.count 102 holds out every row: there are 102 good ones"):
+    with pytest.raises(ValueError, match=r"load\.eval\.count 102 holds out every row: there are 102 valid ones"):
         run(root, sources=sources, eval={"path": None, "fraction": None, "count": 102})
 
 

@@ -311,7 +311,7 @@ def test_page_of_the_promotion_says_what_decided_who_was_champion_and_what_moved
     assert "1 of 1 conditions of publish.gate does not hold." in second
     assert "<code>candidate</code>: version 1 → version 2, it moves to every result." in second
     assert "<code>champion</code>: version 1, it stays: a condition does not hold." in second
-    (row,) = re.findall(r'<th scope="row">tuned: loss, nats per token \*</th>.*', second)
+    (row,) = re.findall(r'<th scope="row">tuned: loss \(nats per token\) \*</th>.*', second)
     assert '<td class="no">+0.500</td>' in row
     worsen(checkout, -1.0)
     promotion(checkout)

@@ -17,7 +17,7 @@ def test_the_ledger_counts_by_reason_and_shows_the_first_rows(tmp_path: Path) ->
         ledger.enter("a.jsonl:7", "mojibake", "reads so", Action.WARN)
     assert ledger.counts[Action.DROP] == {"empty_answer": 5, "duplicate": 1}
     assert ledger.num_rows == len(list(read_jsonl(tmp_path / "ledger.jsonl"))) == 8
-    assert ledger.num_left_out == 7
+    assert ledger.num_removed == 7
     assert next(read_jsonl(tmp_path / "ledger.jsonl")) == {
         "id": "a.jsonl:1", "stage": "load", "reason": "empty_answer", "action": "drop", "detail": "é is empty"
     }  # fmt: skip

@@ -63,7 +63,7 @@ def test_gate_may_name_any_metric_of_a_task_that_is_run_and_no_other_task() -> N
 def test_metrics_are_labelled_by_task_and_known_by_the_beginning_of_their_name() -> None:
     assert figure_of("gsm8k.exact_match_strict_match") == ("gsm8k: exact match (strict match)", "percent", 1)
     assert figure_of("cities.acc_norm") == ("cities: accuracy by length", "percent", 1)
-    assert figure_of("wikitext.word_perplexity") == ("wikitext: perplexity of a word", "number", -1)
+    assert figure_of("wikitext.word_perplexity") == ("wikitext: perplexity per word", "number", -1)
     assert figure_of("own.surprise") == ("own: surprise", "number", 0)
     assert range_of("tuned.cities.acc_norm") == (0, 1)
 

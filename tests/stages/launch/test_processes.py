@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
-from stages.launch.engines import engine_file
+from stages.launch.engines import SETTINGS, engine_file
 from stages.launch.processes import describe, launch, machine_rank, rendezvous_address
-from stages.params.schema import ParamsError, load_params
+from stages.params.schema import ENGINES, ParamsError, load_params
 from tests.stages.training_root import (
     ENDLESS,
     NUM_ROWS,
@@ -222,6 +222,10 @@ def test_impossible_launches_are_refused_with_params(tmp_path: Path, values: dic
     set_params(tmp_path, launch=values)
     with pytest.raises(ParamsError, match=message):
         load_params(tmp_path / "params.yaml")
+
+
+def test_every_engine_of_params_has_settings() -> None:
+    assert tuple(SETTINGS) == ENGINES
 
 
 def test_an_engine_that_is_not_there_is_refused(tmp_path: Path) -> None:

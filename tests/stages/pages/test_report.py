@@ -146,7 +146,7 @@ def test_table_has_a_cell_a_model_an_interval_and_unknown_metrics_too() -> None:
     }
     assert report.comparison(results) == [
         {
-            "label": "Loss, nats per token",
+            "label": "Loss (nats per token)",
             "better": "less",
             "cells": [
                 {"text": "2.000", "interval": "", "best": False},
@@ -170,7 +170,7 @@ def test_changes_have_a_sign_an_interval_and_a_p_value_and_are_marked_when_certa
     texts = [tuple(row[key].replace(report.NBSP, " ") for key in ("label", "difference", "interval")) for row in rows]
     assert texts == [
         ("Exact match", "+50.0 points", "-10.0 points to +90.0 points"),
-        ("Loss, nats per token", "-0.900", "-1.000 to -0.800"),
+        ("Loss (nats per token)", "-0.900", "-1.000 to -0.800"),
         ("custom", "+0.250", "+0.100 to +0.400"),
     ]
     assert [(row["p_value"], row["mark"]) for row in rows] == [("0.250", ""), ("< 0.001", "yes"), ("0.010", "")]
@@ -244,7 +244,7 @@ def test_bad_updates_and_code_that_came_with_the_model_are_shown(paths: Paths, t
 def test_divergence_that_is_none_by_construction_is_no_best() -> None:
     models = {"base": {"kl": 3.0}, "tuned": {}, "merged": {"kl": 0.0}, "quantized": {"kl": 0.1, "regression_kl": 0.2}}
     rows = report.comparison({"models": models, "intervals": {}})
-    assert next(row["label"] for row in rows) == "KL from the tuned model, nats per token"
+    assert next(row["label"] for row in rows) == "KL from the tuned model (nats per token)"
     assert not any(cell["best"] for row in rows for cell in row["cells"])
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from stages.params.schema import Params, ParamsError, check_params, load_params
+from stages.params.schema import Params, ParamsError, Section, check_params, load_params
 
 SHIPPED = Path(__file__).resolve().parents[3] / "params.yaml"
 
@@ -32,6 +33,42 @@ def test_every_key_of_the_shipped_file_has_a_comment() -> None:
         if colon and not key.strip().startswith("#") and "#" not in rest:
             silent.append(key.strip())
     assert silent == []
+
+
+def test_the_comment_of_a_key_is_its_description() -> None:
+    """The comment on a key's line, continued on the comment lines below it, with white space folded."""
+    comments: dict[tuple[str, ...], str] = {}
+    parents: list[tuple[int, str]] = []
+    for line in SHIPPED.read_text(encoding="utf-8").splitlines():
+        text, _, comment = line.partition(" # ")
+        if key := re.match(r"( *(?:- )?)(\w+):(?: |$)", text):
+            while parents and parents[-1][0] >= len(key[1]):
+                parents.pop()
+            parents.append((len(key[1]), key[2]))
+            comments[tuple(name for _, name in parents)] = comment
+        elif parents and line.strip().startswith("# "):
+            comments[tuple(name for _, name in parents)] += f" {comment}"
+    described = described_keys(Params)
+    assert {path: " ".join(comment.split()) for path, comment in comments.items()} == {
+        path: text for path, text in described.items() if path in comments
+    }
+    optional = {path for path in described if path[:2] in {("load", "sources"), ("load", "eval")}}
+    assert described.keys() - comments.keys() <= optional
+
+
+def described_keys(model: type[BaseModel], above: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
+    """Path of every key in a model -> the field's description, or the docstring of its section."""
+    found: dict[tuple[str, ...], str] = {}
+    for name, field in model.model_fields.items():
+        parts = (field.annotation, *get_args(field.annotation))
+        section = next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
+        text = field.description or (section and section.__doc__)
+        assert text, f"{above}.{name} has no description"
+        assert text.endswith("."), text
+        found[*above, name] = text
+        if section is not None:
+            found |= described_keys(section, (*above, name))
+    return found
 
 
 def test_all_problems_are_listed_at_once_with_place_and_nearest_name(values: dict[str, Any]) -> None:
@@ -92,7 +129,7 @@ def test_a_blank_token_is_refused(values: dict[str, Any], token: str) -> None:
     ("content", "message"),
     [
         ("train: [1, 2", r"params\.yaml:1:\d+: not valid YAML"),
-        ("train:\n\tlora_r: 1\n", r"params\.yaml:2:1: not valid YAML: a tab where only spaces may stand[^\n]*$"),
+        ("train:\n\tlora_r: 1\n", r"params\.yaml:2:1: not valid YAML: a tab where only spaces are allowed[^\n]*$"),
         ("train:\n  lora_r: \x01\n", r"params\.yaml:2: not valid YAML: special characters are not allowed"),
         ("", "expected sections such as `train:`, found an empty file"),
         ("- a\n- b\n", "expected sections such as `train:`, found list"),
