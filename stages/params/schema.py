@@ -21,7 +21,7 @@ from ruamel.yaml.reader import ReaderError
 
 from sft.evaluate.gate import check_ranges, parse_gate
 from sft.export.quantization import GROUP_SIZES
-from sft.options import BadLossPolicy, OverflowPolicy, PackingStrategy
+from sft.options import BadLossPolicy, LossType, OverflowPolicy, PackingStrategy
 from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
 from stages.params.figures import metric_names, open_ended_names, range_of
