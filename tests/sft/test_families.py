@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, masking_utils
+from transformers.integrations import flex_attention
 
 from sft.attention import SFT_DOCUMENTS, document_layout, probe_isolation
 from sft.completion_collator import DataCollatorForCompletionOnlyLM
@@ -130,7 +131,17 @@ def test_every_attention_equals_single_documents_or_is_refused_by_the_probe(name
     assert_same((result.loss.item(), gradients(model)), document_by_document(make(name), rows))
 
 
-def test_flex_attention_keeps_documents_apart_where_only_its_forward_runs() -> None:
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_flex_attention_keeps_documents_apart_where_only_its_forward_runs(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:  # the compiler takes a minute
+        make_mask = masking_utils.create_block_mask
+        monkeypatch.setattr(
+            masking_utils, "create_block_mask", lambda **given: make_mask(**{**given, "_compile": False})
+        )
+        monkeypatch.setattr(flex_attention.WrappedFlexAttention, "__call__", lambda self: flex_attention.flex_attention)
     assert probe_isolation(make("llama", "flex_attention")).neighbour_effect == 0
 
 

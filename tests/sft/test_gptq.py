@@ -33,6 +33,13 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
+def assert_equal_in_half_precision(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Check that logits differ by rounding alone: the packed kernel computes in half precision on every processor."""
+    difference = (found - expected).abs() / expected.std()
+    assert difference.mean() < 0.01
+    assert difference.max() < 0.1
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("gptq") / "source")
@@ -53,8 +60,11 @@ def test_checkpoint_loads_plainly_and_computes_what_its_files_say(
     loaded = AutoModelForCausalLM.from_pretrained(quantized[0], dtype=torch.float32)
     ids = torch.tensor(ROWS[:2])
     with torch.no_grad():
-        difference = (loaded(input_ids=ids).logits - rebuilt(input_ids=ids).logits).abs().max()
-    assert difference < 5e-3
+        found, expected = loaded(input_ids=ids).logits, rebuilt(input_ids=ids).logits
+        unquantized = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(input_ids=ids).logits
+    assert_equal_in_half_precision(found, expected)
+    with pytest.raises(AssertionError):  # what four bits change is more than that
+        assert_equal_in_half_precision(found, unquantized)
 
 
 def test_dequantized_model_computes_what_the_packed_one_does_and_keeps_its_ties(
@@ -64,7 +74,7 @@ def test_dequantized_model_computes_what_the_packed_one_does_and_keeps_its_ties(
     packed = AutoModelForCausalLM.from_pretrained(quantized[0], dtype=torch.float32)
     ids = torch.tensor(ROWS[:2])
     with torch.no_grad():
-        assert (plain(input_ids=ids).logits - packed(input_ids=ids).logits).abs().max() < 5e-3
+        assert_equal_in_half_precision(plain(input_ids=ids).logits, packed(input_ids=ids).logits)
     assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
     assert plain.generation_config.eos_token_id == packed.generation_config.eos_token_id
     assert 0 < quantized[1].loading_deviation < 0.05

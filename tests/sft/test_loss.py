@@ -154,8 +154,7 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     for row in ROWS:
         _, found = run(model, batch(flat=False, rows=[row]), num_items=5)
         total = {name: total.get(name, 0) + gradient for name, gradient in found.items()}
-    for name, gradient in expected.items():
-        torch.testing.assert_close(total[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    assert_same(total, expected)
 
 
 def test_weights_scale_each_tokens_share() -> None:

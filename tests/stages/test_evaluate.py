@@ -224,7 +224,7 @@ def test_adapter_with_another_scale_than_it_was_trained_with_closes_the_gate(tmp
     paths = write_tiny_run(tmp_path)
     file = paths.out("train", "model", "adapter_config.json")
     config = read_json(file)
-    write_json(file, {**config, "lora_alpha": 4 * config["lora_alpha"]})
+    write_json(file, {**config, "lora_alpha": 16 * config["lora_alpha"]})
     merged, tuned = broken(paths)
     assert merged.startswith("merged.kl <= 1e-06: ")
     assert "behind the stage `train`; `dvc repro train` makes it again" in tuned
