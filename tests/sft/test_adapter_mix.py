@@ -15,6 +15,8 @@ from sft.adapter_mix import AdapterMix
 from sft.merge import MergeReport, merge_adapter
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.numerics
+
 ROWS = [list(range(5, 45)), [1, 9, 33]]
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 

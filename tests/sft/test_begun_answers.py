@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from sft.begun_answers import BegunAnswers
@@ -11,6 +12,8 @@ from sft.evaluation import Document, evaluate_model
 from sft.generation import generate_batch
 from sft.labels import IGNORE_INDEX
 from tests.tiny import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.numerics
 
 NUM_NEW = 10
 

@@ -21,6 +21,8 @@ from sft.packing import pack_dataset
 from sft.trainer import SFTTrainer
 from tests.tiny import quiet_config, random_model, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 LENGTHS = (19, 3, 11, 26, 7, 14)
 WINDOWED = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
 GEMMA_3 = {"num_key_value_heads": 1, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}

@@ -12,6 +12,8 @@ from sft import fused_layers as module_under_test
 from sft.fused_layers import fused_layers, gated_silu, linear_layer, rms_norm
 from tests.tiny import random_model, tiny_model
 
+pytestmark = pytest.mark.numerics
+
 
 def step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of one batch and the gradients of all parameters."""

@@ -20,6 +20,8 @@ from sft.gguf_export import check_exportable, export_gguf
 from sft.gguf_vocabulary import SPLIT_PATTERNS, splitter_name
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 ROWS = [list(range(5, 45)), list(range(60, 90))]

@@ -19,6 +19,8 @@ from sft.gptq_layout import dequantize, packed_layers
 from sft.gptq_loading import load_dequantized, loading_deviation
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 ROWS = [[random.Random(seed).randrange(4, 380) for _ in range(64)] for seed in range(8)]
 
 

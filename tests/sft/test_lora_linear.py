@@ -19,6 +19,8 @@ from sft.models import load_model
 from sft.quantization import get_quantization_config
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 
 def adapted(**options: Any) -> PeftModel:
     """A tiny model in training mode with LoRA on all linear layers, B filled so that the update is not zero."""

@@ -25,6 +25,8 @@ from sft.loss import (
 from sft.targets import find_targets, model_arguments
 from tests.tiny import random_model
 
+pytestmark = pytest.mark.numerics
+
 X = IGNORE_INDEX
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt2", "opt", "phi", "gpt_neox", "bloom"]
 NOT_BLOOM = [family for family in FAMILIES if family != "bloom"]

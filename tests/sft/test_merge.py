@@ -28,6 +28,8 @@ from sft.quantization import get_quantization_config
 from sft.streamed_model import Streamed, Unit
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 ROOT = Path(__file__).resolve().parents[2]
 RIGHT = shard_merge.merged_weights
 ROWS = [list(range(5, 45)), list(range(60, 80)), [7]]

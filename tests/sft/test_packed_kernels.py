@@ -15,6 +15,8 @@ from sft.hardware import Hardware, current_hardware
 from sft.layout import DocumentLayout
 from sft.packed_kernels import ATTEND, Kernel, attend_flex, choose_kernel
 
+pytestmark = pytest.mark.numerics
+
 LAYOUT = DocumentLayout((7, 3, 3, 12))
 PLAIN = AttentionOptions(scaling=0.3)
 ALL = frozenset({"flash_attn", "flash_attn_interface", "triton", "torch.nn.attention.varlen"})

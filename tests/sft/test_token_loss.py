@@ -12,6 +12,8 @@ from sft import token_loss
 from sft.linear_cross_entropy import Head, linear_cross_entropy_sums
 from sft.token_loss import LossOptions, cross_entropy_sums, row_chunks
 
+pytestmark = pytest.mark.numerics
+
 ROWS, VOCAB, WIDTH = 23, 57, 8
 
 OPTIONS = [

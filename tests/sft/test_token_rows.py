@@ -17,6 +17,8 @@ from sft.models import load_model
 from sft.token_rows import rows_as_initialised, template_token_ids, train_token_rows, untrained_token_ids
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 NEW_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 

@@ -17,6 +17,8 @@ from sft.config import SFTConfig
 from sft.trainer import SFTTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 NUM_STEPS = 20
 LEARNING_RATE = 3e-3
 ROWS = [

@@ -16,6 +16,8 @@ from sft.trainer import SFTTrainer
 from tests.tiny import quiet_config
 from tests.tiny_vision import COLOURS, square, tiny_processor, tiny_vision_model
 
+pytestmark = pytest.mark.numerics
+
 pytest.importorskip("torchvision")
 
 NAMES = list(COLOURS)

@@ -16,6 +16,8 @@ from stages.paths import Paths
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 from tests.tiny import tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Paths, str]:
