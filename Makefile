@@ -14,6 +14,9 @@ READY := $(VENV)/.ready
 BACK := $(RUN)/dvc checkout --quiet --allow-missing; cp -pn .state/metrics/*.json reports/metrics/
 # Torch processes that share cores slow each other many times over unless each keeps to one thread.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# What another processor rounds: AVX2 where this one has AVX-512, else loops without vector instructions.
+OTHER_ROUNDING := $(shell grep -qs avx512f /proc/cpuinfo \
+	&& echo ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 || echo ATEN_CPU_CAPABILITY=default)
 
 # No tool phones home.
 export DVC_NO_ANALYTICS := 1
@@ -23,7 +26,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(RUN):$(PATH)
 
-.PHONY: help setup repro test test-long audit lint ui pipeline bench bench-prepare clean
+.PHONY: help setup repro test test-long test-numerics audit lint ui pipeline bench bench-prepare clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -53,6 +56,9 @@ test: $(READY) ## style, types, imports and tests
 
 test-long: $(READY) ## the slow tests too
 	@$(PYTEST) -m ""
+
+test-numerics: $(READY) ## the tests of computations once more, rounded as another processor does
+	@$(OTHER_ROUNDING) $(PYTEST) -m "numerics and not slow"
 
 audit: $(READY) ## known weaknesses of the locked versions, where pip-audit's database can be reached
 	@$(RUN)/python .ci/audit.py

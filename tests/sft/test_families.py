@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, masking_utils
+from transformers.integrations import flex_attention
 
 from sft.attention.isolation import probe_isolation
 from sft.attention.kernels import SFT_DOCUMENTS
@@ -21,6 +22,8 @@ from sft.tokens.constant_length import ConstantLengthDataset
 from sft.tokens.packing import pack_dataset
 from sft.train.trainer import SFTTrainer
 from tests.tiny import quiet_config, random_model, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.numerics
 
 LENGTHS = (19, 3, 11, 26, 7, 14)
 WINDOWED = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}
@@ -132,7 +135,17 @@ def test_every_attention_equals_single_documents_or_is_refused_by_the_probe(name
     assert_same((result.loss.item(), gradients(model)), document_by_document(make(name), rows))
 
 
-def test_flex_attention_keeps_documents_apart_where_only_its_forward_runs() -> None:
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_flex_attention_keeps_documents_apart_where_only_its_forward_runs(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:  # the compiler takes a minute
+        make_mask = masking_utils.create_block_mask
+        monkeypatch.setattr(
+            masking_utils, "create_block_mask", lambda **given: make_mask(**{**given, "_compile": False})
+        )
+        monkeypatch.setattr(flex_attention.WrappedFlexAttention, "__call__", lambda self: flex_attention.flex_attention)
     assert probe_isolation(make("llama", "flex_attention")).neighbour_effect == 0
 
 

@@ -17,6 +17,8 @@ from sft.config import SFTConfig
 from sft.train.trainer import SFTTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 NUM_STEPS = 20
 LEARNING_RATE = 3e-3
 ROWS = [
@@ -182,5 +184,6 @@ def test_accuracy_and_entropy_are_means_over_tokens(tmp_path: Path) -> None:
         trainer = make(tmp_path, **layout, log_entropy=True, max_steps=1)
         trainer.train()
         entries.append([logged(trainer, name)[0] for name in ("mean_token_accuracy", "entropy")])
-    assert all(entry == pytest.approx(entries[0], abs=1e-6) for entry in entries)
+    # an entropy of 6 is known to 5e-7 in single precision: whatever is closer than a few of those is the same
+    assert all(entry == pytest.approx(entries[0], rel=1e-6) for entry in entries)
     assert 0 < entries[0][1] < math.log(tiny_model().config.vocab_size)

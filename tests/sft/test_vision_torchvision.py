@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from sft.models.checkpoint import load_processor
 from sft.train.trainer import SFTTrainer
 from tests.tiny import quiet_config
 from tests.tiny_vision import COLOURS, square, tiny_processor, tiny_vision_model
+
+pytestmark = pytest.mark.numerics
 
 pytest.importorskip("torchvision")
 
@@ -81,7 +84,7 @@ def test_a_folder_with_a_processor_is_all_that_a_training_on_images_needs(family
         }
         for name in NAMES
     ]
-    options = {"max_steps": 25, "learning_rate": 2e-2, "lr_scheduler_type": "constant", "logging_steps": 1}
+    options = {"max_steps": 40, "learning_rate": 2e-2, "lr_scheduler_type": "constant", "logging_steps": 1}
     trainer = SFTTrainer(
         str(tmp_path / "base"),
         args=quiet_config(
@@ -94,8 +97,10 @@ def test_a_folder_with_a_processor_is_all_that_a_training_on_images_needs(family
     assert sorted(text.strip() for text in trained(trainer)) == sorted(f"{name}{end}" for name in NAMES)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    labels = next(iter(trainer.get_train_dataloader()))["labels"]
     assert losses[0] > 4
-    assert losses[-1] < 0.3
+    # the words alone, without seeing the square, can't be told apart: ln(4) for one token of each answer
+    assert losses[-1] < 4 * math.log(4) / int((labels != IGNORE_INDEX).sum()), losses[-5:]
     trainer.save_model(str(tmp_path / "tuned"))
     assert type(load_processor(str(tmp_path / "tuned"))) is type(own)
 

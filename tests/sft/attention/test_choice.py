@@ -21,6 +21,8 @@ from sft.batches.layout import DocumentLayout, current_layout, document_layout
 from sft.hardware import Hardware
 from tests.tiny import random_model, tiny_model
 
+pytestmark = pytest.mark.numerics
+
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt2", "opt", "phi", "gpt_neox"]
 LENGTHS = (11, 4, 4, 1, 17)
 A100 = Hardware("cuda", (8, 0), frozenset({"flash_attn"}))

@@ -16,6 +16,8 @@ from sft.attention.math import AttentionOptions, attend_by_document, explicit_at
 from sft.batches.layout import DocumentLayout
 from sft.hardware import Hardware, current_hardware
 
+pytestmark = pytest.mark.numerics
+
 LAYOUT = DocumentLayout((7, 3, 3, 12))
 PLAIN = AttentionOptions(scaling=0.3)
 ALL = frozenset({"flash_attn", "flash_attn_interface", "triton", "torch.nn.attention.varlen"})

@@ -19,6 +19,8 @@ from sft.train.trainer import SFTTrainer
 from tests.sft.test_families import FAMILIES, assert_same, first_step, make
 from tests.tiny import quiet_config, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 P, Q, A, B, C, R, D, E = range(10, 18)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from sft.evaluate.generation import BegunAnswers, generate_batch
 from sft.evaluate.likelihood import Document, evaluate_model
 from sft.labels import IGNORE_INDEX
 from tests.tiny import tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.numerics
 
 NUM_NEW = 10
 

@@ -10,6 +10,8 @@ from sft.evaluate.likelihood import NUM_KEPT, DocumentScores, divergence, evalua
 from sft.labels import IGNORE_INDEX
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.numerics
+
 ROWS = [
     {"input_ids": [1, 2, 3, 4], "labels": [IGNORE_INDEX, 2, 3, 4]},
     {"input_ids": [5, 6, 7], "labels": [IGNORE_INDEX, IGNORE_INDEX, 7]},

@@ -10,6 +10,8 @@ import torch
 from sft.evaluate.generation import generate_batch, stop_token_ids
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 
 def make_prompts(num_shared: int = 0) -> list[list[int]]:
     rng = random.Random(1)

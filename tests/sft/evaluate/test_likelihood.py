@@ -14,6 +14,8 @@ from sft.evaluate.likelihood import evaluate_model
 from sft.labels import IGNORE_INDEX
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.numerics
+
 
 def make_rows(num_rows: int = 7, num_shared: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(0)

@@ -19,6 +19,8 @@ from sft.export.gguf import SPLIT_PATTERNS, check_exportable, export_gguf, pre_t
 from sft.models.gguf import dequantize_gguf
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 ROWS = [list(range(5, 45)), list(range(60, 90))]

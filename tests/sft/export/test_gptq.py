@@ -18,6 +18,8 @@ from sft.export.gptq_format import dequantize, packed_layers
 from sft.export.quantization import check_calibration, check_layers_fit, check_weights_finite, select_calibration
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 ROWS = [[random.Random(seed).randrange(4, 380) for _ in range(64)] for seed in range(8)]
 
 
@@ -30,6 +32,13 @@ def save_tiny(folder: Path, **overrides: int) -> Path:
 
 def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def assert_equal_in_half_precision(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Check that logits differ by rounding alone: the packed kernel computes in half precision on every processor."""
+    difference = (found - expected).abs() / expected.std()
+    assert difference.mean() < 0.01
+    assert difference.max() < 0.1
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +61,11 @@ def test_checkpoint_loads_plainly_and_computes_what_its_files_contain(
     loaded = AutoModelForCausalLM.from_pretrained(quantized[0], dtype=torch.float32)
     ids = torch.tensor(ROWS[:2])
     with torch.no_grad():
-        difference = (loaded(input_ids=ids).logits - rebuilt(input_ids=ids).logits).abs().max()
-    assert difference < 5e-3
+        found, expected = loaded(input_ids=ids).logits, rebuilt(input_ids=ids).logits
+        unquantized = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(input_ids=ids).logits
+    assert_equal_in_half_precision(found, expected)
+    with pytest.raises(AssertionError):  # what four bits change is more than that
+        assert_equal_in_half_precision(found, unquantized)
 
 
 def test_dequantized_model_computes_what_the_packed_one_does_and_keeps_its_ties(
@@ -63,7 +75,7 @@ def test_dequantized_model_computes_what_the_packed_one_does_and_keeps_its_ties(
     packed = AutoModelForCausalLM.from_pretrained(quantized[0], dtype=torch.float32)
     ids = torch.tensor(ROWS[:2])
     with torch.no_grad():
-        assert (plain(input_ids=ids).logits - packed(input_ids=ids).logits).abs().max() < 5e-3
+        assert_equal_in_half_precision(plain(input_ids=ids).logits, packed(input_ids=ids).logits)
     assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
     assert plain.generation_config.eos_token_id == packed.generation_config.eos_token_id
     assert 0 < quantized[1].loading_deviation < 0.05

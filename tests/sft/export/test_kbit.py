@@ -15,6 +15,8 @@ from sft.export.kbit import KbitReport, check_widths, quantize_kbit
 from sft.models.loading import load_model
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 ROWS = [list(range(5, 45)), list(range(60, 90))]
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 MODULES = [*ATTENTION, *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]

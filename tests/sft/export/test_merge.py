@@ -29,6 +29,8 @@ from sft.models.loading import load_model
 from sft.models.saved_adapters import load_adapter
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 ROOT = Path(__file__).resolve().parents[3]
 RIGHT = merge_by_file.merged_weights
 ROWS = [list(range(5, 45)), list(range(60, 80)), [7]]

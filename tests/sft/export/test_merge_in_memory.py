@@ -15,6 +15,8 @@ from sft.export.merge import MergeReport, merge_adapter
 from sft.export.merge_in_memory import AdapterMix
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.numerics
+
 ROWS = [list(range(5, 45)), [1, 9, 33]]
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 

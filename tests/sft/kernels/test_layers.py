@@ -12,6 +12,8 @@ from sft.kernels import layers as module_under_test
 from sft.kernels.layers import fused_layers, gated_silu, linear_layer, rms_norm
 from tests.tiny import random_model, tiny_model
 
+pytestmark = pytest.mark.numerics
+
 
 def step(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the loss of one batch and the gradients of all parameters."""

@@ -19,6 +19,8 @@ from sft.models.kbit import get_quantization_config
 from sft.models.loading import load_model
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 
 def adapted(**options: Any) -> PeftModel:
     """Return a tiny model in training mode with LoRA on all linear layers; B is random, so that updates are not 0."""

@@ -11,6 +11,8 @@ import torch
 from sft.kernels import products
 from sft.kernels.products import back_through_linear, linear, uses_onednn
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("bias", [True, False])

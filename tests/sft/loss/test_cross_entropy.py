@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from sft.loss import cross_entropy
 from sft.loss.cross_entropy import Head, LossOptions, cross_entropy_sums, linear_cross_entropy_sums, row_chunks
 
+pytestmark = pytest.mark.numerics
+
 ROWS, VOCAB, WIDTH = 23, 57, 8
 
 OPTIONS = [

@@ -13,6 +13,8 @@ from sft.models.gguf import dequantize_gguf
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.tiny_gguf import write_gguf
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:

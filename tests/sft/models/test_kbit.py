@@ -26,6 +26,8 @@ from sft.models.loading import load_model
 from sft.train.trainer import SFTTrainer
 from tests.tiny import quiet_config, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 FOUR_BIT = {"load_in_4bit": True, "use_bnb_nested_quant": True}
 EIGHT_BIT = {"load_in_8bit": True}
 

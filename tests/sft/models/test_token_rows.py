@@ -17,6 +17,8 @@ from sft.models.loading import load_model
 from sft.models.token_rows import rows_as_initialised, template_token_ids, train_token_rows, untrained_token_ids
 from tests.tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numerics
+
 NEW_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
@@ -159,10 +161,12 @@ def conversation(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def train_on(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, steps: int) -> None:
+    """Train on the one conversation, with a learning rate that falls to 0: the last steps then change little."""
     ids = torch.tensor([conversation(tokenizer)])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
     model.train()
-    for _ in range(steps):
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -180,7 +184,7 @@ def test_generation_after_merging_stops_at_the_turns_end_only_if_its_row_was_tra
     model = load_model(tmp_path / "base")
     model, tokenizer = setup_chat_format(model, AutoTokenizer.from_pretrained(tmp_path / "base"), "llama3")
     adapted = wrap_adapter(model, lora(r=8), tokenizer if trained_rows else None)
-    train_on(adapted, tokenizer, steps=200)  # some processors' rounding needs more than 100
+    train_on(adapted, tokenizer, steps=200)
     adapted.save_pretrained(tmp_path / "adapter")
     merge_adapter(
         tmp_path / "base",
@@ -192,9 +196,16 @@ def test_generation_after_merging_stops_at_the_turns_end_only_if_its_row_was_tra
         tokenizer,
     )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    answer = merged.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    stopped = tokenizer.decode(answer).endswith("Paris<|eot_id|>") and len(answer) < 16
-    assert stopped is trained_rows
+    end, *others = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"])
+    ids = conversation(tokenizer)
+    answered = torch.tensor([ids[: len(ids) - ids[::-1].index(end) - 1]])  # all but the end of the answer's turn
+    with torch.no_grad():
+        logits = merged(input_ids=answered).logits[0]
+    lead = logits[-1, end] - logits[-1, torch.arange(logits.shape[1]) != end].max()
+    # whatever a processor rounds and whatever the seed: 6 and more where it was trained, -0.9 and less where not
+    assert lead > 2 if trained_rows else lead < -0.2
+    generated = merged.generate(answered, max_new_tokens=4, do_sample=False)[0, answered.shape[1] :].tolist()
+    assert (generated == [end]) is trained_rows
+    # rows left as they were initialised are one and the same: the model can't tell the turn's end from a header
+    apart = (logits[:, others] - logits[:, [end]]).abs().amax()
+    assert apart > 2 if trained_rows else apart < 1e-4

@@ -10,6 +10,8 @@ import torch
 from sft.train.offloading import ActivationStore, check_offloading, offloaded_activations
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.numerics
+
 IDS = torch.arange(4, 68)[None]
 
 

@@ -43,6 +43,8 @@ from tests.tiny_vision import (
     vision_tokenizer,
 )
 
+pytestmark = pytest.mark.numerics
+
 NAMES = list(COLOURS)
 END = {"llava": "<|im_end|>", "qwen2_vl": "<|im_end|>", "idefics3": "<end_of_utterance>"}
 LEAD = {"llava": "", "qwen2_vl": "", "idefics3": " "}
