@@ -1,9 +1,9 @@
 """Comparison of rows: near duplicates, and outliers in length and language.
 
 Two texts are near duplicates if the Jaccard similarity of their sets of word triples (triples in both, divided by
-triples in either) is high. MinHash (Broder 1997) finds candidates; the caller then compares the triples themselves. Bands of
-MinHash values (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, chapter 3) are stored as one number each, 80 to
-200 bytes per row, and sorted at the end; an index of Python sets would take thousands of bytes per row.
+triples in either) is high. MinHash (Broder 1997) finds candidates; the caller then compares the triples themselves.
+Bands of MinHash values (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, chapter 3) are stored as one number
+each, 80 to 200 bytes per row, and sorted at the end; an index of Python sets would take thousands of bytes per row.
 """
 
 from __future__ import annotations
