@@ -38,7 +38,7 @@ $(READY): requirements.lock
 	@test -x $(RUN)/python || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing requirements.lock into $(VENV) (3 to 5 minutes the first time; log: $(VENV)/setup.log)"
 	@$(RUN)/python -m pip install --progress-bar off -r requirements.lock > $(VENV)/setup.log 2>&1 \
-		|| { grep -i error $(VENV)/setup.log | tail -n 5; echo "error: set-up failed; see $(VENV)/setup.log, mend it and type the command again"; exit 1; }
+		|| { grep -i error $(VENV)/setup.log | tail -n 5; echo "error: set-up failed; see $(VENV)/setup.log, fix it and type the command again"; exit 1; }
 	@touch $@
 
 repro: $(READY) ## run the pipeline: what is up to date is not run again
@@ -63,7 +63,7 @@ test-numerics: $(READY) ## the tests of computations once more, rounded as anoth
 audit: $(READY) ## known weaknesses of the locked versions, where pip-audit's database can be reached
 	@$(RUN)/python .ci/audit.py
 
-lint: $(READY) ## mend what ruff can mend
+lint: $(READY) ## fix what ruff can fix
 	@$(RUN)/ruff check --fix .
 	@$(RUN)/ruff format .
 

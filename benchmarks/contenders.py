@@ -85,7 +85,7 @@ class Profile(TrainerCallback):
             self.profiler.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Print behind the last step."""
+        """Print after the last step."""
         if state.global_step == state.max_steps:
             self.profiler.stop()
             averages = self.profiler.key_averages()
@@ -162,7 +162,7 @@ def peak_bytes() -> int:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train `steps` timed steps behind the warm-up, and measure."""
+    """Train `steps` timed steps after the warm-up, and measure."""
     library, options = {**CONTENDERS, **ABLATIONS}[args.name]
     options = {"max_length": args.max_length, **options}
     if library == "sft":
