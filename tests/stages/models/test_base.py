@@ -277,7 +277,7 @@ def test_missing_folder_is_named_with_the_key_and_the_ways_out(name: str, tmp_pa
     ("files", "words"),
     [
         ({}, "has no config.json"),
-        ({"adapter_config.json": "{}"}, "holds an adapter: give the model that it was trained on"),
+        ({"adapter_config.json": "{}"}, "contains an adapter: give the model that it was trained on"),
         ({"config.json": "{}"}, r"no weights \(\*.safetensors\)"),
         ({"config.json": "{}", "pytorch_model.bin": ""}, r"only as pickles \(pytorch_model.bin\).*runs the code"),
         ({"config.json": "{", "model.safetensors": ""}, "config.json is not valid JSON"),
@@ -346,7 +346,7 @@ def test_damaged_file_is_named_with_the_key(folder: Path, file: str, content: by
 
 
 def test_folder_has_no_revisions(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"model.revision: 'v1' is given, and the folder"):
+    with pytest.raises(ValueError, match=r"model.revision: 'v1' is given, but the folder"):
         resolve_base_model(section(str(folder), revision="v1"))
 
 

@@ -119,7 +119,7 @@ def test_a_model_that_is_not_there_is_one_message(
 def test_quantization_that_was_skipped_is_the_reason_given(tmp_path: Path) -> None:
     paths = write_tiny_run(tmp_path)
     quantize.run(tiny_params(quantize={"method": "none"}), paths)
-    with pytest.raises(ValueError, match=r"holds no model: quantize\.method is none"):
+    with pytest.raises(ValueError, match=r"contains no model: quantize\.method is none"):
         find_variant(paths, "quantized")
 
 
