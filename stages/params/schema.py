@@ -123,7 +123,7 @@ def _known(fractions: dict[str, float]) -> dict[str, float]:
     for name in fractions:
         if name not in REASONS:
             hint = did_you_mean(name, REASONS, otherwise=f"there are {', '.join(REASONS)}")
-            raise ValueError(f"{name!r} is no reason that the ledger knows; {hint}")
+            raise ValueError(f"{name!r} is not a reason in the ledger; {hint}")
     return fractions
 
 

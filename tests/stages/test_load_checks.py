@@ -190,7 +190,7 @@ def test_a_reason_has_a_limit_of_its_own(root: DataRoot) -> None:
         run(root, rows, checks={**OFF, "mojibake": "warn"}, max_fractions={"mojibake": 0.04})
     with pytest.raises(ValueError, match="have duplicate, more than"):
         run(root, rows, checks={**OFF, "duplicate": "drop"}, max_fractions={"duplicate": 0.0})
-    with pytest.raises(ValueError, match="'duplicat' is no reason that the ledger knows; did you mean 'duplicate'"):
+    with pytest.raises(ValueError, match="'duplicat' is not a reason in the ledger; did you mean 'duplicate'"):
         root.params(load={"max_fractions": {"duplicat": 0.1}})
 
 

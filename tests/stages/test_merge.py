@@ -76,7 +76,9 @@ def test_wall_time_is_kept_out_of_the_metrics(paths: Paths) -> None:
     assert json.loads(paths.timings("merge").read_text())["seconds"] > 0
 
 
-def test_weights_trained_in_full_are_copied_with_a_message(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_trained_in_full_are_copied_and_the_message_states_it(
+    paths: Paths, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(paths.out("train", "model"))
     tiny_model().save_pretrained(paths.out("train", "model"))
     tiny_tokenizer().save_pretrained(paths.out("train", "model"))
