@@ -71,7 +71,7 @@ def test_answers_to_general_prompts_are_kept_and_shown(finished: tuple[Paths, st
     assert [(row["id"], row["reference"]) for row in rows] == [("general.jsonl:1", "Paris"), ("general.jsonl:2", "two")]
     assert set(rows[0]["answers"]) == {"base", "tuned"}
     assert "General prompts: loss (nats per token)" in page
-    assert "general prompts are 2 rows that the training was not about" in page
+    assert "General prompts: 2 rows that have nothing to do with the training data" in page
     assert "What is the capital of France?" in page[page.index('<details id="general">') :]
 
 
