@@ -209,7 +209,7 @@ def one_row(root: DataRoot) -> None:
         (no_rows, {}, r"load\.sources\[0\]\.path: data/train\.jsonl has no rows"),
         (unknown_columns, {}, r"load\.sources\[0\]\.path: data/train\.jsonl: columns \['body', 'title'\] are none of"),
         (token_ids, {}, r"contains token ids"),
-        (nothing, {}, r"load\.sources\[0\]\.path: .*data/train\.jsonl does not exist; .* holds trian\.jsonl"),
+        (nothing, {}, r"load\.sources\[0\]\.path: .*data/train\.jsonl does not exist; .* contains trian\.jsonl"),
         (
             one_row,
             {"eval": {"path": "data/none.jsonl", "fraction": None}},
