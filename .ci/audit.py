@@ -1,4 +1,4 @@
-"""`python .ci/audit.py [URL]`: known weaknesses of the versions in requirements.lock, by pip-audit.
+"""Check the versions in requirements.lock for known vulnerabilities with pip-audit: `python .ci/audit.py [URL]`.
 
 A database that can't be reached, or knows nothing, must not look like one that found nothing: it is first asked for a
 version that is known to be weak. Without an answer the audit is skipped, and says so.
@@ -19,7 +19,7 @@ PATIENCE_S = 8
 
 
 def main(url: str = KNOWN_TO_BE_WEAK) -> int:
-    """Ask, and audit when there is an answer; returns pip-audit's exit code, 0 when there was nothing to ask."""
+    """Audit if the database answers; return the exit code of pip-audit, or 0 if the database does not answer."""
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(2 * PATIENCE_S)  # looking a name up has no timeout of its own
     try:
@@ -39,7 +39,7 @@ def main(url: str = KNOWN_TO_BE_WEAK) -> int:
 
 
 def give_up(*_: object) -> None:
-    """Too long without an answer; urllib passes it on."""
+    """Timeout without an answer; urllib lets it through."""
     raise TimeoutError(f"no answer within {2 * PATIENCE_S} s")
 
 

@@ -1,6 +1,6 @@
-"""One contender of the training benchmark, in a process of its own: `python benchmarks/contenders.py NAME ...`.
+"""One contender of the training benchmark, run as a separate process: `python benchmarks/contenders.py NAME ...`.
 
-Prints one line of JSON: tokens and seconds of the timed steps, losses step by step, peak resident memory.
+Prints one line of JSON: tokens and seconds of the timed steps, loss of each step, peak resident memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TRL_BEST = {"per_device_train_batch_size": 1, "packing": True, "max_length": 1400, "gradient_checkpointing": False}
 PACKED = {"per_device_train_batch_size": 1, "packing": True, "max_length": 1400}
-# Per contender: which library, and its options besides those that all share.
+# Contender -> its library, and its options in addition to the common ones.
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "trl, as documented": ("trl", {"per_device_train_batch_size": 8}),
     "trl, its best setting": ("trl", TRL_BEST),
@@ -47,45 +47,45 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def now() -> float:
-    """Seconds, when all that was asked of the GPU is done."""
+    """Return the time in seconds after the GPU has finished its queued work."""
     if ON_GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Clock(TrainerCallback):
-    """Times whole steps after the warm-up."""
+    """Callback that times the steps after the warm-up."""
 
     def __init__(self) -> None:
         self.started = self.seconds = 0.0
         self.losses: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start at the first step that counts."""
+        """Start the clock at the first timed step."""
         if state.global_step == WARMUP_STEPS:
             self.started = now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the time up to here."""
+        """Store the time since the start."""
         self.seconds = now() - self.started
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Keep the loss of the step."""
+        """Store the loss of the step."""
         if logs and "loss" in logs:
             self.losses.append(logs["loss"])
 
 
 class Profile(TrainerCallback):
-    """Where the last step's time goes, operation by operation, to stderr."""
+    """Callback that profiles the last step and prints the time of each operation to stderr."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start at the last step."""
+        """Start the profiler at the last step."""
         if state.global_step == state.max_steps - 1:
             self.profiler = torch.profiler.profile()
             self.profiler.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Print after the last step."""
+        """Stop the profiler after the last step and print its table."""
         if state.global_step == state.max_steps:
             self.profiler.stop()
             averages = self.profiler.key_averages()
@@ -94,7 +94,7 @@ class Profile(TrainerCallback):
 
 
 class CountedCollator:
-    """Counts the tokens of batches that are not padding, as the wrapped collator makes them."""
+    """Wrapper of a collator that counts the tokens of its batches, without padding."""
 
     def __init__(self, collator: Callable[..., Any]) -> None:
         self.collator, self.counts, self.num_supervised = collator, list[int](), 0
@@ -107,7 +107,7 @@ class CountedCollator:
 
 
 def read_rows(path: Path) -> Dataset:
-    """Rows with prompt and completion out of conversations, instruction data or pairs."""
+    """Read conversations, instruction data or pairs as rows with prompt and completion."""
     text = path.read_text(encoding="utf-8")
     rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
     pairs = []
@@ -126,14 +126,14 @@ def read_rows(path: Path) -> Dataset:
 
 
 def full_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    """The loss as it is usually computed: logits of all tokens, then cross entropy on all of them."""
+    """Compute the loss in the usual way: logits of all tokens, then cross entropy."""
     logits = outputs.logits[:, :-1].reshape(-1, outputs.logits.shape[-1])
     loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
     return loss / num_items_in_batch
 
 
 def switch_off(trick: str | None) -> dict[str, Any]:
-    """Do without what no option of the trainer switches off; returns further arguments of the trainer."""
+    """Switch off a speed-up for which the trainer has no option; return further arguments of the trainer."""
     if trick == "onednn":
         torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     if trick == "head on targets":
@@ -147,7 +147,7 @@ def switch_off(trick: str | None) -> dict[str, Any]:
 
 
 def load_model(model_dir: Path, method: str) -> Any:
-    """The base model, in 4 bits for QLoRA."""
+    """Load the base model, in 4 bits for QLoRA."""
     options = {}
     if method == "qlora":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -157,12 +157,12 @@ def load_model(model_dir: Path, method: str) -> Any:
 
 
 def peak_bytes() -> int:
-    """The most memory held: of the GPU, or of the process (Linux counts it in KiB)."""
+    """Return the peak memory in GB of the GPU, or of the process (Linux counts it in KiB)."""
     return torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train `steps` timed steps after the warm-up, and measure."""
+    """Train for the warm-up and `steps` timed steps, and return the measurements."""
     library, options = {**CONTENDERS, **ABLATIONS}[args.name]
     options = {"max_length": args.max_length, **options}
     if library == "sft":

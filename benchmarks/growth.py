@@ -1,4 +1,4 @@
-"""Time a token against length, batch, rank and vocabulary: `python benchmarks/growth.py` draws benchmarks/growth.svg.
+"""Time per token against length, batch, rank and vocabulary: `python benchmarks/growth.py` draws benchmarks/growth.svg.
 
 A model of SmolLM2-135M's shape with fewer layers and random weights, trained by `SFTTrainer` with LoRA in float32 on
 random tokens, half of them supervised. Each point is the fastest of a few steps.
@@ -31,7 +31,7 @@ NUM_STEPS = 5
 
 @dataclass(frozen=True)
 class Setting:
-    """One point: rows of `num_documents` documents of `length` tokens, `batch` rows a step."""
+    """One point: rows of `num_documents` documents of `length` tokens, `batch` rows per step."""
 
     length: int = 128
     num_documents: int = 4
@@ -42,7 +42,7 @@ class Setting:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a step."""
+        """Number of tokens per step."""
         return self.length * self.num_documents * self.batch
 
 
@@ -56,22 +56,22 @@ CURVES: dict[str, tuple[str, list[tuple[int, Setting]]]] = {
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step."""
+    """Callback that times every step, in seconds."""
 
     def __init__(self) -> None:
         self.started, self.seconds = 0.0, list[float]()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start."""
+        """Start timing the step."""
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop."""
+        """Store the time of the step."""
         self.seconds.append(time.perf_counter() - self.started)
 
 
 def microseconds_per_token(setting: Setting) -> float:
-    """Train a few steps; the fastest counts."""
+    """Train a few steps and return the time per token of the fastest."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=setting.vocab_size,
@@ -108,7 +108,7 @@ def microseconds_per_token(setting: Setting) -> float:
 
 
 def random_rows(setting: Setting) -> Dataset:
-    """Packed rows of random tokens; the second half of each document is supervised."""
+    """Return packed rows of random tokens; the second half of each document is supervised."""
     num_rows = NUM_STEPS * setting.batch
     ids = torch.randint(setting.vocab_size, (num_rows, setting.num_documents, setting.length))
     labels = ids.clone()
@@ -119,13 +119,13 @@ def random_rows(setting: Setting) -> Dataset:
 
 
 def empty_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that only names a padding token: rows are token ids already."""
+    """Return a tokenizer that only defines a padding token, since rows are token ids already."""
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>")
 
 
 def draw(results: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """One panel for each quantity on the horizontal axis."""
+    """Draw one panel per quantity on the horizontal axis."""
     matplotlib.use("svg")
     matplotlib.rcParams["svg.fonttype"] = "none"  # letters as letters: smaller by a third
     import matplotlib.pyplot as plt
@@ -141,13 +141,13 @@ def draw(results: dict[str, list[tuple[int, float]]], path: Path) -> None:
         panel.set_xticks(measured, [f"{n:,}" if n < 10_000 else f"{n // 1024}k" for n in measured], fontsize=8)
         panel.set_xticks([], minor=True)
         panel.legend(fontsize=8)
-    panels[0].set_ylabel("microseconds a token")
+    panels[0].set_ylabel("microseconds per token")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
-    """Measure, print, draw."""
+    """Measure all settings, print a table and draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("growth.svg"))

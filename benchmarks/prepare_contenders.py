@@ -1,4 +1,4 @@
-"""One contender of the preparation benchmark, in a process of its own: `prepare_contenders.py LIBRARY ...`.
+"""One contender of the preparation benchmark, run as a separate process: `prepare_contenders.py LIBRARY ...`.
 
 From a JSONL file to packed rows with labels, by what each library's trainer does before it trains. Prints one line of
 JSON: tokens, seconds, packed rows, fill, peak resident memory.
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def preparer(library: str, rows: Dataset, tokenizer: Any, max_length: int, num_proc: int) -> Callable[[Dataset], Any]:
-    """What a library's trainer does with a training set; nothing of it is timed yet."""
+    """Return the function by which a library's trainer prepares a training set; imports are not timed."""
     if library == "sft":
         sys.path.insert(0, str(ROOT))
     package = __import__(library, fromlist=["SFTTrainer", "SFTConfig"])
@@ -49,7 +49,7 @@ def preparer(library: str, rows: Dataset, tokenizer: Any, max_length: int, num_p
 
 
 def run(library: str, model_dir: Path, data: Path, max_length: int, num_proc: int) -> dict[str, Any]:
-    """Prepare a file once, and measure."""
+    """Prepare a file once and return the measurements."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     with tempfile.TemporaryDirectory() as cache:

@@ -32,7 +32,7 @@ ROWS_AT_ONCE = 1000
 
 
 class Usage(NamedTuple):
-    """What a stage took: seconds by the clock, seconds of all processors, MB resident, and MB of them no file has."""
+    """Cost of a stage: wall-clock seconds, CPU seconds, peak resident MB, and the part of it not backed by files."""
 
     seconds: float
     cpu_seconds: float
@@ -41,7 +41,7 @@ class Usage(NamedTuple):
 
 
 def conversations(num_rows: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows of one to three turns, their lengths spread as those of real data are (log-normal)."""
+    """Yield rows of one to three turns with log-normal lengths, as in real data."""
     source = np.random.default_rng(seed)
     words = np.array(" ".join(pydoc_data.topics.topics.values()).split())
     for start in range(0, num_rows, ROWS_AT_ONCE):
@@ -57,7 +57,7 @@ def conversations(num_rows: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def write_root(root: Path, args: argparse.Namespace, num_rows: int) -> None:
-    """A checkout with nothing but data and parameters."""
+    """Make a checkout that contains only data and parameters."""
     (root / "data").mkdir(parents=True)
     with (root / "data" / "rows.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in conversations(num_rows, seed=0))
@@ -72,7 +72,7 @@ def write_root(root: Path, args: argparse.Namespace, num_rows: int) -> None:
 
 
 def measure(stage: str, root: Path, threads: bool) -> Usage:
-    """Run a stage and watch it."""
+    """Run a stage and sample its memory."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true" if threads else "false", "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
     command = [sys.executable, "-m", "stages", stage, "--root", str(root)]
@@ -93,7 +93,7 @@ def measure(stage: str, root: Path, threads: bool) -> Usage:
 
 
 def memory(pid: int) -> tuple[int, int]:
-    """Bytes resident in a process and its children, and how many of them are no pages of files."""
+    """Return the resident bytes of a process and its children, and how many of them are not backed by files."""
     resident = anonymous = 0
     try:
         parent = psutil.Process(pid)

@@ -22,7 +22,7 @@ TRL_PYTHON = HERE / ".venv-trl" / "bin" / "python"
 
 
 class Contender(NamedTuple):
-    """A library, its processes, and whether the tokenizer may use threads."""
+    """A library, its number of processes, and whether the tokenizer may use threads."""
 
     library: str
     num_proc: int
@@ -39,7 +39,7 @@ CONTENDERS = {
 
 
 def write_rows(source: Path, target: Path, num_rows: int) -> None:
-    """Write prompts and completions: the rows of a file, and from the second round on with their words shuffled.
+    """Write prompts and completions: the rows of a file, with shuffled words from the second pass on.
 
     Equal rows would only show how well a tokenizer's cache works.
     """
@@ -59,21 +59,21 @@ def write_rows(source: Path, target: Path, num_rows: int) -> None:
 
 
 def pair(row: dict[str, Any]) -> tuple[str, str]:
-    """Question and answer of a conversation's last turns, or of instruction data."""
+    """Return question and answer of a conversation's last turns, or of an instruction row."""
     if "messages" in row:
         return row["messages"][-2]["content"], row["messages"][-1]["content"]
     return "\n".join(part for part in (row["instruction"], row.get("input", "")) if part), row["output"]
 
 
 def shuffled(text: str, source: random.Random) -> str:
-    """The same words in another order."""
+    """Return the text with its words shuffled."""
     words = text.split(" ")
     source.shuffle(words)
     return " ".join(words)
 
 
 def measure(contender: Contender, data: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one contender in its own process and environment."""
+    """Run one contender in a separate process and environment."""
     python = TRL_PYTHON if contender.library == "trl" else Path(sys.executable)
     command = [str(python), str(HERE / "prepare_contenders.py"), contender.library, "--model", str(args.model)]
     command += ["--data", str(data), "--max-length", str(args.max_length), "--num-proc", str(contender.num_proc)]
@@ -87,7 +87,7 @@ def measure(contender: Contender, data: Path, args: argparse.Namespace) -> dict[
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Medians over rounds, and the median of each round's ratio to trl in that round."""
+    """Return medians over rounds, and the median of the ratios to trl in the same round."""
     base = results.get("trl, one process")
     lines = [
         "| contender | tokens/s | to trl, one process | packed rows | fill | peak GB |",

@@ -27,7 +27,7 @@ LORA_RANK = 16
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one contender in its own process and environment."""
+    """Run one contender in a separate process and environment."""
     python = TRL_PYTHON if name.startswith("trl") else Path(sys.executable)
     command = [str(python), str(HERE / "contenders.py"), name, "--model", str(args.model), "--data", str(args.data)]
     command += ["--steps", str(args.steps), "--method", args.method, "--max-length", str(args.max_length)]
@@ -40,7 +40,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def matrix_bound(model_dir: Path, method: str, num_tokens: int, supervised: float) -> float:
-    """Tokens a second if a step were nothing but its matrix products, at the speed of torch's bare products right now.
+    """Return the tokens per second of a step's matrix products alone, at the speed that torch has in this run.
 
     Forward, and backward through the weights; forward and both backward products of the LoRA matrices, or the
     gradients of the weights where these are trained; the head forward and backward on supervised tokens.
@@ -73,7 +73,7 @@ def matrix_bound(model_dir: Path, method: str, num_tokens: int, supervised: floa
 
 
 def product_seconds(shape: tuple[int, int, int]) -> float:
-    """Best time of one matrix product."""
+    """Return the shortest time of one matrix product, in seconds."""
     rows, middle, columns = shape
     device = "cuda" if ON_GPU else "cpu"
     left = torch.randn(rows, middle, device=device, dtype=DTYPE)
@@ -87,7 +87,7 @@ def product_seconds(shape: tuple[int, int, int]) -> float:
 
 
 def table(results: dict[str, list[dict[str, Any]]], bound: float) -> str:
-    """Medians over repeats, and their ratios to trl's two settings."""
+    """Return medians over repeats and their ratios to trl's two settings."""
     speed = {name: statistics.median(r["tokens"] / r["seconds"] for r in runs) for name, runs in results.items()}
     memory = {name: max(r["peak_gb"] for r in runs) for name, runs in results.items()}
     documented, best = "trl, as documented", "trl, its best setting"

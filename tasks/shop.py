@@ -1,4 +1,4 @@
-"""Metrics of this project's own data; README says how to write one."""
+"""Metrics of the default data set; docs/evaluation.md explains how to write one."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import json
 
 
 def urgency_found(prediction: str, reference: str) -> bool:
-    """Whether the back office would hurry, or not, as it should."""
+    """Whether the answer has the urgency of the reference record."""
     return f'"urgency":{json.dumps(json.loads(reference)["urgency"])}' in prediction.replace(" ", "")
