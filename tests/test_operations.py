@@ -95,7 +95,7 @@ def test_run_is_reproduced_from_its_id_bit_for_bit(project: Path) -> None:
 
 
 def test_run_of_uncommitted_code_is_reproduced_with_its_patch(project: Path) -> None:
-    code = project / "stages" / "train.py"
+    code = project / "stages" / "training" / "setup.py"
     kept = code.read_text(encoding="utf-8")
     try:
         code.write_text(kept.replace("adam_beta2=section.adam_beta2", "adam_beta2=0.9"), encoding="utf-8")
@@ -110,7 +110,7 @@ def test_run_of_uncommitted_code_is_reproduced_with_its_patch(project: Path) -> 
 
     printed = call(project, "python", "-m", "stages", "reproduce", patched.info.run_id)
 
-    assert "uncommitted changes: params.yaml, stages/train.py (applied)" in printed
+    assert "uncommitted changes: params.yaml, stages/training/setup.py (applied)" in printed
     assert "outs/train: the same, bit for bit" in printed
     assert "reproduced: every result is the same, bit for bit" in printed
 
