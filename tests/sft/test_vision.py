@@ -9,7 +9,6 @@ import pickle
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -49,12 +48,6 @@ NAMES = list(COLOURS)
 END = {"llava": "<|im_end|>", "qwen2_vl": "<|im_end|>", "idefics3": "<end_of_utterance>"}
 LEAD = {"llava": "", "qwen2_vl": "", "idefics3": " "}
 IMAGE = {"type": "image"}
-
-
-@pytest.fixture(autouse=True)
-def no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate collects garbage after every training: a third of these tests' time."""
-    monkeypatch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=int))
 
 
 @lru_cache

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from sft.trainer import SFTTrainer
-from stages import train
 from stages.artifacts import read_json
 from stages.checkpoints import TrainingState
 from stages.launch import ProcessKilled, failure_of
@@ -19,7 +18,7 @@ from stages.out_of_memory import OutOfMemory, fewer, fitted, make_smaller
 from stages.params import TrainSection, load_params
 from stages.paths import Paths
 from tests.stages.test_launch import failure
-from tests.stages.training_root import REPO, make_training_root, run_stage
+from tests.stages.training_root import REPO, make_training_root, run_stage, train_here
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB."
 # What a launched process loads before all else.
@@ -35,10 +34,6 @@ if "LOCAL_RANK" in os.environ:
         return step(self, *args, **kwargs)
     SFTTrainer.training_step = limited
 """
-
-
-def train_here(paths: Paths) -> None:
-    train.run(load_params(paths.root / "params.yaml"), paths)
 
 
 def limit_rows(monkeypatch: pytest.MonkeyPatch, fits: int, from_step: int) -> None:

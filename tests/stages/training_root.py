@@ -13,6 +13,7 @@ from datasets import Dataset
 from ruamel.yaml import YAML
 
 from sft.labels import IGNORE_INDEX
+from stages import train
 from stages.artifacts import write_json, write_jsonl
 from stages.base_model import folder_digest
 from stages.params import LaunchSection, load_params
@@ -85,6 +86,11 @@ def set_params(root: Path, launch: dict[str, Any] | None = None, **train: Any) -
 def environment() -> dict[str, str]:
     """One thread a process, no network."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def train_here(paths: Paths) -> None:
+    """Run the stage `train` in this process, which saves the start of another one."""
+    train.run(load_params(paths.root / "params.yaml"), paths)
 
 
 def start_stage(paths: Paths, stage: str = "train", **variables: str) -> subprocess.Popen[str]:
