@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 # it does not cache, from a copy.
 BACK := $(RUN)/dvc checkout --quiet --allow-missing; cp -pn .state/metrics/*.json reports/metrics/
 # Torch processes that share cores slow each other many times over unless each keeps to one thread.
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # What another processor rounds: AVX2 where this one has AVX-512, else loops without vector instructions.
 OTHER_ROUNDING := $(shell grep -qs avx512f /proc/cpuinfo \
 	&& echo ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 || echo ATEN_CPU_CAPABILITY=default)

@@ -98,7 +98,10 @@ def test_run_of_uncommitted_code_is_reproduced_with_its_patch(project: Path) -> 
     code = project / "stages" / "training" / "setup.py"
     kept = code.read_text(encoding="utf-8")
     try:
-        code.write_text(kept.replace("adam_beta2=section.adam_beta2", "adam_beta2=0.9"), encoding="utf-8")
+        options = "**section.model_dump(exclude=NOT_SFT_OPTIONS)"
+        assert kept.count(options) == 1
+        changed = kept.replace(options, '**{**section.model_dump(exclude=NOT_SFT_OPTIONS), "adam_beta2": 0.9}')
+        code.write_text(changed, encoding="utf-8")
         assert code.read_text(encoding="utf-8") != kept
         change_params(project, {"train": {"max_steps": 4}})
         call(project, "dvc", "repro")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,8 +71,6 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainers that are given no `output_dir` write where the script runs."""
     monkeypatch.chdir(tmp_path)
-    # accelerate collects garbage after every training: a third of these tests' time
-    monkeypatch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=int))
 
 
 def imdb() -> Dataset:

@@ -14,9 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+<<<<<<< HEAD
 from sft.batches.layout import FILLER
 from sft.train.processes import EvenCollator, EvenRows
 from tests.sft.rank_training import CHECKPOINTS, FIGURES, NAMES, NUM_STEPS, ROWS
+=======
+from sft.even_rows import FILLER, EvenCollator, EvenRows
+from tests.sft.rank_training import CHECKPOINTS, FIGURES, NAMES, NUM_STEPS, ROWS, train
+>>>>>>> ea9a05606e96a069891c9ad757b12489203f1a10
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,8 +49,9 @@ def run(file: Path, processes: int, per_device: int, accumulation: int, **variab
 
 
 @cache
-def whole_batches(folder: Path) -> dict[str, Any]:
-    return run(folder / "whole.pt", processes=1, per_device=8, accumulation=1)
+def whole_batches() -> dict[str, Any]:
+    """What all trainings give in one process, this one."""
+    return {name: train(name, per_device=8, accumulation=1) for name in NAMES}
 
 
 LAYOUTS = [
@@ -60,7 +66,7 @@ LAYOUTS = [
 def test_losses_and_weights_do_not_depend_on_the_number_of_processes(
     tmp_path_factory: pytest.TempPathFactory, layout: tuple[int, int, int]
 ) -> None:
-    expected = whole_batches(tmp_path_factory.getbasetemp())
+    expected = whole_batches()
     found = run(tmp_path_factory.mktemp("parts") / "parts.pt", *layout)
     assert_same(found, expected)
 
@@ -71,7 +77,7 @@ def test_losses_and_weights_do_not_depend_on_the_number_of_processes(
 def test_training_is_resumed_with_another_number_of_processes(
     tmp_path_factory: pytest.TempPathFactory, before: tuple[int, int, int], after: tuple[int, int, int]
 ) -> None:
-    expected = whole_batches(tmp_path_factory.getbasetemp())
+    expected = whole_batches()
     folder = tmp_path_factory.mktemp("resumed")
     run(folder / "before.pt", *before, **{CHECKPOINTS: str(folder)})
     for name in NAMES:

@@ -13,10 +13,18 @@ from datasets import Dataset
 from ruamel.yaml import YAML
 
 from sft.labels import IGNORE_INDEX
+<<<<<<< HEAD
 from stages.checkout.artifacts import write_json, write_jsonl
 from stages.checkout.paths import Paths
 from stages.models.base import folder_digest
 from stages.params.schema import LaunchSection, load_params
+=======
+from stages import train
+from stages.artifacts import write_json, write_jsonl
+from stages.base_model import folder_digest
+from stages.params import LaunchSection, load_params
+from stages.paths import Paths
+>>>>>>> ea9a05606e96a069891c9ad757b12489203f1a10
 from tests.tiny import tiny_model, tiny_tokenizer
 
 REPO = Path(__file__).resolve().parents[2]
@@ -85,6 +93,11 @@ def set_params(root: Path, launch: dict[str, Any] | None = None, **train: Any) -
 def environment() -> dict[str, str]:
     """One thread a process, no network."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def train_here(paths: Paths) -> None:
+    """Run the stage `train` in this process, which saves the start of another one."""
+    train.run(load_params(paths.root / "params.yaml"), paths)
 
 
 def start_stage(paths: Paths, stage: str = "train", **variables: str) -> subprocess.Popen[str]:

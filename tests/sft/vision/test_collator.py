@@ -9,7 +9,6 @@ import pickle
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -51,12 +50,15 @@ LEAD = {"llava": "", "qwen2_vl": "", "idefics3": " "}
 IMAGE = {"type": "image"}
 
 
+<<<<<<< HEAD:tests/sft/vision/test_collator.py
 @pytest.fixture(autouse=True)
 def no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip accelerate's garbage collection after every training, which takes a third of these tests' time."""
     monkeypatch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=int))
 
 
+=======
+>>>>>>> ea9a05606e96a069891c9ad757b12489203f1a10:tests/sft/test_vision.py
 @lru_cache
 def processor(family: str) -> ProcessorMixin:
     return tiny_processor(family)

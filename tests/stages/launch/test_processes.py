@@ -33,6 +33,7 @@ from tests.stages.training_root import (
     run_stage,
     set_params,
     start_stage,
+    train_here,
 )
 
 TWO = {"processes": 2}
@@ -57,7 +58,7 @@ def assert_same_training(found: Paths, expected: Paths, method: str) -> None:
 
 def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
     one = make_training_root(tmp_path / "one")
-    run_stage(one)
+    train_here(one)
     two = make_training_root(tmp_path / "two", per_device_train_batch_size=2, launch=TWO)
     output = run_stage(two)
     assert_same_training(two, one, "lora")
