@@ -14,14 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-<<<<<<< HEAD
 from sft.batches.layout import FILLER
 from sft.train.processes import EvenCollator, EvenRows
-from tests.sft.rank_training import CHECKPOINTS, FIGURES, NAMES, NUM_STEPS, ROWS
-=======
-from sft.even_rows import FILLER, EvenCollator, EvenRows
 from tests.sft.rank_training import CHECKPOINTS, FIGURES, NAMES, NUM_STEPS, ROWS, train
->>>>>>> ea9a05606e96a069891c9ad757b12489203f1a10
 
 ROOT = Path(__file__).resolve().parents[2]
 

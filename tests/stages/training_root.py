@@ -13,18 +13,11 @@ from datasets import Dataset
 from ruamel.yaml import YAML
 
 from sft.labels import IGNORE_INDEX
-<<<<<<< HEAD
+from stages import train
 from stages.checkout.artifacts import write_json, write_jsonl
 from stages.checkout.paths import Paths
 from stages.models.base import folder_digest
 from stages.params.schema import LaunchSection, load_params
-=======
-from stages import train
-from stages.artifacts import write_json, write_jsonl
-from stages.base_model import folder_digest
-from stages.params import LaunchSection, load_params
-from stages.paths import Paths
->>>>>>> ea9a05606e96a069891c9ad757b12489203f1a10
 from tests.tiny import tiny_model, tiny_tokenizer
 
 REPO = Path(__file__).resolve().parents[2]

@@ -50,15 +50,6 @@ LEAD = {"llava": "", "qwen2_vl": "", "idefics3": " "}
 IMAGE = {"type": "image"}
 
 
-<<<<<<< HEAD:tests/sft/vision/test_collator.py
-@pytest.fixture(autouse=True)
-def no_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip accelerate's garbage collection after every training, which takes a third of these tests' time."""
-    monkeypatch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=int))
-
-
-=======
->>>>>>> ea9a05606e96a069891c9ad757b12489203f1a10:tests/sft/test_vision.py
 @lru_cache
 def processor(family: str) -> ProcessorMixin:
     return tiny_processor(family)

@@ -10,9 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-<<<<<<< HEAD:tests/stages/training/test_out_of_memory.py
 from sft.train.trainer import SFTTrainer
-from stages import train
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
 from stages.launch.processes import ProcessKilled, failure_of
@@ -20,18 +18,7 @@ from stages.params.schema import TrainSection, load_params
 from stages.training.checkpoints import TrainingState
 from stages.training.out_of_memory import OutOfMemory, fewer_rows, make_smaller, section_that_fits
 from tests.stages.launch.test_processes import failure
-from tests.stages.training_root import REPO, make_training_root, run_stage
-=======
-from sft.trainer import SFTTrainer
-from stages.artifacts import read_json
-from stages.checkpoints import TrainingState
-from stages.launch import ProcessKilled, failure_of
-from stages.out_of_memory import OutOfMemory, fewer, fitted, make_smaller
-from stages.params import TrainSection, load_params
-from stages.paths import Paths
-from tests.stages.test_launch import failure
 from tests.stages.training_root import REPO, make_training_root, run_stage, train_here
->>>>>>> ea9a05606e96a069891c9ad757b12489203f1a10:tests/stages/test_out_of_memory.py
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB."
 # What a launched process loads before all else.
