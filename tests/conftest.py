@@ -1,4 +1,4 @@
-"""What holds for all tests: the order of their files, locks of their own, no curves unless asked for."""
+"""Settings of all tests: the order of their files, separate locks, live curves switched off."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ os.environ.setdefault("SFT_LIVE_RUN", "off")
 
 LONGEST_FIRST = (
     "tests/test_pipeline.py",
-    "test_launch.py",
+    "launch/test_processes.py",
     "test_sweep.py",
-    "test_processes.py",
+    "sft/test_processes.py",
     "test_trainer.py",
     "test_trajectory.py",
     "test_remotes.py",
