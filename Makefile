@@ -18,7 +18,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numproces
 OTHER_ROUNDING := $(shell grep -qs avx512f /proc/cpuinfo \
 	&& echo ATEN_CPU_CAPABILITY=avx2 DNNL_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 || echo ATEN_CPU_CAPABILITY=default)
 
-# No tool phones home.
+# Switch off telemetry.
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -60,7 +60,7 @@ test-long: $(READY) ## the slow tests too
 test-numerics: $(READY) ## the tests of computations once more, rounded as another processor does
 	@$(OTHER_ROUNDING) $(PYTEST) -m "numerics and not slow"
 
-audit: $(READY) ## known weaknesses of the locked versions, where pip-audit's database can be reached
+audit: $(READY) ## known vulnerabilities of the locked versions, where pip-audit's database can be reached
 	@$(RUN)/python .ci/audit.py
 
 lint: $(READY) ## fix what ruff can fix

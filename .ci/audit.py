@@ -1,7 +1,7 @@
 """Check the versions in requirements.lock for known vulnerabilities with pip-audit: `python .ci/audit.py [URL]`.
 
-A database that can't be reached, or knows nothing, must not look like one that found nothing: it is first asked for a
-version that is known to be weak. Without an answer the audit is skipped, and says so.
+Query the database first for a version with known vulnerabilities. If it is unreachable or returns none, skip the audit
+with a message, because an empty result would look like a clean one.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KNOWN_TO_BE_WEAK = "https://pypi.org/pypi/jinja2/3.1.4/json"  # CVE-2024-56201 and others
+KNOWN_TO_BE_VULNERABLE = "https://pypi.org/pypi/jinja2/3.1.4/json"  # CVE-2024-56201 and others
 PATIENCE_S = 8
 
 
-def main(url: str = KNOWN_TO_BE_WEAK) -> int:
-    """Audit if the database answers; return the exit code of pip-audit, or 0 if the database does not answer."""
+def main(url: str = KNOWN_TO_BE_VULNERABLE) -> int:
+    """Run the audit if the database is usable; return the exit code of pip-audit, or 0 if the audit is skipped."""
     signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(2 * PATIENCE_S)  # looking a name up has no timeout of its own
+    signal.alarm(2 * PATIENCE_S)  # DNS lookup has no timeout of its own
     try:
         with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
-            weaknesses = json.load(answer).get("vulnerabilities")
+            vulnerabilities = json.load(answer).get("vulnerabilities")
     except (OSError, ValueError) as error:
-        weaknesses, why = None, f"{type(error).__name__}: {error}"
+        vulnerabilities, why = None, f"{type(error).__name__}: {error}"
     else:
-        why = "it has no entry on a version that is known to be weak"
+        why = "it lists no vulnerability for a version known to have some"
     signal.alarm(0)
-    if not weaknesses:
-        print(f"AUDIT SKIPPED: the database of weaknesses ({url}) does not answer: {why}", flush=True)
+    if not vulnerabilities:
+        print(f"AUDIT SKIPPED: the vulnerability database ({url}) is not usable: {why}", flush=True)
         return 0
     lock = ["--requirement", str(ROOT / "requirements.lock"), "--no-deps", "--disable-pip"]
     command = [sys.executable, "-m", "pip_audit", *lock, "--progress-spinner", "off", "--timeout", "15"]
@@ -39,7 +39,7 @@ def main(url: str = KNOWN_TO_BE_WEAK) -> int:
 
 
 def give_up(*_: object) -> None:
-    """Timeout without an answer; urllib lets it through."""
+    """Raise TimeoutError, which urllib propagates to `main`."""
     raise TimeoutError(f"no answer within {2 * PATIENCE_S} s")
 
 

@@ -1,6 +1,6 @@
 """One contender of the training benchmark, run as a separate process: `python benchmarks/contenders.py NAME ...`.
 
-Prints one line of JSON: tokens and seconds of the timed steps, loss of each step, peak resident memory.
+It prints one line, `RESULT` and JSON: tokens and seconds of the timed steps, loss of each step, peak memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft, packed": ("sft", {"per_device_train_batch_size": 1, "packing": True}),
     "sft, same rows packed": ("sft", PACKED),
 }
-# One trick less each, on the same packed rows.
+# Ablations: one speed-up switched off at a time, on the same packed rows.
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "without shared tokens": ("sft", {**PACKED, "share_tokens": False}),
     "without fused LoRA": ("sft", {**PACKED, "fused_lora": False}),
@@ -107,7 +107,7 @@ class CountedCollator:
 
 
 def read_rows(path: Path) -> Dataset:
-    """Read conversations, instruction data or pairs as rows with prompt and completion."""
+    """Read conversations or instruction data as rows with prompt and completion."""
     text = path.read_text(encoding="utf-8")
     rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
     pairs = []
@@ -157,7 +157,7 @@ def load_model(model_dir: Path, method: str) -> Any:
 
 
 def peak_bytes() -> int:
-    """Return the peak memory in GB of the GPU, or of the process (Linux counts it in KiB)."""
+    """Return the peak memory in bytes: of the GPU, or of the process (which Linux reports in KiB)."""
     return torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

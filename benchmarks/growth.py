@@ -1,6 +1,6 @@
 """Time per token against length, batch, rank and vocabulary: `python benchmarks/growth.py` draws benchmarks/growth.svg.
 
-A model of SmolLM2-135M's shape with fewer layers and random weights, trained by `SFTTrainer` with LoRA in float32 on
+A model of SmolLM2-135M's shape with fewer layers and random weights is trained by `SFTTrainer` with LoRA in float32 on
 random tokens, half of them supervised. Each point is the fastest of a few steps.
 """
 
@@ -47,9 +47,9 @@ class Setting:
 
 
 CURVES: dict[str, tuple[str, list[tuple[int, Setting]]]] = {
-    "one document a row": ("tokens a row", [(n, Setting(length=n, num_documents=1)) for n in LENGTHS]),
-    "packed documents of 128 tokens": ("tokens a row", [(n, Setting(num_documents=n // 128)) for n in LENGTHS]),
-    "rows of 512 a step": ("tokens a step", [(512 * n, Setting(batch=n)) for n in (1, 2, 4, 8)]),
+    "one document per row": ("tokens per row", [(n, Setting(length=n, num_documents=1)) for n in LENGTHS]),
+    "packed documents of 128 tokens": ("tokens per row", [(n, Setting(num_documents=n // 128)) for n in LENGTHS]),
+    "rows of 512 tokens": ("tokens per step", [(512 * n, Setting(batch=n)) for n in (1, 2, 4, 8)]),
     "LoRA rank": ("rank", [(n, Setting(rank=n)) for n in (4, 8, 16, 32, 64, 128)]),
     "vocabulary": ("words", [(n, Setting(vocab_size=n)) for n in (8192, 16384, 32768, 65536, 131072)]),
 }
@@ -127,7 +127,7 @@ def empty_tokenizer() -> PreTrainedTokenizerFast:
 def draw(results: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """Draw one panel per quantity on the horizontal axis."""
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.fonttype"] = "none"  # letters as letters: smaller by a third
+    matplotlib.rcParams["svg.fonttype"] = "none"  # keep text as text: the file is a third smaller
     import matplotlib.pyplot as plt
 
     axes_names = list(dict.fromkeys(CURVES[name][0] for name in results))

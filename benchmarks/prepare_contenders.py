@@ -1,7 +1,7 @@
 """One contender of the preparation benchmark, run as a separate process: `prepare_contenders.py LIBRARY ...`.
 
-From a JSONL file to packed rows with labels, by what each library's trainer does before it trains. Prints one line of
-JSON: tokens, seconds, packed rows, fill, peak resident memory.
+It turns a JSONL file into packed rows with labels, as the library's trainer does before it trains. It prints one line,
+`RESULT` and JSON: tokens, seconds, packed rows, fill, peak resident memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def preparer(library: str, rows: Dataset, tokenizer: Any, max_length: int, num_p
     if library == "sft":
         prepare_dataset = __import__("sft.train.datasets", fromlist=["prepare_dataset"]).prepare_dataset
         return lambda dataset: prepare_dataset(dataset, tokenizer, config, packing=True)
-    # trl prepares in a method of its trainer, which needs a model: the smallest there can be
+    # trl prepares in a method of its trainer, which needs a model: use a tiny one
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     trainer = package.SFTTrainer(model, args=config, train_dataset=rows.select(range(8)), processing_class=tokenizer)

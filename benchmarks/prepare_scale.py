@@ -1,8 +1,7 @@
 """Time and memory of load, format and pack against the number of rows: `python benchmarks/prepare_scale.py --rows N`.
 
-Conversations of about 300 tokens, made of words of Python's own manual in random order. Every stage runs as the
-pipeline runs it, in a process of its own; memory is that of the process and its children together, looked at ten times
-a second.
+The rows are conversations of about 300 tokens, made of words of Python's manual in random order. Every stage runs in a
+separate process, as in the pipeline. Memory is the sum over the process and its children, sampled ten times per second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Preparation side by side with trl, in one run: `make bench-prepare`, or `python benchmarks/prepare_speed.py --help`.
 
-From one JSONL file of prompts and completions to packed rows with labels. Each contender is its own process, one after
-the other, round after round; figures are ratios within this run. trl lives in an environment of its own.
+Each contender turns the same JSONL file of prompts and completions into packed rows with labels. Contenders run one
+after the other in separate processes, for several rounds. The table has tokens per second, and ratios between
+contenders of the same round. trl is installed in a separate environment.
 """
 
 from __future__ import annotations

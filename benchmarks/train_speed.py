@@ -1,7 +1,8 @@
 """Training side by side with trl, in one run: `make bench`, or `python benchmarks/train_speed.py --help`.
 
-LoRA (r=16, all linear layers) on the model and the rows that all contenders share. Each contender is its own process,
-one after the other; figures are ratios within this run. trl lives in an environment of its own.
+All contenders train the same model on the same rows: by LoRA or QLoRA (r=16, all linear layers), or all weights.
+Contenders run one after the other in separate processes. The table has tokens per second, and ratios between contenders
+of this run. trl is installed in a separate environment.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def matrix_bound(model_dir: Path, method: str, num_tokens: int, supervised: float) -> float:
     """Return the tokens per second of a step's matrix products alone, at the speed that torch has in this run.
 
-    Forward, and backward through the weights; forward and both backward products of the LoRA matrices, or the
-    gradients of the weights where these are trained; the head forward and backward on supervised tokens.
+    They are: the products of the forward pass and of the backward pass through the weights; those of the LoRA matrices
+    forward and backward or, if all weights are trained, those for the gradients of the weights; those of the head
+    forward and backward, on supervised tokens.
 
     Args:
         model_dir: Folder with the model's config.
-        method: How is trained.
+        method: lora, full or qlora.
         num_tokens: Tokens of a step.
         supervised: Share of tokens with a target.
     """
@@ -112,9 +114,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each contender")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--method", choices=METHODS, default="lora")
-    parser.add_argument("--max-length", type=int, default=512, help="of rows that are not packed to 1400")
+    parser.add_argument("--max-length", type=int, default=512, help="for contenders without their own max_length")
     parser.add_argument("--only", nargs="*", choices={**CONTENDERS, **ABLATIONS}, default=list(CONTENDERS))
-    parser.add_argument("--ablate", action="store_true", help="also do without one trick at a time")
+    parser.add_argument("--ablate", action="store_true", help="also run with one speed-up off at a time")
     args = parser.parse_args()
     names = [*args.only, *(name for name in ABLATIONS if args.ablate)]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

@@ -1,6 +1,6 @@
 """Write the embedded data set: `python -m data.generate` (standard library only, the same bytes on every machine).
 
-A row is a short message from a customer to a shop and, as the answer, the JSON its back office wants.
+A row is a short message from a customer to a shop and, as the answer, the JSON record for its back office.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SHORTHAND = (("please", "pls"), ("Please", "Pls"), ("Thanks", "Thx"), ("I'm", "I
 
 
 class Deck(Generic[T]):
-    """Deals its cards in random order and shuffles again when all were dealt, so that all appear equally often.
+    """Deals its cards in random order and shuffles them again after all were dealt, so that all appear equally often.
 
     Only `Random.random` is used: it is the one method whose sequence Python promises to keep between versions.
     """
@@ -159,7 +159,10 @@ def vary(template: str, rng: Random) -> str:
 
 
 def join_sentences(sentences: Sequence[str]) -> str:
-    """Return the sentences as one message, with line breaks after "Dear shop," and around a signature in lines."""
+    """Return the sentences as one message.
+
+    There is a line break after a sentence that ends in a comma, and before one that contains a line break.
+    """
     message = ""
     for sentence in sentences:
         breaks = message.endswith(",") or "\n" in sentence

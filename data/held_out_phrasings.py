@@ -1,4 +1,4 @@
-"""How customers put things in the held-out rows: no line of it, and no four words in a row, occurs in training."""
+"""Sentence templates of the held-out messages: none of them, and no four words in a row, occurs in training."""
 
 from data.phrasings import Phrasings
 

@@ -1,7 +1,7 @@
-"""How customers put things in the training rows (held-out rows use data/held_out_phrasings.py).
+"""Sentence templates of the training messages (those of the held-out messages are in data/held_out_phrasings.py).
 
-Slots: {items} (what it is about), {name}, {city}. A line with all three stands alone; the others are combined. Of the
-alternatives in [brackets|like these] one is drawn each time.
+Slots are {items} (the products in question), {name} and {city}. Templates in `whole` have all three slots; the
+others are combined so that a message has all three. One alternative of each [group|like this] is drawn at random.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Lines = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Phrasings:
-    """One side (training or held-out) of everything a message is put together from."""
+    """Templates of one side (training or held-out) of the data set."""
 
     openers: Lines
     introductions: Lines

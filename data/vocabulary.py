@@ -1,8 +1,8 @@
-"""Names, cities and products: the words that training rows show, and those that only held-out rows show.
+"""Names, cities and products of the training rows, and others for the held-out rows.
 
-The two sides share no word (tests/test_data.py holds that), so a held-out answer can only be right when the model
-copies it out of the message. First names and cities are such as the default model's tokenizer splits the same way after
-a quote as after a space (data/README.md says why).
+The two sides share no word (tests/test_data.py checks this), so a held-out answer can only be correct if the model
+copies it from the message. First names and cities are chosen so that the default model's tokenizer splits them the same
+way after a quote as after a space (data/README.md explains why).
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ def _words(text: str) -> Words:
     return tuple(part.strip() for part in " ".join(text.split()).split(","))
 
 
-# A category's modifiers go with its nouns only, so that no "striped hammer" is on offer: (nouns, modifiers).
+# (nouns, modifiers) of a category. Modifiers are combined with nouns of the same category, to avoid "striped hammer".
 Shelf = tuple[Words, Words]
 
 FIRST_NAMES = _words("""

@@ -38,8 +38,8 @@ def nightly(notify: str | None = None, always: bool = False) -> State[Any]:
 
     Args:
         notify: A notification block of Prefect as `type/name`, such as `slack-webhook/team`. Empty: no notification.
-            The outcome is also emitted as an event (`sft.nightly.promoted`, `.held-back`, `.failed` or `.unchanged`),
-            which can trigger automations.
+            The outcome is also emitted as an event (`sft.nightly.promoted`, `.held-back`, `.failed`, `.done` if no
+            model was published, or `.unchanged`), which can trigger automations.
         always: Run the pipeline even if the data did not change.
     """
     root = Path.cwd().resolve()

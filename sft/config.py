@@ -39,7 +39,7 @@ class SFTConfig(TrainingArguments):
     """All options of `transformers.TrainingArguments`, and those of supervised fine-tuning.
 
     Each option is described where it is declared, in its field's `metadata["help"]`. `--help` of a script that uses
-    `HfArgumentParser` prints these descriptions, and docs/library.md lists them.
+    `HfArgumentParser` prints these descriptions, and docs/library.md explains how to print them.
 
     Call `validate` after setting an option on an existing configuration.
 

@@ -6,5 +6,5 @@ import json
 
 
 def urgency_found(prediction: str, reference: str) -> bool:
-    """Whether the answer has the urgency of the reference record."""
+    """Return whether the answer contains the urgency of the reference record."""
     return f'"urgency":{json.dumps(json.loads(reference)["urgency"])}' in prediction.replace(" ", "")

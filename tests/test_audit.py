@@ -1,4 +1,4 @@
-"""The audit of dependencies in CI: done where there is a database to ask, else skipped aloud."""
+"""The audit of dependencies in CI: run if there is a database to query, else skipped with a message."""
 
 from __future__ import annotations
 
@@ -46,24 +46,26 @@ def database(request: pytest.FixtureRequest) -> Iterator[str]:
     server.shutdown()
 
 
-def test_without_a_database_the_audit_is_skipped_aloud(audit: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_database_the_audit_is_skipped_with_a_message(
+    audit: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert audit.main("http://127.0.0.1:9/jinja2") == 0
     assert (
-        "AUDIT SKIPPED: the database of weaknesses (http://127.0.0.1:9/jinja2) does not answer"
+        "AUDIT SKIPPED: the vulnerability database (http://127.0.0.1:9/jinja2) is not usable: "
         in capsys.readouterr().out
     )
 
 
 @pytest.mark.parametrize("database", [{"info": {}}, {"vulnerabilities": []}], indirect=True)
-def test_a_database_that_knows_nothing_is_no_clean_bill(
+def test_an_empty_answer_of_the_database_skips_the_audit(
     audit: ModuleType, database: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert audit.main(database) == 0
-    assert "no entry on a version that is known to be weak" in capsys.readouterr().out
+    assert "it lists no vulnerability for a version known to have some" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("database", [{"vulnerabilities": [{"id": "CVE"}]}], indirect=True)
-def test_where_there_is_one_the_locked_versions_are_looked_up(
+def test_with_a_database_the_locked_versions_are_audited(
     audit: ModuleType, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = []

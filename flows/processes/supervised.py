@@ -19,7 +19,7 @@ GRACE_S = 20.0
 def start_supervised(
     command: list[str], root: Path, environment: dict[str, str], output: int | IO[Any]
 ) -> subprocess.Popen[bytes]:
-    """Start a command in a new session; its process tree ends with it or with this process."""
+    """Start a command in a new session. Its process tree is ended when the command or this process ends."""
     guard = [sys.executable, "-P", str(Path(supervise.__file__)), str(os.getpid()), str(GRACE_S)]
     return subprocess.Popen(
         [*guard, *command],
@@ -33,7 +33,9 @@ def start_supervised(
 
 
 def run_supervised(command: list[str], root: Path, environment: dict[str, str], on_line: Callable[[str], None]) -> int:
-    """Run a command in a new session to its end; on any exception, end its process tree first.
+    """Run a command in a new session and wait for it.
+
+    If an exception is raised, end its process tree before re-raising.
 
     Args:
         command: The command.

@@ -1,4 +1,4 @@
-"""The plan of a run: the stages of dvc.yaml in an order that works, as DVC itself sees them."""
+"""The plan of a run: the stages of dvc.yaml in topological order, read from DVC's index."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from stages.checkout.worktree import WorktreeError, dvc_cache, git, locked_workt
 
 @contextmanager
 def isolated_checkout(root: Path, name: str, params_text: str, plan: Plan, given: list[str]) -> Iterator[Path]:
-    """Check out HEAD into a worktree for the time of one run.
+    """Check out HEAD into a worktree for the duration of one run.
 
     Args:
         root: The checkout in which the run was asked for.
@@ -82,7 +82,10 @@ def _check_out_data(path: Path, given: list[str]) -> None:
 
 
 def _refuse_other_sources(root: Path, path: Path, plan: Plan) -> None:
-    """Check that the sources are the same here and there; git does not report changes of files that it ignores."""
+    """Check that the sources are the same in the checkout and in the worktree.
+
+    Git does not report changes of files that it ignores.
+    """
     for stage in plan.stages:
         here, there = present_inputs(root, stage.name), present_inputs(path, stage.name)
         other = [source for source in stage.sources if here.get(source) != there.get(source)]

@@ -93,7 +93,7 @@ def _flash_package(requested: str) -> _FlashPackage | None:
 
 
 def check_flash_sdp(attention: str, dtype: torch.dtype, hardware: Hardware, flat: bool) -> None:
-    """Check that `force_flash_sdp` can be followed: torch's own flash kernel is used and can run here.
+    """Check that `force_flash_sdp` can be honoured: torch's own flash kernel is used and can run here.
 
     Args:
         attention: The `attn_implementation` in use.
@@ -122,7 +122,7 @@ def check_flash_sdp(attention: str, dtype: torch.dtype, hardware: Hardware, flat
 def refuse_packing_reason(model: torch.nn.Module) -> str | None:
     """Return why a row of this model can't contain several documents, or None if no reason is known.
 
-    `sft.attention.isolation.probe_isolation` then tests it.
+    The caller then tests the model with `sft.attention.isolation.probe_isolation`.
     """
     base = causal_lm(model)
     config = base.config.get_text_config()
@@ -147,8 +147,8 @@ def choose_packed_attention(
         dtype: Precision that attention runs in; if None, the model's.
 
     Returns:
-        A name for `model.set_attn_implementation`, and the reason. `sft.attention.isolation.probe_isolation` tests it
-        on the model.
+        A name for `model.set_attn_implementation`, and the reason; the caller tests it with
+        `sft.attention.isolation.probe_isolation`.
 
     Raises:
         ValueError: The model can't train on packed rows, or this machine can't run the requested attention.

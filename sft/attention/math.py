@@ -13,7 +13,7 @@ from sft.hardware import HALF_PRECISIONS
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What a layer asks of its attention in addition to query, key and value.
+    """Attention options of a layer besides query, key and value.
 
     Attributes:
         scaling: Factor of the scores.
@@ -54,9 +54,9 @@ def flash_is_forced() -> bool:
 def attend_by_document(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: DocumentLayout, options: AttentionOptions
 ) -> torch.Tensor:
-    """Compute attention with one call per document.
+    """Compute attention with one call per run of documents of equal length.
 
-    Neighbouring documents of equal length share a call, as a batch. The row is split by `Tensor.split`, whose backward
+    The documents of a run are computed as one batch. The row is split by `Tensor.split`, whose backward
     pass joins the gradients of all documents once instead of adding up one full-length gradient per document.
 
     Args:
@@ -64,7 +64,7 @@ def attend_by_document(
         key: `(1, num_key_value_heads, num_tokens, head_dim)`.
         value: `(1, num_key_value_heads, num_tokens, value_dim)`.
         layout: Lengths of the documents.
-        options: What the layer asks for.
+        options: Options of the layer.
 
     Returns:
         `(1, num_tokens, num_heads, value_dim)`.
@@ -103,7 +103,7 @@ def scaled_dot_product(
         query: `(documents, num_heads, length, head_dim)`.
         key: `(documents, num_key_value_heads, length, head_dim)`.
         value: `(documents, num_key_value_heads, length, value_dim)`.
-        options: Only those of `AttentionOptions.plain_for`.
+        options: Options for which `plain_for` returns True.
 
     Returns:
         `(documents, length, num_heads, value_dim)`.
@@ -130,8 +130,8 @@ def scaled_dot_product(
             raise
         raise ValueError(
             f"force_flash_sdp=True, but torch's flash kernel does not take this layer's attention on {query.device}: "
-            f"{query.dtype}, heads of width {query.shape[-1]}, dropout {options.dropout:g} (none on a CPU). Set "
-            "force_flash_sdp=False, or the model's attention dropout to 0"
+            f"{query.dtype}, heads of width {query.shape[-1]}, dropout {options.dropout:g} (the CPU kernel supports "
+            "no dropout). Set force_flash_sdp=False, or the model's attention dropout to 0"
         ) from error
     return output.transpose(1, 2)
 
@@ -159,7 +159,7 @@ def explicit_attention(
         query: `(batch, num_heads, length, head_dim)`.
         key: `(batch, num_key_value_heads, key_length, head_dim)`.
         value: `(batch, num_key_value_heads, key_length, value_dim)`.
-        options: What the layer asks for; causality and window are used if there is no mask.
+        options: Options of the layer; causality and window are used if there is no mask.
         attention_mask: `(batch, 1, length, key_length)`, bool (True = visible) or a float that is added to the scores.
 
     Returns:

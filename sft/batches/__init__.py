@@ -1,1 +1,1 @@
-"""Rows collated into one batch of tensors, with the borders of its documents. Imports no other room."""
+"""Rows collated into one batch of tensors, with the boundaries of its documents. Imports no other room."""

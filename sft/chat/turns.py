@@ -1,14 +1,14 @@
 """Location of the assistant's turns in a rendered chat, for any chat template.
 
-1. Marks, in time linear in the number of turns. A chat is rendered twice: plain, and with a private-use character
+1. By marks, in time linear in the number of turns. A chat is rendered twice: plain, and with a private-use character
    before and after the content of every message. If the second text without those characters equals the first one, the
    characters show where each content is. A turn then begins at the end of the generation prompt before its content and
    ends with the first terminator after it. Anything that the template prints between prompt and content, such as an
    empty `<think>` block, belongs to the turn, since the model has to generate it.
-2. Prefixes, if the template edits or inspects the content, so that the two texts differ: the messages up to a turn must
-   render to a prefix of the chat. This and the next method are quadratic, but needed for few rows.
-3. Replacement, if later messages change how earlier ones are printed: the chat with only that turn's content replaced
-   must differ nowhere else.
+2. By prefixes, if the template edits or inspects the content, so that the two texts differ: the messages up to a turn
+   must render to a prefix of the chat. This and the next method are quadratic, but needed for few rows.
+3. By replacement, if later messages change how earlier ones are printed: the chat with only that turn's content
+   replaced must differ nowhere else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from sft.chat.template import PROBE_ANSWER, ChatTemplate, Messages, TemplateProf
 from sft.chat.template_syntax import only_prints_contents
 from sft.common_prefix import common_prefix_length
 
-# Private-use characters (planes 15 and 16 of Unicode) that serve as marks: two for each message of a chat.
+# Private-use characters of plane 15 of Unicode serve as marks, two for each message. `_MAX_MARKED` is the largest
+# number of marks in a chat, so chats of more than half as many messages are not marked.
 _FIRST_MARK, _MAX_MARKED = 0xF0000, 0x7FFE
 
 _MARKS = re.compile("[\U000f0000-\U000ffffd]")
@@ -63,8 +64,8 @@ def assistant_turns(
         tools: Tool schemas.
 
     Returns:
-        The rendered text and, in order, one turn for every assistant message (several if the template has several
-        generation marks in it).
+        The rendered text and, in order, one turn for every assistant message (several if the template marks
+        several spans in one message).
 
     Raises:
         ValueError: The template refused the chat, or a turn could not be found in it.
@@ -359,6 +360,6 @@ def _not_found(chat: _Chat, index: int) -> str:
     return (
         f"the assistant's turn in message {index} cannot be located: the template prints the messages up to it "
         f"differently at the end of a conversation (...{prefix[near]!r}) than inside this one "
-        f"(...{chat.text[near]!r}). Mark what the assistant generates in the template with "
+        f"(...{chat.text[near]!r}). In the template, enclose the assistant's text in "
         "{% generation %} ... {% endgeneration %}"
     )

@@ -233,17 +233,18 @@ def media_problems(messages: Sequence[Mapping[str, Any]]) -> list[Problem]:
 
 
 def check_text_alone(record: Mapping[str, Any]) -> None:
-    """Check that a conversation contains only text: a chat template would at most print the names of images or audio.
+    """Check that a conversation contains only text, because a chat template renders images and audio as placeholder
+    text at most.
 
     Raises:
-        ValueError: A message has such a part; the error names both.
+        ValueError: A message has another part; the error names the message and the type of the part.
     """
     chats = [record[name] for name in ("messages", "prompt", "completion") if is_messages(record.get(name))]
     problems = [problem for chat in chats for problem in media_problems(chat)]
     if problems:
         raise ValueError(
             f"{problems[0].detail}; remove such parts, or give processing_class=AutoProcessor.from_pretrained(...) and "
-            "a data set whose first row has an image, or with a column images"
+            "a data set whose first row has an image, or that has a column `images`"
         )
 
 

@@ -24,7 +24,7 @@ NUM_VALUES = 128
 """MinHash values per text."""
 
 RECALL = 0.95
-"""Share of the pairs exactly at the threshold that become candidates; of more similar pairs nearly all do."""
+"""Share of the pairs exactly at the threshold that become candidates; nearly all pairs above the threshold do too."""
 
 NUM_NEIGHBOURS = 4
 """Rows of one band that a row is compared with, which bounds the work if thousands of rows share most of their text."""
@@ -33,10 +33,10 @@ FAR_OUT = 3.0
 """Distance of Tukey's outer fences from the quartiles, in interquartile ranges."""
 
 MIN_FACTOR = 2.0
-"""A row is an outlier only if its length is more than this factor outside the quartiles, however narrow those are."""
+"""A row is an outlier only if its length is more than this factor outside the quartiles, even if they are close."""
 
 MIN_ROWS = 20
-"""Rows below which nothing counts as an outlier."""
+"""Minimum number of rows for outlier detection."""
 
 RARE = 0.01
 """A language is rare if a smaller share of the rows than this is in it."""

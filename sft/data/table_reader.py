@@ -74,5 +74,7 @@ def _python_rows(batch: Any, name: str, before: int) -> list[dict[str, Any]]:
             except UnicodeDecodeError as error:
                 found = error.object[error.start : error.start + 4].hex(" ")
                 place = f"{name}:{before + number + 1}"
-                raise SourceError(f"{place}: a text is not UTF-8 (bytes {found}); write the file again") from error
+                raise SourceError(
+                    f"{place}: a text is not UTF-8 (bytes {found}); rewrite the file with UTF-8 text"
+                ) from error
         raise

@@ -28,17 +28,17 @@ BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 
 MAX_LINE = 256 << 20
-"""Longest line in bytes: some thousand times longer than any row that can be trained."""
+"""Longest line in bytes: far longer than any row that can be trained."""
 
 MAX_EXPANSION, MAX_UNPACKED = 200, 1 << 30
-"""A text may be 200 times larger than its compressed file, and in any case one GiB; ten times is usual."""
+"""Largest decompressed size: 200 times the compressed file, or 1 GiB if that is more; a ratio of 10 is typical."""
 
 PIECE = 1 << 20
 """Bytes to read at once if lines do not matter."""
 
 DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, OSError)
 
-_SHORTER = "this format has one row per line; a list of all rows is a .json file"
+_SHORTER = "this format has one row per line; if the file is one JSON array, name it .json"
 
 _BOMB = "text does not compress that much; if this is intended, unpack the file first"
 
@@ -139,7 +139,9 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
 
 def _check_size(size: int, largest: int, path: Path, number: int) -> None:
     if size > largest:
-        raise SourceError(f"{path}:{number}: unpacked, it is more than {MAX_EXPANSION} times as large; {_BOMB}")
+        raise SourceError(
+            f"{path}:{number}: unpacked, it is more than {MAX_EXPANSION} times as large as the compressed file; {_BOMB}"
+        )
 
 
 def _damage(error: Exception, path: Path, number: int) -> Exception:
@@ -168,7 +170,7 @@ def _not_utf8(error: UnicodeDecodeError, path: Path, num_ends: int, column: int)
 def csv_rows(path: Path, name: str) -> Iterator[Row]:
     """Yield the rows of a CSV or TSV table; the separator (comma, tab or semicolon) is detected from the header.
 
-    A row with a different number of fields than the header is damaged.
+    A row with a different number of fields than the header is yielded with `damage` set.
     """
     csv.field_size_limit(sys.maxsize)
     numbered = lines(path)

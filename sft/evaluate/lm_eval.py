@@ -1,4 +1,4 @@
-"""Tasks of lm-eval (EleutherAI's evaluation harness), run by the library itself, which is an optional extra.
+"""Tasks of lm-eval (EleutherAI's evaluation harness), run by the package lm-eval, which is an optional extra.
 
 lm-eval needs half a minute to index its thousands of tasks. The user's folder of task files is therefore indexed first,
 and the index of lm-eval is only built if a task is not found there.
@@ -82,7 +82,8 @@ class Harness:
         for name in self.tasks:
             try:
                 self._manager.load([name])
-            except Exception as error:  # from the hub, `datasets` or the code of a task: name the task in any case
+            except Exception as error:
+                # errors come from the hub, `datasets` or the task's code; add the task's name to all
                 reason = " ".join(str(error).split())[:400]
                 raise ValueError(f"the task {name} cannot be loaded: {type(error).__name__}: {reason}") from error
 
@@ -129,7 +130,7 @@ def _find_tasks(names: Sequence[str], folder: Path | None) -> Any:
     if unknown:
         hint = did_you_mean(unknown[0], manager.task_index, before="; ")
         raise ValueError(
-            f"lm-eval knows no task {unknown[0]!r}, and no YAML file of your own that can be read defines it{hint}"
+            f"lm-eval has no task {unknown[0]!r}, and no readable YAML file in your folder of tasks defines it{hint}"
         )
     return manager
 
@@ -163,5 +164,8 @@ def read_results(found: Mapping[str, Any], asked: Sequence[str]) -> HarnessResul
 
 
 def figure_part(name: str) -> str:
-    """Return the name of a task or metric as it is written in a gate, with `_` for all other characters."""
+    """Return the name of a task or metric as it is written in a gate.
+
+    Each character that is not a letter, digit or `_` is replaced by `_`.
+    """
     return re.sub(r"\W", "_", name)

@@ -46,7 +46,7 @@ ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 """`model_type` of transformers -> architecture of llama.cpp."""
 
 MAX_DEVIATION = 0.1
-"""Largest accepted mean difference of logits over their standard deviation.
+"""Largest accepted mean absolute difference of the logits, divided by their standard deviation.
 
 Rounding to 8 bits causes about 0.01, a wrong tensor layout about 1.
 """
@@ -62,7 +62,7 @@ class GGUFReport:
     Args:
         precision: "f16" or "q8_0".
         num_bytes: Size of the file.
-        deviation: Mean absolute difference of the logits over their standard deviation.
+        deviation: Mean absolute difference of the logits, divided by their standard deviation.
         max_logit_diff: Largest absolute difference of a logit.
         top_token_agreement: Share of positions with the same most likely token.
         num_positions: Number of positions compared.
@@ -154,7 +154,7 @@ def pre_tokenizer_name(content: dict[str, Any]) -> str:
         content: Content of the tokenizer's JSON file.
 
     Raises:
-        ValueError: No name is known. With a wrong one, the file would give different tokens.
+        ValueError: No name is known; with a wrong one, the file would produce different tokens.
     """
     if content["model"]["type"] != "BPE" or content["model"].get("byte_fallback"):
         kind = "SentencePiece-like BPE" if content["model"]["type"] == "BPE" else content["model"]["type"]

@@ -76,7 +76,7 @@ def merge_adapter(
     Args:
         base: Hub id or folder of the plain base.
         adapter: Folder that `PeftModel.save_pretrained` wrote, or several of them as an `AdapterMix`.
-        output_dir: Missing or empty folder. It stays so on any failure.
+        output_dir: Missing or empty folder. It is not changed if the merge fails.
         sample_input_ids: Rows of token ids to compare on, `(num_rows, length)`, ragged. The logits of one row are in
             memory at a time (tokens x vocabulary x 4 bytes), or those of all rows if the complete model is.
         tolerance: Largest accepted absolute difference of a logit.

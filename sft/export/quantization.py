@@ -54,7 +54,7 @@ class QuantizationReport:
         quantized_bytes: Size of the quantized weight files.
         modules: One error per quantized layer.
         loading_deviation: Mean absolute difference between the logits of the folder as transformers loads it and those
-            of the quantized model that was written, over their standard deviation.
+            of the quantized model that was written, divided by the standard deviation of the latter.
     """
 
     source_bytes: int
@@ -166,7 +166,7 @@ def check_weights_finite(model_dir: Path) -> None:
     """Check that no weight is NaN or Inf: GPTQ would turn such weights into wrong ones that look plausible.
 
     Raises:
-        ValueError: Some are, or there is no weight file; the message names the tensors or the folder.
+        ValueError: Some weights are, or there is no weight file; the message names the tensors or the folder.
     """
     from safetensors import safe_open
 

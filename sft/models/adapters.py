@@ -1,4 +1,4 @@
-"""Adapters: put a new one on a model or continue one, after checks that it will train what it should."""
+"""Adapters: add a new one to a model or continue an existing one, and check that the intended modules are trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saved adapters: checks of their folder, loading onto a base model, and proof that every weight was used.
+"""Saved adapters: checks of their folder, loading onto a base model, and a check that every weight was used.
 
 `ask_peft_to_wait` keeps peft from importing GPTQModel, wherever adapters are loaded or created.
 """

@@ -1,6 +1,6 @@
 """Embedding rows of new special tokens: how they are found, and how an adapter trains them.
 
-LoRA does not change embeddings and head. A token that was added for a chat template would keep the row it was
+LoRA changes neither embeddings nor head. A token that was added for a chat template would keep the row it was
 initialized with: the model could neither read nor write it, and generation would not stop at the end of a turn.
 """
 
@@ -27,7 +27,7 @@ UNTRAINED_NORM = 1e-3
 """Share of the median norm of a row; a row with a smaller norm was initialized as zero and never trained."""
 
 SAMPLE_ROWS = 4096
-"""Number of rows that the medians are taken of."""
+"""Number of rows from which the medians are computed."""
 
 PROBE = (
     {"role": "user", "content": "a"},
@@ -52,7 +52,7 @@ def untrained_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         Token ids in ascending order.
 
     Raises:
-        ValueError: The tokenizer knows more tokens than the model has rows.
+        ValueError: The tokenizer has more tokens than the model has rows.
     """
     weight = model.get_input_embeddings().weight
     added = tokenizer.get_added_vocab()
@@ -134,7 +134,7 @@ def train_token_rows(
     Args:
         peft_config: Configuration of the adapter; not changed.
         model: The base model.
-        tokenizer: Names the tokens in the message.
+        tokenizer: Converts ids to tokens for the error message.
         token_ids: What `untrained_token_ids` found.
 
     Returns:

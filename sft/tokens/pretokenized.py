@@ -18,7 +18,8 @@ def labels_of_tokens(
 ) -> dict[str, list[Any]]:
     """Return ids and labels of rows that are already tokenized.
 
-    A label is the row's own label, or else the id, if all masks of the row are 1 there, and `IGNORE_INDEX` otherwise.
+    Where all masks of the row are 1, the label is the row's own label or, without labels, the id. Elsewhere it is
+    `IGNORE_INDEX`.
     Padding, where `attention_mask` is 0, is removed: it would otherwise be trained, and fill packed rows.
 
     Args:
@@ -143,7 +144,7 @@ def nothing_trained(name: str, rows: str, max_length: int) -> str:
 
     Args:
         name: Name of the data set.
-        rows: Which rows were looked at, such as "the first 1000".
+        rows: Which rows were checked, such as "the first 1000".
         max_length: The length limit in tokens.
     """
     return (

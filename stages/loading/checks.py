@@ -84,13 +84,13 @@ class RowChecks:
 
 @dataclass(frozen=True)
 class RowTable:
-    """Numbers about the rows of a split, in the order of writing, in arrays because there may be millions of rows.
+    """Per-row values of a split, in the order of writing, in arrays because there may be millions of rows.
 
     Args:
         offsets: Byte at which each row begins in its file.
         lines: Line of the row's first copy, from 0.
         copies: Number of times that the row was written.
-        sources: Number of the row's source.
+        sources: Index of the row's source.
         lengths: Number of characters that are compared with other rows.
     """
 
@@ -127,7 +127,7 @@ class SetChecks:
             record: The row as a record.
             split: train or eval.
             copies: Number of times that it will be written.
-            source: Number of its source.
+            source: Index of its source.
         """
         rows, writer, text = self.rows[split], self._writers[split], compared_text(record)
         if self._index is not None and (split == "train" or self._section.near_eval != "off"):
@@ -143,7 +143,7 @@ class SetChecks:
             self._languages.append(language(text))
 
     def findings(self) -> Iterator[tuple[int, Note]]:
-        """Yield what was found: numbers of training rows with notes.
+        """Yield the findings as pairs of row index and note, for training rows.
 
         After a note that drops a row, no more notes of that row follow.
         """

@@ -84,7 +84,7 @@ def prompt_with_answers(row: Mapping[str, Any], own: slice, metric: str | None) 
 def mark_differences(answer: str, reference: str) -> Markup:
     """Return an answer as HTML, with `<del>` around what only it has and `<ins>` around what only the reference has.
 
-    An answer that has little in common with the reference is returned without marks.
+    An answer whose similarity to the reference is below `MIN_LIKENESS` is returned without marks.
     """
     left, right = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (answer, reference))
     matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)

@@ -1,6 +1,6 @@
 """Line charts, histograms and heat strips as inline SVG without scripts; colours are the page's CSS variables.
 
-Charts are 360 units wide: about their size on a phone, and two fit next to each other on a desktop.
+Charts are 360 units wide: about the width of a phone's screen. Two fit next to each other on a desktop.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def heat_strip(title: str, rows: Sequence[str], columns: Sequence[str], values: 
 
 
 def histogram(title: str, values: Sequence[float], x_label: str) -> Markup:
-    """Draw a histogram with round bin borders, and median and maximum in the legend.
+    """Draw a histogram with round bin edges, and median and maximum in the legend.
 
     Returns:
         A `<figure>` element; one without a chart if there are no values.

@@ -140,8 +140,8 @@ class Talker:
         self._generation = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
         )
-        # Replaces the model's own generation config: `generate` would take its sampling and penalties for options that
-        # are not set here, and `evaluate` uses none. A PEFT model generates with the config of the model it wraps.
+        # Replaces the model's own generation config: `generate` would take sampling and penalties from it for options
+        # that are not set here, and `evaluate` uses none. A PEFT model generates with the config of the model it wraps.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         inner.generation_config = self._generation
 

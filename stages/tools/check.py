@@ -20,11 +20,11 @@ from stages.params.schema import Params, QuantizeSection
 from stages.params.tasks import load_tasks
 
 LARGEST_READ_BYTES = 100_000_000
-"""Of larger sources only the existence is checked: reading them at every `make repro` would take too long."""
+"""Of larger sources, only the existence is checked, because reading them at every `make repro` would take too long."""
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Check what `load` is going to read, except sources on the hub and URLs.
+    """Check what `load` will read, except sources on the hub and URLs.
 
     Raises:
         ValueError: A source is missing, damaged or empty, a task can't be used, or there is no such base model.

@@ -23,7 +23,7 @@ MAX_VALUE = 60
 """Longest text of a value, in characters."""
 
 NOISE = 1e-9
-"""Smaller differences of figures are rounding errors."""
+"""Differences of figures below this are treated as rounding errors."""
 
 
 @dataclass(frozen=True)

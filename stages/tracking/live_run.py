@@ -72,7 +72,7 @@ class LiveRun:
         self._thread.start()
 
     def log(self, figures: Mapping[str, float], step: int, time_ms: int) -> None:
-        """Queue points of the curve; those that the run has already are not sent.
+        """Queue points of the curve; those that the run already has are not sent.
 
         Args:
             figures: Name of a metric -> value.
@@ -147,7 +147,7 @@ class LiveRun:
     def _key(self, tracking: Tracking) -> tuple[str, str | None]:
         """Return the key, and the id of the unfinished run with this key if there is one.
 
-        The key is written before the run is created. So a kill in between leaves no run that can't be found.
+        The key is written before the run is created, so that the run can be found even after a kill in between.
         """
         file = self._folder / KEY_FILE
         if file.exists():

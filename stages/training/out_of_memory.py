@@ -13,7 +13,10 @@ from stages.params.schema import TrainSection
 from stages.training.checkpoints import TrainingState
 
 EVENTS = "out_of_memory.json"
-"""File next to the checkpoints, so that a resumed training starts with the number of rows that fits."""
+"""File with the events, next to the checkpoints.
+
+A resumed training starts with the number of rows that was chosen after the last of them.
+"""
 
 
 class OutOfMemory(ValueError):
@@ -21,7 +24,10 @@ class OutOfMemory(ValueError):
 
 
 def section_that_fits(section: TrainSection, state: TrainingState) -> TrainSection:
-    """Return the section with no more rows per forward pass than were found to fit, and as many rows per update."""
+    """Return the section with at most the rows per forward pass chosen after the last out-of-memory error.
+
+    The number of rows per update stays the same. It is not known yet whether the smaller forward passes fit.
+    """
     found = read_events(state)
     rows = section.per_device_train_batch_size
     while found and rows > found[-1]["rows"]:
@@ -71,18 +77,18 @@ def make_smaller(section: TrainSection, state: TrainingState, problem: str) -> N
     if section.on_oom == "fail":
         raise ValueError(
             f"{problem}; set train.on_oom: halve, lower train.per_device_train_batch_size (and raise "
-            f"gradient_accumulation_steps as much), {other_ways}"
+            f"gradient_accumulation_steps by the same factor), {other_ways}"
         )
     if section.launch.machines > 1:
         raise ValueError(
             f"{problem}; train.on_oom: halve works on one machine only: lower train.per_device_train_batch_size and "
-            "raise gradient_accumulation_steps as much; training then continues from the last checkpoint"
+            "raise gradient_accumulation_steps by the same factor; training then continues from the last checkpoint"
         )
     less = fewer_rows(rows)
     state.folder.mkdir(parents=True, exist_ok=True)
     write_json(state.folder / EVENTS, [*read_events(state), {"problem": problem, "rows": less}])
     print(
-        f"{problem}; continuing from the last checkpoint with {less}, and {rows // less} times as many passes per "
-        "update",
+        f"{problem}; continuing from the last checkpoint with {less} row{'s' * (less != 1)} per forward pass and "
+        f"{rows // less} times as many passes per update",
         flush=True,
     )

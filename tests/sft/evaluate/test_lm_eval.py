@@ -96,5 +96,5 @@ def test_task_whose_data_are_missing_is_named(tmp_path: Path, monkeypatch: pytes
 @needs_lm_eval
 @pytest.mark.slow
 def test_unknown_task_comes_with_the_nearest_that_lm_eval_knows(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lm-eval knows no task 'arc_eazy', .*; did you mean 'arc_easy'\?"):
+    with pytest.raises(ValueError, match=r"lm-eval has no task 'arc_eazy', .*; did you mean 'arc_easy'\?"):
         Harness(["arc_eazy"], write_task(tmp_path))

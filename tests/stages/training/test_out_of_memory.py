@@ -63,8 +63,12 @@ def test_training_ends_as_if_memory_had_sufficed(
     train_here(small)
 
     said = capsys.readouterr().out
-    assert "out of memory in step 6 with 4 rows per forward pass; continuing from the last checkpoint with 2" in said
-    assert "out of memory in step 6 with 2 rows per forward pass; continuing from the last checkpoint with 1" in said
+    assert (
+        "out of memory in step 6 with 4 rows per forward pass; continuing from the last checkpoint with 2 rows" in said
+    )
+    assert (
+        "out of memory in step 6 with 2 rows per forward pass; continuing from the last checkpoint with 1 row " in said
+    )
     assert said.count("resuming from checkpoint-4") == 2
     expected = read_json(whole.metrics("train"))
     assert expected["out_of_memory"] == 0
@@ -115,7 +119,7 @@ def test_update_keeps_its_rows(tmp_path: Path) -> None:
         rows.append((now.per_device_train_batch_size, now.gradient_accumulation_steps))
     assert rows == [(6, 4), (3, 8), (1, 24)]
     assert [fewer_rows(rows) for rows in (2, 3, 5, 9, 10)] == [1, 1, 1, 3, 5]
-    # a user who asks for less than was found to fit gets what is asked for
+    # a user who asks for less than was chosen after an out-of-memory error gets what is asked for
     one_row = section(per_device_train_batch_size=1)
     assert section_that_fits(one_row, TrainingState(tmp_path)).per_device_train_batch_size == 1
 
@@ -140,7 +144,10 @@ def test_one_of_two_processes_that_runs_out_of_memory_makes_both_begin_anew(tmp_
 
     output = run_stage(two, PYTHONPATH=f"{tmp_path}:{REPO}")
 
-    assert "out of memory in step 6 with 2 rows per forward pass; continuing from the last checkpoint with 1" in output
+    assert (
+        "out of memory in step 6 with 2 rows per forward pass; continuing from the last checkpoint with 1 row "
+        in output
+    )
     assert "resuming from checkpoint-4" in output
     assert read_json(two.metrics("train"))["out_of_memory"] == 1
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
