@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sft.data import text_reader
@@ -170,6 +170,7 @@ JSON_VALUES = st.recursive(
     indent=st.sampled_from([None, 0, 1]),
     size=st.integers(1, 40),
 )
+@example(rows=[{"data": [None]}], layout="lines", indent=None, size=3)
 def test_a_json_file_read_in_pieces_gives_all_of_its_rows(
     rows: list[dict[str, Any]], layout: str, indent: int | None, size: int
 ) -> None:
@@ -177,12 +178,21 @@ def test_a_json_file_read_in_pieces_gives_all_of_its_rows(
     content = "\n".join(json.dumps(part, indent=indent, ensure_ascii=size % 2 == 0) for part in texts[layout])
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = written(Path(folder) / "a.json", content)
-        whole = rows_of(path)
+        whole = rows_or_error(path)
         patch.setattr(text_reader, "PIECE", size)
-        assert rows_of(path) == whole
+        assert rows_or_error(path) == whole
     expected = rows[0]["data"] if layout == "lines" and len(rows) == 1 and is_wrapper(rows[0]) else rows
     if all(isinstance(row, dict) for row in expected):
         assert [row.columns for row in whole] == expected
+    else:
+        assert "a row must be a JSON object, not " in whole
+
+
+def rows_or_error(path: Path) -> Any:
+    try:
+        return rows_of(path)
+    except SourceError as error:
+        return str(error)
 
 
 def is_wrapper(row: dict[str, Any]) -> bool:
