@@ -70,7 +70,7 @@ def test_grid_is_ranked_recorded_and_what_trials_share_runs_once(
 
     best = load_params(measured / "best.yaml")
     assert (best.train.learning_rate, best.train.seed) == (0.004, 0)
-    assert "# at its peak" in (measured / "best.yaml").read_text()
+    assert "# Peak learning rate." in (measured / "best.yaml").read_text()
     assert run(measured, "git", "status", "--porcelain") == ""
     assert list((measured / ".worktrees").iterdir()) == []
     check_records(measured)

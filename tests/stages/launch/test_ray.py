@@ -129,7 +129,7 @@ def test_without_the_package_the_launcher_is_refused(monkeypatch: pytest.MonkeyP
     [
         ({"machines": 2}, "Ray places the processes itself"),
         ({"port": 29500}, "Ray places the processes itself"),
-        ({"engine": "deepspeed_zero3"}, "fsdp2 shares the model under ray, too"),
+        ({"engine": "deepspeed_zero3"}, "with launcher ray, use fsdp2, which also divides the model"),
     ],
 )
 def test_what_ray_would_ignore_is_refused_with_params(tmp_path: Path, values: dict[str, Any], message: str) -> None:
