@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-import sys
 import tempfile
-from types import SimpleNamespace
 
 import pytest
 
@@ -36,8 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
-@pytest.fixture(autouse=True)
-def no_garbage_collection_after_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate collects garbage after every training: a third of the time of tests that train a few steps."""
-    if "accelerate.utils.memory" in sys.modules:
-        monkeypatch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=int))
+def pytest_collection_finish() -> None:
+    """Keep garbage collections short: accelerate and GPTQModel collect after every training or layer.
+
+    Each of them would look through the million objects of the imported libraries, which are never garbage.
+    """
+    gc.collect()
+    gc.freeze()

@@ -48,10 +48,10 @@ def test_packed_rows_show_their_documents_apart() -> None:
 
 def test_the_sample_is_seeded() -> None:
     tokenizer = tiny_tokenizer()
-    rows = [{"prompt": f"Question {i}", "completion": " Answer"} for i in range(50)]
+    rows = [{"prompt": f"Question {i}", "completion": " Answer"} for i in range(12)]
     assert preview_masks(rows, tokenizer, 3, seed=1) == preview_masks(rows, tokenizer, 3, seed=1)
     assert preview_masks(rows, tokenizer, 3, seed=1) != preview_masks(rows, tokenizer, 3, seed=2)
-    assert "50 of 50 rows" in preview_masks(rows, tokenizer, 80)
+    assert "12 of 12 rows" in preview_masks(rows, tokenizer, 80)
 
 
 def test_colour_replaces_brackets() -> None:

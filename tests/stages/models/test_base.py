@@ -356,13 +356,13 @@ RESOLVE = """
 import json, sys
 from stages.models.resolve import resolve_base_model
 from stages.params.schema import ModelSection
-name, revision = sys.argv[1], sys.argv[2] or None
-try:
-    base = resolve_base_model(ModelSection(name_or_path=name, revision=revision, dtype="float32",
-                                           attn_implementation="auto", trust_remote_code=False))
-    print(json.dumps([base.record(), base.path]))
-except ValueError as error:
-    print(json.dumps(str(error)))
+for name, revision in json.loads(sys.argv[1]):
+    try:
+        base = resolve_base_model(ModelSection(name_or_path=name, revision=revision or None, dtype="float32",
+                                               attn_implementation="auto", trust_remote_code=False))
+        print(json.dumps([base.record(), base.path]))
+    except ValueError as error:
+        print(json.dumps(str(error)))
 """
 
 
@@ -378,9 +378,15 @@ def hub(plain: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 def resolve_apart(name: str, revision: str = "", **environment: str) -> list | str:
     """Resolve in a process of its own: the hub client reads its environment once."""
+    (answer,) = resolve_all_apart([(name, revision)], **environment)
+    return answer
+
+
+def resolve_all_apart(wanted: list[tuple[str, str]], **environment: str) -> list[list | str]:
+    """Resolve several names and revisions in one other process, whose start takes seconds."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     lines = subprocess.run(
-        [sys.executable, "-c", RESOLVE, name, revision],
+        [sys.executable, "-c", RESOLVE, json.dumps(wanted)],
         cwd=ROOT,
         env={**kept, **environment},
         capture_output=True,
@@ -388,7 +394,7 @@ def resolve_apart(name: str, revision: str = "", **environment: str) -> list | s
         check=True,
         timeout=200,
     ).stdout.splitlines()
-    return json.loads(lines[-1])
+    return [json.loads(line) for line in lines[-len(wanted) :]]
 
 
 def test_hub_model_is_resolved_to_its_commit_and_found_again_offline(hub: tuple[Path, str], tmp_path: Path) -> None:
@@ -403,19 +409,30 @@ def test_hub_model_is_resolved_to_its_commit_and_found_again_offline(hub: tuple[
     assert len(HubHandler.requests_seen) == seen
 
 
-@pytest.mark.parametrize(
-    ("name", "revision", "words"),
-    [
-        ("org/nothing", "", "is neither a folder nor on the hub"),
-        (REPO, "v9", "'org/tiny' at revision 'v9' does not exist, though the model does"),
-        ("org/gated", "", "is gated: accept its terms"),
-        ("not a name", "", "neither a folder nor a possible hub id"),
-    ],
-)
+REFUSED = {
+    ("org/nothing", ""): "is neither a folder nor on the hub",
+    (REPO, "v9"): "'org/tiny' at revision 'v9' does not exist, though the model does",
+    ("org/gated", ""): "is gated: accept its terms",
+    ("not a name", ""): "neither a folder nor a possible hub id",
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list | str]:
+    """What comes of each name and revision that the hub refuses."""
+    server, address = serve_hub(plain)
+    home = str(tmp_path_factory.mktemp("hf"))
+    answers = resolve_all_apart(list(REFUSED), HF_ENDPOINT=address, HF_HOME=home, SFT_CACHE=home)
+    server.shutdown()
+    server.server_close()
+    return dict(zip(REFUSED, answers, strict=True))
+
+
+@pytest.mark.parametrize(("wanted", "words"), REFUSED.items(), ids=str)
 def test_hub_says_no_and_the_message_says_why(
-    hub: tuple[Path, str], tmp_path: Path, name: str, revision: str, words: str
+    refusals: dict[tuple[str, str], list | str], wanted: tuple[str, str], words: str
 ) -> None:
-    message = resolve_apart(name, revision, HF_ENDPOINT=hub[1], HF_HOME=str(tmp_path / "hf"))
+    message = refusals[wanted]
     assert isinstance(message, str)
     assert message.startswith("params.yaml, model.name_or_path")
     assert words in message

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sft.train.trainer import SFTTrainer
+from stages.__main__ import main
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
 from stages.launch.processes import ProcessKilled, failure_of
@@ -101,9 +102,13 @@ def test_where_parts_may_not_or_can_not_be_smaller_the_ways_out_are_named(
         make_smaller(section(**values), TrainingState(tmp_path), "out of memory with 8 rows")
 
 
-def test_a_model_that_never_fits_is_one_message_and_no_attempt_with_fewer_rows(tmp_path: Path) -> None:
+def test_a_model_that_never_fits_is_one_message_and_no_attempt_with_fewer_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = make_training_root(tmp_path, lora_r=99_999_999_999)
-    output = run_stage(paths, code=1)
+    assert main(["train", "--root", str(paths.root)]) == 1
+    printed = capsys.readouterr()
+    output = printed.out + printed.err
     (said,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "out of memory before the first step" in said
     assert "a smaller train.lora_r" in said
