@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from sft.options import BAD_LOSS_POLICIES, LOSS_TYPES, PACKING_STRATEGIES
+from sft.options import BAD_LOSS_POLICIES, LOSS_TYPES, NOT_PRINTED_POLICIES, PACKING_STRATEGIES
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class SFTConfig(TrainingArguments):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
+        "chat_template_kwargs",
         "dataset_kwargs",
     ]
 
@@ -89,6 +90,22 @@ class SFTConfig(TrainingArguments):
         metadata={
             "help": "Chat template that replaces the tokenizer's: a named format (chatml, llama3, zephyr), a Jinja "
             "file, or the folder or hub id of a tokenizer. None = the tokenizer's own."
+        },
+    )
+
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Values of the chat template's variables, as JSON on a command line, e.g. "
+            '{"enable_thinking": false}. They become defaults of the template that is saved with the model. A column '
+            "of this name overrides them row by row."
+        },
+    )
+    not_printed: str = field(
+        default="fail",
+        metadata={
+            "help": "What to do with a conversation that says more than the chat template prints, such as reasoning or "
+            "a tool call: fail, warn (train on what is printed) or drop (leave the row out)."
         },
     )
 
@@ -326,12 +343,16 @@ class SFTConfig(TrainingArguments):
         for name, value, choices in (
             ("packing_strategy", self.packing_strategy, PACKING_STRATEGIES),
             ("loss_type", self.loss_type, LOSS_TYPES),
+            ("not_printed", self.not_printed, NOT_PRINTED_POLICIES),
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
         check_policy(self.on_bad_loss, self.bad_loss_factor, self.fp16)
         if isinstance(self.dataset_kwargs, str):
             raise ValueError(f'dataset_kwargs={self.dataset_kwargs!r} is not a JSON object such as {{"name": true}}')
+        if isinstance(self.chat_template_kwargs, str):
+            given = self.chat_template_kwargs
+            raise ValueError(f'chat_template_kwargs={given!r} is not a JSON object such as {{"name": true}}')
         unknown = set(self.dataset_kwargs or {}) - set(DATASET_KWARGS)
         if unknown:
             raise ValueError(f"dataset_kwargs has unknown keys {sorted(unknown)}; known: {', '.join(DATASET_KWARGS)}")

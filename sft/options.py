@@ -12,6 +12,10 @@ OverflowPolicy = Literal["truncate", "split", "drop", "error"]
 """What happens to documents longer than the limit, see `sft.tokens.packing.apply_overflow`."""
 OVERFLOW_POLICIES: tuple[OverflowPolicy, ...] = get_args(OverflowPolicy)
 
+NotPrintedPolicy = Literal["fail", "warn", "drop"]
+"""What happens to a conversation that says more than the chat template prints, see `sft.chat.printed`."""
+NOT_PRINTED_POLICIES: tuple[NotPrintedPolicy, ...] = get_args(NotPrintedPolicy)
+
 LossType = Literal["nll", "dft"]
 """Loss per token: negative log-likelihood, or dynamic fine-tuning (arXiv:2508.05629)."""
 LOSS_TYPES: tuple[LossType, ...] = get_args(LossType)

@@ -10,7 +10,14 @@ from typing import Any, cast
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from sft.chat.checks import TerminatorCheck
-from sft.chat.formats import FORMATS, align_eos_with_template, apply_chat_format, ensure_pad_token, find_format
+from sft.chat.formats import (
+    FORMATS,
+    align_eos_with_template,
+    apply_chat_format,
+    ensure_pad_token,
+    find_format,
+    set_template_variables,
+)
 from sft.chat.template import TemplateSourceError
 from sft.folders import replacing_folder
 from sft.models.checkpoint import save_tokenizer
@@ -48,6 +55,7 @@ def run(params: Params, paths: Paths) -> None:
             section.train_on,
             section.system_message,
             section.special_text,
+            section.not_printed,
             tuple(section.add_special_tokens),
             stop_token_ids,
             with_prompts=False,
@@ -94,6 +102,8 @@ def prepare_tokenizer(
     try:
         if section.chat_template is not None:
             apply_chat_format(tokenizer, find_format(_format_name(section.chat_template, paths)))
+        if section.chat_template_kwargs:
+            _set_template_variables(tokenizer, section)
         if tokenizer.chat_template and _has_chats(paths):
             align_eos_with_template(tokenizer, stop_token_ids)
     except TemplateSourceError as error:
@@ -102,6 +112,13 @@ def prepare_tokenizer(
         raise ValueError(f"params.yaml, format.chat_template ({which}): {error}. {way_out}") from error
     ensure_pad_token(tokenizer, may_add=False)
     return str(tokenizer.eos_token) if tokenizer.eos_token != before else None
+
+
+def _set_template_variables(tokenizer: PreTrainedTokenizerBase, section: FormatSection) -> None:
+    try:
+        set_template_variables(tokenizer, section.chat_template_kwargs)
+    except ValueError as error:
+        raise ValueError(f"params.yaml, format.chat_template_kwargs: {error}") from None
 
 
 def _has_chats(paths: Paths) -> bool:

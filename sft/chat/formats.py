@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.chat.template import ChatTemplate, TemplateProfile, special_token_texts
+from sft.chat.template_syntax import template_variables
+from sft.suggest import did_you_mean
 
 if TYPE_CHECKING:  # importing it takes seconds, and formatting alone does not need it
     from transformers import PreTrainedModel
@@ -104,6 +107,48 @@ def apply_chat_format(tokenizer: PreTrainedTokenizerBase, chat_format: ChatForma
     align_eos_with_template(tokenizer)
     ensure_pad_token(tokenizer)
     return list(range(before, len(tokenizer)))
+
+
+def set_template_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
+    """Give variables of a chat template other defaults, in the template itself, so that they are saved with it.
+
+    Args:
+        tokenizer: Tokenizer or processor; its template, or each of its named ones, is replaced.
+        variables: Values by name, such as `{"enable_thinking": False}`.
+
+    Raises:
+        ValueError: There is no template, or one does not use a variable.
+    """
+    given = tokenizer.chat_template
+    if not given:
+        raise ValueError("chat_template_kwargs sets variables of the chat template, and the tokenizer has none")
+    templates = given if isinstance(given, dict) else {"default": given}
+    new = {name: _with_defaults(source, variables) for name, source in templates.items()}
+    tokenizer.chat_template = new if isinstance(given, dict) else new["default"]
+
+
+def _with_defaults(source: str, variables: Mapping[str, Any]) -> str:
+    known = template_variables(source)
+    for name in variables:
+        if name not in known:
+            hint = did_you_mean(name, known, otherwise=f"it has {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"chat_template_kwargs names {name!r}, which is not a variable of the chat template; {hint}"
+            )
+    lines = (
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
+        for name, value in variables.items()
+    )
+    return "".join(lines) + source
+
+
+def _literal(value: Any) -> str:
+    """Return a JSON value as Jinja writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def align_eos_with_template(tokenizer: PreTrainedTokenizerBase, stop_token_ids: tuple[int, ...] = ()) -> str | None:

@@ -26,6 +26,7 @@ from sft.chat.template import (
     wants_text_arguments,
 )
 from sft.chat.turns import Turn, TurnFinder, assistant_indices
+from sft.options import NotPrintedPolicy
 
 _USE_ANOTHER = "use one that does, as the named format chatml"
 
@@ -37,14 +38,6 @@ class TrainOn(StrEnum):
     COMPLETION = "completion"
     ASSISTANT = "assistant"
     LAST_ASSISTANT = "last_assistant"
-
-
-class NotPrinted(StrEnum):
-    """Policy for what a message says and the chat template does not print, such as reasoning or a tool call."""
-
-    FAIL = "fail"
-    WARN = "warn"
-    DROP = "drop"
 
 
 class PartOptions(Protocol):
@@ -138,11 +131,11 @@ class ChatRenderer:
         self,
         tokenizer: PreTrainedTokenizerBase,
         train_on: TrainOn = TrainOn.ASSISTANT,
-        not_printed: NotPrinted = NotPrinted.FAIL,
+        not_printed: NotPrintedPolicy = "fail",
     ) -> None:
         self.tokenizer = tokenizer
         self.train_on = TrainOn(train_on)
-        self.not_printed = NotPrinted(not_printed)
+        self.not_printed = not_printed
         self._special_tokens = special_token_texts(tokenizer)
         self._templates: dict[tuple[bool, str], ChatTemplate] = {}
         self._finders: dict[tuple[bool, str], TurnFinder] = {}
@@ -259,7 +252,7 @@ class ChatRenderer:
         if not lost:
             return ""
         detail = _described(lost, messages)
-        if self.not_printed is NotPrinted.FAIL:
+        if self.not_printed == "fail":
             raise ValueError(
                 f"{detail}; {_USE_ANOTHER}, set chat_template_kwargs if the template has a variable for it, or state "
                 "not_printed: warn (train the row without it) or drop (leave the row out)"

@@ -1,16 +1,17 @@
-"""Static check whether a chat template only prints the text of messages and never inspects it.
+"""What the source of a chat template shows: whether it only prints the text of messages, and its other variables.
 
-With such a template, marks inside the text change nothing else in the output, so one rendering with marks is enough to
-locate all turns (`sft.chat.turns`). A template may print a text, trim it, and test whether it is empty; any other use
-counts as inspecting it.
+With a template that only prints texts, marks inside the text change nothing else in the output, so one rendering with
+marks is enough to locate all turns (`sft.chat.said`). A template may print a text, trim it, and test whether it is
+empty; any other use counts as inspecting it.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable
 
-from jinja2 import TemplateSyntaxError, nodes
+from jinja2 import TemplateSyntaxError, meta, nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -27,6 +28,32 @@ class _InspectsTextError(Exception):
     """The template may inspect a text."""
 
 
+_GENERATION_TAGS = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception"}
+"""Variables that every chat is rendered with; `*_token` are those of the tokenizer."""
+
+
+@functools.lru_cache(maxsize=64)
+def template_variables(source: str) -> tuple[str, ...]:
+    """Return the variables of a template that a user may set, such as `enable_thinking`, in order of their names.
+
+    Args:
+        source: Jinja source; without any if it is not valid.
+    """
+    try:
+        tree = _environment().parse(_GENERATION_TAGS.sub("", source))
+        names = meta.find_undeclared_variables(tree)
+    except TemplateSyntaxError:
+        return ()
+    tested = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+    names -= {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"} - tested
+    return tuple(sorted(name for name in names - _GIVEN if not name.endswith("_token") and name != "strftime_now"))
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+
+
 @functools.lru_cache(maxsize=64)
 def only_prints_contents(source: str) -> bool:
     """Return whether the template prints the `content` of messages, plain or trimmed, and does nothing else with it.
@@ -37,9 +64,8 @@ def only_prints_contents(source: str) -> bool:
     Returns:
         False also if the check cannot decide.
     """
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     try:
-        _Reader().read(environment.parse(source))
+        _Reader().read(_environment().parse(source))
     except (TemplateSyntaxError, _InspectsTextError, RecursionError):
         return False
     return True

@@ -24,12 +24,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateSyntaxError, meta, nodes
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from sft.chat.said import MarkedText, render_with_marks
 from sft.chat.template import PROBE_ANSWER, ChatTemplate, Messages, TemplateProfile
+from sft.chat.template_syntax import template_variables
 from sft.common_prefix import common_prefix_length
 
 
@@ -137,7 +134,7 @@ class TurnFinder:
 
     def _way_out(self, chat: _Chat, wanted: Collection[int]) -> str:
         """Return what a user can do about turns that do not begin where generation begins."""
-        switches = _switches(self.template.source)
+        switches = template_variables(self.template.source)
         for name in switches:
             for value in (False, True):
                 variables = {**self.template.variables, name: value}
@@ -460,22 +457,6 @@ def _is_printed_otherwise_in_history(chat: _Chat, turn: Turn, prompt: str) -> bo
 def _closing_length(text: str, profile: TemplateProfile) -> int:
     closing = (*profile.terminators, *profile.call_terminators)
     return max((len(terminator) for terminator in closing if text.endswith(terminator)), default=0)
-
-
-_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception"}
-
-
-@functools.lru_cache(maxsize=64)
-def _switches(source: str) -> tuple[str, ...]:
-    """Return the variables of a template that a user may set."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    try:
-        tree = environment.parse(source)
-        names = meta.find_undeclared_variables(tree)
-    except TemplateSyntaxError:
-        return ()
-    names -= {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
-    return tuple(sorted(name for name in names - _GIVEN if not name.endswith("_token") and name != "strftime_now"))
 
 
 def _not_found(chat: _Chat, index: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from sft.chat.formats import FORMATS, clone_chat_template, ensure_pad_token, setup_chat_format
+from sft.chat.formats import FORMATS, clone_chat_template, ensure_pad_token, set_template_variables, setup_chat_format
 from sft.config import SFTConfig
 from sft.hardware import current_hardware
 from sft.kernels.liger import check_liger_hardware, liger_kernel_config
@@ -215,25 +215,30 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
 
 
 def apply_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> Any:
-    """Give tokenizer and model the chat template of `chat_template_path`, with its special tokens.
+    """Give tokenizer and model the chat template of `chat_template_path`, with its special tokens and variables.
 
     Args:
         model: Its embeddings are resized where the template brings new tokens.
         tokenizer: Gets the template and the special tokens.
-        config: `chat_template_path`: a named format, a Jinja file, or a tokenizer's folder or hub id.
+        config: `chat_template_path`: a named format, a Jinja file, or a tokenizer's folder or hub id; and
+            `chat_template_kwargs`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: `chat_template_path` is none of these.
+        ValueError: `chat_template_path` is none of these, or the template does not use a variable of
+            `chat_template_kwargs`.
     """
     path = config.chat_template_path
-    if path is None:
-        return model
-    if path in FORMATS or Path(path).suffix in (".jinja", ".jinja2", ".j2"):
-        return setup_chat_format(model, tokenizer, path, resize_to_multiple_of=None)[0]
-    return clone_chat_template(model, tokenizer, path, resize_to_multiple_of=None)[0]
+    if path is not None and (path in FORMATS or Path(path).suffix in (".jinja", ".jinja2", ".j2")):
+        model = setup_chat_format(model, tokenizer, path, resize_to_multiple_of=None)[0]
+    elif path is not None:
+        model = clone_chat_template(model, tokenizer, path, resize_to_multiple_of=None)[0]
+    if config.chat_template_kwargs:
+        assert isinstance(config.chat_template_kwargs, dict), "SFTConfig has parsed it"
+        set_template_variables(tokenizer, config.chat_template_kwargs)
+    return model
 
 
 def choose_liger_kernels(model: Any, config: SFTConfig) -> None:

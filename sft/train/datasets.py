@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
@@ -33,6 +33,7 @@ from sft.data.records import (
     normalize,
 )
 from sft.labels import TOKEN_MASKS
+from sft.options import NotPrintedPolicy
 from sft.tokens.constant_length import constant_length_rows
 from sft.tokens.encoding import Encoder
 from sft.tokens.packing import apply_overflow, limit_and_pack, pack_dataset
@@ -61,6 +62,7 @@ class Plan:
             begins with bos.
         append_eos: Whether the end-of-sequence token is appended to plain text; None = yes.
         masks: Columns of tokenized rows that mark the trained tokens.
+        not_printed: What to do with a conversation that says more than the chat template prints.
     """
 
     layout: Layout
@@ -70,6 +72,7 @@ class Plan:
     add_special_tokens: bool | None = None
     append_eos: bool | None = None
     masks: tuple[str, ...] = TOKEN_MASKS
+    not_printed: NotPrintedPolicy = "fail"
 
 
 def prepare_all(dataset: Any, *, name: str, **kwargs: Any) -> Any:
@@ -247,6 +250,7 @@ def plan_preparation(dataset: Dataset | IterableDataset, config: SFTConfig, *, f
         config.dataset_option("add_special_tokens"),
         config.dataset_option("append_concat_token"),
         tuple(mask for mask in TOKEN_MASKS if mask != "completion_mask" or config.completion_only_loss is not False),
+        cast(NotPrintedPolicy, config.not_printed),
     )
 
 
@@ -334,7 +338,13 @@ def encode_dataset(dataset: Any, tokenizer: PreTrainedTokenizerBase, plan: Plan,
     if isinstance(dataset, Dataset):
         key = [dataset._fingerprint, tokenizer_digest(tokenizer), plan, type(function).__name__]
         arguments |= {"num_proc": config.dataset_num_proc, "desc": "Tokenizing", "new_fingerprint": Hasher.hash(key)}
-    return dataset.map(function, remove_columns=columns_of(dataset), **arguments)
+    encoded = dataset.map(function, remove_columns=columns_of(dataset), **arguments)
+    if isinstance(dataset, Dataset) and len(encoded) < len(dataset):
+        dropped = len(dataset) - len(encoded)
+        logger.warning("%d of %d rows are dropped by not_printed='drop'", dropped, len(dataset))
+        if not len(encoded):
+            raise ValueError("not_printed='drop' drops all rows: the chat template prints less than each of them says")
+    return encoded
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -355,9 +365,9 @@ class BatchEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, plan: Plan, *, as_table: bool = False) -> None:
         self.plan = plan
         self.as_table = as_table
-        self.renderer = ChatRenderer(tokenizer, plan.train_on)
+        self.renderer = ChatRenderer(tokenizer, plan.train_on, plan.not_printed)
         self.encoder = Encoder(tokenizer)
-        self._has_warned = False
+        self._has_warned: set[str] = set()
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]] | pa.Table:
         """Encode a batch.
@@ -367,9 +377,10 @@ class BatchEncoder:
             indices: Numbers of the rows in the data set, for messages.
         """
         rendered = [self.render(self.record(batch, place, row)) for place, row in enumerate(indices)]
+        rendered, indices = self._without_dropped(rendered, indices)
         encoded = self.encoder.encode_flat(rendered, with_weights=self.plan.with_weights)
-        if encoded.crossings and not self._has_warned:
-            self._has_warned = True
+        if encoded.crossings and "crossings" not in self._has_warned:
+            self._has_warned.add("crossings")
             number, detail = next(iter(encoded.crossings.items()))
             logger.warning(
                 "row %d and perhaps others: %s. When the model generates, its prompt ends there in other tokens than "
@@ -382,6 +393,20 @@ class BatchEncoder:
             return encoded.table()
         rows = encoded.rows()
         return {name: [row[name] for row in rows] for name in encoded.columns()}  # type: ignore[literal-required]
+
+    def _without_dropped(self, rendered: list[Rendered], indices: list[int]) -> tuple[list[Rendered], list[int]]:
+        """Apply `not_printed` to rows that say more than the template prints."""
+        lost = [place for place, row in enumerate(rendered) if row.not_printed]
+        if not lost:
+            return rendered, indices
+        if "not_printed" not in self._has_warned:
+            self._has_warned.add("not_printed")
+            what = "are dropped" if self.plan.not_printed == "drop" else "are trained without it"
+            logger.warning("row %s and perhaps others %s: %s", indices[lost[0]], what, rendered[lost[0]].not_printed)
+        if self.plan.not_printed == "warn":
+            return rendered, indices
+        kept = [place for place, row in enumerate(rendered) if not row.not_printed]
+        return [rendered[place] for place in kept], [indices[place] for place in kept]
 
     def render(self, record: dict[str, Any]) -> Rendered:
         """Render a record as text; apply the options on special tokens to plain text.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import IterableDataset
 from transformers import ProcessorMixin
 
 from sft.config import SFTConfig
 from sft.data.messages import IMAGE_COLUMNS
+from sft.options import NotPrintedPolicy
 
 if TYPE_CHECKING:
     from sft.vision.collator import DataCollatorForVisionLanguageModeling
@@ -59,7 +60,7 @@ def choose_vision_collator(
     joined = [name for name in ("packing", "eval_packing", "padding_free") if getattr(config, name)]
     if joined:
         raise ValueError(f"{joined[0]}=True joins rows, but rows with images ({where}) can't be joined; leave it out")
-    if config.chat_template_path is not None:
+    if config.chat_template_path is not None or config.chat_template_kwargs:
         processing_class.chat_template = processing_class.tokenizer.chat_template
     config.remove_unused_columns = False
     given = config.dataset_kwargs if isinstance(config.dataset_kwargs, dict) else {}
@@ -75,6 +76,7 @@ def choose_vision_collator(
         assistant_only_loss=config.assistant_only_loss,
         last_turn_only_loss=config.last_turn_only_loss,
         image_folder=config.image_folder,
+        not_printed=cast(NotPrintedPolicy, config.not_printed),
     )
 
 

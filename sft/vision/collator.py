@@ -17,6 +17,7 @@ from sft.chat.render import Rendered, TrainOn, asked_part
 from sft.data.messages import IMAGE_COLUMNS
 from sft.data.records import Kind, Layout, detect_layout, normalize
 from sft.labels import IGNORE_INDEX
+from sft.options import NotPrintedPolicy
 from sft.tokens.encoding import Encoder
 from sft.vision.chat import VisionRenderer, VisionRow, column_images, expand, placeholder, put_images_first, take_images
 
@@ -59,6 +60,8 @@ class DataCollatorForVisionLanguageModeling:
         last_turn_only_loss: Whether to train on the last assistant turn only.
         image_folder: Folder that relative paths in rows start in, and that no path may lead out of; None = the working
             directory, "/" = any folder.
+        not_printed: What to do with a conversation that says more than the chat template prints: fail or warn. Rows
+            are rendered when their batch is made, which is too late to drop one.
     """
 
     processor: ProcessorMixin
@@ -70,6 +73,7 @@ class DataCollatorForVisionLanguageModeling:
     assistant_only_loss: bool = False
     last_turn_only_loss: bool = False
     image_folder: str | None = None
+    not_printed: NotPrintedPolicy = "fail"
 
     def __post_init__(self) -> None:
         if not hasattr(self.processor, "tokenizer") or not hasattr(self.processor, "image_processor"):
@@ -79,7 +83,13 @@ class DataCollatorForVisionLanguageModeling:
             )
         if self.return_tensors != "pt":
             raise ValueError(f"return_tensors={self.return_tensors!r} is not supported; batches are PyTorch tensors")
+        if self.not_printed == "drop":
+            raise ValueError(
+                "not_printed='drop' can't be applied to rows with images, which are rendered batch by batch; remove "
+                "such rows from the data, or state fail or warn"
+            )
         self._renderers: dict[TrainOn, VisionRenderer] = {}
+        self._has_warned = False
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows.
@@ -125,6 +135,9 @@ class DataCollatorForVisionLanguageModeling:
         except ValueError as error:
             raise ValueError(f"row {name}: {error}") from error
         rendered = self._renderer(train_on).render({**record, "id": name})
+        if rendered.not_printed and not self._has_warned:
+            self._has_warned = True
+            logger.warning("row %s and perhaps others: %s", name, rendered.not_printed)
         self._check_rendered(name, rendered, images)
         return VisionRow(name, self._as_printed(rendered), train_on, images)
 
@@ -147,7 +160,7 @@ class DataCollatorForVisionLanguageModeling:
 
     def _renderer(self, train_on: TrainOn) -> VisionRenderer:
         if train_on not in self._renderers:
-            self._renderers[train_on] = VisionRenderer(self.processor, train_on)
+            self._renderers[train_on] = VisionRenderer(self.processor, train_on, self.not_printed)
         return self._renderers[train_on]
 
     def _check_rendered(self, name: str, rendered: Rendered, images: list[Any]) -> None:

@@ -21,7 +21,7 @@ from ruamel.yaml.reader import ReaderError
 
 from sft.evaluate.gate import check_ranges, parse_gate
 from sft.export.quantization import GROUP_SIZES
-from sft.options import BadLossPolicy, LossType, OverflowPolicy, PackingStrategy
+from sft.options import BadLossPolicy, LossType, NotPrintedPolicy, OverflowPolicy, PackingStrategy
 from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
 from stages.params.figures import metric_names, open_ended_names, range_of
@@ -328,6 +328,17 @@ class FormatSection(Section):
             description="Special tokens spelled out in messages: off, warn, drop, fail, or neutralise (read them as "
             "plain text). Those of add_special_tokens are allowed."
         ),
+    ]
+    not_printed: Annotated[
+        NotPrintedPolicy,
+        Field(
+            description="Conversation that says more than the template prints (reasoning, a tool call): fail, warn "
+            "(train on what is printed) or drop."
+        ),
+    ]
+    chat_template_kwargs: Annotated[
+        dict[str, Any],
+        Field(description="Values of the template's variables, e.g. {enable_thinking: false}; saved in the template."),
     ]
     max_dropped_fraction: Annotated[
         Fraction, Field(description="Stop if more than this fraction of the rows is dropped.")

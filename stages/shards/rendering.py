@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.chat.checks import SpecialText, TerminatorCheck
 from sft.chat.render import ChatRenderer, TrainOn
+from sft.options import NotPrintedPolicy
 from stages.checkout.ledger import Action
 from stages.shards.shards import Shard
 
@@ -49,6 +50,7 @@ class RenderingWork:
         train_on: What is trained.
         system_message: System message for conversations that have none.
         special_text: What to do with special tokens that are spelled out in messages.
+        not_printed: What to do with a conversation that says more than the template prints.
         meant_tokens: Special tokens that messages may spell out.
         stop_token_ids: Ids at which the base model's generation stops.
         with_prompts: Whether to split each record before its last answer, for evaluation.
@@ -59,6 +61,7 @@ class RenderingWork:
     train_on: str
     system_message: str | None
     special_text: str
+    not_printed: NotPrintedPolicy
     meant_tokens: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     with_prompts: bool
@@ -75,7 +78,7 @@ class ShardRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, work: RenderingWork) -> None:
         self._tokenizer = tokenizer
         self._work = work
-        self._renderer = ChatRenderer(tokenizer, TrainOn(work.train_on))
+        self._renderer = ChatRenderer(tokenizer, TrainOn(work.train_on), work.not_printed)
         self._special_text = SpecialText(tokenizer, allowed=work.meant_tokens)
 
     def __call__(self, shard: Shard) -> RenderedShard:
@@ -95,6 +98,11 @@ class ShardRenderer:
         if record is None:
             return
         rendered = self._renderer.render(record)
+        if rendered.not_printed:
+            action = Action(self._work.not_printed)
+            done.entries.append((record["id"], "not_printed", rendered.not_printed, action))
+            if action is Action.DROP:
+                return
         if not rendered.spans:
             detail = f"train_on {self._work.train_on} selects nothing"
             done.entries.append((record["id"], "nothing_trained", detail, Action.DROP))

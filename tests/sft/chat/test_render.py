@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sft.chat.render import ChatRenderer, NotPrinted, Rendered, Span, TrainOn, render
+from sft.chat.render import ChatRenderer, Rendered, Span, TrainOn, render
 from tests.sft.chat.stops import check_stops
 from tests.sft.template_styles import (
     CHATML,
@@ -156,7 +156,7 @@ def test_reasoning_is_trained_where_the_template_keeps_it() -> None:
     tokenizer = tokenizer_for(QWEN3.template)
     with pytest.raises(ValueError, match=r"message 1 \(assistant\) says 'add.* which the chat template does not print"):
         render({"messages": messages}, tokenizer)
-    rendered = ChatRenderer(tokenizer, not_printed=NotPrinted.WARN).render({"messages": messages})
+    rendered = ChatRenderer(tokenizer, not_printed="warn").render({"messages": messages})
     assert rendered.not_printed.startswith("message 1 (assistant) says 'add")
     assert trained(rendered) == ["4<|im_end|>", "<think>\nadd again\n</think>\n\n6<|im_end|>"]
 
