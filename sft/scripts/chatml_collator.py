@@ -33,8 +33,8 @@ class DataCollatorForChatML:
         tokenizer: With a chat template and a padding token.
         ignore_index: Label of tokens that are not trained.
         max_length: Longest row in tokens, truncated at the end; None = the smaller of 1024 and the tokenizer's limit.
-        prompt_key: Column with the prompt as text, for rows in which the answer does not start after the last
-            generation prompt; rows may lack it.
+        prompt_key: Column with a beginning of the rendered conversation, after which every answer is trained, instead
+            of the last one alone; rows may lack it.
         messages_key: Column with the conversation, which ends with an answer.
 
     Raises:
@@ -46,7 +46,7 @@ class DataCollatorForChatML:
     max_length: int | None = None
     prompt_key: str = "prompt"
     messages_key: str = "messages"
-    _renderer: ChatRenderer = field(init=False, repr=False)
+    _renderers: dict[TrainOn, ChatRenderer] = field(init=False, repr=False)
     _encoder: Encoder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +54,8 @@ class DataCollatorForChatML:
             raise ValueError("the tokenizer does not have a pad token; set tokenizer.pad_token")
         if self.max_length is None:
             self.max_length = min(self.tokenizer.model_max_length, DEFAULT_LENGTH)
-        self._renderer = ChatRenderer(self.tokenizer, TrainOn.LAST_ASSISTANT)
+        parts = (TrainOn.LAST_ASSISTANT, TrainOn.ASSISTANT)
+        self._renderers = {part: ChatRenderer(self.tokenizer, part) for part in parts}
         self._encoder = Encoder(self.tokenizer)
 
     def __call__(self, examples: Sequence[Example], return_tensors: str = "pt") -> dict[str, torch.Tensor]:
@@ -99,11 +100,11 @@ class DataCollatorForChatML:
         return {name: values[: self.max_length] for name, values in row.items()}
 
     def _rendered(self, example: Example) -> dict[str, Any]:
-        record = self._record(example)
-        rendered = self._renderer.render(record)
-        prompt = example.get(self.prompt_key)
-        if prompt is not None:
-            rendered = _after_prompt(rendered, prompt, self.prompt_key)
+        record, prompt = self._record(example), example.get(self.prompt_key)
+        if prompt is None:
+            rendered = self._renderers[TrainOn.LAST_ASSISTANT].render(record)
+        else:
+            rendered = _after_prompt(self._renderers[TrainOn.ASSISTANT].render(record), prompt, self.prompt_key)
         return dict(self._encoder.encode([rendered])[0])
 
     def _record(self, example: Example) -> dict[str, Any]:
@@ -120,7 +121,7 @@ class DataCollatorForChatML:
         """Return the row of an example that has token ids already; the prompt before the answer is tokenized."""
         prompt = example.get(self.prompt_key)
         if prompt is None:
-            last_turn = self._renderer.last_turn(self._record(example))
+            last_turn = self._renderers[TrainOn.LAST_ASSISTANT].last_turn(self._record(example))
             prompt = last_turn.prompt if last_turn is not None else ""
         ids = list(example["input_ids"])
         before = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -133,16 +134,14 @@ class DataCollatorForChatML:
 
 
 def _after_prompt(rendered: Rendered, prompt: str, key: str) -> Rendered:
-    """Return a rendered conversation in which the text after a prompt is trained, up to where the answer ends."""
+    """Return a rendered conversation in which only the answers after a prompt are trained."""
     if not isinstance(prompt, str) or not rendered.text.startswith(prompt):
         raise ValueError(
             f"its {key!r} is not the beginning of its conversation: {prompt!r:.60} and {rendered.text[:60]!r}; leave "
             "it out to train what follows the last generation prompt"
         )
     spans = [Span(max(span.start, len(prompt)), span.end, span.weight) for span in rendered.spans]
-    kept = [span for span in spans if span.start < span.end]
-    first = Span(len(prompt), kept[0].end, kept[0].weight) if kept else None
-    return Rendered(rendered.text, [first, *kept[1:]] if first else [])
+    return Rendered(rendered.text, [span for span in spans if span.start < span.end])
 
 
 def _prompt_length(labels: Sequence[int]) -> int:

@@ -89,7 +89,22 @@ def _load(config: DatasetConfig, *, streaming: bool) -> Any:
         streaming=streaming,
         **options,
     )
-    return loaded if config.columns is None else loaded.select_columns(config.columns)
+    chosen = loaded if config.columns is None else loaded.select_columns(config.columns)
+    if chosen.features is None:
+        return chosen
+    features = datasets.Features({name: _plain_text(feature) for name, feature in chosen.features.items()})
+    return chosen if features == chosen.features else chosen.cast(features)
+
+
+def _plain_text(feature: Any) -> Any:
+    """Return a column's type with `string` for `large_string`; otherwise text of CSV and JSON files can't be joined."""
+    if isinstance(feature, datasets.Value) and feature.dtype == "large_string":
+        return datasets.Value("string")
+    if isinstance(feature, datasets.List):
+        return datasets.List(_plain_text(feature.feature), length=feature.length)
+    if isinstance(feature, dict):
+        return {name: _plain_text(part) for name, part in feature.items()}
+    return feature
 
 
 def _check_fractions(configs: Sequence[DatasetConfig], *, streaming: bool) -> None:

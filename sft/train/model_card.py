@@ -18,6 +18,9 @@ FILE_NAME = "README.md"
 
 TAGS = ("generated_from_trainer", "sft")
 
+BASE_TAG = "base_model:"
+"""Beginning of the tag with which peft names the base model, also where that is a folder."""
+
 PACKAGES = ("sft", "transformers", "torch", "datasets", "tokenizers", "peft")
 """Packages whose versions a card lists, where they are installed."""
 
@@ -115,7 +118,8 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
         The file.
     """
     file = folder / FILE_NAME
-    tags = list(dict.fromkeys([*TAGS, *facts.tags, *_present_tags(file)]))
+    present = [tag for tag in _present_tags(file) if facts.base_model or not tag.startswith(BASE_TAG)]
+    tags = list(dict.fromkeys([*TAGS, *facts.tags, *present]))
     data = ModelCardData(
         base_model=facts.base_model,
         datasets=list(facts.datasets) or None,
