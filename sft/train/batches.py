@@ -32,6 +32,7 @@ from sft.attention.choice import (
 )
 from sft.attention.isolation import probe_isolation, rounding_tolerances
 from sft.attention.kernels import SFT_DOCUMENTS, has_row_kernel
+from sft.batches import language_modeling_collator
 from sft.batches.collator import DataCollatorForSFT
 from sft.batches.layout import batch_layout, document_layout
 from sft.config import SFTConfig
@@ -62,10 +63,11 @@ class Packing:
 
 
 def take_over_collator(collator: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Replace transformers' collators for token rows by this library's; return any other collator as it is.
+    """Replace transformers' collators for token rows by this library's; return any other collator.
 
-    `DataCollatorForLanguageModeling` can't pad labels, and replaces those that rows have. A flat row of
-    `DataCollatorWithFlattening` does not state where its documents end.
+    The `DataCollatorForLanguageModeling` of transformers can't pad labels, and replaces those that rows have. A flat
+    row of `DataCollatorWithFlattening` does not state where its documents end. This library's
+    `DataCollatorForLanguageModeling` is told to state it.
 
     Args:
         collator: As it was given to the trainer.
@@ -74,6 +76,8 @@ def take_over_collator(collator: Any, tokenizer: PreTrainedTokenizerBase) -> Any
     Raises:
         ValueError: The collator is for masked language modelling.
     """
+    if isinstance(collator, language_modeling_collator.DataCollatorForLanguageModeling):
+        collator.for_trainer = True
     if type(collator) is DataCollatorWithFlattening:
         return DataCollatorForSFT(tokenizer.pad_token_id, padding_free=True)
     if type(collator) is not DataCollatorForLanguageModeling:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -63,6 +64,7 @@ from sft.train.checks import check_collator, check_ignored, check_kbit_arguments
 from sft.train.counters import TokensSeen, TokenTotals, UnloggedFigures
 from sft.train.datasets import FormattingFunc, prepare_all, prepare_later
 from sft.train.images import choose_vision_collator
+from sft.train.model_card import card_facts, write_model_card
 from sft.train.neftune import embedding_noise
 from sft.train.offloading import check_offloading, offloaded_activations
 from sft.train.processes import (
@@ -415,6 +417,29 @@ class SFTTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the weights; of tied weights that were gathered from all processes, only one copy."""
         super()._save(output_dir, without_copies(self.model, state_dict))
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **metadata: Any,
+    ) -> None:
+        """Write the model card, README.md, into the output folder; `push_to_hub` does so, too.
+
+        Args:
+            model_name: Name of the model; None = the name of the output folder or of `hub_model_id`.
+            dataset_name: Names of the data sets.
+            tags: Tags in addition to `sft`.
+            metadata: What `transformers.Trainer.create_model_card` takes as well: `language`, `license`,
+                `finetuned_from`, `tasks`, `dataset`, `dataset_tags` and `dataset_args`.
+
+        Raises:
+            ValueError: There is no such metadata.
+        """
+        if self.is_world_process_zero():
+            facts = card_facts(self, model_name, dataset_name, tags, metadata)
+            write_model_card(Path(self.args.output_dir), facts)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
         """Return the number (or weight) of targets in all batches of one update, summed over processes."""
