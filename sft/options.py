@@ -12,6 +12,10 @@ OverflowPolicy = Literal["truncate", "split", "drop", "error"]
 """What happens to documents longer than the limit, see `sft.tokens.packing.apply_overflow`."""
 OVERFLOW_POLICIES: tuple[OverflowPolicy, ...] = get_args(OverflowPolicy)
 
+TruncationMode = Literal["keep_start", "keep_end"]
+"""Part of a too long document that is kept."""
+TRUNCATION_MODES: tuple[TruncationMode, ...] = get_args(TruncationMode)
+
 LossType = Literal["nll", "dft"]
 """Loss per token: negative log-likelihood, or dynamic fine-tuning (arXiv:2508.05629)."""
 LOSS_TYPES: tuple[LossType, ...] = get_args(LossType)

@@ -99,7 +99,7 @@ def choose_packing(config: SFTConfig, data_collator: Any, datasets: list[Any]) -
         datasets: All data sets. If one has packed rows already, batches are flat.
     """
     eval_packing = config.packing if config.eval_packing is None else config.eval_packing
-    packed = config.packing or eval_packing
+    packed = (config.packing or eval_packing) and not config.skip_prepare_dataset
     already = any("seq_lengths" in (getattr(dataset, "column_names", None) or ()) for dataset in datasets)
     flat = packed or already or config.padding_free or getattr(data_collator, "padding_free", False)
     undecided = data_collator is None and config.padding_free is None
@@ -111,7 +111,7 @@ def choose_collator(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, packi
     return DataCollatorForSFT(
         pad_token_id=tokenizer.pad_token_id,
         padding_free=bool(packing.flat),
-        pad_to_multiple_of=config.pad_to_multiple_of,
+        pad_to_multiple_of=config.padding_multiple,
     )
 
 
