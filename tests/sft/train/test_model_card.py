@@ -34,7 +34,7 @@ def test_card_names_model_base_and_data(tmp_path: Path) -> None:
         "datasets": ["owner/rows"],
         "library_name": "transformers",
         "model_name": "Lamps",
-        "tags": ["generated_from_trainer", "sft", "shop"],
+        "tags": ["generated_from_trainer", "sft", "shop", "trl"],
     }
     assert "# Lamps" in card.text
     assert (
@@ -61,7 +61,7 @@ def test_card_of_an_adapter_keeps_the_tags_that_peft_wrote(tmp_path: Path) -> No
     data = ModelCard.load(tmp_path / "lamps" / "README.md").data
     assert data.library_name == "peft"
     assert "base_model:adapter:owner/base" in before
-    assert {"generated_from_trainer", "sft", "shop", *before} == set(data.tags)
+    assert {"generated_from_trainer", "sft", "trl", "shop", *before} == set(data.tags)
 
 
 def test_card_of_an_adapter_on_a_local_model_does_not_name_its_folder(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_card_of_an_adapter_on_a_local_model_does_not_name_its_folder(tmp_path: 
     training.save_model()
     training.create_model_card()
     tags = ModelCard.load(tmp_path / "lamps" / "README.md").data.tags
-    assert tags == ["generated_from_trainer", "sft", "lora", "transformers"]
+    assert tags == ["generated_from_trainer", "sft", "trl", "lora", "transformers"]
 
 
 def test_arguments_of_transformers_are_taken_too(tmp_path: Path) -> None:
@@ -100,5 +100,5 @@ def test_upload_takes_the_name_of_the_data_set(tmp_path: Path, monkeypatch: pyte
     trainer(tmp_path, "owner/base").push_to_hub(dataset_name="owner/rows", tags=["shop"])
     card = ModelCard.load(tmp_path / "lamps" / "README.md")
     assert uploaded["repo_id"] == "owner/lamps"
-    assert (card.data.datasets, card.data.tags) == (["owner/rows"], ["generated_from_trainer", "sft", "shop"])
+    assert (card.data.datasets, card.data.tags) == (["owner/rows"], ["generated_from_trainer", "sft", "shop", "trl"])
     assert "model='owner/lamps'" in card.text
