@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from sft.options import BAD_LOSS_POLICIES, LOSS_TYPES, NOT_PRINTED_POLICIES, PACKING_STRATEGIES
+from sft.options import BAD_LOSS_POLICIES, LOSS_TYPES, NOT_PRINTED_POLICIES, PACKING_STRATEGIES, TRUNCATION_MODES
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_LENGTH = 1024
+
+class DefaultLength(int):
+    """Default of `max_length`, which differs from the same number given by name: a tokenizer's limit may lower it."""
+
+
+DEFAULT_MAX_LENGTH = DefaultLength(1024)
 
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
@@ -30,6 +35,12 @@ CHECKPOINTING_FLAG = {
 CHECKPOINTING_KWARGS = {
     "help": "Arguments of torch.utils.checkpoint, as JSON on a command line; use_reentrant is false unless given here."
 }
+
+FORMER_VALUES = {
+    "loss_type": {"chunked_nll": "nll"},
+    "packing_strategy": {"bfd-requeue": "bfd_split"},
+}
+"""Option -> former names of its values, with the present ones."""
 
 DATASET_KWARGS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_token")
 
@@ -53,6 +64,7 @@ class SFTConfig(TrainingArguments):
         "model_init_kwargs",
         "chat_template_kwargs",
         "dataset_kwargs",
+        "prepare_in_int8_kwargs",
     ]
 
     # options of TrainingArguments, declared again for the type checker, which does not read transformers
@@ -83,6 +95,23 @@ class SFTConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Arguments of from_pretrained, as JSON on a command line. Used when the model is given as a name."
+        },
+    )
+    # not a field, so that `--trust_remote_code` is one option of a command line: that of `ModelConfig`
+    trust_remote_code: InitVar[bool] = False
+    prepare_in_int8_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of prepare_model_for_kbit_training (use_gradient_checkpointing, "
+            "gradient_checkpointing_kwargs), as JSON on a command line, for a model in 4 or 8 bits. None = as "
+            "activation_checkpointing says."
+        },
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture of experts; 0 = leave this loss out. None = as "
+            "output_router_logits and router_aux_loss_coef of the model's configuration say."
         },
     )
     chat_template_path: str | None = field(
@@ -143,13 +172,25 @@ class SFTConfig(TrainingArguments):
         },
     )
     max_length: int | None = field(
-        default=None,
+        default=DEFAULT_MAX_LENGTH,
         metadata={
-            "help": "Longest sequence in tokens, at least 2. None = the smaller of 1024 and the tokenizer's limit."
+            "help": "Longest sequence in tokens, at least 2; None = no limit. If it is not given, text is limited to "
+            "the smaller of 1024 and the tokenizer's limit, and rows with images are not limited."
         },
     )
     max_seq_length: int | None = field(
         default=None, metadata={"help": "Former name of max_length; give one of the two."}
+    )
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={"help": "Part of a too long sequence that is kept: keep_start or keep_end."},
+    )
+    shuffle_dataset: bool = field(
+        default=False,
+        metadata={
+            "help": "Shuffle the data sets by seed before rows are packed. Training draws rows in random order without "
+            "this, too; it matters for which documents share a row, and for streams, which are read in order."
+        },
     )
     packing: bool = field(
         default=False, metadata={"help": "Put several documents into one row. They never attend to each other."}
@@ -200,9 +241,9 @@ class SFTConfig(TrainingArguments):
     fused_layers: bool = field(
         default=True, metadata={"help": "Run each RMS norm and SwiGLU layer in float32 as one autograd operation."}
     )
-    pad_to_multiple_of: int | None = field(
+    pad_to_multiple_of: int | str | None = field(
         default=None,
-        metadata={"help": "Pad batches to a length that is a multiple of this; None = to the longest row."},
+        metadata={"help": "Pad batches to a length that is a multiple of this; None or auto = to the longest row."},
     )
     force_flash_sdp: bool = field(
         default=False,
@@ -266,7 +307,8 @@ class SFTConfig(TrainingArguments):
         },
     )
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, trust_remote_code: bool) -> None:
+        self.trust_remote_code = trust_remote_code
         self._set_checkpointing()
         self._replace_former_names()
         super().__post_init__()
@@ -283,6 +325,9 @@ class SFTConfig(TrainingArguments):
         """
         self._update_checkpointing()
         self._set_max_length()
+        self._set_pad_to_multiple_of()
+        for name, values in FORMER_VALUES.items():
+            setattr(self, name, values.get(getattr(self, name), getattr(self, name)))
         if self.use_liger is not None:
             self.use_liger_kernel, self.use_liger = self.use_liger, None
         self._check_choices()
@@ -329,21 +374,32 @@ class SFTConfig(TrainingArguments):
             self.train_sampling_strategy = "group_by_length"
 
     def _set_max_length(self) -> None:
-        if self.max_length is not None and self.max_seq_length not in (None, self.max_length):
-            raise ValueError(
-                f"max_length={self.max_length} and max_seq_length={self.max_seq_length} are two names of one option; "
-                "give max_length alone"
-            )
-        self.max_length = self.max_length if self.max_length is not None else self.max_seq_length
-        self.max_seq_length = None
+        if self.max_seq_length is not None:
+            if not isinstance(self.max_length, DefaultLength) and self.max_length != self.max_seq_length:
+                raise ValueError(
+                    f"max_length={self.max_length} and max_seq_length={self.max_seq_length} are two names of one "
+                    "option; give max_length alone"
+                )
+            self.max_length, self.max_seq_length = self.max_seq_length, None
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length={self.max_length}: a sequence needs at least 2 tokens to predict one")
+
+    def _set_pad_to_multiple_of(self) -> None:
+        """Convert what a command line gave as text to a number, or None for `auto` and `none`."""
+        given = self.pad_to_multiple_of
+        if isinstance(given, str):
+            if given.lower() not in ("auto", "none", "null") and not given.isdecimal():
+                raise ValueError(f"pad_to_multiple_of={given!r} is not a number; give one, auto or none")
+            self.pad_to_multiple_of = int(given) if given.isdecimal() else None
+        if self.pad_to_multiple_of is not None and int(self.pad_to_multiple_of) < 1:
+            raise ValueError(f"pad_to_multiple_of={given}: give a number of at least 1, or None")
 
     def _check_choices(self) -> None:
         for name, value, choices in (
             ("packing_strategy", self.packing_strategy, PACKING_STRATEGIES),
             ("loss_type", self.loss_type, LOSS_TYPES),
             ("not_printed", self.not_printed, NOT_PRINTED_POLICIES),
+            ("truncation_mode", self.truncation_mode, TRUNCATION_MODES),
         ):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
@@ -356,6 +412,21 @@ class SFTConfig(TrainingArguments):
         unknown = set(self.dataset_kwargs or {}) - set(DATASET_KWARGS)
         if unknown:
             raise ValueError(f"dataset_kwargs has unknown keys {sorted(unknown)}; known: {', '.join(DATASET_KWARGS)}")
+        splits = self.packing_strategy != "bfd" or bool(self.constant_length)
+        if self.truncation_mode == "keep_end" and self.packing and self.eval_packing is not False and splits:
+            what = (
+                f"packing_strategy={self.packing_strategy!r}" if self.packing_strategy != "bfd" else "num_of_sequences"
+            )
+            raise ValueError(
+                f"truncation_mode='keep_end' would be ignored: packing with {what} splits long documents and truncates "
+                "none; leave it out, or use packing_strategy='bfd' alone"
+            )
+        checkpointing = self.activation_checkpointing_kwargs
+        if isinstance(checkpointing, dict) and checkpointing.get("selective"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs has selective=True, which this trainer does not have; leave it out to "
+                "compute all activations again, or give gradient_checkpointing_kwargs={'every_n_layers': N}"
+            )
         for name in ("num_of_sequences", "chars_per_token"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -367,6 +438,16 @@ class SFTConfig(TrainingArguments):
         """Return one entry of `dataset_kwargs`; None where it is not given."""
         value = self.dataset_kwargs.get(name) if isinstance(self.dataset_kwargs, dict) else None
         return None if value is None else bool(value)
+
+    @property
+    def is_max_length_given(self) -> bool:
+        """Whether `max_length` was given by name, as a number or as None."""
+        return not isinstance(self.max_length, DefaultLength)
+
+    @property
+    def padding_multiple(self) -> int | None:
+        """`pad_to_multiple_of` as a number."""
+        return None if self.pad_to_multiple_of is None else int(self.pad_to_multiple_of)
 
     @property
     def autocast_precision(self) -> str | None:
@@ -430,6 +511,14 @@ class ModelConfig:
             "nargs": "+",  # a command line would take one name without it
         },
     )
+    lora_target_parameters: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of parameters that get LoRA matrices themselves, such as mlp.experts.gate_up_proj of a "
+            "mixture of experts, whose experts are not layers of their own. None = no parameter.",
+            "nargs": "+",
+        },
+    )
     lora_modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Names of modules that are trained in full and saved with the adapter; None = no module."},
@@ -452,6 +541,13 @@ class ModelConfig:
     )
     bnb_4bit_compute_dtype: str | None = field(
         default=None, metadata={"help": "Precision of products with 4-bit weights; None = dtype."}
+    )
+    bnb_4bit_quant_storage: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the tensors that contain 4-bit weights: uint8, bfloat16, float16 or float32. FSDP needs "
+            "that of the other weights. None = uint8."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -16,6 +16,10 @@ NotPrintedPolicy = Literal["fail", "warn", "drop"]
 """What happens to a conversation that says more than the chat template prints, see `sft.chat.printed`."""
 NOT_PRINTED_POLICIES: tuple[NotPrintedPolicy, ...] = get_args(NotPrintedPolicy)
 
+TruncationMode = Literal["keep_start", "keep_end"]
+"""Part of a too long document that is kept."""
+TRUNCATION_MODES: tuple[TruncationMode, ...] = get_args(TruncationMode)
+
 LossType = Literal["nll", "dft"]
 """Loss per token: negative log-likelihood, or dynamic fine-tuning (arXiv:2508.05629)."""
 LOSS_TYPES: tuple[LossType, ...] = get_args(LossType)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sft.inner_model import causal_lm
+from sft.labels import IGNORE_INDEX
 from sft.loss.cross_entropy import LossOptions, cross_entropy_sums, linear_cross_entropy_sums
 from sft.loss.head import plain_head, states_before_head, takes_logits_to_keep
 from sft.loss.targets import Batch, Targets, find_targets, model_arguments
@@ -167,3 +168,24 @@ def _router_loss(model: nn.Module, outputs: Any) -> torch.Tensor | None:
     if router_loss is None:
         return None
     return router_loss * causal_lm(model).config.get_text_config().router_aux_loss_coef
+
+
+def dft_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Return the loss of Dynamic Fine-Tuning (arXiv:2508.05629) of logits, to be given as `compute_loss_func`.
+
+    `SFTConfig(loss_type="dft")` minimizes the same and does not need the logits of all tokens.
+
+    Args:
+        outputs: Output of a model with `logits` `(batch, length, vocab)`.
+        labels: `(batch, length)`, not shifted. Of a flat batch, first labels of documents are ignored already.
+        num_items_in_batch: Divisor of the summed losses; None = the number of this batch's own targets.
+    """
+    targets = labels[:, 1:]
+    trained = targets != IGNORE_INDEX
+    tokens = targets[trained]
+    logits = outputs.logits[:, :-1][trained.to(outputs.logits.device)]
+    tokens = tokens.to(logits.device)
+    weights = torch.ones(len(tokens), device=logits.device)
+    loss = cross_entropy_sums(logits, tokens, weights, LossOptions("dft")).loss
+    divisor = weights.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=loss.device)
+    return loss / divisor.clamp_min(1)

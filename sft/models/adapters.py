@@ -63,6 +63,7 @@ def get_peft_config(model_config: ModelConfig) -> LoraConfig | None:
         lora_alpha=model_config.lora_alpha,
         lora_dropout=model_config.lora_dropout,
         target_modules=_as_targets(model_config.lora_target_modules),
+        target_parameters=_as_list(model_config.lora_target_parameters),
         modules_to_save=model_config.lora_modules_to_save,
         task_type=model_config.lora_task_type,
         use_rslora=model_config.use_rslora,
@@ -78,6 +79,10 @@ def _as_targets(targets: list[str] | str | None) -> list[str] | str:
     if isinstance(targets, list):
         return ALL_LINEAR if targets == [ALL_LINEAR] else targets
     return [targets] if targets != ALL_LINEAR and re.fullmatch(r"[\w.]+", targets) else targets
+
+
+def _as_list(names: list[str] | str | None) -> list[str] | None:
+    return [names] if isinstance(names, str) else names
 
 
 def wrap_adapter(
@@ -173,7 +178,7 @@ def _continue_adapter(model: PeftModel, peft_config: PeftConfig | None, checkpoi
         )
     base = model.get_base_model()
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if _is_unprepared(model):
+    if is_unprepared(model):
         prepare_model_for_kbit_training(base, **checkpointing)  # this freezes all parameters
         for name in trained:
             model.get_parameter(name).requires_grad_(True)
@@ -190,8 +195,13 @@ def _continue_adapter(model: PeftModel, peft_config: PeftConfig | None, checkpoi
     return model
 
 
-def _is_unprepared(model: PeftModel) -> bool:
-    """Return whether a k-bit base model under an adapter has parameters, such as norms, in half precision."""
+def is_unprepared(model: PreTrainedModel | PeftModel) -> bool:
+    """Return whether a k-bit model is not prepared for training yet, see `needs_kbit_preparation`.
+
+    Under an adapter, parameters with gradients are the adapter's, so that those in half precision decide.
+    """
+    if not isinstance(model, PeftModel):
+        return needs_kbit_preparation(model)
     if hasattr(model, "for_inference"):  # a model of unsloth, whose kernels need half precision
         return False
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)

@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sft.hardware import HALF_PRECISIONS
 from sft.models.loading import parse_dtype
+from sft.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from sft.config import ModelConfig
@@ -23,6 +24,7 @@ TRAINER_KEYS = ("offload", "every_n_layers")
 """Arguments of gradient checkpointing that transformers' trainer takes, and not `torch.utils.checkpoint`."""
 
 QUANT_TYPES = ("nf4", "fp4")
+STORAGE_TYPES = ("uint8", "bfloat16", "float16", "float32")
 
 
 class OncePerMessage(logging.Filter):
@@ -53,7 +55,7 @@ def get_quantization_config(model_config: ModelConfig) -> BitsAndBytesConfig | N
         The configuration for `from_pretrained`; None if neither option is set.
 
     Raises:
-        ValueError: Both options are set, or the 4-bit type does not exist.
+        ValueError: Both options are set, or the 4-bit type or the storage type does not exist.
     """
     if model_config.load_in_4bit and model_config.load_in_8bit:
         raise ValueError("load_in_4bit and load_in_8bit are both set: a model is loaded in one of them.")
@@ -65,8 +67,13 @@ def get_quantization_config(model_config: ModelConfig) -> BitsAndBytesConfig | N
         raise ValueError(
             f"bnb_4bit_quant_type={model_config.bnb_4bit_quant_type!r} does not exist: use {' or '.join(QUANT_TYPES)}."
         )
+    storage = str(model_config.bnb_4bit_quant_storage or "uint8").removeprefix("torch.")
+    if storage not in STORAGE_TYPES:
+        hint = did_you_mean(storage, STORAGE_TYPES, otherwise=f"use {', '.join(STORAGE_TYPES)}")
+        raise ValueError(f"bnb_4bit_quant_storage={model_config.bnb_4bit_quant_storage!r} does not exist: {hint}.")
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        bnb_4bit_quant_storage=storage,
         bnb_4bit_quant_type=model_config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=model_config.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=_compute_dtype(model_config),

@@ -56,7 +56,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 def load_model(
     name_or_path: str | Path,
     *,
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = "float32",
     attn_implementation: str | dict[str, str] | None = None,
     quantization_config: Any | None = None,
     revision: str | None = None,
@@ -69,7 +69,7 @@ def load_model(
 
     Args:
         name_or_path: Hub id or folder.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto` for what the checkpoint states.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` for what the checkpoint states; None = `float32`.
         attn_implementation: `eager`, `sdpa`, `flash_attention_2`, `flash_attention_3`, `flex_attention`,
             `kernels-community/...`; a dict of them by sub-model; None or `auto` = transformers' choice.
         quantization_config: What `sft.models.kbit.get_quantization_config` returns.
@@ -167,9 +167,9 @@ def training_device(device_map: Any | None = None) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _one_dtype(dtype: str | torch.dtype, kwargs: dict[str, Any]) -> torch.dtype | str:
+def _one_dtype(dtype: str | torch.dtype | None, kwargs: dict[str, Any]) -> torch.dtype | str:
     """Return the dtype, given under either of its two names; remove the former name from `kwargs`."""
-    old = kwargs.pop("torch_dtype", None)
+    old, dtype = kwargs.pop("torch_dtype", None), "float32" if dtype is None else dtype
     if old is None:
         return parse_dtype(dtype)
     parsed = parse_dtype(old)

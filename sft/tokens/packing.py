@@ -107,33 +107,38 @@ class OverflowReport:
         return f"limit of {self.max_length} tokens: {', '.join(parts)}; {self.num_tokens_lost} tokens lost"
 
 
-def cut_pieces(lengths: Integers, max_length: int, policy: str) -> Pieces:
+def cut_pieces(lengths: Integers, max_length: int, policy: str, *, keep_end: bool = False) -> Pieces:
     """Return the parts of documents to keep, each of at most `max_length` tokens.
 
     Args:
         lengths: `(num_documents,)` number of tokens in each document.
         max_length: Limit in tokens.
         policy: `truncate`, `split` or `drop`.
+        keep_end: Whether `truncate` keeps the end of a document instead of its beginning.
     """
     documents: Integers = np.arange(len(lengths))
     if policy == "drop":
         documents = documents[lengths <= max_length]
     kept = lengths[documents]
     if policy == "truncate":
-        return Pieces(documents, np.zeros_like(documents), np.minimum(kept, max_length))
+        length = np.minimum(kept, max_length)
+        return Pieces(documents, kept - length if keep_end else np.zeros_like(documents), length)
     counts = np.maximum(1, -(-kept // max_length))
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     document, start = np.repeat(documents, counts), number * max_length
     return Pieces(document, start, np.minimum(lengths[document] - start, max_length))
 
 
-def apply_overflow(dataset: Dataset, max_length: int, policy: str = "truncate") -> tuple[Dataset, OverflowReport]:
+def apply_overflow(
+    dataset: Dataset, max_length: int, policy: str = "truncate", *, keep_end: bool = False
+) -> tuple[Dataset, OverflowReport]:
     """Apply a length limit to every document, and drop those in which nothing is trained.
 
     Args:
         dataset: Tokenized rows; columns other than the token columns are kept unchanged.
         max_length: Limit in tokens.
-        policy: `truncate` (keep the beginning), `split` (into several documents), `drop` or `error`.
+        policy: `truncate`, `split` (into several documents), `drop` or `error`.
+        keep_end: Whether `truncate` keeps the end of a document instead of its beginning.
 
     Returns:
         The data set (the same object if nothing changed), and a report.
@@ -143,7 +148,7 @@ def apply_overflow(dataset: Dataset, max_length: int, policy: str = "truncate") 
     """
     columns = token_columns(dataset)
     ids = dataset["id"] if "id" in dataset.column_names else None
-    pieces, report = plan_overflow(columns, max_length, policy, ids)
+    pieces, report = plan_overflow(columns, max_length, policy, ids, keep_end=keep_end)
     if len(pieces) == len(dataset) and not report.touched:
         return dataset, report
     others = dataset.remove_columns(list(columns)).select(report.source_rows)
@@ -151,7 +156,12 @@ def apply_overflow(dataset: Dataset, max_length: int, policy: str = "truncate") 
 
 
 def plan_overflow(
-    columns: Columns, max_length: int, policy: str = "truncate", ids: Sequence[Any] | None = None
+    columns: Columns,
+    max_length: int,
+    policy: str = "truncate",
+    ids: Sequence[Any] | None = None,
+    *,
+    keep_end: bool = False,
 ) -> tuple[Pieces, OverflowReport]:
     """Plan a length limit as in `apply_overflow`, without moving tokens.
 
@@ -160,6 +170,7 @@ def plan_overflow(
         max_length: Limit in tokens.
         policy: `truncate`, `split`, `drop` or `error`.
         ids: `(num_documents,)` names of the documents in messages.
+        keep_end: Whether `truncate` keeps the end of a document instead of its beginning.
 
     Returns:
         The parts of documents to keep, and a report.
@@ -174,7 +185,7 @@ def plan_overflow(
     lengths = columns["input_ids"].lengths()
     if policy == "error":
         _refuse_long(lengths, max_length, ids)
-    pieces = cut_pieces(lengths, max_length, policy)
+    pieces = cut_pieces(lengths, max_length, policy, keep_end=keep_end)
     if "labels" in columns:
         trained, targets = count_trained(columns["labels"], pieces)
     else:
@@ -342,7 +353,9 @@ def pack_with_plan(dataset: Dataset, seq_length: int, strategy: str = "bfd") -> 
     return materialize(dataset, plan), members
 
 
-def limit_and_pack(dataset: Dataset, max_length: int, strategy: str = "bfd") -> tuple[Dataset, OverflowReport]:
+def limit_and_pack(
+    dataset: Dataset, max_length: int, strategy: str = "bfd", *, keep_end: bool = False
+) -> tuple[Dataset, OverflowReport]:
     """Apply the length limit, drop documents in which nothing is trained, and pack; every token is moved once.
 
     Args:
@@ -350,6 +363,7 @@ def limit_and_pack(dataset: Dataset, max_length: int, strategy: str = "bfd") -> 
         max_length: Maximum number of tokens in a row. `bfd` truncates longer documents, `bfd_split` and `wrapped`
             split them.
         strategy: As in `pack_dataset`.
+        keep_end: Whether `bfd` keeps the end of a document that it truncates instead of its beginning.
 
     Returns:
         The packed data set, and a report on the limit.
@@ -360,7 +374,7 @@ def limit_and_pack(dataset: Dataset, max_length: int, strategy: str = "bfd") -> 
     longest = int(columns["input_ids"].lengths().max(initial=1))
     limit = max(longest, max_length) if strategy == "wrapped" else max_length
     policy = "split" if strategy == "bfd_split" else "truncate"
-    pieces, report = plan_overflow(columns, limit, policy)
+    pieces, report = plan_overflow(columns, limit, policy, keep_end=keep_end)
     return materialize(dataset, plan_rows(pieces, max_length, strategy)), report
 
 

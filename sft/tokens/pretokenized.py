@@ -100,10 +100,12 @@ class StreamLimit:
     Args:
         max_length: Limit in tokens.
         name: Name of the data set in messages.
+        keep_end: Whether the end of a too long row is kept instead of its beginning.
     """
 
-    def __init__(self, max_length: int, name: str) -> None:
+    def __init__(self, max_length: int, name: str, *, keep_end: bool = False) -> None:
         self.max_length = max_length
+        self.kept = slice(-max_length, None) if keep_end else slice(max_length)
         self.name = name
         self.num_rows = self.num_cut = self.num_left_out = 0
         self._num_logged = 0
@@ -114,7 +116,7 @@ class StreamLimit:
         Raises:
             ValueError: Nothing is trained in any row so far, which means that options or masks are wrong.
         """
-        cut = {name: [values[: self.max_length] for values in column] for name, column in batch.items()}
+        cut = {name: [values[self.kept] for values in column] for name, column in batch.items()}
         kept = [place for place, labels in enumerate(cut["labels"]) if supervised(labels)]
         self.num_rows += len(cut["labels"])
         self.num_cut += sum(len(ids) > self.max_length for ids in batch["input_ids"])

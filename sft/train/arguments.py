@@ -17,6 +17,7 @@ from transformers.training_args import ParallelMode
 from sft.chat.formats import FORMATS, clone_chat_template, ensure_pad_token, set_template_variables, setup_chat_format
 from sft.config import SFTConfig
 from sft.hardware import current_hardware
+from sft.inner_model import causal_lm
 from sft.kernels.liger import check_liger_hardware, liger_kernel_config
 from sft.models.checkpoint import load_processor
 from sft.models.loading import load_model
@@ -34,6 +35,7 @@ FORMER_OPTIONS = (
     "neftune_noise_alpha",
     "num_of_sequences",
     "packing",
+    "prepare_in_int8_kwargs",
 )
 """Options of `SFTConfig` that older scripts give to the trainer."""
 
@@ -54,8 +56,6 @@ FROM_PRETRAINED = (
 REPLACED = {
     "infinite": "give train_dataset=ConstantLengthDataset(..., infinite=True)",
     "model_init": "give the model itself",
-    "prepare_in_int8_kwargs": "call prepare_model_for_kbit_training(model, ...) before, and give the prepared model",
-    "prepare_model_for_kbit_training_kwargs": "call prepare_model_for_kbit_training(model, ...) before",
 }
 """Former arguments without an option of their own, and what to do instead."""
 
@@ -78,6 +78,7 @@ def resolve_config(args: TrainingArguments | None, model: Any, former: Mapping[s
         given = {field.name: getattr(args, field.name) for field in fields(args) if field.init}
         args = SFTConfig(**given)
     take_over_arguments(args, former or {}, model)
+    args.model_init_kwargs = _with_trust(args, model)
     if not isinstance(model, str) and args.model_init_kwargs:
         raise ValueError(
             f"model_init_kwargs={args.model_init_kwargs} would be ignored: the model is an object already; give them "
@@ -114,6 +115,7 @@ def take_over_arguments(config: SFTConfig, former: Mapping[str, Any], model: Any
             "model's name"
         )
     for name, value in former.items():
+        name = "prepare_in_int8_kwargs" if name == "prepare_model_for_kbit_training_kwargs" else name
         if name in FORMER_OPTIONS:
             _set_option(config, name, value)
         elif name not in FROM_PRETRAINED:
@@ -127,6 +129,18 @@ def take_over_arguments(config: SFTConfig, former: Mapping[str, Any], model: Any
             )
         config.model_init_kwargs = {**given, **loading}
     config.validate()
+
+
+def _with_trust(config: SFTConfig, model: Any) -> dict[str, Any] | str | None:
+    """Return `model_init_kwargs` with `trust_remote_code`, if that option is set and the model is given by name."""
+    if not config.trust_remote_code or not isinstance(model, str):
+        return config.model_init_kwargs
+    given = _model_init_kwargs(config)
+    if not given.get("trust_remote_code", True):
+        raise ValueError(
+            "trust_remote_code=True and model_init_kwargs={'trust_remote_code': False} contradict each other; give one"
+        )
+    return {**given, "trust_remote_code": True}
 
 
 def _set_option(config: SFTConfig, name: str, value: Any) -> None:
@@ -188,7 +202,8 @@ def resolve_processor(processing_class: Any, model: Any, config: SFTConfig) -> A
         if not name:
             raise ValueError("processing_class is needed: the model was made in memory and names no tokenizer")
         given = _model_init_kwargs(config) if isinstance(model, str) else {}
-        processing_class = load_processor(name, given.get("revision"), bool(given.get("trust_remote_code")))
+        trusted = config.trust_remote_code or bool(given.get("trust_remote_code"))
+        processing_class = load_processor(name, given.get("revision"), trusted)
     tokenizer = tokenizer_of(processing_class)
     if not tokenizer.chat_template:  # rows without images are rendered with the tokenizer
         tokenizer.chat_template = getattr(processing_class, "chat_template", None)
@@ -239,6 +254,59 @@ def apply_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, config: 
         assert isinstance(config.chat_template_kwargs, dict), "SFTConfig has parsed it"
         set_template_variables(tokenizer, config.chat_template_kwargs)
     return model
+
+
+def align_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> None:
+    """Write the ids of the padding token, and of an end that `eos_token` asks for, to the model's configurations.
+
+    `transformers.Trainer` aligns all special tokens when training begins, and warns about each that differs. The
+    generation config may have several ends; the new one is put first.
+    """
+    inner = causal_lm(model)
+    configs = [inner.config.get_text_config(), getattr(inner, "generation_config", None)]
+    if tokenizer.pad_token_id is not None:
+        for each in filter(None, configs):
+            each.pad_token_id = tokenizer.pad_token_id
+    if config.eos_token is None:
+        return
+    configs[0].eos_token_id = tokenizer.eos_token_id
+    generation = configs[1]
+    if generation is not None:
+        ends = generation.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        generation.eos_token_id = ends if tokenizer.eos_token_id in ends else [tokenizer.eos_token_id, *ends]
+
+
+def choose_router_loss(model: Any, config: SFTConfig) -> tuple[float, bool]:
+    """Write `router_aux_loss_coef` to the model's configuration, and return what holds.
+
+    Args:
+        model: Its configuration decides where the option is None: `output_router_logits` adds the load-balancing loss
+            of a mixture of experts, `router_aux_loss_coef` is its weight.
+        config: The options.
+
+    Returns:
+        The weight, 0 if the configuration has none, and whether the loss is added.
+
+    Raises:
+        ValueError: The option is below 0, or the model has no routers.
+    """
+    inner = causal_lm(model)
+    text_config, asked = inner.config.get_text_config(), config.router_aux_loss_coef
+    has_routers = hasattr(text_config, "output_router_logits")
+    if asked is not None:
+        if asked < 0:
+            raise ValueError(f"router_aux_loss_coef={asked} must be at least 0: it weighs a loss to minimize")
+        if asked and not has_routers:
+            raise ValueError(
+                f"router_aux_loss_coef={asked} weighs the load-balancing loss of a mixture of experts, and "
+                f"{type(inner).__name__} is not a Mixture-of-Experts model that returns what its routers choose; leave "
+                "it out"
+            )
+        if has_routers:
+            text_config.output_router_logits, text_config.router_aux_loss_coef = asked > 0, asked
+    coefficient = getattr(text_config, "router_aux_loss_coef", None) or 0.0
+    return coefficient, bool(has_routers and text_config.output_router_logits and coefficient)
 
 
 def choose_liger_kernels(model: Any, config: SFTConfig) -> None:

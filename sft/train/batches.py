@@ -32,6 +32,7 @@ from sft.attention.choice import (
 )
 from sft.attention.isolation import probe_isolation, rounding_tolerances
 from sft.attention.kernels import SFT_DOCUMENTS, has_row_kernel
+from sft.batches import language_modeling_collator
 from sft.batches.collator import DataCollatorForSFT
 from sft.batches.layout import batch_layout, document_layout
 from sft.config import SFTConfig
@@ -62,10 +63,11 @@ class Packing:
 
 
 def take_over_collator(collator: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Replace transformers' collators for token rows by this library's; return any other collator as it is.
+    """Replace transformers' collators for token rows by this library's; return any other collator.
 
-    `DataCollatorForLanguageModeling` can't pad labels, and replaces those that rows have. A flat row of
-    `DataCollatorWithFlattening` does not state where its documents end.
+    The `DataCollatorForLanguageModeling` of transformers can't pad labels, and replaces those that rows have. A flat
+    row of `DataCollatorWithFlattening` does not state where its documents end. This library's
+    `DataCollatorForLanguageModeling` is told to state it.
 
     Args:
         collator: As it was given to the trainer.
@@ -74,6 +76,8 @@ def take_over_collator(collator: Any, tokenizer: PreTrainedTokenizerBase) -> Any
     Raises:
         ValueError: The collator is for masked language modelling.
     """
+    if isinstance(collator, language_modeling_collator.DataCollatorForLanguageModeling):
+        collator.for_trainer = True
     if type(collator) is DataCollatorWithFlattening:
         return DataCollatorForSFT(tokenizer.pad_token_id, padding_free=True)
     if type(collator) is not DataCollatorForLanguageModeling:
@@ -95,7 +99,7 @@ def choose_packing(config: SFTConfig, data_collator: Any, datasets: list[Any]) -
         datasets: All data sets. If one has packed rows already, batches are flat.
     """
     eval_packing = config.packing if config.eval_packing is None else config.eval_packing
-    packed = config.packing or eval_packing
+    packed = (config.packing or eval_packing) and not config.skip_prepare_dataset
     already = any("seq_lengths" in (getattr(dataset, "column_names", None) or ()) for dataset in datasets)
     flat = packed or already or config.padding_free or getattr(data_collator, "padding_free", False)
     undecided = data_collator is None and config.padding_free is None
@@ -107,7 +111,7 @@ def choose_collator(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, packi
     return DataCollatorForSFT(
         pad_token_id=tokenizer.pad_token_id,
         padding_free=bool(packing.flat),
-        pad_to_multiple_of=config.pad_to_multiple_of,
+        pad_to_multiple_of=config.padding_multiple,
     )
 
 

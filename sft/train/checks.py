@@ -1,6 +1,7 @@
 """Checks of the data before training begins.
 
 * `check_ignored`: options that would have no effect on the data given.
+* `check_kbit_arguments`: arguments of the preparation of a k-bit model that would have no effect.
 * `check_collator`: a user's collator that would train nothing, or never the end-of-sequence token.
 * `check_token_rows`: packed rows whose documents would see each other, token ids without an embedding, documents that
   are longer than the positions that the model has learned.
@@ -8,6 +9,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -21,10 +23,15 @@ from transformers import PreTrainedTokenizerBase
 
 from sft.batches.collator import DataCollatorForSFT
 from sft.batches.completion_collator import DataCollatorForCompletionOnlyLM
-from sft.config import DEFAULT_MAX_LENGTH, SFTConfig
+from sft.config import SFTConfig
 from sft.inner_model import causal_lm
+from sft.models.adapters import is_unprepared
+from sft.models.kbit import is_kbit
+from sft.suggest import did_you_mean
 from sft.tokens.constant_length import ConstantLengthDataset
 from sft.train.batches import Packing
+
+logger = logging.getLogger(__name__)
 
 ROWS_AT_A_TIME = 10_000
 """Rows of a data set that are read into memory at once."""
@@ -38,6 +45,9 @@ COLUMN_OF_PART = {
     "last_turn_only_loss": "labels",
 }
 """Option that trains a part of each row -> the column of prepared rows that marks this part."""
+
+KBIT_ARGUMENTS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs")
+"""Arguments of `prepare_model_for_kbit_training` other than the model."""
 
 POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings|pos_emb\w*)$")
 """Names of tables of positions: `wpe` in GPT-2, `embed_positions` in OPT and, as a buffer, in GPT-J and CodeGen."""
@@ -79,24 +89,34 @@ def check_ignored(config: SFTConfig, collator: Callable | None, packing: Packing
         *((f"eval {key}".strip(), rows, packing.eval) for key, rows in rest.items()),
     ]
     for name, dataset, packed in named:
-        ignored = _ignored_in(dataset, config, collator, packed=packed)
+        if dataset is None or (isinstance(dataset, (Dataset, IterableDataset)) and not config.skip_prepare_dataset):
+            continue
+        why = (
+            f"the {name} data set goes to the collator as it is "
+            f"({'skip_prepare_dataset' if config.skip_prepare_dataset else type(dataset).__name__})"
+        )
+        ignored = _ignored_part(dataset, config, collator)
         if ignored is not None:
+            raise ValueError(f"{ignored}=True would be ignored: {why}; leave {ignored} out, or prepare the rows so")
+        if config.shuffle_dataset and not isinstance(dataset, (Dataset, IterableDataset)):
             raise ValueError(
-                f"{ignored}=True would be ignored: the {name.strip()} data set goes to the collator as it is "
-                f"({'skip_prepare_dataset' if config.skip_prepare_dataset else type(dataset).__name__}); leave "
-                f"{ignored} out, or prepare the rows so"
+                f"shuffle_dataset=True would be ignored: {why}; leave it out, or shuffle the rows yourself"
             )
+        _warn_of_lengths(dataset, config, collator, why, packed=packed)
 
 
-def _ignored_in(dataset: Any, config: SFTConfig, collator: Callable | None, *, packed: bool) -> str | None:
-    """Return the name of an option that has no effect on a data set, because it is not prepared by this library."""
-    is_known = isinstance(dataset, (Dataset, IterableDataset))
-    if dataset is None or (is_known and not config.skip_prepare_dataset):
-        return None
-    is_constant = isinstance(dataset, ConstantLengthDataset)  # packed, and every token is trained
-    columns = ["seq_lengths"] if is_constant else getattr(dataset, "column_names", None)
-    if packed and "seq_lengths" not in (columns or ()):
-        return "packing"
+def _columns_of_rows(dataset: Any) -> list[str] | None:
+    """Return the columns of rows as the collator gets them; None if they are not known without reading a stream."""
+    if isinstance(dataset, ConstantLengthDataset):
+        return ["input_ids", "seq_lengths"]  # its labels train all tokens
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom" and len(dataset):
+        return list(dataset[0])  # what the user's transform returns
+    return getattr(dataset, "column_names", None)
+
+
+def _ignored_part(dataset: Any, config: SFTConfig, collator: Callable | None) -> str | None:
+    """Return the option that would train a part of each row and has no effect on rows that are not prepared here."""
+    columns = _columns_of_rows(dataset)
     for option, column in COLUMN_OF_PART.items():
         followed = columns is None or not {column, "labels"}.isdisjoint(columns) or getattr(collator, option, False)
         if getattr(config, option) and not followed:
@@ -104,8 +124,49 @@ def _ignored_in(dataset: Any, config: SFTConfig, collator: Callable | None, *, p
     return None
 
 
+def _warn_of_lengths(dataset: Any, config: SFTConfig, collator: Callable | None, why: str, *, packed: bool) -> None:
+    """Warn if rows that are not prepared here are to be packed or truncated; older scripts ask for both at once."""
+    if packed and "seq_lengths" not in (_columns_of_rows(dataset) or ()):
+        logger.warning("packing=True has no effect: %s, so that each of its rows is a document of its own", why)
+    limited = isinstance(dataset, ConstantLengthDataset) or getattr(collator, "max_length", None) is not None
+    if config.is_max_length_given and config.max_length is not None and not limited:
+        logger.warning("max_length=%d has no effect: %s; truncate its rows yourself", config.max_length, why)
+    if config.truncation_mode != "keep_start":
+        logger.warning("truncation_mode=%r has no effect: %s", config.truncation_mode, why)
+
+
 def _name(collator: Callable) -> str:
     return getattr(collator, "__name__", type(collator).__name__)
+
+
+def check_kbit_arguments(model: Any, config: SFTConfig) -> None:
+    """Check that `prepare_in_int8_kwargs` has an effect, and does not contradict `activation_checkpointing`.
+
+    Args:
+        model: Before an adapter is put on it, or with the user's own.
+        config: The options.
+
+    Raises:
+        ValueError: A key is unknown, the model is not in 4 or 8 bits or is prepared already, or checkpointing is turned
+            off there and on in the options.
+    """
+    given = config.prepare_in_int8_kwargs
+    if not given:
+        return
+    if not isinstance(given, dict):
+        raise ValueError(f'prepare_in_int8_kwargs={given!r} is not a JSON object such as {{"name": true}}')
+    for key in given:
+        if key not in KBIT_ARGUMENTS:
+            known = did_you_mean(key, KBIT_ARGUMENTS, otherwise=f"its keys are {', '.join(KBIT_ARGUMENTS)}")
+            raise ValueError(f"prepare_in_int8_kwargs has the unknown key {key!r}: {known}")
+    if not is_unprepared(model):
+        why = "is prepared already" if is_kbit(causal_lm(model)) else "is not loaded in 4 or 8 bits"
+        raise ValueError(f"prepare_in_int8_kwargs={given} would be ignored: the model {why}; leave it out")
+    if given.get("use_gradient_checkpointing") is False and config.activation_checkpointing:
+        raise ValueError(
+            "prepare_in_int8_kwargs has use_gradient_checkpointing=False, and the options have "
+            "gradient_checkpointing=True; give one of them"
+        )
 
 
 def check_collator(collator: Callable | None, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -265,8 +326,8 @@ def _longest(dataset: Any, config: SFTConfig) -> tuple[int, str]:
     """Return the length of the longest document that a data set has (or may have), and a clause that says where."""
     if isinstance(dataset, ConstantLengthDataset):
         return dataset.seq_length, f"documents of up to seq_length={dataset.seq_length} tokens are packed"
-    if isinstance(dataset, IterableDataset) and not config.skip_prepare_dataset:
-        length = config.max_length or DEFAULT_MAX_LENGTH
+    if isinstance(dataset, IterableDataset) and not config.skip_prepare_dataset and config.max_length is not None:
+        length = int(config.max_length)
         return length, f"rows are streamed, with up to max_length={length} tokens"
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return 0, ""

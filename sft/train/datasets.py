@@ -6,7 +6,8 @@
 1. `apply_formatting` calls the user's `formatting_func`, if there is one.
 2. `plan_preparation` decides from the columns and the options how rows are read and what is trained.
 3. `encode_dataset` renders each row as text, tokenizes it, and masks what is not trained.
-4. `fit_lengths` truncates, splits or packs rows, and drops those in which nothing is trained.
+4. `fit_lengths` truncates, splits or packs rows, and drops those in which nothing is trained; `shuffled` shuffles them
+   before, if asked.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from sft.chat.render import ChatRenderer, Rendered, TrainOn, asked_part
-from sft.config import DEFAULT_MAX_LENGTH, SFTConfig
+from sft.config import SFTConfig
 from sft.data.messages import check_text_alone
 from sft.data.records import (
     CONVERSATION_COLUMNS,
@@ -43,7 +44,7 @@ from sft.train.batches import choose_packing
 logger = logging.getLogger(__name__)
 
 NO_LIMIT = 2**31 - 1
-"""Length limit of a stream whose documents are divided when they are packed."""
+"""Length limit of rows that are not limited, or that are divided when they are packed."""
 
 FormattingFunc = Callable[[Any], Any]
 """Returns the text of an example, or a list of texts for a batch (column -> values)."""
@@ -110,9 +111,12 @@ def prepare_rows(
     is_raw = isinstance(dataset, (Dataset, IterableDataset)) and not config.skip_prepare_dataset
     if not (packing and config.constant_length and is_raw):
         return prepare_dataset(dataset, tokenizer, config, packing=packing, formatting_func=formatting_func, name=name)
+    check_preparable(dataset, config, packing=packing, name=name)
+    formatting_func = formatting_of_raw_rows(dataset, formatting_func, name)
     if formatting_func is not None:
         dataset = apply_formatting(dataset, formatting_func, config)
     seq_length = resolve_max_length(config, tokenizer)
+    dataset = shuffled(dataset, config)
     return constant_length_rows(dataset, tokenizer, config, seq_length=seq_length, name=name)
 
 
@@ -143,12 +147,16 @@ def prepare_dataset(
         ValueError: The columns have no known form, a row is invalid, options contradict the data, or no row has a
             trained token.
     """
-    if config.skip_prepare_dataset or not isinstance(dataset, (Dataset, IterableDataset)):
+    if not isinstance(dataset, (Dataset, IterableDataset)):
         return dataset
+    if config.skip_prepare_dataset:
+        return shuffled(dataset, config)
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"the {name} data set has no rows")
     if "seq_lengths" in columns_of(dataset) and "input_ids" in columns_of(dataset):
-        return dataset  # packed already
+        return shuffled(dataset, config)  # packed already
+    check_preparable(dataset, config, packing=packing, name=name)
+    formatting_func = formatting_of_raw_rows(dataset, formatting_func, name)
     dataset = as_python_values(dataset)
     if formatting_func is not None:
         dataset = apply_formatting(dataset, formatting_func, config)
@@ -156,14 +164,58 @@ def prepare_dataset(
     encoded = encode_dataset(dataset, tokenizer, plan, config)
     if plan.layout.kind is Kind.TOKENIZED and isinstance(encoded, Dataset):
         warn_of_double_bos((batch["input_ids"][0] for batch in encoded.iter(1)), tokenizer.bos_token_id, name)
-    return fit_lengths(encoded, resolve_max_length(config, tokenizer), config, packing=packing, name=name)
+    fitted = fit_lengths(
+        shuffled(encoded, config), resolve_max_length(config, tokenizer), config, packing=packing, name=name
+    )
+    # rows packed by best fit are in order of length
+    return shuffled(fitted, config) if packing and isinstance(fitted, Dataset) else fitted
 
 
 def resolve_max_length(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the longest sequence in tokens: `max_length`, or else the smaller of 1024 and the tokenizer's limit."""
-    if config.max_length is not None:
-        return config.max_length
-    return min(DEFAULT_MAX_LENGTH, tokenizer.model_max_length)
+    """Return the longest sequence in tokens: `max_length`, lowered to the tokenizer's limit if it was not given."""
+    if config.max_length is None:
+        return NO_LIMIT
+    return config.max_length if config.is_max_length_given else min(config.max_length, tokenizer.model_max_length)
+
+
+def check_preparable(dataset: Dataset | IterableDataset, config: SFTConfig, *, packing: bool, name: str) -> None:
+    """Check that a data set has no transform of the user's, and that packed rows have a length.
+
+    Raises:
+        ValueError: It has a transform, which preparation would run once, so that a random one would always give one
+            draw; or it is packed, and `max_length` is None.
+    """
+    if packing and config.max_length is None:
+        raise ValueError(
+            f"packing fills rows of max_length tokens, and max_length is None: give the length of a row of the {name} "
+            "data set, such as max_length=2048, or packing=False"
+        )
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"the {name} data set has a transform, set by Dataset.with_transform() or set_transform(), which "
+            "preparation would run once for the whole training: apply it with map() before, or else give "
+            "dataset_kwargs={'skip_prepare_dataset': True} and have the transform return trainer-ready rows "
+            "(input_ids and labels)"
+        )
+
+
+def formatting_of_raw_rows(
+    dataset: Dataset | IterableDataset, formatting_func: FormattingFunc | None, name: str
+) -> FormattingFunc | None:
+    """Return the formatting function; None, with a warning, for a data set that is tokenized already."""
+    if formatting_func is None or "input_ids" not in columns_of(dataset):
+        return formatting_func
+    logger.warning(
+        "the %s data set has input_ids, which are trained as they are: formatting_func is not called. Leave it out, or "
+        "remove the column input_ids to have its texts trained",
+        name,
+    )
+    return None
+
+
+def shuffled(dataset: Any, config: SFTConfig) -> Any:
+    """Return the data set in random order by `seed` if `shuffle_dataset` is set; a stream through a buffer of rows."""
+    return dataset.shuffle(seed=config.seed) if config.shuffle_dataset else dataset
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
@@ -177,10 +229,8 @@ def columns_of(dataset: Dataset | IterableDataset) -> list[str]:
 
 
 def as_python_values(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Return the data set without its output format (torch, numpy, ...); a transform that the user set is kept."""
-    if isinstance(dataset, Dataset):
-        return dataset if dataset.format["type"] in (None, "custom") else dataset.with_format(None)
-    return dataset.with_format(None)
+    """Return the data set without its output format (torch, numpy, ...)."""
+    return dataset if isinstance(dataset, Dataset) and dataset.format["type"] is None else dataset.with_format(None)
 
 
 def apply_formatting(dataset: Any, formatting_func: FormattingFunc, config: SFTConfig) -> Any:
@@ -447,15 +497,16 @@ def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bo
     Raises:
         ValueError: No row has a trained token.
     """
+    keep_end = config.truncation_mode == "keep_end"
     if isinstance(dataset, IterableDataset):
         divided = packing and config.packing_strategy in ("bfd_split", "wrapped")
-        limit = StreamLimit(NO_LIMIT if divided else max_length, name)
+        limit = StreamLimit(NO_LIMIT if divided else max_length, name, keep_end=keep_end)
         kept = dataset.map(limit, batched=True, batch_size=config.dataset_batch_size)
         return pack_dataset(kept, max_length, config.packing_strategy) if packing else kept
     if packing:
-        fitted, report = limit_and_pack(dataset, max_length, config.packing_strategy)
+        fitted, report = limit_and_pack(dataset, max_length, config.packing_strategy, keep_end=keep_end)
     else:
-        fitted, report = apply_overflow(dataset, max_length)
+        fitted, report = apply_overflow(dataset, max_length, keep_end=keep_end)
     if report.summary():
         logger.warning("%s data: %s", name, report.summary())
     if not report.source_rows:

@@ -60,6 +60,11 @@ def choose_vision_collator(
     joined = [name for name in ("packing", "eval_packing", "padding_free") if getattr(config, name)]
     if joined:
         raise ValueError(f"{joined[0]}=True joins rows, but rows with images ({where}) can't be joined; leave it out")
+    if config.truncation_mode != "keep_start":
+        raise ValueError(
+            f"truncation_mode={config.truncation_mode!r} would cut off the images of rows with images ({where}); "
+            "leave it out"
+        )
     if config.chat_template_path is not None or config.chat_template_kwargs:
         processing_class.chat_template = processing_class.tokenizer.chat_template
     config.remove_unused_columns = False
@@ -69,9 +74,9 @@ def choose_vision_collator(
 
     return DataCollatorForVisionLanguageModeling(
         processing_class,
-        max_length=config.max_length,
+        max_length=config.max_length if config.is_max_length_given else None,
         completion_only_loss=config.completion_only_loss,
-        pad_to_multiple_of=config.pad_to_multiple_of,
+        pad_to_multiple_of=config.padding_multiple,
         dataset_text_field=config.dataset_text_field,
         assistant_only_loss=config.assistant_only_loss,
         last_turn_only_loss=config.last_turn_only_loss,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import (
     BaseImageProcessor,
@@ -23,10 +26,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput
 
 from sft.attention.choice import flash_sdp_only
-from sft.batches.layout import FILLER, SKIP_LOGITS, batch_layout, document_layout
+from sft.batches.layout import FILLER, SKIP_LOGITS, batch_layout, current_layout, document_layout
 from sft.batches.shared_tokens import without_sharing
 from sft.config import SFTConfig
 from sft.kernels.layers import fused_layers
@@ -37,9 +41,11 @@ from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
 from sft.train.arguments import (
+    align_special_tokens,
     apply_chat_template,
     choose_liger_kernels,
     choose_processing_class,
+    choose_router_loss,
     resolve_config,
     resolve_model,
     resolve_processor,
@@ -54,10 +60,11 @@ from sft.train.batches import (
     choose_shared_tokens,
     take_over_collator,
 )
-from sft.train.checks import check_collator, check_ignored, check_token_rows
+from sft.train.checks import check_collator, check_ignored, check_kbit_arguments, check_token_rows
 from sft.train.counters import TokensSeen, TokenTotals, UnloggedFigures
 from sft.train.datasets import FormattingFunc, prepare_all, prepare_later
 from sft.train.images import choose_vision_collator
+from sft.train.model_card import card_facts, write_model_card
 from sft.train.neftune import embedding_noise
 from sft.train.offloading import check_offloading, offloaded_activations
 from sft.train.processes import (
@@ -110,9 +117,12 @@ class SFTTrainer(Trainer):
         preprocess_logits_for_metrics: Applied to the logits of each batch before they are gathered.
         peft_config: Adapter to put on the model; None = train the model itself, or the adapter it has.
         formatting_func: Returns the text of an example, or a list of texts for a batch of examples.
-        former: Arguments of older scripts: `tokenizer` (now `processing_class`) and options that now belong to `args`.
+        former: Arguments of older scripts: `tokenizer` (now `processing_class`) and options that now belong to `args`;
+            and arguments of `from_pretrained` such as `quantization_config`, for a model that is given by name.
 
     Attributes:
+        aux_loss_enabled: Whether the load-balancing loss of a mixture of experts is part of the loss.
+        router_aux_loss_coef: Its weight; 0 if the model has none.
         attention: The attention that was chosen, and why, in one line.
         sharing: Whether common beginnings of documents are computed once (`share_tokens`), and why, in one line.
 
@@ -120,6 +130,7 @@ class SFTTrainer(Trainer):
         ValueError: Arguments contradict each other, the data or the model. The message names the place and a way out.
     """
 
+    _tag_names = ("sft", "trl")
     _signature_columns: list[str] | None
     data_collator: Any
     is_fsdp_enabled: bool
@@ -151,7 +162,10 @@ class SFTTrainer(Trainer):
         # 2. Model, with the rows of new tokens and the adapter. Both are initialized at random: seed first.
         set_seed(config.seed)
         model = apply_chat_template(resolve_model(model, config), tokenizer, config)
+        align_special_tokens(model, tokenizer, config)
+        check_kbit_arguments(model, config)
         model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))
+        self.router_aux_loss_coef, self.aux_loss_enabled = choose_router_loss(model, config)
         choose_liger_kernels(model, config)
 
         # 3. How rows become batches: collator, packing, padding. Options that would have no effect are refused.
@@ -188,6 +202,7 @@ class SFTTrainer(Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.neftune_noise_alpha = None  # `train` adds the noise: transformers would scale it by the row's length
+        self._flat = packing.flat
         self.loss_is_scaled_for_ga = True  # `compute_loss` divides by the targets of the accumulated batch
 
         # 6. Attention that keeps documents apart, and tokens to compute once. Both are tried out on the model, which is
@@ -196,6 +211,8 @@ class SFTTrainer(Trainer):
             self.attention = choose_batches(self, SFTTrainer, flat=packing.flat)
             self.sharing = self._choose_shared_tokens(config)
         self._log_choices()
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(list(self._tag_names))
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, with FSDP2 also where a launcher asks for it on CPUs."""
@@ -208,6 +225,7 @@ class SFTTrainer(Trainer):
         self._totals = {"train": TokenTotals(), "eval": TokenTotals()}
         self._tokens_seen = TokensSeen(config.device)
         self._before_update: TokenTotals | None = None
+        self._skip_logits = False
 
     def _log_choices(self) -> None:
         counts = count_parameters(self.model)
@@ -277,21 +295,26 @@ class SFTTrainer(Trainer):
             num_items_in_batch: Number (or weight) of the targets in all batches of the update.
 
         Returns:
-            The loss, or a tuple of the loss and `{"logits": ...}`; the logits are None unless `compute_metrics` needs
-            them.
+            The loss, or a tuple of the loss and an object with `loss` and `logits` `(batch, length, vocab)`.
         """
+        if self.aux_loss_enabled:
+            inputs = {**inputs, "output_router_logits": True}  # a vision-language model reads it nowhere else
         if self.compute_loss_func is not None:
             inputs = {name: value for name, value in inputs.items() if name not in OWN_INPUTS}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        keep_logits = return_outputs and self.compute_metrics is not None
-        result = supervised_loss(model, inputs, num_items_in_batch, self._loss_options, keep_logits=keep_logits)
+        keep_logits = return_outputs and not self._skip_logits
+        if keep_logits:
+            inputs = without_sharing(inputs)
+        inside = current_layout() is not None  # as in `training_step`; a script may call this by itself
+        with nullcontext() if inside else attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp):
+            result = supervised_loss(model, inputs, num_items_in_batch, self._loss_options, keep_logits=keep_logits)
         skip_broken = model.training and self.args.logging_nan_inf_filter
         self._totals["train" if model.training else "eval"].add(result, skip_broken=skip_broken)
         loss = result.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # num_items_in_batch is a sum over processes, but gradients are averaged over them
             loss = loss * self.accelerator.num_processes
-        return (loss, {"logits": result.logits}) if return_outputs else loss
+        return (loss, CausalLMOutput(loss=loss, logits=result.logits)) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -300,19 +323,33 @@ class SFTTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Evaluate one batch, in which documents don't see each other. `compute_metrics` gets every token's logits."""
-        if self.compute_metrics is not None:
-            inputs = without_sharing(inputs)
-        with attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        """Evaluate one batch, in which documents don't see each other; compute all logits unless the loss is enough."""
+        inputs = inputs if prediction_loss_only else without_sharing(inputs)
+        self._skip_logits = prediction_loss_only
+        try:
+            with attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp):
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._skip_logits = False
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return a loader of evaluation rows; raw rows are prepared as the trainer's own evaluation rows were."""
         return super().get_eval_dataloader(prepare_later(eval_dataset, self.args, self._prepare))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return a loader of rows for `predict`; raw rows are prepared as evaluation rows are."""
-        return super().get_test_dataloader(prepare_later(test_dataset, self.args, self._prepare))
+        """Return a loader of rows for `predict`; raw rows are prepared as evaluation rows are.
+
+        `predict` returns logits, one row for each example, so that batches are padded unless `padding_free` or packing
+        was asked for.
+        """
+        rows = prepare_later(test_dataset, self.args, self._prepare)
+        collator = self.data_collator
+        if self._flat is None and getattr(collator, "padding_free", False):
+            self.data_collator = replace(collator, padding_free=False, share_tokens=False)
+        try:
+            return super().get_test_dataloader(rows)
+        finally:
+            self.data_collator = collator
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate; the loss is a mean over tokens, so that it does not depend on batch size and packing."""
@@ -381,6 +418,29 @@ class SFTTrainer(Trainer):
         """Save the weights; of tied weights that were gathered from all processes, only one copy."""
         super()._save(output_dir, without_copies(self.model, state_dict))
 
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **metadata: Any,
+    ) -> None:
+        """Write the model card, README.md, into the output folder; `push_to_hub` does so, too.
+
+        Args:
+            model_name: Name of the model; None = the name of the output folder or of `hub_model_id`.
+            dataset_name: Names of the data sets.
+            tags: Tags in addition to `sft`.
+            metadata: What `transformers.Trainer.create_model_card` takes as well: `language`, `license`,
+                `finetuned_from`, `tasks`, `dataset`, `dataset_tags` and `dataset_args`.
+
+        Raises:
+            ValueError: There is no such metadata.
+        """
+        if self.is_world_process_zero():
+            facts = card_facts(self, model_name, dataset_name, tags, metadata)
+            write_model_card(Path(self.args.output_dir), facts)
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor | None:
         """Return the number (or weight) of targets in all batches of one update, summed over processes."""
         if not batch_samples or "labels" not in batch_samples[0]:
@@ -401,12 +461,18 @@ class SFTTrainer(Trainer):
         order = options.pop("sampler_fn")(dataset)
         if order is not None:
             order = EvenOrder(order, rows, lambda: int(self.state.epoch or 0), self.args.data_seed)
-        logits_are_gathered = self.compute_metrics is not None and not options.get("is_training")
+        with_metrics = self.compute_metrics is not None or description == "test"
+        logits_are_gathered = with_metrics and not options.get("is_training")
         self.data_collator = EvenCollator(collator, keep_rows=logits_are_gathered)
         try:
             return super()._get_dataloader(rows, description, batch_size, sampler_fn=lambda _: order, **options)
         finally:
             self.data_collator = collator
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """Remove columns that no one reads, but none that a transform of the user's may read."""
+        has_transform = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+        return dataset if has_transform else super()._remove_unused_columns(dataset, description)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that collators and loss read, which a model's forward does not name."""
@@ -417,9 +483,12 @@ class SFTTrainer(Trainer):
 
 def checkpointing_arguments(config: SFTConfig) -> dict[str, Any]:
     """Return the arguments of `wrap_adapter` that say whether activations are computed again."""
+    given = config.prepare_in_int8_kwargs if isinstance(config.prepare_in_int8_kwargs, dict) else {}
     return {
-        "gradient_checkpointing": bool(config.activation_checkpointing),
-        "gradient_checkpointing_kwargs": config.activation_checkpointing_kwargs,
+        "gradient_checkpointing": given.get("use_gradient_checkpointing", bool(config.activation_checkpointing)),
+        "gradient_checkpointing_kwargs": given.get(
+            "gradient_checkpointing_kwargs", config.activation_checkpointing_kwargs
+        ),
     }
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from sft.attention.kernels import SFT_DOCUMENTS
@@ -15,10 +19,11 @@ from sft.batches.layout import document_layout
 from sft.labels import IGNORE_INDEX
 from sft.loss.cross_entropy import LossOptions
 from sft.loss.head import plain_head, states_before_head
-from sft.loss.supervised import SupervisedLoss, supervised_logits, supervised_loss
+from sft.loss.supervised import SupervisedLoss, dft_loss, supervised_logits, supervised_loss
 from sft.loss.targets import find_targets, model_arguments, num_targets
 from sft.train.counters import TokenTotals
-from tests.tiny import random_model
+from sft.train.trainer import SFTTrainer
+from tests.tiny import quiet_config, random_model, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.numerics
 
@@ -326,3 +331,33 @@ def test_logits_of_a_model_that_ignores_the_list_of_positions_are_not_mistaken()
     supervised = supervised_logits(model, batch(flat=False))
     expected = supervised_logits(make("qwen2"), batch(flat=False))
     torch.testing.assert_close(supervised.logits, expected.logits, rtol=1e-5, atol=1e-6)
+
+
+def test_dft_loss_of_logits_weighs_each_token_by_its_probability() -> None:
+    # with equal logits of two tokens, each has the probability 1/2: the loss is half the cross entropy
+    logits = torch.full((2, 3, 2), 0.7, requires_grad=True)
+    labels = torch.tensor([[1, 0, 0], [0, 1, IGNORE_INDEX]])
+    expected = 0.5 * math.log(2)
+    assert dft_loss(SimpleNamespace(logits=logits), labels).item() == pytest.approx(expected)
+    assert dft_loss(SimpleNamespace(logits=logits), labels, 6).item() == pytest.approx(expected * 3 / 6)
+    dft_loss(SimpleNamespace(logits=logits), labels).backward()
+    assert logits.grad is not None
+    assert logits.grad[0, 0].tolist() == pytest.approx([-0.25 / 3, 0.25 / 3])
+
+
+def test_dft_loss_as_a_function_trains_as_the_option_does(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": ["Paris is the capital of France.", "Hello! How are you today?"]})
+    options = [{"loss_type": "dft"}, {}]
+    losses = [
+        SFTTrainer(
+            tiny_model(),
+            args=quiet_config(tmp_path, max_steps=2, save_strategy="no", **option),
+            train_dataset=rows,
+            processing_class=tiny_tokenizer(),
+            compute_loss_func=None if option else dft_loss,
+        )
+        .train()
+        .training_loss
+        for option in options
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

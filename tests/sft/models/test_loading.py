@@ -45,6 +45,7 @@ def test_integer_dtype_is_refused() -> None:
 
 def test_model_is_loaded_in_the_dtype_asked_for(folder: Path) -> None:
     assert load_model(folder).dtype is torch.float32
+    assert load_model(folder, dtype=None, torch_dtype=None).dtype is torch.float32
     assert load_model(folder, dtype="bfloat16").dtype is torch.bfloat16
     assert load_model(folder, torch_dtype="float16").dtype is torch.float16
 

@@ -83,8 +83,7 @@ class Rows(torch.utils.data.Dataset):
 @pytest.mark.parametrize(
     ("dataset", "options", "problem"),
     [
-        (TOKENS, {**SKIP, "packing": True}, r"packing=True would be ignored: the train data set .*skip_prepare"),
-        (Rows(), {"packing": True}, r"packing=True would be ignored: the train data set .*\(Rows\)"),
+        (Rows(), {"shuffle_dataset": True}, r"shuffle_dataset=True would be ignored: the train data set .*\(Rows\)"),
         (TOKENS, {**SKIP, "assistant_only_loss": True}, "assistant_only_loss=True would be ignored"),
         (
             ConstantLengthDataset(tiny_tokenizer(), TEXTS, seq_length=4),

@@ -41,7 +41,6 @@ def test_loading_arguments_join_model_init_kwargs() -> None:
             "dtype is also given in model_init_kwargs",
         ),
         ({"infinite": True}, "name", {}, r"ConstantLengthDataset\(\.\.\., infinite=True\)"),
-        ({"prepare_in_int8_kwargs": {}}, "name", {}, "call prepare_model_for_kbit_training"),
         ({"num_train_epochs": 2}, "name", {}, r"give args=SFTConfig\(num_train_epochs=2\)"),
         ({"pakcing": True}, "name", {}, "did you mean 'packing'"),
         ({"dataset_kwargs": {"skip": True}}, "name", {}, "dataset_kwargs has unknown keys"),

@@ -1,0 +1,1 @@
+"""What training scripts import beside the trainer, under trl's names: arguments, parser, data sets, callbacks."""
