@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -98,12 +99,14 @@ def load_mix(model: PreTrainedModel, mix: AdapterMix) -> PeftModel:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"The adapter in {adapter} does not fit {type(model).__name__}: {reason}") from error
         check_complete(peft_model, adapter, name)
+    for name in names:
+        _simplify(peft_model, name)
     options: dict[str, Any] = {} if mix.density is None else {"density": mix.density}
     with torch.random.fork_rng():
         torch.manual_seed(mix.seed)
         try:
             peft_model.add_weighted_adapter(names, list(mix.weights), MIX, combination_type=mix.combination, **options)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # RuntimeError: ranks of single layers differ
             raise ValueError(f"combination {mix.combination!r} of {len(names)} adapters: {error}") from error
     peft_model.set_adapter(MIX)
     for name in names:
@@ -111,10 +114,28 @@ def load_mix(model: PreTrainedModel, mix: AdapterMix) -> PeftModel:
     return peft_model.eval()
 
 
+def _simplify(peft_model: PeftModel, name: str) -> None:
+    """Reduce the configuration of a loaded adapter to what the combined adapter may take over from it.
+
+    peft copies the configuration of the first adapter. The combined adapter has the factor 1, since each adapter's own
+    is in the matrices, but it would be scaled by the root of its rank if the first was; and it would leave out
+    layers of the others that the first leaves out.
+    """
+    config = peft_model.peft_config[name]
+    config.use_rslora = False
+    config.init_lora_weights = True
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    config.target_modules = {
+        place
+        for place, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A)
+    }
+
+
 def _check_plain_lora(adapter: Path) -> None:
     config = PeftConfig.from_pretrained(adapter)
-    if not isinstance(config, LoraConfig) or config.use_dora:
-        kind = "DoRA" if isinstance(config, LoraConfig) else config.peft_type.value
+    if config.peft_type != PeftType.LORA or config.use_dora:
+        kind = "DoRA" if config.peft_type == PeftType.LORA else config.peft_type.value
         raise ValueError(f"The adapter in {adapter} is of type {kind}: only plain LoRA adapters can be mixed.")
     unmixable = [option for option in UNMIXABLE if getattr(config, option, None)]
     if changes_base(config) or unmixable:

@@ -1,15 +1,14 @@
 """Starts of LoRA adapters: which of them change the base weights, and whether a saved adapter can be loaded again.
 
 A start such as PiSSA splits each weight into the first values of the adapter and a rest, and puts the rest in place of
-the weight. The saved adapter contains only its trained values, so whoever loads it must compute the same rest again from
-the base. This works if the start needs nothing but the weight and takes no random numbers.
+the weight. The saved adapter contains only its trained values, so whoever loads it must compute the same rest again
+from the base. This works if the start needs nothing but the weight and takes no random numbers.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -23,7 +22,7 @@ LEAVE_THE_BASE = ("True", "False", "gaussian", "eva", "orthogonal", "mica")
 """Starts that do not change the base."""
 
 REASONS = {
-    "pissa_niter": "its decomposition of the weights starts from random numbers, which differ when the adapter is loaded",
+    "pissa_niter": "its decomposition of the weights starts from random numbers, which differ at each loading",
     "corda": "it needs activations that were measured before training, which are not saved with the adapter",
     "lora_ga": "it needs gradients that were measured before training, which are not saved with the adapter",
 }
@@ -83,7 +82,7 @@ def warn_if_not_reloadable(config: PeftConfig) -> None:
 
 
 class BaseFingerprint:
-    """First values of each weight of a model, from which a change of the base by an adapter's start is detected.
+    """First row of each weight of a model, from which a change of the base by an adapter's start is detected.
 
     Args:
         model: The base, before the adapter is put on it.
@@ -108,7 +107,7 @@ def check_start(config: PeftConfig, fingerprint: BaseFingerprint) -> None:
     Raises:
         ValueError: The adapter has changed the base, and its start is not known to be repeated by peft.
     """
-    if start_of(config) not in REPRODUCIBLE and fingerprint.changed():
+    if start_of(config) not in (*LEAVE_THE_BASE, *REPRODUCIBLE) and fingerprint.changed():
         raise ValueError(
             f"Putting on the adapter with init_lora_weights={start_of(config)!r} changed the weights of the base, and "
             f"this start is not known to change them equally when the saved adapter is loaded. {WAY_OUT}"
@@ -118,9 +117,4 @@ def check_start(config: PeftConfig, fingerprint: BaseFingerprint) -> None:
 def _first_rows(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in module._parameters.items():
         if value is not None and value.ndim >= 2 and value.numel() and value.device.type != "meta":
-            yield name, _first_row(value)
-
-
-@torch.no_grad()
-def _first_row(value: Any) -> torch.Tensor:
-    return value.detach().flatten(1)[0].clone().cpu() if value.dtype.is_floating_point else value.detach()[:1].cpu()
+            yield name, value.detach()[(0,) * (value.ndim - 1)].cpu().clone()

@@ -113,8 +113,8 @@ def check_complete(
 def _is_written_twice(adapter: Path, key: str) -> bool:
     """Return whether a key of an adapter's file holds a value that the file has under another name, too.
 
-    With `bias='all'`, peft writes the biases of modules that are trained in full twice; and if the vocabulary has grown,
-    the trained token rows of tied embeddings and head.
+    With `bias='all'`, peft writes the biases of modules that are trained in full twice; and if the vocabulary has
+    grown, the trained token rows of tied embeddings and head.
     """
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         names = set(file.keys()) - {key}
