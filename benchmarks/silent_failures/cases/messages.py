@@ -74,8 +74,9 @@ THINKING_OF_LAST_TURN = (
     f"{END}{{% endfor %}}{PROMPT}"
 )
 
-CALLS = r"tool[_ ]call|tool use|function call|arguments"
-REASONING = r"reasoning|thinking\b|<think"
+NOT_PRINTED = r"(does not|doesn't|never) print"
+CALLS = rf"tool[_ ]calls?\b|function call|{NOT_PRINTED}"
+REASONING = rf"reasoning|thinking\b|<think|{NOT_PRINTED}"
 
 
 def call(name: str, **arguments: Any) -> dict[str, Any]:
