@@ -68,7 +68,7 @@ def run_library(name: str, python: Path, only: list[str], *, show: bool) -> tupl
             break
         found[begun] = {"verdict": "crash", "value": "", "right": "", "message": "the process ended"}
     if not found:
-        raise SystemExit(f"no case was run on {name}: {' '.join(only) or 'the worker failed, see its message above'}")
+        raise SystemExit(f"no case was run on {name}: {' '.join(only) or 'run it with --show to see why'}")
     return about, found
 
 
@@ -83,7 +83,7 @@ def worker_lines(name: str, python: Path, only: list[str], *, skip: list[str], s
     process = subprocess.Popen(
         [str(python), "-m", "benchmarks.silent_failures.worker", name, *options],
         stdout=subprocess.PIPE,
-        stderr=None if show else subprocess.DEVNULL,
+        stderr=None if show else subprocess.DEVNULL,  # progress bars of three libraries
         text=True,
         env=environment,
     )

@@ -198,8 +198,8 @@ class Library:
 
     # -- adapters and generation
 
-    def score_of_reference(self, text: str) -> float:
-        """Return the exact match of a model that answers the reference token by token."""
+    def score_of_reference(self, model: Any, tokenizer: Any, reference: str) -> float:
+        """Return the exact match of an answer that equals the reference token by token."""
         raise NotOffered("no scores of answers")
 
     def merge(self, trainer: Any, base: Path) -> Any:
@@ -341,6 +341,15 @@ class Sft(Library):
         from sft.evaluate.generation import generate_batch
 
         return [made.text for made in generate_batch(model, tokenizer, prompts, max_new_tokens)]
+
+    def score_of_reference(self, model: Any, tokenizer: Any, reference: str) -> float:
+        from sft.evaluate.generation import generate_batch
+        from sft.evaluate.tasks import exact_match
+
+        prompt, answer = tokenizer("What is the weather?")["input_ids"], tokenizer(reference)["input_ids"]
+        answer.append(tokenizer.eos_token_id)
+        (made,) = generate_batch(model, tokenizer, [prompt], len(answer), begun=[answer])
+        return float(exact_match(made.text, reference))
 
 
 LIBRARIES: dict[str, type[Library]] = {kind.name: kind for kind in (Trl, Unsloth, Sft)}

@@ -217,7 +217,9 @@ def batched_answers(library: Library, family: str) -> Outcome:
     says=r"special tokens?",
 )
 def scores_with_special_tokens(library: Library) -> Outcome:
-    return Outcome(library.score_of_reference("<|tool_call_start|>look()<|tool_call_end|>"), 1.0)
+    return Outcome(
+        library.score_of_reference(make_model(), make_tokenizer(), "<|tool_call_start|>look()<|tool_call_end|>"), 1.0
+    )
 
 
 @case("A key that stands twice in one JSON object of a row", threads=("huggingface/trl#5307",), says=r"twice|duplicate")
