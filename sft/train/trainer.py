@@ -45,7 +45,7 @@ from sft.train.arguments import (
     resolve_processor,
     tokenizer_of,
 )
-from sft.train.bad_updates import LossWatch, act_on
+from sft.train.bad_updates import LossWatch, act_on, warn_of_bad_updates
 from sft.train.batches import (
     choose_batches,
     choose_collator,
@@ -208,6 +208,7 @@ class SFTTrainer(Trainer):
         self._totals = {"train": TokenTotals(), "eval": TokenTotals()}
         self._tokens_seen = TokensSeen(config.device)
         self._before_update: TokenTotals | None = None
+        self._has_warned = False
 
     def _log_choices(self) -> None:
         counts = count_parameters(self.model)
@@ -339,6 +340,9 @@ class SFTTrainer(Trainer):
                 del logs["loss"]  # all updates since the last line were skipped
             logs.update(figures)
             self._totals["train"] = TokenTotals()
+        # fp16 skips such updates itself while it looks for its loss scale
+        if not self._has_warned and self.args.on_bad_loss is None and not self.args.fp16:
+            self._has_warned = warn_of_bad_updates(logs, self.state.global_step)
         super().log(logs, start_time)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
