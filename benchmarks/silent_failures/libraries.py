@@ -91,6 +91,10 @@ class Library:
 
         return load_dataset("json", data_files=str(path), split="train", cache_dir=str(self.folder()))
 
+    def from_sharegpt(self, rows: Any, tokenizer: Any) -> Any:
+        """Return a data set of ShareGPT rows as the documentation gives it to the trainer."""
+        return as_dataset(rows)
+
     def read_file(self, path: Path) -> Any:
         """Read a JSONL file with the library's own reader, if it has one."""
         return self.read(path)
@@ -248,6 +252,14 @@ class Unsloth(Library):
         peft_config = arguments.pop("peft_config", None)
         model, tokenizer = self.load(model, tokenizer, peft_config)
         return super().trainer(model, tokenizer, rows, **arguments)
+
+    def from_sharegpt(self, rows: Any, tokenizer: Any) -> Any:
+        from unsloth.chat_templates import standardize_sharegpt
+
+        def as_text(row: dict[str, Any]) -> dict[str, str]:
+            return {"text": tokenizer.apply_chat_template(row["conversations"], tokenize=False)}
+
+        return standardize_sharegpt(as_dataset(rows)).map(as_text)
 
     def load(self, model: Any, tokenizer: Any, peft_config: Any, full: bool | None = None) -> tuple[Any, Any]:
         """Load a model as the documentation of unsloth does, with an adapter if there is one."""

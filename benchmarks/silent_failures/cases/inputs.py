@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 from benchmarks.silent_failures.case import REFUSAL, Outcome, case
 from benchmarks.silent_failures.cases.adapters import lora
 from benchmarks.silent_failures.cases.lengths import TEXTS
 from benchmarks.silent_failures.libraries import Library
-from benchmarks.silent_failures.tiny import make_config, make_model, make_tokenizer
+from benchmarks.silent_failures.tiny import CHATML, make_config, make_model, make_tokenizer
 
 ROWS = [{"text": text} for text in TEXTS]
 CHAT = [{"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "Paris."}]
+
+
+@case(
+    "Tokens in a cache, made with another chat template",
+    threads=("axolotl-ai-cloud/axolotl#1265", "huggingface/trl#1299"),
+    says=r"\bcached?\b",
+)
+def stale_cache(library: Library) -> Outcome:
+    path = library.folder() / "rows.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}) + "\n")
+    rows, texts = library.read(path), []
+    for template in (CHATML, CHATML.replace("message['role']", "message['role'] | upper")):
+        tokenizer = make_tokenizer(template)
+        texts.append(library.texts(library.trainer(make_model(), tokenizer, rows), tokenizer)[0])
+    return Outcome(["<|im_start|>ASSISTANT" in text for text in texts], [False, True])
 
 
 @case("A misspelt option is ignored", threads=("NVIDIA-NeMo/Megatron-Bridge#3587",), says=r"lerning_rate")

@@ -213,6 +213,20 @@ def function_call_ignored(library: Library) -> Outcome:
     return in_text(library, ALL_CALLS, row, "Let me look.", "get_weather", "Paris")
 
 
+@case(
+    "The roles `human` and `gpt` of ShareGPT are printed as they are",
+    threads=("huggingface/trl#2083", "NVIDIA-NeMo/Megatron-Bridge#5078"),
+    says=r"\bgpt\b|\bhuman\b|ShareGPT",
+)
+def sharegpt_roles(library: Library) -> Outcome:
+    tokenizer = make_tokenizer()
+    turns = [{"from": "human", "value": "Two?"}, {"from": "gpt", "value": "Four."}] * 2
+    rows = library.from_sharegpt([{"conversations": turns}] * 2, tokenizer)
+    text = library.texts(library.trainer(make_model(), tokenizer, rows), tokenizer)[0]
+    roles = [turn.split("\n")[0] for turn in text.split("<|im_start|>")[1:]]
+    return Outcome(roles, ["user", "assistant"] * 2)
+
+
 @case("A column `functions` is ignored", threads=("OpenPipe/OpenPipe#338",), says=r"functions")
 def functions_column_ignored(library: Library) -> Outcome:
     tokenizer = make_tokenizer(ALL_CALLS)
