@@ -204,11 +204,11 @@ class SFTTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def _start_counting(self, config: SFTConfig) -> None:
+        self._has_warned = False
         self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)
         self._totals = {"train": TokenTotals(), "eval": TokenTotals()}
         self._tokens_seen = TokensSeen(config.device)
         self._before_update: TokenTotals | None = None
-        self._has_warned = False
 
     def _log_choices(self) -> None:
         counts = count_parameters(self.model)
