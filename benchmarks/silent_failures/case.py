@@ -33,7 +33,7 @@ MAX_TEXT = 400
 """Longest text of a value or message that is stored in the results."""
 
 
-ACCIDENTS = (AttributeError, IndexError, KeyError, AssertionError, NameError, ZeroDivisionError, RecursionError)
+ACCIDENTS = (AttributeError, LookupError, AssertionError, NameError, ArithmeticError, RecursionError, SyntaxError)
 """Errors that come from code that met something unforeseen; a library that refuses an input says so by another."""
 
 

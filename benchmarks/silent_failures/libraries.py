@@ -277,11 +277,13 @@ class Unsloth(Library):
 
     def write(self, model: Any, tokenizer: Any) -> Path:
         """Write a model and its tokenizer as a user finds them on a hub, whatever transformers refuses to write."""
-        folder, generation = self.folder(), model.generation_config
-        model.generation_config = type(generation)()
+        folder, generation = self.folder(), getattr(model, "generation_config", None)
+        if generation is not None:
+            model.generation_config = type(generation)()
         model.save_pretrained(folder)
-        model.generation_config = generation
-        (folder / "generation_config.json").write_text(json.dumps(generation.to_diff_dict()))
+        if generation is not None:
+            model.generation_config = generation
+            (folder / "generation_config.json").write_text(json.dumps(generation.to_diff_dict()))
         try:
             tokenizer.save_pretrained(folder)
         except Exception as error:

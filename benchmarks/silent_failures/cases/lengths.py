@@ -46,15 +46,8 @@ def packed_loss(library: Library, family: str, **options: Any) -> Outcome:
     """Compare the loss of one row that holds all documents with that of the documents one by one."""
     model = make_model(family)
     right = mean_loss(model, encoded(TEXTS))
-    trainer = library.trainer(
-        model,
-        make_tokenizer(),
-        [{"text": text} for text in TEXTS],
-        max_length=256,
-        max_steps=1,
-        per_device_train_batch_size=4,
-        **options,
-    )
+    options = {"max_length": 256, "max_steps": 1, "per_device_train_batch_size": 4, **options}
+    trainer = library.trainer(model, make_tokenizer(), [{"text": text} for text in TEXTS], **options)
     return Outcome(library.first_loss(trainer), right, tolerance=2e-4)
 
 
@@ -125,16 +118,7 @@ def packing_leaks_mamba(library: Library) -> Outcome:
 
 @case("Rows of a batch joined without padding see each other", threads=("huggingface/trl#3695",), says=LEAKS)
 def padding_free_leaks(library: Library) -> Outcome:
-    return packed_loss(library, "llama", padding_free=True) if library.name == "sft" else padding_free_of_trl(library)
-
-
-def padding_free_of_trl(library: Library) -> Outcome:
-    """The same with `max_length=None`, which trl asks for."""
-    model = make_model()
-    right = mean_loss(model, encoded(TEXTS))
-    rows = [{"text": text} for text in TEXTS]
-    options = {"padding_free": True, "max_length": None, "max_steps": 1, "per_device_train_batch_size": 4}
-    return Outcome(library.first_loss(library.trainer(model, make_tokenizer(), rows, **options)), right, tolerance=2e-4)
+    return packed_loss(library, "llama", padding_free=True, max_length=None)
 
 
 @case(
@@ -178,8 +162,7 @@ def wrapped_packing_keeps_tokens(library: Library) -> Outcome:
 def rows_masked_by_truncation(library: Library) -> Outcome:
     rows = [{"prompt": "Fox? ", "completion": "Dog."}, {"prompt": WORDS * 4, "completion": "Dog."}]
     trainer = library.trainer(make_model(), make_tokenizer(), rows, max_length=24)
-    left = len(trainer.train_dataset)
-    return Outcome(f"{left} of 2 rows, and not a word", "a word about the row that is gone")
+    return Outcome(f"{len(trainer.train_dataset)} of 2 rows", "2 of 2 rows, or a word about the one that is gone")
 
 
 @case(

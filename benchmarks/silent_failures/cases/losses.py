@@ -181,7 +181,7 @@ def loss_under_left_padding(library: Library) -> Outcome:
 @case(
     "An adapter on the head is not trained",
     threads=("unslothai/unsloth#9331", "unslothai/unsloth#4098", "huggingface/trl#4612"),
-    says=r"lm_head",
+    says=r"lm_head|target_modules",
 )
 def adapter_on_head(library: Library) -> Outcome:
     from peft import LoraConfig
