@@ -37,8 +37,7 @@ model's own forward pass over single documents, or from the model in memory afte
 
 An error or a warning "names what is wrong" if it has one of the words without which a user could not know what to
 change: an option, a key of a row, a token, a module. The words belong to the case and are the same for all libraries;
-`benchmarks/silent_failures/case.py` has the rule, and the folder `results` every message. A case states a fault that
-someone met. Where another way of using a library avoids the fault, the verdict stays as it is, because nothing tells
+`benchmarks/silent_failures/case.py` has the rule, and the folder `results` every message. Where another way of using a library avoids the fault, the verdict stays as it is, because nothing tells
 the user who took this way.
 """
 
@@ -88,7 +87,7 @@ def row(case: Case, results: dict[str, Any]) -> str:
     """Return a case's line of the table."""
     verdicts = [verdict(results[name], case) for name in LIBRARIES]
     cells = [CELLS.get(found, found) for found in verdicts]
-    return f"| {case.title} | {' | '.join(cells)} | {', '.join(map(link, case.threads))} |"
+    return f"| {case.title} | {' | '.join(cells)} | {', '.join(map(link, case.threads)) or 'none known'} |"
 
 
 def verdict(result: dict[str, Any], case: Case) -> str:

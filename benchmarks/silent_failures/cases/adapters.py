@@ -165,7 +165,6 @@ def new_rows(model: Any) -> list[torch.Tensor]:
 
 @case(
     "`modules_to_save` that names no module is ignored",
-    threads=("huggingface/peft#3693",),
     says=r"embed_token\b|modules_to_save",
 )
 def module_to_save_not_found(library: Library) -> Outcome:

@@ -86,7 +86,6 @@ def template_without_end(library: Library) -> Outcome:
 
 @case(
     "Truncation cuts off the end of an answer, and no one is told",
-    threads=("huggingface/trl#3927",),
     says=r"truncat|max_length",
 )
 def end_cut_off(library: Library) -> Outcome:

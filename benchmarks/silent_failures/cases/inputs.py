@@ -31,7 +31,7 @@ def stale_cache(library: Library) -> Outcome:
     return Outcome(["<|im_start|>ASSISTANT" in text for text in texts], [False, True])
 
 
-@case("A misspelt option is ignored", threads=("NVIDIA-NeMo/Megatron-Bridge#3587",), says=r"lerning_rate")
+@case("A misspelt option is ignored", says=r"lerning_rate")
 def misspelt_option(library: Library) -> Outcome:
     library.config(lerning_rate=1e-3)
     return Outcome("accepted", REFUSAL)
@@ -39,7 +39,6 @@ def misspelt_option(library: Library) -> Outcome:
 
 @case(
     "A misspelt key of `dataset_kwargs` is ignored",
-    threads=("axolotl-ai-cloud/axolotl#1661",),
     says=r"skip_prepare_datasets|dataset_kwargs",
 )
 def misspelt_dataset_option(library: Library) -> Outcome:
@@ -87,7 +86,6 @@ def formatting_func_of_batches(library: Library) -> Outcome:
 
 @case(
     "A row without a completion among rows that have one",
-    threads=("huggingface/trl#5118",),
     says=r"\brow \d+.*completion",
 )
 def completion_is_null(library: Library) -> Outcome:
@@ -153,7 +151,6 @@ def generation_config_refused_at_save(library: Library) -> Outcome:
 
 @case(
     "A tokenizer that can't be saved costs the whole training",
-    threads=("huggingface/transformers#29988",),
     says=r"tokenizer|serializ",
 )
 def tokenizer_refused_at_save(library: Library) -> Outcome:
@@ -248,7 +245,6 @@ def key_twice_in_json(library: Library) -> Outcome:
 
 @case(
     "Arguments for loading a model that is loaded already are ignored",
-    threads=("huggingface/trl#1299",),
     says=r"model_init_kwargs",
 )
 def ignored_model_arguments(library: Library) -> Outcome:

@@ -111,7 +111,7 @@ def packing_leaks_qwen3_next(library: Library) -> Outcome:
     return packed_loss(library, "qwen3_next", packing=True)
 
 
-@case("Packed documents see each other: Mamba (state space)", threads=("modelscope/ms-swift#9565",), says=LEAKS)
+@case("Packed documents see each other: Mamba (state space)", says=LEAKS)
 def packing_leaks_mamba(library: Library) -> Outcome:
     return packed_loss(library, "mamba", packing=True)
 
@@ -123,7 +123,6 @@ def padding_free_leaks(library: Library) -> Outcome:
 
 @case(
     "Padding changes the loss: Mamba, whose layers read padded tokens",
-    threads=("modelscope/ms-swift#9565",),
     says=r"padding",
 )
 def padding_changes_mamba(library: Library) -> Outcome:

@@ -178,7 +178,7 @@ def train_flag_of_message(library: Library) -> Outcome:
     return flagged(library, "train", False)
 
 
-@case("`'train_on': false` of a message is ignored", threads=("meta-pytorch/torchtune#2261",), says=r"train_on")
+@case("`'train_on': false` of a message is ignored", says=r"train_on")
 def train_on_flag_of_message(library: Library) -> Outcome:
     return flagged(library, "train_on", False)
 
