@@ -37,8 +37,8 @@ model's own forward pass over single documents, or from the model in memory afte
 
 An error or a warning "names what is wrong" if it has one of the words without which a user could not know what to
 change: an option, a key of a row, a token, a module. The words belong to the case and are the same for all libraries;
-`benchmarks/silent_failures/case.py` has the rule, and the folder `results` every message. Where another way of using a library avoids the fault, the verdict stays as it is, because nothing tells
-the user who took this way.
+`benchmarks/silent_failures/case.py` has the rule, and the folder `results` every message. Where another way of using a
+library avoids the fault, the verdict stays as it is, because nothing tells the user who took this way.
 """
 
 
