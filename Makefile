@@ -26,10 +26,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(RUN):$(PATH)
 
-.PHONY: help setup repro test test-long test-numerics audit lint ui pipeline bench bench-prepare clean
+.PHONY: help setup repro test test-long test-numerics audit lint ui pipeline bench bench-prepare bench-failures clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(READY) ## make .venv with the versions in requirements.lock (the other targets call this)
 
@@ -79,11 +79,20 @@ bench: $(READY) benchmarks/.venv-trl/bin/python ## training speed and memory sid
 bench-prepare: $(READY) benchmarks/.venv-trl/bin/python ## preparation speed side by side with trl (some 5 minutes)
 	@$(RUN)/python benchmarks/prepare_speed.py
 
-# trl alone, on top of the packages of .venv, which so remains without it
+bench-failures: $(READY) benchmarks/.venv-trl/bin/python benchmarks/.venv-unsloth/bin/python ## silent failures of this library, trl and unsloth (some 3 minutes)
+	@for library in sft trl unsloth; do $(RUN)/python -m benchmarks.silent_failures run $$library; done
+	@$(RUN)/python -m benchmarks.silent_failures table
+
+# A peer and what it pins, on top of the packages of .venv, which so remains without them
+PEER = @$(RUN)/python -m venv $(@D)/.. && $(RUN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	> $$($@ -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth && $(@D)/pip install --quiet --no-deps
+
 benchmarks/.venv-trl/bin/python:
-	@$(RUN)/python -m venv benchmarks/.venv-trl
-	@$(RUN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(benchmarks/.venv-trl/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
-	@benchmarks/.venv-trl/bin/pip install --quiet --no-deps trl==1.16.0
+	$(PEER) trl==1.16.0
+
+benchmarks/.venv-unsloth/bin/python:
+	$(PEER) unsloth==2026.10.9 unsloth_zoo==2026.10.9 transformers==5.17.0 trl==1.15.0 datasets==4.8.5 huggingface_hub==1.33.0 \
+		cut_cross_entropy==25.1.1 hf_transfer==0.1.9 tyro==1.0.17 msgspec==0.22.0 json5==0.17.3 nest-asyncio==1.6.0
 
 clean: ## remove results and checkpoints (not the DVC cache, not MLflow's record)
 	rm -rf outs reports/report.html reports/data.html reports/timings .state

@@ -92,6 +92,20 @@ class LossWatch(TrainerCallback, ExportableState):
         return None
 
 
+def warn_of_bad_updates(logs: dict[str, Any], step: int) -> bool:
+    """Warn if a log line has a gradient norm that is not finite and nothing is done about it; return whether it has."""
+    norm = logs.get("grad_norm")
+    if norm is None or math.isfinite(float(norm)):
+        return False
+    logger.warning(
+        "step %d: the norm of the gradient is %s, and on_bad_loss=None applies every update, so that the weights are "
+        "not finite any more; set on_bad_loss to stop, skip or rollback, lower learning_rate, or look at the data",
+        step,
+        float(norm),
+    )
+    return True
+
+
 def act_on(trainer: Any, watch: LossWatch, problem: str) -> None:
     """Apply the policy to a bad update, and write what was done into the trainer's log history.
 

@@ -51,7 +51,7 @@ from sft.train.arguments import (
     resolve_processor,
     tokenizer_of,
 )
-from sft.train.bad_updates import LossWatch, act_on
+from sft.train.bad_updates import LossWatch, act_on, warn_of_bad_updates
 from sft.train.batches import (
     choose_batches,
     choose_collator,
@@ -221,6 +221,7 @@ class SFTTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def _start_counting(self, config: SFTConfig) -> None:
+        self._has_warned = False
         self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)
         self._totals = {"train": TokenTotals(), "eval": TokenTotals()}
         self._tokens_seen = TokensSeen(config.device)
@@ -376,6 +377,9 @@ class SFTTrainer(Trainer):
                 del logs["loss"]  # all updates since the last line were skipped
             logs.update(figures)
             self._totals["train"] = TokenTotals()
+        # fp16 skips such updates itself while it looks for its loss scale
+        if not self._has_warned and self.args.on_bad_loss is None and not self.args.fp16:
+            self._has_warned = warn_of_bad_updates(logs, self.state.global_step)
         super().log(logs, start_time)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:

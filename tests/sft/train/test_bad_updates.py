@@ -94,6 +94,14 @@ def test_without_a_policy_a_broken_update_reaches_the_weights(tmp_path: Path) ->
     assert trainer.weights[4].isnan().any()
 
 
+def test_without_a_policy_one_warning_names_the_first_broken_update(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, poison={3: NAN})
+    (warning,) = [record.getMessage() for record in caplog.records if "norm of the gradient" in record.getMessage()]
+    assert warning.startswith("step 3: the norm of the gradient is nan, and on_bad_loss=None applies every update")
+
+
 def test_stopping_names_the_step_and_leaves_the_weights_alone(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"step 4: the norm of the gradient is nan; training stopped before this update"
