@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
 
+from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
 from sft.data.messages import IMAGE_COLUMNS
+
+NUM_CHECKED_ROWS = 2
+"""Rows of which it is checked that what they end in ends generation; their images are decoded for it."""
 
 if TYPE_CHECKING:
     from sft.vision.collator import DataCollatorForVisionLanguageModeling
@@ -76,6 +80,21 @@ def choose_vision_collator(
         last_turn_only_loss=config.last_turn_only_loss,
         image_folder=config.image_folder,
     )
+
+
+def check_image_turn_ends(turn_ends: TurnEnds, collator: Any, dataset: Any) -> None:
+    """Check the first rows that a collator for images reads by `TurnEnds`; invalid rows are left to the collator."""
+    if not hasattr(collator, "processor") or not isinstance(dataset, (Dataset, IterableDataset)):
+        return
+    from sft.vision.collator import DataCollatorForVisionLanguageModeling  # only loaded for images
+
+    if not isinstance(collator, DataCollatorForVisionLanguageModeling):
+        return
+    try:
+        rows = [collator.read(row, place).rendered for place, row in enumerate(dataset.take(NUM_CHECKED_ROWS))]
+    except (ValueError, OSError):
+        return
+    turn_ends.check_rendered(rows)
 
 
 def images_in(dataset: Any) -> str | None:

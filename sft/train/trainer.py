@@ -28,7 +28,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from sft.attention.choice import flash_sdp_only
 from sft.batches.layout import FILLER, SKIP_LOGITS, batch_layout, document_layout
 from sft.batches.shared_tokens import without_sharing
+from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
+from sft.inner_model import causal_lm
 from sft.kernels.layers import fused_layers
 from sft.kernels.lora import fused_lora
 from sft.labels import TOKEN_MASKS
@@ -57,7 +59,7 @@ from sft.train.batches import (
 from sft.train.checks import check_collator, check_ignored, check_token_rows
 from sft.train.counters import TokensSeen, TokenTotals, UnloggedFigures
 from sft.train.datasets import FormattingFunc, prepare_all, prepare_later
-from sft.train.images import choose_vision_collator
+from sft.train.images import check_image_turn_ends, choose_vision_collator
 from sft.train.neftune import embedding_noise
 from sft.train.offloading import check_offloading, offloaded_activations
 from sft.train.processes import (
@@ -164,7 +166,9 @@ class SFTTrainer(Trainer):
 
         # 4. Token rows with labels, checked against the model and the collator.
         self._prepare = partial(prepare_all, tokenizer=tokenizer, config=config, formatting_func=formatting_func)
-        train_dataset = self._prepare(train_dataset, packing=packing.train, name="train")
+        turn_ends = TurnEnds(causal_lm(model), tokenizer, saves_generation_config=not hasattr(model, "peft_config"))
+        train_dataset = self._prepare(train_dataset, packing=packing.train, name="train", turn_ends=turn_ends)
+        check_image_turn_ends(turn_ends, data_collator, train_dataset)
         eval_dataset = self._prepare(eval_dataset, packing=packing.eval, name="eval")
         choose_dispatch(config, packing, [train_dataset, eval_dataset])
         check_collator(data_collator, train_dataset, tokenizer)
