@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from sft.chat.printed import Unprinted, unprinted
+from sft.chat.said import Kind, MarkedText, render_with_marks
 from sft.chat.template import (
     ChatTemplate,
     TemplateProfile,
@@ -23,7 +25,7 @@ from sft.chat.template import (
     template_messages,
     wants_text_arguments,
 )
-from sft.chat.turns import Turn, assistant_turns
+from sft.chat.turns import Turn, TurnFinder, assistant_indices
 
 _USE_ANOTHER = "use one that does, as the named format chatml"
 
@@ -35,6 +37,14 @@ class TrainOn(StrEnum):
     COMPLETION = "completion"
     ASSISTANT = "assistant"
     LAST_ASSISTANT = "last_assistant"
+
+
+class NotPrinted(StrEnum):
+    """Policy for what a message says and the chat template does not print, such as reasoning or a tool call."""
+
+    FAIL = "fail"
+    WARN = "warn"
+    DROP = "drop"
 
 
 class PartOptions(Protocol):
@@ -79,12 +89,15 @@ class Rendered:
         add_special_tokens: Whether the tokenizer adds its special tokens, such as a beginning-of-sequence token. False
             for chats, since a chat template prints them itself.
         append_eos: Whether the end-of-sequence token is appended to the text.
+        not_printed: Description of what the record says and the text does not contain; empty if it contains all.
+            Not part of a row.
     """
 
     text: str
     spans: list[Span]
     add_special_tokens: bool = False
     append_eos: bool = False
+    not_printed: str = ""
 
     def to_row(self) -> dict[str, Any]:
         """Convert to a dict of JSON values; `from_row` is the inverse."""
@@ -117,21 +130,30 @@ class ChatRenderer:
         tokenizer: The tokenizer. Its template and special tokens are read once, at the first record that uses them.
         train_on: Part that the spans cover. For prompt and completion, `assistant` and `last_assistant` mean the
             completion if they are text, and only turns of the completion if they are messages.
+        not_printed: What to do with a record that says more than its template prints: raise an error, or render it
+            and describe in `Rendered.not_printed` what is missing.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = TrainOn.ASSISTANT) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train_on: TrainOn = TrainOn.ASSISTANT,
+        not_printed: NotPrinted = NotPrinted.FAIL,
+    ) -> None:
         self.tokenizer = tokenizer
         self.train_on = TrainOn(train_on)
+        self.not_printed = NotPrinted(not_printed)
         self._special_tokens = special_token_texts(tokenizer)
         self._templates: dict[tuple[bool, str], ChatTemplate] = {}
-        self._profiles: dict[tuple[bool, str], TemplateProfile] = {}
+        self._finders: dict[tuple[bool, str], TurnFinder] = {}
 
     def render(self, record: Mapping[str, Any]) -> Rendered:
         """Render a record and find its trained spans.
 
         Raises:
-            ValueError: The template refuses the record, a turn cannot be located, or `train_on` does not apply to the
-                record. The error names the record's id.
+            ValueError: The template refuses the record, a turn cannot be located or does not begin where generation
+                begins, `train_on` does not apply to the record, or the record says what the template does not print
+                and `not_printed` is `fail`. The error names the record's id.
         """
         try:
             if "text" in record:
@@ -153,15 +175,16 @@ class ChatRenderer:
             return None
         if isinstance(record.get("completion"), str):
             return LastTurn(record["prompt"], record["completion"], not self._begins_with_bos(record["prompt"]))
+        indices = assistant_indices(_messages(record))
+        if not indices:
+            return None
         try:
-            text, turns, profile = self._turns(record)
+            text, turns, _ = self._located(record, indices[-1:])
         except ValueError as error:
             raise ValueError(f"{_name(record)}: {error}") from error
-        if not turns:
-            return None
-        last = [turn for turn in turns if turn.message == turns[-1].message]
+        last = [turn for turn in turns if turn.message == indices[-1]]
         answer = text[last[0].start : last[-1].end]
-        return LastTurn(text[: last[0].start], answer.removesuffix(profile.terminator), False)
+        return LastTurn(text[: last[0].start], answer.removesuffix(self.profile(record).terminator), False)
 
     def template(self, record: Mapping[str, Any]) -> ChatTemplate:
         """Return the template of a record; its tools may select another one, and it may define variables."""
@@ -173,10 +196,14 @@ class ChatRenderer:
 
     def profile(self, record: Mapping[str, Any]) -> TemplateProfile:
         """Return the profile of a record's template; every template is probed once."""
+        return self._finder(record).profile
+
+    def _finder(self, record: Mapping[str, Any]) -> TurnFinder:
         key = _template_key(record)
-        if key not in self._profiles:
-            self._profiles[key] = TemplateProfile.probe(self.template(record), self._special_tokens)
-        return self._profiles[key]
+        if key not in self._finders:
+            template = self.template(record)
+            self._finders[key] = TurnFinder(template, self._special_tokens)
+        return self._finders[key]
 
     def _render_text(self, text: str) -> Rendered:
         if self.train_on is not TrainOn.ALL:
@@ -194,24 +221,69 @@ class ChatRenderer:
         bos = self.tokenizer.bos_token
         return bool(bos) and text.startswith(str(bos))
 
-    def _turns(self, record: Mapping[str, Any]) -> tuple[str, list[Turn], TemplateProfile]:
-        template, profile = self.template(record), self.profile(record)
-        text, turns = assistant_turns(template, profile, _prepared(template, record), _tools(record))
-        _check_printed(text, record)
-        return text, turns, profile
-
     def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
         messages = _messages(record)
         _check_flags(messages, self.train_on)
         if self.train_on is TrainOn.ALL:
             template = self.template(record)
-            text = template.render([_prepared(template, record)], _tools(record))[0]
-            _check_printed(text, record)
-            return Rendered(text, [Span(0, len(text))])
-        text, turns, _ = self._turns(record)
+            prepared = _prepared(template, record)
+            text, marked = render_with_marks(template, prepared, _tools(record))
+            lost = self._check_printed(record, prepared, text, marked)
+            return Rendered(text, [Span(0, len(text))], not_printed=lost)
         first_trained = len(record["prompt"]) if "prompt" in record else 0
+        text, turns, lost = self._located(record, _wanted(messages, first_trained, self.train_on))
         turns = [turn for turn in turns if turn.message >= first_trained]
-        return Rendered(text, _spans(text, turns, messages, self.train_on, is_completion="prompt" in record))
+        spans = _spans(text, turns, messages, self.train_on, is_completion="prompt" in record)
+        return Rendered(text, spans, not_printed=lost)
+
+    def _located(self, record: Mapping[str, Any], wanted: Sequence[int]) -> tuple[str, list[Turn], str]:
+        """Render a chat; return the text, the turns in it, and a description of what it does not contain."""
+        template, tools = self.template(record), _tools(record)
+        messages = _prepared(template, record)
+        text, marked = render_with_marks(template, messages, tools)
+        lost = self._check_printed(record, messages, text, marked)
+        return *self._finder(record).find(messages, tools, text, marked, wanted), lost
+
+    def _check_printed(
+        self, record: Mapping[str, Any], messages: list[dict[str, Any]], text: str, marked: MarkedText | None
+    ) -> str:
+        """Describe what the record says and its text does not contain.
+
+        Raises:
+            ValueError: There is such a thing, and `not_printed` is `fail`; or the template prints a list of parts as
+                Python does, or a tool not at all.
+        """
+        _check_parts(record, text)
+        _check_tools(record, text)
+        lost = unprinted(self.template(record), messages, _tools(record), text, marked)
+        if not lost:
+            return ""
+        detail = _described(lost, messages)
+        if self.not_printed is NotPrinted.FAIL:
+            raise ValueError(
+                f"{detail}; {_USE_ANOTHER}, set chat_template_kwargs if the template has a variable for it, or state "
+                "not_printed: warn (train the row without it) or drop (leave the row out)"
+            )
+        return detail
+
+
+def _wanted(messages: Sequence[Mapping[str, Any]], first_trained: int, train_on: TrainOn) -> list[int]:
+    """Return the messages whose turns are trained, and so have to begin where generation begins."""
+    indices = [index for index in assistant_indices(messages) if index >= first_trained]
+    if train_on is TrainOn.COMPLETION:
+        return indices[:1]
+    if train_on is TrainOn.LAST_ASSISTANT:
+        indices = indices[-1:]
+    return [index for index in indices if _weight(messages[index]) > 0]
+
+
+def _described(lost: list[Unprinted], messages: Sequence[Mapping[str, Any]]) -> str:
+    first = lost[0]
+    place = f"message {first.said.message} ({messages[first.said.message]['role']})"
+    more = f" (the first of {len(lost)} such texts)" if len(lost) > 1 else ""
+    if first.said.kind is Kind.NAME:
+        return f"{place} calls {first.lost!r:.80}, and the chat template does not print the call{more}"
+    return f"{place} says {first.lost!r:.80} ({first.said.place}), which the chat template does not print{more}"
 
 
 def _spans(
@@ -256,8 +328,8 @@ def _prepared(template: ChatTemplate, record: Mapping[str, Any]) -> list[dict[st
     return template_messages(messages, arguments_as_text=has_calls and wants_text_arguments(template.source))
 
 
-def _check_printed(text: str, record: Mapping[str, Any]) -> None:
-    """Check that the template printed all tool calls, and did not print content in parts as a Python list."""
+def _check_parts(record: Mapping[str, Any], text: str) -> None:
+    """Check that the template does not print content in parts as a Python list."""
     for index, message in enumerate(_messages(record)):
         if isinstance(message["content"], list) and str(message["content"]) in text:
             kinds = ", ".join(sorted({str(part["type"]) for part in message["content"]}))
@@ -265,12 +337,13 @@ def _check_printed(text: str, record: Mapping[str, Any]) -> None:
                 f"message {index} has content in parts ({kinds}), which the chat template does not know; give text, or "
                 f"{_USE_ANOTHER.partition(' ')[2]}"
             )
-        for call in message.get("tool_calls") or ():
-            if call["function"]["name"] not in text:
-                name = call["function"]["name"]
-                raise ValueError(
-                    f"message {index} calls {name!r}, and the chat template does not print the call; {_USE_ANOTHER}"
-                )
+
+
+def _check_tools(record: Mapping[str, Any], text: str) -> None:
+    for tool in _tools(record) or ():
+        name = tool.get("function", tool).get("name", "")
+        if name not in text:
+            raise ValueError(f"the record has a tool {name!r}, which the chat template does not print; {_USE_ANOTHER}")
 
 
 def _template_key(record: Mapping[str, Any]) -> tuple[bool, str]:

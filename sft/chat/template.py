@@ -40,6 +40,17 @@ _QUESTION, _ANSWER = {"role": "user", "content": PROBE_QUESTION}, {"role": "assi
 PROBE_CHAT = [_QUESTION, _ANSWER]
 _SECOND_QUESTION = {"role": "user", "content": "Zysecondquestion"}
 _SECOND_ANSWER = {"role": "assistant", "content": "Zysecondanswer"}
+_CALL_VALUE, _CALL_RESULT = "Zycallvalue", "Zycallresult"
+_PROBE_TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "zyprobe",
+            "description": "A function.",
+            "parameters": {"type": "object", "properties": {"zykey": {"type": "string", "description": "A text."}}},
+        },
+    }
+]
 _TRAINING_FLAGS = ("train", "weight")
 
 Messages = Sequence[Mapping[str, Any]]
@@ -228,6 +239,8 @@ class TemplateProfile:
         terminators: Texts that close an answer, e.g. `<|im_end|>`: first that of a final answer, then that of an inner
             answer if it differs. In a template without special tokens, the entire tail closes a final answer.
         stop_token: Special token that closes a final answer; None if there is none.
+        call_terminators: Special tokens that close a turn with tool calls; empty if the template takes no calls, or
+            closes them without a special token.
     """
 
     generation_prompt: str
@@ -237,6 +250,7 @@ class TemplateProfile:
     tail: str
     terminators: tuple[str, ...]
     stop_token: str | None
+    call_terminators: tuple[str, ...] = ()
 
     @property
     def terminator(self) -> str:
@@ -268,6 +282,7 @@ class TemplateProfile:
             tail=tail,
             terminators=terminators,
             stop_token=stop_token,
+            call_terminators=_call_terminators(template, stop_token, special_tokens),
         )
 
 
@@ -313,6 +328,37 @@ def _terminators(
         end, token = own[0]
         return (tail[:end], *inner_terminator), token
     return (tail, *inner_terminator), None
+
+
+def _call_terminators(template: ChatTemplate, stop_token: str | None, special_tokens: Sequence[str]) -> tuple[str, ...]:
+    """Return the special tokens that close a turn with a tool call, at the end of a chat and before its result."""
+    call = {"type": "function", "function": {"name": "zyprobe", "arguments": json.dumps({"zykey": _CALL_VALUE})}}
+    asks: Messages = [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    result = {"role": "tool", "name": "zyprobe", "content": _CALL_RESULT}
+    chats = [asks, [*asks, result], [*asks, result, _SECOND_ANSWER]]
+    as_text = wants_text_arguments(template.source)
+    tails: list[str] = []
+    for chat in chats:
+        try:
+            text = template.render([template_messages(chat, arguments_as_text=as_text)], _PROBE_TOOLS)[0]
+        except ValueError:
+            continue
+        if _CALL_VALUE in text:
+            tails.append(text.rpartition(_CALL_VALUE)[2].partition(_CALL_RESULT)[0])
+    if not tails:
+        return ()
+    final, *inner = tails
+    shared = final[: min((common_prefix_length(final, tail) for tail in inner), default=len(final))]
+    tokens = [token for _, token in _special_tokens_in(shared, special_tokens)]
+    if stop_token in tokens:
+        return (str(stop_token),)
+    if tokens:
+        return (tokens[-1],)
+    own = [token for _, token in _special_tokens_in(final, special_tokens)]
+    if not own:
+        return ()
+    inside = [token for tail in inner[:1] for _, token in _special_tokens_in(tail, special_tokens)]
+    return tuple(dict.fromkeys([str(stop_token) if stop_token in own else own[-1], *inside[:1]]))
 
 
 def _special_tokens_in(text: str, special_tokens: Sequence[str]) -> list[tuple[int, str]]:

@@ -1,32 +1,36 @@
 """Location of the assistant's turns in a rendered chat, for any chat template.
 
-1. By marks, in time linear in the number of turns. A chat is rendered twice: plain, and with a private-use character
-   before and after the content of every message. If the second text without those characters equals the first one, the
-   characters show where each content is. A turn then begins at the end of the generation prompt before its content and
-   ends with the first terminator after it. Anything that the template prints between prompt and content, such as an
-   empty `<think>` block, belongs to the turn, since the model has to generate it.
-2. By prefixes, if the template edits or inspects the content, so that the two texts differ: the messages up to a turn
-   must render to a prefix of the chat. This and the next method are quadratic, but needed for few rows.
+A turn begins where generation begins: the chat up to it, rendered with the generation prompt, is what stands before it.
+
+1. By marks, in time linear in the number of turns (`sft.chat.said`). A turn begins at the end of the first generation
+   prompt after the previous message, and ends with the first terminator after the last mark of its message. All that
+   the template prints in between, such as an empty `<think>` block or a second header, belongs to the turn, since the
+   model has to generate it.
+2. By prefixes, if the template looks at the texts, so that marks change what it prints: the messages up to a turn must
+   render to a prefix of the chat. This and the next method are quadratic, but needed for few rows.
 3. By replacement, if later messages change how earlier ones are printed: the chat with only that turn's content
    replaced must differ nowhere else.
+
+Each start is then compared with the generation prompt of the chat up to it. That rendering is quadratic, too, so it is
+done once for all turns between messages of the same form: for the others, the text before the turn must be the same.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+import itertools
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateSyntaxError, meta, nodes
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sft.chat.said import MarkedText, render_with_marks
 from sft.chat.template import PROBE_ANSWER, ChatTemplate, Messages, TemplateProfile
-from sft.chat.template_syntax import only_prints_contents
 from sft.common_prefix import common_prefix_length
-
-# Private-use characters of plane 15 of Unicode serve as marks, two for each message. `_MAX_MARKED` is the largest
-# number of marks in a chat, so chats of more than half as many messages are not marked.
-_FIRST_MARK, _MAX_MARKED = 0xF0000, 0x7FFE
-
-_MARKS = re.compile("[\U000f0000-\U000ffffd]")
 
 
 class Turn(NamedTuple):
@@ -37,43 +41,128 @@ class Turn(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True)
-class Marked:
-    """Positions of the marks, and so of the contents of messages, in a rendered chat.
-
-    Args:
-        places: Position of each mark in the text without marks, in order.
-        starts: Message index -> index in `places` of the start of its content, without leading whitespace.
-        ends: Message index -> index in `places` of the end of its content, without trailing whitespace.
-    """
-
-    places: list[int]
-    starts: dict[int, int]
-    ends: dict[int, int]
-
-
-def assistant_turns(
-    template: ChatTemplate, profile: TemplateProfile, messages: Messages, tools: list[Any] | None
-) -> tuple[str, list[Turn]]:
-    """Render a chat and find all of its assistant turns.
+class TurnFinder:
+    """Find the assistant's turns in chats that one template renders.
 
     Args:
         template: The template.
-        profile: Its profile from `TemplateProfile.probe`.
-        messages: Messages as `template_messages` returns them.
-        tools: Tool schemas.
-
-    Returns:
-        The rendered text and, in order, one turn for every assistant message (several if the template marks
-        several spans in one message).
-
-    Raises:
-        ValueError: The template refused the chat, or a turn could not be found in it.
+        special_tokens: Texts of all added tokens, which the tokenizer never splits.
     """
-    if template.marks_generation:
-        return _turns_by_generation_marks(template, profile, messages, tools)
-    text, known = _turns_by_content_marks(template, profile, messages, tools)
-    return text, turns_by_rendering(template, profile, messages, tools, text, known)
+
+    def __init__(self, template: ChatTemplate, special_tokens: Sequence[str]) -> None:
+        self.template = template
+        self.profile = TemplateProfile.probe(template, special_tokens)
+        self._special_tokens = special_tokens
+        self._leads: dict[tuple[Any, ...], str] = {}
+
+    def find(
+        self,
+        messages: Messages,
+        tools: list[Any] | None,
+        text: str,
+        marked: MarkedText | None,
+        wanted: Collection[int] | None = None,
+    ) -> tuple[str, list[Turn]]:
+        """Find the assistant's turns in a chat.
+
+        Args:
+            messages: Messages as `template_messages` returns them.
+            tools: Tool schemas.
+            text: The rendered chat.
+            marked: The same with the places of what it says, from `sft.chat.said.render_with_marks`.
+            wanted: Messages whose turns have to be found, and to begin where generation begins; None for all of the
+                assistant.
+
+        Returns:
+            The text, and in order the turns of all assistant messages that were found. A message has several if the
+            template marks several spans in it, or prints other messages inside it.
+
+        Raises:
+            ValueError: A wanted turn could not be found, or does not begin where generation begins.
+        """
+        chat = _Chat(self.template, self.profile, messages, tools, text)
+        wanted = assistant_indices(messages) if wanted is None else wanted
+        if self.template.marks_generation:
+            return self._by_generation_marks(chat, marked, wanted)
+        turns = self._find(chat, marked, wanted)
+        try:
+            return text, list(self._begun(chat, turns, marked, wanted))
+        except _OtherPromptError as error:
+            raise ValueError(f"{error} {self._way_out(chat, wanted)}") from None
+
+    def _find(self, chat: _Chat, marked: MarkedText | None, wanted: Collection[int]) -> list[Turn]:
+        known = {} if marked is None else {index: _by_marks(chat, index, marked) for index in wanted}
+        return turns_by_rendering(chat, {index: turns for index, turns in known.items() if turns}, wanted)
+
+    def _by_generation_marks(
+        self, chat: _Chat, marked: MarkedText | None, wanted: Collection[int]
+    ) -> tuple[str, list[Turn]]:
+        text, ranges = self.template.render_marked(chat.messages, chat.tools)
+        indices = assistant_indices(chat.messages)
+        if len(ranges) == len(indices):
+            return text, [Turn(index, start, end) for index, (start, end) in zip(indices, ranges, strict=True)]
+        inside = [
+            Turn(turn.message, start, end)
+            for turn in self._find(chat, marked, indices)
+            for start, end in ranges
+            if start < turn.end and turn.start < end
+        ]
+        if {turn.message for turn in inside} != set(indices):
+            raise ValueError(
+                f"the chat template marks {len(ranges)} generations in a conversation with {len(indices)} assistant "
+                "messages: its generation marks must enclose every one of them"
+            )
+        return text, inside
+
+    def _begun(
+        self, chat: _Chat, turns: list[Turn], marked: MarkedText | None, wanted: Collection[int]
+    ) -> Iterator[Turn]:
+        """Yield turns, with the first of each wanted message starting where generation starts."""
+        begun = set()
+        for turn in turns:
+            is_first = turn.message in wanted and turn.message not in begun
+            begun.add(turn.message)
+            yield turn._replace(start=self._start(chat, turn, marked)) if is_first else turn
+
+    def _start(self, chat: _Chat, turn: Turn, marked: MarkedText | None) -> int:
+        place = None if marked is None else _place_before(turn.message, marked)
+        key = chat.signature(turn.message)
+        lead = self._leads.get(key)
+        if lead is not None and place is not None and chat.text.startswith(lead, place):
+            return place + len(lead)
+        start = _generation_start(chat, turn, marked)
+        if place is not None and place <= start:
+            self._leads[key] = chat.text[place:start]
+        return start
+
+    def _way_out(self, chat: _Chat, wanted: Collection[int]) -> str:
+        """Return what a user can do about turns that do not begin where generation begins."""
+        switches = _switches(self.template.source)
+        for name in switches:
+            for value in (False, True):
+                variables = {**self.template.variables, name: value}
+                if self._agrees(replace(self.template, variables=variables), chat, wanted):
+                    return f"Set chat_template_kwargs to {json.dumps({name: value})}, with which both agree"
+        known = f" (variables: {', '.join(switches)})" if switches else ""
+        return (
+            f"Set chat_template_kwargs, if a variable of the template{known} decides about it, give the data in the "
+            "form that the prompt begins, or use another chat template"
+        )
+
+    def _agrees(self, template: ChatTemplate, chat: _Chat, wanted: Collection[int]) -> bool:
+        """Return whether wanted turns begin where generation begins with another template."""
+        try:
+            other = TurnFinder(template, self._special_tokens)
+            text, marked = render_with_marks(template, chat.messages, chat.tools)
+            again = _Chat(template, other.profile, chat.messages, chat.tools, text)
+            list(other._begun(again, other._find(again, marked, wanted), marked, wanted))
+        except ValueError:
+            return False
+        return True
+
+
+class _OtherPromptError(ValueError):
+    """A turn does not begin where generation begins."""
 
 
 def assistant_indices(messages: Messages) -> list[int]:
@@ -81,144 +170,59 @@ def assistant_indices(messages: Messages) -> list[int]:
     return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _turns_by_generation_marks(
-    template: ChatTemplate, profile: TemplateProfile, messages: Messages, tools: list[Any] | None
-) -> tuple[str, list[Turn]]:
-    text, ranges = template.render_marked(messages, tools)
-    indices = assistant_indices(messages)
-    if len(ranges) == len(indices):
-        return text, [Turn(index, start, end) for index, (start, end) in zip(indices, ranges, strict=True)]
-    plain, known = _turns_by_content_marks(template, profile, messages, tools)
-    turns = turns_by_rendering(template, profile, messages, tools, plain, known)
-    marked = [
-        Turn(turn.message, start, end)
-        for turn in turns
-        for start, end in ranges
-        if start < turn.end and turn.start < end
-    ]
-    if {turn.message for turn in marked} != set(indices):
-        raise ValueError(
-            f"the chat template marks {len(ranges)} generations in a conversation with {len(indices)} assistant "
-            "messages: its generation marks must enclose every one of them"
-        )
-    return text, marked
+def _form(value: Any) -> str:
+    if isinstance(value, str):
+        return f"text{'<think>' in value:d}{'</think>' in value:d}"
+    return type(value).__name__
 
 
-def _turns_by_content_marks(
-    template: ChatTemplate, profile: TemplateProfile, messages: Messages, tools: list[Any] | None
-) -> tuple[str, dict[int, Turn]]:
-    """Render a chat; return the text and the turns of all messages whose marks the template printed."""
-    chats = [messages, _with_marks(messages)] if len(messages) <= _MAX_MARKED // 2 else [messages]
-    if len(chats) == 2 and _is_printed_as_it_is(template, messages):
-        marked = template.render(chats[1:], tools)[0]
-        marks = _find_marks(marked)
-        num_marked = sum(bool(message["content"].strip()) for message in messages)
-        if len(marks.places) == 2 * num_marked == len(marks.starts) + len(marks.ends):
-            plain = _MARKS.sub("", marked)
-            return plain, _turns_of(plain, messages, marks, profile)
-    try:
-        plain, *others = template.render(chats, tools)
-    except ValueError:  # the template may refuse marked content, and still accept the chat itself
-        plain, others = template.render([messages], tools)[0], []
-    marked = others[0] if others else ""
-    marks = _find_marks(marked)
-    if _MARKS.search(plain) or _MARKS.sub("", marked) != plain:
-        return plain, {}
-    return plain, _turns_of(plain, messages, marks, profile)
-
-
-def _is_printed_as_it_is(template: ChatTemplate, messages: Messages) -> bool:
-    """Return whether rendering with marks is enough: only texts are marked, and the template only prints them."""
-    return (
-        template.takes_text
-        and only_prints_contents(template.source)
-        and all(isinstance(message.get("content"), str) and not message.get("tool_calls") for message in messages)
-    )
-
-
-def _turns_of(plain: str, messages: Messages, marks: Marked, profile: TemplateProfile) -> dict[int, Turn]:
-    turns = [_turn(plain, index, messages[index], marks, profile) for index in assistant_indices(messages)]
-    return {turn.message: turn for turn in turns if turn is not None}
-
-
-def _with_marks(messages: Messages) -> list[dict[str, Any]]:
-    return [
-        _mark(message, chr(_FIRST_MARK + 2 * i), chr(_FIRST_MARK + 2 * i + 1)) for i, message in enumerate(messages)
-    ]
-
-
-def _mark(message: Mapping[str, Any], start: str, end: str) -> dict[str, Any]:
-    """Return a message whose content, or the names of the functions that it calls, begin and end with marks."""
-    result = dict(message)
-    content, calls = message.get("content"), message.get("tool_calls")
-    has_text = isinstance(content, str) and bool(content.strip())
-    if has_text:
-        result["content"] = _between(str(content), start, "" if calls else end)
-    elif isinstance(content, list):
-        result["content"] = _mark_parts(content, start, end)
-    if calls:
-        calls = [{**call, "function": dict(call["function"])} for call in calls]
-        if not has_text:
-            calls[0]["function"]["name"] = start + calls[0]["function"]["name"]
-        calls[-1]["function"]["name"] += end
-        result["tool_calls"] = calls
-    return result
-
-
-def _between(text: str, start: str, end: str) -> str:
-    """Put marks inside the outer whitespace of a text, so that a template trims the same whitespace."""
-    inner = text.strip()
-    at = text.index(inner)
-    return text[:at] + start + inner + end + text[at + len(inner) :]
-
-
-def _mark_parts(parts: list[Any], start: str, end: str) -> list[Any]:
-    texts = [i for i, part in enumerate(parts) if isinstance(part, Mapping) and str(part.get("text") or "").strip()]
-    marked = list(parts)
-    for at, mark in ((texts[0], (start, "")), (texts[-1], ("", end))) if texts else ():
-        marked[at] = {**marked[at], "text": _between(marked[at]["text"], *mark)}
-    return marked
-
-
-def _find_marks(marked: str) -> Marked:
-    """Find all marks of a text; content that is printed more than once has no single place and counts as not found."""
-    marks = Marked([], {}, {})
-    twice = set()
-    for count, match in enumerate(_MARKS.finditer(marked)):
-        index, is_end = divmod(ord(match.group()) - _FIRST_MARK, 2)
-        known = marks.ends if is_end else marks.starts
-        if index in known:
-            twice.add(index)
-        known[index] = count
-        marks.places.append(match.start() - count)
-    for index in twice:
-        marks.ends.pop(index, None)
-    return marks
-
-
-def _turn(text: str, index: int, message: Mapping[str, Any], marks: Marked, profile: TemplateProfile) -> Turn | None:
-    """Return the turn of one assistant message; None if its marks do not determine it."""
-    if index not in marks.ends or marks.starts.get(index, -1) > marks.ends[index]:
+def _place_before(message: int, marked: MarkedText) -> int | None:
+    """Return the place of the last mark before those of a message, 0 if there is none, None if it has no marks."""
+    runs = marked.runs.get(message)
+    if not runs:
         return None
-    last_mark = marks.ends[index]
-    first_mark = marks.starts.get(index, last_mark)
-    end = marks.places[last_mark]
-    after = marks.places[last_mark + 1] if last_mark + 1 < len(marks.places) else len(text)
-    before = marks.places[first_mark - 1] if first_mark else 0
-    first: int | None
-    if index in marks.starts:
-        first = _start_before_content(text, before, marks.places[first_mark], message, profile)
+    return marked.events[runs[0][0] - 1].at if runs[0][0] else 0
+
+
+def _by_marks(chat: _Chat, index: int, marked: MarkedText) -> list[Turn]:
+    """Return the turns of one assistant message; none if its marks do not determine them."""
+    runs = marked.runs.get(index, [])
+    numbers = [marked.events[at].number for first, last in runs for at in range(first, last + 1)]
+    if len(runs) > 1 and len(numbers) != 2 * len(set(numbers)):
+        return []  # something is printed again elsewhere
+    turns = []
+    for run in runs:
+        turn = _of_run(chat, index, marked, run, is_first=run == runs[0])
+        if turn is None:
+            return []
+        turns.append(turn)
+    return turns
+
+
+def _of_run(chat: _Chat, index: int, marked: MarkedText, run: tuple[int, int], *, is_first: bool) -> Turn | None:
+    first, last = (marked.events[number] for number in run)
+    if not last.is_end:
+        return None
+    before = marked.events[run[0] - 1].at if run[0] else 0
+    after = marked.events[run[1] + 1].at if run[1] + 1 < len(marked.events) else len(chat.text)
+    start: int | None
+    if not is_first:
+        start = first.at
+    elif first.is_end:
+        start = _start_without_content(chat.text, before, last.at, chat.profile)
     else:
-        first = _start_without_content(text, before, end, profile)
-    stop = _end_of_turn(text, end, after, message, profile)
-    return None if first is None or stop is None else Turn(index, first, stop)
+        start = _start_before_content(chat.text, before, first.at, chat.messages[index], chat.profile)
+    end = _end_of_turn(chat.text, last.at, after, chat.messages[index], chat.profile)
+    if end is None and not is_first:
+        end = last.at
+    return None if start is None or end is None else Turn(index, start, end)
 
 
 def _start_before_content(
     text: str, before: int, start: int, message: Mapping[str, Any], profile: TemplateProfile
 ) -> int:
     for anchor in (profile.generation_prompt, profile.after_question, profile.header):
-        at = text.rfind(anchor, before, start) if anchor else -1
+        at = text.find(anchor, before, start) if anchor else -1
         if at >= 0:
             return at + len(anchor)
     lead = profile.lead + _outer_whitespace(message)[0]
@@ -226,19 +230,21 @@ def _start_before_content(
 
 
 def _start_without_content(text: str, before: int, end: int, profile: TemplateProfile) -> int | None:
-    """Return the start of a turn if the template removed the beginning of its content, such as reasoning."""
-    at = text.find(profile.generation_prompt, before, end) if profile.generation_prompt else -1
-    return at + len(profile.generation_prompt) if at >= 0 else None
+    """Return the start of a turn if the template printed the beginning of its content elsewhere, such as reasoning."""
+    for anchor in (profile.generation_prompt, profile.header):
+        at = text.find(anchor, before, end) if anchor else -1
+        if at >= 0:
+            return at + len(anchor)
+    return None
 
 
 def _end_of_turn(text: str, end: int, after: int, message: Mapping[str, Any], profile: TemplateProfile) -> int | None:
-    found = [(at, terminator) for terminator in profile.terminators if (at := text.find(terminator, end, after)) >= 0]
     calls = bool(message.get("tool_calls"))
-    if profile.stop_token is not None and found:
-        at, terminator = min(found)
-        stop = at + len(terminator)
-        # arguments follow the name of a function and may contain the terminator as text
-        return None if calls and terminator in text[stop:after] else stop
+    terminators = (*profile.terminators, *profile.call_terminators) if calls else profile.terminators
+    found = [(at, closing) for closing in terminators if closing and (at := text.find(closing, end, after)) >= 0]
+    if found and (profile.stop_token is not None or (calls and profile.call_terminators)):
+        at, closing = min(found)
+        return at + len(closing)
     if calls:
         return None
     trailing = _outer_whitespace(message)[1]
@@ -256,11 +262,40 @@ def _outer_whitespace(message: Mapping[str, Any]) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class _Chat:
+    """A chat and its rendered text."""
+
     template: ChatTemplate
     profile: TemplateProfile
     messages: Messages
     tools: list[Any] | None
     text: str
+
+    @functools.cached_property
+    def _forms(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                message["role"],
+                *sorted(f"{key}:{_form(value)}" for key, value in message.items() if value not in ("", [], None)),
+            )
+            for message in self.messages
+        ]
+
+    @functools.cached_property
+    def _all_forms(self) -> frozenset[tuple[str, ...]]:
+        return frozenset(self._forms)
+
+    @functools.cached_property
+    def _last_question(self) -> int:
+        return max((index for index, message in enumerate(self.messages) if message["role"] == "user"), default=-1)
+
+    def signature(self, index: int) -> tuple[Any, ...]:
+        """Return what usually determines what a template prints before a turn.
+
+        That is the form of the messages around it, whether the last question is before it, and which other forms of
+        messages there are. It does not grow with the chat.
+        """
+        around = tuple(self._forms[max(0, index - 2) : index + 2])
+        return min(index, 2), around, index > self._last_question, bool(self.tools), self._all_forms
 
     def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str | None:
         """Render a variant of the chat; None if the template refuses it."""
@@ -270,47 +305,51 @@ class _Chat:
             return None
 
 
-def turns_by_rendering(
-    template: ChatTemplate,
-    profile: TemplateProfile,
-    messages: Messages,
-    tools: list[Any] | None,
-    text: str,
-    known: Mapping[int, Turn],
-) -> list[Turn]:
+def turns_by_rendering(chat: _Chat, known: Mapping[int, list[Turn]], wanted: Collection[int]) -> list[Turn]:
     """Find assistant turns by rendering variants of the chat; quadratic in the number of turns not known already.
 
     Args:
-        template: The template.
-        profile: Its profile from `TemplateProfile.probe`.
-        messages: Messages as `template_messages` returns them.
-        tools: Tool schemas.
-        text: The rendered chat.
+        chat: The chat.
         known: Turns that were found by other means, by message index.
+        wanted: Messages whose turns have to be found.
 
     Returns:
-        The turns of all assistant messages, in order.
+        The turns of all wanted messages, in order.
 
     Raises:
         ValueError: No method finds a turn. The error names the turn and shows where the texts differ.
     """
-    chat = _Chat(template, profile, messages, tools, text)
     turns: list[Turn] = []
-    for index in assistant_indices(messages):
+    for index in sorted(wanted):
         previous_end = turns[-1].end if turns else 0
-        turn = known.get(index) or _turn_by_prefixes(chat, index) or _turn_by_replacement(chat, index, previous_end)
-        if turn is None or turn.start < previous_end:
+        found = known.get(index)
+        if not found:
+            turn = _turn_by_prefixes(chat, index) or _turn_by_replacement(chat, index, previous_end)
+            found = [turn] if turn is not None and turn.start >= previous_end else []
+        if not found:
             raise ValueError(_not_found(chat, index))
-        turns.append(turn)
+        turns += found
+    turns.sort(key=lambda turn: turn.start)
+    for turn, later in itertools.pairwise(turns):
+        if later.start < turn.end:
+            raise ValueError(_not_found(chat, later.message))
     return turns
 
 
 def _turn_by_prefixes(chat: _Chat, index: int) -> Turn | None:
     through = chat.render(chat.messages[: index + 1])
-    if index == 0 or through is None or not chat.text.startswith(through):
+    if index == 0 or through is None:
         return None
     start = _end_of_prompt(chat, chat.messages[:index], through)
-    return None if start is None else Turn(index, start, _cut_tail(through, start, chat.profile))
+    if start is None or not chat.text.startswith(through[:start]):
+        return None
+    if chat.text.startswith(through):
+        return Turn(index, start, _cut_tail(through, start, chat.profile))
+    # the last turn of a chat may be closed in another way than the others
+    end = len(through) - len(chat.profile.tail)
+    if through.endswith(chat.profile.tail, start) and chat.text.startswith(through[:end]):
+        return Turn(index, start, end + _terminator_length(chat.text[end:], chat.profile))
+    return None
 
 
 def _end_of_prompt(chat: _Chat, messages: Messages, through: str) -> int | None:
@@ -328,8 +367,9 @@ def _cut_tail(through: str, start: int, profile: TemplateProfile) -> int:
     """Return the end of the terminator in a text that ends with a complete turn."""
     if through.endswith(profile.tail, start):
         return len(through) - len(profile.tail) + len(profile.terminator)
-    at = through.rfind(profile.terminator, start) if profile.stop_token is not None else -1
-    return at + len(profile.terminator) if at >= 0 else len(through)
+    closing = [profile.terminator, *profile.call_terminators] if profile.stop_token is not None else []
+    ends = [at + len(text) for text in closing if (at := through.rfind(text, start)) >= 0]
+    return max(ends, default=len(through))
 
 
 def _turn_by_replacement(chat: _Chat, index: int, previous_end: int) -> Turn | None:
@@ -351,6 +391,91 @@ def _turn_by_replacement(chat: _Chat, index: int, previous_end: int) -> Turn | N
 
 def _terminator_length(rest: str, profile: TemplateProfile) -> int:
     return max((len(terminator) for terminator in profile.terminators if rest.startswith(terminator)), default=0)
+
+
+def _generation_start(chat: _Chat, turn: Turn, marked: MarkedText | None) -> int:
+    """Return where generation starts for a turn.
+
+    Raises:
+        _OtherPromptError: The generation prompt of the messages before the turn is not what stands before the turn.
+    """
+    try:
+        prompt, shown = render_with_marks(
+            chat.template, chat.messages[: turn.message], chat.tools, add_generation_prompt=True
+        )
+    except ValueError:  # the template refuses the messages before the turn alone, such as none
+        return turn.start
+    if chat.text.startswith(prompt) and len(prompt) <= turn.end:
+        return len(prompt)
+    if not turn.message:
+        return turn.start
+    place, local = _local_prompt(chat, turn, marked, prompt, shown)
+    if chat.text.startswith(local, place) and place + len(local) <= turn.end:
+        return place + len(local)
+    same = common_prefix_length(chat.text[place : turn.end], local)
+    if _is_printed_otherwise_in_history(chat, turn, prompt):
+        return turn.start
+    same = min(same, max(0, turn.start - place))
+    goes_on = chat.text[place + same : place + same + 40]
+    raise _OtherPromptError(
+        f"the assistant's turn in message {turn.message} does not begin where generation begins: the chat template's "
+        f"generation prompt goes on with {local[same:][:60]!r}, the conversation with {goes_on!r}. The model would be "
+        "trained to answer a prompt that it never gets."
+    )
+
+
+def _local_prompt(
+    chat: _Chat, turn: Turn, marked: MarkedText | None, prompt: str, shown: MarkedText | None
+) -> tuple[int, str]:
+    """Return the part of the generation prompt after the last text before the turn, and its place in the chat.
+
+    The template may print earlier messages in another way than in the prompt, so only this part has to be the same.
+    """
+    if marked is not None and shown is not None and shown.events:
+        runs, last = marked.runs.get(turn.message), shown.events[-1]
+        before = marked.events[runs[0][0] - 1] if runs and runs[0][0] else None
+        if before is not None and marked.said[before.number][:2] == shown.said[last.number][:2]:
+            return before.at, prompt[last.at :]
+    asked = chat.render(chat.messages[: turn.message])
+    added = prompt[len(asked) :] if asked is not None and prompt.startswith(asked) else chat.profile.generation_prompt
+    header = chat.profile.header if chat.text.endswith(chat.profile.header, 0, turn.start) else ""
+    place = turn.start - len(header)
+    if not added.startswith(header) or chat.text.endswith(added, 0, turn.start):
+        place = turn.start - len(added)
+    return max(place, 0), added
+
+
+def _is_printed_otherwise_in_history(chat: _Chat, turn: Turn, prompt: str) -> bool:
+    """Return whether the chat up to the turn continues the generation prompt with the same text as the whole chat.
+
+    So it is if the template leaves an empty `<think>` block out of all turns but the last.
+    """
+    through = chat.render(chat.messages[: turn.message + 1])
+    if turn.message + 1 == len(chat.messages) or through is None or not through.startswith(prompt):
+        return False
+    end = turn.end - _closing_length(chat.text[turn.start : turn.end], chat.profile)
+    return end > turn.start and through.startswith(chat.text[turn.start : end], len(prompt))
+
+
+def _closing_length(text: str, profile: TemplateProfile) -> int:
+    closing = (*profile.terminators, *profile.call_terminators)
+    return max((len(terminator) for terminator in closing if text.endswith(terminator)), default=0)
+
+
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "raise_exception"}
+
+
+@functools.lru_cache(maxsize=64)
+def _switches(source: str) -> tuple[str, ...]:
+    """Return the variables of a template that a user may set."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    try:
+        tree = environment.parse(source)
+        names = meta.find_undeclared_variables(tree)
+    except TemplateSyntaxError:
+        return ()
+    names -= {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    return tuple(sorted(name for name in names - _GIVEN if not name.endswith("_token") and name != "strftime_now"))
 
 
 def _not_found(chat: _Chat, index: int) -> str:

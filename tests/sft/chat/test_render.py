@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sft.chat.render import ChatRenderer, Rendered, Span, TrainOn, render
+from sft.chat.render import ChatRenderer, NotPrinted, Rendered, Span, TrainOn, render
 from tests.sft.chat.stops import check_stops
 from tests.sft.template_styles import (
     CHATML,
@@ -153,7 +153,11 @@ def test_reasoning_is_trained_where_the_template_keeps_it() -> None:
         {"role": "user", "content": "3+3?"},
         {"role": "assistant", "content": "<think>\nadd again\n</think>\n\n6"},
     ]
-    rendered = render({"messages": messages}, tokenizer_for(QWEN3.template))
+    tokenizer = tokenizer_for(QWEN3.template)
+    with pytest.raises(ValueError, match=r"message 1 \(assistant\) says 'add.* which the chat template does not print"):
+        render({"messages": messages}, tokenizer)
+    rendered = ChatRenderer(tokenizer, not_printed=NotPrinted.WARN).render({"messages": messages})
+    assert rendered.not_printed.startswith("message 1 (assistant) says 'add")
     assert trained(rendered) == ["4<|im_end|>", "<think>\nadd again\n</think>\n\n6<|im_end|>"]
 
 
@@ -191,7 +195,8 @@ def test_a_tool_call_is_an_assistant_turn(style: Any, expected: list[str]) -> No
 
 def test_tools_that_the_template_would_leave_out_are_an_error() -> None:
     calling = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [WEATHER]}]
-    with pytest.raises(ValueError, match="message 1 calls 'weather', and the chat template does not print the call"):
+    unprinted = r"message 1 \(assistant\) calls 'weather', and the chat template does not print the call"
+    with pytest.raises(ValueError, match=unprinted):
         render({"messages": calling}, tokenizer_for(CHATML.template))
     with pytest.raises(ValueError, match="has tools, and the chat template never prints them"):
         render({"messages": CHAT, "tools": TOOLS}, tokenizer_for(CHATML.template))
@@ -264,7 +269,10 @@ def test_an_answer_that_the_template_prints_differently_at_the_end_of_a_chat_is_
             ["[INST]Paris.[/INST]<|im_end|>", "[INST]\n Lima 🎉, naïve é.  [/INST]<|im_end|>",
              "[INST]You are welcome.[/INST]<|im_end|>"],
         ),
-        (DEEPSEEK, ["Paris.<|im_end|>", "\n Lima 🎉, naïve é.  <|im_end|>", "You are welcome.<|im_end|>"]),
+        (
+            DEEPSEEK.replace("<think>\n", ""),
+            ["Paris.<|im_end|>", "\n Lima 🎉, naïve é.  <|im_end|>", "You are welcome.<|im_end|>"],
+        ),
     ],
 )  # fmt: skip
 def test_turns_close_as_the_template_closes_them(template: str, expected: list[str]) -> None:
@@ -274,8 +282,8 @@ def test_turns_close_as_the_template_closes_them(template: str, expected: list[s
     check_stops([("row", rendered)], tokenizer)
 
 
-def test_a_tool_call_is_found_though_history_lacks_the_prompt_and_the_terminator_comes_twice() -> None:
-    template = DEEPSEEK.replace(
+def test_a_tool_call_is_found_though_the_terminator_comes_twice() -> None:
+    template = DEEPSEEK.replace("<think>\n", "").replace(
         "{% set content",
         "{% for c in m['tool_calls'] or [] %}"
         "<|assistant|>{{ c['function']['name'] + c['function']['arguments'] }}<|im_end|>"
@@ -285,10 +293,27 @@ def test_a_tool_call_is_found_though_history_lacks_the_prompt_and_the_terminator
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", "content": "", "tool_calls": [WEATHER]},
         {"role": "tool", "content": "rain"},
-        {"role": "assistant", "content": "<think>hm</think>Rain."},
+        {"role": "assistant", "content": "Rain."},
     ]
-    call = 'weather{"city": "Lima"}<|im_end|><|assistant|><|im_end|>'
+    call = 'weather{"city": "Lima"}<|im_end|>'
     assert trained(render({"messages": messages}, tokenizer_for(template))) == [call, "Rain.<|im_end|>"]
+
+
+def test_a_generation_prompt_that_the_chat_does_not_have_is_an_error() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"message 1 does not begin where generation begins: .* goes on with '<think>\\n', the conversation with "
+        r"'Paris.*chat_template_kwargs",
+    ):
+        render({"messages": CHAT[:2]}, tokenizer_for(DEEPSEEK))
+    switched = DEEPSEEK.replace("<think>\n", "{% if thinking %}<think>\n{% else %}</think>{% endif %}")
+    with pytest.raises(ValueError, match="goes on with '</think>'"):
+        render({"messages": CHAT[:2]}, tokenizer_for(switched))
+    named = DEEPSEEK.replace("<think>\n", "{% if thinking is not defined or thinking %}<think>\n{% endif %}")
+    with pytest.raises(ValueError, match=r'Set chat_template_kwargs to \{"thinking": false\}, with which both agree'):
+        render({"messages": CHAT[:2]}, tokenizer_for(named))
+    record = {"messages": CHAT[:2], "chat_template_kwargs": '{"thinking": false}'}
+    assert trained(render(record, tokenizer_for(named))) == ["Paris.<|im_end|>"]
 
 
 def test_a_template_that_refuses_marks_is_rendered_by_prefixes() -> None:
@@ -381,8 +406,7 @@ def test_text_that_begins_with_bos_gets_no_second_one() -> None:
 
 
 def test_variables_of_a_row_reach_the_template() -> None:
-    template = CHATML.template.replace("assistant\n{% endif %}", "assistant\n{{ greeting or '' }}{% endif %}")
-    template = "{{ greeting or '' }}" + template
+    template = "{{ greeting or '' }}" + CHATML.template
     record = {"messages": CHAT[:2], "chat_template_kwargs": '{"greeting": "Hello!"}'}
     assert render(record, tokenizer_for(template)).text.startswith("Hello!<|im_start|>user")
 

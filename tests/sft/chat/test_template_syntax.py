@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.chat import turns
+from sft.chat import said
 from sft.chat.formats import FORMATS
 from sft.chat.render import ChatRenderer
 from sft.chat.template_syntax import only_prints_contents
@@ -93,7 +93,7 @@ def test_the_turns_are_those_of_rendering_twice(name: str, pairs: list[tuple[str
     ]
     once = rendered(tokenizer, messages)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(turns, "only_prints_contents", lambda source: False)
+        patch.setattr(said, "only_prints_contents", lambda source: False)
         assert once == rendered(tokenizer, messages)
 
 
