@@ -25,6 +25,7 @@ from sft.models.checkpoint import (
     check_weight_files,
     explain_load_error,
 )
+from sft.models.heads import check_architecture
 from sft.suggest import did_you_mean
 
 DTYPES: dict[str, torch.dtype] = {
@@ -85,7 +86,7 @@ def load_model(
 
     Raises:
         ValueError: The dtype or attention does not exist or can't run here; weights are pickled, damaged, missing or
-            of another size than the config states; or the model can't be found.
+            of another size than the config states; or the model is no causal language model or can't be found.
     """
     parsed = _one_dtype(dtype, from_pretrained_kwargs)
     quantization_config = _one_quantization(quantization_config, from_pretrained_kwargs, parsed)
@@ -109,7 +110,10 @@ def load_model(
             computed = _compute_dtype(name_or_path, parsed, quantization_config, mixed_precision, source)
             for name in attention.values() if isinstance(attention, dict) else [attention]:
                 check_attention(name, computed, device_map)
-        loader = auto_class(from_pretrained_kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **source))
+        config = from_pretrained_kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **source)
+        is_decoder = from_pretrained_kwargs.get("is_decoder")
+        check_architecture(str(name_or_path), config, **({} if is_decoder is None else {"is_decoder": is_decoder}))
+        loader = auto_class(config)
         model, info = loader.from_pretrained(name_or_path, **arguments)
     except OSError as error:
         raise ValueError(explain_load_error(name_or_path, error)) from error

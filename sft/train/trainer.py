@@ -38,6 +38,7 @@ from sft.loss.cross_entropy import LossOptions
 from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
+from sft.models.causal import check_causal
 from sft.train.arguments import (
     apply_chat_template,
     choose_liger_kernels,
@@ -144,7 +145,9 @@ class SFTTrainer(Trainer):
         formatting_func: FormattingFunc | None = None,
         **former: Any,
     ) -> None:
-        # 1. Options, and the tokenizer with its special tokens.
+        # 1. The kind of model, options, and the tokenizer with its special tokens.
+        if not isinstance(model, str):
+            check_causal(model)
         processing_class = choose_processing_class(processing_class, former.pop("tokenizer", None))
         config = resolve_config(args, model, former)
         processing_class = resolve_processor(processing_class, model, config)
@@ -152,7 +155,10 @@ class SFTTrainer(Trainer):
 
         # 2. Model, with the rows of new tokens and the adapter. Both are initialized at random: seed first.
         set_seed(config.seed)
-        model = apply_chat_template(resolve_model(model, config), tokenizer, config)
+        if isinstance(model, str):
+            model = resolve_model(model, config)
+            check_causal(model)
+        model = apply_chat_template(model, tokenizer, config)
         model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))
         choose_liger_kernels(model, config)
 
