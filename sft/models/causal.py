@@ -12,7 +12,7 @@ import torch
 
 from sft.attention.isolation import rounding_tolerances
 from sft.inner_model import causal_lm, evaluating
-from sft.models.heads import ADVICE, HEADLESS, MASKED, auto_classes, described, generates_text, task_of
+from sft.models.checkpoint import ADVICE, HEADLESS, MASKED, auto_classes, described, generates_text, task_of
 
 MAYBE_BIDIRECTIONAL = ("bert-generation", "xlnet")
 """Types, besides those with a masked language model, whose causal class attends in both directions by some options."""

@@ -21,11 +21,11 @@ from sft.models.checkpoint import (
     WAY_OUT,
     CheckpointError,
     auto_class,
+    check_architecture,
     check_loading_info,
     check_weight_files,
     explain_load_error,
 )
-from sft.models.heads import check_architecture
 from sft.suggest import did_you_mean
 
 DTYPES: dict[str, torch.dtype] = {

@@ -17,8 +17,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from sft.models.checkpoint import INDEX, WAY_OUT, CheckpointError, check_checkpoint, check_weight_files, load_tokenizer
-from sft.models.heads import check_architecture
+from sft.models.checkpoint import (
+    INDEX,
+    WAY_OUT,
+    CheckpointError,
+    check_architecture,
+    check_checkpoint,
+    check_weight_files,
+    load_tokenizer,
+)
 from stages.checkout.artifacts import read_json
 from stages.models.base import (
     EMBEDDED_PREFIX,
