@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.export.merge_by_file import NotStreamableError, ShardMerge
 from sft.export.merge_in_memory import AdapterMix, grow_to_adapter, load_mix, merge_into_base
-from sft.export.proof import LogitDifference, check_logits, compare_logits, iterate_logits, logits_of
+from sft.export.proof import LogitDifference, check_logits, compare_logits, logits_of
 from sft.folders import replacing_folder
 from sft.models.checkpoint import save_tokenizer
 from sft.models.loading import load_model, parse_dtype
@@ -155,14 +155,12 @@ def _merge_in_memory(
 ) -> MergeReport:
     """Merge by peft with the complete model in memory."""
     model = load_model(base, trust_remote_code=trust_remote_code)
-    if isinstance(adapter, AdapterMix):
-        peft_model = load_mix(model, adapter)
-    else:
+    if not isinstance(adapter, AdapterMix):
         grow_to_adapter(model, adapter, output.tokenizer)
-        peft_model = load_adapter(model, adapter)
+    plain = logits_of(model, rows[:1])  # before the adapter, which may change the base, is put on it
+    peft_model = load_mix(model, adapter) if isinstance(adapter, AdapterMix) else load_adapter(model, adapter)
     reference = logits_of(peft_model, rows)
-    with peft_model.disable_adapter():
-        effect = compare_logits(reference[:1], iterate_logits(peft_model, rows[:1])).largest
+    effect = compare_logits(reference[:1], plain).largest
     _check_effect(effect)
     num_adapted = count_adapted_modules(peft_model)
     merged = merge_into_base(peft_model)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sft.export.merge_in_memory import TIE_TOLERANCE
+from sft.export.merge_in_memory import TIE_TOLERANCE, refusing_unmergeable
 from sft.export.proof import LogitDifference, compare_logits, iterate_logits
+from sft.models.adapter_starts import changes_base, start_of
 from sft.models.checkpoint import auto_class, weight_files
 from sft.models.saved_adapters import count_adapted_modules, load_adapter, outgrown
 from sft.models.token_rows import embedding_name, head_name
@@ -34,6 +35,18 @@ from sft.models.token_rows import embedding_name, head_name
 logger = logging.getLogger(__name__)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+STREAMED_OPTIONS = (
+    *(option.name for option in fields(PeftConfig)),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "lora_bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+    *("megatron_config", "megatron_core", "qalora_group_size"),
+    *("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"),  # AdaLoRA
+    *("total_step",),
+)
+"""Options of an adapter under which each layer can be merged alone; with any other, the complete model is loaded."""
 
 Rows = Sequence[Sequence[int]]
 
@@ -87,14 +100,13 @@ class ShardMerge:
         Raises:
             NotStreamableError: The model reads weights outside of the modules that contain them.
         """
-        model = self.streamed.model
-        first = list(iterate_logits(model, rows[:1]))
+        first = list(iterate_logits(self.streamed.model, rows[:1]))
         if not first[0].isfinite().all():
             raise NotStreamableError("it reads weights outside of the modules that contain them, or gives NaN")
-        if not isinstance(model, PeftModel):
+        if self.adapter is None:
             return 0.0
-        with model.disable_adapter():
-            return compare_logits(first, iterate_logits(model, rows[:1])).largest
+        # not the same model with its adapter disabled, which would keep biases that the adapter has replaced
+        return compare_logits(first, iterate_logits(StreamedModel(self.base).model, rows[:1])).largest
 
     def write(self, folder: Path) -> None:
         """Write the merged weights, their index and the configs.
@@ -148,6 +160,12 @@ def _check_kind(adapter: Path) -> None:
         )
     if config.target_parameters:
         raise NotStreamableError("the adapter changes parameters instead of layers")
+    if changes_base(config):
+        raise NotStreamableError(f"the start of the adapter, {start_of(config)}, changes the weights of the base")
+    unknown = [option for option in fields(config) if option.name not in STREAMED_OPTIONS]
+    used = [option.name for option in unknown if getattr(config, option.name) not in (option.default, None, [], {})]
+    if used:
+        raise NotStreamableError(f"the adapter has the option {used[0]}")
 
 
 def _units_in_file(source: StreamedModel, file: str) -> list[Unit]:
@@ -218,14 +236,20 @@ def merged_weights(source: StreamedModel, unit: Unit) -> list[tuple[str, torch.T
     for layer in module.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merged_adapters.clear()  # embeddings are merged twice if they are compared with the head
+    carried = {name: unit.inner.get_parameter(name) for name in unit.tensors.keys() - unit.placeholders.keys()}
+    for name, value in carried.items():  # peft changes the parameter that it merges into, which may be shared
+        _set_parameter(unit.inner, name, nn.Parameter(value.detach(), requires_grad=False))
     plain = unit.inner
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-    elif isinstance(module, BaseTunerLayer):
-        module.merge(safe_merge=True)
+    with refusing_unmergeable("LORA"):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+        elif isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
     names = unit.tensors if plain is unit.inner else dict(plain.named_parameters())
     weights = [(f"{unit.path}.{name}", plain.get_parameter(name).detach()) for name in names]
     source.release(unit)
+    for name, value in carried.items():
+        _set_parameter(unit.inner, name, value)
     return weights
 
 
@@ -256,7 +280,7 @@ class Unit:
         tensors: Name of a parameter in `inner` -> name of its tensor in the files.
         placeholders: Name of a parameter in `inner` -> placeholder while the weight is not loaded. Made once: a new
             one at each release would be allocated in the memory that the weight just left, which would then be too
-            small for the next weight.
+            small for the next weight. A parameter without placeholder has got its value from the adapter and keeps it.
     """
 
     path: str
@@ -294,7 +318,13 @@ class StreamedModel:
         if adapter is not None:
             if outgrown(self.plain, adapter, tokenizer):
                 raise NotStreamableError("its embeddings have to grow")
+            shared = _shared_parameters(self.plain)
             self.model = load_adapter(self.plain, adapter, low_cpu_mem_usage=True)
+            _share_again(shared)
+            for parameter in self.model.parameters():
+                if not _is_placeholder(parameter):
+                    # peft keeps the dtype of the adapter's file, and reads it to a GPU if there is one
+                    parameter.data = parameter.data.to("cpu", torch.float32)
         self.units = list(_units(self.plain, self.aliases))
         for unit in self.units:
             self._add_hooks(unit)
@@ -311,8 +341,9 @@ class StreamedModel:
 
     def load(self, unit: Unit) -> None:
         """Read the weights of a unit from the files."""
-        for name, tensor in unit.tensors.items():
-            _set_parameter(unit.inner, name, nn.Parameter(self.files.tensor(tensor), requires_grad=False))
+        for name in unit.placeholders:
+            tensor = self.files.tensor(unit.tensors[name])
+            _set_parameter(unit.inner, name, nn.Parameter(tensor, requires_grad=False))
 
     def release(self, unit: Unit) -> None:
         """Put placeholders in place of the weights of a unit."""
@@ -350,6 +381,36 @@ def _placeholder(like: torch.Tensor) -> torch.Tensor:
     return torch.full((1,), torch.nan).expand(like.shape)
 
 
+def _is_placeholder(parameter: torch.Tensor) -> bool:
+    return parameter.untyped_storage().nbytes() == 4 and bool(parameter[(0,) * parameter.ndim].isnan())
+
+
+Shared = list[list[tuple[nn.Module, str]]]
+
+
+def _shared_parameters(model: nn.Module) -> Shared:
+    """Return the places (module, name) of each parameter that several modules share."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    return [group for group in places.values() if len(group) > 1]
+
+
+def _share_again(shared: Shared) -> None:
+    """Give a value that an adapter has for one place of a shared parameter to the other places, too.
+
+    Where the weights are loaded, peft copies the value into the parameter, and all places see it.
+    """
+    for group in shared:
+        values = [module.get_parameter(name) for module, name in group]
+        carried = [value for value in values if not _is_placeholder(value)]
+        if carried:
+            for module, name in group:
+                _set_parameter(module, name, carried[-1])
+
+
 def _aliases(model: PreTrainedModel, files: WeightFiles) -> dict[str, str]:
     """Return the name of each parameter -> the name of its tensor in the files, which tied parameters share.
 
@@ -385,7 +446,9 @@ def _units(model: PreTrainedModel, aliases: dict[str, str]) -> Iterator[Unit]:
             inner, names = module, [name for name, value in module._parameters.items() if value is not None]
         if names:
             tensors = {name: aliases[f"{path}.{name}"] for name in names}
-            yield Unit(path, module, inner, tensors, {name: inner.get_parameter(name) for name in names})
+            values = {name: inner.get_parameter(name) for name in names}
+            placeholders = {name: value for name, value in values.items() if _is_placeholder(value)}
+            yield Unit(path, module, inner, tensors, placeholders)
 
 
 def _wrapped_module(path: str, module: nn.Module) -> nn.Module:

@@ -6,17 +6,20 @@ Both are done by peft. This module adds the checks, the random seed and the hand
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.chat.formats import resize_embeddings
+from sft.models.adapter_starts import changes_base, start_of
 from sft.models.saved_adapters import adapter_shapes, check_adapter_folder, check_complete, load_adapter, outgrown
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,9 @@ Combination = Literal["cat", "linear", "ties", "dare_linear", "dare_ties"]
 COMBINATIONS = ("cat", "linear", "ties", "dare_linear", "dare_ties")
 PRUNING = ("ties", "dare_linear", "dare_ties")
 """Combinations that drop values, and so need a density."""
+
+UNMIXABLE = ("lora_bias", "layer_replication", "alora_invocation_tokens", "monteclora_config", "arrow_config")
+"""Options of adapters that peft drops when it combines them."""
 
 MIX = "mix"
 """Name that the combined adapter gets in the model."""
@@ -93,12 +99,14 @@ def load_mix(model: PreTrainedModel, mix: AdapterMix) -> PeftModel:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"The adapter in {adapter} does not fit {type(model).__name__}: {reason}") from error
         check_complete(peft_model, adapter, name)
+    for name in names:
+        _simplify(peft_model, name)
     options: dict[str, Any] = {} if mix.density is None else {"density": mix.density}
     with torch.random.fork_rng():
         torch.manual_seed(mix.seed)
         try:
             peft_model.add_weighted_adapter(names, list(mix.weights), MIX, combination_type=mix.combination, **options)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # RuntimeError: ranks of single layers differ
             raise ValueError(f"combination {mix.combination!r} of {len(names)} adapters: {error}") from error
     peft_model.set_adapter(MIX)
     for name in names:
@@ -106,11 +114,36 @@ def load_mix(model: PreTrainedModel, mix: AdapterMix) -> PeftModel:
     return peft_model.eval()
 
 
+def _simplify(peft_model: PeftModel, name: str) -> None:
+    """Reduce the configuration of a loaded adapter to what the combined adapter may take over from it.
+
+    peft copies the configuration of the first adapter. The combined adapter has the factor 1, since each adapter's own
+    is in the matrices, but it would be scaled by the root of its rank if the first was; and it would leave out
+    layers of the others that the first leaves out.
+    """
+    config = peft_model.peft_config[name]
+    config.use_rslora = False
+    config.init_lora_weights = True
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    config.target_modules = {
+        place
+        for place, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A)
+    }
+
+
 def _check_plain_lora(adapter: Path) -> None:
     config = PeftConfig.from_pretrained(adapter)
-    if not isinstance(config, LoraConfig) or config.use_dora:
-        kind = "DoRA" if isinstance(config, LoraConfig) else config.peft_type.value
+    if config.peft_type != PeftType.LORA or config.use_dora:
+        kind = "DoRA" if config.peft_type == PeftType.LORA else config.peft_type.value
         raise ValueError(f"The adapter in {adapter} is of type {kind}: only plain LoRA adapters can be mixed.")
+    unmixable = [option for option in UNMIXABLE if getattr(config, option, None)]
+    if changes_base(config) or unmixable:
+        option = unmixable[0] if unmixable else f"init_lora_weights={start_of(config)!r}"
+        raise ValueError(
+            f"The adapter in {adapter} was made with {option}: only adapters that add the product of two matrices to "
+            f"the weights of one base can be mixed."
+        )
     full_weights = [name for name in adapter_shapes(adapter) if "lora_" not in name]
     if full_weights:
         raise ValueError(
@@ -137,14 +170,28 @@ def merge_into_base(peft_model: PeftModel) -> PreTrainedModel:
     be added to it. They are therefore untied first, and tied again if they come out equal.
 
     Raises:
-        ValueError: A merged weight is not finite.
+        ValueError: A merged weight is not finite, or peft cannot merge the adapter.
     """
     was_tied = bool(peft_model.get_base_model().config.get_text_config().tie_word_embeddings)
     _untie_adapted(peft_model)
-    merged = peft_model.merge_and_unload(safe_merge=True)
+    with refusing_unmergeable(peft_model.active_peft_config.peft_type.value):
+        merged = peft_model.merge_and_unload(safe_merge=True)
     if was_tied:
         _tie_if_equal(merged)
     return merged
+
+
+@contextmanager
+def refusing_unmergeable(kind: str) -> Iterator[None]:
+    """Turn peft's errors while it merges an adapter of this type into a ValueError with the reason."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"peft cannot merge this {kind} adapter: {reason} Nothing was written. It can be used as an adapter, or be "
+            f"trained anew without the option that peft names."
+        ) from error
 
 
 def _untie_adapted(peft_model: PeftModel) -> None:

@@ -9,11 +9,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import match_target_against_key
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.hardware import HALF_PRECISIONS
+from sft.models.adapter_starts import (
+    BaseFingerprint,
+    changes_base,
+    check_reloadable,
+    check_start,
+    start_of,
+    warn_if_not_reloadable,
+)
 from sft.models.kbit import (
     is_kbit,
     is_quantized,
@@ -101,8 +109,9 @@ def wrap_adapter(
         The model to train. If it has an adapter, the parameters of the base model are frozen.
 
     Raises:
-        ValueError: `peft_config` is given for a `PeftModel`, names a module that does not exist, or can't train new
-            tokens; or the weights are quantized and there is no adapter.
+        ValueError: `peft_config` is given for a `PeftModel`, names a module that does not exist, starts in a way that
+            can't be repeated when the adapter is loaded, or can't train new tokens; the weights are quantized and there
+            is no adapter; or parameters would be trained that the saved adapter does not contain.
     """
     checkpointing = {
         "use_gradient_checkpointing": gradient_checkpointing,
@@ -115,6 +124,7 @@ def wrap_adapter(
         return model
     else:
         wrapped = _add_adapter(model, peft_config, tokenizer, checkpointing)
+    _check_all_saved(wrapped)
     keep_float32_products(wrapped)
     logger.info("%s", count_parameters(wrapped))
     return wrapped
@@ -171,6 +181,7 @@ def _continue_adapter(model: PeftModel, peft_config: PeftConfig | None, checkpoi
             f"The model already has the adapter {model.active_adapter!r}, and peft_config asks for another one. To "
             f"continue it, leave peft_config out; to start anew, pass model.merge_and_unload() or the base."
         )
+    warn_if_not_reloadable(model.active_peft_config)
     base = model.get_base_model()
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if _is_unprepared(model):
@@ -188,6 +199,36 @@ def _continue_adapter(model: PeftModel, peft_config: PeftConfig | None, checkpoi
             f"PeftModel.from_pretrained(base, adapter, is_trainable=True)."
         )
     return model
+
+
+def _check_all_saved(model: PeftModel) -> None:
+    """Check that the adapter, once saved, will contain all that is trained.
+
+    Raises:
+        ValueError: A parameter of the base is trained that peft does not save.
+    """
+    names = model.active_adapters
+    beside = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(part in names for part in name.split("."))
+    }
+    if not beside or model.active_peft_config.is_prompt_learning:
+        return
+    saved = {
+        value.data_ptr()
+        for name in names
+        for value in get_peft_model_state_dict(model, adapter_name=name).values()
+        if isinstance(value, torch.Tensor)
+    }
+    lost = [name for name, parameter in beside.items() if parameter.numel() and parameter.data_ptr() not in saved]
+    if lost:
+        modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in lost})
+        raise ValueError(
+            f"{len(lost)} parameters of the base are trained beside the adapter ({', '.join(lost[:2])}), and the saved "
+            f"adapter would not contain them. Name their modules in modules_to_save={modules[:5]}, or freeze them with "
+            f"requires_grad_(False)."
+        )
 
 
 def _is_unprepared(model: PeftModel) -> bool:
@@ -218,6 +259,13 @@ def _add_adapter(
             f"for another one. Leave peft_config out, or pass a base without adapters."
         )
     check_module_names(model, peft_config)
+    check_reloadable(peft_config)
+    if changes_base(peft_config) and is_quantized(model):
+        raise ValueError(
+            f"init_lora_weights={start_of(peft_config)!r} changes the weights of the base, which are quantized here: "
+            f"the same start on the plain base, into which the adapter is merged, gives other weights. Load the base "
+            f"without quantization, or use init_lora_weights=True."
+        )
     config = copy.deepcopy(peft_config)  # peft changes it
     if tokenizer is not None:
         config = train_token_rows(config, model, tokenizer, untrained_token_ids(model, tokenizer))
@@ -226,7 +274,10 @@ def _add_adapter(
         config.ensure_weight_tying = True
     if needs_kbit_preparation(model):
         prepare_model_for_kbit_training(model, **checkpointing)
-    return get_peft_model(model, config)
+    fingerprint = BaseFingerprint(model)
+    wrapped = get_peft_model(model, config)
+    check_start(config, fingerprint)
+    return wrapped
 
 
 def _touches_embeddings(config: PeftConfig, model: PreTrainedModel) -> bool:

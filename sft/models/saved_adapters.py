@@ -9,11 +9,15 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sft.models.adapter_starts import start_of, why_not_reloadable
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +37,27 @@ def check_adapter_folder(adapter: Path) -> None:
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{adapter} has no {ADAPTER_WEIGHTS}; pickled adapters (.bin) are refused: reading runs code.")
     config = PeftConfig.from_pretrained(adapter)
+    kind = config.peft_type.value
     if config.is_prompt_learning:
-        kind = config.peft_type.value
         raise ValueError(f"The {kind} adapter in {adapter} can't be merged: it adds to the input, not to the weights.")
+    if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "merge_and_unload"):
+        raise ValueError(f"The {kind} adapter in {adapter} can't be merged: peft has no merged form of this type.")
+    if getattr(config, "layer_replication", None):
+        raise ValueError(
+            f"The adapter in {adapter} can't be merged: layer_replication={config.layer_replication} repeats layers of "
+            f"the base, and the copies share the weights that each of them would have to change."
+        )
+    reason = why_not_reloadable(config)
+    if reason is not None:
+        raise ValueError(
+            f"The adapter in {adapter} was made with init_lora_weights={start_of(config)!r}, which changed the weights "
+            f"of its base, and what it was trained with cannot be computed again: {reason}. Only adapters saved with "
+            f"path_initial_model_for_weight_conversion can be merged."
+        )
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path, *, low_cpu_mem_usage: bool = False) -> PeftModel:
-    """Put a saved adapter on its base model, and check that every weight of the adapter was used.
+    """Put a saved adapter on its base model as peft does, and check that every weight of the adapter was used.
 
     Args:
         model: The base model.
@@ -59,24 +77,51 @@ def load_adapter(model: PreTrainedModel, adapter: Path, *, low_cpu_mem_usage: bo
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"The adapter in {adapter} does not fit {type(model).__name__}: {reason}") from error
-    check_complete(peft_model, adapter)
+    check_complete(peft_model, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
     return peft_model
 
 
-def check_complete(peft_model: PeftModel, adapter: Path, name: str = "default") -> None:
+def check_complete(
+    peft_model: PeftModel, adapter: Path, name: str = "default", *, low_cpu_mem_usage: bool = False
+) -> None:
     """Check that a saved adapter has the weights, and only those, that the loaded adapter of this name needs.
+
+    peft drops weights that it has no place for. Loading the weights once more tells which ones these are: peft may
+    rename and join weights while it loads them, so that their names in the file and in the model cannot be compared.
+
+    Args:
+        peft_model: The model with the adapter.
+        adapter: Folder of the adapter.
+        name: Name of the adapter in the model.
+        low_cpu_mem_usage: As the adapter was loaded.
 
     Raises:
         ValueError: The adapter belongs to another base model.
     """
+    loaded = peft_model.load_adapter(str(adapter), name, low_cpu_mem_usage=low_cpu_mem_usage)
     saved = set(adapter_shapes(adapter))
     expected = set(get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
-    missing, unknown = sorted(expected - saved), sorted(key for key in saved - expected if not _is_full_weight(key))
-    if missing or unknown:
+    missing = sorted(expected - saved)
+    unknown = sorted(key for key in loaded.unexpected_keys if not _is_written_twice(adapter, key))
+    if unknown or (missing and (loaded.missing_keys or not saved - expected)):
         raise ValueError(
             f"The adapter in {adapter} belongs to another base: {len(missing)} of its weights are missing "
             f"({', '.join(missing[:2])}) and {len(unknown)} have no place ({', '.join(unknown[:2])})."
         )
+
+
+def _is_written_twice(adapter: Path, key: str) -> bool:
+    """Return whether a key of an adapter's file holds a value that the file has under another name, too.
+
+    With `bias='all'`, peft writes the biases of modules that are trained in full twice; and if the vocabulary has
+    grown, the trained token rows of tied embeddings and head.
+    """
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+        names = set(file.keys()) - {key}
+        twins = {key.replace(".modules_to_save.", ".")} & names
+        if ".token_adapter." in key:
+            twins |= {name for name in names if name.endswith(".token_adapter." + key.partition(".token_adapter.")[2])}
+        return any(torch.equal(file.get_tensor(key), file.get_tensor(twin)) for twin in twins)
 
 
 def adapter_shapes(adapter: Path) -> dict[str, list[int]]:
