@@ -38,7 +38,7 @@ from sft.loss.cross_entropy import LossOptions
 from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
-from sft.models.causal import check_causal
+from sft.models.loading import check_causal
 from sft.train.arguments import (
     apply_chat_template,
     choose_liger_kernels,

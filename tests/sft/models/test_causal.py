@@ -15,9 +15,9 @@ from transformers import AutoConfig, LlamaConfig, LlamaModel, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto import modeling_auto
 
-from sft.models.causal import check_causal, probe_causality
+from sft.attention.causality import probe_causality
 from sft.models.checkpoint import check_architecture
-from sft.models.loading import load_model
+from sft.models.loading import check_causal, load_model
 from sft.train.trainer import SFTTrainer
 from tests.tiny import quiet_config, tiny_model, tiny_tokenizer
 
