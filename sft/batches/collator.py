@@ -21,7 +21,8 @@ class DataCollatorForSFT:
     """Collate tokenized rows into a batch.
 
     A padded batch (`padding_free=False`, and no row has `seq_lengths`) has `input_ids`, `labels` and `attention_mask`,
-    each `(batch, longest)`. Rows are padded on the right, and labels of padding are ignored.
+    each `(batch, longest)`. Labels of padding are ignored. So is the first label of a row that is padded on the left,
+    which would be predicted from padding.
 
     A flat batch (`padding_free=True`, or packed rows) is ONE row of all documents. It has `input_ids`, `labels` and
     `position_ids`, each `(1, total)`, and `seq_lengths` `(num_documents,)`. Positions restart at 0 with each document.
@@ -35,6 +36,7 @@ class DataCollatorForSFT:
         padding_free: Whether to join the rows instead of padding them.
         pad_to_multiple_of: Pad to a multiple of this many tokens; a flat row gets one more, untrained document.
         return_position_ids: Whether padded batches have `position_ids` too (flat ones always have them).
+        padding_side: Side on which padded batches are padded, `right` or `left`.
         share_tokens: Whether flat batches also have the columns of `sft.batches.shared_tokens.SharedTokens`, which list
             the tokens to compute. Has no effect together with `pad_to_multiple_of`.
     """
@@ -44,6 +46,7 @@ class DataCollatorForSFT:
     pad_to_multiple_of: int | None = None
     return_position_ids: bool = False
     share_tokens: bool = False
+    padding_side: str = "right"
 
     def __call__(self, features: Sequence[Row], return_tensors: str = "pt") -> dict[str, torch.Tensor]:
         """Collate rows.
@@ -209,23 +212,32 @@ def _weights(row: TokenRow) -> Array:
 
 
 def padded_batch(rows: Sequence[TokenRow], settings: DataCollatorForSFT) -> dict[str, torch.Tensor]:
-    """Return a batch of rows padded on the right to the longest; see `DataCollatorForSFT` for its keys."""
+    """Return a batch of rows padded to the longest; see `DataCollatorForSFT` for its keys."""
     multiple = settings.pad_to_multiple_of or 1
     width = -(-max(len(row.input_ids) for row in rows) // multiple) * multiple
+    left = settings.padding_side == "left"
     arrays = {
-        "input_ids": _padded([row.input_ids for row in rows], width, settings.pad_token_id, np.int64),
-        "labels": _padded([row.labels for row in rows], width, IGNORE_INDEX, np.int64),
-        "attention_mask": _padded([np.ones_like(row.input_ids) for row in rows], width, 0, np.int64),
+        "input_ids": _padded([row.input_ids for row in rows], width, settings.pad_token_id, np.int64, left=left),
+        "labels": _padded([row.labels for row in rows], width, IGNORE_INDEX, np.int64, left=left),
+        "attention_mask": _padded([np.ones_like(row.input_ids) for row in rows], width, 0, np.int64, left=left),
     }
+    if left:
+        starts = width - np.array([len(row.input_ids) for row in rows])
+        arrays["labels"][np.flatnonzero(starts), starts[starts > 0]] = IGNORE_INDEX
     if any(row.weights is not None for row in rows):
-        arrays["loss_weights"] = _padded([_weights(row) for row in rows], width, 0, np.float32)
+        arrays["loss_weights"] = _padded([_weights(row) for row in rows], width, 0, np.float32, left=left)
     if settings.return_position_ids:
-        arrays["position_ids"] = np.tile(np.arange(width), (len(rows), 1))
+        arrays["position_ids"] = (
+            np.maximum(arrays["attention_mask"].cumsum(axis=1) - 1, 0)
+            if left
+            else np.tile(np.arange(width), (len(rows), 1))
+        )
     return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
-def _padded(values: Sequence[Array], width: int, fill: int, dtype: type) -> Array:
+def _padded(values: Sequence[Array], width: int, fill: int, dtype: type, *, left: bool) -> Array:
     output: Array = np.full((len(values), width), fill, dtype=dtype)
     for row, array in zip(output, values, strict=True):
-        row[: len(array)] = array
+        start = width - len(array) if left else 0
+        row[start : start + len(array)] = array
     return output

@@ -15,15 +15,25 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sft.attention.causality import probe_causality
 from sft.attention.choice import check_attention_request
 from sft.hardware import current_hardware
+from sft.inner_model import causal_lm
 from sft.models.checkpoint import (
+    ADVICE,
+    HEADLESS,
+    MASKED,
     WAY_OUT,
     CheckpointError,
     auto_class,
+    auto_classes,
+    check_architecture,
     check_loading_info,
     check_weight_files,
+    described,
     explain_load_error,
+    generates_text,
+    task_of,
 )
 from sft.suggest import did_you_mean
 
@@ -34,6 +44,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "float": "float32"}
 MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+MAYBE_BIDIRECTIONAL = ("bert-generation", "xlnet")
+"""Types, besides those with a masked language model, whose causal class attends in both directions by some options."""
 
 PICKLE_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -85,7 +98,7 @@ def load_model(
 
     Raises:
         ValueError: The dtype or attention does not exist or can't run here; weights are pickled, damaged, missing or
-            of another size than the config states; or the model can't be found.
+            of another size than the config states; or the model is no causal language model or can't be found.
     """
     parsed = _one_dtype(dtype, from_pretrained_kwargs)
     quantization_config = _one_quantization(quantization_config, from_pretrained_kwargs, parsed)
@@ -109,7 +122,10 @@ def load_model(
             computed = _compute_dtype(name_or_path, parsed, quantization_config, mixed_precision, source)
             for name in attention.values() if isinstance(attention, dict) else [attention]:
                 check_attention(name, computed, device_map)
-        loader = auto_class(from_pretrained_kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **source))
+        config = from_pretrained_kwargs.get("config") or AutoConfig.from_pretrained(name_or_path, **source)
+        is_decoder = from_pretrained_kwargs.get("is_decoder")
+        check_architecture(str(name_or_path), config, **({} if is_decoder is None else {"is_decoder": is_decoder}))
+        loader = auto_class(config)
         model, info = loader.from_pretrained(name_or_path, **arguments)
     except OSError as error:
         raise ValueError(explain_load_error(name_or_path, error)) from error
@@ -227,3 +243,55 @@ def _compute_dtype(
     if isinstance(dtype, torch.dtype):
         return dtype
     return AutoConfig.from_pretrained(name_or_path, **source).dtype or torch.float32
+
+
+def check_causal(model: Any) -> None:
+    """Check that a model is a causal language model.
+
+    1. Its class and its config must not be those of another task.
+    2. If they leave it open (code that is not transformers' own, families that may attend in both directions), run the
+       model on a few tokens: it must return logits over the vocabulary, in which no token sees the tokens after it.
+
+    Args:
+        model: Model, wrapped or not.
+
+    Raises:
+        ValueError: It is something else; the message says what.
+    """
+    base = causal_lm(model)
+    name = type(base).__name__
+    if not hasattr(base, "config"):
+        inner = f"; give {name}.pretrained_model" if hasattr(base, "pretrained_model") else ""
+        raise ValueError(f"{name} is not a model of transformers: it has no config, and {ADVICE}{inner}")
+    class_names = [kind.__name__ for kind in type(base).__mro__]
+    is_causal_class = any(found in auto_classes()["CAUSAL_LM"].values() for found in class_names)
+    if not is_causal_class and _is_encoder_decoder(base.config):
+        raise ValueError(f"{name} is an encoder with a decoder, and {ADVICE}")
+    task = task_of(class_names)
+    if task == HEADLESS:
+        raise ValueError(f"{name} has no language model head, and {ADVICE}")
+    if task is not None:
+        raise ValueError(f"{name} is a model for {described(task)}, and {ADVICE}")
+    if _may_be_other(base, class_names):
+        try:
+            probe_causality(base)
+        except ValueError as error:
+            raise ValueError(f"{error}, and {ADVICE}") from None
+
+
+def _may_be_other(base: Any, class_names: list[str]) -> bool:
+    """Return whether class and config leave open what a model is."""
+    if not generates_text(class_names[:1]):
+        return True
+    config = base.config
+    if getattr(config, "model_type", None) in {*auto_classes()[MASKED], *MAYBE_BIDIRECTIONAL}:
+        return True
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(getattr(text_config, "use_bidirectional_attention", False)) or (
+        getattr(text_config, "is_causal", True) is False
+    )
+
+
+def _is_encoder_decoder(config: Any) -> bool:
+    text_config = getattr(config, "text_config", None)
+    return any(bool(getattr(part, "is_encoder_decoder", False)) for part in (config, text_config))

@@ -197,13 +197,17 @@ def check_templates(collator: DataCollatorForCompletionOnlyLM, rows: Iterable[An
         num_rows: Number of rows, for the message.
 
     Raises:
-        ValueError: No row has an answer. The message shows the tokens of the templates and of the first row.
+        ValueError: No row has an answer. The message shows the tokens of the templates and of the first row, or how
+            a row has a template with other white space.
     """
     first = None
     for ids in rows:
         first = first if first is not None else list(ids)
         if collator.finds_answer(ids):
             return
+    near_miss = collator.near_miss()
+    if near_miss is not None:
+        raise ValueError(near_miss)
     if first is not None:
         raise ValueError(
             f"none of the {num_rows} rows has {collator.templates()}, so nothing would be trained. The first row is "

@@ -24,6 +24,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from sft.chat.render import ChatRenderer, Rendered, TrainOn, asked_part
+from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
 from sft.data.messages import check_text_alone
 from sft.data.records import (
@@ -42,6 +43,12 @@ from sft.tokens.pretokenized import StreamLimit, labels_of_tokens, nothing_train
 from sft.train.batches import choose_packing
 
 logger = logging.getLogger(__name__)
+
+NUM_CHECKED_ROWS = 64
+"""Rows of a data set of which it is checked that what they end in ends generation."""
+
+NUM_CHECKED_STREAMED = 2
+"""The same for a stream, whose rows are read once more for it."""
 
 NO_LIMIT = 2**31 - 1
 """Length limit of rows that are not limited, or that are divided when they are packed."""
@@ -106,11 +113,20 @@ def prepare_rows(
     packing: bool,
     formatting_func: FormattingFunc | None,
     name: str,
+    turn_ends: TurnEnds | None = None,
 ) -> Any:
     """Prepare one data set; with `num_of_sequences` or `chars_per_token`, pack it as `ConstantLengthDataset` does."""
     is_raw = isinstance(dataset, (Dataset, IterableDataset)) and not config.skip_prepare_dataset
     if not (packing and config.constant_length and is_raw):
-        return prepare_dataset(dataset, tokenizer, config, packing=packing, formatting_func=formatting_func, name=name)
+        return prepare_dataset(
+            dataset,
+            tokenizer,
+            config,
+            packing=packing,
+            formatting_func=formatting_func,
+            name=name,
+            turn_ends=turn_ends,
+        )
     check_preparable(dataset, config, packing=packing, name=name)
     formatting_func = formatting_of_raw_rows(dataset, formatting_func, name)
     if formatting_func is not None:
@@ -128,6 +144,7 @@ def prepare_dataset(
     packing: bool = False,
     formatting_func: FormattingFunc | None = None,
     name: str = "train",
+    turn_ends: TurnEnds | None = None,
 ) -> Any:
     """Tokenize, mask, truncate and pack a data set.
 
@@ -139,6 +156,7 @@ def prepare_dataset(
         packing: Put several documents into one row.
         formatting_func: Returns the text of an example, or the texts of a batch; applied first.
         name: Name of the data set in messages.
+        turn_ends: Checks whether what the first rows end in ends generation; None = no check.
 
     Returns:
         Rows with `input_ids`, `labels`, `seq_lengths` when packed, and `loss_weights` when messages may have weights.
@@ -162,6 +180,8 @@ def prepare_dataset(
         dataset = apply_formatting(dataset, formatting_func, config)
     plan = plan_preparation(dataset, config, formatted=formatting_func is not None)
     encoded = encode_dataset(dataset, tokenizer, plan, config)
+    if turn_ends is not None:
+        check_turn_ends(turn_ends, dataset, tokenizer, plan)
     if plan.layout.kind is Kind.TOKENIZED and isinstance(encoded, Dataset):
         warn_of_double_bos((batch["input_ids"][0] for batch in encoded.iter(1)), tokenizer.bos_token_id, name)
     fitted = fit_lengths(
@@ -395,6 +415,25 @@ def encode_dataset(dataset: Any, tokenizer: PreTrainedTokenizerBase, plan: Plan,
         if not len(encoded):
             raise ValueError("not_printed='drop' drops all rows: the chat template prints less than each of them says")
     return encoded
+
+
+def check_turn_ends(turn_ends: TurnEnds, dataset: Any, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> None:
+    """Check the first rows of a data set by `TurnEnds`; texts that the user wants without eos are not checked."""
+    if plan.layout.kind is Kind.TEXT and plan.append_eos is False:
+        return
+    encoder = BatchEncoder(tokenizer, plan)
+    limit = NUM_CHECKED_ROWS if isinstance(dataset, Dataset) else NUM_CHECKED_STREAMED
+    batch: dict[str, list[Any]] = next(iter(dataset.take(limit).iter(limit)), {})
+    numbers = list(range(len(next(iter(batch.values()), []))))
+    if plan.layout.kind is Kind.TOKENIZED:
+        rows = labels_of_tokens(batch, numbers, plan.masks)
+        turn_ends.check_tokens(list(zip(rows["input_ids"], rows["labels"], strict=True)))
+        return
+    try:
+        rendered = [encoder.render(encoder.record(batch, place, place)) for place in numbers]
+    except ValueError:
+        return  # of a stream: the row is refused when it is reached
+    turn_ends.check_rendered(rendered)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
 
+from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
 from sft.data.messages import IMAGE_COLUMNS
 from sft.options import NotPrintedPolicy
+
+NUM_CHECKED_ROWS = 2
+"""Rows of which it is checked that what they end in ends generation; their images are decoded for it."""
 
 if TYPE_CHECKING:
     from sft.vision.collator import DataCollatorForVisionLanguageModeling
@@ -83,6 +87,21 @@ def choose_vision_collator(
         image_folder=config.image_folder,
         not_printed=cast(NotPrintedPolicy, config.not_printed),
     )
+
+
+def check_image_turn_ends(turn_ends: TurnEnds, collator: Any, dataset: Any) -> None:
+    """Check the first rows that a collator for images reads by `TurnEnds`; invalid rows are left to the collator."""
+    if not hasattr(collator, "processor") or not isinstance(dataset, (Dataset, IterableDataset)):
+        return
+    from sft.vision.collator import DataCollatorForVisionLanguageModeling  # only loaded for images
+
+    if not isinstance(collator, DataCollatorForVisionLanguageModeling):
+        return
+    try:
+        rows = [collator.read(row, place).rendered for place, row in enumerate(dataset.take(NUM_CHECKED_ROWS))]
+    except (ValueError, OSError):
+        return
+    turn_ends.check_rendered(rows)
 
 
 def images_in(dataset: Any) -> str | None:

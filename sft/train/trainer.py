@@ -32,7 +32,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from sft.attention.choice import flash_sdp_only
 from sft.batches.layout import FILLER, SKIP_LOGITS, batch_layout, current_layout, document_layout
 from sft.batches.shared_tokens import without_sharing
+from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
+from sft.inner_model import causal_lm
 from sft.kernels.layers import fused_layers
 from sft.kernels.lora import fused_lora
 from sft.labels import TOKEN_MASKS
@@ -40,6 +42,7 @@ from sft.loss.cross_entropy import LossOptions
 from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
+from sft.models.loading import check_causal
 from sft.train.arguments import (
     align_special_tokens,
     apply_chat_template,
@@ -63,7 +66,7 @@ from sft.train.batches import (
 from sft.train.checks import check_collator, check_ignored, check_kbit_arguments, check_token_rows
 from sft.train.counters import TokensSeen, TokenTotals, UnloggedFigures
 from sft.train.datasets import FormattingFunc, prepare_all, prepare_later
-from sft.train.images import choose_vision_collator
+from sft.train.images import check_image_turn_ends, choose_vision_collator
 from sft.train.model_card import card_facts, write_model_card
 from sft.train.neftune import embedding_noise
 from sft.train.offloading import check_offloading, offloaded_activations
@@ -153,7 +156,9 @@ class SFTTrainer(Trainer):
         formatting_func: FormattingFunc | None = None,
         **former: Any,
     ) -> None:
-        # 1. Options, and the tokenizer with its special tokens.
+        # 1. The kind of model, options, and the tokenizer with its special tokens.
+        if not isinstance(model, str):
+            check_causal(model)
         processing_class = choose_processing_class(processing_class, former.pop("tokenizer", None))
         config = resolve_config(args, model, former)
         processing_class = resolve_processor(processing_class, model, config)
@@ -161,7 +166,10 @@ class SFTTrainer(Trainer):
 
         # 2. Model, with the rows of new tokens and the adapter. Both are initialized at random: seed first.
         set_seed(config.seed)
-        model = apply_chat_template(resolve_model(model, config), tokenizer, config)
+        if isinstance(model, str):
+            model = resolve_model(model, config)
+            check_causal(model)
+        model = apply_chat_template(model, tokenizer, config)
         align_special_tokens(model, tokenizer, config)
         check_kbit_arguments(model, config)
         model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))
@@ -178,7 +186,9 @@ class SFTTrainer(Trainer):
 
         # 4. Token rows with labels, checked against the model and the collator.
         self._prepare = partial(prepare_all, tokenizer=tokenizer, config=config, formatting_func=formatting_func)
-        train_dataset = self._prepare(train_dataset, packing=packing.train, name="train")
+        turn_ends = TurnEnds(causal_lm(model), tokenizer, saves_generation_config=not hasattr(model, "peft_config"))
+        train_dataset = self._prepare(train_dataset, packing=packing.train, name="train", turn_ends=turn_ends)
+        check_image_turn_ends(turn_ends, data_collator, train_dataset)
         eval_dataset = self._prepare(eval_dataset, packing=packing.eval, name="eval")
         choose_dispatch(config, packing, [train_dataset, eval_dataset])
         check_collator(data_collator, train_dataset, tokenizer)

@@ -17,7 +17,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from sft.models.checkpoint import INDEX, WAY_OUT, CheckpointError, check_checkpoint, check_weight_files, load_tokenizer
+from sft.models.checkpoint import (
+    INDEX,
+    WAY_OUT,
+    CheckpointError,
+    check_architecture,
+    check_checkpoint,
+    check_weight_files,
+    load_tokenizer,
+)
 from stages.checkout.artifacts import read_json
 from stages.models.base import (
     EMBEDDED_PREFIX,
@@ -224,6 +232,10 @@ def check_config(folder: Path, trust_remote_code: bool) -> None:
             f"{KEY}: the weights in {folder} are quantized ({quantizer}), and an adapter can't be merged into them. "
             f"Use the plain model; train.method: qlora quantizes it on the fly."
         )
+    try:
+        check_architecture(str(folder), config)
+    except ValueError as error:
+        raise ValueError(f"{KEY}: {error}") from None
     check_shards(folder)
     if "auto_map" in config and not trust_remote_code and not _is_known(config["model_type"]):
         raise ValueError(

@@ -128,3 +128,13 @@ def test_padding_inside_a_packed_row_is_not_trained() -> None:
     row = {"input_ids": [5, 6, 0, 7, 8], "attention_mask": [1, 1, 0, 1, 1], "seq_lengths": [3, 2]}
     batch = DataCollatorForSFT(pad_token_id=0)([row])
     assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, IGNORE_INDEX, IGNORE_INDEX, 8]]
+
+
+def test_rows_padded_on_the_left_have_positions_from_their_first_token_and_no_target_after_padding() -> None:
+    collator = DataCollatorForSFT(0, padding_side="left", return_position_ids=True)
+    batch = collator([{"input_ids": [5, 6], "loss_weights": [1.0, 2.0]}, {"input_ids": [7, 8, 9]}])
+    assert batch["input_ids"].tolist() == [[0, 5, 6], [7, 8, 9]]
+    assert batch["labels"].tolist() == [[-100, -100, 6], [7, 8, 9]]
+    assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert batch["loss_weights"].tolist() == [[0, 1, 2], [1, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 0, 1], [0, 1, 2]]

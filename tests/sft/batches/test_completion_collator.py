@@ -161,13 +161,68 @@ def test_another_ignore_index_is_used() -> None:
     assert batch["labels"][0, 0] == -1
 
 
+@pytest.mark.parametrize("as_lists", [False, True])
+def test_batches_are_also_made_by_torch_call_and_from_lists_of_ids(as_lists: bool) -> None:
+    ids = encode("a ### Response: one")
+    collator = DataCollatorForCompletionOnlyLM(RESPONSE, tokenizer=TOKENIZER)
+    batch = collator.torch_call([ids if as_lists else {"input_ids": ids}])
+    assert trained_text(batch) == [" one"]
+    assert collator.response_token_ids == encode(RESPONSE)
+    assert collator.instruction_token_ids is None
+
+
+def test_subclass_that_changes_torch_call_is_followed() -> None:
+    class Reversed(DataCollatorForCompletionOnlyLM):
+        def torch_call(self, examples: Any) -> Any:
+            return {**super().torch_call(examples), "extra": 1}
+
+    batch = Reversed(RESPONSE, tokenizer=TOKENIZER)([{"input_ids": encode("a ### Response: one")}])
+    assert batch["extra"] == 1
+
+
+def test_padding_is_on_the_side_of_the_tokenizer() -> None:
+    tokenizer = tiny_tokenizer(padding_side="left")
+    rows = [{"input_ids": encode(text)} for text in ("a ### Response: one", "a ### Response: a longer one.")]
+    batch = DataCollatorForCompletionOnlyLM(RESPONSE, tokenizer=tokenizer)(rows)
+    missing = len(rows[1]["input_ids"]) - len(rows[0]["input_ids"])
+    assert batch["input_ids"][0].tolist() == [tokenizer.pad_token_id] * missing + rows[0]["input_ids"]
+    assert batch["attention_mask"].tolist() == [
+        [0] * missing + [1] * len(rows[0]["input_ids"]),
+        [1] * len(batch["input_ids"][1]),
+    ]
+    assert trained_text(batch) == [" one", " a longer one."]
+
+
+@pytest.mark.parametrize(("eos", "padding"), [("<|im_end|>", 2), (None, 0)])
+def test_tokenizer_without_padding_token_pads_with_its_end_token(eos: str | None, padding: int) -> None:
+    tokenizer = tiny_tokenizer(pad_token=None, eos_token=eos)
+    rows = [{"input_ids": encode(text)} for text in ("a ### Response: one", "a ### Response: a longer one.")]
+    batch = DataCollatorForCompletionOnlyLM(RESPONSE, tokenizer=tokenizer)(rows)
+    assert batch["input_ids"][0, -1] == padding
+    assert trained_text(batch, tokenizer) == [" one", " a longer one."]
+    assert tokenizer.pad_token is None
+
+
+def test_near_miss_in_a_later_row_is_a_row_without_the_template() -> None:
+    collator = DataCollatorForCompletionOnlyLM("\n### Response:\n", tokenizer=TOKENIZER)
+    good, cut = encode("a\n### Response:\none"), encode("what is ### Response: in")
+    with pytest.warns(UserWarning, match="1 of 2 rows of this batch"):
+        batch = collator([{"input_ids": cut}, {"input_ids": good}])
+    assert trained_text(batch) == ["", "one"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         ({"tokenizer": TOKENIZER, "mlm": True}, "mlm=True is not supported"),
         ({}, "tokenizer is missing"),
-        ({"tokenizer": tiny_tokenizer(pad_token=None)}, "no padding token"),
         ({"tokenizer": TOKENIZER, "response_template": ""}, "response_template='' is empty"),
+        ({"tokenizer": TOKENIZER, "response_template": " \n"}, "is empty, so it can't be found"),
+        (
+            {"tokenizer": TOKENIZER, "response_template": [[5, 6]]},
+            r"\[\[5, 6\]\] must be a text or a list of token ids",
+        ),
+        ({"tokenizer": TOKENIZER, "instruction_template": RESPONSE}, "are both ' ### Response:'"),
     ],
 )
 def test_unusable_settings_are_refused(arguments: dict[str, Any], complaint: str) -> None:

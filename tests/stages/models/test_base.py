@@ -290,6 +290,13 @@ def test_missing_folder_is_named_with_the_key_and_the_ways_out(name: str, tmp_pa
             r"quantized \(gptq\).*train.method: qlora",
         ),
         (
+            {
+                "config.json": '{"model_type": "bert", "architectures": ["BertForMaskedLM"]}',
+                "model.safetensors": "",
+            },
+            r"params.yaml, model.name_or_path: .* holds BertForMaskedLM, a model for masked language modelling",
+        ),
+        (
             {"config.json": '{"model_type": "mine", "auto_map": {"AutoConfig": "a.B"}}', "model.safetensors": ""},
             "set model.trust_remote_code: true",
         ),
