@@ -34,6 +34,11 @@ ROLES = {
 }
 
 
+TRAIN_KEYS = ("train", "loss", "train_on", "trainable", "training")
+"""Keys of a message that say whether it is trained: ours, and those of other projects."""
+WEIGHT_KEYS = ("weight", "loss_weight", "loss_scale")
+"""Keys of a message that weight its loss: ours, and those of other projects."""
+
 IMAGE_COLUMNS = ("images", "image")
 """Columns that contain the images of a row."""
 
@@ -81,6 +86,7 @@ def normalize_messages(value: Any, *, prune_nulls: bool = False) -> list[dict[st
     """
     if isinstance(value, str):
         value = _parse(value, "bad_messages", "the conversation")
+        prune_nulls = False  # Arrow adds no null to a text
     if not is_messages(value) or not all(isinstance(message, Mapping) for message in value):
         raise RowError("bad_messages", f"a list of messages is needed, not {described(value)}")
     if not value:
@@ -101,17 +107,54 @@ def _message(message: Mapping[str, Any], index: int, prune_nulls: bool) -> dict[
     if role is None:
         raise RowError("unknown_role", f"message {index} has {_role_shown(given)}; use {MAIN_ROLES}")
     content = message.get("content", message.get("value"))
-    calls = message.get("tool_calls")
+    calls = message.get("tool_calls") or _former_call(message, index)
     if role == "function_call":
         role, calls, content = "assistant", _calls_of_text(content, index), None
     result: dict[str, Any] = {"role": role, "content": _content(content, role, index, has_calls=bool(calls))}
-    known = ("role", "from", "content", "value", "tool_calls")
+    known = ("role", "from", "content", "value", "tool_calls", "function_call", *TRAIN_KEYS, *WEIGHT_KEYS)
     result.update({key: item for key, item in message.items() if key not in known and item is not None})
+    result.update(_flags(message, index))
     if calls and not isinstance(calls, Sequence):
         raise RowError("bad_tool_call", f"tool_calls of message {index} are {described(calls)}, a list is needed")
     if calls:
         result["tool_calls"] = [_tool_call(call, index, prune_nulls) for call in calls]
     return result
+
+
+def _former_call(message: Mapping[str, Any], index: int) -> list[Any] | None:
+    """Return the call of OpenAI's former key `function_call` as a list, or None."""
+    call = message.get("function_call")
+    if call in (None, "", {}):
+        return None
+    return _calls_of_text(call, index)
+
+
+def _flags(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Return `train` and `weight` of a message, under whichever of their names it has them.
+
+    Raises:
+        RowError: A value is neither a truth value nor a number, or two names say different things.
+    """
+    flags: dict[str, Any] = {}
+    for name, keys in (("train", TRAIN_KEYS), ("weight", WEIGHT_KEYS)):
+        given = {key: message[key] for key in keys if message.get(key) is not None}
+        for key, value in given.items():
+            if name == "train" and key != name and value in (0, 1):
+                given[key] = bool(value)
+            elif key != name and not (isinstance(value, (int, float)) and name == "weight"):
+                raise RowError(
+                    "bad_flag", f"message {index}: {key} is {value!r:.60}; write {name}: {_FLAG_FORMS[name]}"
+                )
+        if len(set(map(str, given.values()))) > 1:
+            raise RowError(
+                "bad_flag", f"message {index}: {given} are names of one flag and disagree; give {name} alone"
+            )
+        if given:
+            flags[name] = next(iter(given.values()))
+    return flags
+
+
+_FLAG_FORMS = {"train": "true or false", "weight": "a number from 0"}
 
 
 def _role_shown(given: Any) -> str:
@@ -185,6 +228,7 @@ def tools_text(tools: Any, *, prune_nulls: bool = False) -> str:
     """
     if isinstance(tools, str):
         tools = _parse(tools, "bad_tools", "the tools column")
+        prune_nulls = False  # Arrow adds no null to a text
     if isinstance(tools, Mapping):
         tools = [tools]
     if not is_messages(tools):
@@ -195,6 +239,7 @@ def tools_text(tools: Any, *, prune_nulls: bool = False) -> str:
 def _tool(tool: Any, prune_nulls: bool) -> dict[str, Any]:
     if isinstance(tool, str):
         tool = _parse(tool, "bad_tools", "a tool schema")
+        prune_nulls = False
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RowError("bad_tools", f"a tool schema names no function: {tool!r:.80}")

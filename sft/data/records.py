@@ -43,7 +43,7 @@ QUESTION_ANSWER_COLUMNS = (
 
 CONTEXT_COLUMNS = ("input", "context")
 
-OPTIONAL_COLUMNS = ("tools", "chat_template_kwargs")
+OPTIONAL_COLUMNS = ("tools", "functions", "chat_template_kwargs")
 
 TOKENIZED_COLUMNS = ("input_ids", "labels", *TOKEN_MASKS)
 
@@ -237,7 +237,10 @@ def _extras(row: Mapping[str, Any], kind: Kind, prune_nulls: bool) -> dict[str, 
     """Return, as JSON text, the columns that a chat template reads in addition to the conversation."""
     extras: dict[str, Any] = {}
     if kind in (Kind.MESSAGES, Kind.PROMPT_COMPLETION):
-        tools = tools_text(row["tools"], prune_nulls=prune_nulls) if row.get("tools") else "[]"
+        given = [name for name in ("tools", "functions") if row.get(name)]
+        if len(given) > 1:
+            raise RowError("bad_tools", "the row has tools and functions, two names of one column; give tools alone")
+        tools = tools_text(row[given[0]], prune_nulls=prune_nulls) if given else "[]"
         if tools != "[]":
             extras["tools"] = tools
         if row.get("chat_template_kwargs"):

@@ -23,10 +23,12 @@ from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from sft.chat.checks import SpecialText
 from sft.chat.render import ChatRenderer, Rendered, TrainOn, asked_part
 from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
 from sft.data.messages import check_text_alone
+from sft.data.nulls import without_added_nulls
 from sft.data.records import (
     CONVERSATION_COLUMNS,
     Kind,
@@ -404,7 +406,8 @@ def encode_dataset(dataset: Any, tokenizer: PreTrainedTokenizerBase, plan: Plan,
     if plan.layout.kind is Kind.TOKENIZED:
         function: Any = partial(labels_of_tokens, masks=plan.masks)
     else:
-        function = BatchEncoder(tokenizer, plan, as_table=isinstance(dataset, Dataset))
+        nulls = NullsOf.of(dataset)
+        function = BatchEncoder(tokenizer, plan, as_table=isinstance(dataset, Dataset), nulls=nulls)
     if isinstance(dataset, Dataset):
         key = [dataset._fingerprint, tokenizer_digest(tokenizer), plan, type(function).__name__]
         arguments |= {"num_proc": config.dataset_num_proc, "desc": "Tokenizing", "new_fingerprint": Hasher.hash(key)}
@@ -442,6 +445,33 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return Hasher.hash([rules, tokenizer.chat_template, tokenizer.special_tokens_map])
 
 
+@dataclass(frozen=True)
+class NullsOf:
+    """Which nulls of a data set's tools and arguments are removed, since Arrow added them.
+
+    Args:
+        features: Features of the columns; None if they are not known.
+        are_added: Whether all nulls count as added where the features are not known.
+    """
+
+    features: Any = None
+    are_added: bool = True
+
+    @classmethod
+    def of(cls, dataset: Dataset | IterableDataset) -> NullsOf:
+        """Return the rule for a data set; rows of a Python generator never went through Arrow."""
+        if isinstance(dataset, Dataset) or dataset.features is not None:
+            return cls(dataset.features)
+        source = getattr(dataset, "_ex_iterable", None)
+        return cls(are_added=source is None or getattr(source, "iter_arrow", None) is not None)
+
+    def clean(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row without nulls that its features show to be added."""
+        if self.features is None:
+            return row
+        return {name: without_added_nulls(value, self.features.get(name)) for name, value in row.items()}
+
+
 class BatchEncoder:
     """Function that turns rows of a data set into token rows; an object, since worker processes need to pickle it.
 
@@ -449,13 +479,23 @@ class BatchEncoder:
         tokenizer: A fast tokenizer.
         plan: How rows are read.
         as_table: Return Arrow tables, which a data set stores as they are, instead of lists, which streams expect.
+        nulls: Which nulls are removed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, plan: Plan, *, as_table: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        plan: Plan,
+        *,
+        as_table: bool = False,
+        nulls: NullsOf = NullsOf(),
+    ) -> None:
         self.plan = plan
+        self._nulls = nulls
         self.as_table = as_table
         self.renderer = ChatRenderer(tokenizer, plan.train_on, plan.not_printed)
         self.encoder = Encoder(tokenizer)
+        self._special_text = SpecialText(tokenizer)
         self._has_warned: set[str] = set()
 
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]] | pa.Table:
@@ -465,7 +505,10 @@ class BatchEncoder:
             batch: Column -> values of its rows.
             indices: Numbers of the rows in the data set, for messages.
         """
-        rendered = [self.render(self.record(batch, place, row)) for place, row in enumerate(indices)]
+        records = [self.record(batch, place, row) for place, row in enumerate(indices)]
+        for record in records:
+            self._warn_of_text(record)
+        rendered = [self.render(record) for record in records]
         rendered, indices = self._without_dropped(rendered, indices)
         encoded = self.encoder.encode_flat(rendered, with_weights=self.plan.with_weights)
         if encoded.crossings and "crossings" not in self._has_warned:
@@ -482,6 +525,24 @@ class BatchEncoder:
             return encoded.table()
         rows = encoded.rows()
         return {name: [row[name] for row in rows] for name in encoded.columns()}  # type: ignore[literal-required]
+
+    def _warn_of_text(self, record: dict[str, Any]) -> None:
+        """Warn once of a message that spells out a special token, and once of a row whose answer is empty."""
+        problem = None if "special_text" in self._has_warned else self._special_text.find(record)
+        if problem is not None:
+            self._has_warned.add("special_text")
+            logger.warning(
+                "row %s and perhaps others: %s. It becomes that special token; remove it where it is not meant",
+                record["id"],
+                problem.detail,
+            )
+        if "empty_answer" not in self._has_warned and has_empty_answer(record):
+            self._has_warned.add("empty_answer")
+            logger.warning(
+                "row %s and perhaps others: the answer is empty, so that the model is trained to end at once; remove "
+                "such rows where that is not meant",
+                record["id"],
+            )
 
     def _without_dropped(self, rendered: list[Rendered], indices: list[int]) -> tuple[list[Rendered], list[int]]:
         """Apply `not_printed` to rows that say more than the template prints."""
@@ -523,11 +584,22 @@ class BatchEncoder:
             if self.plan.layout.kind is Kind.TEXT:
                 row = {"text": row[self.plan.text_field]}
                 return {**normalize(row, Layout(Kind.TEXT, ("text",))), "id": name}
-            record = normalize(row, self.plan.layout, prune_nulls=True)
+            prune = self._nulls.features is None and self._nulls.are_added
+            record = normalize(self._nulls.clean(row), self.plan.layout, prune_nulls=prune)
             check_text_alone(record)
             return {**record, "id": name}
         except ValueError as error:
             raise ValueError(f"row {name}: {error}") from error
+
+
+def has_empty_answer(record: Mapping[str, Any]) -> bool:
+    """Return whether the completion, or the last message, of a record is an answer without any text or call."""
+    answer = record.get("completion", record.get("messages"))
+    if not answer or isinstance(answer, str):
+        return answer is not None and not answer.strip() if isinstance(answer, str) else False
+    last = answer[-1]
+    is_blank = isinstance(last["content"], str) and not last["content"].strip()
+    return last["role"] == "assistant" and is_blank and not last.get("tool_calls")
 
 
 def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bool, name: str) -> Any:

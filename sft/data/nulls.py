@@ -1,0 +1,31 @@
+"""Nulls in rows of Arrow tables: which of them the user wrote, and which Arrow added.
+
+Arrow gives all structs of a column the same keys, and writes null for those that a row does not have. A key whose
+values are null in all rows has the type null: somebody wrote it, so it is kept. Where other rows have a value, a null
+counts as added. Data whose nulls matter there is given as JSON text, which is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def without_added_nulls(value: Any, feature: Any) -> Any:
+    """Return a value without the keys of structs that Arrow added.
+
+    Args:
+        value: Value of a column of `datasets`.
+        feature: Its feature: a mapping for a struct, a list type with the attribute `feature`, a list with one feature,
+            or a type with the attribute `dtype`.
+    """
+    if isinstance(value, Mapping) and isinstance(feature, Mapping):
+        return {
+            key: without_added_nulls(item, feature.get(key))
+            for key, item in value.items()
+            if item is not None or getattr(feature.get(key), "dtype", None) == "null"
+        }
+    if isinstance(value, (list, tuple)):
+        inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+        return [without_added_nulls(item, inner) for item in value]
+    return value
