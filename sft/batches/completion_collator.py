@@ -187,6 +187,7 @@ class DataCollatorForCompletionOnlyLM:
                 "be told from a question; give the text that begins each"
             )
         self.padding_free, self.pad_to_multiple_of = padding_free, pad_to_multiple_of
+        self.return_position_ids = False
         self.num_rows = 0
         self.num_rows_without_template = 0
         self._num_warned_of = 0
@@ -214,7 +215,11 @@ class DataCollatorForCompletionOnlyLM:
         """Collate rows with `input_ids`, or lists of ids; labels of a row that are already ignored stay ignored."""
         rows = [row if isinstance(row, Mapping) else {"input_ids": row} for row in examples]
         batching = DataCollatorForSFT(
-            self._padding(), self.padding_free, self.pad_to_multiple_of, padding_side=self.tokenizer.padding_side
+            self._padding(),
+            self.padding_free,
+            self.pad_to_multiple_of,
+            self.return_position_ids,
+            padding_side=self.tokenizer.padding_side,
         )
         batch = batching([self._with_labels(row, place) for place, row in enumerate(rows)])
         self._report_rows_without_template(len(rows))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable
+from inspect import signature
 from itertools import islice
 from typing import Any
 
@@ -346,6 +347,16 @@ def _longest(dataset: Any, config: SFTConfig) -> tuple[int, str]:
             place = pc.list_parent_indices(batch[column])[place].as_py() if packed else place
             longest, row = found, number * ROWS_AT_A_TIME + place
     return longest, f"row {row} has a document of {longest} tokens"
+
+
+def number_left_padded(collator: Callable | None, model: Any) -> None:
+    """Have a collator that pads on the left number positions from each row's first token, for learned positions.
+
+    Without position ids, such a model would number the padding, too: a row's loss would depend on its neighbours.
+    """
+    if isinstance(collator, DataCollatorForCompletionOnlyLM) and num_positions(model) is not None:
+        takes_them = "position_ids" in signature(causal_lm(model).forward).parameters
+        collator.return_position_ids = takes_them and collator.tokenizer.padding_side == "left"
 
 
 def num_positions(model: Any) -> int | None:

@@ -64,7 +64,7 @@ from sft.train.batches import (
     choose_shared_tokens,
     take_over_collator,
 )
-from sft.train.checks import check_collator, check_ignored, check_kbit_arguments, check_token_rows
+from sft.train.checks import check_collator, check_ignored, check_kbit_arguments, check_token_rows, number_left_padded
 from sft.train.counters import TokensSeen, TokenTotals, UnloggedFigures
 from sft.train.datasets import FormattingFunc, prepare_all, prepare_later
 from sft.train.images import check_image_turn_ends, choose_vision_collator
@@ -197,6 +197,7 @@ class SFTTrainer(Trainer):
         eval_dataset = self._prepare(eval_dataset, packing=packing.eval, name="eval")
         choose_dispatch(config, packing, [train_dataset, eval_dataset])
         check_collator(data_collator, train_dataset, tokenizer)
+        number_left_padded(data_collator, model)
         check_token_rows(model, config, data_collator, train_dataset, eval_dataset)
         data_collator = data_collator or choose_collator(config, tokenizer, packing)
 

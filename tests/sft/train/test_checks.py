@@ -133,3 +133,20 @@ def test_token_ids_that_the_model_has_no_embedding_for_are_named_with_their_row(
         ValueError, match=rf"row 2 has the token id {wrong}, and the model has embeddings for \d+ tokens"
     ):
         SFTTrainer(tiny_model(), args=config, train_dataset=rows, processing_class=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
+def test_loss_does_not_depend_on_the_side_that_is_padded(family: str, tmp_path: Path) -> None:
+    texts = Dataset.from_dict({"text": ["Question: a Answer: one", "Question: how are you Answer: fine, thanks a lot"]})
+    losses = []
+    for side in ("left", "right"):
+        tokenizer = tiny_tokenizer(padding_side=side, pad_token=None)
+        trainer = SFTTrainer(
+            tiny_model(family),
+            args=quiet_config(tmp_path / side, max_steps=1, per_device_train_batch_size=2, save_strategy="no"),
+            train_dataset=texts,
+            data_collator=DataCollatorForCompletionOnlyLM(" Answer:", tokenizer=tokenizer),
+            processing_class=tokenizer,
+        )
+        losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
