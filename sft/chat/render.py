@@ -109,7 +109,7 @@ class Rendered:
 
 
 class LastTurn(NamedTuple):
-    """The last answer of a record: the prompt before it, and the answer as the reference."""
+    """The last answer of a record: the prompt before it, and the answer without its stop token as the reference."""
 
     prompt: str
     reference: str
@@ -176,8 +176,8 @@ class ChatRenderer:
         except ValueError as error:
             raise ValueError(f"{_name(record)}: {error}") from error
         last = [turn for turn in turns if turn.message == indices[-1]]
-        answer = text[last[0].start : last[-1].end]
-        return LastTurn(text[: last[0].start], answer.removesuffix(self.profile(record).terminator), False)
+        answer = _without_stop(text[last[0].start : last[-1].end], self.profile(record))
+        return LastTurn(text[: last[0].start], answer, False)
 
     def template(self, record: Mapping[str, Any]) -> ChatTemplate:
         """Return the template of a record; its tools may select another one, and it may define variables."""
@@ -258,6 +258,15 @@ class ChatRenderer:
                 "not_printed: warn (train the row without it) or drop (leave the row out)"
             )
         return detail
+
+
+def _without_stop(answer: str, profile: TemplateProfile) -> str:
+    """Return an answer without the token that ends its generation, and without what the template prints after it."""
+    if profile.stop_token is None:
+        return answer.removesuffix(profile.terminator)
+    closed = answer.rstrip()
+    stop = next((token for token in (profile.stop_token, *profile.call_terminators) if closed.endswith(token)), None)
+    return answer if stop is None else closed.removesuffix(stop)
 
 
 def _wanted(messages: Sequence[Mapping[str, Any]], first_trained: int, train_on: TrainOn) -> list[int]:

@@ -24,7 +24,7 @@ class Generation:
     """One generated answer.
 
     Args:
-        text: Without special tokens.
+        text: Decoded with its special tokens, such as those of a tool call, but without the stop token.
         stopped: Whether it ended with a stop token.
         num_tokens: Number of tokens without the stop token.
     """
@@ -188,7 +188,28 @@ def _step(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor, positio
 def _generation(tokens: list[int], stop_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
     stopped = _stopped(tokens, stop_ids)
     content = tokens[:-1] if stopped else tokens
-    return Generation(tokenizer.decode(content, skip_special_tokens=True), stopped, len(content))
+    return Generation(answer_text(content, tokenizer), stopped, len(content))
+
+
+def answer_text(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode an answer with its special tokens, which are part of it: tool calls and channels consist of them."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+
+def reference_text(prompt: str, reference: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a reference as it reads if a model generates its tokens, so that the right answer equals it.
+
+    Args:
+        prompt: Text before the reference.
+        reference: Expected answer, without the stop token.
+        tokenizer: A fast tokenizer.
+    """
+    encoded = tokenizer(prompt + reference, add_special_tokens=False, return_offsets_mapping=True)
+    spans = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+    border = len(prompt)
+    if any(start < border < end for _, (start, end) in spans):  # a token crosses the border, which no answer can have
+        return answer_text(tokenizer(reference, add_special_tokens=False)["input_ids"], tokenizer)
+    return answer_text([token for token, (start, end) in spans if start >= border and end > start], tokenizer)
 
 
 class BegunAnswers:

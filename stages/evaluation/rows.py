@@ -53,9 +53,16 @@ class EvalRows:
         task: Task,
         max_new_tokens: int,
     ) -> EvalRows:
-        """Create the set from prompts as text, which are tokenized."""
+        """Create the set from prompts as text, which are tokenized, and references, which become what is decoded."""
+        # imported here, as `python -m stages check` only reads the rows and need not wait for torch
+        from sft.evaluate.generation import reference_text
+
         token_ids = [
             tokenizer(prompt["prompt"], add_special_tokens=prompt["add_special_tokens"])["input_ids"]
+            for prompt in prompts
+        ]
+        prompts = [
+            {**prompt, "reference": reference_text(prompt["prompt"], prompt["reference"], tokenizer)}
             for prompt in prompts
         ]
         return cls(rows, prompts, token_ids, task, max_new_tokens)
