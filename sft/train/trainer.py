@@ -43,6 +43,7 @@ from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
 from sft.models.loading import check_causal
+from sft.models.saving import check_disk, check_saving, mend_generation_config
 from sft.train.arguments import (
     align_special_tokens,
     apply_chat_template,
@@ -174,6 +175,8 @@ class SFTTrainer(Trainer):
         check_kbit_arguments(model, config)
         model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))
         self.router_aux_loss_coef, self.aux_loss_enabled = choose_router_loss(model, config)
+        if train_dataset is not None:
+            check_saving(model, processing_class, config)
         choose_liger_kernels(model, config)
 
         # 3. How rows become batches: collator, packing, padding. Options that would have no effect are refused.
@@ -189,6 +192,8 @@ class SFTTrainer(Trainer):
         turn_ends = TurnEnds(causal_lm(model), tokenizer, saves_generation_config=not hasattr(model, "peft_config"))
         train_dataset = self._prepare(train_dataset, packing=packing.train, name="train", turn_ends=turn_ends)
         check_image_turn_ends(turn_ends, data_collator, train_dataset)
+        if train_dataset is not None:
+            mend_generation_config(model, tokenizer)
         eval_dataset = self._prepare(eval_dataset, packing=packing.eval, name="eval")
         choose_dispatch(config, packing, [train_dataset, eval_dataset])
         check_collator(data_collator, train_dataset, tokenizer)
@@ -251,13 +256,28 @@ class SFTTrainer(Trainer):
         return choose_shared_tokens(self.model, config, self.data_collator)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `transformers.Trainer.train` does, with NEFTune's noise and fused layers until it returns."""
+        """Train as `transformers.Trainer.train` does, with NEFTune's noise and fused layers until it returns.
+
+        Raises:
+            ValueError: The disk has too little space for the checkpoints.
+        """
+        if self.args.should_save:
+            resumes = bool(args[0] if args else kwargs.get("resume_from_checkpoint"))
+            check_disk(self.model, self.args, self._num_steps(), resumes=resumes)
         with (
             embedding_noise(self.model, self.args.neftune_noise_alpha),
             fused_lora(self.model) if self.args.fused_lora else nullcontext(),
             fused_layers(self.model) if self.args.fused_layers else nullcontext(),
         ):
             return super().train(*args, **kwargs)
+
+    def _num_steps(self) -> int:
+        """Return the number of optimizer steps, counted from below; 1 for a stream without `max_steps`."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0
+        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return max(1, int(rows // rows_per_step * self.args.num_train_epochs))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
