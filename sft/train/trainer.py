@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -271,6 +272,16 @@ class SFTTrainer(Trainer):
         ):
             return super().train(*args, **kwargs)
 
+    def _activate_neftune(self, model: Any) -> Any:
+        """Add NEFTune's noise to a model until `neftune_hook_handle.remove()`, as `transformers.Trainer` did before 5.
+
+        `train` adds the noise itself.
+        """
+        noise = ExitStack()
+        noise.enter_context(embedding_noise(model, self.args.neftune_noise_alpha))
+        self.neftune_hook_handle = SimpleNamespace(remove=noise.close)
+        return model
+
     def _num_steps(self) -> int:
         """Return the number of optimizer steps, counted from below; 1 for a stream without `max_steps`."""
         if self.args.max_steps > 0:
@@ -395,7 +406,8 @@ class SFTTrainer(Trainer):
         """Write a log line; in training it gets the tokens seen, the token accuracy and, if asked, the entropy.
 
         All means are over tokens, while the loss of `transformers.Trainer` is a mean over updates. The load balancing
-        loss of a mixture of experts is logged as `aux_loss` and not part of `loss`.
+        loss of a mixture of experts is logged as `aux_loss` and not part of `loss`. The last line of a training, that
+        with `train_loss`, gets the figures of the updates after the last line before it.
         """
         if self.args.include_num_input_tokens_seen != "no":
             self._count_tokens()
@@ -407,6 +419,9 @@ class SFTTrainer(Trainer):
                 del logs["loss"]  # all updates since the last line were skipped
             logs.update(figures)
             self._totals["train"] = TokenTotals()
+        elif "train_loss" in logs and self.compute_loss_func is None:
+            rest = self._totals["train"].means(self.accelerator.gather)
+            logs.update({name: value for name, value in rest.items() if name != "loss"})
         # fp16 skips such updates itself while it looks for its loss scale
         if not self._has_warned and self.args.on_bad_loss is None and not self.args.fp16:
             self._has_warned = warn_of_bad_updates(logs, self.state.global_step)
