@@ -63,9 +63,18 @@ class ParameterCount:
 
 
 def get_peft_config(model_config: ModelConfig) -> LoraConfig | None:
-    """Return peft's configuration for the `lora_*` options (LoRA, arXiv:2106.09685); None if `use_peft` is not set."""
+    """Return peft's configuration for the `lora_*` options (LoRA, arXiv:2106.09685); None if `use_peft` is not set.
+
+    Raises:
+        ValueError: `lora_target_parameters` is set together with `lora_dropout`.
+    """
     if not model_config.use_peft:
         return None
+    if model_config.lora_target_parameters and model_config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout={model_config.lora_dropout} can't be used with lora_target_parameters, whose matrices are "
+            "added to the parameters and not applied to an input; set lora_dropout=0"
+        )
     return LoraConfig(
         r=model_config.lora_r,
         lora_alpha=model_config.lora_alpha,

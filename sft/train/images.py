@@ -58,8 +58,8 @@ def choose_vision_collator(
         return None
     if not sees:
         raise ValueError(
-            f"the data has images ({where}) and is vision-related, and processing_class is a "
-            f"{type(processing_class).__name__}: give a vision-language model and its "
+            f"the data is vision-related: it has images ({where}), and processing_class is a "
+            f"{type(processing_class).__name__}; give a vision-language model and its "
             "processing_class=AutoProcessor.from_pretrained(...), or remove the images to train on text alone"
         )
     joined = [name for name in ("packing", "eval_packing", "padding_free") if getattr(config, name)]
