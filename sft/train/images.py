@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset, IterableDataset
@@ -99,7 +100,7 @@ def check_image_turn_ends(turn_ends: TurnEnds, collator: Any, dataset: Any) -> N
     if not isinstance(collator, DataCollatorForVisionLanguageModeling):
         return
     try:
-        rows = [collator.read(row, place).rendered for place, row in enumerate(dataset.take(NUM_CHECKED_ROWS))]
+        rows = [collator.read(row, place).rendered for place, row in enumerate(islice(dataset, NUM_CHECKED_ROWS))]
     except (ValueError, OSError):
         return
     turn_ends.check_rendered(rows)

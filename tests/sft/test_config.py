@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from sft.config import ModelConfig, SFTConfig
 from sft.models.adapters import get_peft_config
@@ -143,3 +143,15 @@ def test_padding_to_a_multiple_is_a_number_or_auto(given: Any, multiple: int | N
 def test_values_that_could_have_no_effect_are_refused(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         SFTConfig(output_dir="out", use_cpu=True, **options)
+
+
+def test_layout_of_rows_stays_as_given_where_another_library_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = TrainingArguments.__post_init__
+
+    def patched(self: Any) -> None:
+        self.packing = self.eval_packing = self.padding_free = False  # as unsloth's CPU backend does
+        own(self)
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", patched)
+    config = SFTConfig(output_dir="out", use_cpu=True, packing=True)
+    assert (config.packing, config.eval_packing, config.padding_free) == (True, None, None)
