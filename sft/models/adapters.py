@@ -28,7 +28,7 @@ from sft.models.kbit import (
     needs_kbit_preparation,
     prepare_model_for_kbit_training,
 )
-from sft.models.loading import keep_float32_products
+from sft.models.loading import keep_trainable_layout
 from sft.models.saved_adapters import ask_peft_to_wait
 from sft.models.token_rows import (
     embedding_name,
@@ -139,7 +139,7 @@ def wrap_adapter(
     else:
         wrapped = _add_adapter(model, peft_config, tokenizer, checkpointing)
     _check_all_saved(wrapped)
-    keep_float32_products(wrapped)
+    keep_trainable_layout(wrapped)
     logger.info("%s", count_parameters(wrapped))
     return wrapped
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias, TypeVar
@@ -210,7 +210,7 @@ class SFTTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_loss_func=compute_loss_func,
+            compute_loss_func=None if compute_loss_func is None else returns_loss(compute_loss_func),
             compute_metrics=compute_metrics,
             callbacks=[UnloggedFigures(), LossWatch(config.on_bad_loss, config.bad_loss_factor), *(callbacks or [])],
             optimizers=optimizers,
@@ -528,6 +528,22 @@ class SFTTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *COLLATED_COLUMNS]))
+
+
+def returns_loss(compute_loss_func: Callable) -> Callable:
+    """Return the function with a check that it returns a loss."""
+
+    @wraps(compute_loss_func)
+    def checked(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = compute_loss_func(*args, **kwargs)
+        if not isinstance(loss, torch.Tensor):
+            raise ValueError(
+                f"compute_loss_func returned {type(loss).__name__} instead of a tensor: compute the loss from "
+                "outputs.logits and labels (outputs.loss is None, since the model is not given the labels)"
+            )
+        return loss
+
+    return checked
 
 
 def checkpointing_arguments(config: SFTConfig) -> dict[str, Any]:

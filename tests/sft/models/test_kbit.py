@@ -247,3 +247,26 @@ def test_model_by_name_is_quantized_by_the_trainers_argument(folder: Path, tmp_p
         quantization_config=get_quantization_config(ModelConfig(**EIGHT_BIT)),
     )
     assert is_kbit(trainer.model.get_base_model())
+
+
+def test_four_bit_layers_pass_gradients_on_after_an_evaluation(folder: Path) -> None:
+    """Where the processor has bfloat16 products, bitsandbytes packs weights that are evaluated."""
+    ids = torch.arange(5, 17)[None]
+    gradients = []
+    for is_evaluated in (False, True):
+        model = load_kbit(folder, "bfloat16", load_in_4bit=True)
+        if is_evaluated:
+            with torch.no_grad():
+                model(input_ids=ids)  # loaded in evaluation mode
+        torch.manual_seed(0)
+        adapted = wrap_adapter(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        with torch.no_grad():
+            adapted.eval()(input_ids=ids)
+        adapted.train()(input_ids=ids, labels=ids).loss.backward()
+        layers = [module for module in adapted.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+        assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+        gradients.append({name: weight.grad for name, weight in adapted.named_parameters() if weight.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        error = (gradient - gradients[1][name]).norm() / gradient.norm()
+        assert error < 0.2, name  # scales of packed weights are rounded to bfloat16

@@ -354,3 +354,17 @@ def test_last_log_line_has_the_figures_of_the_last_updates(tmp_path: Path) -> No
 
 def test_model_carries_the_tags_of_supervised_fine_tuning(tmp_path: Path) -> None:
     assert trainer_of(tmp_path).model.model_tags == ["sft", "trl"]
+
+
+def test_loss_function_that_returns_no_loss_is_told_what_to_compute(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]]})
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1)
+    trainer = SFTTrainer(
+        tiny_model(),
+        config,
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.loss,
+    )
+    with pytest.raises(ValueError, match=r"compute_loss_func returned NoneType instead of a tensor: compute the loss"):
+        trainer.train()
