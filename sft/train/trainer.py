@@ -122,8 +122,9 @@ class SFTTrainer(Trainer):
         preprocess_logits_for_metrics: Applied to the logits of each batch before they are gathered.
         peft_config: Adapter to put on the model; None = train the model itself, or the adapter it has.
         formatting_func: Returns the text of an example, or a list of texts for a batch of examples.
-        former: Arguments of older scripts: `tokenizer` (now `processing_class`) and options that now belong to `args`;
-            and arguments of `from_pretrained` such as `quantization_config`, for a model that is given by name.
+        quantization_config: Quantization to load a model in that is given by name, such as a `BitsAndBytesConfig`.
+        former: Arguments of older scripts: `tokenizer` (now `processing_class`), options that now belong to `args`, and
+            arguments of `from_pretrained`.
 
     Attributes:
         aux_loss_enabled: Whether the load-balancing loss of a mixture of experts is part of the loss.
@@ -156,12 +157,15 @@ class SFTTrainer(Trainer):
         preprocess_logits_for_metrics: Callable | None = None,
         peft_config: Any = None,
         formatting_func: FormattingFunc | None = None,
+        quantization_config: Any = None,
         **former: Any,
     ) -> None:
         # 1. The kind of model, options, and the tokenizer with its special tokens.
         if not isinstance(model, str):
             check_causal(model)
         processing_class = choose_processing_class(processing_class, former.pop("tokenizer", None))
+        if quantization_config is not None:
+            former["quantization_config"] = quantization_config
         config = resolve_config(args, model, former)
         processing_class = resolve_processor(processing_class, model, config)
         tokenizer = tokenizer_of(processing_class)
