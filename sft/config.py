@@ -311,7 +311,11 @@ class SFTConfig(TrainingArguments):
         self.trust_remote_code = trust_remote_code
         self._set_checkpointing()
         self._replace_former_names()
+        layout = {name: getattr(self, name) for name in ("packing", "eval_packing", "padding_free")}
         super().__post_init__()
+        # unsloth turns these off in all TrainingArguments on CPUs, where its own attention mixes documents of a row
+        for name, value in layout.items():
+            setattr(self, name, value)
         self._checkpointing = self._checkpointing_options()
         self.validate()
 

@@ -128,6 +128,14 @@ class TemplateFinder:
         return f"{self.tokenizer.convert_ids_to_tokens(ids)} {ids}"
 
 
+def _with_kernel_keys(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    lengths = batch["seq_lengths"]
+    boundaries = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)[None]
+    longest = lengths.max()[None]
+    kernel_keys = {"cu_seq_lens": boundaries, "max_length": longest}
+    return {**batch, **{f"{name}_{end}": value for name, value in kernel_keys.items() for end in ("q", "k")}}
+
+
 class DataCollatorForCompletionOnlyLM:
     """Collate tokenized rows so that only answers are trained: what follows the response template.
 
@@ -188,6 +196,7 @@ class DataCollatorForCompletionOnlyLM:
             )
         self.padding_free, self.pad_to_multiple_of = padding_free, pad_to_multiple_of
         self.return_position_ids = False
+        self.for_trainer = False  # `SFTTrainer` sets it: its batches state their documents by `seq_lengths` alone
         self.num_rows = 0
         self.num_rows_without_template = 0
         self._num_warned_of = 0
@@ -212,7 +221,11 @@ class DataCollatorForCompletionOnlyLM:
         return self.torch_call(features)
 
     def torch_call(self, examples: Sequence[Row | Sequence[int]]) -> dict[str, torch.Tensor]:
-        """Collate rows with `input_ids`, or lists of ids; labels of a row that are already ignored stay ignored."""
+        """Collate rows with `input_ids`, or lists of ids; labels of a row that are already ignored stay ignored.
+
+        Outside `SFTTrainer`, a flat batch also has `cu_seq_lens_q` and `cu_seq_lens_k` `(1, num_documents + 1)`, and
+        `max_length_q` and `max_length_k` `(1,)`, as trl 0.16 gave them to the kernels of Flash Attention.
+        """
         rows = [row if isinstance(row, Mapping) else {"input_ids": row} for row in examples]
         batching = DataCollatorForSFT(
             self._padding(),
@@ -225,7 +238,7 @@ class DataCollatorForCompletionOnlyLM:
         self._report_rows_without_template(len(rows))
         if self.ignore_index != IGNORE_INDEX:
             batch["labels"].masked_fill_(batch["labels"] == IGNORE_INDEX, self.ignore_index)
-        return batch
+        return batch if self.for_trainer or "seq_lengths" not in batch else _with_kernel_keys(batch)
 
     def trained_tokens(self, input_ids: Any) -> Array:
         """Return which tokens of one document `(length,)` are trained, as booleans; none if it lacks a template."""

@@ -10,6 +10,7 @@ layers use the matrix products of `sft.kernels.products`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -189,9 +190,20 @@ def fused_forward(module: nn.Module) -> Fused | None:
     return compute if isinstance(width, int) and _is_same(module, compute, width) else None
 
 
+def _takes_one_input(module: nn.Module) -> bool:
+    """Return whether a module can be called with one input; gated norms of recurrent layers need their gate as well."""
+    try:
+        inspect.signature(type(module).forward).bind(module, None)
+    except TypeError:
+        return False
+    return True
+
+
 @torch.no_grad()
 def _is_same(module: nn.Module, compute: Fused, width: int) -> bool:
     """Compare a module's own output with the fused one on random rows `(1, 3, width)`."""
+    if not _takes_one_input(module):
+        return False
     device, generator = next(module.parameters()).device, torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, width, generator=generator).to(device)
     with evaluating(module):
@@ -199,11 +211,11 @@ def _is_same(module: nn.Module, compute: Fused, width: int) -> bool:
     return torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def _forward(module: nn.Module, compute: Fused, x: torch.Tensor) -> torch.Tensor:
-    """Run a module fused if it is training in float32, else its own forward."""
-    if module.training and x.dtype == torch.float32:
-        return compute(module, x)
-    output: torch.Tensor = type(module).forward(module, x)
+def _forward(module: nn.Module, compute: Fused, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Run a module fused if it is training in float32 and has one input, else its own forward."""
+    if module.training and len(args) == 1 and not kwargs and args[0].dtype == torch.float32:
+        return compute(module, args[0])
+    output: torch.Tensor = type(module).forward(module, *args, **kwargs)
     return output
 
 

@@ -28,7 +28,7 @@ from sft.models.kbit import (
     needs_kbit_preparation,
     prepare_model_for_kbit_training,
 )
-from sft.models.loading import keep_float32_products
+from sft.models.loading import keep_trainable_layout
 from sft.models.saved_adapters import ask_peft_to_wait
 from sft.models.token_rows import (
     embedding_name,
@@ -63,9 +63,18 @@ class ParameterCount:
 
 
 def get_peft_config(model_config: ModelConfig) -> LoraConfig | None:
-    """Return peft's configuration for the `lora_*` options (LoRA, arXiv:2106.09685); None if `use_peft` is not set."""
+    """Return peft's configuration for the `lora_*` options (LoRA, arXiv:2106.09685); None if `use_peft` is not set.
+
+    Raises:
+        ValueError: `lora_target_parameters` is set together with `lora_dropout`.
+    """
     if not model_config.use_peft:
         return None
+    if model_config.lora_target_parameters and model_config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout={model_config.lora_dropout} can't be used with lora_target_parameters, whose matrices are "
+            "added to the parameters and not applied to an input; set lora_dropout=0"
+        )
     return LoraConfig(
         r=model_config.lora_r,
         lora_alpha=model_config.lora_alpha,
@@ -130,7 +139,7 @@ def wrap_adapter(
     else:
         wrapped = _add_adapter(model, peft_config, tokenizer, checkpointing)
     _check_all_saved(wrapped)
-    keep_float32_products(wrapped)
+    keep_trainable_layout(wrapped)
     logger.info("%s", count_parameters(wrapped))
     return wrapped
 

@@ -149,6 +149,19 @@ def keep_float32_products(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def keep_trainable_layout(model: torch.nn.Module) -> None:
+    """Have 4-bit layers keep the layout of their weights that has gradients.
+
+    On processors with bfloat16 products, bitsandbytes (0.50) packs weights in another way when they are first evaluated
+    on a CPU, and goes on with those in training: products with them pass no gradient on to the layers before.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # bitsandbytes unpacks the weights of a layer that is saved
+
+
 def check_attention(attn_implementation: str, dtype: torch.dtype, device_map: Any | None = None) -> None:
     """Check that an attention exists and that this machine can run it in this dtype.
 

@@ -34,6 +34,7 @@ from sft.attention.isolation import probe_isolation, rounding_tolerances
 from sft.attention.kernels import SFT_DOCUMENTS, has_row_kernel
 from sft.batches import language_modeling_collator
 from sft.batches.collator import DataCollatorForSFT
+from sft.batches.completion_collator import DataCollatorForCompletionOnlyLM
 from sft.batches.layout import batch_layout, document_layout
 from sft.config import SFTConfig
 from sft.hardware import Hardware, current_hardware
@@ -67,7 +68,7 @@ def take_over_collator(collator: Any, tokenizer: PreTrainedTokenizerBase) -> Any
 
     The `DataCollatorForLanguageModeling` of transformers can't pad labels, and replaces those that rows have. A flat
     row of `DataCollatorWithFlattening` does not state where its documents end. This library's
-    `DataCollatorForLanguageModeling` is told to state it.
+    `DataCollatorForLanguageModeling` and `DataCollatorForCompletionOnlyLM` are told to state it.
 
     Args:
         collator: As it was given to the trainer.
@@ -76,7 +77,9 @@ def take_over_collator(collator: Any, tokenizer: PreTrainedTokenizerBase) -> Any
     Raises:
         ValueError: The collator is for masked language modelling.
     """
-    if isinstance(collator, language_modeling_collator.DataCollatorForLanguageModeling):
+    if isinstance(
+        collator, (language_modeling_collator.DataCollatorForLanguageModeling, DataCollatorForCompletionOnlyLM)
+    ):
         collator.for_trainer = True
     if type(collator) is DataCollatorWithFlattening:
         return DataCollatorForSFT(tokenizer.pad_token_id, padding_free=True)

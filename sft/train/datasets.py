@@ -426,7 +426,7 @@ def check_turn_ends(turn_ends: TurnEnds, dataset: Any, tokenizer: PreTrainedToke
         return
     encoder = BatchEncoder(tokenizer, plan)
     limit = NUM_CHECKED_ROWS if isinstance(dataset, Dataset) else NUM_CHECKED_STREAMED
-    batch: dict[str, list[Any]] = next(iter(dataset.take(limit).iter(limit)), {})
+    batch: dict[str, list[Any]] = next(iter(dataset.iter(limit)), {})
     numbers = list(range(len(next(iter(batch.values()), []))))
     if plan.layout.kind is Kind.TOKENIZED:
         rows = labels_of_tokens(batch, numbers, plan.masks)

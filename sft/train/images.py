@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset, IterableDataset
@@ -58,7 +59,8 @@ def choose_vision_collator(
         return None
     if not sees:
         raise ValueError(
-            f"the data has images ({where}), and processing_class is a {type(processing_class).__name__}: give "
+            f"the data is vision-related: it has images ({where}), and processing_class is a "
+            f"{type(processing_class).__name__}; give a vision-language model and its "
             "processing_class=AutoProcessor.from_pretrained(...), or remove the images to train on text alone"
         )
     joined = [name for name in ("packing", "eval_packing", "padding_free") if getattr(config, name)]
@@ -98,7 +100,7 @@ def check_image_turn_ends(turn_ends: TurnEnds, collator: Any, dataset: Any) -> N
     if not isinstance(collator, DataCollatorForVisionLanguageModeling):
         return
     try:
-        rows = [collator.read(row, place).rendered for place, row in enumerate(dataset.take(NUM_CHECKED_ROWS))]
+        rows = [collator.read(row, place).rendered for place, row in enumerate(islice(dataset, NUM_CHECKED_ROWS))]
     except (ValueError, OSError):
         return
     turn_ends.check_rendered(rows)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -121,8 +122,9 @@ class SFTTrainer(Trainer):
         preprocess_logits_for_metrics: Applied to the logits of each batch before they are gathered.
         peft_config: Adapter to put on the model; None = train the model itself, or the adapter it has.
         formatting_func: Returns the text of an example, or a list of texts for a batch of examples.
-        former: Arguments of older scripts: `tokenizer` (now `processing_class`) and options that now belong to `args`;
-            and arguments of `from_pretrained` such as `quantization_config`, for a model that is given by name.
+        quantization_config: Quantization to load a model in that is given by name, such as a `BitsAndBytesConfig`.
+        former: Arguments of older scripts: `tokenizer` (now `processing_class`), options that now belong to `args`, and
+            arguments of `from_pretrained`.
 
     Attributes:
         aux_loss_enabled: Whether the load-balancing loss of a mixture of experts is part of the loss.
@@ -155,12 +157,15 @@ class SFTTrainer(Trainer):
         preprocess_logits_for_metrics: Callable | None = None,
         peft_config: Any = None,
         formatting_func: FormattingFunc | None = None,
+        quantization_config: Any = None,
         **former: Any,
     ) -> None:
         # 1. The kind of model, options, and the tokenizer with its special tokens.
         if not isinstance(model, str):
             check_causal(model)
         processing_class = choose_processing_class(processing_class, former.pop("tokenizer", None))
+        if quantization_config is not None:
+            former["quantization_config"] = quantization_config
         config = resolve_config(args, model, former)
         processing_class = resolve_processor(processing_class, model, config)
         tokenizer = tokenizer_of(processing_class)
@@ -210,7 +215,7 @@ class SFTTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_loss_func=compute_loss_func,
+            compute_loss_func=None if compute_loss_func is None else returns_loss(compute_loss_func),
             compute_metrics=compute_metrics,
             callbacks=[UnloggedFigures(), LossWatch(config.on_bad_loss, config.bad_loss_factor), *(callbacks or [])],
             optimizers=optimizers,
@@ -271,6 +276,16 @@ class SFTTrainer(Trainer):
             fused_layers(self.model) if self.args.fused_layers else nullcontext(),
         ):
             return super().train(*args, **kwargs)
+
+    def _activate_neftune(self, model: Any) -> Any:
+        """Add NEFTune's noise to a model until `neftune_hook_handle.remove()`, as `transformers.Trainer` did before 5.
+
+        `train` adds the noise itself.
+        """
+        noise = ExitStack()
+        noise.enter_context(embedding_noise(model, self.args.neftune_noise_alpha))
+        self.neftune_hook_handle = SimpleNamespace(remove=noise.close)
+        return model
 
     def _num_steps(self) -> int:
         """Return the number of optimizer steps, counted from below; 1 for a stream without `max_steps`."""
@@ -396,7 +411,8 @@ class SFTTrainer(Trainer):
         """Write a log line; in training it gets the tokens seen, the token accuracy and, if asked, the entropy.
 
         All means are over tokens, while the loss of `transformers.Trainer` is a mean over updates. The load balancing
-        loss of a mixture of experts is logged as `aux_loss` and not part of `loss`.
+        loss of a mixture of experts is logged as `aux_loss` and not part of `loss`. The last line of a training, that
+        with `train_loss`, gets the figures of the updates after the last line before it.
         """
         if self.args.include_num_input_tokens_seen != "no":
             self._count_tokens()
@@ -408,6 +424,9 @@ class SFTTrainer(Trainer):
                 del logs["loss"]  # all updates since the last line were skipped
             logs.update(figures)
             self._totals["train"] = TokenTotals()
+        elif "train_loss" in logs and self.compute_loss_func is None:
+            rest = self._totals["train"].means(self.accelerator.gather)
+            logs.update({name: value for name, value in rest.items() if name != "loss"})
         # fp16 skips such updates itself while it looks for its loss scale
         if not self._has_warned and self.args.on_bad_loss is None and not self.args.fp16:
             self._has_warned = warn_of_bad_updates(logs, self.state.global_step)
@@ -514,6 +533,22 @@ class SFTTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *COLLATED_COLUMNS]))
+
+
+def returns_loss(compute_loss_func: Callable) -> Callable:
+    """Return the function with a check that it returns a loss."""
+
+    @wraps(compute_loss_func)
+    def checked(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = compute_loss_func(*args, **kwargs)
+        if not isinstance(loss, torch.Tensor):
+            raise ValueError(
+                f"compute_loss_func returned {type(loss).__name__} instead of a tensor: compute the loss from "
+                "outputs.logits and labels (outputs.loss is None, since the model is not given the labels)"
+            )
+        return loss
+
+    return checked
 
 
 def checkpointing_arguments(config: SFTConfig) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields
 from typing import Any
 
 import pytest
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from sft.config import ModelConfig, SFTConfig
 from sft.models.adapters import get_peft_config
@@ -91,3 +92,66 @@ def test_former_names_of_upstream_options() -> None:
     assert config.train_sampling_strategy == "group_by_length"
     with pytest.raises(ValueError, match=r"warmup_ratio=0.1 and warmup_steps=5 are two names"):
         SFTConfig(output_dir="out", use_cpu=True, warmup_ratio=0.1, warmup_steps=5)
+
+
+def test_max_length_given_by_name_is_told_from_the_default() -> None:
+    for given, is_given, value in (
+        ({}, False, 1024),
+        ({"max_length": 1024}, True, 1024),
+        ({"max_length": None}, True, None),
+    ):
+        config = SFTConfig(output_dir="out", use_cpu=True, **given)
+        assert (config.max_length, config.is_max_length_given) == (value, is_given)
+        assert copy.deepcopy(config).is_max_length_given is is_given
+    assert SFTConfig(output_dir="out", use_cpu=True).to_dict()["max_length"] == 1024
+    assert SFTConfig(output_dir="out", use_cpu=True, max_seq_length=64).max_length == 64
+    with pytest.raises(ValueError, match="max_length=None and max_seq_length=64 are two names"):
+        SFTConfig(output_dir="out", use_cpu=True, max_seq_length=64, max_length=None)
+    config = SFTConfig(output_dir="out", use_cpu=True)
+    config.max_length = None
+    config.validate()
+    assert (config.max_length, config.is_max_length_given) == (None, True)
+
+
+def test_former_values_of_options() -> None:
+    config = SFTConfig(output_dir="out", use_cpu=True, loss_type="chunked_nll", packing_strategy="bfd-requeue")
+    assert (config.loss_type, config.packing_strategy) == ("nll", "bfd_split")
+
+
+@pytest.mark.parametrize(("given", "multiple"), [("auto", None), ("none", None), ("8", 8), (8, 8), (None, None)])
+def test_padding_to_a_multiple_is_a_number_or_auto(given: Any, multiple: int | None) -> None:
+    config = SFTConfig(output_dir="out", use_cpu=True, pad_to_multiple_of=given)
+    assert config.pad_to_multiple_of == config.padding_multiple == multiple
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"pad_to_multiple_of": "eight"}, "pad_to_multiple_of='eight' is not a number"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0: give a number of at least 1"),
+        ({"truncation_mode": "keep_middle"}, "truncation_mode='keep_middle': use one of keep_start, keep_end"),
+        (
+            {"truncation_mode": "keep_end", "packing": True, "packing_strategy": "wrapped"},
+            "truncation_mode='keep_end' would be ignored: packing with packing_strategy='wrapped'",
+        ),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}},
+            "gradient_checkpointing_kwargs has selective=True, which this trainer does not have",
+        ),
+    ],
+)
+def test_values_that_could_have_no_effect_are_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        SFTConfig(output_dir="out", use_cpu=True, **options)
+
+
+def test_layout_of_rows_stays_as_given_where_another_library_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = TrainingArguments.__post_init__
+
+    def patched(self: Any) -> None:
+        self.packing = self.eval_packing = self.padding_free = False  # as unsloth's CPU backend does
+        own(self)
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", patched)
+    config = SFTConfig(output_dir="out", use_cpu=True, packing=True)
+    assert (config.packing, config.eval_packing, config.padding_free) == (True, None, None)

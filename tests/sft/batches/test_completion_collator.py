@@ -228,3 +228,14 @@ def test_near_miss_in_a_later_row_is_a_row_without_the_template() -> None:
 def test_unusable_settings_are_refused(arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         DataCollatorForCompletionOnlyLM(**{"response_template": RESPONSE, **arguments})
+
+
+def test_flat_batch_outside_the_trainer_states_its_documents_to_flash_attention() -> None:
+    collator = DataCollatorForCompletionOnlyLM(RESPONSE, tokenizer=TOKENIZER, padding_free=True)
+    rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}]
+    batch = collator(rows)
+    for end in ("q", "k"):
+        assert batch[f"cu_seq_lens_{end}"].tolist() == [[0, 3, 5]]
+        assert batch[f"max_length_{end}"].tolist() == [3]
+    collator.for_trainer = True
+    assert "cu_seq_lens_q" not in collator(rows)

@@ -114,3 +114,31 @@ def test_autocast_still_chooses_the_precision_of_linear_layers(monkeypatch: pyte
     with fused_layers(layer) as found, torch.autocast("cpu", torch.bfloat16):
         assert found == 1
         assert layer(torch.zeros(2, 64)).dtype == torch.bfloat16
+
+
+class GatedRMSNorm(nn.Module):
+    """Shaped like the norms of Qwen3-Next and Mamba 2, whose gate may be left out in some families."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(8)), 1e-6
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        normed = rms_norm(x, self.weight, self.variance_epsilon)
+        return normed if gate is None else normed * nn.functional.silu(gate)
+
+
+class StrictRMSNorm(GatedRMSNorm):
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x, gate)
+
+
+@pytest.mark.parametrize(("kind", "num_fused"), [(GatedRMSNorm, 1), (StrictRMSNorm, 0)])
+def test_norms_with_a_gate_run_their_own_forward(kind: type[GatedRMSNorm], num_fused: int) -> None:
+    module = kind().train()
+    x, gate = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    expected = module(x, gate)
+    with fused_layers(nn.ModuleList([module])) as found:
+        assert found == num_fused
+        torch.testing.assert_close(module(x, gate), expected)
+        torch.testing.assert_close(module(x, gate=gate), expected)

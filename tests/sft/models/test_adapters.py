@@ -246,3 +246,19 @@ def test_trained_parameters_are_counted_and_logged(caplog: pytest.LogCaptureFixt
 def test_four_bit_weights_count_as_the_weights_that_they_are(wide: Path) -> None:
     quantized = load_model(wide, quantization_config=get_quantization_config(ModelConfig(load_in_4bit=True)))
     assert count_parameters(quantized).num_total == count_parameters(load_model(wide)).num_total
+
+
+def test_parameters_of_experts_get_matrices_by_name() -> None:
+    routed = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    config = ModelConfig(
+        use_peft=True, lora_target_modules=["q_proj"], lora_target_parameters="experts.down_proj", lora_dropout=0.0
+    )
+    adapter = get_peft_config(config)
+    assert adapter is not None
+    assert adapter.target_parameters == ["experts.down_proj"]
+    with pytest.raises(ValueError, match=r"lora_dropout=0.05 can't be used with lora_target_parameters"):
+        get_peft_config(ModelConfig(use_peft=True, lora_target_parameters=["experts.down_proj"]))
+    model = wrap_adapter(tiny_model("qwen3_moe", num_key_value_heads=1, **routed), adapter)
+    adapted = {name for name, _ in model.named_parameters() if "lora_A" in name}
+    assert sum("experts" in name for name in adapted) == 2
+    assert sum("q_proj" in name for name in adapted) == 2

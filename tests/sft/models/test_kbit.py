@@ -23,6 +23,7 @@ from sft.models.kbit import (
     prepare_model_for_kbit_training,
 )
 from sft.models.loading import load_model
+from sft.train.checks import check_kbit_arguments
 from sft.train.trainer import SFTTrainer
 from tests.tiny import quiet_config, tiny_model, tiny_tokenizer
 
@@ -183,3 +184,89 @@ def test_checkpointing_arguments_of_the_trainer_are_left_to_it(folder: Path) -> 
     model = prepare_model_for_kbit_training(load_kbit(folder, **EIGHT_BIT), gradient_checkpointing_kwargs=kwargs)
     model.train()(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
     assert kwargs == {"offload": True, "every_n_layers": 2}
+
+
+def test_storage_of_four_bit_weights_is_an_option() -> None:
+    for given, storage in ((None, torch.uint8), ("bfloat16", torch.bfloat16), ("torch.float32", torch.float32)):
+        config = get_quantization_config(ModelConfig(load_in_4bit=True, bnb_4bit_quant_storage=given))
+        assert config is not None
+        assert config.bnb_4bit_quant_storage is storage
+    with pytest.raises(ValueError, match="bnb_4bit_quant_storage='bfloat61' does not exist: did you mean 'bfloat16'"):
+        get_quantization_config(ModelConfig(load_in_4bit=True, bnb_4bit_quant_storage="bfloat61"))
+
+
+@pytest.mark.parametrize("as_argument", [True, False])
+def test_arguments_of_the_preparation_take_effect(folder: Path, tmp_path: Path, as_argument: bool) -> None:
+    given = {"prepare_in_int8_kwargs": {"use_gradient_checkpointing": True}}
+    trainer = SFTTrainer(
+        load_kbit(folder, **EIGHT_BIT),
+        args=quiet_config(tmp_path, max_steps=1, **({} if as_argument else given)),
+        train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]]}),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(),
+        **(given if as_argument else {}),
+    )
+    assert trainer.model.is_gradient_checkpointing
+    assert trainer.train().global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "options", "problem"),
+    [
+        ({}, {"use_gradient_checkpointing": True}, {}, "would be ignored: the model is not loaded in 4 or 8 bits"),
+        (EIGHT_BIT, {"use_gradient_checkpoint": True}, {}, "did you mean 'use_gradient_checkpointing'"),
+        (
+            EIGHT_BIT,
+            {"use_gradient_checkpointing": False},
+            {"gradient_checkpointing": True},
+            "use_gradient_checkpointing=False, and the options have gradient_checkpointing=True",
+        ),
+    ],
+)
+def test_arguments_of_the_preparation_without_effect_are_refused(
+    folder: Path, kind: dict[str, bool], given: dict[str, bool], options: dict[str, bool], problem: str
+) -> None:
+    model = load_kbit(folder, **kind) if kind else tiny_model()
+    with pytest.raises(ValueError, match=problem):
+        check_kbit_arguments(model, quiet_config("out", prepare_in_int8_kwargs=given, **options))
+    if kind:
+        prepared = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        with pytest.raises(ValueError, match="would be ignored: the model is prepared already"):
+            check_kbit_arguments(
+                prepared, quiet_config("out", prepare_in_int8_kwargs={"use_gradient_checkpointing": True})
+            )
+
+
+def test_model_by_name_is_quantized_by_the_trainers_argument(folder: Path, tmp_path: Path) -> None:
+    trainer = SFTTrainer(
+        str(folder),
+        args=quiet_config(tmp_path, max_steps=1),
+        train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]]}),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(),
+        quantization_config=get_quantization_config(ModelConfig(**EIGHT_BIT)),
+    )
+    assert is_kbit(trainer.model.get_base_model())
+
+
+def test_four_bit_layers_pass_gradients_on_after_an_evaluation(folder: Path) -> None:
+    """Where the processor has bfloat16 products, bitsandbytes packs weights that are evaluated."""
+    ids = torch.arange(5, 17)[None]
+    gradients = []
+    for is_evaluated in (False, True):
+        model = load_kbit(folder, "bfloat16", load_in_4bit=True)
+        if is_evaluated:
+            with torch.no_grad():
+                model(input_ids=ids)  # loaded in evaluation mode
+        torch.manual_seed(0)
+        adapted = wrap_adapter(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        with torch.no_grad():
+            adapted.eval()(input_ids=ids)
+        adapted.train()(input_ids=ids, labels=ids).loss.backward()
+        layers = [module for module in adapted.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+        assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+        gradients.append({name: weight.grad for name, weight in adapted.named_parameters() if weight.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        error = (gradient - gradients[1][name]).norm() / gradient.norm()
+        assert error < 0.2, name  # scales of packed weights are rounded to bfloat16

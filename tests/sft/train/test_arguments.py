@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,14 @@ from transformers import TrainingArguments
 
 from sft.config import SFTConfig
 from sft.models.loading import load_model
-from sft.train.arguments import apply_chat_template, resolve_config, resolve_model, resolve_processor
+from sft.train.arguments import (
+    align_special_tokens,
+    apply_chat_template,
+    choose_router_loss,
+    resolve_config,
+    resolve_model,
+    resolve_processor,
+)
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -104,3 +113,67 @@ def test_template_path_is_a_format_a_file_or_a_tokenizer(folder: str, tmp_path: 
         assert text.startswith(begins)
     with pytest.raises(ValueError, match=r"nowhere\.jinja"):
         apply_chat_template(tiny_model(), tiny_tokenizer(), config(chat_template_path="nowhere.jinja"))
+
+
+def test_code_of_the_model_is_trusted_by_either_name(folder: str) -> None:
+    assert resolve_config(config(trust_remote_code=True), folder).model_init_kwargs == {"trust_remote_code": True}
+    assert resolve_config(config(), folder).model_init_kwargs is None
+    assert resolve_config(config(trust_remote_code=True), tiny_model()).model_init_kwargs is None
+    with pytest.raises(ValueError, match=r"trust_remote_code=True and model_init_kwargs=.* contradict each other"):
+        resolve_config(config(trust_remote_code=True, model_init_kwargs={"trust_remote_code": False}), folder)
+
+
+def test_custom_code_runs_only_if_it_is_trusted(folder: str, tmp_path: Path) -> None:
+    custom = tmp_path / "custom"
+    shutil.copytree(folder, custom)
+    (custom / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (custom / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    described = json.loads((custom / "config.json").read_text())
+    described |= {
+        "model_type": "own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
+    }
+    (custom / "config.json").write_text(json.dumps(described))
+    trusted = resolve_config(config(trust_remote_code=True), str(custom))
+    assert type(resolve_model(str(custom), trusted)).__name__ == "OwnForCausalLM"
+    with pytest.raises(ValueError, match=r"custom code|trust_remote_code"):
+        resolve_model(str(custom), resolve_config(config(), str(custom)))
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"), [([2, 0], [1, 2, 0]), (2, [1, 2]), (None, [1]), ([2, 1], [2, 1]), (1, [1])]
+)
+def test_end_that_an_option_names_ends_generation_beside_the_models_own(ends: Any, expected: list[int]) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.generation_config.eos_token_id = ends
+    asked = config(eos_token="<|im_start|>", pad_token="<|endoftext|>")
+    align_special_tokens(model, resolve_processor(tokenizer, model, asked), asked)
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (1, expected)
+    assert (model.config.pad_token_id, model.generation_config.pad_token_id) == (0, 0)
+
+
+def test_weight_of_the_routers_loss_is_the_options_or_the_models() -> None:
+    routed = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    for stated, asked, expected in (
+        (False, None, (0.001, False)),
+        (True, None, (0.001, True)),
+        (False, 0.5, (0.5, True)),
+        (True, 0.0, (0.0, False)),
+    ):
+        model = tiny_model("qwen3_moe", output_router_logits=stated, num_key_value_heads=1, **routed)
+        assert choose_router_loss(model, config(router_aux_loss_coef=asked)) == expected
+        assert model.config.output_router_logits is expected[1]
+    assert choose_router_loss(tiny_model(), config()) == (0.0, False)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not a Mixture-of-Experts model"):
+        choose_router_loss(tiny_model(), config(router_aux_loss_coef=0.1))
+    with pytest.raises(ValueError, match="router_aux_loss_coef=-1 must be at least 0"):
+        choose_router_loss(model, config(router_aux_loss_coef=-1))

@@ -150,3 +150,32 @@ def test_loss_does_not_depend_on_the_side_that_is_padded(family: str, tmp_path: 
         )
         losses.append(trainer.evaluate(trainer.train_dataset)["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_packing_and_lengths_of_rows_that_are_not_prepared_warn_and_the_rows_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make(tmp_path, TOKENS, **SKIP, packing=True)
+    why = "the train data set goes to the collator as it is (skip_prepare_dataset)"
+    assert f"packing=True has no effect: {why}, so that each of its rows is a document of its own" in caplog.text
+    assert f"max_length=32 has no effect: {why}" in caplog.text
+    assert trainer.train_dataset["input_ids"] == [[5, 6, 7], [8, 9]]
+    plain = make(tmp_path / "plain", TOKENS, padding_free=False)
+    assert trainer.train().training_loss == pytest.approx(plain.train().training_loss, rel=1e-5)
+
+
+def test_rows_that_are_packed_already_need_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    packed = Dataset.from_dict({"input_ids": [[5, 6, 7, 8, 9]], "labels": [[5, 6, 7, 8, 9]], "seq_lengths": [[3, 2]]})
+    trainer = make(tmp_path, packed, **SKIP, packing=True)
+    assert "packing=True has no effect" not in caplog.text
+    assert next(iter(trainer.get_train_dataloader()))["seq_lengths"].tolist() == [3, 2]
+
+
+def test_transform_that_returns_token_rows_is_called_for_each_batch(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": ["Hello", "Hi, you"]})
+    rows.set_transform(lambda batch: {"input_ids": [[5, 6, len(text)] for text in batch["text"]]})
+    trainer = make(tmp_path, rows, **SKIP, padding_free=False)
+    (batch,) = list(trainer.get_train_dataloader())
+    assert sorted(batch["input_ids"].tolist()) == [[5, 6, 5], [5, 6, 7]]
+    with pytest.raises(ValueError, match="assistant_only_loss=True would be ignored"):
+        make(tmp_path, rows, **SKIP, assistant_only_loss=True)

@@ -14,7 +14,7 @@ from tokenizers import processors
 from sft.config import SFTConfig
 from sft.tokens.constant_length import ConstantLengthDataset, constant_length_rows
 from sft.tokens.pretokenized import labels_of_tokens, warn_of_double_bos
-from sft.train.datasets import prepare_dataset, resolve_max_length
+from sft.train.datasets import prepare_dataset, prepare_rows, resolve_max_length
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -391,3 +391,88 @@ def test_constant_length_text_gets_bos_once() -> None:
 
 def test_prepared_stream_stays_a_stream() -> None:
     assert isinstance(prepare(Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()), IterableDataset)
+
+
+# length limits, shuffling, transforms
+
+
+LONG = list(range(10, 20))
+
+
+def test_max_length_none_is_no_limit_and_the_default_is_lowered_to_the_tokenizers() -> None:
+    tokenizer = tiny_tokenizer(model_max_length=8)
+    text = [{"text": "a" * 2000}]
+    for options, length in (({}, 8), ({"max_length": 1024}, 1024), ({"max_length": None}, 2001)):
+        rows = prepare(text, tokenizer, **options)
+        assert (options, len(rows[0]["input_ids"])) == (options, length)
+    streamed = prepare(Dataset.from_list(text).to_iterable_dataset(), tokenizer, max_length=None)
+    assert [len(row["input_ids"]) for row in streamed] == [2001]
+
+
+def test_packing_without_a_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_length is None: give the length of a row of the train data set"):
+        prepare([{"input_ids": LONG}], packing=True, max_length=None)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+def test_truncation_keeps_the_beginning_or_the_end(packing: bool, streamed: bool) -> None:
+    rows = Dataset.from_list([{"input_ids": LONG}, {"input_ids": [5, 6]}])
+    for mode, kept in (("keep_start", LONG[:4]), ("keep_end", LONG[-4:])):
+        given = rows.to_iterable_dataset() if streamed else rows
+        prepared = list(prepare(given, packing=packing, max_length=4, truncation_mode=mode))
+        assert [row["input_ids"] for row in prepared] == [kept, [5, 6]]
+        assert [row["labels"] for row in prepared] == [kept, [5, 6]]
+
+
+def test_kept_end_of_a_completion_is_trained_and_rows_left_without_targets_are_dropped() -> None:
+    row = {"input_ids": LONG, "completion_mask": [0] * 8 + [1, 1]}
+    assert prepare([row], max_length=4, truncation_mode="keep_end")[0]["labels"] == [-100, -100, 18, 19]
+    with pytest.raises(ValueError, match="no trainable token in any of the 1 train rows"):
+        prepare([row], max_length=4)
+
+
+def test_shuffling_is_by_seed_for_rows_packed_rows_and_streams() -> None:
+    rows = Dataset.from_list([{"input_ids": [number, number]} for number in range(5, 25)])
+    given = rows["input_ids"]
+
+    def order(dataset: Any, seed: int = 1, **options: Any) -> list[list[int]]:
+        prepared = prepare(dataset, packing=bool(options), shuffle_dataset=True, seed=seed, **options)
+        return [row["input_ids"] for row in prepared]
+
+    assert order(rows) != given
+    assert sorted(order(rows)) == list(given)
+    assert order(rows) == order(rows) != order(rows, seed=2)
+    assert sorted(order(rows.to_iterable_dataset())) == list(given) != order(rows.to_iterable_dataset())
+    packed = order(rows, max_length=4)
+    assert sorted(token for row in packed for token in row[::2]) == list(range(5, 25))
+    assert packed != [[*first, *second] for first, second in zip(given[::2], given[1::2], strict=True)]
+    already = Dataset.from_list([{"input_ids": [number], "seq_lengths": [1]} for number in range(20)])
+    assert [row["input_ids"][0] for row in prepare(already, shuffle_dataset=True)] != list(range(20))
+
+
+def test_transforms_are_refused_with_a_way_out_and_formats_are_not() -> None:
+    rows = Dataset.from_list([{"text": "Hello"}])
+    for changed in (rows.with_transform(lambda batch: batch), rows):
+        if changed is rows:
+            rows.set_transform(lambda batch: batch)
+        with pytest.raises(ValueError, match=r"the train data set has a transform.*map\(\).*skip_prepare_dataset"):
+            prepare(changed)
+    tokens = Dataset.from_list([{"input_ids": [5, 6, 7]}])
+    assert prepare(tokens.with_format("torch"))[0]["input_ids"] == [5, 6, 7]
+
+
+@pytest.mark.parametrize("packing", [{}, {"packing": True, "num_of_sequences": 2, "max_length": 3}])
+def test_formatting_func_beside_token_ids_warns_and_keeps_the_ids(
+    packing: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def never(example: Any) -> str:
+        raise AssertionError("called")
+
+    config = SFTConfig(output_dir="out", use_cpu=True, **packing)
+    rows = Dataset.from_list([{"input_ids": [5, 6, 7], "text": "x"}] if not packing else [{"input_ids": [5, 6, 7]}])
+    prepared = prepare_rows(rows, TOKENIZER, config, packing=bool(packing), formatting_func=never, name="train")
+    assert 5 in next(iter(prepared))["input_ids"]
+    assert (
+        "the train data set has input_ids, which are trained as they are: formatting_func is not called" in caplog.text
+    )

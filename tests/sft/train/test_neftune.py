@@ -126,3 +126,14 @@ def test_trainer_adds_noise_in_training_steps_only_and_leaves_no_hook(
     assert not model.get_input_embeddings()._forward_hooks
     assert trainer.evaluate()["eval_loss"] == trainer.evaluate()["eval_loss"]
     assert len(noisy) == 2
+
+
+def test_noise_can_be_added_by_hand_as_the_trainer_of_transformers_4_did(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]]})
+    config = quiet_config(tmp_path, neftune_noise_alpha=ALPHA, max_steps=1)
+    trainer = SFTTrainer(tiny_model(), config, train_dataset=rows, processing_class=tiny_tokenizer())
+    model = trainer._activate_neftune(trainer.model).train()
+    ids = torch.tensor([[1, 0, 1]])
+    assert largest(noise_of(model, input_ids=ids)) > 0
+    trainer.neftune_hook_handle.remove()
+    assert largest(noise_of(model, input_ids=ids)) == 0

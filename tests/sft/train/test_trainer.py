@@ -280,3 +280,91 @@ def test_two_processes_train_streamed_rows_to_the_same_weights(tmp_path: Path) -
     weights = re.findall(r"WEIGHTS (True|False) (\S+)", done.stdout)
     assert len(weights) == 4
     assert len(set(weights)) == 2, weights
+
+
+def trainer_of(folder: Path, model: Any = None, **options: Any) -> SFTTrainer:
+    """A trainer on four rows of token ids of different lengths, one of them with a masked beginning."""
+    rows = Dataset.from_list(
+        [
+            {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
+            {"input_ids": [9, 10], "labels": [9, 10]},
+            {"input_ids": [11, 12, 13], "labels": [11, 12, 13]},
+            {"input_ids": [5, 6, 7, 14], "labels": [5, 6, 7, 14]},
+        ]
+    )
+    config = SFTConfig(
+        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=4, **options
+    )
+    return SFTTrainer(model or tiny_model(), config, train_dataset=rows, processing_class=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("padding_free", [False, True, None])
+def test_outputs_of_compute_loss_have_the_models_own_logits(tmp_path: Path, padding_free: bool | None) -> None:
+    trainer = trainer_of(tmp_path, padding_free=padding_free)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+    assert outputs.loss is loss
+    torch.testing.assert_close(loss, trainer.compute_loss(trainer.model, dict(batch)), rtol=1e-5, atol=1e-6)
+    assert outputs.logits.shape == (*batch["labels"].shape, trainer.model.config.vocab_size)
+    assert outputs["logits"] is outputs.logits
+    row = trainer.train_dataset[0]["input_ids"]
+    alone = trainer.model(input_ids=torch.tensor([row])).logits[0]
+    ids = batch["input_ids"].flatten().tolist()
+    start = next(place for place in range(len(ids)) if ids[place : place + 4] == row)
+    found = outputs.logits.flatten(0, 1)[start : start + 4]
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_predictions_are_the_logits_of_each_row(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    result = trainer.predict(trainer.train_dataset)
+    assert result.predictions.shape == (4, 4, trainer.model.config.vocab_size)
+    for number, row in enumerate(trainer.train_dataset):
+        ids = torch.tensor([row["input_ids"]])
+        found = torch.tensor(result.predictions[number, : ids.shape[1]])
+        torch.testing.assert_close(found, trainer.model(input_ids=ids).logits[0].detach(), rtol=1e-4, atol=1e-5)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(result.metrics["test_loss"], rel=1e-5)
+
+
+def test_routers_loss_is_added_with_the_weight_of_the_option(tmp_path: Path) -> None:
+    routed = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    losses = []
+    for number, weight in enumerate((0.0, 0.5, 2.0)):
+        model = tiny_model("qwen3_moe", num_key_value_heads=1, **routed)
+        trainer = trainer_of(tmp_path / str(number), model, router_aux_loss_coef=weight, padding_free=False)
+        assert (trainer.router_aux_loss_coef, trainer.aux_loss_enabled) == (weight, weight > 0)
+        batch = next(iter(trainer.get_train_dataloader()))
+        losses.append(trainer.compute_loss(trainer.model, dict(batch)).item())
+    own = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True
+    ).aux_loss.item()
+    assert own > 0
+    assert losses[1] - losses[0] == pytest.approx(0.5 * own, rel=1e-3)
+    assert losses[2] - losses[0] == pytest.approx(2 * own, rel=1e-3)
+
+
+def test_last_log_line_has_the_figures_of_the_last_updates(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, max_steps=3, logging_steps=2)
+    trainer.train()
+    first, last = trainer.state.log_history
+    assert {"loss", "mean_token_accuracy"} <= set(first)
+    assert {"train_loss", "mean_token_accuracy"} <= set(last)
+    assert "loss" not in last
+
+
+def test_model_carries_the_tags_of_supervised_fine_tuning(tmp_path: Path) -> None:
+    assert trainer_of(tmp_path).model.model_tags == ["sft", "trl"]
+
+
+def test_loss_function_that_returns_no_loss_is_told_what_to_compute(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]]})
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1)
+    trainer = SFTTrainer(
+        tiny_model(),
+        config,
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.loss,
+    )
+    with pytest.raises(ValueError, match=r"compute_loss_func returned NoneType instead of a tensor: compute the loss"):
+        trainer.train()

@@ -508,6 +508,17 @@ def test_images_without_a_processor_or_joined_with_others_are_refused(tmp_path: 
     packed = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, packing=True)
     with pytest.raises(ValueError, match=r"packing=True joins rows"):
         choose_vision_collator(processor("llava"), packed, [rows, None])
+    ends = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, truncation_mode="keep_end")
+    with pytest.raises(ValueError, match=r"truncation_mode='keep_end' would cut off the images"):
+        choose_vision_collator(processor("llava"), ends, [rows, None])
+
+
+@pytest.mark.parametrize(("given", "limit"), [({}, None), ({"max_length": None}, None), ({"max_length": 64}, 64)])
+def test_rows_with_images_are_limited_only_by_name(given: dict[str, Any], limit: int | None, tmp_path: Path) -> None:
+    config = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, **given)
+    collator = choose_vision_collator(processor("llava"), config, [Dataset.from_list(colour_rows())])
+    assert collator is not None
+    assert collator.max_length == limit
 
 
 def test_images_that_a_formatting_function_would_drop_are_refused_unless_only_text_can_be_meant(tmp_path: Path) -> None:
