@@ -3,6 +3,7 @@
 1. What stands between its marks in the rendered chat as it is, or as JSON or Python write it, is printed.
 2. For the rest, the chat is rendered again with every word of these texts replaced by a word that occurs once. Tags and
    punctuation stay, so that the template takes the same way through its branches. The words that appear are printed.
+   A long text that the chat has as often as it is said counts as printed, too.
 3. A number or truth value must follow its key; else the chat is rendered with another value, and the text must change.
 """
 
@@ -18,6 +19,8 @@ from sft.chat.said import TAG, Kind, MarkedText, Said, rewrite, speech_keys
 from sft.chat.template import ChatTemplate, Messages
 
 _WORD = re.compile(rf"(?P<tag>{TAG.pattern})|\w+")
+_LONG = 12
+"""Characters of a text that stands nowhere by chance."""
 _LITERALS: dict[bool | None, tuple[str, ...]] = {
     True: ("true", "True"),
     False: ("false", "False"),
@@ -150,9 +153,18 @@ class _Replacement:
             for match, name in zip(words[number], names[number], strict=True):
                 at = rendered.find(name, at)
                 if at < 0:
-                    lost[number] = value[match.start() :]
+                    if not self._contains_each(value.strip(), said):
+                        lost[number] = value[match.start() :]
                     break
         return lost
+
+    def _contains_each(self, text: str, said: list[Said]) -> bool:
+        """Return whether the chat's text has a long text as often as the chat says it.
+
+        A template may treat the new words in another way, for example if it cuts texts at a length.
+        """
+        times = sum(item.is_text and text in item.value for item in said)
+        return len(text) >= _LONG and self._text.count(text) >= times
 
     def changes_text(self, number: int, value: Any) -> bool:
         """Return whether another value in the place of one of an argument changes the text."""

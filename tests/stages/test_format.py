@@ -13,6 +13,7 @@ from stages.checkout.artifacts import read_json
 from stages.shards import rendering, shards
 from tests.sft.template_styles import PLAIN, QWEN3
 from tests.stages.data_root import ROWS, DataRoot, turn
+from tests.tiny import CHATML
 
 
 @pytest.fixture
@@ -159,6 +160,33 @@ def test_special_tokens_in_messages_drop_the_row_or_stop_if_that_is_wanted(root:
     words = r"format\.special_text: special_text 1 times, first train\.jsonl:1 \(message 0 \(user\) spells out"
     with pytest.raises(ValueError, match=words):
         run(root, rows, special_text="fail")
+
+
+def test_rows_that_say_more_than_the_template_prints_stop_warn_or_drop(root: DataRoot) -> None:
+    question, answer = turn("2+2?", "4")["messages"]
+    thinking = {"messages": [question, {**answer, "reasoning_content": "add them"}]}
+    rows = [ROWS[0], thinking, ROWS[1], ROWS[2]]
+    with pytest.raises(ValueError, match=r"row train\.jsonl:2: .* says 'add them' \(reasoning_content\)"):
+        run(root, rows)
+    figures = run(root, rows, not_printed="warn")
+    assert (figures["num_train"], figures["warned"]) == (3, {"not_printed": 1})
+    figures = run(root, rows, not_printed="drop", max_dropped_fraction=0.5)
+    assert (figures["num_train"], figures["dropped"]) == (2, {"not_printed": 1})
+    (entry,) = root.rows("format", "ledger.jsonl")
+    assert (entry["id"], entry["reason"]) == ("train.jsonl:2", "not_printed")
+
+
+def test_variables_of_the_template_are_saved_in_it(root: DataRoot) -> None:
+    (root.paths.data / "mine.jinja").write_text("{{ greeting | default('') }}" + CHATML)
+    run(root, chat_template="data/mine.jinja", chat_template_kwargs={"greeting": "Hello!"})
+    assert root.rows("format", "train.jsonl")[0]["text"].startswith("Hello!<|im_start|>user")
+    saved = AutoTokenizer.from_pretrained(root.paths.out("format", "tokenizer"))
+    assert saved.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith(
+        "Hello!<|im_start|>user"
+    )
+    misspelt = r"params\.yaml, format\.chat_template_kwargs: .*'greting'.* did you mean 'greeting'"
+    with pytest.raises(ValueError, match=misspelt):
+        run(root, chat_template="data/mine.jinja", chat_template_kwargs={"greting": "Hello!"})
 
 
 @pytest.mark.parametrize(

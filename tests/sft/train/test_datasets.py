@@ -476,3 +476,75 @@ def test_formatting_func_beside_token_ids_warns_and_keeps_the_ids(
     assert (
         "the train data set has input_ids, which are trained as they are: formatting_func is not called" in caplog.text
     )
+
+
+# what is said and not trained
+
+
+THOUGHT = [CHAT[0], {**CHAT[1], "reasoning_content": "count"}]
+
+
+def test_reasoning_that_the_template_does_not_print_stops_warns_or_drops(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"messages": CHAT[:2]}, {"messages": THOUGHT}]
+    with pytest.raises(ValueError, match=r"row 1: message 1 \(assistant\) says 'count' \(reasoning_content\)"):
+        prepare(rows, assistant_only_loss=True)
+    assert trained(prepare(rows, assistant_only_loss=True, not_printed="warn")) == ["1<|im_end|>"] * 2
+    assert "row 1 and perhaps others are trained without it: message 1 (assistant) says 'count'" in caplog.text
+    assert trained(prepare(rows, assistant_only_loss=True, not_printed="drop")) == ["1<|im_end|>"]
+    assert "1 of 2 rows are dropped by not_printed='drop'" in caplog.text
+    with pytest.raises(ValueError, match="drops all rows"):
+        prepare(rows[1:], not_printed="drop")
+    with pytest.raises(ValueError, match="not_printed='keep': use one of fail, warn, drop"):
+        prepare(rows, not_printed="keep")
+
+
+def test_special_tokens_in_texts_and_empty_answers_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    prepare([{"messages": [{"role": "user", "content": "Say <|im_end|>"}, CHAT[1]]}])
+    assert "row 0 and perhaps others: message 0 (user) spells out '<|im_end|>'" in caplog.text
+    prepare([{"prompt": "One?", "completion": " 1"}, {"prompt": "Two?", "completion": ""}])
+    assert "row 1 and perhaps others: the answer is empty" in caplog.text
+
+
+CALLS_TEMPLATE = tiny_tokenizer().chat_template.replace(
+    "{{ message['content'] }}",
+    "{{ message['content'] }}{% for c in message.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("form", ["table", "stream", "generator", "text"])
+def test_nulls_that_a_user_wrote_stay(form: str) -> None:
+    arguments = {"city": "Lima", "unit": None}
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    row: dict[str, Any] = {"messages": [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    if form == "text":
+        row = {"messages": json.dumps(row["messages"])}
+    rows: Any = [row]
+    if form == "stream":
+        rows = Dataset.from_list(rows).to_iterable_dataset()
+    elif form == "generator":
+        rows = IterableDataset.from_generator(lambda: iter([row]))
+    prepared = prepare(rows, tiny_tokenizer(CALLS_TEMPLATE), assistant_only_loss=True)
+    assert '{"city": "Lima", "unit": null}' in trained(prepared)[0]
+
+
+def test_nulls_that_arrow_added_go() -> None:
+    calls = [{"name": "weather", "arguments": {"city": "Lima"}}, {"name": "clock", "arguments": {"zone": "UTC"}}]
+    rows = [
+        {
+            "messages": [
+                CHAT[0],
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": f}]},
+            ]
+        }
+        for f in calls
+    ]
+    prepared = trained(prepare(rows, tiny_tokenizer(CALLS_TEMPLATE), assistant_only_loss=True))
+    assert ['"arguments": {"city": "Lima"}' in prepared[0], '"arguments": {"zone": "UTC"}' in prepared[1]] == [
+        True,
+        True,
+    ]
+
+
+def test_flags_of_other_projects_decide_what_is_trained() -> None:
+    messages = [CHAT[0], {**CHAT[1], "loss": False}, CHAT[2], CHAT[3]]
+    assert trained(prepare([{"messages": messages}], assistant_only_loss=True)) == ["2<|im_end|>"]
