@@ -153,7 +153,7 @@ class Intake(ExitStack):
         columns = source.mapping.apply(row.columns)
         refuse_images(columns, source.layout)
         try:
-            return normalize(columns, source.layout, prune_nulls=row.from_arrow), []
+            return normalize(columns, source.layout, prune_nulls=row.has_added_nulls), []
         except RowError as error:
             columns, found = numbers_as_text(columns, source.layout)
             if error.reason not in NOT_TEXT or not found:
@@ -161,7 +161,7 @@ class Intake(ExitStack):
         wanted, problem = self._section.checks.number, Problem("number", "; ".join(found)[:300])
         if wanted == "drop":
             raise RowError("number", f"{problem.detail}, where text is needed; load.checks.number: repair writes it so")
-        return normalize(columns, source.layout, prune_nulls=row.from_arrow), [Note(Action(wanted), problem)]
+        return normalize(columns, source.layout, prune_nulls=row.has_added_nulls), [Note(Action(wanted), problem)]
 
     def _place(
         self,

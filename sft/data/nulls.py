@@ -29,3 +29,22 @@ def without_added_nulls(value: Any, feature: Any) -> Any:
         inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
         return [without_added_nulls(item, inner) for item in value]
     return value
+
+
+def row_without_added_nulls(row: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without the nulls that Arrow added to its conversations and tools; other columns stay as they are.
+
+    Args:
+        row: Values by column.
+        features: Features by column.
+    """
+    return {
+        name: without_added_nulls(value, features.get(name))
+        if isinstance(value, list) or name in TOOL_COLUMNS
+        else value
+        for name, value in row.items()
+    }
+
+
+TOOL_COLUMNS = ("tools", "functions")
+"""Columns of tool schemas."""

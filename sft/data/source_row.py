@@ -15,12 +15,11 @@ class Row(NamedTuple):
     Args:
         id: Place of the row: `file:line` for text files, `file:row` (from 1) for tables.
         columns: Values by column name.
-        from_arrow: Whether the row comes from an Arrow table. Arrow fills structs with nulls for keys that only other
-            rows have.
+        has_added_nulls: Whether structs may have nulls for keys that only other rows have, see `sft.data.nulls`.
         damage: Error of a row that can't be read while the rows after it can; such a row has no columns.
     """
 
     id: str
     columns: dict[str, Any]
-    from_arrow: bool = False
+    has_added_nulls: bool = False
     damage: SourceError | None = None

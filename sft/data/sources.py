@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sft.data.json_reader import json_rows, jsonl_rows
+from sft.data.nulls import row_without_added_nulls
 from sft.data.source_row import Row, SourceError
 from sft.data.table_reader import arrow_rows, parquet_rows, saved_rows
 from sft.data.text_reader import COMPRESSIONS, csv_rows, data_suffix
@@ -119,7 +120,11 @@ def hub_rows(
 
     rows = load_dataset(dataset_id, config, split=split, revision=revision, streaming=streaming)
     for number, row in enumerate(rows, start=1):
-        yield Row(f"{dataset_id}/{split}:{number}", dict(row), from_arrow=True)
+        place = f"{dataset_id}/{split}:{number}"
+        if rows.features is None:
+            yield Row(place, dict(row), has_added_nulls=True)
+        else:
+            yield Row(place, row_without_added_nulls(row, rows.features))
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sft.data.nulls import row_without_added_nulls
 from sft.data.source_row import Row, SourceError
 
 
@@ -22,7 +23,7 @@ def saved_rows(path: Path, name: str, split: str) -> Iterator[Row]:
             raise SourceError(f"{path} has no split {split!r}, only {sorted(rows)}")
         rows = rows[split]
     for number, row in enumerate(rows, start=1):
-        yield Row(f"{name}:{number}", dict(row), from_arrow=True)
+        yield Row(f"{name}:{number}", row_without_added_nulls(row, rows.features))
 
 
 def parquet_rows(path: Path, name: str) -> Iterator[Row]:
@@ -59,9 +60,25 @@ def _damage(path: Path, kind: str, error: Exception) -> Exception:
 def _table_rows(batches: Any, name: str) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        features = {field.name: _feature(field.type) for field in batch.schema}
         for row in _python_rows(batch, name, number):
             number += 1
-            yield Row(f"{name}:{number}", row, from_arrow=True)
+            yield Row(f"{name}:{number}", row_without_added_nulls(row, features))
+
+
+class _Leaf(NamedTuple):
+    """Type of a value that is neither a struct nor a list, as a feature of `datasets` states it."""
+
+    dtype: str
+
+
+def _feature(kind: pa.DataType) -> Any:
+    """Return a type of Arrow in the form that `sft.data.nulls` reads."""
+    if pa.types.is_struct(kind):
+        return {field.name: _feature(field.type) for field in kind}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return [_feature(kind.value_type)]
+    return _Leaf(str(kind))
 
 
 def _python_rows(batch: Any, name: str, before: int) -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ def read_records(section: RegressionSection, root: Path) -> list[dict[str, Any]]
     records = []
     for row in rows:
         try:
-            record = normalize(row.columns, layout, prune_nulls=row.from_arrow)
+            record = normalize(row.columns, layout, prune_nulls=row.has_added_nulls)
         except RowError as error:
             raise ValueError(f"params.yaml, {KEY}.path: {row.id}: {error}") from error
         problems = validate_record(record)

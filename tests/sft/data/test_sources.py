@@ -91,8 +91,25 @@ def test_parquet_and_arrow_files(tmp_path: Path) -> None:
     with pa.ipc.new_stream(str(tmp_path / "c.arrow"), table.schema) as writer:
         writer.write_table(table)
     for name in ("a.parquet", "b.arrow", "c.arrow"):
-        expected = [Row(f"{name}:{number}", row, from_arrow=True) for number, row in enumerate(ROWS, start=1)]
+        expected = [Row(f"{name}:{number}", row) for number, row in enumerate(ROWS, start=1)]
         assert rows_of(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "b.arrow", "folder"])
+def test_nulls_that_arrow_added_go_and_those_of_the_user_stay(tmp_path: Path, name: str) -> None:
+    rows = [
+        {"messages": [{"role": "assistant", "arguments": {"city": "Lima", "unit": None}}]},
+        {"messages": [{"role": "assistant", "arguments": {"zone": "UTC", "unit": None}}]},
+    ]
+    table = pa.Table.from_pylist(rows)
+    if name == "folder":
+        Dataset(table).save_to_disk(str(tmp_path / name))
+    elif name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    assert [row.columns for row in rows_of(tmp_path / name)] == rows
 
 
 def test_folders_of_datasets(tmp_path: Path) -> None:
