@@ -7,16 +7,25 @@ the verification step of speculative decoding (Leviathan et al., arXiv:2211.1719
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from sft.evaluate.likelihood import Document, Progress
 from sft.evaluate.prefix_cache import SharedPrefix, forward_parameters, share_prefix
+
+logger = logging.getLogger(__name__)
+
+CACHE_ERRORS = (ValueError, LookupError, AttributeError, TypeError, RuntimeError, NotImplementedError)
+"""Errors that models raise whose cache does not work."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,8 @@ def generate_batch(
     """Generate greedy answers to prompts.
 
     Prompts of similar length share a batch, padded on the left. Rows that have stopped are removed from the batch, so
-    that one long answer does not keep the others computing.
+    that one long answer does not keep the others computing. Models with recurrent states (Mamba, linear attention,
+    convolutions) would read the padding into them, so that only prompts of the same length share a batch of theirs.
 
     Args:
         model: Causal language model, with or without an adapter.
@@ -79,14 +89,17 @@ def generate_batch(
     training = model.training
     model.eval()
     try:
-        prefix = share_prefix(
-            model, [texts[index] for index in order], limit=min((len(texts[index]) for index in order), default=0) - 1
-        )
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        shared = [texts[index] for index in order]
+        may_pad = bool(order) and caches_attention_only(model, shared[0])
+        prefix = share_prefix(model, shared, limit=min(map(len, shared)) - 1) if may_pad else SharedPrefix()
+        for chosen in _batches(order, [len(text) for text in texts], batch_size, same_length=not may_pad):
             longest = max_new_tokens - min(len(answers[index]) for index in chosen)
             rests = [texts[index][prefix.length :] for index in chosen]
-            for index, tokens in zip(chosen, _continue(model, rests, prefix, stop_ids, longest), strict=True):
+            if may_pad:
+                continued = _continue(model, rests, prefix, stop_ids, longest)
+            else:
+                continued = _continue_same_length(model, rests, stop_ids, longest)
+            for index, tokens in zip(chosen, continued, strict=True):
                 answers[index] = _truncate([*answers[index], *tokens], stop_ids, max_new_tokens)
             done += len(chosen)
             if on_progress is not None:
@@ -162,6 +175,98 @@ def _continue(
         input_ids = chosen.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
     return answers
+
+
+def _batches(order: list[int], lengths: list[int], batch_size: int, *, same_length: bool) -> Iterator[list[int]]:
+    """Divide prompts, in order of length, into batches; with `same_length`, into batches of one length."""
+    groups = [list(group) for _, group in itertools.groupby(order, key=lengths.__getitem__)] if same_length else [order]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def caches_attention_only(model: nn.Module, tokens: Sequence[int]) -> bool:
+    """Return whether a model's cache consists of keys and values, from which padding and rows can be removed.
+
+    Args:
+        model: Causal language model.
+        tokens: Token ids of a text, whose first is used to find out.
+    """
+    if "past_key_values" not in forward_parameters(model):
+        return False
+    device = next(model.parameters()).device
+    try:
+        output = model(input_ids=torch.tensor([list(tokens[:1])], device=device), use_cache=True)
+    except CACHE_ERRORS:  # some families can't make their own cache
+        return False
+    cache = getattr(output, "past_key_values", None)
+    # a family's own class of cache may hold more than its layers
+    return isinstance(cache, DynamicCache) and type(cache) is DynamicCache and all(map(_is_attention, cache.layers))
+
+
+def _is_attention(layer: Any) -> bool:
+    return isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
+def _continue_same_length(
+    model: Any, rows: Sequence[Sequence[int]], stop_ids: list[int], max_new_tokens: int
+) -> list[list[int]]:
+    """Continue sequences of one length greedily, by the model's own states if they give the answers of a full pass."""
+    try:
+        answers = _generate(model, rows, stop_ids, max_new_tokens)
+    except CACHE_ERRORS as error:
+        _warn_once(f"{_family(model)} can't generate with its states ({type(error).__name__}): answers take longer")
+        logger.debug("generation of %s", _family(model), exc_info=error)
+    else:
+        if all(_is_greedy(model, row, tokens) for row, tokens in zip(rows, answers, strict=True)):
+            return answers
+        _warn_once(f"the states of {_family(model)} give other answers than full passes, which are taken instead")
+    return [_continue_by_full_passes(model, row, stop_ids, max_new_tokens) for row in rows]
+
+
+def _family(model: Any) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def _is_greedy(model: nn.Module, row: Sequence[int], answer: Sequence[int]) -> bool:
+    """Return whether each token of an answer is the most likely one after those before it, in one full pass."""
+    device = next(model.parameters()).device
+    logits = model(input_ids=torch.tensor([[*row, *answer]], device=device), use_cache=False).logits[0]
+    return logits[len(row) - 1 : -1].argmax(-1).tolist() == list(answer)
+
+
+def _continue_by_full_passes(
+    model: nn.Module, row: Sequence[int], stop_ids: list[int], max_new_tokens: int
+) -> list[int]:
+    """Continue a sequence greedily without a cache: right for every family, in time quadratic in the length."""
+    device = next(model.parameters()).device
+    answer: list[int] = []
+    while len(answer) < max_new_tokens and not _stopped(answer, stop_ids):
+        logits = model(input_ids=torch.tensor([[*row, *answer]], device=device), use_cache=False).logits
+        answer.append(int(logits[0, -1].argmax()))
+    return answer
+
+
+def _generate(model: Any, rows: Sequence[Sequence[int]], stop_ids: list[int], max_new_tokens: int) -> list[list[int]]:
+    """Continue sequences of one length by the model's own `generate`, which knows the states of its family."""
+    device = next(model.parameters()).device
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    configured = inner.generation_config
+    # `generate` takes options that are not given, such as a repetition penalty, from the model's own configuration
+    inner.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0]
+    )
+    try:
+        input_ids = torch.tensor([list(row) for row in rows], device=device)
+        generated = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+    finally:
+        inner.generation_config = configured
+    return [_truncate(row, stop_ids, max_new_tokens) for row in generated[:, input_ids.shape[1] :].tolist()]
 
 
 def _left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
