@@ -44,6 +44,13 @@ TAG = re.compile(rf"<[^<>]{{1,{_MAX_TAG - 2}}}>|\[/?[A-Z_]{{1,{_MAX_TAG - 3}}}\]
 _LAST_TAG = re.compile(rf"(?:{TAG.pattern})$")
 
 
+_PLAIN_MARK = re.compile("([\U000f0000-\U000ffffb])()()()")
+
+
+def _marks(text: str) -> Iterator[re.Match[str]]:
+    return (_MARK if "\\" in text else _PLAIN_MARK).finditer(text)
+
+
 class Kind(StrEnum):
     """Kind of something that a message says."""
 
@@ -261,7 +268,7 @@ def render_with_marks(
         text, *others = template.render([messages, chat] if chat else [messages], tools, **options)
     except ValueError:  # the template may refuse marked texts, and still accept the chat itself
         text, others = template.render([messages], tools, **options)[0], []
-    if _MARK.search(text):
+    if next(_marks(text), None) is not None:
         return text, None
     best = next((found for other in others if (found := _find(other, said, inner)).text == text), None)
     if best is not None and best.num_shown == sum(part is not None for part in inner):
@@ -345,7 +352,7 @@ def _find(text: str, said: list[Said], inner: list[str | None]) -> MarkedText:
     events: list[Event] = []
     named: set[tuple[int, bool]] = set()
     last = length = 0
-    for match in _MARK.finditer(text):
+    for match in _marks(text):
         number, is_end = divmod(_code(match) - _FIRST_MARK, 2)
         if number < len(said):
             pieces.append(text[last : match.start()])
