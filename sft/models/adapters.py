@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import match_target_against_key
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.hardware import HALF_PRECISIONS
@@ -159,13 +164,23 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
 def check_module_names(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     """Check that every entry in peft's lists of modules names a module: peft ignores most wrong names silently.
 
+    Names of layers that transformers has fused into parameters, such as `gate_proj` of experts, are converted by peft.
+
     Raises:
         ValueError: Some do not; the message lists them with the most similar names of modules.
     """
     names = [name for name, _ in model.named_modules() if name]
+    was_expression = isinstance(getattr(peft_config, "target_modules", None), str)
+    peft_config = _converted(model, peft_config)
     problems = []
+    parameters = [name for name, _ in model.named_parameters()]
+    for entry in sorted(getattr(peft_config, "target_parameters", None) or []):
+        if not any(names_module(entry, name) for name in parameters):
+            problems.append(f"target_parameters has {entry!r}, {_nearest(entry, parameters)}")
     for option in ("modules_to_save", "target_modules", "exclude_modules"):
         entries = getattr(peft_config, option, None) or []
+        if option == "target_modules" and was_expression and not isinstance(entries, str):
+            continue  # peft has resolved the expression to names that it matches
         if isinstance(entries, str):
             problems += _expression_problems(option, entries, names)
         else:
@@ -173,6 +188,33 @@ def check_module_names(model: PreTrainedModel, peft_config: PeftConfig) -> None:
             problems += [f"{option} has {entry!r}, {_nearest(entry, names)}" for entry in unknown]
     if problems:
         raise ValueError(f"{type(model).__name__} has no module of that name: {'; '.join(problems)}.")
+
+
+def _converted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
+    """Return a copy of a configuration with the targets that peft makes of its names for this model."""
+    config = copy.deepcopy(peft_config)
+    if getattr(config, "target_modules", None) is not None and hasattr(config, "target_parameters"):
+        convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
+    return config
+
+
+def warn_of_frozen_experts(model: PeftModel) -> None:
+    """Warn if `all-linear` leaves out the experts of a model, which are parameters and not linear layers."""
+    base = model.get_base_model()
+    frozen: Counter[str] = Counter()
+    for path, parameter in base.named_parameters():
+        *_, module, name = path.split(".")
+        if "experts" in module and parameter.ndim >= 3 and not parameter.requires_grad:
+            frozen[f"{module}.{name}"] += parameter.numel()
+    if frozen:
+        share = frozen.total() / max(1, count_parameters(base).num_total)
+        logger.warning(
+            "all-linear adapts linear layers, and experts of %s are parameters: %.0f %% of the weights stay as they "
+            "are. To train them, too, give target_parameters=%s",
+            type(base).__name__,
+            100 * share,
+            sorted(frozen),
+        )
 
 
 def _expression_problems(option: str, expression: str, names: list[str]) -> list[str]:
@@ -296,6 +338,8 @@ def _add_adapter(
     fingerprint = BaseFingerprint(model)
     wrapped = get_peft_model(model, config)
     check_start(config, fingerprint)
+    if getattr(peft_config, "target_modules", None) == ALL_LINEAR:
+        warn_of_frozen_experts(wrapped)
     return wrapped
 
 

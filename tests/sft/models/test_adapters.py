@@ -262,3 +262,42 @@ def test_parameters_of_experts_get_matrices_by_name() -> None:
     adapted = {name for name, _ in model.named_parameters() if "lora_A" in name}
     assert sum("experts" in name for name in adapted) == 2
     assert sum("q_proj" in name for name in adapted) == 2
+
+
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("qwen3_moe", ["gate_proj", "up_proj", "down_proj"]),
+        ("mixtral", ["w1", "w2", "w3"]),
+        ("qwen3_moe", r".*\.(q_proj|gate_proj|up_proj|down_proj)"),
+    ],
+)
+def test_experts_under_their_former_names_are_trained(family: str, targets: list[str] | str) -> None:
+    model = wrap_adapter(tiny_model(family, num_key_value_heads=1, **EXPERTS), lora(target_modules=targets))
+    experts = {name for name in trained(model) if "experts" in name}
+    assert len(experts) == 2 * 2 * 2  # two matrices of LoRA for two parameters of two layers
+
+
+def test_parameters_that_do_not_exist_are_an_error() -> None:
+    model = tiny_model("qwen3_moe", num_key_value_heads=1, **EXPERTS)
+    with pytest.raises(ValueError, match=r"target_parameters has 'experts\.gate_up', did you mean 'gate_up_proj'"):
+        wrap_adapter(model, lora(target_modules=["q_proj"], target_parameters=["experts.gate_up"]))
+    with pytest.raises(ValueError, match="target_modules has 'q_prj', did you mean 'q_proj'"):
+        wrap_adapter(model, lora(target_modules=["q_prj", "gate_proj", "up_proj", "down_proj"]))
+
+
+def test_experts_that_all_linear_leaves_out_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    def make() -> PreTrainedModel:
+        return tiny_model("gpt_oss", num_key_value_heads=1, head_dim=8, sliding_window=8, **EXPERTS)
+
+    names = ["experts.down_proj", "experts.gate_up_proj"]
+    wrap_adapter(make(), lora())
+    assert "of the weights stay as they are" in caplog.text
+    assert f"give target_parameters={names}" in caplog.text
+    caplog.clear()
+    model = wrap_adapter(make(), lora(target_parameters=names))
+    assert any("experts" in name for name in trained(model))
+    assert "stay as they are" not in caplog.text
