@@ -1,7 +1,8 @@
-"""Unwrap models, ask whether they use prompt tuning, and run blocks in evaluation mode."""
+"""Unwrap models, ask what they take and learn, and run blocks in evaluation mode."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,11 @@ def causal_lm(model: nn.Module) -> Any:
 def learns_prompt(model: nn.Module) -> bool:
     """Return whether the adapter adds learned virtual tokens before each row (prompt tuning and similar methods)."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def takes_position_ids(model: nn.Module) -> bool:
+    """Return whether the model's forward takes `position_ids`; others count positions themselves, or have none."""
+    return "position_ids" in inspect.signature(causal_lm(model).forward).parameters
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,22 +118,6 @@ def check_flash_sdp(attention: str, dtype: torch.dtype, hardware: Hardware, flat
         raise ValueError(f"force_flash_sdp=True cannot be used: {'; '.join(problems)}. Or set force_flash_sdp=False.")
 
 
-def refuse_packing_reason(model: torch.nn.Module) -> str | None:
-    """Return why a row of this model can't contain several documents, or None if no reason is known.
-
-    The caller then tests the model with `sft.attention.isolation.probe_isolation`.
-    """
-    base = causal_lm(model)
-    config = base.config.get_text_config()
-    if "position_ids" not in inspect.signature(base.forward).parameters:
-        return "its forward takes no position_ids, so positions cannot restart at each document"
-    if getattr(config, "alibi", False):
-        return "it derives positions from the attention mask (ALiBi), so they continue across documents"
-    if not base._can_set_attn_implementation():
-        return "it computes attention in its own layers, which transformers' attention interface does not reach"
-    return None
-
-
 def choose_packed_attention(
     model: torch.nn.Module, requested: str | None, hardware: Hardware | None = None, dtype: torch.dtype | None = None
 ) -> AttentionChoice:
@@ -148,18 +131,17 @@ def choose_packed_attention(
 
     Returns:
         A name for `model.set_attn_implementation`, and the reason; the caller tests it with
-        `sft.attention.isolation.probe_isolation`.
+        `sft.attention.isolation.isolate_documents`. Attention code of a model's own is left as it is.
 
     Raises:
-        ValueError: The model can't train on packed rows, or this machine can't run the requested attention.
+        ValueError: This machine can't run the requested attention.
     """
     base = causal_lm(model)
-    reason = refuse_packing_reason(base)
-    if reason is not None:
-        raise ValueError(f"{base.config.model_type} models cannot train on packed rows: {reason}. Use packing=False.")
     hardware = hardware or current_hardware(base.device)
     requested = requested or "auto"
     check_attention_request(requested, dtype or base.dtype, hardware)
+    if not base._can_set_attn_implementation():
+        return AttentionChoice(base.config._attn_implementation, "the model computes attention in code of its own")
     chunk = getattr(base.config.get_text_config(), "attention_chunk_size", None)
     if chunk is not None and requested in ("auto", "sdpa", SFT_DOCUMENTS):
         return AttentionChoice("sdpa", f"layers attend in chunks of {chunk}: a mask over the row keeps documents apart")

@@ -1,15 +1,24 @@
-"""Probe that documents packed into one row do not affect each other in a model."""
+"""How a model keeps documents in one row from affecting each other, found and proved by running it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import torch
 
 from sft.attention.kernels import SFT_DOCUMENTS
-from sft.batches.layout import DocumentLayout, document_layout
+from sft.attention.per_document import (
+    Mixer,
+    find_decoder,
+    find_layers,
+    find_mixers,
+    flat_row,
+    per_document,
+)
+from sft.batches.layout import document_layout
 from sft.inner_model import causal_lm, evaluating
 
 PROBE_LENGTHS = (13, 10)
@@ -32,6 +41,71 @@ class IsolationReport:
     neighbour_tolerance: float
     packing_tolerance: float
 
+    @property
+    def is_within(self) -> bool:
+        """Return whether both differences are within their limits."""
+        return self.neighbour_effect <= self.neighbour_tolerance and self.packing_error <= self.packing_tolerance
+
+
+class DocumentsMixError(ValueError):
+    """Documents in one row see each other in this model, or are computed otherwise than alone."""
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How a model keeps the documents of a row apart.
+
+    Attributes:
+        report: Differences found with the mixers in place.
+        mixers: Modules to run document by document, see `sft.attention.per_document`.
+        is_complete: Whether that is all of the model below its head, so that nothing is computed as one row.
+    """
+
+    report: IsolationReport
+    mixers: tuple[Mixer, ...] = ()
+    is_complete: bool = False
+
+    def describe(self, base: Any) -> str:
+        """Return in a few words what runs document by document; empty if nothing has to."""
+        if not self.mixers:
+            return ""
+        modules = dict(base.named_modules())
+        counts = Counter(type(modules[mixer.name]).__name__ for mixer in self.mixers)
+        return ", ".join(f"{count} {name}" for name, count in counts.items()) + " run document by document"
+
+
+@torch.no_grad()
+def isolate_documents(model: torch.nn.Module) -> Isolation:
+    """Find out how this model keeps documents in one row from affecting each other, by trying it.
+
+    1. Probe the model as it is. If changing one document changes nothing at all in the other, that is enough.
+    2. Otherwise run document by document, as far as needed: the modules of its layers that mix tokens; complete layers;
+       all that is below the head. Probe each.
+
+    Args:
+        model: Causal model of transformers, with the attention that is going to be used.
+
+    Raises:
+        DocumentsMixError: Not even the last way gives the logits of documents alone.
+    """
+    base = causal_lm(model)
+    lengths = _probe_lengths(base)
+    with evaluating(model):
+        first = _try_to_measure(model, base, lengths)
+        if isinstance(first, IsolationReport) and first.is_within and first.neighbour_effect == 0:
+            return Isolation(first)
+        documents = _probe_documents(base, lengths)[:2]
+        for find in (find_mixers, find_layers, find_decoder):
+            try:
+                mixers = find(base, documents)
+            except Exception:  # as above; CannotDivideError among them
+                continue
+            with per_document(base, mixers):
+                report = _try_to_measure(model, base, lengths)
+            if isinstance(report, IsolationReport) and report.is_within:
+                return Isolation(report, tuple(mixers), is_complete=find is find_decoder)
+    raise _mixing_error(base, first)
+
 
 @torch.no_grad()
 def probe_isolation(model: torch.nn.Module) -> IsolationReport:
@@ -50,40 +124,71 @@ def probe_isolation(model: torch.nn.Module) -> IsolationReport:
         The differences found, all within their tolerances.
 
     Raises:
-        ValueError: A document affects its neighbour, or packing changes its logits.
+        DocumentsMixError: A document affects its neighbour, or packing changes its logits.
     """
     base = causal_lm(model)
     with evaluating(model):
-        report = _measure_isolation(model, base)
-    name = f"{base.config.model_type} with attn_implementation={base.config._attn_implementation!r}"
-    way_out = "Use packing=False."
-    if base.config._attn_implementation != SFT_DOCUMENTS:
-        way_out = "Use attn_implementation='auto', or packing=False."
-    if report.neighbour_effect > report.neighbour_tolerance:
-        raise ValueError(
-            f"documents packed into one row see each other in {name}: changing one changed its neighbour's logits by "
-            f"{report.neighbour_effect:.1e} of the largest one (limit {report.neighbour_tolerance:.1e}). {way_out}"
-        )
-    if report.packing_error > report.packing_tolerance:
-        raise ValueError(
-            f"packing changes what {name} computes: logits differ by {report.packing_error:.1e} of the largest one "
-            f"from the unpacked ones (limit {report.packing_tolerance:.1e}). {way_out}"
-        )
+        report = _measure_isolation(model, base, PROBE_LENGTHS)
+    if not report.is_within:
+        raise _mixing_error(base, report)
     return report
 
 
-def _measure_isolation(model: torch.nn.Module, base: Any) -> IsolationReport:
+def _try_to_measure(model: torch.nn.Module, base: Any, lengths: tuple[int, int]) -> IsolationReport | Exception:
+    try:
+        return _measure_isolation(model, base, lengths)
+    except Exception as error:  # a model may fail on a row of documents in any way
+        return error
+
+
+def _mixing_error(base: Any, found: IsolationReport | Exception) -> DocumentsMixError:
+    name = f"{base.config.model_type} with attn_implementation={base.config._attn_implementation!r}"
+    way_out = "Use packing=False and padding_free=False."
+    if base.config._attn_implementation != SFT_DOCUMENTS and base._can_set_attn_implementation():
+        way_out = "Use attn_implementation='auto', or packing=False and padding_free=False."
+    if not isinstance(found, IsolationReport):
+        problem = f"{name} fails on packed rows: {type(found).__name__}: {next(iter(str(found).splitlines()), '')}"
+    elif found.neighbour_effect > found.neighbour_tolerance:
+        problem = (
+            f"documents packed into one row see each other in {name}: changing one changed its neighbour's logits by "
+            f"{found.neighbour_effect:.1e} of the largest one (limit {found.neighbour_tolerance:.1e})"
+        )
+    else:
+        problem = (
+            f"packing changes what {name} computes: logits differ by {found.packing_error:.1e} of the largest one "
+            f"from the unpacked ones (limit {found.packing_tolerance:.1e})"
+        )
+    return DocumentsMixError(f"{problem}. {way_out}")
+
+
+def _probe_lengths(base: Any) -> tuple[int, int]:
+    """Return lengths of two documents, as `PROBE_LENGTHS` or longer, whose sum is no dimension of a tensor.
+
+    So a dimension of that size counts tokens.
+    """
+    taken = {size for tensor in chain(base.parameters(), base.buffers()) for size in tensor.shape}
+    config = base.config.get_text_config().to_dict()
+    taken |= {value for value in config.values() if isinstance(value, int)}
+    heads = {value // other for value in taken for other in (2, 4, 8, 16, 32) if value % other == 0}
+    first = next(length for length in count(PROBE_LENGTHS[0]) if length + PROBE_LENGTHS[1] not in taken | heads)
+    return first, PROBE_LENGTHS[1]
+
+
+def _probe_documents(base: Any, lengths: tuple[int, int]) -> list[list[int]]:
+    """Return both documents, and another first one."""
     vocab_size = base.get_input_embeddings().weight.shape[0]
-    first, second = (_probe_document(vocab_size, length, seed) for seed, length in enumerate(PROBE_LENGTHS))
-    changed = _probe_document(vocab_size, PROBE_LENGTHS[0], seed=len(PROBE_LENGTHS))
+    return [_probe_document(vocab_size, length, seed) for seed, length in enumerate((*lengths, lengths[0]))]
+
+
+def _measure_isolation(model: torch.nn.Module, base: Any, lengths: tuple[int, int]) -> IsolationReport:
+    first, second, changed = _probe_documents(base, lengths)
     packed = _flat_logits(model, base, [first, second])
     perturbed = _flat_logits(model, base, [changed, second])
     alone = torch.cat([_flat_logits(model, base, [first]), _flat_logits(model, base, [second])])
     scale = alone.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    start_of_second = PROBE_LENGTHS[0]
     neighbour_tolerance, packing_tolerance = rounding_tolerances(base)
     return IsolationReport(
-        neighbour_effect=((packed - perturbed)[start_of_second:].abs().max() / scale).item(),
+        neighbour_effect=((packed - perturbed)[lengths[0] :].abs().max() / scale).item(),
         packing_error=((packed - alone).abs().max() / scale).item(),
         neighbour_tolerance=neighbour_tolerance,
         packing_tolerance=packing_tolerance,
@@ -113,9 +218,6 @@ def _probe_document(vocab_size: int, length: int, seed: int) -> list[int]:
 
 def _flat_logits(model: torch.nn.Module, base: Any, documents: list[list[int]]) -> torch.Tensor:
     """Return float32 logits `(num_tokens, vocab)` of documents run in one flat row."""
-    layout = DocumentLayout(tuple(len(document) for document in documents))
-    input_ids = torch.tensor([list(chain.from_iterable(documents))], device=base.device)
-    position_ids = torch.tensor([[place for length in layout.lengths for place in range(length)]], device=base.device)
-    with document_layout(layout):
-        logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    with document_layout([len(document) for document in documents]):
+        logits = model(**flat_row(base, documents), use_cache=False).logits
     return logits[0].float()

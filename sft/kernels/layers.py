@@ -11,7 +11,7 @@ layers use the matrix products of `sft.kernels.products`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sft.inner_model import evaluating
+from sft.kernels.comparison import kind_of, same_results
 from sft.kernels.lora import fused_weights, gated_lora_linear
-from sft.kernels.products import MIN_WIDTH, back_through_linear, linear, onednn_for_float32
+from sft.kernels.products import MIN_WIDTH, back_through_linear, linear, onednn_for_float32, shaped_like
 
 Fused = Callable[[Any, torch.Tensor], torch.Tensor]
 """Module and its input -> its output."""
@@ -84,7 +85,7 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(flat if ctx.needs_input_grad[1] else None, weight)
         ctx.shape = x.shape
-        return linear(flat, weight, bias).view(*x.shape[:-1], weight.shape[0])
+        return shaped_like(linear(flat, weight, bias), x)
 
     @staticmethod
     @once_differentiable
@@ -166,18 +167,25 @@ def _gains_from_products(module: nn.Module) -> bool:
     return plain and min(module.weight.shape) >= MIN_WIDTH and onednn_for_float32()
 
 
-def fused_forward(module: nn.Module) -> Fused | None:
-    """Return the fused function for a module, or None if there is none that gives the same output.
+def can_be_fused(module: nn.Module) -> bool:
+    """Return whether a module looks like one of those that are fused, and nothing stands in the way."""
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if not (_looks_like_norm(module) or _gains_from_products(module) or _looks_like_feed_forward(module)):
+        return False
+    return all(p.dtype == torch.float32 for p in module.parameters() if p.is_floating_point())
 
-    Norms and feed-forward layers are recognized by their names and structure, so the result is compared on a few random
-    rows first.
+
+def fused_forward(module: nn.Module) -> Fused | None:
+    """Return the fused function for a module, or None if there is none that gives the same output and gradients.
+
+    Norms and feed-forward layers are recognized by their names and structure, so the results are compared on a few
+    random rows first.
 
     Args:
         module: Any module. None for one that has a replaced forward, hooks, or parameters that are not float32.
     """
-    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-        return None
-    if any(parameter.is_floating_point() and parameter.dtype != torch.float32 for parameter in module.parameters()):
+    if not can_be_fused(module):
         return None
     if _looks_like_norm(module):
         width, compute = module.weight.shape[0], _norm
@@ -199,16 +207,19 @@ def _takes_one_input(module: nn.Module) -> bool:
     return True
 
 
-@torch.no_grad()
 def _is_same(module: nn.Module, compute: Fused, width: int) -> bool:
-    """Compare a module's own output with the fused one on random rows `(1, 3, width)`."""
+    """Compare a module's own output and gradients with the fused ones on random rows `(1, 3, width)`."""
     if not _takes_one_input(module):
         return False
     device, generator = next(module.parameters()).device, torch.Generator().manual_seed(0)
+    if device.type == "meta":
+        return False
     x = torch.randn(1, 3, width, generator=generator).to(device)
-    with evaluating(module):
-        expected, found = type(module).forward(module, x), compute(module, x)
-    return torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    try:
+        with evaluating(module):
+            return same_results(partial(type(module).forward, module), partial(compute, module), x, module.parameters())
+    except Exception:  # code that is not known may fail on such rows in any way
+        return False
 
 
 def _forward(module: nn.Module, compute: Fused, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -220,15 +231,29 @@ def _forward(module: nn.Module, compute: Fused, *args: Any, **kwargs: Any) -> to
 
 
 @contextmanager
-def fused_layers(model: nn.Module) -> Iterator[int]:
+def fused_layers(model: nn.Module, left_out: Collection[type] = ()) -> Iterator[int]:
     """Replace the forward of the layers that `fused_forward` supports, inside the block.
 
     They run fused while they are in training mode; in evaluation mode their own forward runs.
 
+    Args:
+        model: The model.
+        left_out: Classes of layers that keep their own forward.
+
     Yields:
         Number of replaced layers.
     """
-    fused = [(module, compute) for module in model.modules() if (compute := fused_forward(module)) is not None]
+    computed: dict[tuple[object, ...], Fused | None] = {}
+    fused: list[tuple[Any, Fused]] = []
+    for module in model.modules():
+        if not can_be_fused(module) or type(module) in left_out:
+            continue
+        kind = kind_of(module)
+        if kind not in computed:
+            computed[kind] = fused_forward(module)
+        compute = computed[kind]
+        if compute is not None:
+            fused.append((module, compute))
     for module, compute in fused:
         module.forward = partial(_forward, module, compute)
     try:

@@ -10,7 +10,7 @@ function for any device. A base weight in 4 bits is dequantized for each product
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from sft.kernels.products import back_through_linear, linear
+from sft.kernels.comparison import kind_of, same_results
+from sft.kernels.products import back_through_linear, linear, shaped_like
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class _LoraProduct(torch.autograd.Function):
         output, inner = replace(frozen, down=down, up=up).project(rows)
         ctx.save_for_backward(rows, frozen.weight, down, up, inner)
         ctx.rest, ctx.shape = (frozen.scaling, frozen.packing), x.shape
-        return output.view(*x.shape[:-1], up.shape[0])
+        return shaped_like(output, x)
 
     @staticmethod
     @once_differentiable
@@ -123,7 +124,7 @@ class _GatedLoraProduct(torch.autograd.Function):
         output, inner = replace(frozen, down=down, up=up).project(rows)
         ctx.save_for_backward(gate, x, frozen.weight, down, up, inner)
         ctx.rest = frozen.scaling, frozen.packing
-        return output.view(*x.shape[:-1], up.shape[0])
+        return shaped_like(output, x)
 
     @staticmethod
     @once_differentiable
@@ -237,14 +238,63 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
     return lora_linear(x, weights)
 
 
+def _is_same(layer: Any) -> bool:
+    """Compare a layer's own output and gradients with the fused ones on random rows `(1, 3, width)`."""
+    name = layer.active_adapters[0]
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if down.is_meta:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, down.shape[1], generator=generator).to(down)
+
+    def fused(x: torch.Tensor) -> torch.Tensor:
+        base = layer.base_layer
+        packing = getattr(base.weight, "quant_state", None)
+        return lora_linear(x, LoraWeights(base.weight, base.bias, down, up, layer.scaling[name], packing))
+
+    try:
+        with nonzero_update(up):
+            return same_results(partial(type(layer).forward, layer), fused, x, (down, up))
+    except Exception:  # code that is not known may fail on such rows in any way
+        return False
+
+
 @contextmanager
-def fused_lora(model: nn.Module) -> Iterator[int]:
+@torch.no_grad()
+def nonzero_update(*ups: torch.Tensor) -> Iterator[None]:
+    """Add random numbers to weights B of LoRA layers inside the block; as long as B is zero, A has no effect."""
+    before = [up.clone() for up in ups]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for up in ups:
+            up.add_(torch.randn(up.shape, generator=generator).to(up) * 0.02)
+        yield
+    finally:
+        for up, saved in zip(ups, before, strict=True):
+            up.copy_(saved)
+
+
+@contextmanager
+def fused_lora(model: nn.Module, left_out: Collection[type] = ()) -> Iterator[int]:
     """Replace the forward of the LoRA layers that `can_fuse` accepts by `lora_linear`, inside the block.
+
+    One layer of each kind is run both ways first; a kind whose results differ is left out.
+
+    Args:
+        model: The model.
+        left_out: Classes of layers that keep their own forward.
 
     Yields:
         Number of replaced layers.
     """
-    layers = [module for module in model.modules() if can_fuse(module)]
+    same: dict[tuple[object, ...], bool] = {}
+    layers = []
+    for module in model.modules():
+        if type(module) not in left_out and can_fuse(module):
+            kind = kind_of(module)
+            if kind not in same:
+                same[kind] = _is_same(module)
+            layers += [module] if same[kind] else []
     for layer in layers:
         layer.forward = partial(_forward, layer)
     try:

@@ -45,7 +45,7 @@ def states_before_head(model: nn.Module, inputs: Batch) -> tuple[torch.Tensor, A
 
     handle = causal_lm(model).get_output_embeddings().register_forward_pre_hook(keep_input)
     try:
-        outputs = model(**model_arguments(inputs))
+        outputs = model(**model_arguments(model, inputs))
     finally:
         handle.remove()
     return head_inputs[0], outputs

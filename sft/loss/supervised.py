@@ -87,7 +87,7 @@ def supervised_loss(
         states = _pick_targets(hidden, targets, targets.position)
         sums = linear_cross_entropy_sums(states, head, targets.token, targets.weight, options)
     elif keep_logits:
-        targets, outputs = find_targets(inputs), model(**model_arguments(inputs))
+        targets, outputs = find_targets(inputs), model(**model_arguments(model, inputs))
         logits = outputs.logits
         picked = _pick_target_logits(logits, inputs, targets)
         sums = cross_entropy_sums(picked, targets.token, targets.weight, options)
@@ -125,12 +125,12 @@ def supervised_logits(model: nn.Module, inputs: Batch) -> SupervisedLogits:
     targets = find_targets(inputs)
     kept = torch.unique(targets.position)
     if takes_positions(model) and len(kept):
-        outputs = model(**model_arguments(inputs), logits_to_keep=kept)
+        outputs = model(**model_arguments(model, inputs), logits_to_keep=kept)
         if outputs.logits.shape[1] == len(kept):
             places = torch.searchsorted(kept, targets.position)
             return SupervisedLogits(_pick_targets(outputs.logits, targets, places), targets, outputs)
     else:
-        outputs = model(**model_arguments(inputs))
+        outputs = model(**model_arguments(model, inputs))
     return SupervisedLogits(_pick_target_logits(outputs.logits, inputs, targets), targets, outputs)
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from sft.batches.layout import FILLER, SKIP_LOGITS
 from sft.batches.shared_tokens import SHARED_KEYS
+from sft.inner_model import takes_position_ids
 from sft.labels import IGNORE_INDEX, TOKEN_MASKS
 
 Batch = Mapping[str, Any]
@@ -83,8 +85,10 @@ def num_targets(batch: Batch) -> torch.Tensor:
     return find_targets(batch).weight.sum()
 
 
-def model_arguments(inputs: Batch) -> dict[str, Any]:
-    """Return the arguments of the model's forward: the batch without what only the loss reads, and `use_cache=False`.
+def model_arguments(model: nn.Module, inputs: Batch) -> dict[str, Any]:
+    """Return the arguments of a model's forward: the batch without what only the loss reads, and `use_cache=False`.
+
+    `position_ids` are left out for a model that does not take them.
 
     If the batch has a `SharedTokens` plan, only the tokens to compute are passed on.
     """
@@ -92,4 +96,6 @@ def model_arguments(inputs: Batch) -> dict[str, Any]:
     if "computed" in inputs:
         for name in ("input_ids", "position_ids"):
             arguments[name] = arguments[name][:, inputs["computed"]]
+    if not takes_position_ids(model):
+        arguments.pop("position_ids", None)
     return {**arguments, "use_cache": False}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -28,10 +28,10 @@ from sft.attention.choice import (
     check_flash_sdp,
     choose_packed_attention,
     flash_sdp_only,
-    refuse_packing_reason,
 )
-from sft.attention.isolation import probe_isolation, rounding_tolerances
+from sft.attention.isolation import DocumentsMixError, isolate_documents, rounding_tolerances
 from sft.attention.kernels import SFT_DOCUMENTS, has_row_kernel
+from sft.attention.per_document import Mixer, per_document
 from sft.batches import language_modeling_collator
 from sft.batches.collator import DataCollatorForSFT
 from sft.batches.completion_collator import DataCollatorForCompletionOnlyLM
@@ -61,6 +61,19 @@ class Packing:
     train: bool
     eval: bool
     flat: bool | None
+
+
+@dataclass(frozen=True)
+class RowAttention:
+    """How documents in one row are kept apart.
+
+    Attributes:
+        description: What was chosen and why, in one line.
+        mixers: Modules to run document by document, see `sft.attention.per_document`.
+    """
+
+    description: str
+    mixers: tuple[Mixer, ...] = ()
 
 
 def take_over_collator(collator: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -145,7 +158,7 @@ def choose_dispatch(config: SFTConfig, packing: Packing, datasets_given: list[An
         accelerator.dispatch_batches = False
 
 
-def choose_batches(trainer: Any, trainer_class: type, *, flat: bool | None) -> str:
+def choose_batches(trainer: Any, trainer_class: type, *, flat: bool | None) -> RowAttention:
     """Set the attention for the batches, and decide whether they are flat where the options leave it open.
 
     Args:
@@ -153,9 +166,6 @@ def choose_batches(trainer: Any, trainer_class: type, *, flat: bool | None) -> s
             if these are chosen.
         trainer_class: `SFTTrainer`, whose methods can read flat batches.
         flat: Whether batches are one row without padding; None = if it is faster and nothing needs padded batches.
-
-    Returns:
-        What was chosen and why, in one line.
 
     Raises:
         ValueError: The attention can't be used, see `choose_attention`. Flat batches that were not asked for are given
@@ -168,14 +178,16 @@ def choose_batches(trainer: Any, trainer_class: type, *, flat: bool | None) -> s
     before = model.config._attn_implementation
     if reason is None:
         try:
-            chosen = choose_attention(model, config, flat=True)
+            chosen = choose_attention(model, config, flat=True, whole=False)
         except (ValueError, RuntimeError, ImportError) as error:  # documents see each other, or a kernel fails
-            model.set_attn_implementation(before)
+            if model.config._attn_implementation != before:
+                model.set_attn_implementation(before)
             reason = str(error).splitlines()[0]
         else:
             trainer.data_collator.padding_free = True
-            return f"batches are joined rows without padding; {chosen}"
-    return f"{choose_attention(model, config, flat=False)}: {reason}"
+            return replace(chosen, description=f"batches are joined rows without padding; {chosen.description}")
+    padded = choose_attention(model, config, flat=False)
+    return replace(padded, description=f"{padded.description}: {reason}")
 
 
 def refuse_flat_reason(trainer: Any, trainer_class: type, hardware: Hardware) -> str | None:
@@ -218,9 +230,8 @@ def _refuse_flat_attention(model: Any, config: SFTConfig, hardware: Hardware) ->
         return "prompt tuning puts its tokens before each row"
     if model.device.type != config.device.type:
         return "the model is not on its device yet"
-    reason = refuse_packing_reason(model)
-    if reason is not None or hardware.device_type == "cpu":
-        return reason
+    if hardware.device_type == "cpu":
+        return None
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     if not has_row_kernel(hardware, computed_in(model, config), head_dim):
         return "this device has no kernel that takes documents of many lengths at once"
@@ -232,16 +243,15 @@ def computed_in(model: Any, config: SFTConfig) -> Any:
     return MIXED_PRECISIONS[config.autocast_precision] if config.autocast_precision else model.dtype
 
 
-def choose_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
+def choose_attention(model: Any, config: SFTConfig, *, flat: bool, whole: bool = True) -> RowAttention:
     """Choose and set the attention, and prove for flat batches that documents do not see each other.
 
     Args:
         model: On the device that will train it.
         config: `force_flash_sdp`, the device and the precision.
         flat: Whether batches are one row without padding. The attention of padded batches is only checked.
-
-    Returns:
-        What was chosen and why, in one line.
+        whole: Whether a flat batch may run document by document through the whole model, which is not faster than a
+            padded one.
 
     Raises:
         ValueError: The requested attention can't be used here, or documents in one row would see each other.
@@ -254,7 +264,7 @@ def choose_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
         check_flash_sdp(requested, dtype, hardware, flat)
     if not flat:
         check_attention_request(requested, dtype, hardware)
-        return f"attention {current} on padded batches"
+        return RowAttention(f"attention {current} on padded batches")
     choice = choose_packed_attention(model, requested, hardware, dtype)
     if config.force_flash_sdp and choice.implementation != SFT_DOCUMENTS:
         raise ValueError(
@@ -263,15 +273,21 @@ def choose_attention(model: Any, config: SFTConfig, *, flat: bool) -> str:
         )
     if choice.implementation != current:
         model.set_attn_implementation(choice.implementation)
-    if model.device.type != config.device.type:  # FSDP and DeepSpeed move the model later, in parts
-        logger.warning(
+    description = f"attention {choice.implementation}: {choice.reason}"
+    if model.device.type == "meta" or (
+        model.device.type != config.device.type and choice.implementation != SFT_DOCUMENTS
+    ):
+        logger.warning(  # FSDP and DeepSpeed move the model later, in parts
             "the model is not on its device yet: it is not checked that %s keeps documents from seeing each other",
             choice.implementation,
         )
-    else:
-        with flash_sdp_only() if config.force_flash_sdp else nullcontext():
-            probe_isolation(model)
-    return f"attention {choice.implementation}: {choice.reason}"
+        return RowAttention(description)
+    with flash_sdp_only() if config.force_flash_sdp else nullcontext():
+        isolation = isolate_documents(model)
+    if isolation.is_complete and not whole:
+        raise DocumentsMixError("joined rows would have to be run document by document through the whole model")
+    apart = isolation.describe(causal_lm(model))
+    return RowAttention(f"{description}; {apart}" if apart else description, isolation.mixers)
 
 
 def requested_attention(model: Any) -> str:
@@ -281,37 +297,38 @@ def requested_attention(model: Any) -> str:
     return "auto" if current in ("sdpa", own_choice) else current
 
 
-def choose_shared_tokens(model: Any, config: SFTConfig, data_collator: Any) -> str:
+def choose_shared_tokens(model: Any, config: SFTConfig, data_collator: Any, mixers: tuple[Mixer, ...] = ()) -> str:
     """Have the collator plan which tokens of a batch are computed, if this changes nothing but the time.
 
     Args:
         model: With its attention set, on the device that will train it.
         config: `share_tokens`, and options that exclude it.
         data_collator: Its `share_tokens` is set if it is this library's and makes flat batches.
+        mixers: Modules that run document by document.
 
     Returns:
         What was chosen and why, in one line.
-
-    Raises:
-        ValueError: The model's logits change when common beginnings are computed once.
     """
-    reason = refuse_sharing_reason(model, config, data_collator)
+    reason = refuse_sharing_reason(model, config, data_collator, mixers)
+    if reason is None and model.device.type == config.device.type:  # FSDP and DeepSpeed move the model later, in parts
+        with per_document(causal_lm(model), mixers):
+            reason = probe_sharing(model)
     if reason is not None:
         return f"every token is computed: {reason}"
-    if model.device.type == config.device.type:  # FSDP and DeepSpeed move the model later, in parts
-        probe_sharing(model)
     data_collator.share_tokens = True
     return "common beginnings of documents are computed once, and no token after a document's last target"
 
 
-def refuse_sharing_reason(model: Any, config: SFTConfig, data_collator: Any) -> str | None:
+def refuse_sharing_reason(
+    model: Any, config: SFTConfig, data_collator: Any, mixers: tuple[Mixer, ...] = ()
+) -> str | None:
     """Return why every token of a batch must be computed; None if common beginnings may be computed once."""
     text_config = causal_lm(model).config.get_text_config()
     if not config.share_tokens:
         return "share_tokens is off"
     if type(data_collator) is not DataCollatorForSFT or not data_collator.padding_free:
         return "batches are padded or made by another collator"
-    if text_config._attn_implementation != SFT_DOCUMENTS:
+    if text_config._attn_implementation != SFT_DOCUMENTS and not mixers:
         return f"attention {text_config._attn_implementation} reads rows as they are"
     if config.neftune_noise_alpha is not None:
         return "NEFTune draws noise for each token"
@@ -326,28 +343,30 @@ def refuse_sharing_reason(model: Any, config: SFTConfig, data_collator: Any) -> 
 
 
 @torch.no_grad()
-def probe_sharing(model: Any) -> float:
+def probe_sharing(model: Any) -> str | None:
     """Check that logits are the same whether a common beginning of three documents is computed once or three times.
 
     Returns:
-        The largest difference, relative to the largest logit.
-
-    Raises:
-        ValueError: The difference is larger than rounding.
+        None if they are, otherwise what is wrong.
     """
     vocab_size = causal_lm(model).get_input_embeddings().weight.shape[0]
     begin = [(7 * place + 1) % vocab_size for place in range(12)]
     rows = [{"input_ids": [*begin, *((place + end) % vocab_size for place in range(6))]} for end in (2, 3, 5)]
+    name = causal_lm(model).config.model_type
     with evaluating(model):
-        alone, shared = (_logits(model, rows, share_tokens=sharing) for sharing in (False, True))
+        alone = _logits(model, rows, share_tokens=False)
+        try:
+            shared = _logits(model, rows, share_tokens=True)
+        except Exception as error:  # a model may fail on a row with gaps in any way
+            return f"{name} fails where common beginnings are computed once ({type(error).__name__}: {error})"
     difference = ((alone - shared).abs().max() / alone.abs().max().clamp_min(1e-30)).item()
     tolerance = rounding_tolerances(causal_lm(model))[1]
     if difference > tolerance:
-        raise ValueError(
-            f"computing common beginnings once changes what {causal_lm(model).config.model_type} computes: logits "
-            f"differ by {difference:.1e} of their size (limit {tolerance:.1e}). Use share_tokens=False."
+        return (
+            f"computing common beginnings once changes the logits of {name} by {difference:.1e} of their size "
+            f"(limit {tolerance:.1e})"
         )
-    return difference
+    return None
 
 
 def _logits(model: Any, rows: list[dict[str, list[int]]], *, share_tokens: bool) -> torch.Tensor:

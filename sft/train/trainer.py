@@ -31,13 +31,13 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput
 
 from sft.attention.choice import flash_sdp_only
+from sft.attention.per_document import per_document
 from sft.batches.layout import FILLER, SKIP_LOGITS, batch_layout, current_layout, document_layout
 from sft.batches.shared_tokens import without_sharing
 from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
-from sft.inner_model import causal_lm
-from sft.kernels.layers import fused_layers
-from sft.kernels.lora import fused_lora
+from sft.inner_model import causal_lm, takes_position_ids
+from sft.kernels.proven import proven_fused_layers
 from sft.labels import TOKEN_MASKS
 from sft.loss.cross_entropy import LossOptions
 from sft.loss.supervised import supervised_loss
@@ -229,7 +229,8 @@ class SFTTrainer(Trainer):
         # 6. Attention that keeps documents apart, and tokens to compute once. Both are tried out on the model, which is
         #    on its device by now, unless FSDP or DeepSpeed moves it when training begins.
         with self.accelerator.autocast():
-            self.attention = choose_batches(self, SFTTrainer, flat=packing.flat)
+            chosen = choose_batches(self, SFTTrainer, flat=packing.flat)
+            self.attention, self._mixers = chosen.description, chosen.mixers
             self.sharing = self._choose_shared_tokens(config)
         self._log_choices()
         if hasattr(self.model, "add_model_tags"):
@@ -259,7 +260,7 @@ class SFTTrainer(Trainer):
     def _choose_shared_tokens(self, config: SFTConfig) -> str:
         if self.compute_loss_func is not None:
             return "every token is computed: compute_loss_func is given the outputs of all tokens"
-        return choose_shared_tokens(self.model, config, self.data_collator)
+        return choose_shared_tokens(self.model, config, self.data_collator, self._mixers)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `transformers.Trainer.train` does, with NEFTune's noise and fused layers until it returns.
@@ -272,8 +273,7 @@ class SFTTrainer(Trainer):
             check_disk(self.model, self.args, self._num_steps(), resumes=resumes)
         with (
             embedding_noise(self.model, self.args.neftune_noise_alpha),
-            fused_lora(self.model) if self.args.fused_lora else nullcontext(),
-            fused_layers(self.model) if self.args.fused_layers else nullcontext(),
+            proven_fused_layers(self.model, lora=self.args.fused_lora, layers=self.args.fused_layers),
         ):
             return super().train(*args, **kwargs)
 
@@ -305,12 +305,19 @@ class SFTTrainer(Trainer):
         if self._before_update is None:
             self._before_update = self._totals["train"].copy()
         with (
-            attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp),
+            self._attention_context(inputs),
             offloaded_activations(model, enabled=self.args.activation_offloading),
         ):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._callback(LossWatch).add(loss)
         return loss
+
+    @contextmanager
+    def _attention_context(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Tell the model inside the block where the documents of a batch end, and keep them apart."""
+        flash = flash_sdp_only() if self.args.force_flash_sdp else nullcontext()
+        with document_layout(batch_layout(inputs)), per_document(causal_lm(self.model), self._mixers), flash:
+            yield
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Return the norm of the gradients; apply `on_bad_loss` if this update is a bad one.
@@ -348,12 +355,14 @@ class SFTTrainer(Trainer):
             inputs = {**inputs, "output_router_logits": True}  # a vision-language model reads it nowhere else
         if self.compute_loss_func is not None:
             inputs = {name: value for name, value in inputs.items() if name not in OWN_INPUTS}
+            if not takes_position_ids(model):
+                inputs.pop("position_ids", None)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         keep_logits = return_outputs and not self._skip_logits
         if keep_logits:
             inputs = without_sharing(inputs)
         inside = current_layout() is not None  # as in `training_step`; a script may call this by itself
-        with nullcontext() if inside else attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp):
+        with nullcontext() if inside else self._attention_context(inputs):
             result = supervised_loss(model, inputs, num_items_in_batch, self._loss_options, keep_logits=keep_logits)
         skip_broken = model.training and self.args.logging_nan_inf_filter
         self._totals["train" if model.training else "eval"].add(result, skip_broken=skip_broken)
@@ -374,7 +383,7 @@ class SFTTrainer(Trainer):
         inputs = inputs if prediction_loss_only else without_sharing(inputs)
         self._skip_logits = prediction_loss_only
         try:
-            with attention_context(inputs, force_flash_sdp=self.args.force_flash_sdp):
+            with self._attention_context(inputs):
                 return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
             self._skip_logits = False
@@ -560,15 +569,3 @@ def checkpointing_arguments(config: SFTConfig) -> dict[str, Any]:
             "gradient_checkpointing_kwargs", config.activation_checkpointing_kwargs
         ),
     }
-
-
-@contextmanager
-def attention_context(inputs: dict[str, Any], *, force_flash_sdp: bool) -> Iterator[None]:
-    """Tell attention inside the block where the documents of a flat batch end, and whether to use only torch's flash.
-
-    Args:
-        inputs: A batch.
-        force_flash_sdp: Refuse to compute attention with another kernel than torch's own flash kernel.
-    """
-    with document_layout(batch_layout(inputs)), flash_sdp_only() if force_flash_sdp else nullcontext():
-        yield

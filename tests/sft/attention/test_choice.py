@@ -13,7 +13,6 @@ from sft.attention.choice import (
     check_flash_sdp,
     choose_packed_attention,
     flash_sdp_only,
-    refuse_packing_reason,
 )
 from sft.attention.isolation import probe_isolation
 from sft.attention.kernels import SFT_DOCUMENTS
@@ -180,7 +179,9 @@ def test_probe_refuses_a_backend_that_leaks_and_leaves_the_mode_as_it_was() -> N
 def test_probe_refuses_layers_that_carry_state_from_one_document_to_the_next() -> None:
     model = tiny_model("recurrent_gemma", num_key_value_heads=1, lru_width=16, block_types=["recurrent", "attention"])
     model.set_attn_implementation(SFT_DOCUMENTS)
-    with pytest.raises(ValueError, match=r"see each other in recurrent_gemma .*\. Use packing=False\."):
+    with pytest.raises(
+        ValueError, match=r"see each other in recurrent_gemma .*\. Use packing=False and padding_free=False\."
+    ):
         probe_isolation(model)
 
 
@@ -200,10 +201,12 @@ def test_probe_refuses_a_freshly_initialised_leaking_model_too() -> None:
 
 
 @pytest.mark.parametrize("family", ["bloom", "falcon", "mpt"])
-def test_families_that_cannot_be_packed_are_refused_with_the_way_out(family: str) -> None:
+def test_attention_code_of_a_models_own_is_left_as_it_is(family: str) -> None:
     extra = {"mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2}}.get(family, {})
-    with pytest.raises(ValueError, match=f"{family} models cannot train on packed rows: .*packing=False"):
-        choose_packed_attention(tiny_model(family, **extra), "auto")
+    model = tiny_model(family, **extra)
+    choice = choose_packed_attention(model, "auto")
+    assert choice.implementation == model.config._attn_implementation
+    assert choice.reason == "the model computes attention in code of its own"
 
 
 @pytest.mark.parametrize("requested", [None, "auto", "sdpa", SFT_DOCUMENTS])
@@ -304,7 +307,3 @@ def test_flash_kernel_can_be_forced_on_packed_rows() -> None:
     with flash_sdp_only():
         loss, _ = packed(make("gpt2"))
     torch.testing.assert_close(loss, reference_loss)
-
-
-def test_reason_for_refusal_is_none_for_the_offered_families() -> None:
-    assert [refuse_packing_reason(tiny_model(family)) for family in FAMILIES] == [None] * len(FAMILIES)

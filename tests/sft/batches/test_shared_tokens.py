@@ -159,7 +159,6 @@ def test_dropout_speaks_against_sharing(tmp_path: Path) -> None:
 
 def test_probe_finds_a_model_whose_layers_mix_neighbours() -> None:
     model = make("llama", "sft_documents")
-    assert probe_sharing(model) < 1e-5
+    assert probe_sharing(model) is None
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output + output.roll(1, dims=1))
-    with pytest.raises(ValueError, match="common beginnings once changes what llama computes"):
-        probe_sharing(model)
+    assert "computing common beginnings once changes the logits of llama by" in str(probe_sharing(model))

@@ -115,7 +115,7 @@ def test_supervised_logits_are_the_models_logits_at_the_supervised_positions(fam
     model, inputs = make(family), batch(flat)
     with document_layout(inputs.get("seq_lengths")), torch.no_grad():
         supervised = supervised_logits(model, inputs)
-        full = model(**model_arguments(inputs)).logits
+        full = model(**model_arguments(model, inputs)).logits
     targets = supervised.targets
     torch.testing.assert_close(supervised.logits, full[targets.row, targets.position], rtol=1e-5, atol=1e-6)
     assert supervised.outputs.logits.shape[1] < full.shape[1]

@@ -36,7 +36,7 @@ def config(folder: str, **options: Any) -> SFTConfig:
 def test_padded_batches_keep_the_models_attention(folder: str) -> None:
     model = tiny_model("opt")
     before = model.config._attn_implementation
-    assert choose_attention(model, config(folder), flat=False) == f"attention {before} on padded batches"
+    assert choose_attention(model, config(folder), flat=False).description == f"attention {before} on padded batches"
     assert model.config._attn_implementation == before
 
 
@@ -144,7 +144,7 @@ def test_model_whose_documents_leak_gets_padded_batches(folder: str, monkeypatch
     def leaks(model: Any) -> None:
         raise ValueError("documents see each other")
 
-    monkeypatch.setattr(batches, "probe_isolation", leaks)
+    monkeypatch.setattr(batches, "isolate_documents", leaks)
     chosen = trainer(folder, model)
     assert chosen.attention == f"attention {before} on padded batches: documents see each other"
     assert chosen.model.config._attn_implementation == before
@@ -180,16 +180,20 @@ def asked_for(attention: str, family: str = "llama", **overrides: Any) -> PreTra
 
 def test_eager_attention_is_kept_where_it_was_asked_for(folder: str) -> None:
     model = asked_for("eager")
-    assert choose_attention(model, config(folder), flat=True).startswith("attention eager: as requested")
+    assert choose_attention(model, config(folder), flat=True).description.startswith("attention eager: as requested")
     assert model.config._attn_implementation == "eager"
     model = tiny_model("gemma2")  # eager is the default of transformers for it, not a request
     assert model.config._attn_implementation == "eager"
-    assert choose_attention(model, config(folder), flat=True).startswith("attention sft_documents: ")
+    assert choose_attention(model, config(folder), flat=True).description.startswith("attention sft_documents: ")
 
 
-def test_eager_attention_that_leaks_is_refused_where_it_was_asked_for(folder: str) -> None:
-    with pytest.raises(ValueError, match=r"see each other in opt .*'eager'.* Use attn_implementation='auto'"):
-        choose_attention(asked_for("eager", "opt"), config(folder), flat=True)
+def test_eager_attention_that_leaks_runs_document_by_document_where_it_was_asked_for(folder: str) -> None:
+    chosen = choose_attention(asked_for("eager", "opt"), config(folder), flat=True)
+    assert chosen.description.endswith("; 2 OPTAttention run document by document")
+    assert [mixer.name for mixer in chosen.mixers] == [
+        "model.decoder.layers.0.self_attn",
+        "model.decoder.layers.1.self_attn",
+    ]
 
 
 @pytest.mark.parametrize("flat", [False, True])
