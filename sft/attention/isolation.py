@@ -12,6 +12,7 @@ import torch
 from sft.attention.kernels import SFT_DOCUMENTS
 from sft.attention.per_document import (
     Mixer,
+    find_counting_decoder,
     find_decoder,
     find_layers,
     find_mixers,
@@ -95,7 +96,7 @@ def isolate_documents(model: torch.nn.Module) -> Isolation:
         if isinstance(first, IsolationReport) and first.is_within and first.neighbour_effect == 0:
             return Isolation(first)
         documents = _probe_documents(base, lengths)[:2]
-        for find in (find_mixers, find_layers, find_decoder):
+        for find in (find_mixers, find_layers, find_decoder, find_counting_decoder):
             try:
                 mixers = find(base, documents)
             except Exception:  # as above; CannotDivideError among them
@@ -103,7 +104,7 @@ def isolate_documents(model: torch.nn.Module) -> Isolation:
             with per_document(base, mixers):
                 report = _try_to_measure(model, base, lengths)
             if isinstance(report, IsolationReport) and report.is_within:
-                return Isolation(report, tuple(mixers), is_complete=find is find_decoder)
+                return Isolation(report, tuple(mixers), is_complete=find in (find_decoder, find_counting_decoder))
     raise _mixing_error(base, first)
 
 
@@ -115,7 +116,7 @@ def probe_isolation(model: torch.nn.Module) -> IsolationReport:
 
     1. Run both documents in one row.
     2. Run them again with another first document: the second one's logits must stay the same.
-    3. Run each document alone (two passes): the logits must equal those of the packed row.
+    3. Run each document alone as the model does by itself (two passes): the logits must equal those of the packed row.
 
     Args:
         model: Causal model of transformers, with the attention that is going to be used.
@@ -184,7 +185,7 @@ def _measure_isolation(model: torch.nn.Module, base: Any, lengths: tuple[int, in
     first, second, changed = _probe_documents(base, lengths)
     packed = _flat_logits(model, base, [first, second])
     perturbed = _flat_logits(model, base, [changed, second])
-    alone = torch.cat([_flat_logits(model, base, [first]), _flat_logits(model, base, [second])])
+    alone = torch.cat([_logits_alone(model, base, document) for document in (first, second)])
     scale = alone.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     neighbour_tolerance, packing_tolerance = rounding_tolerances(base)
     return IsolationReport(
@@ -220,4 +221,11 @@ def _flat_logits(model: torch.nn.Module, base: Any, documents: list[list[int]]) 
     """Return float32 logits `(num_tokens, vocab)` of documents run in one flat row."""
     with document_layout([len(document) for document in documents]):
         logits = model(**flat_row(base, documents), use_cache=False).logits
+    return logits[0].float()
+
+
+def _logits_alone(model: torch.nn.Module, base: Any, document: list[int]) -> torch.Tensor:
+    """Return float32 logits `(num_tokens, vocab)` of one document, whose positions the model counts itself."""
+    with document_layout(None):
+        logits = model(input_ids=torch.tensor([document], device=base.device), use_cache=False).logits
     return logits[0].float()

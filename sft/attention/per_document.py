@@ -7,15 +7,21 @@ enough (positions that the model counts itself), all its layers are, as one modu
 
 `find_mixers` finds the modules by trying them out, whatever their class. `per_document` replaces their forward.
 
-Documents of similar length are run as one batch, filled up to the longest by repeating their last token: no token of a
-causal module depends on later ones. Where this is not possible, the documents are run one after another.
+A module is run in the first of these ways that gives the same as each document alone:
+
+1. With borders: it gets the row, and where documents begin (`seq_idx`, `cu_seq_lens_q`). Layers of transformers pass
+   this on to the kernels of flash-linear-attention, causal-conv1d and mamba-ssm, if these are installed.
+2. As batches of documents of similar length, filled up to the longest by repeating their last token: no token of a
+   causal module depends on later ones.
+3. One document after another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -33,6 +39,14 @@ FILL = 0.75
 """Least length of a document in a batch, as a fraction of the longest one there."""
 
 
+class Way(StrEnum):
+    """Ways to run a module document by document."""
+
+    BORDERS = "with borders"
+    BATCHES = "as batches"
+    ONE_BY_ONE = "one by one"
+
+
 @dataclass(frozen=True)
 class Mixer:
     """A module to run document by document.
@@ -41,13 +55,15 @@ class Mixer:
         name: Its name in the model.
         inputs: Path of each tensor in its arguments -> dimensions that count tokens.
         outputs: The same for its outputs, in order.
-        batched: Whether documents can be run as a batch.
+        way: How it is run.
+        left_out: Names of arguments that it is not given.
     """
 
     name: str
     inputs: Mapping[str, Places]
     outputs: tuple[Places, ...]
-    batched: bool
+    way: Way
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,17 +72,6 @@ class _Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Documents of similar length.
-
-    Attributes:
-        places: `(num_documents, longest)` place of each token among the computed tokens of the row.
-    """
-
-    places: torch.Tensor
 
 
 class CannotDivideError(ValueError):
@@ -100,7 +105,8 @@ def _forward(own: Callable[..., Any], mixer: Mixer, *args: Any, **kwargs: Any) -
     layout = current_layout()
     if layout is None:
         return own(*args, **kwargs)
-    return _run(own, mixer, _Call(args, kwargs), layout)
+    kept = {name: value for name, value in kwargs.items() if name not in mixer.left_out}
+    return _run(own, mixer, _Call(args, kept), layout)
 
 
 def _run(own: Callable[..., Any], mixer: Mixer, call: _Call, layout: DocumentLayout) -> Any:
@@ -110,25 +116,36 @@ def _run(own: Callable[..., Any], mixer: Mixer, call: _Call, layout: DocumentLay
     dims = [mixer.inputs.get(path, _token_dims(leaf, num_tokens)) for path, leaf in leaves]
     values = [leaf for _, leaf in leaves]
     device = next(leaf.device for leaf, places in zip(values, dims, strict=True) if places)
-    batches = _batches(layout, device) if mixer.batched else _single(layout, device)
+    batched = mixer.way == Way.BATCHES
+    pick = _pick_batch if batched else _pick_document
     parts: list[list[Any]] = []
-    for batch in batches:
-        # one document in a flat row is a layout of its own, which windows need; a batch is masked by causality alone
-        inner = None if mixer.batched else DocumentLayout((batch.places.shape[1],))
-        pick = _pick_batch if mixer.batched else _pick_document
+    for places in _parts(layout, mixer.way, device):
         picked = [
-            pick(leaf, places, batch.places) if places else leaf for leaf, places in zip(values, dims, strict=True)
+            pick(leaf, places_of, places) if places_of else leaf for leaf, places_of in zip(values, dims, strict=True)
         ]
         args, kwargs = pytree.tree_unflatten(picked, spec)
+        inner, borders = None, {}
+        if mixer.way == Way.ONE_BY_ONE:  # a layout of its own, which windows need; a batch is masked by causality alone
+            inner = DocumentLayout((places.shape[1],))
+        if mixer.way == Way.BORDERS:
+            inner = DocumentLayout(layout.lengths)
+            borders = {"seq_idx": inner.document_ids(device)[None].int(), "cu_seq_lens_q": inner.boundaries(device)}
         with document_layout(inner):
-            outputs, outputs_spec = pytree.tree_flatten(own(*args, **kwargs))
+            outputs, outputs_spec = pytree.tree_flatten(own(*args, **kwargs, **borders))
         parts.append(outputs)
-    order = _order(layout, mixer.batched, device)
+    order = _order(layout, batched, device)
     joined = [
-        _join([part[number] for part in parts], places, order, mixer.batched)
-        for number, places in enumerate(mixer.outputs)
+        _join([part[number] for part in parts], places, order, batched) for number, places in enumerate(mixer.outputs)
     ]
     return pytree.tree_unflatten(joined, outputs_spec)
+
+
+def _parts(layout: DocumentLayout, way: Way, device: torch.device) -> list[torch.Tensor]:
+    """Return for each call of a module the places of its tokens in the row of computed tokens, `(rows, length)`."""
+    if way == Way.BATCHES:
+        return _batches(layout, device)
+    documents = _documents(layout, device)
+    return [torch.cat(documents)[None]] if way == Way.BORDERS else [document[None] for document in documents]
 
 
 def _flatten(call: _Call) -> tuple[list[tuple[str, Any]], Any]:
@@ -189,10 +206,6 @@ def _documents(layout: DocumentLayout, device: torch.device) -> list[torch.Tenso
     return layout.cache[key]
 
 
-def _single(layout: DocumentLayout, device: torch.device) -> list[_Batch]:
-    return [_Batch(places[None]) for places in _documents(layout, device)]
-
-
 def _groups(lengths: Sequence[int]) -> list[list[int]]:
     """Divide documents into groups of similar lengths.
 
@@ -211,7 +224,8 @@ def _groups(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _batches(layout: DocumentLayout, device: torch.device) -> list[_Batch]:
+def _batches(layout: DocumentLayout, device: torch.device) -> list[torch.Tensor]:
+    """Return for each group of documents the places of their tokens; the last one fills up the shorter documents."""
     key = f"document_batches:{device}"
     if key not in layout.cache:
         documents = _documents(layout, device)
@@ -222,7 +236,7 @@ def _batches(layout: DocumentLayout, device: torch.device) -> list[_Batch]:
                 torch.cat([documents[number], documents[number][-1:].expand(longest - layout.lengths[number])])
                 for number in group
             ]
-            batches.append(_Batch(torch.stack(filled)))
+            batches.append(torch.stack(filled))
         layout.cache[key] = batches
     return layout.cache[key]
 
@@ -288,6 +302,11 @@ def find_decoder(base: Any, documents: Sequence[Sequence[int]]) -> list[Mixer]:
         if module is inner and module is not base:
             return [_Trial(base, {name: module}, documents).mixer(name, module)]
     raise CannotDivideError(f"{type(base).__name__} has no part below its head")
+
+
+def find_counting_decoder(base: Any, documents: Sequence[Sequence[int]]) -> list[Mixer]:
+    """Return the same for a model that is to count positions itself, as those of RoBERTa do from 2 on."""
+    return [replace(mixer, left_out=("position_ids",)) for mixer in find_decoder(base, documents)]
 
 
 def _layers(base: nn.Module) -> dict[str, nn.Module]:
@@ -366,7 +385,7 @@ class _Trial:
 
     @torch.no_grad()
     def mixer(self, name: str, module: nn.Module) -> Mixer:
-        """Return how to run a module document by document; as a batch, if this gives the same.
+        """Return how to run a module document by document, see the head of this module.
 
         Raises:
             CannotDivideError: The module is not called, or its outputs can't be divided into documents.
@@ -376,24 +395,23 @@ class _Trial:
         call = self.calls[name]
         inputs = {path: _token_dims(leaf, self.layout.num_tokens) for path, leaf in _flatten(call)[0]}
         with evaluating(module):
-            alone = Mixer(name, inputs, self._outputs(call, inputs, module), batched=False)
-            together = Mixer(name, inputs, alone.outputs, batched=True)
+            alone = Mixer(name, inputs, self._outputs(call, inputs, module), Way.ONE_BY_ONE)
             expected = _run(module, alone, call, self.layout)
-            with suppress(Exception):  # an argument without a dimension for rows, a module that takes one row only
-                if _same(expected, _run(module, together, call, self.layout)):
-                    return together
+            for mixer in (replace(alone, way=Way.BORDERS), replace(alone, way=Way.BATCHES)):
+                # it takes no borders, an argument has no dimension for rows, it takes one row only
+                with suppress(Exception):
+                    if _same(expected, _run(module, mixer, call, self.layout)):
+                        return mixer
         return alone
 
     def _outputs(self, call: _Call, inputs: Mapping[str, Places], module: nn.Module) -> tuple[Places, ...]:
         """Return the token dimensions of a module's outputs: those that differ between documents of two lengths."""
         leaves, spec = _flatten(call)
         found = []
-        for batch in _single(self.layout, _device_of(leaves)):
-            picked = [
-                _pick_document(leaf, inputs[path], batch.places) if inputs[path] else leaf for path, leaf in leaves
-            ]
+        for places in _parts(self.layout, Way.ONE_BY_ONE, _device_of(leaves)):
+            picked = [_pick_document(leaf, inputs[path], places) if inputs[path] else leaf for path, leaf in leaves]
             args, kwargs = pytree.tree_unflatten(picked, spec)
-            with document_layout((batch.places.shape[1],)):
+            with document_layout((places.shape[1],)):
                 found.append(pytree.tree_leaves(module(*args, **kwargs)))
         return tuple(self._common(*outputs) for outputs in zip(*found, strict=True))
 

@@ -282,8 +282,15 @@ def choose_attention(model: Any, config: SFTConfig, *, flat: bool, whole: bool =
             choice.implementation,
         )
         return RowAttention(description)
-    with flash_sdp_only() if config.force_flash_sdp else nullcontext():
+    try:
+        with flash_sdp_only() if config.force_flash_sdp else nullcontext():
+            isolation = isolate_documents(model)
+    except DocumentsMixError:
+        if choice.implementation == current or requested != "auto":
+            raise
+        model.set_attn_implementation(current)  # a layer may need the mask that only the model's own attention gets
         isolation = isolate_documents(model)
+        description = f"attention {current}: {choice.implementation} can't be used"
     if isolation.is_complete and not whole:
         raise DocumentsMixError("joined rows would have to be run document by document through the whole model")
     apart = isolation.describe(causal_lm(model))

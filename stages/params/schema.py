@@ -465,6 +465,13 @@ class TrainSection(Section):
     num_train_epochs: Annotated[float, Field(gt=0.0, description="Passes over the data.")]
     max_steps: Annotated[int, Field(ge=-1, description="Number of steps, if positive; overrides num_train_epochs.")]
     per_device_train_batch_size: Annotated[Positive, Field(description="Packed rows per forward pass.")]
+    padding_free: Annotated[
+        bool | None,
+        Field(
+            description="Whether rows of one document (`pack.strategy: none`) are joined instead of padded; null = if "
+            "this is not slower. Packed rows are always joined."
+        ),
+    ]
     gradient_accumulation_steps: Annotated[Positive, Field(description="Forward passes per step.")]
     lr_scheduler_type: Annotated[
         Literal["linear", "cosine", "constant", "constant_with_warmup"],
@@ -681,6 +688,15 @@ class Params(Section):
     quantize: QuantizeSection
     evaluate: EvaluateSection
     publish: PublishSection
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> Params:
+        if self.train.padding_free is False and self.pack.strategy != "none":
+            raise ValueError(
+                f"train.padding_free: false would be ignored: with pack.strategy {self.pack.strategy}, a row holds "
+                "several documents and no padding; set pack.strategy: none, or train.padding_free: null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_gates(self) -> Params:

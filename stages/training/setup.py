@@ -8,6 +8,7 @@ from typing import Any
 from datasets import load_from_disk
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
+from sft.attention.isolation import DocumentsMixError
 from sft.chat.formats import resize_embeddings
 from sft.config import ModelConfig, SFTConfig
 from sft.models.adapters import get_peft_config
@@ -36,18 +37,24 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
         paths: The checkout, with the outs of `load`, `format` and `pack`.
         config: The options, made by `make_sft_config`.
         recorders: Callbacks that record the training.
+
+    Raises:
+        ValueError: The model can't train on rows of several documents.
     """
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     model_config = make_model_config(params)
-    trainer = SFTTrainer(
-        load_base(params.model, model_config, tokenizer, paths),
-        args=config,
-        train_dataset=load_from_disk(str(paths.out("pack", "train"))),
-        eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_config),
-        callbacks=[LogLastStep(), *recorders, SealCheckpoints()],
-    )
+    try:
+        trainer = SFTTrainer(
+            load_base(params.model, model_config, tokenizer, paths),
+            args=config,
+            train_dataset=load_from_disk(str(paths.out("pack", "train"))),
+            eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_config),
+            callbacks=[LogLastStep(), *recorders, SealCheckpoints()],
+        )
+    except DocumentsMixError as error:
+        raise ValueError(f"{error} In params.yaml: pack.strategy: none and train.padding_free: false") from None
     trainer.remove_callback(PrinterCallback)  # `ProgressLines` replaces it
     return trainer
 
@@ -102,7 +109,6 @@ def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
         eval_strategy="steps",
         save_strategy="steps",
         save_total_limit=2,
-        padding_free=True,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to=[],
         disable_tqdm=True,

@@ -10,7 +10,7 @@ from torch import nn
 
 from sft.attention.isolation import DocumentsMixError, Isolation, isolate_documents
 from sft.attention.kernels import SFT_DOCUMENTS
-from sft.attention.per_document import CannotDivideError, Mixer, find_mixers, flat_row, per_document
+from sft.attention.per_document import CannotDivideError, Mixer, Way, find_mixers, flat_row, per_document
 from sft.batches.layout import DocumentLayout, batch_layout, document_layout
 from sft.batches.shared_tokens import share_tokens
 from tests.sft.test_families import assert_same, gradients
@@ -107,8 +107,8 @@ def test_padded_rows_run_as_ever_inside_the_block() -> None:
 
 
 def test_recurrent_layers_run_as_batches_and_attention_with_a_mask_one_by_one() -> None:
-    assert all(mixer.batched for mixer in isolate_documents(make("lfm2")).mixers)
-    assert not any(mixer.batched for mixer in isolate_documents(make("bloom")).mixers)
+    assert {mixer.way for mixer in isolate_documents(make("lfm2")).mixers} == {Way.BATCHES}
+    assert {mixer.way for mixer in isolate_documents(make("bloom")).mixers} == {Way.ONE_BY_ONE}
 
 
 def test_beginnings_computed_once_are_given_to_every_document() -> None:
@@ -189,9 +189,29 @@ def test_documents_of_similar_length_share_a_batch() -> None:
             return super().forward(states)
 
     module = nn.ModuleDict({"layer": Watched()})
-    mixer = Mixer("layer", {}, ((1,),), batched=True)
+    mixer = Mixer("layer", {}, ((1,),), Way.BATCHES)
     states = torch.arange(20.0)[None, :, None].expand(1, 20, 2)
     with document_layout(DocumentLayout((8, 2, 7, 3))), per_document(module, [mixer]):
         found = module["layer"](states)
     assert seen == [(2, 8, 2), (1, 3, 2), (1, 2, 2)]
     assert found[0, :, 0].tolist() == [0, 1, 3, 5, 7, 9, 11, 13, 8, 17, 10, 21, 23, 25, 27, 29, 31, 17, 35, 37]
+
+
+class BorderedShift(nn.Module):
+    """`Shift` that keeps documents apart by itself if it is told where they begin, as kernels for GPUs do."""
+
+    def forward(self, states: torch.Tensor, seq_idx: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+        before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)
+        if seq_idx is not None:
+            begins = torch.cat([torch.ones_like(seq_idx[:, :1], dtype=torch.bool), seq_idx.diff() != 0], dim=1)
+            before = before.masked_fill(begins[..., None], 0)
+        return states + before
+
+
+def test_a_module_that_takes_borders_gets_them_with_the_complete_row() -> None:
+    model = random_model("llama", SFT_DOCUMENTS)
+    model.model.layers[0].input_layernorm = BorderedShift()
+    isolation = isolate_documents(model)
+    assert [(mixer.name, mixer.way) for mixer in isolation.mixers] == [("model.layers.0.input_layernorm", Way.BORDERS)]
+    found, expected = results_in_one_row(model, isolation), results_alone(model)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
