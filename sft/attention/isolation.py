@@ -135,6 +135,45 @@ def probe_isolation(model: torch.nn.Module) -> IsolationReport:
     return report
 
 
+@torch.no_grad()
+def probe_padding(model: torch.nn.Module) -> None:
+    """Check that documents padded to one length, on the right, have the logits of documents alone.
+
+    Args:
+        model: Causal model of transformers.
+
+    Raises:
+        DocumentsMixError: They differ, or the model fails on such a batch.
+    """
+    base = causal_lm(model)
+    documents = _probe_documents(base, PROBE_LENGTHS)[:2]
+    longest = max(PROBE_LENGTHS)
+    filler = base.config.get_text_config().pad_token_id
+    ids = [document + [filler or 0] * (longest - len(document)) for document in documents]
+    mask = [[int(place < len(document)) for place in range(longest)] for document in documents]
+    batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    name = f"{base.config.model_type} with attn_implementation={base.config._attn_implementation!r}"
+    way_out = "Use packing=True or padding_free=True."
+    with evaluating(model), document_layout(None):
+        alone = [_logits_alone(model, base, document) for document in documents]
+        try:
+            padded = model(
+                **{key: value.to(base.device) for key, value in batch.items()}, use_cache=False
+            ).logits.float()
+        except Exception as error:  # a model may fail on such a batch in any way
+            raise DocumentsMixError(
+                f"{name} fails on padded rows: {type(error).__name__}: {error}. {way_out}"
+            ) from error
+    scale = max(logits.abs().max() for logits in alone)
+    difference = max((row[: len(one)] - one).abs().max() / scale for row, one in zip(padded, alone, strict=True)).item()
+    tolerance = rounding_tolerances(base)[1]
+    if difference > tolerance:
+        raise DocumentsMixError(
+            f"padding changes what {name} computes: logits differ by {difference:.1e} of the largest one from the "
+            f"unpadded ones (limit {tolerance:.1e}). {way_out}"
+        )
+
+
 def _try_to_measure(model: torch.nn.Module, base: Any, lengths: tuple[int, int]) -> IsolationReport | Exception:
     try:
         return _measure_isolation(model, base, lengths)
@@ -207,7 +246,7 @@ def rounding_tolerances(base: Any) -> tuple[float, float]:
         base: Model of transformers, without wrappers.
     """
     device_type = base.device.type
-    if base.dtype != torch.float32 or torch.is_autocast_enabled(device_type):
+    if torch.finfo(base.dtype).eps > 1e-6 or torch.is_autocast_enabled(device_type):
         return 5e-2, 5e-2
     return 1e-5, 1e-4 if device_type == "cpu" else 1e-2
 

@@ -152,7 +152,7 @@ def explicit_attention(
 
     1. Scores: `query @ key^T * scaling`, capped if there is a soft cap.
     2. Mask: by `attention_mask`, else by causality and window.
-    3. Softmax in float32; an attention sink takes part in it as one more key and is dropped afterwards.
+    3. Softmax in float32 at least; an attention sink takes part in it as one more key and is dropped afterwards.
     4. Dropout, then `weights @ value`.
 
     Args:
@@ -170,7 +170,8 @@ def explicit_attention(
     scores = query @ key.transpose(-1, -2) * options.scaling
     if options.softcap is not None:
         scores = torch.tanh(scores / options.softcap) * options.softcap
-    scores = _masked(scores, options, attention_mask).float()
+    scores = _masked(scores, options, attention_mask)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if options.sinks is None:
         weights = scores.softmax(-1)
     else:

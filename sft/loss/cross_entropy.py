@@ -119,9 +119,9 @@ def score_chunk(
     4. `entropy = log(S) - sum(exp(logits - m) * (logits - m)) / S`.
 
     Args:
-        logits: `(rows, vocab)` float32; overwritten.
+        logits: `(rows, vocab)` in the precision of the sums; overwritten.
         targets: `(rows,)` int64.
-        weights: `(rows,)` float32 factor of each token's loss.
+        weights: `(rows,)` factor of each token's loss, in the same precision.
         options: What is minimized.
     """
     largest, places = logits.max(dim=-1, keepdim=True)
@@ -156,7 +156,7 @@ def gradient_of_chunk(
     `p - (1 - smoothing) * onehot(target) - smoothing / vocab`.
 
     Args:
-        exponentials: `(rows, vocab)` float32; overwritten.
+        exponentials: `(rows, vocab)` in the precision of the sums; overwritten.
         targets: `(rows,)` int64.
         scores: Of the same chunk.
         options: What is minimized.
@@ -172,13 +172,18 @@ def gradient_of_chunk(
     return gradient
 
 
-class SumOfScores:
-    """Sums of the scores of chunks, on one device."""
+def sum_dtype(values: torch.Tensor) -> torch.dtype:
+    """Return the precision in which losses of these values are computed and summed: theirs, but at least float32."""
+    return torch.promote_types(values.dtype, torch.float32)
 
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), dtype=torch.float32, device=device)
+
+class SumOfScores:
+    """Sums of the scores of chunks, on one device in one precision."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.loss = torch.zeros((), dtype=dtype, device=device)
         self.num_correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.entropy = torch.zeros((), dtype=torch.float32, device=device)
+        self.entropy = torch.zeros((), dtype=dtype, device=device)
 
     def add(self, scores: ChunkScores) -> None:
         """Add the scores of one chunk."""
@@ -202,10 +207,11 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, options: LossOptions
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        sums = SumOfScores(logits.device)
+        dtype = sum_dtype(logits)
+        sums, weights = SumOfScores(logits.device, dtype), weights.to(dtype)
         log_normalizers, coefficients = [weights.new_empty(0)], [weights.new_empty(0)]
         for rows in row_chunks(logits.shape[0], logits.shape[1], logits.device.type):
-            scratch = logits[rows].to(torch.float32, copy=True)
+            scratch = logits[rows].to(dtype, copy=True)
             scores = score_chunk(scratch, targets[rows], weights[rows], options)
             sums.add(scores)
             log_normalizers.append(scores.log_normalizers.squeeze(-1))
@@ -224,7 +230,7 @@ class _CrossEntropy(torch.autograd.Function):
         coefficients = coefficients * grad_outputs[0]
         for rows in row_chunks(logits.shape[0], logits.shape[1], logits.device.type):
             # already the softmax, so the normalizer is 1
-            scratch = logits[rows].to(torch.float32, copy=True).sub_(log_normalizers[rows, None]).exp_()
+            scratch = logits[rows].to(log_normalizers.dtype, copy=True).sub_(log_normalizers[rows, None]).exp_()
             one = torch.ones_like(coefficients[rows, None])
             scores = ChunkScores(coefficients, coefficients[rows], one, one, one, None)
             gradient[rows] = gradient_of_chunk(scratch, targets[rows], scores, ctx.options)
@@ -237,7 +243,7 @@ def cross_entropy_sums(
     """Return the sums of weighted losses, hits and entropies of tokens from their logits.
 
     Args:
-        logits: `(num_targets, vocab)` of any floating type; converted to float32 in chunks.
+        logits: `(num_targets, vocab)` of any floating type; converted to `sum_dtype` in chunks.
         targets: `(num_targets,)` int64, none ignored.
         weights: `(num_targets,)` float32 factor of each token's loss.
         options: What is minimized.
@@ -262,8 +268,9 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits `(rows, vocab)` of hidden states `(rows, hidden)`."""
-        logits = linear(hidden, self.weight, self.bias).float()
+        """Return logits `(rows, vocab)` of hidden states `(rows, hidden)`, in the precision of the sums."""
+        logits = linear(hidden, self.weight, self.bias)
+        logits = logits.to(sum_dtype(logits))
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
@@ -272,15 +279,15 @@ class Head:
 class _Gradients:
     """Buffers for the needed gradients of hidden states, weight and bias; None if one is not needed.
 
-    Those of the head are float32, since they are sums over many chunks.
+    Those of the head are float32 at least, since they are sums over many chunks.
     """
 
     def __init__(self, hidden: torch.Tensor, head: Head, needed: tuple[bool, ...]) -> None:
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = torch.zeros_like(head.weight, dtype=torch.float32) if needed[1] else None
+        self.weight = torch.zeros_like(head.weight, dtype=sum_dtype(head.weight)) if needed[1] else None
         self.bias = None
         if head.bias is not None and needed[2]:
-            self.bias = torch.zeros_like(head.bias, dtype=torch.float32)
+            self.bias = torch.zeros_like(head.bias, dtype=sum_dtype(head.bias))
 
     def add(self, rows: slice, hidden: torch.Tensor, gradient: torch.Tensor, head: Head) -> None:
         """Propagate a chunk's gradient back through the linear map and add it to the buffers.
@@ -318,7 +325,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         head = Head(weight.detach(), None if bias is None else bias.detach(), head.scale, head.softcap)
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3])
-        sums = SumOfScores(hidden.device)
+        sums, weights = SumOfScores(hidden.device, sum_dtype(hidden)), weights.to(sum_dtype(hidden))
         for rows in row_chunks(hidden.shape[0], weight.shape[0], hidden.device.type):
             logits = head.logits(hidden[rows])
             kept = logits.clone() if head.softcap is not None else None

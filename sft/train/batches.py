@@ -29,7 +29,7 @@ from sft.attention.choice import (
     choose_packed_attention,
     flash_sdp_only,
 )
-from sft.attention.isolation import DocumentsMixError, isolate_documents, rounding_tolerances
+from sft.attention.isolation import DocumentsMixError, isolate_documents, probe_padding, rounding_tolerances
 from sft.attention.kernels import SFT_DOCUMENTS, has_row_kernel
 from sft.attention.per_document import Mixer, per_document
 from sft.batches import language_modeling_collator
@@ -175,6 +175,7 @@ def choose_batches(trainer: Any, trainer_class: type, *, flat: bool | None) -> R
     if flat is not None:
         return choose_attention(model, config, flat=flat)
     reason = refuse_flat_reason(trainer, trainer_class, current_hardware(config.device))
+    can_join = reason is None
     before = model.config._attn_implementation
     if reason is None:
         try:
@@ -186,7 +187,14 @@ def choose_batches(trainer: Any, trainer_class: type, *, flat: bool | None) -> R
         else:
             trainer.data_collator.padding_free = True
             return replace(chosen, description=f"batches are joined rows without padding; {chosen.description}")
-    padded = choose_attention(model, config, flat=False)
+    try:
+        padded = choose_attention(model, config, flat=False)
+    except DocumentsMixError as error:
+        if not can_join:
+            raise
+        chosen = choose_attention(model, config, flat=True)
+        trainer.data_collator.padding_free = True
+        return replace(chosen, description=f"batches are joined rows: {error}; {chosen.description}")
     return replace(padded, description=f"{padded.description}: {reason}")
 
 
@@ -264,6 +272,9 @@ def choose_attention(model: Any, config: SFTConfig, *, flat: bool, whole: bool =
         check_flash_sdp(requested, dtype, hardware, flat)
     if not flat:
         check_attention_request(requested, dtype, hardware)
+        can_be_tried = isinstance(causal_lm(model), PreTrainedModel) and model.device.type == config.device.type
+        if can_be_tried and not learns_prompt(model):
+            probe_padding(model)
         return RowAttention(f"attention {current} on padded batches")
     choice = choose_packed_attention(model, requested, hardware, dtype)
     if config.force_flash_sdp and choice.implementation != SFT_DOCUMENTS:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sft.attention.isolation import DocumentsMixError, Isolation, isolate_documents
+from sft.attention.isolation import DocumentsMixError, Isolation, isolate_documents, probe_padding
 from sft.attention.kernels import SFT_DOCUMENTS
 from sft.attention.per_document import CannotDivideError, Mixer, Way, find_mixers, flat_row, per_document
 from sft.batches.layout import DocumentLayout, batch_layout, document_layout
@@ -215,3 +215,24 @@ def test_a_module_that_takes_borders_gets_them_with_the_complete_row() -> None:
     assert [(mixer.name, mixer.way) for mixer in isolation.mixers] == [("model.layers.0.input_layernorm", Way.BORDERS)]
     found, expected = results_in_one_row(model, isolation), results_alone(model)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
+
+
+class Last(nn.Module):
+    """Adds the states of the last token of the row, whatever it is, to the first one."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.cat([states[:, :1] + states[:, -1:], states[:, 1:]], dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_rows_have_the_logits_of_documents_alone(family: str) -> None:
+    probe_padding(make(family))
+
+
+def test_a_model_that_reads_padding_is_refused_with_the_way_out() -> None:
+    model = random_model("llama", None)
+    model.model.norm = nn.Sequential(model.model.norm, Last())
+    with pytest.raises(
+        DocumentsMixError, match=r"padding changes what llama .* Use packing=True or padding_free=True\."
+    ):
+        probe_padding(model)
