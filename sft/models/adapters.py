@@ -40,7 +40,7 @@ from sft.models.kbit import (
     needs_kbit_preparation,
     prepare_model_for_kbit_training,
 )
-from sft.models.loading import keep_trainable_layout
+from sft.models.loading import keep_4bit_weights
 from sft.models.saved_adapters import ask_peft_to_wait
 from sft.models.token_rows import (
     embedding_name,
@@ -145,6 +145,7 @@ def wrap_adapter(
         "use_gradient_checkpointing": gradient_checkpointing,
         "gradient_checkpointing_kwargs": gradient_checkpointing_kwargs,
     }
+    keep_4bit_weights(model)
     if isinstance(model, PeftModel):
         wrapped = _continue_adapter(model, peft_config, checkpointing)
     elif peft_config is None:
@@ -154,7 +155,6 @@ def wrap_adapter(
     else:
         wrapped = _add_adapter(model, peft_config, tokenizer, checkpointing)
     _check_all_saved(wrapped)
-    keep_trainable_layout(wrapped)
     logger.info("%s", count_parameters(wrapped))
     log_shares(wrapped)
     return wrapped
