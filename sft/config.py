@@ -511,7 +511,7 @@ class ModelConfig:
         default=None,
         metadata={
             "help": "Names of the layers that get LoRA matrices, or one regular expression. None or all-linear = all "
-            "linear layers but the head.",
+            "linear layers and experts, but neither the head nor routers.",
             "nargs": "+",  # a command line would take one name without it
         },
     )
@@ -519,7 +519,8 @@ class ModelConfig:
         default=None,
         metadata={
             "help": "Names of parameters that get LoRA matrices themselves, such as mlp.experts.gate_up_proj of a "
-            "mixture of experts, whose experts are not layers of their own. None = no parameter.",
+            "mixture of experts, whose experts are not layers of their own. None = under all-linear, those of the "
+            "experts (which needs lora_dropout=0); none = no parameter.",
             "nargs": "+",
         },
     )

@@ -82,7 +82,7 @@ class ShardMerge:
         if self.adapter is not None:
             _check_kind(self.adapter)
         self.streamed = StreamedModel(self.base, self.adapter, self.tokenizer)
-        self.tied = bool(self.plain.config.get_text_config().tie_word_embeddings)
+        self.tied = bool(getattr(self.plain.config.get_text_config(), "tie_word_embeddings", False))
 
     @property
     def plain(self) -> PreTrainedModel:

@@ -172,7 +172,7 @@ def merge_into_base(peft_model: PeftModel) -> PreTrainedModel:
     Raises:
         ValueError: A merged weight is not finite, or peft cannot merge the adapter.
     """
-    was_tied = bool(peft_model.get_base_model().config.get_text_config().tie_word_embeddings)
+    was_tied = bool(getattr(peft_model.get_base_model().config.get_text_config(), "tie_word_embeddings", False))
     _untie_adapted(peft_model)
     with refusing_unmergeable(peft_model.active_peft_config.peft_type.value):
         merged = peft_model.merge_and_unload(safe_merge=True)

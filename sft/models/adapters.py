@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +26,21 @@ from sft.models.adapter_starts import (
     start_of,
     warn_if_not_reloadable,
 )
+from sft.models.all_linear import (
+    ALL_LINEAR,
+    add_dropped_layers,
+    is_all_linear,
+    linear_targets,
+    log_left_out,
+    resolve_all_linear,
+)
 from sft.models.kbit import (
     is_kbit,
     is_quantized,
     needs_kbit_preparation,
     prepare_model_for_kbit_training,
 )
-from sft.models.loading import keep_trainable_layout
+from sft.models.loading import keep_4bit_weights
 from sft.models.saved_adapters import ask_peft_to_wait
 from sft.models.token_rows import (
     embedding_name,
@@ -43,6 +50,7 @@ from sft.models.token_rows import (
     train_token_rows,
     untrained_token_ids,
 )
+from sft.models.weight_kinds import num_values, weight_shares
 from sft.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -51,8 +59,6 @@ if TYPE_CHECKING:
 ask_peft_to_wait()
 
 logger = logging.getLogger(__name__)
-
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ def get_peft_config(model_config: ModelConfig) -> LoraConfig | None:
     """
     if not model_config.use_peft:
         return None
-    if model_config.lora_target_parameters and model_config.lora_dropout:
+    target_parameters = _as_list(model_config.lora_target_parameters)
+    if target_parameters and model_config.lora_dropout:
         raise ValueError(
             f"lora_dropout={model_config.lora_dropout} can't be used with lora_target_parameters, whose matrices are "
             "added to the parameters and not applied to an input; set lora_dropout=0"
@@ -85,7 +92,7 @@ def get_peft_config(model_config: ModelConfig) -> LoraConfig | None:
         lora_alpha=model_config.lora_alpha,
         lora_dropout=model_config.lora_dropout,
         target_modules=_as_targets(model_config.lora_target_modules),
-        target_parameters=_as_list(model_config.lora_target_parameters),
+        target_parameters=target_parameters,
         modules_to_save=model_config.lora_modules_to_save,
         task_type=model_config.lora_task_type,
         use_rslora=model_config.use_rslora,
@@ -104,7 +111,9 @@ def _as_targets(targets: list[str] | str | None) -> list[str] | str:
 
 
 def _as_list(names: list[str] | str | None) -> list[str] | None:
-    return [names] if isinstance(names, str) else names
+    """Return a list of names; an empty one for `none`, as a command line cannot give an empty list."""
+    names = [names] if isinstance(names, str) else names
+    return [] if names == ["none"] else names
 
 
 def wrap_adapter(
@@ -136,16 +145,18 @@ def wrap_adapter(
         "use_gradient_checkpointing": gradient_checkpointing,
         "gradient_checkpointing_kwargs": gradient_checkpointing_kwargs,
     }
+    keep_4bit_weights(model)
     if isinstance(model, PeftModel):
         wrapped = _continue_adapter(model, peft_config, checkpointing)
     elif peft_config is None:
         _check_trainable_base(model)
+        log_shares(model)
         return model
     else:
         wrapped = _add_adapter(model, peft_config, tokenizer, checkpointing)
     _check_all_saved(wrapped)
-    keep_trainable_layout(wrapped)
     logger.info("%s", count_parameters(wrapped))
+    log_shares(wrapped)
     return wrapped
 
 
@@ -153,12 +164,15 @@ def count_parameters(model: torch.nn.Module) -> ParameterCount:
     """Count the parameters of a model; a byte of a 4-bit tensor counts as two."""
     num_trainable = num_total = 0
     for parameter in model.parameters():
-        size = parameter.numel()
-        if type(parameter).__name__ == "Params4bit":
-            size *= 2 * parameter.element_size()
+        size = num_values(parameter)
         num_total += size
         num_trainable += size if parameter.requires_grad else 0
     return ParameterCount(num_trainable, num_total)
+
+
+def log_shares(model: torch.nn.Module) -> None:
+    """Log which share of each kind of weight training changes, itself or through an adapter."""
+    logger.info("weights that training changes: %s", ", ".join(map(str, weight_shares(model))))
 
 
 def check_module_names(model: PreTrainedModel, peft_config: PeftConfig) -> None:
@@ -196,25 +210,6 @@ def _converted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
     if getattr(config, "target_modules", None) is not None and hasattr(config, "target_parameters"):
         convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
     return config
-
-
-def warn_of_frozen_experts(model: PeftModel) -> None:
-    """Warn if `all-linear` leaves out the experts of a model, which are parameters and not linear layers."""
-    base = model.get_base_model()
-    frozen: Counter[str] = Counter()
-    for path, parameter in base.named_parameters():
-        *_, module, name = path.split(".")
-        if "experts" in module and parameter.ndim >= 3 and not parameter.requires_grad:
-            frozen[f"{module}.{name}"] += parameter.numel()
-    if frozen:
-        share = frozen.total() / max(1, count_parameters(base).num_total)
-        logger.warning(
-            "all-linear adapts linear layers, and experts of %s are parameters: %.0f %% of the weights stay as they "
-            "are. To train them, too, give target_parameters=%s",
-            type(base).__name__,
-            100 * share,
-            sorted(frozen),
-        )
 
 
 def _expression_problems(option: str, expression: str, names: list[str]) -> list[str]:
@@ -319,7 +314,13 @@ def _add_adapter(
             f"The model carries adapters {sorted(model.peft_config)} already (model.add_adapter), and peft_config asks "
             f"for another one. Leave peft_config out, or pass a base without adapters."
         )
-    check_module_names(model, peft_config)
+    config = copy.deepcopy(peft_config)  # peft changes it
+    targets = linear_targets(model, config) if is_all_linear(config) else None
+    if targets is not None:
+        config = resolve_all_linear(config, targets)
+    check_module_names(model, config)
+    if targets is None:
+        config = add_dropped_layers(model, config)
     check_reloadable(peft_config)
     if changes_base(peft_config) and is_quantized(model):
         raise ValueError(
@@ -327,7 +328,6 @@ def _add_adapter(
             f"the same start on the plain base, into which the adapter is merged, gives other weights. Load the base "
             f"without quantization, or use init_lora_weights=True."
         )
-    config = copy.deepcopy(peft_config)  # peft changes it
     if tokenizer is not None:
         config = train_token_rows(config, model, tokenizer, untrained_token_ids(model, tokenizer))
     if is_tied(model) and _touches_embeddings(config, model) and hasattr(config, "ensure_weight_tying"):
@@ -338,8 +338,8 @@ def _add_adapter(
     fingerprint = BaseFingerprint(model)
     wrapped = get_peft_model(model, config)
     check_start(config, fingerprint)
-    if getattr(peft_config, "target_modules", None) == ALL_LINEAR:
-        warn_of_frozen_experts(wrapped)
+    if targets is not None:
+        log_left_out(wrapped, targets)
     return wrapped
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from sft.models.checkpoint import (
     task_of,
 )
 from sft.suggest import did_you_mean
+
+logger = logging.getLogger(__name__)
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -133,33 +136,37 @@ def load_model(
         check_weight_files(Path(name_or_path))  # raises an error that names the file, if this is a folder
         raise CheckpointError(f"A weight file of {str(name_or_path)!r} is damaged: {error}. {WAY_OUT}") from error
     check_loading_info(name_or_path, info, sizes_may_differ=sizes_may_differ)
-    keep_float32_products(model)
+    keep_4bit_weights(model)
     return model
 
 
-def keep_float32_products(model: torch.nn.Module) -> None:
-    """Have 4-bit layers whose compute dtype is float32 use it in evaluation, too.
+def keep_4bit_weights(model: torch.nn.Module) -> None:
+    """Have 4-bit layers compute evaluations with the weights that they are trained with.
 
-    On processors with bfloat16 products, bitsandbytes (0.50) computes in bfloat16 in evaluation mode, whatever the
-    compute dtype is, and rounds the scales of the weights to bfloat16 permanently: after its first evaluation, training
-    would go on with other weights.
+    On a CPU with bfloat16 products, bitsandbytes (0.50) packs the weights of a layer when it is first evaluated,
+    whatever the compute dtype is, and goes on with them in training: their scales are rounded to bfloat16 for good, and
+    products with them pass no gradient on to the layers before.
+
+    Layers that are packed already are unpacked. Their rounded scales can't be restored, which is said.
     """
+    num_packed = 0
     for module in model.modules():
-        if getattr(module, "compute_dtype", None) == torch.float32 and hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
-def keep_trainable_layout(model: torch.nn.Module) -> None:
-    """Have 4-bit layers keep the layout of their weights that has gradients.
-
-    On processors with bfloat16 products, bitsandbytes (0.50) packs weights in another way when they are first evaluated
-    on a CPU, and goes on with those in training: products with them pass no gradient on to the layers before.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                module.state_dict()  # bitsandbytes unpacks the weights of a layer that is saved
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        state: Any = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            num_packed += 1
+            module.state_dict()  # bitsandbytes unpacks the weights of a layer that is saved
+            if not state.nested:  # but leaves their scales as it packed them: (blocks per row, rows) in bfloat16
+                state.absmax = state.absmax.T.reshape(-1).float().contiguous()
+    if num_packed:
+        logger.warning(
+            "%d 4-bit layers were evaluated on this CPU before training, for which bitsandbytes rounded the scales of "
+            "their weights to bfloat16: they differ from the checkpoint's by up to 0.4 %%. To train with the exact "
+            "ones, load the model anew, with sft.load_model if it is to be evaluated first",
+            num_packed,
+        )
 
 
 def check_attention(attn_implementation: str, dtype: torch.dtype, device_map: Any | None = None) -> None:

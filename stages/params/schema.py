@@ -460,7 +460,19 @@ class TrainSection(Section):
     lora_r: Annotated[Positive, Field(description="Rank of the LoRA matrices.")]
     lora_alpha: Annotated[Positive, Field(description="LoRA updates are scaled by lora_alpha / lora_r.")]
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0, description="Dropout probability before the LoRA matrices.")]
-    lora_target_modules: Annotated[str | list[str], Field(description="all-linear, or a list of module names.")]
+    lora_target_modules: Annotated[
+        str | list[str],
+        Field(
+            description="all-linear (linear layers and experts; not the head, not routers), or a list of module names."
+        ),
+    ]
+    lora_target_parameters: Annotated[
+        list[str] | None,
+        Field(
+            description="Parameters with LoRA matrices, such as mlp.experts.down_proj; needs lora_dropout 0. null = "
+            "under all-linear, those of the experts; [] = none."
+        ),
+    ]
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0, description="Peak learning rate.")]
     num_train_epochs: Annotated[float, Field(gt=0.0, description="Passes over the data.")]
     max_steps: Annotated[int, Field(ge=-1, description="Number of steps, if positive; overrides num_train_epochs.")]
@@ -492,6 +504,14 @@ class TrainSection(Section):
         LossType,
         Field(description="Loss on trained tokens: nll (cross entropy) or dft (arXiv:2508.05629)."),
     ]
+    router_aux_loss_coef: Annotated[
+        float | None,
+        Field(
+            ge=0.0,
+            description="Weight of the loss that balances the load of experts; 0 = none; null = as the model's "
+            "config.json says.",
+        ),
+    ]
     gradient_checkpointing: Annotated[
         bool, Field(description="Compute activations twice: less memory for about a third more time.")
     ]
@@ -521,6 +541,15 @@ class TrainSection(Section):
         LaunchSection,
         Field(description="Processes of the training: one, or one per GPU (docs/many_machines.md)."),
     ]
+
+    @model_validator(mode="after")
+    def _check_target_parameters(self) -> Self:
+        if self.method != "full" and self.lora_target_parameters and self.lora_dropout:
+            raise ValueError(
+                f"lora_dropout {self.lora_dropout} can't be used with lora_target_parameters, whose matrices are added "
+                "to the parameters and not applied to an input; set lora_dropout to 0"
+            )
+        return self
 
 
 class MergeSection(Section):

@@ -22,7 +22,14 @@ from stages.params.schema import ModelSection, Params, TrainSection
 from stages.training.checkpoints import SealCheckpoints
 
 NOT_SFT_OPTIONS = {
-    *("method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),  # see `make_model_config`
+    *(
+        "method",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+        "lora_target_parameters",
+    ),  # see `make_model_config`
     "warmup_ratio",  # given as `warmup_steps`
     *("launch", "on_oom"),  # see `stages.train.run`
 }
@@ -72,6 +79,7 @@ def make_model_config(params: Params) -> ModelConfig:
         lora_alpha=section.lora_alpha,
         lora_dropout=section.lora_dropout,
         lora_target_modules=section.lora_target_modules,
+        lora_target_parameters=section.lora_target_parameters,
         load_in_4bit=section.method == "qlora",
         use_bnb_nested_quant=section.method == "qlora",
     )

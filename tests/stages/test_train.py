@@ -32,7 +32,7 @@ def test_every_key_of_the_section_reaches_the_trainer(tmp_path: Path) -> None:
 def test_every_key_of_the_section_is_an_option_of_the_library_or_read_elsewhere() -> None:
     assert set(TrainSection.model_fields) - NOT_SFT_OPTIONS <= {field.name for field in fields(SFTConfig)}
     assert {
-        *("method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+        *("method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
         *("warmup_ratio", "launch", "on_oom"),
     } == NOT_SFT_OPTIONS
 

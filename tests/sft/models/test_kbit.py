@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import bitsandbytes.nn.modules
 import peft
 import pytest
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sft.config import ModelConfig
 from sft.models.adapters import wrap_adapter
@@ -249,24 +252,126 @@ def test_model_by_name_is_quantized_by_the_trainers_argument(folder: Path, tmp_p
     assert is_kbit(trainer.model.get_base_model())
 
 
-def test_four_bit_layers_pass_gradients_on_after_an_evaluation(folder: Path) -> None:
-    """Where the processor has bfloat16 products, bitsandbytes packs weights that are evaluated."""
-    ids = torch.arange(5, 17)[None]
-    gradients = []
+# ---- evaluation on a CPU with bfloat16 products, where bitsandbytes packs weights in another way ----
+
+DTYPES = ["float32", "bfloat16", "float16"]
+NESTED = pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
+FOR_EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
+IDS = torch.arange(5, 37).view(2, 16)
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have bitsandbytes find a CPU with bfloat16 products, whatever this one is."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+
+
+def four_bit_layers(model: torch.nn.Module) -> dict[str, Linear4bit]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def dense_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the values of all 4-bit weights, under names without adapters."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer"): dequantize_4bit(
+            layer.weight.data, layer.weight.quant_state
+        ).float()
+        for name, layer in four_bit_layers(model).items()
+    }
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+
+
+def gradients_of_a_step(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@NESTED
+@FOR_EACH_DTYPE
+@pytest.mark.usefixtures("bfloat16_products")
+def test_training_after_an_evaluation_has_the_weights_and_gradients_of_training_without_one(
+    folder: Path, dtype: str, nested: bool
+) -> None:
+    gradients, states = [], []
     for is_evaluated in (False, True):
-        model = load_kbit(folder, "bfloat16", load_in_4bit=True)
+        model = load_kbit(folder, dtype, load_in_4bit=True, use_bnb_nested_quant=nested)
+        before = dense_weights(model)
         if is_evaluated:
             with torch.no_grad():
-                model(input_ids=ids)  # loaded in evaluation mode
+                model.eval()(input_ids=IDS)
+            assert_equal(dense_weights(model), before)
         torch.manual_seed(0)
-        adapted = wrap_adapter(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-        with torch.no_grad():
-            adapted.eval()(input_ids=ids)
-        adapted.train()(input_ids=ids, labels=ids).loss.backward()
-        layers = [module for module in adapted.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
-        assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
-        gradients.append({name: weight.grad for name, weight in adapted.named_parameters() if weight.requires_grad})
-    for name, gradient in gradients[0].items():
-        assert gradient is not None
-        error = (gradient - gradients[1][name]).norm() / gradient.norm()
-        assert error < 0.2, name  # scales of packed weights are rounded to bfloat16
+        adapted = wrap_adapter(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+        if is_evaluated:
+            with torch.no_grad():
+                adapted.eval()(input_ids=IDS)
+        gradients.append(gradients_of_a_step(adapted))
+        assert_equal(dense_weights(adapted), before)
+        states.append(adapted.get_base_model().state_dict())
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0].values())
+    assert_equal(gradients[1], gradients[0])
+    assert_equal(states[1], states[0])
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("float32", "float16"))]
+)
+@pytest.mark.usefixtures("bfloat16_products")
+def test_trainer_that_evaluates_trains_the_same_as_one_that_does_not(folder: Path, tmp_path: Path, dtype: str) -> None:
+    rows = Dataset.from_dict({"input_ids": IDS.tolist()})
+    adapters, bases = [], []
+    for strategy in ("no", "steps"):
+        trainer = SFTTrainer(
+            str(folder),
+            args=quiet_config(
+                tmp_path,
+                max_steps=2,
+                eval_strategy=strategy,
+                eval_steps=1,
+                save_strategy="no",
+                learning_rate=1e-2,
+                model_init_kwargs={"dtype": dtype},
+            ),
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraConfig(r=4, target_modules="all-linear"),
+            quantization_config=get_quantization_config(ModelConfig(dtype=dtype, load_in_4bit=True)),
+        )
+        trainer.train()
+        adapters.append({name: value.data for name, value in trainer.model.named_parameters() if "lora_" in name})
+        bases.append(dense_weights(trainer.model))
+    assert_equal(adapters[1], adapters[0])
+    assert_equal(bases[1], bases[0])
+
+
+@NESTED
+@FOR_EACH_DTYPE
+def test_layers_that_were_packed_before_are_unpacked_and_pass_gradients_on(
+    folder: Path, dtype: str, nested: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_kbit(folder, dtype, load_in_4bit=True, use_bnb_nested_quant=nested)
+    before = dense_weights(model)
+    for layer in four_bit_layers(model).values():  # as a first evaluation without `load_model` does
+        layer.weight.data, _ = _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    adapted = wrap_adapter(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    assert f"{len(before)} 4-bit layers were evaluated on this CPU before training" in caplog.text
+    for name, value in dense_weights(adapted).items():
+        assert (value - before[name]).norm() < 0.01 * before[name].norm(), name  # scales rounded to bfloat16
+    assert all(gradient.abs().sum() > 0 for gradient in gradients_of_a_step(adapted).values())
+
+
+@pytest.mark.usefixtures("bfloat16_products")
+def test_adapter_that_transformers_added_keeps_its_base_too(folder: Path) -> None:
+    config = get_quantization_config(ModelConfig(dtype="bfloat16", load_in_4bit=True))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
+    before = dense_weights(model)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    wrap_adapter(model, None)
+    with torch.no_grad():
+        model.eval()(input_ids=IDS)
+    assert_equal(dense_weights(model), before)
