@@ -24,7 +24,7 @@ from stages.training.out_of_memory import OutOfMemory
 RANK_VARIABLES = ("SFT_MACHINE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
 """Variables with the number of this machine, set by the user, by Slurm, or by an indexed Kubernetes job."""
 
-_PASSED_ON = re.compile(r"(ACCELERATE|FSDP|GLOO|HF|NCCL|OMP|SFT|TOKENIZERS|TORCH|TQDM)_")
+_PASSED_ON = re.compile(r"(ACCELERATE|FSDP|GLOO|HF|NCCL|OMP|PARALLELISM|SFT|TOKENIZERS|TORCH|TQDM)_")
 """Environment variables that workers of Ray are given."""
 
 PR_SET_PDEATHSIG = 1
