@@ -88,7 +88,9 @@ def check_shared_weights(model: nn.Module) -> None:
             "give each its own memory (module.weight = torch.nn.Parameter(module.weight.clone())), or declare them in "
             "the model's _tied_weights_keys"
         )
-        _try("the model's weights", lambda: remove_tied_weights_from_state_dict(model.state_dict(), model), way_out)
+        ignored = model._keys_to_ignore_on_save or ()
+        weights = {name: weight for name, weight in model.state_dict().items() if name not in ignored}
+        _try("the model's weights", lambda: remove_tied_weights_from_state_dict(weights, model), way_out)
 
 
 def _try(what: str, save: Any, way_out: str) -> None:

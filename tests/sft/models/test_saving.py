@@ -103,6 +103,10 @@ def test_weights_that_share_memory_without_being_declared_as_tied_are_refused(tm
         trainer_on(model, tmp_path)
     with pytest.raises(RuntimeError, match="shared tensors"):
         model.save_pretrained(tmp_path / "model")
+    model._keys_to_ignore_on_save = ["model.layers.1.mlp.up_proj.weight"]
+    check_saving(model, tiny_tokenizer(), quiet_config(tmp_path))
+    model.save_pretrained(tmp_path / "model")
+    model._keys_to_ignore_on_save = None
     second.weight = torch.nn.Parameter(second.weight.clone())
     check_saving(model, tiny_tokenizer(), quiet_config(tmp_path))
     model.save_pretrained(tmp_path / "model")
