@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar
 
@@ -298,7 +299,11 @@ class SFTConfig(TrainingArguments):
         default=None, metadata={"help": "Former name of use_liger_kernel; give one of the two."}
     )
     warmup_ratio: float | None = field(
-        default=None, metadata={"help": "Former name of warmup_steps below 1; give one of the two."}
+        default=None,
+        metadata={
+            "help": "Share of all steps in which the learning rate rises to its peak; 1 = all of them. Former name of "
+            "warmup_steps below 1; give one of the two."
+        },
     )
     group_by_length: bool = field(
         default=False,
@@ -373,7 +378,13 @@ class SFTConfig(TrainingArguments):
                     f"warmup_ratio={self.warmup_ratio} and warmup_steps={self.warmup_steps} are two names of one "
                     "option; give warmup_steps alone"
                 )
-            self.warmup_steps, self.warmup_ratio = self.warmup_ratio, None
+            if not 0 <= self.warmup_ratio <= 1:
+                raise ValueError(
+                    f"warmup_ratio={self.warmup_ratio} is a share of all steps, from 0 to 1; give a number of steps as "
+                    "warmup_steps"
+                )
+            # warmup_steps=1.0 would be one step
+            self.warmup_steps, self.warmup_ratio = min(self.warmup_ratio, math.nextafter(1.0, 0.0)), None
         if self.group_by_length:
             self.train_sampling_strategy = "group_by_length"
 

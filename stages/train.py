@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,13 @@ from sft.train.trainer import SFTTrainer
 from stages.checkout.artifacts import file_digest, write_json, write_jsonl, write_text
 from stages.checkout.paths import Paths
 from stages.launch.lock import sole_training
-from stages.launch.processes import check_num_processes, in_launched_process, launch, needs_launcher
+from stages.launch.processes import (
+    check_num_processes,
+    in_launched_process,
+    is_launched_by_stage,
+    launch,
+    needs_launcher,
+)
 from stages.params.schema import Params
 from stages.training.checkpoints import TrainingState, explaining_full_disk
 from stages.training.curve import MEMORY_TAG, LiveCurve, ProgressLines, Throughput, curve_csv, live_run
@@ -36,14 +43,16 @@ def run(params: Params, paths: Paths) -> None:
     """Write outs/train/model, the curve and the figures; an interrupted training is resumed from its last checkpoint.
 
     The params of later stages are checked first, as the training may take hours, and the devices are locked while it
-    runs. A process that a launcher started does neither: it only trains.
+    runs. A process that this stage launched does neither: it only trains. One of the user's own launcher, such as
+    torchrun, locks the devices.
 
     Raises:
         ValueError: A later stage would refuse its params, a device is taken by another training, or this one failed.
     """
     if in_launched_process():
         check_num_processes(params.train.launch)
-        train(params, paths)
+        with nullcontext() if is_launched_by_stage() else sole_training(paths.root):
+            train(params, paths)
         return
     from stages.tools.check import check_later_stages  # launched processes need not load it
 

@@ -11,6 +11,8 @@ from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from ruamel.yaml import YAML
 
+from sft.folders import partial_file
+
 Inputs = dict[str, Any]
 
 
@@ -61,10 +63,8 @@ def discard_record(root: Path, stage: str, since: float) -> None:
             # DVC fails on an empty folder here
             if not any(path.parent.iterdir()):
                 path.parent.rmdir()
-    partial = root / ".dvc.lock.partial"
-    with partial.open("w", encoding="utf-8") as file:
+    with partial_file(root / "dvc.lock") as partial, partial.open("w", encoding="utf-8") as file:
         YAML().dump(lock, file)
-    partial.replace(root / "dvc.lock")
 
 
 def _stage(repo: Repo, root: Path, name: str) -> PipelineStage:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from sft.data.source_row import SourceError
 from sft.data.sources import SAVED_DATASET, SAVED_SPLITS, is_readable, readable
+from sft.folders import partial_file
 
 LOCAL = ("file", "local")
 # Names under which file systems report a file's etag or checksum, and the time of its last change.
@@ -110,12 +111,12 @@ def _fetch(system: Any, name: str, folder: Path) -> RemoteFile:
     path = folder / key / _file_name(name)
     if "etag" not in version or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        system.get_file(name, str(partial))
-        found = partial.stat().st_size
-        if version.get("size") not in (None, found):
-            raise SourceError(f"{url}: {found} bytes came of {version['size']}; the connection broke off, try again")
-        partial.replace(path)
+        with partial_file(path) as partial:
+            system.get_file(name, str(partial))
+            found = partial.stat().st_size
+            size = version.get("size")
+            if size not in (None, found):
+                raise SourceError(f"{url}: {found} bytes came of {size}; the connection broke off, try again")
     return RemoteFile(url, path, version)
 
 

@@ -170,7 +170,12 @@ def _not_utf8(error: UnicodeDecodeError, path: Path, num_ends: int, column: int)
 def csv_rows(path: Path, name: str) -> Iterator[Row]:
     """Yield the rows of a CSV or TSV table; the separator (comma, tab or semicolon) is detected from the header.
 
-    A row with a different number of fields than the header is yielded with `damage` set.
+    A row with a different number of fields than the header, or with text after a closing quote, is yielded with
+    `damage` set.
+
+    Raises:
+        SourceError: The table can't be read to its end, or it is not known how many rows a damaged part has: quotes
+            span several lines, or a line has carriage returns.
     """
     csv.field_size_limit(sys.maxsize)
     numbered = lines(path)
@@ -179,17 +184,26 @@ def csv_rows(path: Path, name: str) -> Iterator[Row]:
     reader = csv.reader(itertools.chain([first], rest), delimiter=_delimiter(path, first), strict=True)
     header: list[str] | None = None
     number = begin
-    try:
-        for fields in reader:
+    while True:
+        before = reader.line_num
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the reader continues with the next line
+            carriage_return = "new-line character" in str(error)
+            found = "a carriage return that does not end a line" if carriage_return else str(error)
+            place = f"{path}:{begin + reader.line_num - 1}"
+            damage = SourceError(f"{place}: not {data_suffix(path)[1:].upper()}: {found}")
+            if header is None or carriage_return or reader.line_num > before + 1:
+                raise damage from error
+            yield Row(f"{name}:{number}", {}, damage=damage)
+        else:
             if header is None:
                 header = _header(fields, f"{path}:{begin}")
             elif fields:
                 yield _row(fields, header, path, name, number)
-            number = begin + reader.line_num
-    except csv.Error as error:
-        found = "a carriage return that does not end a line" if "new-line character" in str(error) else str(error)
-        place = f"{path}:{begin + reader.line_num - 1}"
-        raise SourceError(f"{place}: not {data_suffix(path)[1:].upper()}: {found}") from error
+        number = begin + reader.line_num
 
 
 def _row(fields: list[str], header: list[str], path: Path, name: str, number: int) -> Row:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft.export.gptq_format import open_tensors
 from sft.export.proof import LogitDifference, compare_logits, logits_of
+from sft.folders import partial_file
 from sft.models.gguf import load_gguf_tokenizer
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -99,14 +100,10 @@ def export_gguf(
         raise ValueError(f"GGUF precision {precision!r} is not supported: use {', '.join(KINDS)}")
     check_exportable(model_dir)
     output_file.parent.mkdir(parents=True, exist_ok=True)
-    partial = output_file.with_name(f".{output_file.name}.partial")
-    try:
+    with partial_file(output_file) as partial:
         _write_file(model_dir, partial, precision)
         _check_tokens(model_dir, partial, sample_input_ids)
         deviation, difference = _read_back(model_dir, partial, sample_input_ids)
-        partial.replace(output_file)
-    finally:
-        partial.unlink(missing_ok=True)
     return GGUFReport(
         precision=precision,
         num_bytes=output_file.stat().st_size,

@@ -18,6 +18,7 @@ Batch = Mapping[str, Any]
 
 NOT_FOR_THE_MODEL = (
     "labels",
+    "shift_labels",
     "seq_lengths",
     "loss_weights",
     *TOKEN_MASKS,
@@ -54,30 +55,39 @@ class Targets:
 def find_targets(batch: Batch) -> Targets:
     """List the targets of a batch, row by row.
 
-    1. Position `p` is supervised if the label of `p + 1` is not ignored.
+    1. Position `p` is supervised if the label of `p + 1` is not ignored. A collator may state the labels of the next
+       positions itself, as `shift_labels`, in which the last position may have a label, too.
     2. The last position of each document of a flat batch is not: the next token belongs to the next document.
     3. Neither are positions whose target weighs 0.
     4. If the batch has a `SharedTokens` plan, map positions in the row to places among the computed tokens. Several
        targets may then be predicted from one place.
 
     Args:
-        batch: With `labels` `(batch, length)`, and optionally `seq_lengths` `(num_documents,)`, `loss_weights`
-            `(batch, length)` and `places` `(length,)`.
+        batch: With `labels` `(batch, length)`, and optionally `shift_labels` `(batch, length)`, `seq_lengths`
+            `(num_documents,)`, `loss_weights` `(batch, length)` and `places` `(length,)`.
     """
-    labels = batch["labels"]
-    supervised = labels[:, 1:] != IGNORE_INDEX
+    following = batch.get("shift_labels")
+    if following is None:
+        following = _from_next(batch["labels"], IGNORE_INDEX)
+    supervised = following != IGNORE_INDEX
     lengths, weights = batch.get("seq_lengths"), batch.get("loss_weights")
     if lengths is not None:
         ends = lengths.cumsum(0)[:-1]
         supervised[:, ends - 1] = False
     if weights is not None:
-        supervised &= weights[:, 1:] > 0
+        weights = _from_next(weights, 1)
+        supervised &= weights > 0
     row, position = supervised.nonzero(as_tuple=True)
-    token = labels[row, position + 1]
-    weight = torch.ones_like(token, dtype=torch.float32) if weights is None else weights[row, position + 1].float()
+    token = following[row, position]
+    weight = torch.ones_like(token, dtype=torch.float32) if weights is None else weights[row, position].float()
     if "places" not in batch:
         return Targets(row, position, token, weight)
     return Targets(row, batch["places"][position], token, weight, in_order=False)
+
+
+def _from_next(values: torch.Tensor, last: float) -> torch.Tensor:
+    """Return the value of the next position at each position of a row; the last one gets `last`."""
+    return nn.functional.pad(values[:, 1:], (0, 1), value=last)
 
 
 def num_targets(batch: Batch) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Whether what a training makes can be saved, found out before it begins.
 
-* `check_saving`: configs, tokenizer and arguments are written to a temporary folder, and the tokenizer is read again.
+* `check_saving`: configs, tokenizer and arguments are written to a temporary folder, and the tokenizer is read again;
+  weights that share memory are declared as tied.
 * `check_disk`: the disk has space for the checkpoints that will be kept at a time.
 """
 
@@ -17,7 +18,15 @@ from typing import Any
 
 from datasets.fingerprint import Hasher
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainingArguments,
+)
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from sft.inner_model import causal_lm
 
@@ -40,7 +49,7 @@ _KEPT: set[str] = set()
 
 
 def check_saving(model: nn.Module, processing_class: Any, args: TrainingArguments) -> None:
-    """Check that the parts of a checkpoint besides its weights can be saved; mend the model's generation config.
+    """Check that the parts of a checkpoint can be saved; mend the model's generation config.
 
     Args:
         model: Model with its adapter, if it has one.
@@ -57,11 +66,31 @@ def check_saving(model: nn.Module, processing_class: Any, args: TrainingArgument
         if not configs and hasattr(base.config, "save_pretrained"):
             _try("the model's config", lambda: base.config.save_pretrained(folder), "change or delete the value")
             mend_generation_config(model, getattr(processing_class, "tokenizer", processing_class))
+            check_shared_weights(base)
         for name, config in configs.items():
             _try(f"the config of adapter {name!r}", lambda: config.save_pretrained(folder), "change the value")  # noqa: B023
         check_tokenizer(processing_class, Path(folder) / "tokenizer")
     where = "define its class or function at the top level of a module, or leave it out"
     _try(f"args ({type(args).__name__})", lambda: pickle.dumps(args), where)
+
+
+def check_shared_weights(model: nn.Module) -> None:
+    """Check that transformers can save all weights that share memory.
+
+    Args:
+        model: The model as it is saved. One that is not transformers' own is not checked.
+
+    Raises:
+        ValueError: Weights share memory, and the model does not declare them as tied.
+    """
+    if isinstance(model, PreTrainedModel):
+        way_out = (
+            "give each its own memory (module.weight = torch.nn.Parameter(module.weight.clone())), or declare them in "
+            "the model's _tied_weights_keys"
+        )
+        ignored = model._keys_to_ignore_on_save or ()
+        weights = {name: weight for name, weight in model.state_dict().items() if name not in ignored}
+        _try("the model's weights", lambda: remove_tied_weights_from_state_dict(weights, model), way_out)
 
 
 def _try(what: str, save: Any, way_out: str) -> None:

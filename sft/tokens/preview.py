@@ -53,6 +53,7 @@ def preview_masks(
         begins on a new line.
     """
     chosen = sample_rows(len(rows), num_rows, seed)
+    tools: tuple[ChatRenderer, Encoder] | None = None
     legend = "trained tokens are coloured" if colour else f"trained tokens stand in {' '.join(TRAINED_MARKS)}"
     parts = [f"{len(chosen)} of {len(rows)} rows; tokens are parted by {TOKEN_BORDER}, {legend}"]
     for number in chosen:
@@ -60,20 +61,19 @@ def preview_masks(
         if "input_ids" in row:
             parts.append(_show_row(row, number, tokenizer, colour))
         else:
-            parts.append(_show_record(row, number, tokenizer, TrainOn(train_on), colour))
+            tools = tools or (ChatRenderer(tokenizer, TrainOn(train_on)), Encoder(tokenizer))
+            parts.append(_show_record(row, number, *tools, colour))
     return "\n\n".join(parts) + "\n"
 
 
-def _show_record(
-    record: Mapping[str, Any], number: int, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, colour: bool
-) -> str:
-    rendered = ChatRenderer(tokenizer, train_on).render(record)
-    encoded = Encoder(tokenizer).encode([rendered])[0]
+def _show_record(record: Mapping[str, Any], number: int, renderer: ChatRenderer, encoder: Encoder, colour: bool) -> str:
+    rendered = renderer.render(record)
+    encoded = encoder.encode([rendered])[0]
     characters = role_characters(record)
     characters["template"] = max(0, len(rendered.text) - sum(characters.values()))
     total = max(1, len(rendered.text))
     shares = ", ".join(f"{role} {count / total:.0%}" for role, count in characters.items())
-    return f"{_show_row(encoded, number, tokenizer, colour)}\ncharacters: {shares}"
+    return f"{_show_row(encoded, number, renderer.tokenizer, colour)}\ncharacters: {shares}"
 
 
 def role_characters(record: Mapping[str, Any]) -> Counter[str]:

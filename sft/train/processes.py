@@ -1,4 +1,4 @@
-"""Training in several processes: rows distributed evenly, FSDP2 on CPUs, and tied weights saved once.
+"""Training in several processes: what they may divide, rows distributed evenly, FSDP2 on CPUs, tied weights saved once.
 
 All processes must make the same number of steps. accelerate fills the last batches with rows from the beginning of the
 epoch, which are then trained twice and count twice in an evaluation. `EvenRows` fills them with rows in which nothing
@@ -9,18 +9,41 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import Dataset, RandomSampler, Sampler
+from transformers import TrainingArguments
 
 from sft.batches.layout import FILLER
 from sft.inner_model import causal_lm
 from sft.labels import IGNORE_INDEX
+
+PARALLELISM_VARIABLE = "ACCELERATE_USE_PARALLELISM_CONFIG"
+"""Environment variable by which a launcher has accelerate read the sizes in `PARALLELISM_CONFIG_...`."""
+
+LABELS = {"labels", "shift_labels"}
+"""Keys of a batch that name the tokens to predict; see `sft.loss.targets.find_targets`."""
+
+_WHOLE_ROWS = (
+    "targets, loss weights and the ends of documents are found in whole rows. Set it to 1; longer rows fit with FSDP2, "
+    "activation_checkpointing=True and per_device_train_batch_size=1"
+)
+_WHOLE_LAYERS = "the loss, LoRA and the fused layers read whole weights. Set it to 1, and divide the weights with FSDP2"
+
+DIVIDED = {
+    "cp_size": ("context parallelism divides each row among processes", _WHOLE_ROWS),
+    "sp_size": ("sequence parallelism (ALST/Ulysses) divides each row among processes", _WHOLE_ROWS),
+    "tp_size": ("tensor parallelism divides each layer among processes", _WHOLE_LAYERS),
+}
+"""Sizes of accelerate's `ParallelismConfig` that must be 1 -> what they do, and why it is not supported."""
 
 
 class EvenRows(Dataset):
@@ -97,13 +120,14 @@ class EvenCollator:
         if self.keep_rows:
             batch = self.collator(rows)
             if len(batch["labels"]) == len(rows):  # a flat batch is one row anyway
-                batch["labels"][places] = IGNORE_INDEX
+                for name in LABELS & batch.keys():
+                    batch[name][places] = IGNORE_INDEX
                 return batch
         if len(places) < len(rows):
             return self.collator([row for place, row in enumerate(rows) if place not in places])
         batch = self.collator(rows[:1])
-        batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
-        return {**batch, FILLER: torch.ones(1)}
+        masked = {name: torch.full_like(batch[name], IGNORE_INDEX) for name in LABELS & batch.keys()}
+        return {**batch, **masked, FILLER: torch.ones(1)}
 
 
 def can_be_filled(dataset: Any, *, drop_last: bool) -> bool:
@@ -118,23 +142,106 @@ def can_be_filled(dataset: Any, *, drop_last: bool) -> bool:
     return len(dataset) > 0 and isinstance(dataset[0], Mapping)
 
 
-def turn_on_fsdp2(accelerator: Any) -> bool:
-    """Turn on FSDP2 on CPUs, if the launcher asks for FSDP (`ACCELERATE_USE_FSDP`).
+def check_parallelism(config: TrainingArguments) -> None:
+    """Check that processes divide rows of the data set and weights only, not single rows or the products of a layer.
 
-    accelerate ignores the request there, and each process would have a copy of the complete model. torch's
-    `fully_shard` works over gloo as well.
+    Both would go wrong without an error: a process that has a part of a row predicts no token of the next part, and
+    `transformers.Trainer` adds `shift_labels` for that, which only its own loss functions read.
 
     Args:
-        accelerator: `accelerate.Accelerator`, before anything was prepared with it.
+        config: `parallelism_config`, which a launcher may give instead (`PARALLELISM_CONFIG_...`), or a script's own
+            `Accelerator`; and DeepSpeed's options.
 
-    Returns:
-        Whether FSDP2 was turned on by this function.
+    Raises:
+        ValueError: Context, sequence or tensor parallelism is asked for.
+    """
+    for where, parallelism in _parallelism_configs(config).items():
+        if not isinstance(parallelism, ParallelismConfig):
+            raise ValueError(
+                f"{where}={parallelism!r} is not an accelerate.ParallelismConfig; give "
+                "ParallelismConfig(dp_shard_size=...), or leave it out"
+            )
+        for name, (what, why) in DIVIDED.items():
+            size = getattr(parallelism, name)
+            if size > 1:
+                raise ValueError(f"{where} has {name}={size}: {what}, and this trainer does not support it: {why}")
+    deepspeed = getattr(getattr(config, "hf_deepspeed_config", None), "config", None) or {}
+    size = deepspeed.get("tensor_parallel", {}).get("autotp_size", 0)
+    if size > 1:
+        what, why = DIVIDED["tp_size"]
+        raise ValueError(
+            f"the DeepSpeed configuration has tensor_parallel.autotp_size={size}: {what}, and this trainer does not "
+            f"support it: {why}"
+        )
+
+
+def _parallelism_configs(config: TrainingArguments) -> dict[str, Any]:
+    """Return the settings of parallelism that accelerate may follow, by the place that they come from."""
+    launched = os.environ.get(PARALLELISM_VARIABLE, "false").lower() == "true"
+    found = {
+        "parallelism_config": config.parallelism_config,
+        "the launcher's environment (PARALLELISM_CONFIG_...)": ParallelismConfig() if launched else None,
+        # accelerate keeps the settings of the first Accelerator for all later ones
+        "the Accelerator that the script made": AcceleratorState._shared_state.get("parallelism_config"),
+    }
+    return {where: parallelism for where, parallelism in found.items() if parallelism is not None}
+
+
+def check_undivided(model: Any) -> None:
+    """Check that a model was not divided among processes when it was loaded.
+
+    Args:
+        model: Wrapped or not.
+
+    Raises:
+        ValueError: It was loaded with `tp_plan`, `tp_size` or a `distributed_config`.
+    """
+    base = causal_lm(model)
+    sizes = {name: getattr(base, name, None) or 1 for name in ("tp_size", "fsdp_size")}
+    if max(sizes.values()) > 1 or getattr(base, "is_distributed_loading_by_transformers", False):
+        stated = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"the model was divided among processes when it was loaded ({stated}): the loss, LoRA and the fused layers "
+            "read whole weights. Load it without tp_plan, tp_size and distributed_config, and divide its weights with "
+            "FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)"
+        )
+
+
+@contextmanager
+def fsdp2_on_cpus(config: TrainingArguments) -> Iterator[Callable[[Any], bool]]:
+    """Create an `Accelerator` inside the block, and turn on FSDP2 after it where a launcher asks for FSDP on CPUs.
+
+    accelerate ignores `ACCELERATE_USE_FSDP` there, so that each process would have a copy of the complete model, and
+    refuses any `ParallelismConfig`. torch's `fully_shard` works over gloo as well.
+
+    Args:
+        config: `parallelism_config`, which is set to None inside the block if FSDP is asked for on CPUs.
+
+    Yields:
+        A function that takes the accelerator, before anything was prepared with it, and returns whether it turned on
+        FSDP2.
 
     Raises:
         ValueError: The launcher asks for FSDP1, which torch has for accelerators only.
     """
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not asked or accelerator.distributed_type != DistributedType.MULTI_CPU:
+    if not asked or PartialState().distributed_type != DistributedType.MULTI_CPU:
+        yield lambda _: False
+        return
+    given, launched = config.parallelism_config, os.environ.pop(PARALLELISM_VARIABLE, None)
+    config.parallelism_config = None
+    try:
+        yield partial(
+            _turn_on_fsdp2, parallelism=given or (ParallelismConfig() if (launched or "").lower() == "true" else None)
+        )
+    finally:
+        config.parallelism_config = given
+        if launched is not None:
+            os.environ[PARALLELISM_VARIABLE] = launched
+
+
+def _turn_on_fsdp2(accelerator: Any, parallelism: ParallelismConfig | None) -> bool:
+    if accelerator.distributed_type != DistributedType.MULTI_CPU:
         return False
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
@@ -146,6 +253,10 @@ def turn_on_fsdp2(accelerator: Any) -> bool:
     for state in (PartialState(), accelerator.state):
         state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
+    if parallelism is not None:
+        accelerator.state.parallelism_config = parallelism
+        accelerator.state.device_mesh = parallelism.get_device_mesh(accelerator.device.type)
+        parallelism._validate_accelerator(accelerator)
     return True
 
 

@@ -77,7 +77,9 @@ from sft.train.processes import (
     EvenOrder,
     EvenRows,
     can_be_filled,
-    turn_on_fsdp2,
+    check_parallelism,
+    check_undivided,
+    fsdp2_on_cpus,
     without_copies,
 )
 
@@ -167,6 +169,7 @@ class SFTTrainer(Trainer):
         if quantization_config is not None:
             former["quantization_config"] = quantization_config
         config = resolve_config(args, model, former)
+        check_parallelism(config)
         processing_class = resolve_processor(processing_class, model, config)
         tokenizer = tokenizer_of(processing_class)
 
@@ -175,6 +178,7 @@ class SFTTrainer(Trainer):
         if isinstance(model, str):
             model = resolve_model(model, config)
             check_causal(model)
+        check_undivided(model)
         model = apply_chat_template(model, tokenizer, config)
         align_special_tokens(model, tokenizer, config)
         check_kbit_arguments(model, config)
@@ -238,9 +242,10 @@ class SFTTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator, with FSDP2 also where a launcher asks for it on CPUs."""
-        super().create_accelerator_and_postprocess()
-        if turn_on_fsdp2(self.accelerator):
-            self.is_fsdp_enabled = True
+        with fsdp2_on_cpus(self.args) as turn_on_fsdp2:
+            super().create_accelerator_and_postprocess()
+            if turn_on_fsdp2(self.accelerator):
+                self.is_fsdp_enabled = True
 
     def _start_counting(self, config: SFTConfig) -> None:
         self._has_warned = False

@@ -7,21 +7,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Self
 
-
-@contextmanager
-def partial_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file next to `path`, which replaces `path` at the end of the block; an error deletes it."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    partial.replace(path)
+from sft.folders import partial_file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -136,10 +125,8 @@ class JsonlWriter:
             rows: Their numbers, from 0.
         """
         self._file.close()
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with self.path.open("rb") as lines, partial.open("wb") as kept:
+        with partial_file(self.path) as partial, self.path.open("rb") as lines, partial.open("wb") as kept:
             kept.writelines(line for number, line in enumerate(lines) if number not in rows)
             self.num_bytes = kept.tell()
-        partial.replace(self.path)
         self.num_rows -= len(rows)
         self._file = self.path.open("a+b")

@@ -56,7 +56,8 @@ def sole_training(root: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as locks:
         # in the same order in every process, or two trainings could wait for each other
-        for device in sorted(devices_used(visible_gpus(), os.environ.get("LOCAL_RANK"))):
+        ranks = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
+        for device in sorted(devices_used(visible_gpus(), *ranks)):
             locks.enter_context(_one_device(folder, device, root, when_busy))
         yield
 
@@ -76,19 +77,20 @@ def visible_gpus() -> list[str]:
     return [str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count())]
 
 
-def devices_used(gpus: list[str], local_rank: str | None) -> list[str]:
-    """Return the names of the devices that one process of a training uses.
+def devices_used(gpus: list[str], local_rank: str | None, local_world_size: str | None) -> list[str]:
+    """Return the names of the devices that one process of a training locks.
 
     Args:
         gpus: Identifiers of the GPUs that it may use.
         local_rank: Its number among the processes on this machine; None for a single process, which uses all GPUs.
-            Without GPUs, the processes share the processor, which the first one locks for all.
+            The first process locks the devices of all, so that two trainings never wait for each other.
+        local_world_size: Number of processes on this machine; None = one per GPU.
     """
-    if local_rank is None:
-        return [f"gpu-{gpu}" for gpu in gpus] or ["cpu"]
-    if gpus:
-        return [f"gpu-{gpus[int(local_rank) % len(gpus)]}"]
-    return ["cpu"] if local_rank == "0" else []
+    if local_rank not in (None, "0"):
+        return []
+    if local_rank is not None and local_world_size is not None:
+        gpus = gpus[: int(local_world_size)]
+    return [f"gpu-{gpu}" for gpu in gpus] or ["cpu"]
 
 
 def trainings_at_work() -> list[Path]:

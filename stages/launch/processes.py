@@ -24,7 +24,10 @@ from stages.training.out_of_memory import OutOfMemory
 RANK_VARIABLES = ("SFT_MACHINE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
 """Variables with the number of this machine, set by the user, by Slurm, or by an indexed Kubernetes job."""
 
-_PASSED_ON = re.compile(r"(ACCELERATE|FSDP|GLOO|HF|NCCL|OMP|SFT|TOKENIZERS|TORCH|TQDM)_")
+LAUNCHED_VARIABLE = "SFT_LAUNCHED"
+"""Environment variable of processes that `launch` started, for which its caller locks the devices."""
+
+_PASSED_ON = re.compile(r"(ACCELERATE|FSDP|GLOO|HF|NCCL|OMP|PARALLELISM|SFT|TOKENIZERS|TORCH|TQDM)_")
 """Environment variables that workers of Ray are given."""
 
 PR_SET_PDEATHSIG = 1
@@ -52,6 +55,11 @@ class ProcessKilled(ValueError):
 def in_launched_process() -> bool:
     """Return whether a launcher (accelerate, torchrun, Ray) started this process as one of several."""
     return "LOCAL_RANK" in os.environ
+
+
+def is_launched_by_stage() -> bool:
+    """Return whether the launcher of this process was started by `launch`, and not by the user, such as torchrun."""
+    return LAUNCHED_VARIABLE in os.environ
 
 
 def needs_launcher(section: LaunchSection) -> bool:
@@ -86,6 +94,7 @@ def launch(stage: str, section: LaunchSection, paths: Paths) -> None:
         SystemExit: A signal ended this process, after the others were ended.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # advice of DDP, printed by each process
+    os.environ[LAUNCHED_VARIABLE] = "1"
     if section.launcher == "ray":
         try:
             return launch_with_ray(stage, section, paths, worker_variables(section, paths.root))

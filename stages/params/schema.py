@@ -247,7 +247,9 @@ class ChecksSection(Section):
     ]
     unreadable: Annotated[
         Literal["drop", "fail"],
-        Field(description="Line that is not a JSON object in UTF-8, CSV row of another length: drop or fail."),
+        Field(
+            description="Line that is not a JSON object in UTF-8, CSV row with a wrong quote or length: drop or fail."
+        ),
     ]
     empty_answer: Annotated[CheckAction, Field(description="Assistant message or completion without text.")]
     number: Annotated[

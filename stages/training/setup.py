@@ -30,7 +30,7 @@ NOT_SFT_OPTIONS = {
         "lora_target_modules",
         "lora_target_parameters",
     ),  # see `make_model_config`
-    "warmup_ratio",  # given as `warmup_steps`
+    "warmup_ratio",  # `SFTConfig` keeps it as `warmup_steps`
     *("launch", "on_oom"),  # see `stages.train.run`
 }
 """Keys of the section `train` that are not passed to `SFTConfig` under their own name."""
@@ -112,7 +112,7 @@ def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
     return SFTConfig(
         output_dir=str(folder),
         per_device_eval_batch_size=section.per_device_train_batch_size,
-        warmup_steps=section.warmup_ratio,
+        warmup_ratio=section.warmup_ratio,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         save_strategy="steps",

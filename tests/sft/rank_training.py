@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 from transformers import EvalPrediction
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -93,8 +94,13 @@ def train(name: str, per_device: int, accumulation: int, **options: Any) -> dict
         )
         trainer.train(resume_from_checkpoint=last)
     history = trainer.state.log_history
-    weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    weights = {name: whole(value).detach().clone() for name, value in trainer.model.named_parameters()}
     return {**{name: [entry[name] for entry in history if name in entry] for name in FIGURES}, "weights": weights}
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight of which each process may have a part."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def main(file: str, per_device: str, accumulation: str, *names: str) -> None:

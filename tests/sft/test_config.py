@@ -86,6 +86,20 @@ def test_checkpointing_set_by_hand_under_either_name_takes_effect() -> None:
     assert (config.activation_checkpointing, config.gradient_checkpointing) == (False, False)
 
 
+@pytest.mark.parametrize(("ratio", "steps"), [(0, 0), (0.0, 0), (0.051, 6), (1, 100), (1.0, 100)])
+def test_warmup_ratio_is_a_share_of_all_steps(ratio: float, steps: int) -> None:
+    config = SFTConfig(output_dir="out", use_cpu=True, warmup_ratio=ratio)
+    assert config.get_warmup_steps(100) == steps
+    again = SFTConfig(**{field.name: getattr(config, field.name) for field in fields(config) if field.init})
+    assert again.get_warmup_steps(100) == steps
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.5, 20])
+def test_warmup_ratio_that_is_not_a_share_is_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match=rf"warmup_ratio={ratio} is a share of all steps, .* as warmup_steps"):
+        SFTConfig(output_dir="out", use_cpu=True, warmup_ratio=ratio)
+
+
 def test_former_names_of_upstream_options() -> None:
     config = SFTConfig(output_dir="out", use_cpu=True, warmup_ratio=0.25, group_by_length=True)
     assert config.get_warmup_steps(100) == 25

@@ -1,4 +1,4 @@
-"""A folder is replaced in one step: after a failure or a kill, the folder at its place is complete or missing."""
+"""A file or folder is replaced in one step: after a failure or a kill, what is at its place is complete or missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sft.folders import replacing_folder
+from sft.folders import partial_file, replacing_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,6 +113,40 @@ def test_without_overwrite_files_that_came_up_meanwhile_are_kept(tmp_path: Path)
         (tmp_path / "out" / "a.txt").write_text("other")
     assert contents(tmp_path / "out") == {"a.txt": "other"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_earlier_folder_comes_back_if_the_new_one_cannot_be_renamed(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def fails_for_the_new_one(path: Path, to: Path) -> Path:
+        if path.name == ".out.partial":
+            raise PermissionError("another process has a file in it open")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
+    with pytest.raises(PermissionError, match="another process"), replacing_folder(target) as folder:
+        (folder / "a.txt").write_text("new")
+    assert contents(target) == {"a.txt": "old", "c.txt": "old"}
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_a_finished_file_takes_the_place_of_the_earlier_one(target: Path) -> None:
+    with partial_file(target / "a.txt") as partial:
+        partial.write_text("new")
+        assert (target / "a.txt").read_text() == "old"
+    assert contents(target) == {"a.txt": "new", "c.txt": "old"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_file_that_was_not_finished_leaves_the_earlier_one(target: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), partial_file(target / "a.txt") as partial:  # noqa: PT012
+        partial.write_text("new")
+        raise error
+    with pytest.raises(FileNotFoundError), partial_file(target / "a.txt"):
+        pass  # nothing was written
+    assert contents(target) == {"a.txt": "old", "c.txt": "old"}
 
 
 def test_a_link_to_a_folder_and_a_changed_working_directory_are_followed(

@@ -27,6 +27,7 @@ def test_every_key_of_the_section_reaches_the_trainer(tmp_path: Path) -> None:
     for key in set(TrainSection.model_fields) - NOT_SFT_OPTIONS:
         assert getattr(config, key) == getattr(section, key), key
     assert config.warmup_steps == section.warmup_ratio
+    assert make_sft_config(params(warmup_ratio=1.0).train, tmp_path).get_warmup_steps(100) == 100
 
 
 def test_every_key_of_the_section_is_an_option_of_the_library_or_read_elsewhere() -> None:

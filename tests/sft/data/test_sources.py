@@ -273,6 +273,41 @@ def test_a_truncated_archive_is_an_error(tmp_path: Path) -> None:
         rows_of(written(tmp_path / "b.jsonl.gz", b"plain text"))
 
 
+def test_csv_rows_with_text_after_a_quote_are_given_with_their_damage_and_the_next_rows_as_they_are(
+    tmp_path: Path,
+) -> None:
+    file = written(tmp_path / "a.csv", 'x,y\n"1"2,3\n4,"5\n6"\n"7" ,8\n9,0\n"1,2')
+    found = {row.id: row.damage or row.columns for row in read_rows(file, with_damaged=True)}
+    assert {name: row for name, row in found.items() if isinstance(row, dict)} == {
+        "a.csv:3": {"x": "4", "y": "5\n6"},
+        "a.csv:6": {"x": "9", "y": "0"},
+    }
+    damaged = {name: str(row) for name, row in found.items() if not isinstance(row, dict)}
+    after = "not CSV: ',' expected after '\"'"
+    assert damaged == {
+        "a.csv:2": f"{file}:2: {after}",
+        "a.csv:5": f"{file}:5: {after}",
+        "a.csv:7": f"{file}:7: not CSV: unexpected end of data",
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ('x,y\n"1,2\n3,4\n', "3: not CSV: unexpected end of data"),
+        ('x,y\n"1,2\n3,"4\n', "3: not CSV: ',' expected"),
+        ("x,y\n1,2\r3,4\r5,6\n7,8\n", "2: not CSV: a carriage return"),
+        ('"x"y\n1\n', "1: not CSV: ',' expected"),
+    ],
+)
+def test_a_csv_part_with_an_unknown_number_of_rows_is_an_error_also_where_damaged_rows_are_asked_for(
+    tmp_path: Path, content: str, place: str
+) -> None:
+    file = written(tmp_path / "a.csv", content)
+    with pytest.raises(SourceError, match=rf"a\.csv:{place}"):
+        list(read_rows(file, with_damaged=True))
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 @pytest.mark.parametrize("compression", ["gzip", "zstd"])
 def test_an_archive_that_unpacks_to_far_more_is_refused(

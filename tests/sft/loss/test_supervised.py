@@ -20,7 +20,7 @@ from sft.labels import IGNORE_INDEX
 from sft.loss.cross_entropy import LossOptions
 from sft.loss.head import plain_head, states_before_head
 from sft.loss.supervised import SupervisedLoss, dft_loss, supervised_logits, supervised_loss
-from sft.loss.targets import find_targets, model_arguments, num_targets
+from sft.loss.targets import Targets, find_targets, model_arguments, num_targets
 from sft.train.counters import TokenTotals
 from sft.train.trainer import SFTTrainer
 from tests.tiny import quiet_config, random_model, tiny_model, tiny_tokenizer
@@ -93,6 +93,39 @@ def test_targets_of_padded_rows_are_listed_row_by_row() -> None:
     assert targets.position.tolist() == [1, 2, 4, 0, 1]
     assert targets.token.tolist() == [7, 8, 10, 12, 13]
     assert num_targets(batch(flat=False)) == num_targets(batch(flat=True)) == 5
+
+
+def test_shift_labels_of_parts_of_rows_give_the_targets_of_the_whole_rows() -> None:
+    whole = {**batch(flat=False), "loss_weights": torch.rand(3, 6) + 0.5}
+    following = F.pad(whole["labels"], (0, 1), value=X)[:, 1:]
+    assert_equal_targets(find_targets({**whole, "shift_labels": following}), find_targets(whole))
+    del whole["loss_weights"]
+    parts = [
+        find_targets({"labels": whole["labels"][:, part], "shift_labels": following[:, part]})
+        for part in (slice(0, 3), slice(3, 6))
+    ]
+    found = sorted(
+        (row, position + 3 * number, token)
+        for number, part in enumerate(parts)
+        for row, position, token in zip(part.row.tolist(), part.position.tolist(), part.token.tolist(), strict=True)
+    )
+    # the second token that row 0 trains comes after the first part
+    assert found == [(0, 1, 7), (0, 2, 8), (0, 4, 10), (1, 0, 12), (1, 1, 13)]
+
+
+def test_shift_labels_do_not_reach_the_model_and_give_the_same_loss_and_gradients() -> None:
+    model, inputs = make("llama"), batch(flat=False)
+    expected_loss, expected = run(model, inputs)
+    named = {**inputs, "shift_labels": F.pad(inputs["labels"], (0, 1), value=X)[:, 1:]}
+    assert model_arguments(named).keys() == model_arguments(inputs).keys()
+    found_loss, found = run(model, named)
+    assert found_loss.loss == expected_loss.loss
+    assert_same(found, expected)
+
+
+def assert_equal_targets(found: Targets, expected: Targets) -> None:
+    for name in ("row", "position", "token", "weight"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["padded", "flat"])

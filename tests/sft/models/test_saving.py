@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import pre_tokenizers
@@ -91,6 +92,33 @@ def test_value_of_a_config_that_json_does_not_know_is_refused(tmp_path: Path) ->
     model.config.scale = {1, 2}
     with pytest.raises(ValueError, match=r"the model's config can't be saved with the model \(TypeError: .*set"):
         trainer_on(model, tmp_path)
+
+
+def test_weights_that_share_memory_without_being_declared_as_tied_are_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = first.weight
+    message = r"the model's weights can't be saved .*layers.[01].mlp.up_proj.weight.* own memory .*_tied_weights_keys"
+    with pytest.raises(ValueError, match=message):
+        trainer_on(model, tmp_path)
+    with pytest.raises(RuntimeError, match="shared tensors"):
+        model.save_pretrained(tmp_path / "model")
+    model._keys_to_ignore_on_save = ["model.layers.1.mlp.up_proj.weight"]
+    check_saving(model, tiny_tokenizer(), quiet_config(tmp_path))
+    model.save_pretrained(tmp_path / "model")
+    model._keys_to_ignore_on_save = None
+    second.weight = torch.nn.Parameter(second.weight.clone())
+    check_saving(model, tiny_tokenizer(), quiet_config(tmp_path))
+    model.save_pretrained(tmp_path / "model")
+
+
+def test_an_adapter_of_weights_that_share_memory_is_saved_alone(tmp_path: Path) -> None:
+    model = tiny_model()
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = first.weight
+    adapter = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    check_saving(adapter, tiny_tokenizer(), quiet_config(tmp_path))
+    adapter.save_pretrained(tmp_path / "adapter")
 
 
 def test_arguments_that_can_not_be_pickled_are_refused(tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from datasets import Dataset
 
 from sft.chat.render import render
 from sft.labels import IGNORE_INDEX
+from sft.tokens import preview
 from sft.tokens.encoding import encode_batch
 from sft.tokens.preview import Piece, preview_masks, role_characters, token_pieces
 from tests.tiny import tiny_tokenizer
@@ -52,6 +56,20 @@ def test_the_sample_is_seeded() -> None:
     assert preview_masks(rows, tokenizer, 3, seed=1) == preview_masks(rows, tokenizer, 3, seed=1)
     assert preview_masks(rows, tokenizer, 3, seed=1) != preview_masks(rows, tokenizer, 3, seed=2)
     assert "12 of 12 rows" in preview_masks(rows, tokenizer, 80)
+
+
+def test_all_records_of_a_preview_share_one_renderer_and_one_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    for kind in (preview.ChatRenderer, preview.Encoder):
+
+        class Counted(kind):  # type: ignore[valid-type, misc]
+            def __init__(self, *args: Any) -> None:
+                made.append(type(self).__mro__[1].__name__)
+                super().__init__(*args)
+
+        monkeypatch.setattr(preview, kind.__name__, Counted)
+    assert "3 of 4 rows" in preview_masks([{"messages": CHAT}] * 4, tiny_tokenizer())
+    assert made == ["ChatRenderer", "Encoder"]
 
 
 def test_colour_replaces_brackets() -> None:

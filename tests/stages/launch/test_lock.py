@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import stages.train
 from stages.__main__ import main
+from stages.checkout.paths import Paths
 from stages.launch.lock import BUSY_VARIABLE, FOLDER_VARIABLE, REFUSE, devices_used, sole_training
+from stages.launch.processes import LAUNCHED_VARIABLE
+from stages.params.schema import load_params
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLD = """
@@ -122,14 +126,43 @@ def test_unknown_wish_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("gpus", "local_rank", "devices"),
+    ("gpus", "ranks", "devices"),
     [
-        ([], None, ["cpu"]),
-        ([], "0", ["cpu"]),
-        ([], "1", []),
-        (["a", "b"], None, ["gpu-a", "gpu-b"]),
-        (["a", "b"], "1", ["gpu-b"]),
+        ([], (None, None), ["cpu"]),
+        ([], ("0", "2"), ["cpu"]),
+        ([], ("1", "2"), []),
+        (["a", "b", "c"], (None, None), ["gpu-a", "gpu-b", "gpu-c"]),
+        (["a", "b", "c"], ("0", "2"), ["gpu-a", "gpu-b"]),
+        (["a", "b", "c"], ("1", "2"), []),
+        (["a"], ("0", "2"), ["gpu-a"]),
+        (["a", "b"], ("0", None), ["gpu-a", "gpu-b"]),
     ],
 )
-def test_devices_of_a_process(gpus: list[str], local_rank: str | None, devices: list[str]) -> None:
-    assert devices_used(gpus, local_rank) == devices
+def test_devices_that_a_process_locks(
+    gpus: list[str], ranks: tuple[str | None, str | None], devices: list[str]
+) -> None:
+    assert devices_used(gpus, *ranks) == devices
+
+
+def test_processes_of_the_users_own_launcher_take_the_lock_and_those_of_the_stage_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, paths = load_params(ROOT / "params.yaml"), Paths(tmp_path)
+    for name, value in {BUSY_VARIABLE: REFUSE, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(LAUNCHED_VARIABLE, raising=False)
+    trained: list[Path] = []
+    monkeypatch.setattr(stages.train, "train", lambda params, paths: trained.append(paths.root))
+    first = start(tmp_path)
+    try:
+        assert first_line(first) == "training"
+        with pytest.raises(ValueError, match=f"process {first.pid} in {re.escape(str(tmp_path))}"):
+            stages.train.run(params, paths)
+        monkeypatch.setenv("LOCAL_RANK", "1")  # waits for the first process, which locks for all
+        stages.train.run(params, paths)
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setenv(LAUNCHED_VARIABLE, "1")
+        stages.train.run(params, paths)
+        assert trained == [tmp_path] * 2
+    finally:
+        first.communicate("end\n")
