@@ -17,6 +17,7 @@ from sft.config import SFTConfig
 from sft.folders import replacing_folder
 from sft.models.adapters import count_parameters
 from sft.models.checkpoint import save_tokenizer
+from sft.models.weight_kinds import weight_shares
 from sft.train.bad_updates import BAD_UPDATE
 from sft.train.trainer import SFTTrainer
 from stages.checkout.artifacts import file_digest, write_json, write_jsonl, write_text
@@ -31,7 +32,7 @@ from stages.launch.processes import (
 )
 from stages.params.schema import Params
 from stages.training.checkpoints import TrainingState, explaining_full_disk
-from stages.training.curve import MEMORY_TAG, LiveCurve, ProgressLines, Throughput, curve_csv, live_run
+from stages.training.curve import MEMORY_TAG, ROUTER_COLUMNS, LiveCurve, ProgressLines, Throughput, curve_csv, live_run
 from stages.training.out_of_memory import OutOfMemory, describe_events, make_smaller, memory_figures, section_that_fits
 from stages.training.setup import make_sft_config, make_trainer
 
@@ -180,19 +181,28 @@ def save_results(trainer: SFTTrainer, paths: Paths, more: dict[str, Any]) -> Non
     write_text(paths.out("train", "curve.csv"), curve_csv(log))
     bad_updates = [entry for entry in log if BAD_UPDATE in entry]
     write_jsonl(paths.out("train", "bad_updates.jsonl"), bad_updates)
+    shares = {share.kind: share.to_dict() for share in weight_shares(trainer.model)}
+    write_json(paths.out("train", "weights.json"), shares)
     counts = count_parameters(trainer.model)
     metrics = {
         "loss": losses[-1],
-        "eval_loss": next(entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry),
+        "eval_loss": last_logged(log, "eval_loss"),
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "tokens_seen": trainer.state.num_input_tokens_seen,
         "trainable_parameters": counts.num_trainable,
         "parameters": counts.num_total,
         "bad_updates": len(bad_updates),
+        **{name: last_logged(log, name) for name in ROUTER_COLUMNS if any(name in entry for entry in log)},
         **more,
     }
     write_json(paths.metrics("train"), metrics)
+
+
+def last_logged(log: list[dict[str, Any]], name: str) -> float:
+    """Return the last value of a figure in a trainer's log."""
+    value: float = next(entry[name] for entry in reversed(log) if name in entry)
+    return value
 
 
 def write_timings(paths: Paths, seconds: float, num_tokens: int, throughput: Throughput) -> None:

@@ -20,6 +20,9 @@ from sft.loss.cross_entropy import LossOptions, cross_entropy_sums, linear_cross
 from sft.loss.head import plain_head, states_before_head, takes_logits_to_keep
 from sft.loss.targets import Batch, Targets, find_targets, model_arguments
 
+ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
+"""Names that configurations have for the weight of the load-balancing loss."""
+
 
 @dataclass(frozen=True)
 class SupervisedLoss:
@@ -32,8 +35,8 @@ class SupervisedLoss:
         num_targets: Number of targets.
         num_correct: Number of targets that have the largest logit.
         entropy: Sum of the predictions' entropies in nats; None unless `LossOptions.entropy` is set.
-        router_loss: Load-balancing loss of a mixture of experts per target, already included in `loss`; None if the
-            model has none.
+        router_loss: Load-balancing loss of a mixture of experts, with its weight, for the batch alone; None if there is
+            none. `loss` contains the share of it that this batch's targets are of `num_items`.
         logits: All logits `(batch, length, vocab)`; None unless `keep_logits` is set.
     """
 
@@ -163,11 +166,23 @@ def _pick_targets(states: torch.Tensor, targets: Targets, place: torch.Tensor) -
 
 
 def _router_loss(model: nn.Module, outputs: Any) -> torch.Tensor | None:
-    """Return the load-balancing loss of a mixture of experts, or None if its configuration does not ask for it."""
+    """Return the weighted load-balancing loss of a mixture of experts; None if its configuration does not ask for it.
+
+    It is a function of all tokens of the batch, trained or not, but not of padding:
+    `num_experts * sum_e(share of the choices that are e * mean probability of e)`, over all layers together (Switch
+    Transformer, arXiv:2101.03961, as transformers computes it). It is not a sum over tokens. That of an update is the
+    mean over its batches, each weighted by its targets.
+    """
     router_loss = getattr(outputs, "aux_loss", None)
-    if router_loss is None:
+    if not isinstance(router_loss, torch.Tensor):
         return None
-    return router_loss * causal_lm(model).config.get_text_config().router_aux_loss_coef
+    return router_loss * router_loss_weight(causal_lm(model).config)
+
+
+def router_loss_weight(config: Any) -> float:
+    """Return the weight of the load-balancing loss that a model's configuration states; 0 if it states none."""
+    text_config = config.get_text_config()
+    return next((weight for name in ROUTER_WEIGHTS if (weight := getattr(text_config, name, None))), 0.0)
 
 
 def dft_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,9 +83,9 @@ class WeightShare:
     def __str__(self) -> str:
         return f"{self.kind} {as_percent(self.num_reached, self.num_weights)}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields by name."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, int]:
+        """Return the numbers by name."""
+        return {"weights": self.num_weights, "reached": self.num_reached, "trained": self.num_trained}
 
 
 def as_percent(part: int, whole: int) -> str:

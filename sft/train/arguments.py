@@ -11,14 +11,17 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.training_args import ParallelMode
 
+from sft.batches.layout import document_layout
 from sft.chat.formats import FORMATS, clone_chat_template, ensure_pad_token, set_template_variables, setup_chat_format
 from sft.config import SFTConfig
 from sft.hardware import current_hardware
-from sft.inner_model import causal_lm
+from sft.inner_model import causal_lm, evaluating
 from sft.kernels.liger import check_liger_hardware, liger_kernel_config
+from sft.loss.supervised import ROUTER_WEIGHTS, router_loss_weight
 from sft.models.checkpoint import load_processor
 from sft.models.loading import load_model
 from sft.suggest import did_you_mean
@@ -277,19 +280,20 @@ def align_special_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, config:
         generation.eos_token_id = ends if tokenizer.eos_token_id in ends else [tokenizer.eos_token_id, *ends]
 
 
-def choose_router_loss(model: Any, config: SFTConfig) -> tuple[float, bool]:
+def choose_router_loss(model: Any, config: SFTConfig, *, own_loss: bool = False) -> tuple[float, bool]:
     """Write `router_aux_loss_coef` to the model's configuration, and return what holds.
 
     Args:
         model: Its configuration decides where the option is None: `output_router_logits` adds the load-balancing loss
             of a mixture of experts, `router_aux_loss_coef` is its weight.
         config: The options.
+        own_loss: Whether the user's `compute_loss_func` computes the loss.
 
     Returns:
         The weight, 0 if the configuration has none, and whether the loss is added.
 
     Raises:
-        ValueError: The option is below 0, or the model has no routers.
+        ValueError: The option is below 0, the model returns no such loss, or a `compute_loss_func` would ignore it.
     """
     inner = causal_lm(model)
     text_config, asked = inner.config.get_text_config(), config.router_aux_loss_coef
@@ -297,6 +301,12 @@ def choose_router_loss(model: Any, config: SFTConfig) -> tuple[float, bool]:
     if asked is not None:
         if asked < 0:
             raise ValueError(f"router_aux_loss_coef={asked} must be at least 0: it weighs a loss to minimize")
+        if asked and own_loss:
+            raise ValueError(
+                f"router_aux_loss_coef={asked} would be ignored, as compute_loss_func computes the loss: add "
+                "outputs.aux_loss there, set output_router_logits=True in the model's configuration, and leave "
+                "router_aux_loss_coef out"
+            )
         if asked and not has_routers:
             raise ValueError(
                 f"router_aux_loss_coef={asked} weighs the load-balancing loss of a mixture of experts, and "
@@ -304,9 +314,45 @@ def choose_router_loss(model: Any, config: SFTConfig) -> tuple[float, bool]:
                 "it out"
             )
         if has_routers:
-            text_config.output_router_logits, text_config.router_aux_loss_coef = asked > 0, asked
-    coefficient = getattr(text_config, "router_aux_loss_coef", None) or 0.0
-    return coefficient, bool(has_routers and text_config.output_router_logits and coefficient)
+            name = next((name for name in ROUTER_WEIGHTS if hasattr(text_config, name)), ROUTER_WEIGHTS[0])
+            text_config.output_router_logits = asked > 0
+            setattr(text_config, name, asked)
+    coefficient = router_loss_weight(inner.config)
+    enabled = bool(has_routers and text_config.output_router_logits and coefficient)
+    if enabled and not _returns_router_loss(inner):
+        raise ValueError(
+            f"{type(inner).__name__} returns no load-balancing loss, although its configuration has routers: "
+            f"router_aux_loss_coef={coefficient} would have no effect; set router_aux_loss_coef=0"
+        )
+    return coefficient, enabled
+
+
+@torch.no_grad()
+def _returns_router_loss(model: Any) -> bool:
+    """Return whether a model with routers returns their loss, from a pass on a few tokens.
+
+    Weights that are not there yet, or in parts, can't be used; then the model is believed.
+    """
+    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return True
+    tokens = torch.arange(4, device=model.device)[None]
+    with evaluating(model), document_layout(None):
+        outputs = model(input_ids=tokens, use_cache=False, output_router_logits=True)
+    return isinstance(getattr(outputs, "aux_loss", None), torch.Tensor)
+
+
+def check_router_padding(data_collator: Any) -> None:
+    """Check that flat batches have no padding, which the load-balancing loss of a mixture of experts would count.
+
+    Raises:
+        ValueError: They are padded to a multiple.
+    """
+    multiple = getattr(data_collator, "pad_to_multiple_of", None)
+    if getattr(data_collator, "padding_free", False) and multiple:
+        raise ValueError(
+            f"pad_to_multiple_of={multiple} adds padding to joined rows, and the load-balancing loss of the experts "
+            "would count it as tokens; leave it out, set padding_free=False, or set router_aux_loss_coef=0"
+        )
 
 
 def choose_liger_kernels(model: Any, config: SFTConfig) -> None:

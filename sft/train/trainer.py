@@ -48,6 +48,7 @@ from sft.models.saving import check_disk, check_saving, mend_generation_config
 from sft.train.arguments import (
     align_special_tokens,
     apply_chat_template,
+    check_router_padding,
     choose_liger_kernels,
     choose_processing_class,
     choose_router_loss,
@@ -183,7 +184,8 @@ class SFTTrainer(Trainer):
         align_special_tokens(model, tokenizer, config)
         check_kbit_arguments(model, config)
         model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))
-        self.router_aux_loss_coef, self.aux_loss_enabled = choose_router_loss(model, config)
+        own_loss = compute_loss_func is not None
+        self.router_aux_loss_coef, self.aux_loss_enabled = choose_router_loss(model, config, own_loss=own_loss)
         if train_dataset is not None:
             check_saving(model, processing_class, config)
         choose_liger_kernels(model, config)
@@ -236,6 +238,8 @@ class SFTTrainer(Trainer):
             chosen = choose_batches(self, SFTTrainer, flat=packing.flat)
             self.attention, self._mixers = chosen.description, chosen.mixers
             self.sharing = self._choose_shared_tokens(config)
+        if self.aux_loss_enabled:
+            check_router_padding(self.data_collator)
         self._log_choices()
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(list(self._tag_names))

@@ -23,6 +23,7 @@ TEMPLATE = "report.html.jinja"
 CHARTS = (
     ("Loss", [("train", "loss", "a"), ("held-out", "eval_loss", "b")]),
     ("Token accuracy", [("train", "mean_token_accuracy", "a"), ("held-out", "eval_mean_token_accuracy", "b")]),
+    ("Load-balancing loss of the experts", [("train", "aux_loss", "a"), ("held-out", "eval_aux_loss", "b")]),
     ("Learning rate", [("", "learning_rate", "a")]),
     ("Gradient norm", [("", "grad_norm", "a")]),
 )
@@ -51,6 +52,7 @@ def context(params: Params, paths: Paths) -> dict[str, Any]:
         "table": comparison(results),
         "changes": [changes(pair) for pair in results["comparisons"]],
         "curves": curves(paths),
+        "weights": weights(paths),
         "bad_updates": bad_updates(paths),
         "trusted": params.model.trust_remote_code,
         "generations": read_answers(paths.out("evaluate", "generations.jsonl")),
@@ -164,6 +166,21 @@ def throughput(paths: Paths) -> list[tuple[float, float]]:
     if timings.get("curve_sha256") != file_digest(paths.out("train", "curve.csv")):
         return []
     return [(float(step), float(speed)) for step, speed in timings["throughput"]]
+
+
+def weights(paths: Paths) -> list[dict[str, Any]]:
+    """Return the rows of the table that shows which share of each kind of weight training has changed."""
+    file = paths.out("train", "weights.json")
+    kinds = read_json(file) if file.exists() else {}
+    return [
+        {
+            "kind": kind,
+            "weights": f"{counts['weights']:,}",
+            "share": percent(counts["reached"] / counts["weights"]) if counts["weights"] else "–",
+            "trained": f"{counts['trained']:,}",
+        }
+        for kind, counts in kinds.items()
+    ]
 
 
 def bad_updates(paths: Paths) -> dict[str, Any]:

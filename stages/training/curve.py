@@ -39,6 +39,9 @@ CURVE_COLUMNS = (
     "num_input_tokens_seen",
 )
 
+ROUTER_COLUMNS = ("aux_loss", "eval_aux_loss")
+"""Columns of the load-balancing loss of a mixture of experts, in curves of trainings that have it."""
+
 SPEED = "tokens_per_second"
 
 MEMORY_TAG = "sft.out_of_memory"
@@ -52,7 +55,8 @@ def curve_csv(history: list[dict[str, Any]]) -> str:
     for entry in history:
         steps.setdefault(entry["step"], {}).update(entry)
     file = io.StringIO()
-    writer = csv.DictWriter(file, CURVE_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    more = [column for column in ROUTER_COLUMNS if any(column in entry for entry in history)]
+    writer = csv.DictWriter(file, [*CURVE_COLUMNS, *more], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(steps[step] for step in sorted(steps) if {"loss", "eval_loss"} & set(steps[step]))
     return file.getvalue()
@@ -230,6 +234,6 @@ class LiveCurve(TrainerCallback):
         self._send(logs if speed is None else {**logs, SPEED: speed}, state.global_step)
 
     def _send(self, entry: Mapping[str, Any], step: int) -> None:
-        names = (*CURVE_COLUMNS, SPEED)
+        names = (*CURVE_COLUMNS, *ROUTER_COLUMNS, SPEED)
         figures = {name: float(entry[name]) for name in names if name != "step" and name in entry}
         self._run.log(figures, step, int(time.time() * 1000))

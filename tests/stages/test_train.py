@@ -98,3 +98,19 @@ def test_curve_has_one_row_per_step_and_no_wall_times() -> None:
     lines = curve_csv(history).splitlines()
     assert lines[0].startswith("step,loss,eval_loss,learning_rate,grad_norm")
     assert lines[1:] == ["5,2.0,,0.1,,,,", "10,1.0,1.5,0.05,,,,"]
+
+
+def test_curve_has_columns_of_the_experts_loss_only_where_there_is_one() -> None:
+    history = [{"step": 5, "loss": 2.0, "aux_loss": 0.5}, {"step": 5, "eval_loss": 1.5, "eval_aux_loss": 0.25}]
+    lines = curve_csv(history).splitlines()
+    assert lines[0].endswith(",num_input_tokens_seen,aux_loss,eval_aux_loss")
+    assert lines[1] == "5,2.0,1.5,,,,,,0.5,0.25"
+    assert "aux_loss" not in curve_csv(history[:0])
+
+
+def test_parameters_and_dropout_exclude_each_other() -> None:
+    assert make_model_config(params(lora_target_parameters=["experts.down_proj"])).lora_target_parameters == [
+        "experts.down_proj"
+    ]
+    with pytest.raises(ValueError, match=r"lora_dropout 0\.1 can't be used with lora_target_parameters"):
+        params(lora_target_parameters=["experts.down_proj"], lora_dropout=0.1)

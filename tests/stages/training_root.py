@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset
 from ruamel.yaml import YAML
+from transformers import PreTrainedModel
 
 from sft.labels import IGNORE_INDEX
 from stages import train
@@ -41,10 +42,16 @@ def launch_section(**values: Any) -> LaunchSection:
     return LaunchSection.model_validate({**shipped, **values})
 
 
-def make_training_root(root: Path, **train: Any) -> Paths:
-    """Write what earlier stages would have written, and params.yaml with `train` in its section."""
+def make_training_root(root: Path, model: PreTrainedModel | None = None, **train: Any) -> Paths:
+    """Write what earlier stages would have written, and params.yaml with `train` in its section.
+
+    Args:
+        root: The checkout.
+        model: The base; None = a tiny Llama.
+        train: Values of the section.
+    """
     paths, tokenizer, base = Paths(root), tiny_tokenizer(), root / "models" / "base"
-    tiny_model().save_pretrained(base)
+    (model or tiny_model()).save_pretrained(base)
     tokenizer.save_pretrained(base)
     record = {"name_or_path": str(base), "revision": None, "resolved": str(base)}
     write_json(paths.out("load", "base_model.json"), {**record, "digest": folder_digest(base)})

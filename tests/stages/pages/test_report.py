@@ -253,3 +253,23 @@ def test_page_describes_the_promotion(page: str) -> None:
     assert "The gate is open." in section
     assert "<code>champion</code> moves too, unless a condition of <code>publish.gate</code> fails" in section
     assert "outs/publish/promotion.html" in section
+
+
+def test_shares_of_trained_weights_are_shown(paths: Paths, tmp_path: Path) -> None:
+    other = write_tiny_run(tmp_path)
+    for name in ("results.json", "generations.jsonl"):
+        other.out("evaluate", name).parent.mkdir(exist_ok=True)
+        other.out("evaluate", name).write_bytes(paths.out("evaluate", name).read_bytes())
+    shares = {
+        "experts": {"weights": 12000, "reached": 9000, "trained": 480},
+        "router": {"weights": 64, "reached": 0, "trained": 0},
+        "prompt": {"weights": 0, "reached": 0, "trained": 24},
+    }
+    write_json(other.out("train", "weights.json"), shares)
+    report.write_report(tiny_params(), other)
+    page = other.report.read_text(encoding="utf-8")
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    assert ["experts", "12,000", "75\u00a0%", "480"] in cells
+    assert ["router", "64", "0\u00a0%", "0"] in cells
+    assert ["prompt", "0", "–", "24"] in cells
+    assert "Weights that training changes" not in paths.report.read_text(encoding="utf-8")
