@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -102,6 +102,18 @@ def _tool_call(call: Mapping[str, Any], number: int, arguments_as_text: bool) ->
     return {"id": f"call{number:05d}", **call, "function": function}
 
 
+class ReasoningBlock(Protocol):
+    """Place for the reasoning of the last answer, see `sft.chat.thinking.Block`."""
+
+    def hide(self, chat: Messages) -> tuple[Messages, str | None]:
+        """Return the chat with a mark instead of the reasoning, and the reasoning."""
+
+    def show(
+        self, text: str, reasoning: str | None, ranges: Sequence[tuple[int, int]]
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Replace the mark in the rendered chat by the reasoning, and move ranges of characters with the text."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A template with its variables.
@@ -110,11 +122,13 @@ class ChatTemplate:
         source: Jinja source.
         variables: Special tokens by name, and the variables that a row defines.
         takes_text: Whether content may be text. Some templates of vision models print only lists of parts.
+        block: Place for the reasoning of the last answer, if the template does not print it.
     """
 
     source: str
     variables: Mapping[str, Any]
     takes_text: bool = True
+    block: ReasoningBlock | None = None
 
     @property
     def marks_generation(self) -> bool:
@@ -140,7 +154,8 @@ class ChatTemplate:
         self, chats: Sequence[Messages], tools: list[Any] | None, **options: bool
     ) -> tuple[list[str], list[Any]]:
         limit_s = FIRST_CHAT_S + CHAT_S * len(chats)
-        conversations = list(chats) if self.takes_text else [in_parts(chat) for chat in chats]
+        hidden = [(chat, None) if self.block is None else self.block.hide(chat) for chat in chats]
+        conversations = [chat if self.takes_text else in_parts(chat) for chat, _ in hidden]
         try:
             with time_limit(limit_s), bounded_templates():
                 texts, ranges = render_jinja_template(
@@ -163,6 +178,11 @@ class ChatTemplate:
         except TEMPLATE_ERRORS as error:
             what = str(error) or type(error).__name__
             raise ValueError(f"the chat template refused the conversation: {what}") from error
+        if self.block is not None:
+            spans = ranges if options.get("return_assistant_tokens_mask") else [[]] * len(texts)
+            reasoning = [text for _, text in hidden]
+            shown = [self.block.show(*item) for item in zip(texts, reasoning, spans, strict=True)]
+            texts, ranges = [text for text, _ in shown], [moved for _, moved in shown]
         longest = max((len(text) for text in texts), default=0)
         if longest > MAX_CHARACTERS:
             raise ValueError(
