@@ -314,8 +314,10 @@ class ChatRenderer:
             prompt = text[: turns[0].start]
         begin = turns[0].start
         anchor = self.profile(record).generation_prompt
-        if self.template(record).marks_generation and anchor and (at := text.rfind(anchor, 0, turns[-1].end)) >= 0:
-            begin = at + len(anchor)  # the marks of a template may begin before or after the generation prompt ends
+        if self.template(record).marks_generation and anchor:
+            # the marks of a template may begin before or after the generation prompt ends
+            at = text.find(anchor, max(0, begin - len(anchor)), turns[-1].end)
+            begin = at + len(anchor) if at >= 0 else begin
         shift = len(prompt) - begin
         moved = [turn._replace(start=max(turn.start, begin) + shift, end=turn.end + shift) for turn in turns]
         return prompt + text[begin : turns[-1].end], moved, chat
@@ -484,6 +486,12 @@ def _check_tools(record: Mapping[str, Any], text: str) -> None:
 
 def _template_key(record: Mapping[str, Any]) -> tuple[bool, str]:
     return bool(record.get("tools")), record.get("chat_template_kwargs") or "{}"
+
+
+def messages_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of a record: its conversation, or its prompt and completion; none if it is text."""
+    is_chat = "messages" in record or isinstance(record.get("completion"), list)
+    return _messages(record) if is_chat else []
 
 
 def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from transformers import ProcessorMixin
 from sft.chat.render import ChatRenderer, Rendered, Span, TrainOn
 from sft.chat.template import PROBE_CHAT, ChatTemplate, chat_template_of, in_parts, prints_probe
 from sft.data.messages import IMAGE_COLUMNS, is_messages
-from sft.options import NotPrintedPolicy
+from sft.options import NotPrintedPolicy, ThinkingPolicy
 from sft.vision.images import read_images
 
 _PART_KEYS = ("image", "image_url", "url", "path", "base64")
@@ -77,10 +77,17 @@ class VisionRenderer(ChatRenderer):
         processor: Tokenizer and image processor; the order of templates is that of its `apply_chat_template`.
         train_on: The part of a row that the spans cover.
         not_printed: See `ChatRenderer`.
+        thinking: See `ChatRenderer`.
     """
 
-    def __init__(self, processor: ProcessorMixin, train_on: TrainOn, not_printed: NotPrintedPolicy = "fail") -> None:
-        super().__init__(processor.tokenizer, train_on, not_printed)
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        train_on: TrainOn,
+        not_printed: NotPrintedPolicy = "fail",
+        thinking: ThinkingPolicy = "keep",
+    ) -> None:
+        super().__init__(processor.tokenizer, train_on, not_printed, thinking)
         self._processor = processor
 
     def _plain_template(self, record: Mapping[str, Any]) -> VisionTemplate:

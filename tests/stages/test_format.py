@@ -65,6 +65,8 @@ def test_rows_are_rendered_with_the_models_own_template(root: DataRoot) -> None:
         "dropped": {},
         "repaired": {},
         "warned": {},
+        "thinking_removed_tokens": 0,
+        "num_unrolled": 0,
         "num_new_tokens": 0,
     }
     assert sorted(path.name for path in root.paths.out("format").iterdir()) == [
