@@ -21,7 +21,7 @@ from sft.chat.formats import (
 )
 from sft.chat.render import messages_of
 from sft.chat.template import TemplateSourceError
-from sft.chat.thinking import set_thinking_variable
+from sft.chat.thinking_variable import set_thinking_variable
 from sft.folders import replacing_folder
 from sft.models.checkpoint import save_tokenizer
 from stages.checkout.artifacts import JsonlWriter, progress, read_json, read_jsonl, write_json

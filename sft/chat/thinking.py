@@ -13,25 +13,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
-from sft.chat.formats import set_template_variables
 from sft.chat.template import (
     PROBE_ANSWER,
     PROBE_CHAT,
     PROBE_QUESTION,
     ChatTemplate,
     Messages,
-    chat_template_of,
     template_messages,
     wants_text_arguments,
 )
 from sft.chat.template_syntax import template_variables
-from sft.options import ThinkingPolicy
 
 _KEY = re.compile(r"reason|think|thought|rationale|^analysis$|chain_of|^cot$")
 """Keys of a message, types of a part, and keys of a part that hold reasoning."""
@@ -404,42 +401,3 @@ class TemplateThinking:
 def _block(inside: str, after: str) -> Block:
     half = (len(inside) + 1) // 2
     return Block(f"<think>{inside[:half]}", f"{inside[half:]}{_END}{after}")
-
-
-def set_thinking_variable(
-    tokenizer: Any, thinking: ThinkingPolicy, chats: Iterable[Messages], given: Mapping[str, Any] | None = None
-) -> dict[str, bool]:
-    """Set the variable of the chat template that a policy on reasoning needs, in the template itself.
-
-    `drop` needs one such as `enable_thinking: false`, with which the generation prompt asks for no reasoning. `keep`
-    needs one such as `preserve_thinking: true` if a chat has reasoning before its last question; without such a chat,
-    the template stays as it is. The other policies take the template as it is.
-
-    Args:
-        tokenizer: Tokenizer or processor.
-        thinking: The policy.
-        chats: Chats of the data set, read only if it matters what they say.
-        given: Variables that the user set.
-
-    Returns:
-        The variable and its value; empty if none is set.
-
-    Raises:
-        ValueError: The user set the variable to another value.
-    """
-    if not tokenizer.chat_template or thinking not in ("keep", "drop"):
-        return {}
-    how = TemplateThinking(chat_template_of(tokenizer))
-    variable = how.silencing_variable() if thinking == "drop" else how.keeping_variable()
-    for name in variable.keys() & (given or {}).keys():
-        if thinking == "drop":
-            raise ValueError(
-                f"thinking drop needs {name}={json.dumps(variable[name])} of the chat template, and "
-                f"chat_template_kwargs sets it to {json.dumps((given or {})[name])}; remove it there, or state "
-                "thinking: keep"
-            )
-        return {}
-    if not variable or (thinking == "keep" and not any(map(has_earlier_reasoning, chats))):
-        return {}
-    set_template_variables(tokenizer, variable)
-    return variable

@@ -24,7 +24,7 @@ from sft.chat.formats import (
     setup_chat_format,
 )
 from sft.chat.template import Messages
-from sft.chat.thinking import set_thinking_variable
+from sft.chat.thinking_variable import set_thinking_variable
 from sft.config import SFTConfig
 from sft.hardware import current_hardware
 from sft.inner_model import causal_lm
