@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
@@ -54,6 +55,9 @@ NUM_CHECKED_STREAMED = 2
 
 NO_LIMIT = 2**31 - 1
 """Length limit of rows that are not limited, or that are divided when they are packed."""
+
+GROUP_COLUMN = "conversation"
+"""Column of token rows with the number of the conversation that they were made of, by `thinking="unroll"`."""
 
 FormattingFunc = Callable[[Any], Any]
 """Returns the text of an example, or a list of texts for a batch (column -> values)."""
@@ -572,7 +576,8 @@ class BatchEncoder:
                 detail,
             )
         if self.as_table:
-            return encoded.table()
+            table = encoded.table()
+            return table.append_column(GROUP_COLUMN, pa.array(indices)) if self.plan.thinking == "unroll" else table
         rows = encoded.rows()
         return {name: [row[name] for row in rows] for name in encoded.columns()}  # type: ignore[literal-required]
 
@@ -679,8 +684,12 @@ def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bo
         limit = StreamLimit(NO_LIMIT if divided else max_length, name, keep_end=keep_end)
         kept = dataset.map(limit, batched=True, batch_size=config.dataset_batch_size)
         return pack_dataset(kept, max_length, config.packing_strategy) if packing else kept
+    groups = None
+    if GROUP_COLUMN in dataset.column_names:
+        groups = np.array(dataset[GROUP_COLUMN], dtype=np.int64)
+        dataset = dataset.remove_columns(GROUP_COLUMN)
     if packing:
-        fitted, report = limit_and_pack(dataset, max_length, config.packing_strategy, keep_end=keep_end)
+        fitted, report = limit_and_pack(dataset, max_length, config.packing_strategy, keep_end=keep_end, groups=groups)
     else:
         fitted, report = apply_overflow(dataset, max_length, keep_end=keep_end)
     if report.summary():
