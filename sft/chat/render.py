@@ -323,7 +323,11 @@ class ChatRenderer:
         return prompt + text[begin : turns[-1].end], moved, chat
 
     def _find(self, record: Mapping[str, Any], chat: _Printed, wanted: Sequence[int]) -> tuple[str, list[Turn]]:
-        return self._finder(record).find(chat.messages, _tools(record), chat.text, chat.marked, wanted)
+        text, turns = self._finder(record).find(chat.messages, _tools(record), chat.text, chat.marked, wanted)
+        next_tokens = self.profile(record).next_tokens
+        if not next_tokens or self.template(record).marks_generation:
+            return text, turns
+        return _with_next_tokens(text, turns, chat.messages, next_tokens)
 
     def _chat(self, record: Mapping[str, Any], stop: int | None = None) -> _Printed:
         """Render the first messages of a chat, or all of them, with the reasoning that `thinking` leaves.
@@ -396,10 +400,27 @@ def _with_lost_reasoning(lost: list[Unprinted], messages: Sequence[Mapping[str, 
     return sorted(index for index in found if has_reasoning(messages[index]))
 
 
+def _with_next_tokens(
+    text: str, turns: list[Turn], messages: Sequence[Mapping[str, Any]], next_tokens: Sequence[str]
+) -> tuple[str, list[Turn]]:
+    """Extend turns by the token that begins the next message, for a template that does not close turns itself.
+
+    The token is appended to a chat that ends with the assistant's turn.
+    """
+    closed = []
+    for turn in turns:
+        if turn.end == len(text):
+            text += next_tokens[-1 if messages[turn.message].get("tool_calls") else 0]
+        token = next((token for token in next_tokens if text.startswith(token, turn.end)), "")
+        closed.append(turn._replace(end=turn.end + len(token)))
+    return text, closed
+
+
 def _without_stop(answer: str, profile: TemplateProfile) -> str:
     """Return an answer without the token that ends its generation, and without what the template prints after it."""
     if profile.stop_token is None:
-        return answer.removesuffix(profile.terminator)
+        token = next((token for token in profile.next_tokens if answer.endswith(token)), profile.terminator)
+        return answer.removesuffix(token)
     closed = answer.rstrip()
     stop = next((token for token in (profile.stop_token, *profile.call_terminators) if closed.endswith(token)), None)
     return answer if stop is None else closed.removesuffix(stop)

@@ -261,6 +261,8 @@ class TemplateProfile:
         stop_token: Special token that closes a final answer; None if there is none.
         call_terminators: Special tokens that close a turn with tool calls; empty if the template takes no calls, or
             closes them without a special token.
+        next_tokens: For a template that does not close turns, the special tokens that begin the next question and the
+            result of a call. Generation ends with them. Empty if turns are closed, or nothing special follows.
     """
 
     generation_prompt: str
@@ -271,6 +273,7 @@ class TemplateProfile:
     terminators: tuple[str, ...]
     stop_token: str | None
     call_terminators: tuple[str, ...] = ()
+    next_tokens: tuple[str, ...] = ()
 
     @property
     def terminator(self) -> str:
@@ -303,6 +306,7 @@ class TemplateProfile:
             terminators=terminators,
             stop_token=stop_token,
             call_terminators=_call_terminators(template, stop_token, special_tokens),
+            next_tokens=() if tail or stop_token is not None else _next_tokens(template, special_tokens),
         )
 
 
@@ -379,6 +383,30 @@ def _call_terminators(template: ChatTemplate, stop_token: str | None, special_to
         return ()
     inside = [token for tail in inner[:1] for _, token in _special_tokens_in(tail, special_tokens)]
     return tuple(dict.fromkeys([str(stop_token) if stop_token in own else own[-1], *inside[:1]]))
+
+
+def _next_tokens(template: ChatTemplate, special_tokens: Sequence[str]) -> tuple[str, ...]:
+    """Return the special tokens that follow an answer before a question, and a call before its result."""
+    chat: Messages = [_QUESTION, _ANSWER, _SECOND_QUESTION, _SECOND_ANSWER]
+    call = {"type": "function", "function": {"name": "zyprobe", "arguments": json.dumps({"zykey": _CALL_VALUE})}}
+    asks: Messages = [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    result = {"role": "tool", "name": "zyprobe", "content": _CALL_RESULT}
+    as_text = wants_text_arguments(template.source)
+    try:
+        after = template.render([chat])[0].partition(PROBE_ANSWER)[2]
+    except ValueError:
+        return ()
+    first = _special_tokens_in(after.partition(_SECOND_QUESTION["content"])[0], special_tokens)
+    if not first or first[0][0] != len(first[0][1]):  # something else follows the answer
+        return ()
+    try:
+        chats = [template_messages(chat, arguments_as_text=as_text) for chat in (asks, [*asks, result])]
+        called, answered = template.render(chats, _PROBE_TOOLS)
+    except ValueError:
+        return (first[0][1],)
+    second = _special_tokens_in(answered[len(called) :], special_tokens) if answered.startswith(called) else []
+    follows = bool(second) and second[0][0] == len(second[0][1])
+    return tuple(dict.fromkeys([first[0][1], *([second[0][1]] if follows else [])]))
 
 
 def _special_tokens_in(text: str, special_tokens: Sequence[str]) -> list[tuple[int, str]]:
