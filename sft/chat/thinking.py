@@ -51,6 +51,9 @@ MARK = "\U0010fff0"
 _LOOK_BACK = 64
 """Characters before the mark in which a block that the template printed is searched for."""
 
+REASONING_TAGS = ("<think>", "</think>", "[THINK]", "[/THINK]")
+"""Tags around reasoning, which are special tokens of some tokenizers."""
+
 TEXT, PARTS, FIELD = "text", "parts", "reasoning_content"
 """Forms of reasoning: in the content, as a part of it, and the most common key; other forms are other keys."""
 _FORMS = (FIELD, "thinking", "reasoning", PARTS, TEXT)
@@ -179,6 +182,23 @@ def without_reasoning(messages: Messages, indices: Sequence[int]) -> tuple[list[
         if split.reasoning:
             removed[index] = split.reasoning
     return result, removed
+
+
+def with_reasoning_apart(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record whose messages have the reasoning that begins their content under a key of its own."""
+    result = dict(record)
+    for column in ("messages", "prompt", "completion"):
+        if isinstance(record.get(column), list):
+            result[column] = [_apart(message) for message in record[column]]
+    return result
+
+
+def _apart(message: dict[str, Any]) -> dict[str, Any]:
+    try:
+        reasoning, rest, forms, is_first = split_reasoning(message)
+    except ValueError:
+        return message
+    return {**rest, FIELD: reasoning} if forms == (TEXT,) and is_first else message
 
 
 class Block(NamedTuple):

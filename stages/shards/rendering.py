@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.chat.checks import SpecialText, TerminatorCheck
 from sft.chat.render import ChatRenderer, TrainOn
+from sft.chat.thinking import REASONING_TAGS, with_reasoning_apart
 from sft.options import NotPrintedPolicy, ThinkingPolicy
 from stages.checkout.ledger import Action
 from stages.shards.shards import Shard
@@ -86,6 +87,8 @@ class ShardRenderer:
         self._work = work
         self._renderer = ChatRenderer(tokenizer, TrainOn(work.train_on), work.not_printed, work.thinking)
         self._special_text = SpecialText(tokenizer, allowed=work.meant_tokens)
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._has_special_tags = not special.isdisjoint(REASONING_TAGS)
 
     def __call__(self, shard: Shard) -> RenderedShard:
         """Render all records of a shard.
@@ -138,6 +141,8 @@ class ShardRenderer:
     def _treat_special_text(self, record: dict[str, Any], done: RenderedShard) -> dict[str, Any] | None:
         """Treat special tokens that are spelled out in a record as the work states; return None if it is dropped."""
         wanted = self._work.special_text
+        if wanted != "off" and self._has_special_tags:  # these tags are meant where they enclose reasoning
+            record = with_reasoning_apart(record)
         problem = None if wanted == "off" else self._special_text.find(record)
         if problem is None:
             return record

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from stages import format, load
 from stages.checkout.artifacts import read_json
 from stages.shards import rendering, shards
-from tests.sft.chat.reasoning_templates import QWEN35
+from tests.sft.chat.reasoning_templates import MAGISTRAL, QWEN35
 from tests.sft.template_styles import PLAIN, QWEN3
 from tests.stages.data_root import ROWS, DataRoot, turn
 from tests.tiny import CHATML
@@ -225,6 +225,19 @@ def test_reasoning_is_kept_removed_unrolled_or_dropped(root: DataRoot) -> None:
     figures, texts = spans(thinking="drop")
     assert texts == [["a<|im_end|>", "<think>\n\n</think>\n\nb<|im_end|>"], ["<think>\n\n</think>\n\nc<|im_end|>"]]
     assert figures["repaired"] == {"thinking_removed": 3}
+
+
+def test_reasoning_in_tags_that_are_special_tokens_is_not_neutralised(root: DataRoot) -> None:
+    (root.paths.data / "mine.jinja").write_text(MAGISTRAL.template)
+    tags = ["[THINK]", "[/THINK]"]
+    tokenizer = AutoTokenizer.from_pretrained(root.model)
+    tokenizer.add_special_tokens({"additional_special_tokens": tags})
+    tokenizer.save_pretrained(root.model)
+    said = "[THINK]because[/THINK]It is so. Not [THINK] it."
+    figures = run(root, [turn("Why?", said), turn("And?", "So.")], chat_template="data/mine.jinja")
+    expected = "[THINK]because[/THINK]It is so. Not [\u200bTHINK] it.<|im_end|>"
+    assert trained(root.rows("format", "train.jsonl")[0]) == [expected]
+    assert figures["repaired"] == {"special_text": 1}
 
 
 def test_thinking_sets_a_variable_of_the_template_if_the_data_needs_it(root: DataRoot) -> None:
