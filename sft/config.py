@@ -10,7 +10,14 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from sft.options import BAD_LOSS_POLICIES, LOSS_TYPES, NOT_PRINTED_POLICIES, PACKING_STRATEGIES, TRUNCATION_MODES
+from sft.options import (
+    BAD_LOSS_POLICIES,
+    LOSS_TYPES,
+    NOT_PRINTED_POLICIES,
+    PACKING_STRATEGIES,
+    THINKING_POLICIES,
+    TRUNCATION_MODES,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +143,15 @@ class SFTConfig(TrainingArguments):
         metadata={
             "help": "What to do with a conversation that says more than the chat template prints, such as reasoning or "
             "a tool call: fail, warn (train on what is printed) or drop (leave the row out)."
+        },
+    )
+    thinking: str = field(
+        default="keep",
+        metadata={
+            "help": "What to do with the reasoning of the assistant. keep: all of it must be printed, if need be by a "
+            "variable of the chat template such as preserve_thinking. last: remove that of earlier answers where the "
+            "template does not print it; those answers are not trained. unroll: make one row of each trained answer, "
+            "with the prompt that the model gets for it. drop: remove all of it, and turn it off in the template."
         },
     )
 
@@ -414,6 +430,7 @@ class SFTConfig(TrainingArguments):
             ("packing_strategy", self.packing_strategy, PACKING_STRATEGIES),
             ("loss_type", self.loss_type, LOSS_TYPES),
             ("not_printed", self.not_printed, NOT_PRINTED_POLICIES),
+            ("thinking", self.thinking, THINKING_POLICIES),
             ("truncation_mode", self.truncation_mode, TRUNCATION_MODES),
         ):
             if value not in choices:

@@ -16,6 +16,10 @@ NotPrintedPolicy = Literal["fail", "warn", "drop"]
 """What happens to a conversation that says more than the chat template prints, see `sft.chat.printed`."""
 NOT_PRINTED_POLICIES: tuple[NotPrintedPolicy, ...] = get_args(NotPrintedPolicy)
 
+ThinkingPolicy = Literal["keep", "last", "unroll", "drop"]
+"""What happens to the reasoning of the assistant, see `sft.chat.render.ChatRenderer`."""
+THINKING_POLICIES: tuple[ThinkingPolicy, ...] = get_args(ThinkingPolicy)
+
 TruncationMode = Literal["keep_start", "keep_end"]
 """Part of a too long document that is kept."""
 TRUNCATION_MODES: tuple[TruncationMode, ...] = get_args(TruncationMode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,9 @@ from sft.chat.formats import (
     find_format,
     set_template_variables,
 )
+from sft.chat.render import messages_of
 from sft.chat.template import TemplateSourceError
+from sft.chat.thinking_variable import set_thinking_variable
 from sft.folders import replacing_folder
 from sft.models.checkpoint import save_tokenizer
 from stages.checkout.artifacts import JsonlWriter, progress, read_json, read_jsonl, write_json
@@ -56,6 +59,7 @@ def run(params: Params, paths: Paths) -> None:
             section.system_message,
             section.special_text,
             section.not_printed,
+            section.thinking,
             tuple(section.add_special_tokens),
             stop_token_ids,
             with_prompts=False,
@@ -104,6 +108,7 @@ def prepare_tokenizer(
             apply_chat_format(tokenizer, find_format(_format_name(section.chat_template, paths)))
         if section.chat_template_kwargs:
             _set_template_variables(tokenizer, section)
+        _set_thinking_variable(tokenizer, section, paths)
         if tokenizer.chat_template and _has_chats(paths):
             align_eos_with_template(tokenizer, stop_token_ids)
     except TemplateSourceError as error:
@@ -119,6 +124,17 @@ def _set_template_variables(tokenizer: PreTrainedTokenizerBase, section: FormatS
         set_template_variables(tokenizer, section.chat_template_kwargs)
     except ValueError as error:
         raise ValueError(f"params.yaml, format.chat_template_kwargs: {error}") from None
+
+
+def _set_thinking_variable(tokenizer: PreTrainedTokenizerBase, section: FormatSection, paths: Paths) -> None:
+    records = (record for split in SPLITS for record in read_jsonl(paths.out("load", f"{split}.jsonl")))
+    chats = (chat for record in records if (chat := messages_of(record)))
+    try:
+        variable = set_thinking_variable(tokenizer, section.thinking, chats, section.chat_template_kwargs)
+    except ValueError as error:
+        raise ValueError(f"params.yaml, format.thinking: {error}") from None
+    if variable:
+        print(f"format.thinking {section.thinking}: the chat template gets {json.dumps(variable)}", flush=True)
 
 
 def _has_chats(paths: Paths) -> bool:
@@ -178,6 +194,8 @@ class Formatter:
         self._num_in = dict.fromkeys(SPLITS, 0)
         self._num_characters = dict.fromkeys(SPLITS, 0)
         self._num_trained = dict.fromkeys(SPLITS, 0)
+        self._num_unrolled = 0
+        self._num_tokens_removed = 0
         self.stop_texts = self._check.stop_texts
 
     def __enter__(self) -> Formatter:
@@ -201,11 +219,15 @@ class Formatter:
             self._num_in[split] += part.num_in
             self._num_characters[split] += part.num_characters
             self._num_trained[split] += part.num_trained
+            self._num_unrolled += part.num_unrolled
             self._check.join(part.check)
             self._writers[split].write_lines(part.rows)
             self._prompts.write_lines(part.prompts)
             for entry in part.entries:
                 self._ledger.enter(*entry)
+            for row_id, detail, tokens in part.thinking_removed:
+                self._ledger.enter(row_id, "thinking_removed", detail, Action.REPAIR, tokens=tokens)
+                self._num_tokens_removed += tokens
         assert self._num_in[split] == num_rows, f"load wrote {num_rows} {split} rows, {self._num_in[split]} are there"
         progress(num_rows, num_rows, f"{split} rows")
 
@@ -217,7 +239,7 @@ class Formatter:
                 `special_text` is `fail`, or a trained turn does not end in a stop token.
         """
         num_out = {split: writer.num_rows for split, writer in self._writers.items()}
-        assert sum(self._num_in.values()) == sum(num_out.values()) + self._ledger.num_removed, (
+        assert sum(self._num_in.values()) + self._num_unrolled == sum(num_out.values()) + self._ledger.num_removed, (
             "a row is neither written nor in the ledger"
         )
         for split in SPLITS:
@@ -234,7 +256,8 @@ class Formatter:
             figures[f"trained_characters_{split}"] = round(share, 6)
         counts = {action: dict(sorted(self._ledger.counts[action].items())) for action in Action}
         figures |= {"num_dropped": self._ledger.num_removed, "dropped": counts[Action.DROP]}
-        return {**figures, "repaired": counts[Action.REPAIR], "warned": counts[Action.WARN]}
+        figures |= {"repaired": counts[Action.REPAIR], "warned": counts[Action.WARN]}
+        return {**figures, "thinking_removed_tokens": self._num_tokens_removed, "num_unrolled": self._num_unrolled}
 
     def _check_dropped(self) -> None:
         if self._ledger.counts[Action.FAIL]:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from sft.folders import replacing_folder
 from sft.labels import IGNORE_INDEX
-from sft.tokens.columns import Pieces, RowPlan, row_tables, write_rows
+from sft.tokens.columns import Integers, Pieces, RowPlan, row_tables, write_rows
 from sft.tokens.packing import OverflowReport, plan_overflow, plan_rows
 from sft.tokens.preview import preview_masks
 from stages.checkout.artifacts import progress, write_json, write_jsonl, write_text
@@ -104,7 +104,7 @@ def pack_split(
         ValueError: No trainable token is left, or more were cut than `max_lost_fraction` allows.
     """
     pieces, report = plan_overflow(documents.columns, section.max_length, section.overflow, documents.ids)
-    plan = plan_split(pieces, section)
+    plan = plan_split(pieces, section, documents.groups)
     before = np.array([documents.lengths.sum(), documents.trained.sum()])
     lost = np.array([report.num_tokens_lost, sum(report.trained_tokens_lost.values())])
     check_lost_tokens(int(before[1]), int(lost[1]), section, lost_tokens(documents.ids, report, pieces, plan), split)
@@ -135,11 +135,11 @@ def pack_split(
     return SplitFacts(figures, documents.lengths, documents.trained, count.filled()), Kept(documents, pieces)
 
 
-def plan_split(pieces: Pieces, section: PackSection) -> RowPlan:
-    """Choose which pieces share a row. With strategy `none` each piece is a row."""
+def plan_split(pieces: Pieces, section: PackSection, groups: Integers | None = None) -> RowPlan:
+    """Choose which pieces share a row; with strategy `none` each piece is a row. `groups` is that of `plan_rows`."""
     if section.strategy == "none":
         return RowPlan(pieces, np.arange(1, len(pieces) + 1))
-    return plan_rows(pieces, section.max_length, section.strategy)
+    return plan_rows(pieces, section.max_length, section.strategy, groups)
 
 
 class LostTokens(NamedTuple):

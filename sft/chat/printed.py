@@ -67,7 +67,17 @@ def unprinted(
     for number in doubtful:
         if not said[number].is_text and not check.changes_text(number, said[number].value):
             lost[number] = json.dumps(said[number].value, default=str)
+    lost = {number: part for number, part in lost.items() if not _is_named_by_id(said[number], messages, text)}
     return [Unprinted(said[number], lost[number]) for number in sorted(lost)]
+
+
+def _is_named_by_id(item: Said, messages: Messages, text: str) -> bool:
+    """Return whether a call is printed with an id that contains the function's name, such as `functions.search:0`."""
+    if item.kind is not Kind.NAME:
+        return False
+    name = str(messages[item.message]["tool_calls"][item.path[1]].get("id", ""))
+    num_results = sum(message.get("tool_call_id") == name for message in messages)
+    return item.value in name and text.count(name) > num_results
 
 
 def _is_shown(number: int, marked: MarkedText) -> bool:

@@ -25,10 +25,12 @@ from sft.chat.template import (
     template_messages,
     wants_text_arguments,
 )
+from sft.chat.thinking import TemplateThinking, has_reasoning, without_reasoning
 from sft.chat.turns import Turn, TurnFinder, assistant_indices
-from sft.options import NotPrintedPolicy
+from sft.options import NotPrintedPolicy, ThinkingPolicy
 
 _USE_ANOTHER = "use one that does, as the named format chatml"
+_NEEDS_COMPLETION = "train_on completion needs prompt and completion; conversations have assistant turns"
 
 
 class TrainOn(StrEnum):
@@ -84,6 +86,9 @@ class Rendered:
         append_eos: Whether the end-of-sequence token is appended to the text.
         not_printed: Description of what the record says and the text does not contain; empty if it contains all.
             Not part of a row.
+        thinking_removed: Reasoning that the record says and that is in no text of it, as `ChatRenderer.thinking` says.
+            Not part of a row.
+        turn: Index of the only message that is trained, if the record became one text per turn. Not part of a row.
     """
 
     text: str
@@ -91,6 +96,8 @@ class Rendered:
     add_special_tokens: bool = False
     append_eos: bool = False
     not_printed: str = ""
+    thinking_removed: tuple[str, ...] = ()
+    turn: int | None = None
 
     def to_row(self) -> dict[str, Any]:
         """Convert to a dict of JSON values; `from_row` is the inverse."""
@@ -125,6 +132,11 @@ class ChatRenderer:
             completion if they are text, and only turns of the completion if they are messages.
         not_printed: What to do with a record that says more than its template prints: raise an error, or render it
             and describe in `Rendered.not_printed` what is missing.
+        thinking: What to do with the reasoning of the assistant. `keep`: all of it has to be printed, else
+            `not_printed` applies. `last`: reasoning of earlier messages that the template does not print is removed;
+            these messages are not trained, since the model generates their reasoning. `unroll`: one text for each
+            trained message: the prompt as the template prints it for generation, and what the model generates.
+            `drop`: all of it is removed.
     """
 
     def __init__(
@@ -132,16 +144,31 @@ class ChatRenderer:
         tokenizer: PreTrainedTokenizerBase,
         train_on: TrainOn = TrainOn.ASSISTANT,
         not_printed: NotPrintedPolicy = "fail",
+        thinking: ThinkingPolicy = "keep",
     ) -> None:
         self.tokenizer = tokenizer
         self.train_on = TrainOn(train_on)
         self.not_printed = not_printed
+        self.thinking = thinking
         self._special_tokens = special_token_texts(tokenizer)
-        self._templates: dict[tuple[bool, str], ChatTemplate] = {}
+        self._thinking: dict[tuple[bool, str], TemplateThinking] = {}
         self._finders: dict[tuple[bool, str], TurnFinder] = {}
 
+    def render_rows(self, record: Mapping[str, Any]) -> list[Rendered]:
+        """Render a record; with `unroll` there is a text for each trained message of a chat, else there is one.
+
+        Raises:
+            ValueError: See `render`.
+        """
+        if self.thinking != "unroll" or "text" in record or isinstance(record.get("completion"), str):
+            return [self.render(record)]
+        try:
+            return self._unrolled(record)
+        except ValueError as error:
+            raise ValueError(f"{_name(record)}: {error}") from error
+
     def render(self, record: Mapping[str, Any]) -> Rendered:
-        """Render a record and find its trained spans.
+        """Render a record as one text, whatever `thinking` is, and find its trained spans.
 
         Raises:
             ValueError: The template refuses the record, a turn cannot be located or does not begin where generation
@@ -172,7 +199,11 @@ class ChatRenderer:
         if not indices:
             return None
         try:
-            text, turns, _ = self._located(record, indices[-1:])
+            if self.thinking in ("last", "unroll"):
+                text, turns, _ = self._generated(record, indices[-1])
+            else:
+                chat = self._chat(record)
+                text, turns = self._find(record, chat, indices[-1:])
         except ValueError as error:
             raise ValueError(f"{_name(record)}: {error}") from error
         last = [turn for turn in turns if turn.message == indices[-1]]
@@ -181,11 +212,19 @@ class ChatRenderer:
 
     def template(self, record: Mapping[str, Any]) -> ChatTemplate:
         """Return the template of a record; its tools may select another one, and it may define variables."""
+        thinking = self.template_thinking(record)
+        return replace(thinking.template, block=thinking.block)
+
+    def template_thinking(self, record: Mapping[str, Any]) -> TemplateThinking:
+        """Return how the template of a record prints reasoning; every template is probed once."""
         key = _template_key(record)
-        if key not in self._templates:
-            template = chat_template_of(self.tokenizer, _tools(record))
-            self._templates[key] = replace(template, variables={**template.variables, **json.loads(key[1])})
-        return self._templates[key]
+        if key not in self._thinking:
+            self._thinking[key] = TemplateThinking(self._plain_template(record))
+        return self._thinking[key]
+
+    def _plain_template(self, record: Mapping[str, Any]) -> ChatTemplate:
+        template = chat_template_of(self.tokenizer, _tools(record))
+        return replace(template, variables={**template.variables, **json.loads(_template_key(record)[1])})
 
     def profile(self, record: Mapping[str, Any]) -> TemplateProfile:
         """Return the profile of a record's template; every template is probed once."""
@@ -217,53 +256,171 @@ class ChatRenderer:
     def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
         messages = _messages(record)
         _check_flags(messages, self.train_on)
+        chat = self._chat(record)
+        removed = tuple(chat.removed.values())
         if self.train_on is TrainOn.ALL:
-            template = self.template(record)
-            prepared = _prepared(template, record)
-            text, marked = render_with_marks(template, prepared, _tools(record))
-            lost = self._check_printed(record, prepared, text, marked)
-            return Rendered(text, [Span(0, len(text))], not_printed=lost)
+            spans = [Span(0, len(chat.text))]
+            return Rendered(chat.text, spans, not_printed=chat.lost, thinking_removed=removed)
         first_trained = len(record["prompt"]) if "prompt" in record else 0
-        text, turns, lost = self._located(record, _wanted(messages, first_trained, self.train_on))
+        # a message whose reasoning is removed is not what the model generates
+        generated = [dict(message, train=False) if i in chat.removed else message for i, message in enumerate(messages)]
+        train_on = self.train_on
+        if self.thinking == "drop":
+            generated = messages
+        elif chat.removed and train_on is TrainOn.COMPLETION and "prompt" in record:
+            train_on = TrainOn.ASSISTANT
+        text, turns = self._find(record, chat, _wanted(generated, first_trained, train_on))
         turns = [turn for turn in turns if turn.message >= first_trained]
-        spans = _spans(text, turns, messages, self.train_on, is_completion="prompt" in record)
-        return Rendered(text, spans, not_printed=lost)
+        spans = _spans(text, turns, generated, train_on, is_completion="prompt" in record)
+        return Rendered(text, spans, not_printed=chat.lost, thinking_removed=removed)
 
-    def _located(self, record: Mapping[str, Any], wanted: Sequence[int]) -> tuple[str, list[Turn], str]:
-        """Render a chat; return the text, the turns in it, and a description of what it does not contain."""
-        template, tools = self.template(record), _tools(record)
-        messages = _prepared(template, record)
-        text, marked = render_with_marks(template, messages, tools)
-        lost = self._check_printed(record, messages, text, marked)
-        return *self._finder(record).find(messages, tools, text, marked, wanted), lost
-
-    def _check_printed(
-        self, record: Mapping[str, Any], messages: list[dict[str, Any]], text: str, marked: MarkedText | None
-    ) -> str:
-        """Describe what the record says and its text does not contain.
+    def _unrolled(self, record: Mapping[str, Any]) -> list[Rendered]:
+        """Render each trained message of a chat as it is generated: after the prompt that the template prints for it.
 
         Raises:
-            ValueError: There is such a thing, and `not_printed` is `fail`; or the template prints a list of parts as
-                Python does, or a tool not at all.
+            ValueError: See `render`; or everything is to be trained, and not only what the model generates.
         """
+        if self.train_on is TrainOn.ALL:
+            raise ValueError(
+                "thinking unroll makes one row of each answer, and train_on all trains the prompts, too; train on "
+                "assistant, last_assistant or completion, or state thinking: keep"
+            )
+        messages = _messages(record)
+        _check_flags(messages, self.train_on)
+        first_trained = len(record["prompt"]) if "prompt" in record else 0
+        if self.train_on is TrainOn.COMPLETION and not first_trained:
+            raise ValueError(_NEEDS_COMPLETION)
+        part = TrainOn.ASSISTANT if self.train_on is TrainOn.COMPLETION else self.train_on
+        wanted = _wanted(messages, first_trained, part)
+        if not wanted:
+            return [self._render_chat(record)]
+        rows = []
+        for index in wanted:
+            text, turns, chat = self._generated(record, index)
+            weight = _weight(messages[index])
+            spans = [Span(turn.start, turn.end, weight) for turn in turns if turn.end > turn.start]
+            rows.append(Rendered(text, spans, not_printed=chat.lost, turn=index))
+        removed = tuple(reasoning for index, reasoning in chat.removed.items() if index not in wanted)
+        return [replace(rows[0], thinking_removed=removed), *rows[1:]]
+
+    def _generated(self, record: Mapping[str, Any], index: int) -> tuple[str, list[Turn], _Printed]:
+        """Return the prompt before a message with what the model generates, and the places of the latter in it."""
+        chat = self._chat(record, index + 1)
+        text, turns = self._find(record, chat, [index])
+        turns = [turn for turn in turns if turn.message == index]
+        try:
+            prompt = self.template(record).render([chat.given[:index]], _tools(record), add_generation_prompt=True)[0]
+        except ValueError:  # the template refuses the messages before the turn alone, such as none
+            prompt = text[: turns[0].start]
+        begin = turns[0].start
+        anchor = self.profile(record).generation_prompt
+        if self.template(record).marks_generation and anchor:
+            # the marks of a template may begin before or after the generation prompt ends
+            at = text.find(anchor, max(0, begin - len(anchor)), turns[-1].end)
+            begin = at + len(anchor) if at >= 0 else begin
+        shift = len(prompt) - begin
+        moved = [turn._replace(start=max(turn.start, begin) + shift, end=turn.end + shift) for turn in turns]
+        return prompt + text[begin : turns[-1].end], moved, chat
+
+    def _find(self, record: Mapping[str, Any], chat: _Printed, wanted: Sequence[int]) -> tuple[str, list[Turn]]:
+        text, turns = self._finder(record).find(chat.messages, _tools(record), chat.text, chat.marked, wanted)
+        next_tokens = self.profile(record).next_tokens
+        if not next_tokens or self.template(record).marks_generation:
+            return text, turns
+        return _with_next_tokens(text, turns, chat.messages, next_tokens)
+
+    def _chat(self, record: Mapping[str, Any], stop: int | None = None) -> _Printed:
+        """Render the first messages of a chat, or all of them, with the reasoning that `thinking` leaves.
+
+        Raises:
+            ValueError: The chat says something that its text does not contain, and `not_printed` is `fail`; or the
+                template prints a list of parts as Python does, or a tool not at all.
+        """
+        template, tools, thinking = self.template(record), _tools(record), self.template_thinking(record)
+        given = _prepared(template, record)[:stop]
+        removed: dict[int, str] = {}
+        if self.thinking == "drop":
+            given, removed = without_reasoning(given, assistant_indices(given))
+            given = thinking.with_empty_blocks(given)
+        given = messages = thinking.prepare(given)
+        text, marked = render_with_marks(template, messages, tools)
         _check_parts(record, text)
         _check_tools(record, text)
-        lost = unprinted(self.template(record), messages, _tools(record), text, marked)
-        if not lost:
-            return ""
-        detail = _described(lost, messages)
-        if self.not_printed == "fail":
-            raise ValueError(
-                f"{detail}; {_USE_ANOTHER}, set chat_template_kwargs if the template has a variable for it, or state "
-                "not_printed: warn (train the row without it) or drop (leave the row out)"
-            )
-        return detail
+        lost = unprinted(template, messages, tools, text, marked)
+        earlier = _with_lost_reasoning(lost, messages)
+        if earlier and self.thinking in ("last", "unroll"):
+            messages, removed = without_reasoning(messages, earlier)
+            text, marked = render_with_marks(template, messages, tools)
+            lost = unprinted(template, messages, tools, text, marked)
+        detail = _described(lost, messages) if lost else ""
+        if lost and self.not_printed == "fail":
+            raise ValueError(f"{detail}; {self._way_out(thinking, is_earlier=bool(earlier))}")
+        return _Printed(given, messages, text, marked, detail, removed)
+
+    def _way_out(self, thinking: TemplateThinking, *, is_earlier: bool) -> str:
+        """Return what a user can do about a chat that says more than its template prints."""
+        rest = (
+            f"{_USE_ANOTHER}, set chat_template_kwargs if the template has a variable for it, or state "
+            "not_printed: warn (train the row without it) or drop (leave the row out)"
+        )
+        if not is_earlier or self.thinking != "keep":
+            return rest
+        keeping = thinking.keeping_variable()
+        set_it = f"set chat_template_kwargs to {json.dumps(keeping)}, with which it is printed; or " if keeping else ""
+        return (
+            f"{set_it}state thinking: unroll (a row for each answer, with its own reasoning) or last (remove it); or "
+            f"{rest}"
+        )
+
+
+class _Printed(NamedTuple):
+    """A chat as it is printed.
+
+    Args:
+        given: Its messages, in the form that the template reads.
+        messages: The same without reasoning that is removed.
+        text: The text.
+        marked: The same with the places of what it says.
+        lost: Description of what it says and its text does not contain.
+        removed: Removed reasoning by the index of its message.
+    """
+
+    given: list[dict[str, Any]]
+    messages: list[dict[str, Any]]
+    text: str
+    marked: MarkedText | None
+    lost: str
+    removed: dict[int, str]
+
+
+def _with_lost_reasoning(lost: list[Unprinted], messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the messages before the last answer whose reasoning, or some of it, is not printed."""
+    last = max(assistant_indices(messages), default=0)
+    found = {item.said.message for item in lost if item.said.message < last and item.said.path[0] != "tool_calls"}
+    return sorted(index for index in found if has_reasoning(messages[index]))
+
+
+def _with_next_tokens(
+    text: str, turns: list[Turn], messages: Sequence[Mapping[str, Any]], next_tokens: Sequence[str]
+) -> tuple[str, list[Turn]]:
+    """Extend turns by the token that begins the next message, for a template that does not close turns itself.
+
+    The token is appended to a chat that ends with the assistant's turn.
+    """
+    closed = []
+    for turn in turns:
+        if turn.end == len(text):
+            text += next_tokens[-1 if messages[turn.message].get("tool_calls") else 0]
+        token = next((token for token in next_tokens if text.startswith(token, turn.end)), "")
+        closed.append(turn._replace(end=turn.end + len(token)))
+    return text, closed
 
 
 def _without_stop(answer: str, profile: TemplateProfile) -> str:
     """Return an answer without the token that ends its generation, and without what the template prints after it."""
     if profile.stop_token is None:
-        return answer.removesuffix(profile.terminator)
+        token = next((token for token in profile.next_tokens if answer.endswith(token)), profile.terminator)
+        return answer.removesuffix(token)
     closed = answer.rstrip()
     stop = next((token for token in (profile.stop_token, *profile.call_terminators) if closed.endswith(token)), None)
     return answer if stop is None else closed.removesuffix(stop)
@@ -293,7 +450,7 @@ def _spans(
 ) -> list[Span]:
     if train_on is TrainOn.COMPLETION:
         if not is_completion:
-            raise ValueError("train_on completion needs prompt and completion; conversations have assistant turns")
+            raise ValueError(_NEEDS_COMPLETION)
         return [Span(turns[0].start, len(text))] if turns else []
     if train_on is TrainOn.LAST_ASSISTANT and turns:
         turns = [turn for turn in turns if turn.message == turns[-1].message]
@@ -350,6 +507,12 @@ def _check_tools(record: Mapping[str, Any], text: str) -> None:
 
 def _template_key(record: Mapping[str, Any]) -> tuple[bool, str]:
     return bool(record.get("tools")), record.get("chat_template_kwargs") or "{}"
+
+
+def messages_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of a record: its conversation, or its prompt and completion; none if it is text."""
+    is_chat = "messages" in record or isinstance(record.get("completion"), list)
+    return _messages(record) if is_chat else []
 
 
 def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -102,6 +102,18 @@ def _tool_call(call: Mapping[str, Any], number: int, arguments_as_text: bool) ->
     return {"id": f"call{number:05d}", **call, "function": function}
 
 
+class ReasoningBlock(Protocol):
+    """Place for the reasoning of the last answer, see `sft.chat.thinking.Block`."""
+
+    def hide(self, chat: Messages) -> tuple[Messages, str | None]:
+        """Return the chat with a mark instead of the reasoning, and the reasoning."""
+
+    def show(
+        self, text: str, reasoning: str | None, ranges: Sequence[tuple[int, int]]
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Replace the mark in the rendered chat by the reasoning, and move ranges of characters with the text."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A template with its variables.
@@ -110,11 +122,13 @@ class ChatTemplate:
         source: Jinja source.
         variables: Special tokens by name, and the variables that a row defines.
         takes_text: Whether content may be text. Some templates of vision models print only lists of parts.
+        block: Place for the reasoning of the last answer, if the template does not print it.
     """
 
     source: str
     variables: Mapping[str, Any]
     takes_text: bool = True
+    block: ReasoningBlock | None = None
 
     @property
     def marks_generation(self) -> bool:
@@ -140,7 +154,8 @@ class ChatTemplate:
         self, chats: Sequence[Messages], tools: list[Any] | None, **options: bool
     ) -> tuple[list[str], list[Any]]:
         limit_s = FIRST_CHAT_S + CHAT_S * len(chats)
-        conversations = list(chats) if self.takes_text else [in_parts(chat) for chat in chats]
+        hidden = [(chat, None) if self.block is None else self.block.hide(chat) for chat in chats]
+        conversations = [chat if self.takes_text else in_parts(chat) for chat, _ in hidden]
         try:
             with time_limit(limit_s), bounded_templates():
                 texts, ranges = render_jinja_template(
@@ -163,6 +178,11 @@ class ChatTemplate:
         except TEMPLATE_ERRORS as error:
             what = str(error) or type(error).__name__
             raise ValueError(f"the chat template refused the conversation: {what}") from error
+        if self.block is not None:
+            spans = ranges if options.get("return_assistant_tokens_mask") else [[]] * len(texts)
+            reasoning = [text for _, text in hidden]
+            shown = [self.block.show(*item) for item in zip(texts, reasoning, spans, strict=True)]
+            texts, ranges = [text for text, _ in shown], [moved for _, moved in shown]
         longest = max((len(text) for text in texts), default=0)
         if longest > MAX_CHARACTERS:
             raise ValueError(
@@ -241,6 +261,8 @@ class TemplateProfile:
         stop_token: Special token that closes a final answer; None if there is none.
         call_terminators: Special tokens that close a turn with tool calls; empty if the template takes no calls, or
             closes them without a special token.
+        next_tokens: For a template that does not close turns, the special tokens that begin the next question and the
+            result of a call. Generation ends with them. Empty if turns are closed, or nothing special follows.
     """
 
     generation_prompt: str
@@ -251,6 +273,7 @@ class TemplateProfile:
     terminators: tuple[str, ...]
     stop_token: str | None
     call_terminators: tuple[str, ...] = ()
+    next_tokens: tuple[str, ...] = ()
 
     @property
     def terminator(self) -> str:
@@ -283,6 +306,7 @@ class TemplateProfile:
             terminators=terminators,
             stop_token=stop_token,
             call_terminators=_call_terminators(template, stop_token, special_tokens),
+            next_tokens=() if tail or stop_token is not None else _next_tokens(template, special_tokens),
         )
 
 
@@ -359,6 +383,30 @@ def _call_terminators(template: ChatTemplate, stop_token: str | None, special_to
         return ()
     inside = [token for tail in inner[:1] for _, token in _special_tokens_in(tail, special_tokens)]
     return tuple(dict.fromkeys([str(stop_token) if stop_token in own else own[-1], *inside[:1]]))
+
+
+def _next_tokens(template: ChatTemplate, special_tokens: Sequence[str]) -> tuple[str, ...]:
+    """Return the special tokens that follow an answer before a question, and a call before its result."""
+    chat: Messages = [_QUESTION, _ANSWER, _SECOND_QUESTION, _SECOND_ANSWER]
+    call = {"type": "function", "function": {"name": "zyprobe", "arguments": json.dumps({"zykey": _CALL_VALUE})}}
+    asks: Messages = [_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    result = {"role": "tool", "name": "zyprobe", "content": _CALL_RESULT}
+    as_text = wants_text_arguments(template.source)
+    try:
+        after = template.render([chat])[0].partition(PROBE_ANSWER)[2]
+    except ValueError:
+        return ()
+    first = _special_tokens_in(after.partition(_SECOND_QUESTION["content"])[0], special_tokens)
+    if not first or first[0][0] != len(first[0][1]):  # something else follows the answer
+        return ()
+    try:
+        chats = [template_messages(chat, arguments_as_text=as_text) for chat in (asks, [*asks, result])]
+        called, answered = template.render(chats, _PROBE_TOOLS)
+    except ValueError:
+        return (first[0][1],)
+    second = _special_tokens_in(answered[len(called) :], special_tokens) if answered.startswith(called) else []
+    follows = bool(second) and second[0][0] == len(second[0][1])
+    return tuple(dict.fromkeys([first[0][1], *([second[0][1]] if follows else [])]))
 
 
 def _special_tokens_in(text: str, special_tokens: Sequence[str]) -> list[tuple[int, str]]:

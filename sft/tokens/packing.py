@@ -354,7 +354,12 @@ def pack_with_plan(dataset: Dataset, seq_length: int, strategy: str = "bfd") -> 
 
 
 def limit_and_pack(
-    dataset: Dataset, max_length: int, strategy: str = "bfd", *, keep_end: bool = False
+    dataset: Dataset,
+    max_length: int,
+    strategy: str = "bfd",
+    *,
+    keep_end: bool = False,
+    groups: Integers | None = None,
 ) -> tuple[Dataset, OverflowReport]:
     """Apply the length limit, drop documents in which nothing is trained, and pack; every token is moved once.
 
@@ -364,6 +369,7 @@ def limit_and_pack(
             split them.
         strategy: As in `pack_dataset`.
         keep_end: Whether `bfd` keeps the end of a document that it truncates instead of its beginning.
+        groups: See `plan_rows`; one number per document.
 
     Returns:
         The packed data set, and a report on the limit.
@@ -375,16 +381,19 @@ def limit_and_pack(
     limit = max(longest, max_length) if strategy == "wrapped" else max_length
     policy = "split" if strategy == "bfd_split" else "truncate"
     pieces, report = plan_overflow(columns, limit, policy, keep_end=keep_end)
-    return materialize(dataset, plan_rows(pieces, max_length, strategy)), report
+    return materialize(dataset, plan_rows(pieces, max_length, strategy, groups)), report
 
 
-def plan_rows(pieces: Pieces, seq_length: int, strategy: str = "bfd") -> RowPlan:
+def plan_rows(pieces: Pieces, seq_length: int, strategy: str = "bfd", groups: Integers | None = None) -> RowPlan:
     """Plan which pieces of documents share a row, without moving tokens.
 
     Args:
         pieces: Parts of documents, each packed as one document.
         seq_length: Maximum number of tokens in a row.
         strategy: As in `pack_dataset`.
+        groups: `(num_documents,)` documents with the same number begin with the same tokens. They are packed next to
+            each other, as many as fit into a row, so that the beginning is computed once (`sft.batches.shared_tokens`).
+            None = no such documents. `wrapped` keeps the order of documents and does not look at it.
 
     Raises:
         ValueError: The strategy is unknown, or `seq_length` is below 1.
@@ -393,7 +402,7 @@ def plan_rows(pieces: Pieces, seq_length: int, strategy: str = "bfd") -> RowPlan
     if strategy == "wrapped":
         plan = _plan_wrapped(pieces.length, seq_length)
     else:
-        plan = _plan_best_fit(pieces.length, seq_length, strategy)
+        plan = _plan_best_fit(pieces.length, seq_length, strategy, None if groups is None else groups[pieces.document])
     return RowPlan(plan.pieces.within(pieces), plan.ends)
 
 
@@ -404,13 +413,32 @@ def _check_options(seq_length: int, strategy: str) -> None:
         raise ValueError(f"packing strategy {strategy!r} is unknown; use one of {', '.join(PACKING_STRATEGIES)}")
 
 
-def _plan_best_fit(lengths: Integers, seq_length: int, strategy: str) -> RowPlan:
+def _plan_best_fit(lengths: Integers, seq_length: int, strategy: str, groups: Integers | None) -> RowPlan:
     policy = "split" if strategy == "bfd_split" else "truncate"
     pieces = cut_pieces(lengths, seq_length, policy)
     pieces = pieces[pieces.length > 0]
-    bins = plan_bfd(pieces.length, seq_length)
-    order = np.array([piece for row in bins for piece in row], dtype=np.int64)
-    return RowPlan(pieces[order], np.cumsum([len(row) for row in bins], dtype=np.int64))
+    if groups is None:
+        bundles: Integers = np.arange(len(pieces))
+    else:
+        pieces = pieces[np.argsort(groups[pieces.document], kind="stable")]
+        bundles = _bundle(pieces.length, groups[pieces.document], seq_length)
+    ends = np.append(bundles[1:], len(pieces))
+    sizes = np.add.reduceat(pieces.length, bundles) if len(pieces) else pieces.length
+    bins = plan_bfd(sizes, seq_length)
+    order = np.array([piece for row in bins for part in row for piece in range(bundles[part], ends[part])], np.int64)
+    counts = [sum(int(ends[part] - bundles[part]) for part in row) for row in bins]
+    return RowPlan(pieces[order], np.cumsum(counts, dtype=np.int64))
+
+
+def _bundle(lengths: Integers, groups: Integers, seq_length: int) -> Integers:
+    """Return the first piece of each bundle: neighbours of one group that together fit into a row."""
+    starts, size = [], seq_length + 1
+    for place, (length, is_same) in enumerate(zip(lengths.tolist(), np.diff(groups, prepend=-1) == 0, strict=True)):
+        size += length
+        if not is_same or size > seq_length:
+            starts.append(place)
+            size = length
+    return np.array(starts, dtype=np.int64)
 
 
 def _plan_wrapped(lengths: Integers, seq_length: int) -> RowPlan:

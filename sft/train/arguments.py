@@ -6,17 +6,27 @@ the options that replaced them, or refused with a message that says where they b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from sft.batches.layout import document_layout
-from sft.chat.formats import FORMATS, clone_chat_template, ensure_pad_token, set_template_variables, setup_chat_format
+from sft.chat.formats import (
+    FORMATS,
+    clone_chat_template,
+    ensure_pad_token,
+    set_template_variables,
+    setup_chat_format,
+)
+from sft.chat.template import Messages
+from sft.chat.thinking_variable import set_thinking_variable
 from sft.config import SFTConfig
 from sft.hardware import current_hardware
 from sft.inner_model import causal_lm, evaluating
@@ -24,7 +34,10 @@ from sft.kernels.liger import check_liger_hardware, liger_kernel_config
 from sft.loss.supervised import ROUTER_WEIGHTS, router_loss_weight
 from sft.models.checkpoint import load_processor
 from sft.models.loading import load_model
+from sft.options import ThinkingPolicy
 from sft.suggest import did_you_mean
+
+logger = logging.getLogger(__name__)
 
 FORMER_OPTIONS = (
     "chars_per_token",
@@ -232,21 +245,24 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
-def apply_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> Any:
+def apply_chat_template(
+    model: Any, tokenizer: PreTrainedTokenizerBase, config: SFTConfig, chats: Iterable[Messages] = ()
+) -> Any:
     """Give tokenizer and model the chat template of `chat_template_path`, with its special tokens and variables.
 
     Args:
         model: Its embeddings are resized where the template brings new tokens.
         tokenizer: Gets the template and the special tokens.
         config: `chat_template_path`: a named format, a Jinja file, or a tokenizer's folder or hub id; and
-            `chat_template_kwargs`.
+            `chat_template_kwargs`; and `thinking`.
+        chats: Conversations of the data sets, read only if it depends on them whether `thinking` needs a variable.
 
     Returns:
         The model.
 
     Raises:
         ValueError: `chat_template_path` is none of these, or the template does not use a variable of
-            `chat_template_kwargs`.
+            `chat_template_kwargs`, or that sets a variable to another value than `thinking` needs.
     """
     path = config.chat_template_path
     if path is not None and (path in FORMATS or Path(path).suffix in (".jinja", ".jinja2", ".j2")):
@@ -256,6 +272,10 @@ def apply_chat_template(model: Any, tokenizer: PreTrainedTokenizerBase, config: 
     if config.chat_template_kwargs:
         assert isinstance(config.chat_template_kwargs, dict), "SFTConfig has parsed it"
         set_template_variables(tokenizer, config.chat_template_kwargs)
+    thinking = cast(ThinkingPolicy, config.thinking)
+    variable = set_thinking_variable(tokenizer, thinking, chats, cast(dict[str, Any], config.chat_template_kwargs))
+    if variable:
+        logger.warning("thinking=%r: the chat template gets %s", config.thinking, json.dumps(variable))
     return model
 
 

@@ -13,18 +13,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from sft.chat.checks import SpecialText
-from sft.chat.render import ChatRenderer, Rendered, TrainOn, asked_part
+from sft.chat.render import ChatRenderer, Rendered, TrainOn, asked_part, messages_of
 from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
 from sft.data.messages import check_text_alone
@@ -37,7 +38,7 @@ from sft.data.records import (
     normalize,
 )
 from sft.labels import TOKEN_MASKS
-from sft.options import NotPrintedPolicy
+from sft.options import NotPrintedPolicy, ThinkingPolicy
 from sft.tokens.constant_length import constant_length_rows
 from sft.tokens.encoding import Encoder
 from sft.tokens.packing import apply_overflow, limit_and_pack, pack_dataset
@@ -54,6 +55,9 @@ NUM_CHECKED_STREAMED = 2
 
 NO_LIMIT = 2**31 - 1
 """Length limit of rows that are not limited, or that are divided when they are packed."""
+
+GROUP_COLUMN = "conversation"
+"""Column of token rows with the number of the conversation that they were made of, by `thinking="unroll"`."""
 
 FormattingFunc = Callable[[Any], Any]
 """Returns the text of an example, or a list of texts for a batch (column -> values)."""
@@ -73,6 +77,7 @@ class Plan:
         append_eos: Whether the end-of-sequence token is appended to plain text; None = yes.
         masks: Columns of tokenized rows that mark the trained tokens.
         not_printed: What to do with a conversation that says more than the chat template prints.
+        thinking: What to do with the reasoning of the assistant.
     """
 
     layout: Layout
@@ -83,6 +88,7 @@ class Plan:
     append_eos: bool | None = None
     masks: tuple[str, ...] = TOKEN_MASKS
     not_printed: NotPrintedPolicy = "fail"
+    thinking: ThinkingPolicy = "keep"
 
 
 def prepare_all(dataset: Any, *, name: str, **kwargs: Any) -> Any:
@@ -314,16 +320,60 @@ def plan_preparation(dataset: Dataset | IterableDataset, config: SFTConfig, *, f
         ValueError: The columns have no known form, or an option does not fit the data.
     """
     layout = choose_layout(columns_of(dataset), config, formatted=formatted)
+    train_on = what_is_trained(layout.kind, dataset, config)
+    check_thinking(layout.kind, train_on, config)
     return Plan(
         layout,
-        what_is_trained(layout.kind, dataset, config),
+        train_on,
         config.dataset_text_field,
         may_be_weighted(dataset, layout),
         config.dataset_option("add_special_tokens"),
         config.dataset_option("append_concat_token"),
         tuple(mask for mask in TOKEN_MASKS if mask != "completion_mask" or config.completion_only_loss is not False),
         cast(NotPrintedPolicy, config.not_printed),
+        cast(ThinkingPolicy, config.thinking),
     )
+
+
+def check_thinking(kind: Kind, train_on: TrainOn, config: SFTConfig) -> None:
+    """Check that `thinking` has an effect on rows of this kind.
+
+    Raises:
+        ValueError: The rows are no conversations; or `unroll` would make a row of each answer, and prompts are trained.
+    """
+    if config.thinking != "keep" and kind in (Kind.TEXT, Kind.TOKENIZED):
+        raise ValueError(
+            f"thinking={config.thinking!r} is about the assistant's messages, and the rows are {kind.value}; leave it "
+            "out, or give conversations"
+        )
+    if config.thinking == "unroll" and train_on is TrainOn.ALL:
+        raise ValueError(
+            "thinking='unroll' makes one row of each answer, and without assistant_only_loss=True the prompts are "
+            "trained, too, once for each answer; set assistant_only_loss=True, or thinking='keep'"
+        )
+
+
+def chats_of(dataset: Any) -> Iterator[list[dict[str, Any]]]:
+    """Yield the conversations of a data set, or of each of a dict of data sets; none of a stream, which is read once.
+
+    Rows that can't be read are left out; preparation names them.
+    """
+    for rows in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        if not isinstance(rows, Dataset):
+            continue
+        try:
+            layout = detect_layout(rows.column_names)
+        except ValueError:
+            continue
+        if layout.kind not in (Kind.MESSAGES, Kind.PROMPT_COMPLETION):
+            continue
+        for row in as_python_values(rows):
+            try:
+                messages = messages_of(normalize(row, layout, prune_nulls=True))
+            except ValueError:
+                continue
+            if messages:
+                yield messages
 
 
 def choose_layout(columns: list[str], config: SFTConfig, *, formatted: bool = False) -> Layout:
@@ -417,6 +467,8 @@ def encode_dataset(dataset: Any, tokenizer: PreTrainedTokenizerBase, plan: Plan,
         logger.warning("%d of %d rows are dropped by not_printed='drop'", dropped, len(dataset))
         if not len(encoded):
             raise ValueError("not_printed='drop' drops all rows: the chat template prints less than each of them says")
+    if isinstance(dataset, Dataset) and plan.thinking == "unroll":
+        logger.info("thinking='unroll': %d rows became %d, one for each answer", len(dataset), len(encoded))
     return encoded
 
 
@@ -433,7 +485,7 @@ def check_turn_ends(turn_ends: TurnEnds, dataset: Any, tokenizer: PreTrainedToke
         turn_ends.check_tokens(list(zip(rows["input_ids"], rows["labels"], strict=True)))
         return
     try:
-        rendered = [encoder.render(encoder.record(batch, place, place)) for place in numbers]
+        rendered = [row for place in numbers for row in encoder.render_rows(encoder.record(batch, place, place))]
     except ValueError:
         return  # of a stream: the row is refused when it is reached
     turn_ends.check_rendered(rendered)
@@ -493,7 +545,7 @@ class BatchEncoder:
         self.plan = plan
         self._nulls = nulls
         self.as_table = as_table
-        self.renderer = ChatRenderer(tokenizer, plan.train_on, plan.not_printed)
+        self.renderer = ChatRenderer(tokenizer, plan.train_on, plan.not_printed, plan.thinking)
         self.encoder = Encoder(tokenizer)
         self._special_text = SpecialText(tokenizer)
         self._has_warned: set[str] = set()
@@ -508,8 +560,10 @@ class BatchEncoder:
         records = [self.record(batch, place, row) for place, row in enumerate(indices)]
         for record in records:
             self._warn_of_text(record)
-        rendered = [self.render(record) for record in records]
-        rendered, indices = self._without_dropped(rendered, indices)
+        made = [self.render_rows(record) for record in records]
+        indices = [row for row, rows in zip(indices, made, strict=True) for _ in rows]
+        rendered, indices = self._without_dropped([row for rows in made for row in rows], indices)
+        self._warn_of_removed(rendered, indices)
         encoded = self.encoder.encode_flat(rendered, with_weights=self.plan.with_weights)
         if encoded.crossings and "crossings" not in self._has_warned:
             self._has_warned.add("crossings")
@@ -522,7 +576,8 @@ class BatchEncoder:
                 detail,
             )
         if self.as_table:
-            return encoded.table()
+            table = encoded.table()
+            return table.append_column(GROUP_COLUMN, pa.array(indices)) if self.plan.thinking == "unroll" else table
         rows = encoded.rows()
         return {name: [row[name] for row in rows] for name in encoded.columns()}  # type: ignore[literal-required]
 
@@ -555,16 +610,31 @@ class BatchEncoder:
             logger.warning("row %s and perhaps others %s: %s", indices[lost[0]], what, rendered[lost[0]].not_printed)
         if self.plan.not_printed == "warn":
             return rendered, indices
-        kept = [place for place, row in enumerate(rendered) if not row.not_printed]
+        dropped = {indices[place] for place in lost}  # with all rows that its conversation became
+        kept = [place for place, row in enumerate(indices) if row not in dropped]
         return [rendered[place] for place in kept], [indices[place] for place in kept]
 
-    def render(self, record: dict[str, Any]) -> Rendered:
-        """Render a record as text; apply the options on special tokens to plain text.
+    def _warn_of_removed(self, rendered: list[Rendered], indices: list[int]) -> None:
+        """Warn once that `thinking` removed reasoning."""
+        found = next((place for place, row in enumerate(rendered) if row.thinking_removed), None)
+        if found is not None and "thinking" not in self._has_warned:
+            self._has_warned.add("thinking")
+            logger.warning(
+                "row %s and perhaps others: thinking=%r removes reasoning, here %r",
+                indices[found],
+                self.plan.thinking,
+                rendered[found].thinking_removed[0][:80],
+            )
+
+    def render_rows(self, record: dict[str, Any]) -> list[Rendered]:
+        """Render a record as one or several texts; apply the options on special tokens to plain text.
 
         Raises:
             ValueError: The options ask for special tokens in a conversation, whose chat template writes them.
         """
-        rendered = self.renderer.render(record)
+        return [self._with_special_tokens(rendered) for rendered in self.renderer.render_rows(record)]
+
+    def _with_special_tokens(self, rendered: Rendered) -> Rendered:
         if rendered.append_eos:  # plain text; `rendered.add_special_tokens` is False if it begins with bos
             add_special_tokens = rendered.add_special_tokens and self.plan.add_special_tokens is not False
             append_eos = self.plan.append_eos is not False
@@ -614,8 +684,12 @@ def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bo
         limit = StreamLimit(NO_LIMIT if divided else max_length, name, keep_end=keep_end)
         kept = dataset.map(limit, batched=True, batch_size=config.dataset_batch_size)
         return pack_dataset(kept, max_length, config.packing_strategy) if packing else kept
+    groups = None
+    if GROUP_COLUMN in dataset.column_names:
+        groups = np.array(dataset[GROUP_COLUMN], dtype=np.int64)
+        dataset = dataset.remove_columns(GROUP_COLUMN)
     if packing:
-        fitted, report = limit_and_pack(dataset, max_length, config.packing_strategy, keep_end=keep_end)
+        fitted, report = limit_and_pack(dataset, max_length, config.packing_strategy, keep_end=keep_end, groups=groups)
     else:
         fitted, report = apply_overflow(dataset, max_length, keep_end=keep_end)
     if report.summary():

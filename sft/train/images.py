@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
 from sft.data.messages import IMAGE_COLUMNS
-from sft.options import NotPrintedPolicy
+from sft.options import NotPrintedPolicy, ThinkingPolicy
 
 NUM_CHECKED_ROWS = 2
 """Rows of which it is checked that what they end in ends generation; their images are decoded for it."""
@@ -88,6 +88,7 @@ def choose_vision_collator(
         last_turn_only_loss=config.last_turn_only_loss,
         image_folder=config.image_folder,
         not_printed=cast(NotPrintedPolicy, config.not_printed),
+        thinking=cast(ThinkingPolicy, config.thinking),
     )
 
 

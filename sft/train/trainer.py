@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, wraps
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias, TypeVar
@@ -68,7 +69,7 @@ from sft.train.batches import (
 )
 from sft.train.checks import check_collator, check_ignored, check_kbit_arguments, check_token_rows, number_left_padded
 from sft.train.counters import TokensSeen, TokenTotals, UnloggedFigures
-from sft.train.datasets import FormattingFunc, prepare_all, prepare_later
+from sft.train.datasets import FormattingFunc, chats_of, prepare_all, prepare_later
 from sft.train.images import check_image_turn_ends, choose_vision_collator
 from sft.train.model_card import card_facts, write_model_card
 from sft.train.neftune import embedding_noise
@@ -180,7 +181,8 @@ class SFTTrainer(Trainer):
             model = resolve_model(model, config)
             check_causal(model)
         check_undivided(model)
-        model = apply_chat_template(model, tokenizer, config)
+        chats = chain.from_iterable(map(chats_of, (train_dataset, eval_dataset)))
+        model = apply_chat_template(model, tokenizer, config, chats)
         align_special_tokens(model, tokenizer, config)
         check_kbit_arguments(model, config)
         model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))

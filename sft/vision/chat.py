@@ -18,7 +18,7 @@ from transformers import ProcessorMixin
 from sft.chat.render import ChatRenderer, Rendered, Span, TrainOn
 from sft.chat.template import PROBE_CHAT, ChatTemplate, chat_template_of, in_parts, prints_probe
 from sft.data.messages import IMAGE_COLUMNS, is_messages
-from sft.options import NotPrintedPolicy
+from sft.options import NotPrintedPolicy, ThinkingPolicy
 from sft.vision.images import read_images
 
 _PART_KEYS = ("image", "image_url", "url", "path", "base64")
@@ -56,7 +56,7 @@ class VisionTemplate(ChatTemplate):
                 "the chat template prints a plain question and its answer neither as text nor as parts; set the "
                 "processor's chat_template to the one that belongs to the model"
             )
-        return cls(source, variables, takes_text, image_token, takes_parts)
+        return cls(source, variables, takes_text, image_token=image_token, takes_parts=takes_parts)
 
     def _render(self, chats: Iterable[Any], tools: list[Any] | None, **options: bool) -> tuple[list[str], list[Any]]:
         adapted = [
@@ -77,21 +77,23 @@ class VisionRenderer(ChatRenderer):
         processor: Tokenizer and image processor; the order of templates is that of its `apply_chat_template`.
         train_on: The part of a row that the spans cover.
         not_printed: See `ChatRenderer`.
+        thinking: See `ChatRenderer`.
     """
 
-    def __init__(self, processor: ProcessorMixin, train_on: TrainOn, not_printed: NotPrintedPolicy = "fail") -> None:
-        super().__init__(processor.tokenizer, train_on, not_printed)
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        train_on: TrainOn,
+        not_printed: NotPrintedPolicy = "fail",
+        thinking: ThinkingPolicy = "keep",
+    ) -> None:
+        super().__init__(processor.tokenizer, train_on, not_printed, thinking)
         self._processor = processor
-        self._vision_templates: dict[tuple[bool, str], VisionTemplate] = {}
 
-    def template(self, record: Mapping[str, Any]) -> VisionTemplate:
-        """Return the template that a record uses; each one is probed once."""
-        key = bool(record.get("tools")), record.get("chat_template_kwargs") or "{}"
-        if key not in self._vision_templates:
-            variables = {**self.tokenizer.special_tokens_map, **json.loads(key[1])}
-            source = template_source(self._processor, has_tools=key[0])
-            self._vision_templates[key] = VisionTemplate.probe(source, variables, placeholder(self._processor))
-        return self._vision_templates[key]
+    def _plain_template(self, record: Mapping[str, Any]) -> VisionTemplate:
+        variables = {**self.tokenizer.special_tokens_map, **json.loads(record.get("chat_template_kwargs") or "{}")}
+        source = template_source(self._processor, has_tools=bool(record.get("tools")))
+        return VisionTemplate.probe(source, variables, placeholder(self._processor))
 
 
 def template_source(processor: ProcessorMixin, *, has_tools: bool = False) -> str:

@@ -17,7 +17,7 @@ from sft.chat.render import Rendered, TrainOn, asked_part
 from sft.data.messages import IMAGE_COLUMNS
 from sft.data.records import Kind, Layout, detect_layout, normalize
 from sft.labels import IGNORE_INDEX
-from sft.options import NotPrintedPolicy
+from sft.options import NotPrintedPolicy, ThinkingPolicy
 from sft.tokens.encoding import Encoder
 from sft.vision.chat import VisionRenderer, VisionRow, column_images, expand, placeholder, put_images_first, take_images
 
@@ -62,6 +62,7 @@ class DataCollatorForVisionLanguageModeling:
             directory, "/" = any folder.
         not_printed: What to do with a conversation that says more than the chat template prints: fail or warn. Rows
             are rendered when their batch is made, which is too late to drop one.
+        thinking: What to do with the reasoning of the assistant: keep or last, for the same reason.
     """
 
     processor: ProcessorMixin
@@ -74,6 +75,7 @@ class DataCollatorForVisionLanguageModeling:
     last_turn_only_loss: bool = False
     image_folder: str | None = None
     not_printed: NotPrintedPolicy = "fail"
+    thinking: ThinkingPolicy = "keep"
 
     def __post_init__(self) -> None:
         if not hasattr(self.processor, "tokenizer") or not hasattr(self.processor, "image_processor"):
@@ -87,6 +89,11 @@ class DataCollatorForVisionLanguageModeling:
             raise ValueError(
                 "not_printed='drop' can't be applied to rows with images, which are rendered batch by batch; remove "
                 "such rows from the data, or state fail or warn"
+            )
+        if self.thinking not in ("keep", "last"):
+            raise ValueError(
+                f"thinking={self.thinking!r} can't be applied to rows with images, which are rendered batch by batch "
+                "with the processor's template; state keep or last, or change the data"
             )
         self._renderers: dict[TrainOn, VisionRenderer] = {}
         self._has_warned = False
@@ -160,7 +167,7 @@ class DataCollatorForVisionLanguageModeling:
 
     def _renderer(self, train_on: TrainOn) -> VisionRenderer:
         if train_on not in self._renderers:
-            self._renderers[train_on] = VisionRenderer(self.processor, train_on, self.not_printed)
+            self._renderers[train_on] = VisionRenderer(self.processor, train_on, self.not_printed, self.thinking)
         return self._renderers[train_on]
 
     def _check_rendered(self, name: str, rendered: Rendered, images: list[Any]) -> None:

@@ -104,10 +104,18 @@ def role_table(paths: Paths) -> list[dict[str, Any]]:
 def matching(
     records: Iterable[dict[str, Any]], rendered: Iterable[dict[str, Any]]
 ) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield records with their rendered rows; both are in the same order, and some records have no rendered row."""
+    """Yield records with their rendered rows.
+
+    Both are in the same order. Some records have no rendered row, and some have several, one per turn.
+    """
     rest = iter(records)
+    record: dict[str, Any] | None = None
+    previous = -1
     for row in rendered:
-        record = next((record for record in rest if record["id"] == row["id"]), None)
+        turn = row.get("turn", -1)
+        if record is None or record["id"] != row["id"] or turn <= previous:
+            record = next((record for record in rest if record["id"] == row["id"]), None)
+        previous = turn
         if record is None:
             return
         yield record, row

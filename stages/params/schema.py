@@ -21,7 +21,7 @@ from ruamel.yaml.reader import ReaderError
 
 from sft.evaluate.gate import check_ranges, parse_gate
 from sft.export.quantization import GROUP_SIZES
-from sft.options import BadLossPolicy, LossType, NotPrintedPolicy, OverflowPolicy, PackingStrategy
+from sft.options import BadLossPolicy, LossType, NotPrintedPolicy, OverflowPolicy, PackingStrategy, ThinkingPolicy
 from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
 from stages.params.figures import metric_names, open_ended_names, range_of
@@ -336,6 +336,14 @@ class FormatSection(Section):
         Field(
             description="Conversation that says more than the template prints (reasoning, a tool call): fail, warn "
             "(train on what is printed) or drop."
+        ),
+    ]
+    thinking: Annotated[
+        ThinkingPolicy,
+        Field(
+            description="Reasoning of the assistant: keep (all must be printed), last (remove that of earlier answers "
+            "that the template does not print; these are not trained), unroll (a row for each answer, with the prompt "
+            "that the model gets), or drop (remove all)."
         ),
     ]
     chat_template_kwargs: Annotated[

@@ -27,11 +27,13 @@ class EncodedShard(NamedTuple):
 
     Args:
         ids: Ids of their records.
+        turns: The message of each that is trained, if its record became several documents; else -1.
         batches: Their tokens, in batches.
         crossings: Id and detail of each document in which a token lies across the border of what is trained.
     """
 
     ids: list[str]
+    turns: list[int]
     batches: list[TokenBatch]
     crossings: list[tuple[str, str]]
 
@@ -59,10 +61,11 @@ class ShardEncoder:
 
     def __call__(self, shard: Shard) -> EncodedShard:
         """Tokenize and mask all rows of a shard."""
-        encoded = EncodedShard([], [], [])
+        encoded = EncodedShard([], [], [], [])
         rows = shard.rows()
         while batch := list(itertools.islice(rows, BATCH_SIZE)):
             encoded.ids.extend(row["id"] for row in batch)
+            encoded.turns.extend(row.get("turn", -1) for row in batch)
             tokens = self._encoder.encode_flat([Rendered.from_row(row) for row in batch])
             encoded.batches.append(tokens)
             encoded.crossings.extend((batch[number]["id"], detail) for number, detail in tokens.crossings.items())
@@ -79,6 +82,7 @@ class Documents:
         lengths: `(num_documents,)` numbers of tokens.
         trained: `(num_documents,)` numbers of trained tokens.
         num_crossed: Number of documents in which a token lies across the border of what is trained.
+        groups: `(num_documents,)` number of the record of each document; None if no record became several documents.
     """
 
     ids: pa.ChunkedArray
@@ -86,6 +90,7 @@ class Documents:
     lengths: Integers
     trained: Integers
     num_crossed: int
+    groups: Integers | None = None
 
 
 def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSection, ledger: Ledger) -> Documents:
@@ -100,17 +105,43 @@ def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSectio
     """
     scratch.mkdir(parents=True)
     store = TokenStore(scratch)
-    ids = [pa.array([], type=pa.string())]
+    ids: list[str] = []
+    turns: list[int] = []
     num_crossed = 0
     for encoded in run_shards(EncodingWork(tokenizer), shards_of(path), section.num_proc, section.workers):
-        ids.append(pa.array(encoded.ids, type=pa.string()))
+        ids += encoded.ids
+        turns += encoded.turns
         for batch in encoded.batches:
             store.append(batch)
         num_crossed += len(encoded.crossings)
         for row_id, detail in encoded.crossings:
             ledger.enter(row_id, "border_in_token", detail, Action.WARN, tokens_lost=0, trained_tokens_lost=0)
     columns = store.columns()
-    return Documents(pa.chunked_array(ids), columns, columns["input_ids"].lengths(), store.trained(), num_crossed)
+    return Documents(
+        pa.chunked_array([pa.array(ids, type=pa.string())]),
+        columns,
+        columns["input_ids"].lengths(),
+        store.trained(),
+        num_crossed,
+        groups_of_turns(ids, turns),
+    )
+
+
+def groups_of_turns(ids: list[str], turns: list[int]) -> Integers | None:
+    """Number the records of documents; None if each document is a record.
+
+    Args:
+        ids: `(num_documents,)` ids of the records. A record may be repeated.
+        turns: `(num_documents,)` trained message of each document, which grows within a record; -1 = the whole record.
+    """
+    if all(turn < 0 for turn in turns):
+        return None
+    documents = list(zip(ids, turns, strict=True))
+    is_next = [
+        row_id == before and turn > previous
+        for (before, previous), (row_id, turn) in itertools.pairwise([("", -1), *documents])
+    ]
+    return np.cumsum(~np.array(is_next))
 
 
 class Kept:

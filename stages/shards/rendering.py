@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.chat.checks import SpecialText, TerminatorCheck
 from sft.chat.render import ChatRenderer, TrainOn
-from sft.options import NotPrintedPolicy
+from sft.chat.thinking import REASONING_TAGS, with_reasoning_apart
+from sft.options import NotPrintedPolicy, ThinkingPolicy
 from stages.checkout.ledger import Action
 from stages.shards.shards import Shard
 
@@ -28,16 +29,20 @@ class RenderedShard:
         num_trained: How many of them are trained.
         rows: Lines of rendered texts, as JSON.
         prompts: Lines of prompts and references, as JSON.
+        num_unrolled: Number of rows beyond the first of records that became several rows.
         entries: Ledger entries: id, reason, detail and action of each record that was dropped, repaired or warned of.
+        thinking_removed: Id, detail and number of tokens of each record whose reasoning was removed.
     """
 
     check: TerminatorCheck
     num_in: int = 0
     num_characters: int = 0
     num_trained: int = 0
+    num_unrolled: int = 0
     rows: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     entries: list[tuple[str, str, str, Action]] = field(default_factory=list)
+    thinking_removed: list[tuple[str, str, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class RenderingWork:
         system_message: System message for conversations that have none.
         special_text: What to do with special tokens that are spelled out in messages.
         not_printed: What to do with a conversation that says more than the template prints.
+        thinking: What to do with the reasoning of the assistant.
         meant_tokens: Special tokens that messages may spell out.
         stop_token_ids: Ids at which the base model's generation stops.
         with_prompts: Whether to split each record before its last answer, for evaluation.
@@ -62,6 +68,7 @@ class RenderingWork:
     system_message: str | None
     special_text: str
     not_printed: NotPrintedPolicy
+    thinking: ThinkingPolicy
     meant_tokens: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     with_prompts: bool
@@ -78,8 +85,10 @@ class ShardRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, work: RenderingWork) -> None:
         self._tokenizer = tokenizer
         self._work = work
-        self._renderer = ChatRenderer(tokenizer, TrainOn(work.train_on), work.not_printed)
+        self._renderer = ChatRenderer(tokenizer, TrainOn(work.train_on), work.not_printed, work.thinking)
         self._special_text = SpecialText(tokenizer, allowed=work.meant_tokens)
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._has_special_tags = not special.isdisjoint(REASONING_TAGS)
 
     def __call__(self, shard: Shard) -> RenderedShard:
         """Render all records of a shard.
@@ -97,28 +106,43 @@ class ShardRenderer:
         record = self._treat_special_text(given, done)
         if record is None:
             return
-        rendered = self._renderer.render(record)
-        if rendered.not_printed:
+        rows = self._renderer.render_rows(record)
+        not_printed = next((row.not_printed for row in rows if row.not_printed), "")
+        if not_printed:
             action = Action(self._work.not_printed)
-            done.entries.append((record["id"], "not_printed", rendered.not_printed, action))
+            done.entries.append((record["id"], "not_printed", not_printed, action))
             if action is Action.DROP:
                 return
-        if not rendered.spans:
+        if not any(row.spans for row in rows):
             detail = f"train_on {self._work.train_on} selects nothing"
             done.entries.append((record["id"], "nothing_trained", detail, Action.DROP))
             return
-        if self._work.train_on != TrainOn.ALL:
-            done.check.add(record["id"], rendered)
-        done.rows.append(json.dumps({"id": record["id"], **rendered.to_row()}, ensure_ascii=False))
-        done.num_characters += len(rendered.text)
-        done.num_trained += sum(span.end - span.start for span in rendered.spans)
+        self._count_removed(record["id"], [text for row in rows for text in row.thinking_removed], done)
+        for rendered in rows:
+            if self._work.train_on != TrainOn.ALL:
+                done.check.add(record["id"], rendered)
+            # the message that is trained tells the rows of one record apart
+            turn = {} if rendered.turn is None else {"turn": rendered.turn}
+            done.rows.append(json.dumps({"id": record["id"], **turn, **rendered.to_row()}, ensure_ascii=False))
+            done.num_characters += len(rendered.text)
+            done.num_trained += sum(span.end - span.start for span in rendered.spans)
+        done.num_unrolled += len(rows) - 1
         last = self._renderer.last_turn(record) if self._work.with_prompts else None
         if last is not None:
             done.prompts.append(json.dumps({"id": record["id"], **last._asdict()}, ensure_ascii=False))
 
+    def _count_removed(self, row_id: str, removed: list[str], done: RenderedShard) -> None:
+        if not removed:
+            return
+        tokens = sum(map(len, self._tokenizer(removed, add_special_tokens=False)["input_ids"]))
+        answers = "1 answer" if len(removed) == 1 else f"{len(removed)} answers"
+        done.thinking_removed.append((row_id, f"reasoning of {answers}, first {removed[0]!r:.60}", tokens))
+
     def _treat_special_text(self, record: dict[str, Any], done: RenderedShard) -> dict[str, Any] | None:
         """Treat special tokens that are spelled out in a record as the work states; return None if it is dropped."""
         wanted = self._work.special_text
+        if wanted != "off" and self._has_special_tags:  # these tags are meant where they enclose reasoning
+            record = with_reasoning_apart(record)
         problem = None if wanted == "off" else self._special_text.find(record)
         if problem is None:
             return record

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from stages import format, load
 from stages.checkout.artifacts import read_json
 from stages.shards import rendering, shards
+from tests.sft.chat.reasoning_templates import MAGISTRAL, QWEN35
 from tests.sft.template_styles import PLAIN, QWEN3
 from tests.stages.data_root import ROWS, DataRoot, turn
 from tests.tiny import CHATML
@@ -65,6 +66,8 @@ def test_rows_are_rendered_with_the_models_own_template(root: DataRoot) -> None:
         "dropped": {},
         "repaired": {},
         "warned": {},
+        "thinking_removed_tokens": 0,
+        "num_unrolled": 0,
         "num_new_tokens": 0,
     }
     assert sorted(path.name for path in root.paths.out("format").iterdir()) == [
@@ -174,6 +177,92 @@ def test_rows_that_say_more_than_the_template_prints_stop_warn_or_drop(root: Dat
     assert (figures["num_train"], figures["dropped"]) == (2, {"not_printed": 1})
     (entry,) = root.rows("format", "ledger.jsonl")
     assert (entry["id"], entry["reason"]) == ("train.jsonl:2", "not_printed")
+
+
+def reasoned(*answers: str) -> dict[str, Any]:
+    """A chat in which every answer has its reasoning, `because` and the answer."""
+    messages = [message for answer in answers for message in turn(f"{answer}?", answer)["messages"]]
+    return {
+        "messages": [
+            {**message, "reasoning_content": f"because {message['content']}"}
+            if message["role"] == "assistant"
+            else message
+            for message in messages
+        ]
+    }
+
+
+def test_reasoning_is_kept_removed_unrolled_or_dropped(root: DataRoot) -> None:
+    (root.paths.data / "mine.jinja").write_text(QWEN3.template)
+    rows = [reasoned("a", "b"), reasoned("c"), reasoned("d", "e")]
+    block = "<think>\nbecause {0}\n</think>\n\n{0}<|im_end|>"
+
+    def spans(**section: Any) -> tuple[dict[str, Any], list[list[str]]]:
+        figures = run(root, rows, chat_template="data/mine.jinja", **section)
+        return figures, [trained(row) for row in root.rows("format", "train.jsonl")]
+
+    with pytest.raises(ValueError, match=r"row train\.jsonl:1: message 1 .*'because a'.* state thinking: unroll"):
+        spans()
+    figures, texts = spans(thinking="last")
+    assert texts == [[block.format("b")], [block.format("c")]]
+    tokens = sum(entry["tokens"] for entry in root.rows("format", "ledger.jsonl"))
+    assert [(entry["id"], entry["reason"], entry["action"]) for entry in root.rows("format", "ledger.jsonl")] == [
+        ("train.jsonl:1", "thinking_removed", "repair"),
+        ("eval.jsonl:1", "thinking_removed", "repair"),
+    ]
+    assert figures["repaired"] == {"thinking_removed": 2}
+    assert figures["thinking_removed_tokens"] == tokens > 0
+    figures, texts = spans(thinking="unroll")
+    assert texts == [[block.format(name)] for name in "abc"]
+    assert [(row["id"], row["turn"]) for row in root.rows("format", "train.jsonl")] == [
+        ("train.jsonl:1", 1), ("train.jsonl:1", 3), ("train.jsonl:2", 1)
+    ]  # fmt: skip
+    assert (figures["num_train"], figures["num_eval"], figures["num_unrolled"]) == (3, 2, 2)
+    assert (figures["repaired"], figures["thinking_removed_tokens"]) == ({}, 0)
+    assert [(row["id"], row["reference"]) for row in root.rows("format", "prompts.jsonl")] == [
+        ("eval.jsonl:1", block.format("e").removesuffix("<|im_end|>"))
+    ]
+    figures, texts = spans(thinking="drop")
+    assert texts == [["a<|im_end|>", "<think>\n\n</think>\n\nb<|im_end|>"], ["<think>\n\n</think>\n\nc<|im_end|>"]]
+    assert figures["repaired"] == {"thinking_removed": 3}
+
+
+def test_reasoning_in_tags_that_are_special_tokens_is_not_neutralised(root: DataRoot) -> None:
+    (root.paths.data / "mine.jinja").write_text(MAGISTRAL.template)
+    tags = ["[THINK]", "[/THINK]"]
+    tokenizer = AutoTokenizer.from_pretrained(root.model)
+    tokenizer.add_special_tokens({"additional_special_tokens": tags})
+    tokenizer.save_pretrained(root.model)
+    said = "[THINK]because[/THINK]It is so. Not [THINK] it."
+    figures = run(root, [turn("Why?", said), turn("And?", "So.")], chat_template="data/mine.jinja")
+    expected = "[THINK]because[/THINK]It is so. Not [\u200bTHINK] it.<|im_end|>"
+    assert trained(root.rows("format", "train.jsonl")[0]) == [expected]
+    assert figures["repaired"] == {"special_text": 1}
+
+
+def test_thinking_sets_a_variable_of_the_template_if_the_data_needs_it(root: DataRoot) -> None:
+    (root.paths.data / "mine.jinja").write_text(QWEN35.template)
+    block = "because {0}\n</think>\n\n{0}<|im_end|>"
+    prompt = [{"role": "user", "content": "Hi"}]
+    run(root, [reasoned("c"), reasoned("d")], chat_template="data/mine.jinja")
+    saved = AutoTokenizer.from_pretrained(root.paths.out("format", "tokenizer"))
+    assert "preserve_thinking = true" not in saved.chat_template
+    run(root, [reasoned("a", "b"), reasoned("c"), reasoned("d")], chat_template="data/mine.jinja")
+    assert trained(root.rows("format", "train.jsonl")[0]) == [block.format("a"), block.format("b")]
+    saved = AutoTokenizer.from_pretrained(root.paths.out("format", "tokenizer"))
+    assert "preserve_thinking = true" in saved.chat_template
+    run(root, [reasoned("a", "b"), reasoned("c")], chat_template="data/mine.jinja", thinking="drop")
+    saved = AutoTokenizer.from_pretrained(root.paths.out("format", "tokenizer"))
+    text = saved.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<think>\n\n</think>\n\n")
+    with pytest.raises(ValueError, match=r"params\.yaml, format\.thinking: thinking drop needs enable_thinking=false"):
+        run(
+            root,
+            [reasoned("a"), reasoned("c")],
+            chat_template="data/mine.jinja",
+            thinking="drop",
+            chat_template_kwargs={"enable_thinking": True},
+        )
 
 
 def test_variables_of_the_template_are_saved_in_it(root: DataRoot) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sft.labels import IGNORE_INDEX
 from sft.tokens import columns
-from sft.tokens.packing import pack_dataset, pack_with_plan, plan_bfd, truncate_dataset
+from sft.tokens.packing import pack_dataset, pack_with_plan, plan_bfd, plan_rows, truncate_dataset
 
 X = IGNORE_INDEX
 
@@ -52,6 +52,15 @@ def test_every_document_is_in_exactly_one_row_and_no_row_overflows(lengths: list
     assert plan == plan_bfd(lengths, seq_length=40)
     bound = 11 / 9 * -(-sum(lengths) // 40) + 1 if lengths and max(lengths) <= 20 else len(lengths)
     assert len(plan) <= max(bound, len(lengths) and 1)
+
+
+def test_documents_of_one_group_are_packed_next_to_each_other() -> None:
+    lengths = np.array([30, 10, 20, 40, 25, 60])
+    plan = plan_rows(columns.whole(lengths), 60, groups=np.array([1, 2, 1, 2, 3, 2]))
+    rows = [part.tolist() for part in np.split(plan.pieces.document, plan.ends[:-1])]
+    assert sorted(map(sorted, rows)) == [[0, 2], [1, 3], [4], [5]]
+    alone = plan_rows(columns.whole(lengths), 60, groups=np.arange(6))
+    assert alone.pieces.document.tolist() == plan_rows(columns.whole(lengths), 60).pieces.document.tolist()
 
 
 def test_hundred_thousand_documents_fill_their_rows() -> None:

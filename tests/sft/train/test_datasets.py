@@ -14,7 +14,8 @@ from tokenizers import processors
 from sft.config import SFTConfig
 from sft.tokens.constant_length import ConstantLengthDataset, constant_length_rows
 from sft.tokens.pretokenized import labels_of_tokens, warn_of_double_bos
-from sft.train.datasets import prepare_dataset, prepare_rows, resolve_max_length
+from sft.train.datasets import chats_of, prepare_dataset, prepare_rows, resolve_max_length
+from tests.sft.template_styles import QWEN3
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -496,6 +497,48 @@ def test_reasoning_that_the_template_does_not_print_stops_warns_or_drops(caplog:
         prepare(rows[1:], not_printed="drop")
     with pytest.raises(ValueError, match="not_printed='keep': use one of fail, warn, drop"):
         prepare(rows, not_printed="keep")
+
+
+THOUGHTS = [*THOUGHT, CHAT[0], {**CHAT[1], "reasoning_content": "again"}]
+BLOCK = "<think>\n{}\n</think>\n\n1<|im_end|>"
+
+
+def test_reasoning_is_unrolled_removed_or_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny_tokenizer(QWEN3.template)
+    rows = [{"messages": CHAT[:2]}, {"messages": THOUGHTS}]
+    unrolled = prepare(rows, tokenizer, assistant_only_loss=True, thinking="unroll")
+    assert trained(unrolled, tokenizer) == [BLOCK.format(""), BLOCK.format("count"), BLOCK.format("again")]
+    assert unrolled.column_names == ["input_ids", "labels"]
+    packed = prepare(rows, tokenizer, packing=True, assistant_only_loss=True, thinking="unroll", shuffle_dataset=True)
+    assert sum(map(len, packed["seq_lengths"])) == 3
+    last = prepare(rows, tokenizer, assistant_only_loss=True, thinking="last")
+    assert trained(last, tokenizer) == [BLOCK.format(""), BLOCK.format("again")]
+    assert "row 1 and perhaps others: thinking='last' removes reasoning, here 'count'" in caplog.text
+    dropped = prepare(rows[1:], tokenizer, assistant_only_loss=True, thinking="drop")
+    assert trained(dropped, tokenizer) == ["1<|im_end|>" + BLOCK.format("")]
+    streamed = prepare(
+        IterableDataset.from_generator(lambda: iter(rows)), tokenizer, assistant_only_loss=True, thinking="unroll"
+    )
+    assert trained(streamed, tokenizer) == trained(unrolled, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "words"),
+    [
+        ({"messages": THOUGHTS}, {"thinking": "unroll"}, "without assistant_only_loss=True the prompts are trained"),
+        ({"text": "Hi"}, {"thinking": "last"}, "thinking='last' is about the assistant's messages, and the rows are"),
+        ({"messages": THOUGHTS}, {"thinking": "all"}, "thinking='all': use one of keep, last, unroll, drop"),
+    ],
+)
+def test_thinking_without_effect_is_refused(row: dict[str, Any], options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        prepare([row], **options)
+
+
+def test_chats_are_found_in_all_data_sets() -> None:
+    chats = {"a": Dataset.from_list([{"messages": CHAT[:2]}]), "b": Dataset.from_list([{"text": "Hi"}])}
+    assert [[message["role"] for message in chat] for chat in chats_of(chats)] == [["user", "assistant"]]
+    assert list(chats_of(None)) == []
 
 
 def test_special_tokens_in_texts_and_empty_answers_are_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from stages import format, load, pack
+from stages.pages.data import matching
 from tests.stages.data_root import ROWS, DataRoot, turn
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -86,3 +87,9 @@ def test_the_page_shows_everything_and_fits_the_screen(page: str, tmp_path: Path
         "cut off at the limit",
     ):
         assert expected in text
+
+
+def test_rows_of_one_record_are_matched_with_it() -> None:
+    records = [{"id": name, "number": number} for number, name in enumerate("aabc")]
+    rendered = [{"id": "a", "turn": 1}, {"id": "a", "turn": 3}, {"id": "a", "turn": 1}, {"id": "c"}]
+    assert [record["number"] for record, _ in matching(records, rendered)] == [0, 0, 1, 3]

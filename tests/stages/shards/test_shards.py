@@ -10,6 +10,7 @@ import pytest
 
 from stages.checkout.artifacts import write_jsonl
 from stages.shards import shards
+from stages.shards.encoding import groups_of_turns
 from stages.shards.shards import Shard, run_shards, shards_of
 
 
@@ -61,3 +62,10 @@ def test_the_first_shard_that_fails_is_the_one_reported(tmp_path: Path, file: Pa
     write_jsonl(tmp_path / "bad.jsonl", ({"number": 20 - number} for number in range(60)))
     with pytest.raises(ValueError, match=r"-[1-6] is negative"):
         list(run_shards(Reading(1), shards_of(tmp_path / "bad.jsonl"), num_proc))
+
+
+def test_documents_of_one_record_are_one_group() -> None:
+    groups = groups_of_turns(["a", "a", "a", "b", "c", "d"], [1, 3, 1, 3, -1, -1])
+    assert groups is not None
+    assert groups.tolist() == [1, 1, 2, 3, 4, 5]
+    assert groups_of_turns(["a", "b"], [-1, -1]) is None
