@@ -1,0 +1,378 @@
+"""Checks of one family: what `SFTTrainer` trains with a tiny model, beside a plain loop over single documents.
+
+The plain loop runs a model of transformers with its eager attention, one document per call, and torch's cross entropy. It uses
+nothing of this library. The trainer runs with its default speed-ups.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+
+from benchmarks.tiny_families import NUM_RESERVED, Sizes, tiny_family
+from sft.config import SFTConfig
+from sft.export.merge import merge_adapter
+from sft.labels import IGNORE_INDEX
+from sft.models.loading import load_model
+from sft.train.trainer import SFTTrainer
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "packed": {"packing": True, "max_length": 80},
+    "joined": {"padding_free": True},
+    "padded": {"padding_free": False},
+}
+"""How documents share a batch -> the options of the trainer, from the fastest to the slowest."""
+
+METHODS = ("lora", "full")
+
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-9}
+"""Precision -> largest difference of the loss, and of a gradient relative to the largest one of its weight."""
+
+ULP = {torch.float32: 6e-8, torch.float64: 2e-16}
+"""Precision -> size of a rounding error."""
+
+FRACTION_OF_LARGEST = 0.1
+"""Gradients of a weight are not compared more finely than this fraction of the largest gradient of all weights."""
+
+SEVERAL = 6
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong in one run.
+
+    Attributes:
+        kind: `refused` (before training, by this library), `crash`, or `differs`.
+        reason: One line.
+    """
+
+    kind: str
+    reason: str
+
+
+@dataclass
+class FamilyResult:
+    """Result of all checks of a family.
+
+    Attributes:
+        family: Name.
+        unbuildable: Why there is no plain loop to compare with; None if there is one.
+        failures: Name of a run, such as `packed lora float32` -> what went wrong.
+        worst: Name of a run -> its largest difference.
+        seconds: Time of all runs.
+    """
+
+    family: str
+    unbuildable: str | None = None
+    failures: dict[str, Failure] = field(default_factory=dict)
+    worst: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+@lru_cache(maxsize=1)
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of whole words; documents are token ids, so that only its special tokens are used."""
+    words = {word: index for index, word in enumerate([*SPECIAL_TOKENS.values(), "a", "b"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+
+
+def special_tokens() -> dict[str, int]:
+    """Return the ids of the tokenizer that every tiny model is trained with."""
+    tokenizer = tiny_tokenizer()
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def random_documents(sizes: Sizes, seed: int) -> list[dict[str, list[int]]]:
+    """Return documents of different lengths, as rows with `input_ids` and `labels`.
+
+    One is longer than the chunks of 64 tokens that recurrent layers compute. Two begin with the same tokens. Of most,
+    only a part is trained.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(4, sizes.vocab - NUM_RESERVED, (count,), generator=generator).tolist()
+
+    lengths = torch.randint(2, 24, (SEVERAL,), generator=generator).tolist()
+    rows = [tokens(length) for length in lengths]
+    begin = tokens(7)
+    rows[1], rows[3] = begin + rows[1], begin + rows[3]
+    rows[2] = tokens(67)
+    labels = [list(row) for row in rows]
+    labels[1][:7] = labels[3][:7] = [IGNORE_INDEX] * 7
+    labels[2][-3:] = [IGNORE_INDEX] * 3
+    return [{"input_ids": ids, "labels": targets} for ids, targets in zip(rows, labels, strict=True)]
+
+
+Gradients = dict[str, torch.Tensor]
+
+
+def plain_loop(model: Any, rows: list[dict[str, list[int]]]) -> tuple[float, Gradients]:
+    """Compute loss and gradients, each document alone, without anything of this library."""
+    takes = signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    extra = {"use_cache": False} if "use_cache" in takes else {}
+    total = 0.0
+    count = sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
+    model.train()
+    model.zero_grad()
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        more = {"token_type_ids": torch.zeros_like(ids)} if needs_token_types(model) else {}
+        logits = model(input_ids=ids, **extra, **more).logits[0]
+        loss = F.cross_entropy(logits[:-1].double(), labels[1:], ignore_index=IGNORE_INDEX, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return total, found
+
+
+def needs_token_types(model: Any) -> bool:
+    """Return whether a model insists on `token_type_ids` in training, by which it tells images from text."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return inner.config.model_type in ("gemma3", "shieldgemma2")
+
+
+class _KeepGradients(TrainerCallback):
+    def __init__(self) -> None:
+        self.found: Gradients = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        self.found = {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+
+
+def make_trainer(model: Any, rows: list[dict[str, list[int]]], folder: Path, method: str, **options: Any) -> SFTTrainer:
+    """Return a trainer of quiet options that reads all documents in each batch, with a LoRA adapter or without."""
+    given = {
+        "per_device_train_batch_size": len(rows),
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_length": None,
+        "max_grad_norm": 0.0,
+        "dataloader_num_workers": 0,
+        **options,
+    }
+    config = SFTConfig(output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **given)
+    adapter = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+        peft_config=adapter if method == "lora" else None,
+    )
+    if method == "lora":
+        move_adapter(trainer.model)
+    return trainer
+
+
+def move_adapter(model: Any) -> None:
+    """Move the weights of an adapter, which is a zero update at first, so that every one of them has a gradient."""
+    generator = torch.Generator().manual_seed(2)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and "lora_" in name:
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+
+
+def plain_copy(trainer: SFTTrainer, base: PreTrainedModel, method: str) -> Any:
+    """Return what the trainer trains as a model without anything of this library, made of a fresh base."""
+    base.set_attn_implementation("eager")
+    if method == "full":
+        return base
+    config = copy.deepcopy(trainer.model.peft_config["default"])
+    model = get_peft_model(base, config)
+    trained = dict(trainer.model.named_parameters())
+    for name, weight in model.named_parameters():
+        weight.data.copy_(trained[name].data)
+    return model
+
+
+def largest_difference(found: tuple[float, Gradients], expected: tuple[float, Gradients]) -> tuple[float, str]:
+    """Return the largest relative difference, and where it is."""
+    loss = abs(found[0] - expected[0]) / max(abs(expected[0]), 1e-30)
+    worst = (loss, "loss") if loss == loss else (float("inf"), "loss")
+    scale = max((gradient.abs().max().item() for gradient in expected[1].values()), default=1.0)
+    for name in sorted(found[1].keys() | expected[1].keys()):
+        if name not in found[1] or name not in expected[1]:
+            present = found[1].get(name, expected[1].get(name))
+            assert present is not None
+            difference, own = present.abs().max().item(), 0.0
+        else:
+            difference = (found[1][name] - expected[1][name]).abs().max().item()
+            own = expected[1][name].abs().max().item()
+        relative = difference / max(own, FRACTION_OF_LARGEST * scale)
+        if not relative <= worst[0]:
+            worst = (relative if relative == relative else float("inf"), f"gradient of {name}")
+    return worst
+
+
+class FamilyChecks:
+    """All checks of one family.
+
+    Args:
+        family: Name, see `benchmarks.tiny_families.families`.
+        sizes: Of the model.
+        seed: Of weights and documents.
+        quick: Only compare one packed and one padded step in float32.
+    """
+
+    def __init__(self, family: str, sizes: Sizes, seed: int, *, quick: bool = False) -> None:
+        self.family, self.sizes, self.seed, self.quick = family, sizes, seed, quick
+        self.rows = random_documents(sizes, seed)
+        self.result = FamilyResult(family)
+
+    def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """Return the family's tiny model, with the same weights each time."""
+        return tiny_family(self.family, self.sizes, special_tokens(), self.seed, dtype)
+
+    def run(self) -> FamilyResult:
+        """Run everything; failures are part of the result."""
+        try:
+            model = self.model()
+            model.set_attn_implementation("eager")
+            loss, gradients = plain_loop(model, self.rows)
+            broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+            if loss != loss or broken:
+                self.result.unbuildable = f"its own loss or gradients are not finite: {loss}, {broken[:2]}"
+            elif not gradients:
+                self.result.unbuildable = "its own code has no gradients"
+        except Exception as error:
+            self.result.unbuildable = one_line(error)
+        if self.result.unbuildable is not None:
+            return self.result
+        for layout in LAYOUTS:
+            for method, dtype in (("lora", torch.float32), ("full", torch.float32), ("full", torch.float64)):
+                if self.quick and (
+                    layout == "joined" or dtype is torch.float64 or (layout, method) == ("padded", "full")
+                ):
+                    continue
+                name = f"{layout} {method} {str(dtype).removeprefix('torch.')}"
+                with self._noting(name):
+                    self._compare(name, layout, method, dtype)
+        passed = [layout for layout in LAYOUTS if f"{layout} lora float32" not in self.result.failures]
+        if passed and not self.quick:
+            for method in METHODS:
+                with self._noting(f"resume {method}"):
+                    self._save_and_resume(method, passed[0])
+        return self.result
+
+    @contextmanager
+    def _noting(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.result.failures[name] = Failure(_kind(error), one_line(error))
+
+    def _compare(self, name: str, layout: str, method: str, dtype: torch.dtype) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"learning_rate": 0.0, "weight_decay": 0.0, **LAYOUTS[layout]}
+            trainer = make_trainer(self.model(dtype), self.rows, Path(folder), method, **options)
+            gradients = _KeepGradients()
+            trainer.add_callback(gradients)
+            reference = plain_copy(trainer, self.model(dtype), method)
+            expected = plain_loop(reference, self.rows)
+            trainer.train()
+            loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
+        difference, place = largest_difference((loss, gradients.found), expected)
+        self.result.worst[name] = difference
+        if difference > LIMITS[dtype] and difference > self.limit(reference, expected, dtype):
+            raise Differs(f"{place} differs by {difference:.1e} from that of single documents")
+
+    def limit(self, model: Any, expected: tuple[float, Gradients], dtype: torch.dtype) -> float:
+        """Return the largest difference allowed: that of `LIMITS`, or what rounding does to the plain loop itself.
+
+        Many families compute parts in float32, whatever the precision of the weights. What rounding does to them is
+        measured by moving the weights by rounding errors.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            weight.data.mul_((1 + ULP[dtype] * noise).to(dtype))
+        return max(LIMITS[dtype], 4 * largest_difference(plain_loop(model, self.rows), expected)[0])
+
+    def _save_and_resume(self, method: str, layout: str) -> None:
+        """Compare a training that was resumed with one that was not, and what was written with what was trained."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            options = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps", "learning_rate": 1e-3}
+            options |= {"per_device_train_batch_size": 3, **LAYOUTS[layout]}
+            whole = make_trainer(self.model(), self.rows, folder / "whole", method, **options)
+            whole.train()
+            resumed = make_trainer(self.model(), self.rows, folder / "resumed", method, **options)
+            resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-1"))
+            theirs = dict(whole.model.named_parameters())
+            for weight_name, weight in resumed.model.named_parameters():
+                if not torch.equal(weight, theirs[weight_name]):
+                    difference = (weight - theirs[weight_name]).abs().max()
+                    raise Differs(f"{weight_name} differs by {difference:.1e} after a resume")
+            self._compare_written(whole.model, folder, method)
+
+    def _compare_written(self, trained: Any, folder: Path, method: str) -> None:
+        ids = [row["input_ids"] for row in self.rows[:2]]
+        written = folder / "whole" / "checkpoint-2"
+        if method == "lora":
+            self.model().save_pretrained(folder / "base")
+            merge_adapter(folder / "base", written, folder / "merged", ids, tokenizer=tiny_tokenizer())
+            written = folder / "merged"
+        loaded = load_model(written)
+        loaded.set_attn_implementation("eager")
+        trained.set_attn_implementation("eager")
+        for row in ids:
+            expected, found = logits(trained, row), logits(loaded, row)
+            difference = ((expected - found).abs().max() / expected.abs().max()).item()
+            if not difference <= 10 * LIMITS[torch.float32]:
+                raise Differs(
+                    f"logits of the {'merged' if method == 'lora' else 'saved'} model differ by {difference:.1e}"
+                )
+
+
+class Differs(Exception):
+    """A result differs from what it is compared with."""
+
+
+@torch.no_grad()
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """Return the logits `(length, vocab)` of one document in evaluation mode."""
+    return model.eval()(input_ids=torch.tensor([ids])).logits[0].float()
+
+
+def _kind(error: Exception) -> str:
+    """Tell a refusal before training from a crash: it is a ValueError that this library raised outside `train`."""
+    if isinstance(error, Differs):
+        return "differs"
+    frames = traceback.extract_tb(error.__traceback__)
+    in_train = any(frame.name == "train" and frame.filename.endswith("trainer.py") for frame in frames)
+    own = "/sft/" in frames[-1].filename
+    return "refused" if isinstance(error, ValueError) and own and not in_train else "crash"
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type, message and place in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    text = " ".join(str(error).split())
+    if isinstance(error, Differs):
+        return text
+    place = "/".join(Path(frames[-1].filename).parts[-2:])
+    return f"{type(error).__name__}: {text[:300]} ({place}:{frames[-1].lineno})"
