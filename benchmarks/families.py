@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,7 +28,7 @@ import datasets
 import torch
 import transformers
 
-from benchmarks.family_checks import FamilyChecks, FamilyResult, Failure
+from benchmarks.family_checks import Failure, FamilyChecks, FamilyResult
 from benchmarks.tiny_families import Sizes, families
 
 SECONDS_PER_FAMILY = 180

@@ -1,7 +1,7 @@
 """Checks of one family: what `SFTTrainer` trains with a tiny model, beside a plain loop over single documents.
 
-The plain loop runs a model of transformers with its eager attention, one document per call, and torch's cross entropy. It uses
-nothing of this library. The trainer runs with its default speed-ups.
+The plain loop runs a model of transformers with its eager attention, one document per call, and torch's cross entropy.
+It uses nothing of this library. The trainer runs with its default speed-ups.
 """
 
 from __future__ import annotations

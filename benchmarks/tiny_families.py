@@ -1,8 +1,8 @@
 """Tiny models of all families: the causal language models of transformers, and vision-language models for text rows.
 
 A family's own default configuration is made small by the names of its fields. `SIZES_OF` maps names of fields to sizes,
-and `SPECIAL` has the few families whose fields depend on each other. Of layers that differ (`layer_types` and other lists
-with one entry per layer), the first of every kind is kept.
+and `SPECIAL` has the few families whose fields depend on each other. Of layers that differ
+(`layer_types` and other lists with one entry per layer), the first of every kind is kept.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ SIZES_OF: dict[str, Rule] = {
     **_group(
         lambda s: s.width,
         """hidden_size d_model n_embd emb_dim dim embed_dim embedding_size word_embed_proj_dim input_embedding_size
-        output_embedding_size lru_width linear_attn_hidden_size out_hidden_size projection_dim
-        text_hidden_size backbone_hidden_size projector_hidden_size moe_hidden_size image_token_embed_dim hidden_size_global adapter_in_dim adapter_out_dim
-        adapter_input_size encoder_hidden_size""",
+        output_embedding_size lru_width linear_attn_hidden_size out_hidden_size projection_dim text_hidden_size
+        backbone_hidden_size projector_hidden_size moe_hidden_size image_token_embed_dim hidden_size_global
+        adapter_in_dim adapter_out_dim adapter_input_size encoder_hidden_size""",
     ),
     **_group(
         lambda s: s.heads,
         """num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads
         num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads linear_num_value_heads
-        linear_num_heads num_attention_heads_for_indexer""",
+        linear_num_heads""",
     ),
     **_group(
         lambda s: s.kv_heads,
@@ -89,16 +89,16 @@ SIZES_OF: dict[str, Rule] = {
     ),
     **_group(
         lambda s: s.head_dim,
-        """head_dim swa_head_dim v_head_dim qk_nope_head_dim kv_channels linear_key_head_dim linear_value_head_dim
-        linear_head_dim attention_head_size dim_head mamba_head_dim mamba_d_head d_kv index_head_dim qk_rope_head_dim global_head_dim
-        head_width query_pre_attn_scalar d_rel""",
+        """head_dim swa_head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim index_head_dim global_head_dim kv_channels
+        linear_key_head_dim linear_value_head_dim linear_head_dim attention_head_size dim_head mamba_head_dim
+        mamba_d_head d_kv query_pre_attn_scalar d_rel""",
     ),
     **_group(
         lambda s: s.intermediate,
         """intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim moe_intermediate_size d_inner dim_ff dff n_inner
         shared_expert_intermediate_size shared_intermediate_size moe_shared_expert_intermediate_size ffn_hidden_size
         expert_ffn_hidden_size intermediate_size_mlp dense_intermediate_size shared_experts_intermediate_size
-        feed_forward_size expert_intermediate_size mlp_dim moe_layer_intermediate_size""",
+        feed_forward_size expert_intermediate_size mlp_dim share_expert_dim""",
     ),
     **_group(
         lambda s: s.layers,
@@ -107,42 +107,43 @@ SIZES_OF: dict[str, Rule] = {
     ),
     **_group(
         lambda s: s.experts,
-        "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num num_moe_experts",
-    ),
-    **_group(
-        lambda s: 2,
-        "num_experts_per_tok moe_topk moe_k top_k_experts n_group num_expert_group heads_per_ngram o_groups moe_top_k",
-    ),
-    **_group(
-        lambda s: 1, "topk_group first_k_dense_replace n_groups mamba_n_groups num_nextn_predict_layers num_mtp_layers"
+        "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num",
     ),
     **_group(
         lambda s: s.vocab,
-        "vocab_size vocab_size_per_layer_input unpadded_vocab_size shape_vocab_size pronunciation_vocab_size encoder_hash_byte_group_vocab",
+        """vocab_size vocab_size_per_layer_input unpadded_vocab_size shape_vocab_size pronunciation_vocab_size
+        encoder_hash_byte_group_vocab""",
     ),
     **_group(
         lambda s: s.window,
         """sliding_window sliding_window_size attention_window_size attention_chunk_size chunk_size mamba_chunk_size
-        window_size local_attention keep_window_size block_size index_topk rel_extent swa_window_size""",
+        window_size local_attention keep_window_size block_size index_topk rel_extent""",
     ),
     **_group(
         lambda s: s.positions,
         """max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length
-        original_max_position_embeddings seq_length""",
+        original_max_position_embeddings""",
     ),
+    # layers of recurrent models are twice as wide as their hidden states
+    **_group(lambda s: 2 * s.heads, "mamba_n_heads mamba_num_heads n_mamba_heads"),
+    **_group(lambda s: 2 * s.width, "mamba_d_ssm"),
+    **_group(lambda s: s.head_dim // 2, "rotary_dim"),
+    **_group(
+        lambda s: 2,
+        """num_experts_per_tok moe_topk moe_k moe_top_k top_k_experts n_group num_expert_group heads_per_ngram o_groups
+        num_codebooks patch_size index_topk_blocks spatial_merge_size""",
+    ),
+    **_group(lambda s: 1, "topk_group first_k_dense_replace n_groups mamba_n_groups"),
     **_group(
         lambda s: 8,
-        """kv_lora_rank q_lora_rank o_lora_rank state_size mamba_d_state ssm_state_size gated_norm_rank adapter_rank
-        laurel_rank hidden_size_per_layer_input router_hidden_size base_channels latent_channels pronunciation_embed_dim shape_embed_dim time_step_rank
-        mamba_dt_rank hc_lowrank num_buckets""",
+        """kv_lora_rank q_lora_rank o_lora_rank gated_norm_rank adapter_rank laurel_rank hc_lowrank state_size
+        mamba_d_state ssm_state_size mamba_dt_rank time_step_rank hidden_size_per_layer_input router_hidden_size
+        pronunciation_embed_dim shape_embed_dim num_buckets prompt_length image_size max_image_size min_image_size
+        max_img_size num_mel_bins max_source_positions""",
     ),
-    **_group(lambda s: 2 * s.heads, "mamba_n_heads mamba_num_heads n_mamba_heads"),
-    **_group(lambda s: s.head_dim // 2, "rotary_dim"),
-    **_group(lambda s: 2 * s.width, "mamba_d_ssm"),
     # scores of fewer heads are often 0 for several tokens, and which of equal ones are chosen is arbitrary
-    **_group(lambda s: 16, "index_n_heads"),
-    **_group(lambda s: 2, "num_codebooks patch_size index_topk_blocks spatial_merge_size"),
-    **_group(lambda s: 8, "max_image_size min_image_size image_size num_mel_bins max_source_positions prompt_length"),
+    **_group(lambda s: 16, "index_n_heads indexer_n_heads"),
+    **_group(lambda s: 32, "base_channels latent_channels"),
 }
 """Name of a field -> its size. Only fields that have a number by default are set."""
 
@@ -218,6 +219,7 @@ SPECIAL: dict[str, Special] = {
     },
     "granite4_vision": lambda s: {
         "deepstack_layer_map": [[-1, 0]],
+        "downsample_rate": "1/2",
         "vision_config": {"hidden_size": 64, "num_attention_heads": 4},
     },
     "hunyuan_vl_text": lambda s: _mrope(s),
@@ -291,7 +293,7 @@ def tiny_config(family: str, sizes: Sizes, special_tokens: Mapping[str, int]) ->
 
 
 def _small_fields(config: PreTrainedConfig, sizes: Sizes, special_tokens: Mapping[str, int]) -> dict[str, Any]:
-    """Return the fields of a configuration that are to be given another value, those of inner configurations as well."""
+    """Return the fields of a configuration that get another value, those of inner configurations included."""
     special = SPECIAL.get(config.model_type, lambda sizes: {})(sizes)
     kept = _kept_layers(config, special.pop("kept_layers", None), sizes)
     fields: dict[str, Any] = {}
@@ -313,10 +315,10 @@ def _small_fields(config: PreTrainedConfig, sizes: Sizes, special_tokens: Mappin
             fields[name] = type(value)(value[index] for index in kept)
         elif name in ("head_dim", "num_key_value_heads") and value is None:
             fields[name] = SIZES_OF[name](sizes)
-        elif isinstance(value, int) and not isinstance(value, bool) and value > 1:
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
             known = [each for each in (name, *aliases.get(name, ())) if each in SIZES_OF]
             if known:
-                fields[name] = SIZES_OF[known[0]](sizes)
+                fields[name] = SIZES_OF[known[0]](sizes) if value > 1 else value
         elif isinstance(value, dict) and "rope_type" in str(value):
             fields[name] = _small_rope(value, sizes)
     if "kv_lora_rank" in vars(config) and "num_key_value_heads" in fields:
