@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,18 +30,22 @@ import torch
 import transformers
 
 from benchmarks.family_checks import Failure, FamilyChecks, FamilyResult
+from benchmarks.family_page import page, verdict
 from benchmarks.tiny_families import Sizes, families
 
 SECONDS_PER_FAMILY = 180
 
+Depth = Literal["all", "quick", "plain"]
 
-def check_in_child(family: str, sizes: Sizes, seed: int, quick: bool, pipe: Connection) -> None:
+
+def check_in_child(family: str, sizes: Sizes, seed: int, depth: Depth, pipe: Connection) -> None:
     """Check a family and send the result; runs in a process of its own, since code of a family may crash it."""
     torch.set_num_threads(1)
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
-        pipe.send(FamilyChecks(family, sizes, seed, quick=quick).run())
+        checks = FamilyChecks(family, sizes, seed, quick=depth == "quick")
+        pipe.send(checks.run_plain() if depth == "plain" else checks.run())
     pipe.close()
 
 
@@ -51,7 +56,7 @@ def check_all(
     num_processes: int,
     timeout: float = SECONDS_PER_FAMILY,
     *,
-    quick: bool = False,
+    depth: Depth = "all",
 ) -> Iterator[FamilyResult]:
     """Check families, each in a process of its own.
 
@@ -61,7 +66,7 @@ def check_all(
         seed: Of weights and documents.
         num_processes: Number of families to check at the same time.
         timeout: Seconds after which a family counts as failed.
-        quick: Only compare one packed and one padded step in float32.
+        depth: `all`, `quick` (see `FamilyChecks`), or `plain`: only the plain loop, which says what is buildable.
 
     Yields:
         The result of each family, as they are ready.
@@ -75,7 +80,7 @@ def check_all(
         while waiting and len(running) < num_processes:
             family = waiting.pop(0)
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=check_in_child, args=(family, sizes, seed, quick, sender), daemon=True)
+            process = context.Process(target=check_in_child, args=(family, sizes, seed, depth, sender), daemon=True)
             process.start()
             sender.close()
             running[receiver] = (family, process, time.monotonic())
@@ -112,26 +117,16 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def verdict(result: FamilyResult) -> str:
-    """Return how a family can be trained: `packed`, `joined`, `padded`, `refused`, `fails` or `not buildable`."""
-    if result.unbuildable is not None:
-        return "not buildable"
-    kinds = {failure.kind for failure in result.failures.values()}
-    if kinds & {"crash", "differs"}:
-        return "fails"
-    for layout in ("packed", "joined", "padded"):
-        if not any(name.startswith(layout) for name in result.failures):
-            return layout
-    return "refused"
-
-
 def main() -> None:
     """Check families and print a line about each; write the table if asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="families to check; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of weights and documents")
     parser.add_argument("--processes", type=int, default=2, help="families to check at the same time")
-    parser.add_argument("--quick", action="store_true", help="only compare one packed and one padded step in float32")
+    parser.add_argument(
+        "--depth", choices=get_args(Depth), default="all", help="what to run"
+    )
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="file for the table, such as docs/models.md")
     parser.add_argument("--json", type=Path, help="file for all results")
     for each in fields(Sizes):
         parser.add_argument(
@@ -140,13 +135,15 @@ def main() -> None:
     args = parser.parse_args()
     sizes = Sizes(**{each.name: getattr(args, each.name) for each in fields(Sizes)})
     results = []
-    for result in check_all(args.only or list(families()), sizes, args.seed, args.processes, quick=args.quick):
+    for result in check_all(args.only or list(families()), sizes, args.seed, args.processes, depth=args.depth):
         results.append(result)
         print(f"{result.family}: {verdict(result)} ({result.seconds:.1f} s) {result.unbuildable or ''}", flush=True)
         for name, failure in result.failures.items():
-            print(f"    {name}: {failure.kind}: {failure.reason}", flush=True)
+            print(f"    {name}: {failure.kind}: {failure.reason} ({failure.place})", flush=True)
         if args.json:
             args.json.write_text(json.dumps([asdict(each) for each in results], indent=1))
+    if args.write:
+        args.write.write_text(page(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

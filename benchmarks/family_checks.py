@@ -7,12 +7,13 @@ It uses nothing of this library. The trainer runs with its default speed-ups.
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 METHODS = ("lora", "full")
 
+RUNS = [
+    *((layout, method, torch.float32) for layout in LAYOUTS for method in METHODS),
+    *((layout, "full", torch.float64) for layout in LAYOUTS),
+    ("default", "lora", torch.float32),
+]
+"""Layout (`default`: chosen by the trainer), method and precision of the steps that are compared."""
+
+QUICK_RUNS = [run for run in RUNS if run[2] is torch.float32 and run[0] != "joined" and run[:2] != ("padded", "full")]
+
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-9}
 """Precision -> largest difference of the loss, and of a gradient relative to the largest one of its weight."""
+
+LARGEST_LIMIT = 1e-3
+"""Largest difference that rounding may explain."""
 
 ULP = {torch.float32: 6e-8, torch.float64: 2e-16}
 """Precision -> size of a rounding error."""
@@ -52,17 +65,39 @@ FRACTION_OF_LARGEST = 0.1
 SEVERAL = 6
 
 
+class Differs(Exception):
+    """A result differs from what it is compared with."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """What went wrong in one run.
 
     Attributes:
         kind: `refused` (before training, by this library), `crash`, or `differs`.
-        reason: One line.
+        reason: The message of the error, in one line.
+        place: File and line that raised it, and its type.
     """
 
     kind: str
     reason: str
+    place: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """Describe an error.
+
+        It is a refusal if it is a ValueError that this library or peft raised outside `train`.
+        """
+        reason = " ".join(str(error).split())[:500]
+        if isinstance(error, Differs):
+            return cls("differs", reason)
+        frames = traceback.extract_tb(error.__traceback__)
+        path = Path(frames[-1].filename)
+        in_train = any(frame.name == "train" and frame.filename.endswith("trainer.py") for frame in frames)
+        refused = isinstance(error, ValueError) and not in_train and {"sft", "peft"} & set(path.parts)
+        place = f"{type(error).__name__} in {'/'.join(path.parts[-2:])}:{frames[-1].lineno}"
+        return cls("refused" if refused else "crash", reason, place)
 
 
 @dataclass
@@ -72,6 +107,7 @@ class FamilyResult:
     Attributes:
         family: Name.
         unbuildable: Why there is no plain loop to compare with; None if there is one.
+        runs: Names of all runs.
         failures: Name of a run, such as `packed lora float32` -> what went wrong.
         worst: Name of a run -> its largest difference.
         seconds: Time of all runs.
@@ -79,6 +115,7 @@ class FamilyResult:
 
     family: str
     unbuildable: str | None = None
+    runs: list[str] = field(default_factory=list)
     failures: dict[str, Failure] = field(default_factory=dict)
     worst: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -235,7 +272,7 @@ class FamilyChecks:
         family: Name, see `benchmarks.tiny_families.families`.
         sizes: Of the model.
         seed: Of weights and documents.
-        quick: Only compare one packed and one padded step in float32.
+        quick: Only `QUICK_RUNS`, and no saving.
     """
 
     def __init__(self, family: str, sizes: Sizes, seed: int, *, quick: bool = False) -> None:
@@ -249,28 +286,15 @@ class FamilyChecks:
 
     def run(self) -> FamilyResult:
         """Run everything; failures are part of the result."""
-        try:
-            model = self.model()
-            model.set_attn_implementation("eager")
-            loss, gradients = plain_loop(model, self.rows)
-            broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-            if loss != loss or broken:
-                self.result.unbuildable = f"its own loss or gradients are not finite: {loss}, {broken[:2]}"
-            elif not gradients:
-                self.result.unbuildable = "its own code has no gradients"
-        except Exception as error:
-            self.result.unbuildable = one_line(error)
+        self.run_plain()
         if self.result.unbuildable is not None:
             return self.result
-        for layout in LAYOUTS:
-            for method, dtype in (("lora", torch.float32), ("full", torch.float32), ("full", torch.float64)):
-                if self.quick and (
-                    layout == "joined" or dtype is torch.float64 or (layout, method) == ("padded", "full")
-                ):
-                    continue
-                name = f"{layout} {method} {str(dtype).removeprefix('torch.')}"
-                with self._noting(name):
-                    self._compare(name, layout, method, dtype)
+        for layout, method, dtype in QUICK_RUNS if self.quick else RUNS:
+            if dtype is torch.float64 and not self._has_float64:
+                continue
+            name = f"{layout} {method} {str(dtype).removeprefix('torch.')}"
+            with self._noting(name):
+                self._compare(name, layout, method, dtype)
         passed = [layout for layout in LAYOUTS if f"{layout} lora float32" not in self.result.failures]
         if passed and not self.quick:
             for method in METHODS:
@@ -278,16 +302,43 @@ class FamilyChecks:
                     self._save_and_resume(method, passed[0])
         return self.result
 
+    def run_plain(self) -> FamilyResult:
+        """Run the plain loop; what is wrong with it is the reason why the family is not buildable."""
+        try:
+            model = self.model()
+            model.set_attn_implementation("eager")
+            loss, gradients = plain_loop(model, self.rows)
+            broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+            if not math.isfinite(loss) or broken:
+                self.result.unbuildable = f"its own loss or gradients are not finite: {loss}, {broken[:2]}"
+            elif not gradients:
+                self.result.unbuildable = "its own code has no gradients"
+        except Exception as error:
+            self.result.unbuildable = Failure.of(error).reason
+        return self.result
+
+    @cached_property
+    def _has_float64(self) -> bool:
+        """Return whether the family's own code can compute in float64."""
+        model = self.model(torch.float64)
+        model.set_attn_implementation("eager")
+        try:
+            plain_loop(model, self.rows[:1])
+        except (RuntimeError, NotImplementedError):
+            return False
+        return True
+
     @contextmanager
     def _noting(self, name: str) -> Iterator[None]:
+        self.result.runs.append(name)
         try:
             yield
         except Exception as error:
-            self.result.failures[name] = Failure(_kind(error), one_line(error))
+            self.result.failures[name] = Failure.of(error)
 
     def _compare(self, name: str, layout: str, method: str, dtype: torch.dtype) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            options = {"learning_rate": 0.0, "weight_decay": 0.0, **LAYOUTS[layout]}
+            options = {"learning_rate": 0.0, "weight_decay": 0.0, **LAYOUTS.get(layout, {})}
             trainer = make_trainer(self.model(dtype), self.rows, Path(folder), method, **options)
             gradients = _KeepGradients()
             trainer.add_callback(gradients)
@@ -310,7 +361,8 @@ class FamilyChecks:
         for weight in model.parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
             weight.data.mul_((1 + ULP[dtype] * noise).to(dtype))
-        return max(LIMITS[dtype], 4 * largest_difference(plain_loop(model, self.rows), expected)[0])
+        own = largest_difference(plain_loop(model, self.rows), expected)[0]
+        return max(LIMITS[dtype], min(4 * own, LARGEST_LIMIT))
 
     def _save_and_resume(self, method: str, layout: str) -> None:
         """Compare a training that was resumed with one that was not, and what was written with what was trained."""
@@ -348,31 +400,7 @@ class FamilyChecks:
                 )
 
 
-class Differs(Exception):
-    """A result differs from what it is compared with."""
-
-
 @torch.no_grad()
 def logits(model: Any, ids: list[int]) -> torch.Tensor:
     """Return the logits `(length, vocab)` of one document in evaluation mode."""
     return model.eval()(input_ids=torch.tensor([ids])).logits[0].float()
-
-
-def _kind(error: Exception) -> str:
-    """Tell a refusal before training from a crash: it is a ValueError that this library raised outside `train`."""
-    if isinstance(error, Differs):
-        return "differs"
-    frames = traceback.extract_tb(error.__traceback__)
-    in_train = any(frame.name == "train" and frame.filename.endswith("trainer.py") for frame in frames)
-    own = "/sft/" in frames[-1].filename
-    return "refused" if isinstance(error, ValueError) and own and not in_train else "crash"
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's type, message and place in one line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    text = " ".join(str(error).split())
-    if isinstance(error, Differs):
-        return text
-    place = "/".join(Path(frames[-1].filename).parts[-2:])
-    return f"{type(error).__name__}: {text[:300]} ({place}:{frames[-1].lineno})"
