@@ -123,9 +123,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="FAMILY", help="families to check; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of weights and documents")
     parser.add_argument("--processes", type=int, default=2, help="families to check at the same time")
-    parser.add_argument(
-        "--depth", choices=get_args(Depth), default="all", help="what to run"
-    )
+    parser.add_argument("--depth", choices=get_args(Depth), default="all", help="what to run")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="file for the table, such as docs/models.md")
     parser.add_argument("--json", type=Path, help="file for all results")
     for each in fields(Sizes):

@@ -255,7 +255,7 @@ def largest_difference(found: tuple[float, Gradients], expected: tuple[float, Gr
         if name not in found[1] or name not in expected[1]:
             present = found[1].get(name, expected[1].get(name))
             assert present is not None
-            difference, own = present.abs().max().item(), 0.0
+            difference = own = present.abs().max().item()
         else:
             difference = (found[1][name] - expected[1][name]).abs().max().item()
             own = expected[1][name].abs().max().item()

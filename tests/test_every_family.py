@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,6 +33,15 @@ OFTEN_TUNED = (
     "qwen3_5_text",
     "qwen3_next",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Leave the objects of imported modules out of the garbage collections that every training begins with."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("family", OFTEN_TUNED)
