@@ -162,31 +162,29 @@ def _mrope(sizes: Sizes) -> dict[str, Any]:
 
 
 SPECIAL: dict[str, Special] = {
+    **dict.fromkeys(MROPE.split(), _mrope),
     "bamba": lambda s: {"attn_layer_indices": [1]},
-    "granitemoehybrid": lambda s: {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
-    "lfm2": lambda s: {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
-    "deepseek_v2": lambda s: {"num_experts_per_tok": 2},
     "blt": lambda s: {"encoder_hash_byte_group_vocab": s.vocab},
+    "chameleon": lambda s: {"vocabulary_map": {"<image>": s.vocab - 1}},
     "codegen": lambda s: {"n_head": 4, "n_embd": 4 * s.head_dim},
-    "diffllama": lambda s: {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 4 * s.head_dim},
-    "unlimited_ocr_text": lambda s: {"num_key_value_heads": s.heads},
-    "stablelm": lambda s: {"rope_parameters": {"partial_rotary_factor": 0.5}},
-    "llama4_vision_model": lambda s: {
-        "projector_input_dim": s.width,
-        "projector_output_dim": s.width,
-        "vision_output_dim": s.width,
-    },
-        ("projector_input_dim", "projector_output_dim", "vision_output_dim"), s.width
-    ),
+    "cohere_compass_text": lambda s: {"rope_parameters": {"full_attention": _mrope(s)["rope_parameters"]}},
     "dbrx": lambda s: {
         "attn_config": {"kv_n_heads": s.kv_heads, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": s.intermediate, "moe_num_experts": s.experts, "moe_top_k": 2},
     },
+    "deepseek_ocr2_text": lambda s: {
+        "num_experts_per_tok": 2,
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_hidden_layers": 2,
+    },
+    "deepseek_v2": lambda s: {"num_experts_per_tok": 2},
+    "diffllama": lambda s: {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 4 * s.head_dim},
     "diffusion_gemma_text": lambda s: {
         "num_experts": s.experts,
         "top_k_experts": 2,
         "moe_intermediate_size": s.intermediate,
     },
+    "dots1": lambda s: {"n_routed_experts": s.experts, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": lambda s: {
         "per_layer_config": {
             layer: {"num_attention_heads": s.heads, "num_key_value_heads": s.heads, "q_lora_rank": 8, "kv_lora_rank": 8}
@@ -194,18 +192,7 @@ SPECIAL: dict[str, Special] = {
         },
         "head_dim": 2 * s.head_dim,
     },
-    "glm5_next_text": lambda s: {"index_kpool": 2, "index_topk": 4},
-    **dict.fromkeys(MROPE.split(), _mrope),
-    "glm4v_moe_text": lambda s: {"rope_parameters": {**_mrope(s)["rope_parameters"], "partial_rotary_factor": 1.0}},
-    "chameleon": lambda s: {"vocabulary_map": {"<image>": s.vocab - 1}},
-    "cohere_compass_text": lambda s: {"rope_parameters": {"full_attention": _mrope(s)["rope_parameters"]}},
-    "deepseek_ocr2_text": lambda s: {
-        "num_experts_per_tok": 2,
-        "mlp_layer_types": ["dense", "sparse"],
-        "num_hidden_layers": 2,
-    },
     "emu3": lambda s: {"vocabulary_map": {"<image>": s.vocab - 1}},
-    "dots1": lambda s: {"n_routed_experts": s.experts, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": lambda s: {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_hidden_layers": 4,
@@ -213,23 +200,32 @@ SPECIAL: dict[str, Special] = {
         "intermediate_size": s.intermediate,
         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
     },
+    "glm4v_moe_text": lambda s: {"rope_parameters": {**_mrope(s)["rope_parameters"], "partial_rotary_factor": 1.0}},
+    "glm5_next_text": lambda s: {"index_kpool": 2, "index_topk": 4},
     "granite4_vision": lambda s: {
         "deepstack_layer_map": [[-1, 0]],
         "downsample_rate": "1/2",
         "vision_config": {"hidden_size": 64, "num_attention_heads": 4},
     },
+    "granitemoehybrid": lambda s: {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
     "hunyuan_vl_text": lambda s: _mrope(s),
-    "mistral4": lambda s: {"head_dim": 2 * s.head_dim},
-    "molmo2": lambda s: {"adapter_config": {"vision_feature_layer": [1, 0]}},
-    "muse_spark_audio": lambda s: {"hidden_sizes": (8, 16, 16, 16)},
-    "nemotron_h_omni": lambda s: {"vision_config": {"video_temporal_patch_size": 2}, "video_temporal_patch_size": 2},
     "jamba": lambda s: {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": lambda s: {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "lfm2_moe": lambda s: {
         "layer_types": ["conv", "full_attention", "conv"],
         "num_hidden_layers": 3,
         "num_dense_layers": 1,
     },
+    "llama4_vision_model": lambda s: {
+        "projector_input_dim": s.width,
+        "projector_output_dim": s.width,
+        "vision_output_dim": s.width,
+    },
     "mamba2": lambda s: {"num_heads": 2 * s.heads},
+    "mistral4": lambda s: {"head_dim": 2 * s.head_dim},
+    "molmo2": lambda s: {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "muse_spark_audio": lambda s: {"hidden_sizes": (8, 16, 16, 16)},
+    "nemotron_h_omni": lambda s: {"vision_config": {"video_temporal_patch_size": 2}, "video_temporal_patch_size": 2},
     "qwen4_exp_text": lambda s: {
         "indexer_n_heads": 16,
         "indexer_kv_heads": 1,
@@ -246,7 +242,9 @@ SPECIAL: dict[str, Special] = {
         "num_buckets": 4,
         "hash_seed": 0,
     },
+    "stablelm": lambda s: {"rope_parameters": {"partial_rotary_factor": 0.5}},
     "step3p5": lambda s: {"sliding_window": s.window, "swiglu_limits": None, "swiglu_limits_shared": None},
+    "unlimited_ocr_text": lambda s: {"num_key_value_heads": s.heads},
     "xmod": lambda s: {"default_language": "en_XX"},
     "zamba": lambda s: {
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
