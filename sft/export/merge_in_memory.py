@@ -40,7 +40,7 @@ UNMIXABLE = (
     "monteclora_config",
     "arrow_config",
 )
-"""Options of adapters that peft drops when it combines them."""
+"""Options of adapters that peft drops or refuses when it combines them."""
 
 MIX = "mix"
 """Name that the combined adapter gets in the model."""
