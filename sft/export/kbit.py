@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from sft.export.gptq_format import open_tensors, weights_size_bytes
 from sft.export.proof import compare_logits, logits_of
@@ -26,10 +27,12 @@ from sft.export.quantization import (
     QuantizationReport,
     check_calibration,
     check_weights_finite,
+    empty_model,
     linear_widths,
 )
 from sft.folders import replacing_folder
 from sft.models.checkpoint import save_tokenizer
+from sft.models.weight_kinds import router_layers, stacked_experts
 
 METHODS = ("int8", "nf4")
 NF4_BLOCK = 64
@@ -59,7 +62,7 @@ def quantize_kbit(
 ) -> KbitReport:
     """Quantize the linear layers of a plain checkpoint folder and write a folder that plain transformers loads.
 
-    Embeddings, norms and the head are saved in half precision.
+    Embeddings, norms, the head, routers and experts that are stacked into parameters are saved in half precision.
 
     Args:
         model_dir: Folder with `config.json`, safetensors and tokenizer.
@@ -74,13 +77,13 @@ def quantize_kbit(
             an id is outside the vocabulary, or the folder loads as a different model.
     """
     model_dir, output_dir = Path(model_dir), Path(output_dir)
-    config = _config(method)
+    plain = empty_model(model_dir)
+    config = _config(method, plain)
     check_widths(model_dir, method)
     check_calibration(model_dir, sample_input_ids)
     check_weights_finite(model_dir)
     check_half_precision(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float16, quantization_config=config)
-    _report_progress(on_progress, 1, f"rounded to {method}")
     with open_tensors(model_dir) as sources:
         errors = tuple(_layer_errors(model, sources))
     _report_progress(on_progress, 2, f"errors of {len(errors)} layers measured")
@@ -89,12 +92,15 @@ def quantize_kbit(
         save_tokenizer(AutoTokenizer.from_pretrained(model_dir), raw_dir)
         deviation = _loading_deviation(model, raw_dir, sample_input_ids)
     _report_progress(on_progress, 3, "written and read back")
+    experts = stacked_experts(plain)
     return KbitReport(
         method=method,
         source_bytes=weights_size_bytes(model_dir),
         quantized_bytes=weights_size_bytes(output_dir),
         modules=errors,
         loading_deviation=deviation,
+        kept_experts=tuple(sorted({".".join(name.split(".")[-2:]) for name in experts})),
+        kept_experts_share=sum(experts.values()) / sum(parameter.numel() for parameter in plain.parameters()),
     )
 
 
@@ -130,12 +136,16 @@ def check_half_precision(model_dir: Path) -> None:
                 )
 
 
-def _config(method: str) -> BitsAndBytesConfig:
+def _config(method: str, plain: PreTrainedModel) -> BitsAndBytesConfig:
+    routers = router_layers(plain)
+    # a list replaces transformers' own, which contains the head
+    kept = [*get_keys_to_not_convert(plain), *routers] if routers else None
     if method == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     if method == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=kept,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             # Saved in config.json, so it must not depend on the machine; float32 runs on each device.
@@ -171,7 +181,13 @@ def _restored(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
 
 def _loading_deviation(model: Any, folder: Path, rows: Sequence[Sequence[int]]) -> float:
     expected = logits_of(model, rows)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    except NotImplementedError as error:  # it initializes weights that it does not find, and cannot in 8 or 4 bits
+        raise ValueError(
+            f"transformers can't load {type(model).__name__} from a checkpoint in 8 or 4 bits: it expects layers in "
+            f"place of the stacked experts that it has saved ({error}); use method none"
+        ) from error
     difference = compare_logits(expected, logits_of(loaded, rows))
     deviation = difference.mean / float(torch.cat(expected).std())
     if not deviation <= MAX_DEVIATION:

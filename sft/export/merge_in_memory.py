@@ -32,8 +32,15 @@ COMBINATIONS = ("cat", "linear", "ties", "dare_linear", "dare_ties")
 PRUNING = ("ties", "dare_linear", "dare_ties")
 """Combinations that drop values, and so need a density."""
 
-UNMIXABLE = ("lora_bias", "layer_replication", "alora_invocation_tokens", "monteclora_config", "arrow_config")
-"""Options of adapters that peft drops when it combines them."""
+UNMIXABLE = (
+    "target_parameters",
+    "lora_bias",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "monteclora_config",
+    "arrow_config",
+)
+"""Options of adapters that peft drops or refuses when it combines them."""
 
 MIX = "mix"
 """Name that the combined adapter gets in the model."""

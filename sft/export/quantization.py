@@ -55,12 +55,16 @@ class QuantizationReport:
         modules: One error per quantized layer.
         loading_deviation: Mean absolute difference between the logits of the folder as transformers loads it and those
             of the quantized model that was written, divided by the standard deviation of the latter.
+        kept_experts: Last parts of the names of experts that were not quantized; empty if there are none.
+        kept_experts_share: Share of the model's weights that these are.
     """
 
     source_bytes: int
     quantized_bytes: int
     modules: tuple[LayerError, ...]
     loading_deviation: float
+    kept_experts: tuple[str, ...] = ()
+    kept_experts_share: float = 0.0
 
     @property
     def size_ratio(self) -> float:
@@ -197,6 +201,7 @@ def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = 
         raise ValueError(f"bits is {bits}, but GPTQ supports {', '.join(map(str, VALUES_PER_WORD))}")
     layers = _linear_layers(model_dir)
     _check_loadable(model_dir, layers)
+    _check_experts(model_dir)
     if (bits, group_size, sym, device) == (4, -1, False, "cpu"):
         raise ValueError(
             "torch's kernel for CPUs misreads asymmetric 4-bit rows without groups: use sym: true, or a group_size of "
@@ -232,21 +237,33 @@ def _group_problem(width: int, bits: int, group_size: int, device: str) -> str:
 
 
 def linear_widths(model_dir: Path) -> dict[str, tuple[int, int]]:
-    """Return input and output width of each linear layer but the head, by name, from the configuration alone."""
+    """Return input and output width of each linear layer but head and routers, by name, from the configuration."""
     return {name: _widths(layer) for name, layer in _linear_layers(model_dir).items()}
 
 
 def _linear_layers(model_dir: Path) -> dict[str, Any]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    config = AutoConfig.from_pretrained(model_dir)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
+    from sft.models.weight_kinds import router_layers
+
+    model = empty_model(model_dir)
+    head, routers = model.get_output_embeddings(), router_layers(model)
     kinds = (torch.nn.Linear, Conv1D)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds) and module is not head}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not head and name not in routers
+    }
+
+
+def empty_model(model_dir: Path) -> Any:
+    """Return the model of a folder without its weights, from its configuration alone."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
 
 
 def _widths(layer: Any) -> tuple[int, int]:
@@ -266,6 +283,24 @@ def _check_loadable(model_dir: Path, layers: dict[str, Any]) -> None:
         raise ValueError(
             f"{found[0]} of {model_dir} is a Conv1D, as in GPT-2, and transformers cannot load such a model from a "
             "GPTQ checkpoint; use int8 or nf4"
+        )
+
+
+def _check_experts(model_dir: Path) -> None:
+    """Check that the model has no experts that transformers stacks into parameters.
+
+    GPTQModel quantizes each expert as a layer, and transformers does not find the stacked ones in such a checkpoint: it
+    would initialize them at random.
+    """
+    from sft.models.weight_kinds import stacked_experts
+
+    model = empty_model(model_dir)
+    experts = stacked_experts(model)
+    if experts:
+        raise ValueError(
+            f"{next(iter(experts))} of {model_dir} are stacked experts of {type(model).__name__}, which transformers "
+            "can't load from a GPTQ checkpoint, where each expert is a layer; use int8 or nf4, which leave experts in "
+            "half precision, or none"
         )
 
 

@@ -50,7 +50,7 @@ from sft.models.token_rows import (
     train_token_rows,
     untrained_token_ids,
 )
-from sft.models.weight_kinds import num_values, weight_shares
+from sft.models.weight_kinds import as_percent, num_values, stacked_experts, weight_shares
 from sft.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -335,12 +335,28 @@ def _add_adapter(
         config.ensure_weight_tying = True
     if needs_kbit_preparation(model):
         prepare_model_for_kbit_training(model, **checkpointing)
+    if is_kbit(model):
+        _warn_of_plain_experts(model)
     fingerprint = BaseFingerprint(model)
     wrapped = get_peft_model(model, config)
     check_start(config, fingerprint)
     if targets is not None:
         log_left_out(wrapped, targets)
     return wrapped
+
+
+def _warn_of_plain_experts(model: PreTrainedModel) -> None:
+    """Warn that a k-bit base holds its experts in full, which may be most of its memory."""
+    experts = stacked_experts(model)
+    if experts:
+        logger.warning(
+            "%s of the weights of %s are experts, and bitsandbytes quantizes layers, not parameters: they take %.1f GB "
+            "in %s",
+            as_percent(sum(experts.values()), count_parameters(model).num_total),
+            type(model).__name__,
+            sum(model.get_parameter(name).nbytes for name in experts) / 1e9,
+            str(model.get_parameter(next(iter(experts))).dtype).removeprefix("torch."),
+        )
 
 
 def _touches_embeddings(config: PeftConfig, model: PreTrainedModel) -> bool:

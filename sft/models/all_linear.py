@@ -29,7 +29,7 @@ from peft.utils.transformers_weight_conversion import (
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sft.models.weight_kinds import Weight, as_percent, num_values, weights_of
+from sft.models.weight_kinds import Weight, as_percent, num_values, stacked_experts, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,6 @@ OTHER_PARAMETERS = "these are parameters and not layers; to train them, too, nam
 
 PROMISED = ("attention", "MLP", "experts")
 """Kinds of weights whose matrices `all-linear` seems to promise."""
-
-STACKED = ("experts", "MLP")
-"""Kinds of weights whose 3-D parameters are matrices of several experts."""
 
 BIAS = re.compile(r"(^|_)bias(es)?$")
 
@@ -173,7 +170,7 @@ def linear_targets(model: PreTrainedModel, config: PeftConfig) -> LinearTargets:
             parameters.append(weight)
         else:
             left_out[weight] = NO_MAMBA if taken == "nothing" else why_not or QUANTIZED
-    stacked = [name for name, weight in weights.items() if _is_stacked(weight) and _is_asked(config, name)]
+    stacked = [name for name in stacked_experts(model) if _is_asked(config, name)]
     given = getattr(config, "target_parameters", None)
     if given is None and why_not is None:
         parameters = [*stacked, *parameters]
@@ -191,10 +188,6 @@ def _computes_itself(module: torch.nn.Module) -> bool:
     weight = module.weight
     plain = type(weight) is torch.nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
     return plain and all(type(module).forward is not kind.forward for kind in PLAIN)
-
-
-def _is_stacked(weight: Weight) -> bool:
-    return weight.kind in STACKED and weight.parameter.ndim == 3 and weight.parameter.is_floating_point()
 
 
 def _takes(model: PreTrainedModel, config: PeftConfig, leaf: str) -> str:

@@ -29,6 +29,9 @@ KINDS = (
 )
 """In the order of logs and reports. `recurrent` stands for linear attention, Mamba and convolutions."""
 
+STACKED = ("experts", "MLP")
+"""Kinds of weights whose 3-D parameters are matrices of several experts."""
+
 LAYER_KINDS = {
     "vision": re.compile(r"(?i)vision|visual|image|audio"),
     # GPT-2's Conv1D is a linear layer
@@ -217,3 +220,21 @@ def is_experts(name: str, module: nn.Module) -> bool:
     """Return whether a module holds the weights of experts between which a router chooses."""
     kind = type(module).__name__
     return ("experts" in name and "shared" not in name) or ("Experts" in kind and "Shared" not in kind)
+
+
+def router_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers that choose between experts, or weigh shared ones against them."""
+    return [
+        str(weight.name).rpartition(".")[0]
+        for weight in weights_of(model)
+        if weight.kind == "router" and isinstance(weight.owner, nn.Linear) and str(weight.name).endswith(".weight")
+    ]
+
+
+def stacked_experts(model: nn.Module) -> dict[str, int]:
+    """Return the parameters that hold matrices of several experts, and which are not layers -> their sizes."""
+    return {
+        str(weight.name): num_values(weight.parameter)
+        for weight in weights_of(model)
+        if weight.name is not None and weight.kind in STACKED and weight.parameter.ndim == 3
+    }

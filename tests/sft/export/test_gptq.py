@@ -17,6 +17,7 @@ from sft.export.gptq import GPTQSettings, QuantizeReport, load_dequantized, load
 from sft.export.gptq_format import dequantize, packed_layers
 from sft.export.quantization import check_calibration, check_layers_fit, check_weights_finite, select_calibration
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny_moe import tiny_moe
 
 pytestmark = pytest.mark.numerics
 
@@ -325,3 +326,10 @@ def test_a_failure_in_a_thread_of_gptqmodel_is_raised_and_leaves_nothing(
     with pytest.raises(OSError, match="No space left"):
         quantize_gptq(source, tmp_path / "out", ROWS, GPTQSettings(group_size=32))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_stacked_experts_are_refused_with_the_reason(family: str, tmp_path: Path) -> None:
+    tiny_moe(family).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"are stacked experts of .* can't load from a GPTQ checkpoint"):
+        check_layers_fit(tmp_path, bits=4, group_size=32)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sft.export.kbit import KbitReport, check_widths, quantize_kbit
 from sft.models.loading import load_model
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny_moe import tiny_moe
 
 pytestmark = pytest.mark.numerics
 
@@ -137,3 +138,33 @@ def test_weights_beyond_half_precision_are_refused_by_name(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"model.embed_tokens.weight of .* contains 1e\+06, beyond the range of half"):
         quantize_kbit(folder, tmp_path / "q", "int8", ROWS)
     assert not (tmp_path / "q").exists()
+
+
+# ---- mixtures of experts ----
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_experts_and_routers_stay_in_half_precision_and_are_reported(method: str, tmp_path: Path) -> None:
+    model = tiny_moe("phimoe", hidden_size=64, head_dim=32)  # its routers are linear layers
+    model.save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    report = quantize_kbit(tmp_path / "source", tmp_path / "small", method, ROWS)
+    assert {module.module for module in report.modules} == set(ATTENTION)
+    assert report.kept_experts == ("experts.down_proj", "experts.gate_up_proj")
+    experts = sum(weight.numel() for name, weight in model.named_parameters() if "experts" in name)
+    assert report.kept_experts_share == pytest.approx(experts / model.num_parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    block = loaded.model.layers[0].mlp
+    assert block.experts.down_proj.dtype == block.router.weight.dtype == torch.float16
+    assert loaded.lm_head.weight.dtype == torch.float16
+
+
+def test_dense_models_keep_no_experts(quantized: tuple[str, Path, KbitReport]) -> None:
+    assert (quantized[2].kept_experts, quantized[2].kept_experts_share) == ((), 0.0)
+
+
+def test_family_whose_experts_transformers_cannot_load_in_8_bits_is_refused(tmp_path: Path) -> None:
+    tiny_moe("llama4_text", hidden_size=64, head_dim=32).save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="can't load Llama4ForCausalLM from a checkpoint in 8 or 4 bits: it expects"):
+        quantize_kbit(tmp_path / "source", tmp_path / "small", "int8", ROWS)

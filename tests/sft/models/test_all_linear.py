@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from sft.config import ModelConfig
 from sft.export.merge_in_memory import merge_into_base
 from sft.models.adapters import get_peft_config, wrap_adapter
 from sft.models.all_linear import is_all_linear, linear_targets
+from sft.models.kbit import get_quantization_config
+from sft.models.loading import load_model
 from sft.models.weight_kinds import weight_shares
 from tests.tiny import tiny_model
 from tests.tiny_moe import MOE_FAMILIES, tiny_moe
@@ -142,3 +145,19 @@ def test_layers_that_peft_refuses_are_left_out_and_said(caplog: pytest.LogCaptur
 def test_all_linear_is_found_in_any_case() -> None:
     assert is_all_linear(lora(target_modules="All-Linear"))
     assert not is_all_linear(lora(target_modules=["q_proj"]))
+
+
+def test_experts_of_a_base_in_4_bits_are_adapted_and_its_other_layers_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_moe("deepseek_v3", hidden_size=64).save_pretrained(tmp_path)
+    quantization = get_quantization_config(ModelConfig(load_in_4bit=True, dtype="float32"))
+    base = load_model(tmp_path, quantization_config=quantization)
+    model = wrap_adapter(base, lora(init_lora_weights=False))
+    shares = matrix_shares(model)
+    assert (shares["attention"], shares["experts"], shares["MLP"]) == (1, 1, 0)
+    assert "cannot adapt quantized parameters" in caplog.text
+    assert re.search(r"[\d]+ % of the weights of DeepseekV3ForCausalLM are experts, .* GB in float32", caplog.text)
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert [name for name, weight in trained.items() if weight.grad is None or not weight.grad.abs().sum()] == []
