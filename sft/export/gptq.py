@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from sft.export.quantization import (
     check_weights_finite,
     describe_poison,
     pick_device,
+    small_layers,
 )
 from sft.folders import replacing_folder
 
@@ -246,6 +248,7 @@ def _run_gptqmodel(
         from gptqmodel import GPTQModel, QuantizeConfig
 
         device = pick_device(settings.device)
+        small = small_layers(model_dir, settings.bits, settings.group_size, device)
         config = QuantizeConfig(
             bits=settings.bits,
             group_size=settings.group_size,
@@ -255,6 +258,8 @@ def _run_gptqmodel(
             damp_auto_increment=settings.damp_auto_increment,
             true_sequential=settings.true_sequential,
             device=device,
+            # "-:" leaves a layer as it is
+            dynamic={f"-:^{re.escape(name)}$": {} for name in small} or None,
             act_group_aware=settings.group_size != -1 and not settings.desc_act,
             # The format "gptq" stores zero points minus one, and so cannot store a zero point of 0, which only
             # asymmetric weights have.

@@ -9,6 +9,7 @@ Layout (defined by AutoGPTQ, read by vLLM and transformers) of a layer with `inp
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from sft.export.quantization import empty_model
 from sft.models.checkpoint import weight_files
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -44,11 +46,14 @@ def finish_checkpoint(model_dir: Path, quantized_dir: Path) -> list[str]:
 
     Returns:
         Names of tensors with values beyond float16's range, which were left as they were.
+
+    Raises:
+        ValueError: GPTQModel left layers unpacked that readers can't tell from packed ones.
     """
     kept: list[str] = []
     for path in weight_files(quantized_dir):
         kept += _halve_file(path)
-    quantization = _stable_quantization_config(quantized_dir)
+    quantization = _stable_quantization_config(quantized_dir) | _packed_modules(model_dir, quantized_dir)
     for path in quantized_dir.iterdir():
         if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
             path.unlink()
@@ -62,6 +67,28 @@ def finish_checkpoint(model_dir: Path, quantized_dir: Path) -> list[str]:
     # vLLM reads this file, transformers the section in config.json.
     _write_json(quantized_dir / "quantize_config.json", quantization)
     return kept
+
+
+def _packed_modules(model_dir: Path, quantized_dir: Path) -> dict[str, list[list[str]]]:
+    """Return which layers of a block are packed, as transformers and vLLM read it; empty if all are.
+
+    Without it, transformers takes every linear layer of a block for a packed one.
+    """
+    packed = {name for name, _ in packed_layers(quantized_dir)}
+    model = empty_model(model_dir)
+    head = model.get_output_embeddings()
+    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    unpacked = linear - packed
+    if not unpacked:
+        return {}
+    inside = sorted({re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in packed})
+    ambiguous = sorted(name for name in unpacked if name.endswith(tuple(inside)))
+    if ambiguous:
+        raise ValueError(
+            f"GPTQModel left {ambiguous[0]} unpacked, which readers can't tell from the packed layers "
+            f"{', '.join(inside)}; use int8 or nf4"
+        )
+    return {"modules_in_block_to_quantize": [inside]}
 
 
 def weight_errors(model_dir: Path, quantized_dir: Path) -> dict[str, float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ MAX_NAMED = 5
 
 MIN_ROW_TOKENS = 11
 """GPTQModel silently skips rows of ten tokens or fewer."""
+
+MAX_SMALL_SHARE = 0.05
+"""Largest fraction of the linear layers' weights that may be left in half precision because they can't be packed."""
 
 SUMMARY = ("size_ratio", "mean_relative_error", "max_relative_error")
 """Names of the derived figures in the report."""
@@ -189,7 +192,7 @@ def check_weights_finite(model_dir: Path) -> None:
 
 
 def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = "cpu", sym: bool = True) -> None:
-    """Check that bits and group size fit each linear layer, and that transformers can load such layers.
+    """Check that bits and group size fit the linear layers, and that transformers can load such layers.
 
     GPTQModel itself would write a checkpoint whose last group is smaller, which standard readers misread.
 
@@ -212,19 +215,41 @@ def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = 
         raise ValueError(f"{model_dir} has no linear layer to quantize")
     if group_size != -1 and group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}, but readers support -1 and {', '.join(map(str, GROUP_SIZES))}")
+    problems = _layer_problems(widths, bits, group_size, device)
+    if _num_weights(widths, problems) > MAX_SMALL_SHARE * _num_weights(widths, widths):
+        raise ValueError(next(iter(problems.values())))
+
+
+def small_layers(model_dir: Path, bits: int, group_size: int, device: str = "cpu") -> list[str]:
+    """Return the linear layers that bits and group size do not fit, and that are left in half precision.
+
+    They are small: those of gates, with one output per head. `check_layers_fit` refuses if they hold more than
+    `MAX_SMALL_SHARE` of the weights.
+    """
+    return list(_layer_problems(linear_widths(model_dir), bits, group_size, device))
+
+
+def _num_weights(widths: dict[str, tuple[int, int]], names: Iterable[str]) -> int:
+    return sum(widths[name][0] * widths[name][1] for name in names)
+
+
+def _layer_problems(widths: dict[str, tuple[int, int]], bits: int, group_size: int, device: str) -> dict[str, str]:
+    """Return why bits or group size do not fit a layer, by its name; layers that they fit are missing."""
+    found = {}
     for name, (width, outputs) in widths.items():
         problem = _group_problem(width, bits, group_size, device)
         if problem:
             fitting = [str(size) for size in GROUP_SIZES if all(inputs % size == 0 for inputs, _ in widths.values())]
-            raise ValueError(
+            found[name] = (
                 f"{problem} of {name}; sizes that fit: {', '.join(fitting) or 'none, quantize on a GPU with -1'}"
             )
         for what, size in (("input", width), ("output", outputs)):
-            if size % VALUES_PER_WORD[bits]:
-                raise ValueError(
+            if size % VALUES_PER_WORD[bits] and name not in found:
+                found[name] = (
                     f"{bits}-bit weights are packed by {VALUES_PER_WORD[bits]}, which does not divide the {what} "
                     f"width {size} of {name}; try other bits"
                 )
+    return found
 
 
 def _group_problem(width: int, bits: int, group_size: int, device: str) -> str:

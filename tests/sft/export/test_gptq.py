@@ -15,7 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft.export.gptq import GPTQSettings, QuantizeReport, load_dequantized, loading_deviation, quantize_gptq
 from sft.export.gptq_format import dequantize, packed_layers
-from sft.export.quantization import check_calibration, check_layers_fit, check_weights_finite, select_calibration
+from sft.export.quantization import (
+    check_calibration,
+    check_layers_fit,
+    check_weights_finite,
+    select_calibration,
+    small_layers,
+)
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.tiny_moe import tiny_moe
 
@@ -333,3 +339,39 @@ def test_stacked_experts_are_refused_with_the_reason(family: str, tmp_path: Path
     tiny_moe(family).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"are stacked experts of .* can't load from a GPTQ checkpoint"):
         check_layers_fit(tmp_path, bits=4, group_size=32)
+
+
+def test_layers_too_narrow_to_pack_stay_in_half_precision_and_the_checkpoint_loads(tmp_path: Path) -> None:
+    heads = {"linear_num_value_heads": 2, "linear_num_key_heads": 2}
+    model = tiny_model(
+        "qwen3_5_text",
+        hidden_size=64,
+        intermediate_size=96,
+        num_key_value_heads=1,
+        head_dim=32,
+        layer_types=["linear_attention", "full_attention"],
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        **heads,
+    )
+    model.save_pretrained(tmp_path / "plain")
+    tiny_tokenizer().save_pretrained(tmp_path / "plain")
+    gates = [f"model.layers.0.linear_attn.in_proj_{gate}" for gate in "ba"]
+    assert sorted(small_layers(tmp_path / "plain", bits=4, group_size=32)) == sorted(gates)
+    quantize_gptq(tmp_path / "plain", tmp_path / "packed", ROWS, GPTQSettings(bits=4, group_size=32))
+    packed = {name for name, _ in packed_layers(tmp_path / "packed")}
+    assert "model.layers.0.linear_attn.out_proj" in packed
+    assert not packed & set(gates)
+    config = json.loads((tmp_path / "packed" / "config.json").read_text(encoding="utf-8"))
+    named = config["quantization_config"]["modules_in_block_to_quantize"][0]
+    assert "linear_attn.out_proj" in named
+    assert "linear_attn.in_proj_b" not in named
+    ids = torch.tensor([ROWS[0]])
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)(input_ids=ids).logits
+        assert_equal_in_half_precision(loaded, load_dequantized(tmp_path / "packed")(input_ids=ids).logits)
+
+
+def test_checkpoint_whose_layers_are_all_packed_says_nothing_of_modules(quantized: tuple[Path, QuantizeReport]) -> None:
+    config = json.loads((quantized[0] / "config.json").read_text(encoding="utf-8"))
+    assert "modules_in_block_to_quantize" not in config["quantization_config"]
