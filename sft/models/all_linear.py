@@ -33,6 +33,9 @@ from sft.models.weight_kinds import Weight, as_percent, num_values, weights_of
 
 logger = logging.getLogger(__name__)
 
+PLAIN = (torch.nn.Linear, Conv1D)
+"""Classes of linear layers that LoRA's own product fits."""
+
 ALL_LINEAR = "all-linear"
 
 NO_PARAMETERS = {
@@ -164,9 +167,9 @@ def linear_targets(model: PreTrainedModel, config: PeftConfig) -> LinearTargets:
         if weight in routers or not _is_asked(config, name):
             continue
         taken = takes(name.rpartition(".")[2])
-        if taken == "layer":
+        if taken == "layer" and not _computes_itself(module):
             modules.append(name)
-        elif taken == "parameter" and why_not is None and type(module) in (torch.nn.Linear, Conv1D):
+        elif taken != "nothing" and why_not is None and (_computes_itself(module) or type(module) in PLAIN):
             parameters.append(weight)
         else:
             left_out[weight] = NO_MAMBA if taken == "nothing" else why_not or QUANTIZED
@@ -177,6 +180,17 @@ def linear_targets(model: PreTrainedModel, config: PeftConfig) -> LinearTargets:
     elif given is None:
         left_out |= dict.fromkeys(stacked, why_not or "")
     return LinearTargets(tuple(modules), tuple(_shortest(parameters, weights)), tuple(routers), left_out)
+
+
+def _computes_itself(module: torch.nn.Module) -> bool:
+    """Return whether a kind of linear layer has a forward of its own on a plain weight.
+
+    DeepSeek V4's runs one product per group of heads. LoRA's own product would not fit such a layer, but a LoRA update
+    of its weight does.
+    """
+    weight = module.weight
+    plain = type(weight) is torch.nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
+    return plain and all(type(module).forward is not kind.forward for kind in PLAIN)
 
 
 def _is_stacked(weight: Weight) -> bool:
