@@ -73,6 +73,10 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def without(self, names: tuple[str, ...]) -> _Call:
+        """Return the call without these keyword arguments."""
+        return _Call(self.args, {name: value for name, value in self.kwargs.items() if name not in names})
+
 
 class CannotDivideError(ValueError):
     """A module's arguments or outputs can't be divided into documents."""
@@ -105,8 +109,7 @@ def _forward(own: Callable[..., Any], mixer: Mixer, *args: Any, **kwargs: Any) -
     layout = current_layout()
     if layout is None:
         return own(*args, **kwargs)
-    kept = {name: value for name, value in kwargs.items() if name not in mixer.left_out}
-    return _run(own, mixer, _Call(args, kept), layout)
+    return _run(own, mixer, _Call(args, kwargs).without(mixer.left_out), layout)
 
 
 def _run(own: Callable[..., Any], mixer: Mixer, call: _Call, layout: DocumentLayout) -> Any:
@@ -291,22 +294,35 @@ def find_layers(base: Any, documents: Sequence[Sequence[int]]) -> list[Mixer]:
     return [trial.mixer(name, layer) for name, layer in layers.items() if name in trial.calls]
 
 
-def find_decoder(base: Any, documents: Sequence[Sequence[int]]) -> list[Mixer]:
-    """Return all that is below the head of a model as one mixer; arguments as for `find_mixers`.
+def find_decoder(base: Any, documents: Sequence[Sequence[int]], left_out: tuple[str, ...] = ()) -> list[Mixer]:
+    """Return all that is below the head of a model as one mixer.
+
+    Args:
+        base: As for `find_mixers`.
+        documents: As for `find_mixers`.
+        left_out: Arguments that it is not given.
 
     Raises:
         CannotDivideError: The model has no such part.
     """
-    inner = base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
-    for name, module in base.named_modules():
-        if module is inner and module is not base:
-            return [_Trial(base, {name: module}, documents).mixer(name, module)]
-    raise CannotDivideError(f"{type(base).__name__} has no part below its head")
+    head, inner = base.get_output_embeddings(), base
+    while inner is base or any(module is head for module in inner.modules()):
+        named = [inner.get_decoder()] if hasattr(inner, "get_decoder") else []
+        below = [module for module in (*named, *_largest_first(inner)) if module is not inner and module is not head]
+        if not below:
+            raise CannotDivideError(f"{type(base).__name__} has no part below its head")
+        inner = below[0]
+    name = next(name for name, module in base.named_modules() if module is inner)
+    return [_Trial(base, {name: inner}, documents).mixer(name, inner, left_out)]
+
+
+def _largest_first(module: nn.Module) -> list[nn.Module]:
+    return sorted(module.children(), key=lambda child: -sum(parameter.numel() for parameter in child.parameters()))
 
 
 def find_counting_decoder(base: Any, documents: Sequence[Sequence[int]]) -> list[Mixer]:
     """Return the same for a model that is to count positions itself, as those of RoBERTa do from 2 on."""
-    return [replace(mixer, left_out=("position_ids",)) for mixer in find_decoder(base, documents)]
+    return find_decoder(base, documents, left_out=("position_ids",))
 
 
 def _layers(base: nn.Module) -> dict[str, nn.Module]:
@@ -384,7 +400,7 @@ class _Trial:
         return _Call(*pytree.tree_unflatten(changed, spec))
 
     @torch.no_grad()
-    def mixer(self, name: str, module: nn.Module) -> Mixer:
+    def mixer(self, name: str, module: nn.Module, left_out: tuple[str, ...] = ()) -> Mixer:
         """Return how to run a module document by document, see the head of this module.
 
         Raises:
@@ -392,10 +408,10 @@ class _Trial:
         """
         if name not in self.calls:
             raise CannotDivideError(f"{name} is not called")
-        call = self.calls[name]
+        call = self.calls[name].without(left_out)
         inputs = {path: _token_dims(leaf, self.layout.num_tokens) for path, leaf in _flatten(call)[0]}
         with evaluating(module):
-            alone = Mixer(name, inputs, self._outputs(call, inputs, module), Way.ONE_BY_ONE)
+            alone = Mixer(name, inputs, self._outputs(call, inputs, module), Way.ONE_BY_ONE, left_out)
             expected = _run(module, alone, call, self.layout)
             for mixer in (replace(alone, way=Way.BORDERS), replace(alone, way=Way.BATCHES)):
                 # it takes no borders, an argument has no dimension for rows, it takes one row only
