@@ -21,8 +21,8 @@ from datasets import Dataset
 from peft import LoraConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sft.train.trainer import SFTTrainer  # noqa: E402
-from tests.tiny import quiet_config, tiny_model, tiny_tokenizer  # noqa: E402
+from sft.train.trainer import SFTTrainer
+from tests.tiny import quiet_config, tiny_model, tiny_tokenizer
 
 WIDTH = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 HEADS = {"num_key_value_heads": 2, "head_dim": 64}
