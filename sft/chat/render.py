@@ -151,6 +151,7 @@ class ChatRenderer:
         self.not_printed = not_printed
         self.thinking = thinking
         self._special_tokens = special_token_texts(tokenizer)
+        self._templates: dict[tuple[bool, str], ChatTemplate] = {}
         self._thinking: dict[tuple[bool, str], TemplateThinking] = {}
         self._finders: dict[tuple[bool, str], TurnFinder] = {}
 
@@ -212,8 +213,11 @@ class ChatRenderer:
 
     def template(self, record: Mapping[str, Any]) -> ChatTemplate:
         """Return the template of a record; its tools may select another one, and it may define variables."""
-        thinking = self.template_thinking(record)
-        return replace(thinking.template, block=thinking.block)
+        key = _template_key(record)
+        if key not in self._templates:
+            thinking = self.template_thinking(record)
+            self._templates[key] = replace(thinking.template, block=thinking.block)
+        return self._templates[key]
 
     def template_thinking(self, record: Mapping[str, Any]) -> TemplateThinking:
         """Return how the template of a record prints reasoning; every template is probed once."""

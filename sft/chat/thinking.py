@@ -32,6 +32,7 @@ from sft.chat.template_syntax import template_variables
 
 _KEY = re.compile(r"reason|think|thought|rationale|^analysis$|chain_of|^cot$")
 """Keys of a message, types of a part, and keys of a part that hold reasoning."""
+_PLAIN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
 _TAGS = r"think|thinking|thought|reasoning"
 _LINE = re.compile(
     rf"(?:\A|(?<=\n))[ \t]*(?:<(?P<tag>{_TAGS})>(?P<text>.*?)</(?P=tag)>|\[THINK\](?P<other>.*?)\[/THINK\])\s*",
@@ -119,7 +120,19 @@ def _text_of(value: Any) -> str:
     return ""
 
 
+def _may_have_block(content: str) -> bool:
+    return "</" in content or "[/THINK]" in content or content.lstrip().startswith(("<", "["))
+
+
+def _is_plain(message: Mapping[str, Any]) -> bool:
+    """Return whether a glance at a message shows that it has no reasoning."""
+    content = message.get("content", "")
+    return message.keys() <= _PLAIN_KEYS and isinstance(content, str) and not _may_have_block(content)
+
+
 def _split_text(content: str) -> tuple[list[str], str, bool]:
+    if not _may_have_block(content):
+        return [], content, True
     blocks = list(_LINE.finditer(content))
     if blocks:
         found = [(block["text"] if block["tag"] else block["other"]).strip() for block in blocks]
@@ -344,7 +357,7 @@ class TemplateThinking:
         Args:
             messages: Messages as `sft.chat.template.template_messages` returns them.
         """
-        return [self._prepared(message) for message in messages]
+        return [dict(message) if _is_plain(message) else self._prepared(message) for message in messages]
 
     def _prepared(self, message: Mapping[str, Any]) -> dict[str, Any]:
         try:

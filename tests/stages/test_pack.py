@@ -79,6 +79,19 @@ def test_rows_tokens_and_trained_tokens_add_up(paths: Paths) -> None:
     assert figures["fill"] == pytest.approx(figures["tokens"] / (256 * figures["rows"]))
 
 
+def test_rows_of_one_record_are_packed_next_to_each_other(paths: Paths) -> None:
+    rows = [
+        {**rendered(number, repeats), "turn": turn}
+        for number in range(4)
+        for turn, repeats in ((1, 2), (3, 2 + number % 2))
+    ]
+    write_jsonl(paths.out("format", "train.jsonl"), rows)
+    lengths = [len(tiny_tokenizer()(row["text"], add_special_tokens=False)["input_ids"]) for row in rows[2:4]]
+    pack.run(params(max_length=sum(lengths)), paths)
+    ids = [entry["ids"] for entry in read_jsonl(paths.out("pack", "train_index.jsonl"))]
+    assert sorted(ids) == [[f"rows.jsonl:{number}"] * 2 for number in range(4)]
+
+
 def test_index_leads_from_a_packed_document_back_to_its_record(paths: Paths) -> None:
     pack.run(params(), paths)
     tokenizer = tiny_tokenizer()

@@ -21,6 +21,7 @@ from sft.train.arguments import (
     resolve_model,
     resolve_processor,
 )
+from tests.sft.chat.reasoning_templates import QWEN35
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -177,3 +178,18 @@ def test_weight_of_the_routers_loss_is_the_options_or_the_models() -> None:
         choose_router_loss(tiny_model(), config(router_aux_loss_coef=0.1))
     with pytest.raises(ValueError, match="router_aux_loss_coef=-1 must be at least 0"):
         choose_router_loss(model, config(router_aux_loss_coef=-1))
+
+
+def test_thinking_sets_the_variable_that_it_needs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reasoned = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}] * 2
+    for thinking, variable in (("keep", "preserve_thinking = true"), ("drop", "enable_thinking = false")):
+        tokenizer = tiny_tokenizer(QWEN35.template)
+        config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], thinking=thinking)
+        apply_chat_template(None, tokenizer, config, [reasoned])
+        assert variable in str(tokenizer.chat_template)
+        assert f"thinking='{thinking}': the chat template gets" in caplog.text
+    tokenizer = tiny_tokenizer(QWEN35.template)
+    apply_chat_template(
+        None, tokenizer, SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[]), [reasoned[:2]]
+    )
+    assert tokenizer.chat_template == QWEN35.template

@@ -521,6 +521,19 @@ def test_rows_with_images_are_limited_only_by_name(given: dict[str, Any], limit:
     assert collator.max_length == limit
 
 
+def test_reasoning_beside_images_is_kept_or_removed_in_one_row(tmp_path: Path) -> None:
+    rows = [Dataset.from_list(colour_rows())]
+    options: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True}
+    collator = choose_vision_collator(processor("llava"), SFTConfig(**options, thinking="last"), rows)
+    assert collator is not None
+    assert collator.thinking == "last"
+    for thinking in ("unroll", "drop"):
+        with pytest.raises(
+            ValueError, match=rf"thinking='{thinking}' can't be applied to rows with images.*keep or last"
+        ):
+            choose_vision_collator(processor("llava"), SFTConfig(**options, thinking=thinking), rows)
+
+
 def test_images_that_a_formatting_function_would_drop_are_refused_unless_only_text_can_be_meant(tmp_path: Path) -> None:
     rows = [Dataset.from_list(colour_rows())]
     config = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True)
