@@ -115,6 +115,8 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
             f"out of memory before the first step: model and adapter alone are too large ({error}); try a smaller "
             "train.lora_r, train.method: qlora, model.dtype: bfloat16, or more devices with train.launch.engine: fsdp2"
         ) from None
+    if trainer.is_world_process_zero():
+        print(f"{trainer.attention}; {trainer.sharing}", flush=True)
     started = time.monotonic()
     try:
         with explaining_full_disk(state):
