@@ -1,8 +1,8 @@
-"""Unwrap models, ask whether they use prompt tuning, and run blocks in evaluation mode."""
+"""Unwrap models, ask about their parts and whether they use prompt tuning, and run blocks in evaluation mode."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,36 @@ def causal_lm(model: nn.Module) -> Any:
 def learns_prompt(model: nn.Module) -> bool:
     """Return whether the adapter adds learned virtual tokens before each row (prompt tuning and similar methods)."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def outside_language_model(model: nn.Module) -> list[str]:
+    """Return the names of the parts of a vision-language model that no text passes, such as its image tower.
+
+    Args:
+        model: Model of transformers, wrapped or not. One of text alone has none. The head is never among them.
+    """
+    base = causal_lm(model)
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    decoder = decoder or getattr(base, "language_model", None)  # Llama 4 does not say which part it is
+    if decoder is None or not hasattr(base.config, "vision_config"):
+        return []
+    text = {id(module) for module in decoder.modules()} | {id(base.get_output_embeddings())}
+    outside: list[str] = []
+    for name, module in base.named_modules():
+        if is_inside(name, outside) or any(id(part) in text for part in module.modules()):
+            continue
+        outside.append(name)
+    return outside
+
+
+def is_inside(name: str, parts: Iterable[str]) -> bool:
+    """Return whether a module is one of the parts of a model, or in one of them.
+
+    Args:
+        name: Name of the module.
+        parts: Names of the parts.
+    """
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 @contextmanager

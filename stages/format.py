@@ -20,7 +20,7 @@ from sft.chat.formats import (
 )
 from sft.chat.template import TemplateSourceError
 from sft.folders import replacing_folder
-from sft.models.checkpoint import save_tokenizer
+from sft.models.checkpoint import copy_processor_files, processor_template, save_tokenizer
 from stages.checkout.artifacts import JsonlWriter, progress, read_json, read_jsonl, write_json
 from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
@@ -44,11 +44,15 @@ def run(params: Params, paths: Paths) -> None:
     tokenizer = cast(
         PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(base, trust_remote_code=params.model.trust_remote_code)
     )
+    own_template = processor_template(base)
+    if own_template:
+        tokenizer.chat_template = own_template
     num_base_tokens = len(tokenizer)
     stop_token_ids = _stop_token_ids(base)
     new_eos = prepare_tokenizer(tokenizer, section, paths, stop_token_ids)
     with replacing_folder(paths.out("format")) as folder:
         save_tokenizer(tokenizer, folder / "tokenizer")
+        copy_processor_files(base, folder / "tokenizer")
         work = RenderingWork(
             folder / "tokenizer",
             params.model.trust_remote_code,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from sft.export.gptq_format import open_tensors, weights_size_bytes
@@ -29,7 +30,8 @@ from sft.export.quantization import (
     linear_widths,
 )
 from sft.folders import replacing_folder
-from sft.models.checkpoint import save_tokenizer
+from sft.inner_model import outside_language_model
+from sft.models.checkpoint import auto_class, copy_processor_files, save_tokenizer
 
 METHODS = ("int8", "nf4")
 NF4_BLOCK = 64
@@ -38,6 +40,9 @@ CPU_OUTPUTS = 32
 
 MAX_DEVIATION = 0.05
 """Largest accepted mean difference of logits over their standard deviation, between saved and loaded model."""
+
+NO_BLOCK = -1
+"""Number that the report gives to the block of layers that are in none."""
 
 NUM_STEPS = 3
 """Number of calls of `on_progress`."""
@@ -59,7 +64,7 @@ def quantize_kbit(
 ) -> KbitReport:
     """Quantize the linear layers of a plain checkpoint folder and write a folder that plain transformers loads.
 
-    Embeddings, norms and the head are saved in half precision.
+    Embeddings, norms, the head and the image tower, if there is one, are saved in half precision.
 
     Args:
         model_dir: Folder with `config.json`, safetensors and tokenizer.
@@ -79,14 +84,17 @@ def quantize_kbit(
     check_calibration(model_dir, sample_input_ids)
     check_weights_finite(model_dir)
     check_half_precision(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float16, quantization_config=config)
+    loader = auto_class(AutoConfig.from_pretrained(model_dir))
+    model = loader.from_pretrained(
+        model_dir, dtype=torch.float16, quantization_config=_for_text_alone(config, loader, model_dir)
+    )
     _report_progress(on_progress, 1, f"rounded to {method}")
-    with open_tensors(model_dir) as sources:
-        errors = tuple(_layer_errors(model, sources))
+    errors = tuple(_layer_errors(model, model_dir))
     _report_progress(on_progress, 2, f"errors of {len(errors)} layers measured")
     with replacing_folder(output_dir) as raw_dir:
         model.save_pretrained(raw_dir)
         save_tokenizer(AutoTokenizer.from_pretrained(model_dir), raw_dir)
+        copy_processor_files(model_dir, raw_dir)
         deviation = _loading_deviation(model, raw_dir, sample_input_ids)
     _report_progress(on_progress, 3, "written and read back")
     return KbitReport(
@@ -144,22 +152,45 @@ def _config(method: str) -> BitsAndBytesConfig:
     raise ValueError(f"quantization method {method!r} does not exist: use {', '.join(METHODS)}")
 
 
+def _for_text_alone(config: BitsAndBytesConfig, loader: Any, model_dir: Path) -> BitsAndBytesConfig:
+    """Return the quantization for the language model alone: the image tower of a vision-language model is kept."""
+    with torch.device("meta"):
+        plain = loader.from_config(AutoConfig.from_pretrained(model_dir))
+    kept = outside_language_model(plain)
+    if kept:
+        head = plain.get_output_embeddings()
+        config.llm_int8_skip_modules = [*kept, *(name for name, module in plain.named_modules() if module is head)]
+    return config
+
+
 def _report_progress(on_progress: Progress | None, done: int, text: str) -> None:
     if on_progress is not None:
         on_progress(done, NUM_STEPS, text)
 
 
-def _layer_errors(model: Any, sources: dict[str, Any]) -> Iterator[LayerError]:
-    for name, module in model.named_modules():
-        if not isinstance(module, (Linear4bit, Linear8bitLt)):
-            continue
-        weight = sources[f"{name}.weight"].get_tensor(f"{name}.weight").float()
-        if issubclass(getattr(module, "source_cls", type(module)), Conv1D):
-            weight = weight.T
-        error = float((weight - _restored(module)).norm() / weight.norm().clamp_min(1e-12))
-        place = re.search(r"\.(\d+)\.(.+)$", name)
-        assert place is not None, f"{name} is in no block"
-        yield LayerError(layer=int(place[1]), module=place[2], relative_error=error)
+def _layer_errors(model: Any, model_dir: Path) -> Iterator[LayerError]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (Linear4bit, Linear8bitLt))}
+    with ExitStack() as opened:
+        sources = opened.enter_context(open_tensors(model_dir))
+        if any(f"{name}.weight" not in sources for name in layers):  # transformers renames the weights of some families
+            plain = auto_class(model.config).from_pretrained(model_dir, dtype=torch.float32)
+            weights = dict(plain.named_parameters())
+        else:
+            weights = None
+        for name, module in layers.items():
+            key = f"{name}.weight"
+            weight = sources[key].get_tensor(key).float() if weights is None else weights[key].detach()
+            yield _layer_error(name, module, weight)
+
+
+def _layer_error(name: str, module: Any, weight: torch.Tensor) -> LayerError:
+    if issubclass(getattr(module, "source_cls", type(module)), Conv1D):
+        weight = weight.T
+    error = float((weight - _restored(module)).norm() / weight.norm().clamp_min(1e-12))
+    place = re.search(r"\.(\d+)\.(.+)$", name)
+    return LayerError(
+        layer=int(place[1]) if place else NO_BLOCK, module=place[2] if place else name, relative_error=error
+    )
 
 
 def _restored(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
@@ -171,7 +202,7 @@ def _restored(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
 
 def _loading_deviation(model: Any, folder: Path, rows: Sequence[Sequence[int]]) -> float:
     expected = logits_of(model, rows)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    loaded = auto_class(model.config).from_pretrained(folder, dtype=torch.float16)
     difference = compare_logits(expected, logits_of(loaded, rows))
     deviation = difference.mean / float(torch.cat(expected).std())
     if not deviation <= MAX_DEVIATION:

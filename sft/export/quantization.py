@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sft.models.checkpoint import weight_files
+from sft.models.checkpoint import auto_class, is_image_model, weight_files
 
 VALUES_PER_WORD = {2: 16, 3: 32, 4: 8, 8: 4}
 """Width in bits -> smallest number of weights that fill 32-bit words; 32 weights of 3 bits fill three words."""
@@ -28,6 +28,12 @@ MAX_NAMED = 5
 
 MIN_ROW_TOKENS = 11
 """GPTQModel silently skips rows of ten tokens or fewer."""
+
+NOT_FOR_IMAGES = (
+    "the model has an image tower, and GPTQ is done for models of text alone; use int8 or nf4, which keep the image "
+    "tower in half precision, or none"
+)
+"""Why GPTQ refuses a vision-language model."""
 
 SUMMARY = ("size_ratio", "mean_relative_error", "max_relative_error")
 """Names of the derived figures in the report."""
@@ -195,6 +201,8 @@ def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = 
     """
     if bits not in VALUES_PER_WORD:
         raise ValueError(f"bits is {bits}, but GPTQ supports {', '.join(map(str, VALUES_PER_WORD))}")
+    if is_image_model(model_dir):
+        raise ValueError(f"{model_dir}: {NOT_FOR_IMAGES}")
     layers = _linear_layers(model_dir)
     _check_loadable(model_dir, layers)
     if (bits, group_size, sym, device) == (4, -1, False, "cpu"):
@@ -232,21 +240,30 @@ def _group_problem(width: int, bits: int, group_size: int, device: str) -> str:
 
 
 def linear_widths(model_dir: Path) -> dict[str, tuple[int, int]]:
-    """Return input and output width of each linear layer but the head, by name, from the configuration alone."""
+    """Return input and output width of each linear layer but the head, by name, from the configuration alone.
+
+    Layers outside of the language model, such as those of an image tower, are not quantized and not listed.
+    """
     return {name: _widths(layer) for name, layer in _linear_layers(model_dir).items()}
 
 
 def _linear_layers(model_dir: Path) -> dict[str, Any]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.pytorch_utils import Conv1D
+
+    from sft.inner_model import is_inside, outside_language_model
 
     config = AutoConfig.from_pretrained(model_dir)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
+        model = auto_class(config).from_config(config)
+    head, others = model.get_output_embeddings(), outside_language_model(model)
     kinds = (torch.nn.Linear, Conv1D)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds) and module is not head}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not head and not is_inside(name, others)
+    }
 
 
 def _widths(layer: Any) -> tuple[int, int]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
+from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from sft.chat.formats import resize_embeddings
 from sft.config import ModelConfig, SFTConfig
-from sft.models.adapters import get_peft_config
+from sft.inner_model import outside_language_model
+from sft.models.adapters import ALL_LINEAR, get_peft_config
 from sft.models.kbit import get_quantization_config
 from sft.models.loading import load_model
 from sft.train.trainer import SFTTrainer
@@ -39,17 +42,39 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
     """
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     model_config = make_model_config(params)
+    model, peft_config = load_base(params.model, model_config, tokenizer, paths), get_peft_config(model_config)
+    leave_out_images(model, peft_config)
     trainer = SFTTrainer(
-        load_base(params.model, model_config, tokenizer, paths),
+        model,
         args=config,
         train_dataset=load_from_disk(str(paths.out("pack", "train"))),
         eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_config),
+        peft_config=peft_config,
         callbacks=[LogLastStep(), *recorders, SealCheckpoints()],
     )
     trainer.remove_callback(PrinterCallback)  # `ProgressLines` replaces it
     return trainer
+
+
+def leave_out_images(model: PreTrainedModel, peft_config: LoraConfig | None) -> None:
+    """Leave the parts of a model that only images pass as they are, since rows of text would not train them.
+
+    Args:
+        model: The base model. Where there is no adapter, these parts are frozen.
+        peft_config: Its adapter, which gets no weights there if it is for `all-linear`; named modules stay.
+    """
+    parts = outside_language_model(model)
+    if not parts:
+        return
+    if peft_config is None:
+        for part in parts:
+            model.get_submodule(part).requires_grad_(False)
+    elif peft_config.target_modules == ALL_LINEAR:
+        peft_config.exclude_modules = rf"({'|'.join(map(re.escape, parts))})(\..*)?"
+    else:
+        return
+    print(f"note: the rows have no images, so {', '.join(parts)} of the model stay as they are", flush=True)
 
 
 def make_model_config(params: Params) -> ModelConfig:
@@ -102,7 +127,6 @@ def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
         eval_strategy="steps",
         save_strategy="steps",
         save_total_limit=2,
-        padding_free=True,
         dataset_kwargs={"skip_prepare_dataset": True},
         report_to=[],
         disable_tqdm=True,
