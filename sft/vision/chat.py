@@ -17,9 +17,9 @@ from transformers import ProcessorMixin
 
 from sft.chat.render import ChatRenderer, Rendered, Span, TrainOn
 from sft.chat.template import PROBE_CHAT, ChatTemplate, chat_template_of, in_parts, prints_probe
-from sft.data.messages import IMAGE_COLUMNS, is_messages
+from sft.data.messages import IMAGE_COLUMNS, IMAGE_PARTS, is_messages
 from sft.options import NotPrintedPolicy
-from sft.vision.images import read_images
+from sft.vision.images import Reader, read_each
 
 _PART_KEYS = ("image", "image_url", "url", "path", "base64")
 """Keys that contain the image of a part."""
@@ -132,33 +132,28 @@ class VisionRow:
     images: list[Any] = field(default_factory=list)
 
 
-def column_images(row: Mapping[str, Any], folder: str | None = None) -> list[Any]:
-    """Decode the images in the image columns of a row.
+def column_images(row: Mapping[str, Any], read: Reader) -> list[Any]:
+    """Read the images in the image columns of a row.
 
     Args:
         row: Row of a data set.
-        folder: Folder that paths must be in.
-
-    Raises:
-        ValueError: A value is not an image, or its path is outside the folder.
+        read: Called with each image.
     """
-    return [image for column in IMAGE_COLUMNS for image in read_images(row.get(column), folder)]
+    return [image for column in IMAGE_COLUMNS for image in read_each(row.get(column), read)]
 
 
-def take_images(
-    messages: list[dict[str, Any]], folder: str | None = None
-) -> tuple[list[dict[str, Any]], list[Any], int]:
-    """Decode the images in the parts of messages, and replace these parts by `{"type": "image"}`.
+def take_images(messages: list[dict[str, Any]], read: Reader) -> tuple[list[dict[str, Any]], list[Any], int]:
+    """Read the images in the parts of messages, and replace these parts by `{"type": "image"}`.
 
     Args:
         messages: With a string or a list of parts as content.
-        folder: Folder that paths must be in.
+        read: Called with each image.
 
     Returns:
-        The new messages, the decoded images, and the number of image parts (with or without an image).
+        The new messages, what `read` returned, and the number of image parts (with or without an image).
 
     Raises:
-        ValueError: A part is neither text nor image, or its image can't be read.
+        ValueError: A part is neither text nor image.
     """
     found: list[Any] = []
     num_parts = 0
@@ -168,7 +163,7 @@ def take_images(
         if is_messages(content):
             parts = []
             for part in content:
-                if part["type"] not in ("text", "image", "image_url"):
+                if part["type"] not in ("text", *IMAGE_PARTS):
                     raise ValueError(
                         f"message {index} has a part of type {part['type']!r}; only text and image are read"
                     )
@@ -178,7 +173,7 @@ def take_images(
                 parts.append({"type": "image"} if is_image else {"type": "text", "text": part.get("text", "")})
             message = {**message, "content": parts}
         result.append(message)
-    return result, read_images(found, folder), num_parts
+    return result, read_each(found, read), num_parts
 
 
 def _source_of(part: Mapping[str, Any]) -> Any:
