@@ -386,21 +386,22 @@ def load_image_processor(folder: Path, tokenizer: PreTrainedTokenizerBase | None
     Raises:
         CheckpointError: The model reads text alone, or its processor can't be created here.
     """
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
 
+    config = AutoConfig.from_pretrained(folder)
     if not is_image_model(folder):
-        raise CheckpointError(f"the base model in {folder} reads text alone")
+        raise CheckpointError(f"the base model ({config.model_type}) reads text alone")
     try:
         processor = AutoProcessor.from_pretrained(folder)
     except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"the image processor of the base model in {folder} can't be created here ({reason}); many need the extra "
-            "`vision`, which installs torchvision"
+            f"the image processor of the base model ({config.model_type}) can't be created here ({reason}); many need "
+            "the extra `vision`, which installs torchvision"
         ) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise CheckpointError(
-            f"the base model in {folder} has no processor of images, but a {type(processor).__name__}"
+            f"the base model ({config.model_type}) has no processor of images, but a {type(processor).__name__}"
         )
     if tokenizer is not None:
         processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft.chat.checks import SpecialText, TerminatorCheck
 from sft.chat.render import ChatRenderer, TrainOn
+from sft.models.checkpoint import load_image_processor
 from sft.options import NotPrintedPolicy
 from stages.checkout.ledger import Action
 from stages.shards.shards import Shard
@@ -54,6 +55,8 @@ class RenderingWork:
         meant_tokens: Special tokens that messages may spell out.
         stop_token_ids: Ids at which the base model's generation stops.
         with_prompts: Whether to split each record before its last answer, for evaluation.
+        image_model: Folder of a base model that reads images, whose processor's placeholders are printed; None = the
+            base model reads text alone, or its processor can't be created here.
     """
 
     tokenizer: Path
@@ -65,9 +68,10 @@ class RenderingWork:
     meant_tokens: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     with_prompts: bool
+    image_model: Path | None = None
 
     def build(self) -> ShardRenderer:
-        """Load the tokenizer."""
+        """Load the tokenizer, and the processor if there is one."""
         loaded = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=self.trust_remote_code)
         return ShardRenderer(loaded, self)
 
@@ -79,7 +83,15 @@ class ShardRenderer:
         self._tokenizer = tokenizer
         self._work = work
         self._renderer = ChatRenderer(tokenizer, TrainOn(work.train_on), work.not_printed)
+        self._placeholder = ""
+        if work.image_model is not None:
+            from sft.vision.chat import VisionRenderer, placeholder  # only for models that read images
+
+            processor = load_image_processor(work.image_model, tokenizer)
+            self._renderer = VisionRenderer(processor, TrainOn(work.train_on), work.not_printed)
+            self._placeholder = placeholder(processor)
         self._special_text = SpecialText(tokenizer, allowed=work.meant_tokens)
+        self._special_text_beside_images = SpecialText(tokenizer, allowed=(*work.meant_tokens, self._placeholder))
 
     def __call__(self, shard: Shard) -> RenderedShard:
         """Render all records of a shard.
@@ -109,23 +121,48 @@ class ShardRenderer:
             return
         if self._work.train_on != TrainOn.ALL:
             done.check.add(record["id"], rendered)
-        done.rows.append(json.dumps({"id": record["id"], **rendered.to_row()}, ensure_ascii=False))
+        images = self._images_of(record, rendered.text)
+        done.rows.append(json.dumps({"id": record["id"], **rendered.to_row(), **images}, ensure_ascii=False))
         done.num_characters += len(rendered.text)
         done.num_trained += sum(span.end - span.start for span in rendered.spans)
         last = self._renderer.last_turn(record) if self._work.with_prompts else None
         if last is not None:
-            done.prompts.append(json.dumps({"id": record["id"], **last._asdict()}, ensure_ascii=False))
+            images = self._images_of(record, last.prompt, is_complete=False)
+            done.prompts.append(json.dumps({"id": record["id"], **last._asdict(), **images}, ensure_ascii=False))
+
+    def _images_of(self, record: Mapping[str, Any], text: str, *, is_complete: bool = True) -> dict[str, list[str]]:
+        """Return the images whose placeholders are in a text, as columns of its row; none for a record of text alone.
+
+        Args:
+            record: The record.
+            text: Its text, or the beginning of it.
+            is_complete: Whether all images of the record must have a placeholder in the text.
+
+        Raises:
+            ValueError: The template prints more or fewer placeholders than the record has images.
+        """
+        if "images" not in record:
+            return {}
+        images = list(record["images"])
+        num_found = text.count(self._placeholder) if self._placeholder else len(images)
+        if num_found != len(images) and (is_complete or num_found > len(images)):
+            raise ValueError(
+                f"row {record['id']}: the chat template prints {num_found} placeholders {self._placeholder!r} for "
+                f"{len(images)} images; use the template of the base model (format.chat_template: null)"
+            )
+        return {"images": images[:num_found]}
 
     def _treat_special_text(self, record: dict[str, Any], done: RenderedShard) -> dict[str, Any] | None:
         """Treat special tokens that are spelled out in a record as the work states; return None if it is dropped."""
         wanted = self._work.special_text
-        problem = None if wanted == "off" else self._special_text.find(record)
+        checker = self._special_text_beside_images if record.get("images") else self._special_text
+        problem = None if wanted == "off" else checker.find(record)
         if problem is None:
             return record
         kept: dict[str, Any] | None = record
         action = Action.REPAIR if wanted == "neutralise" else Action(wanted)
         if wanted == "neutralise":
-            kept = self._special_text.neutralised(record)
+            kept = checker.neutralised(record)
         if kept is None or action is Action.DROP:
             kept, action = None, Action.DROP
         done.entries.append((record["id"], problem.reason, problem.detail, action))

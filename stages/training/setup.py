@@ -20,6 +20,7 @@ from sft.train.trainer import SFTTrainer
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
+from stages.models.images import image_collator
 from stages.params.schema import ModelSection, Params, TrainSection
 from stages.training.checkpoints import SealCheckpoints
 
@@ -43,10 +44,16 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     model_config = make_model_config(params)
     model, peft_config = load_base(params.model, model_config, tokenizer, paths), get_peft_config(model_config)
-    leave_out_images(model, peft_config)
+    collator = None
+    if paths.has_images():
+        collator = image_collator(paths, tokenizer, model.dtype)
+        config.remove_unused_columns = False  # the collator reads their texts and the names of their images
+    else:
+        leave_out_images(model, peft_config)
     trainer = SFTTrainer(
         model,
         args=config,
+        data_collator=collator,
         train_dataset=load_from_disk(str(paths.out("pack", "train"))),
         eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
         processing_class=tokenizer,

@@ -119,9 +119,8 @@ def test_rows_with_images_are_dropped_rather_than_trained_without_them(root: Dat
     root.write("train.jsonl", [*ROWS, *bad, {**turn("And this?", "Text."), "images": []}])
     assert run(root, max_dropped_fraction=0.5)["dropped"] == {"has_media": 2}
     assert [entry["detail"] for entry in root.rows("load", "ledger.jsonl")] == [
-        "message 0 has a part of type 'image_url', and only text is trained here",
-        "the column images holds images, and the pipeline trains on text alone; remove it, or train with "
-        "SFTTrainer and a processor",
+        "message 0 has an image, and the base model (llama) reads text alone",
+        "the column images holds images, and the base model (llama) reads text alone",
     ]
     with pytest.raises(ValueError, match="has_media 2 times"):
         run(root, max_dropped_fraction=0.05)
