@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -26,6 +27,20 @@ def causal_lm(model: nn.Module) -> Any:
 def learns_prompt(model: nn.Module) -> bool:
     """Return whether the adapter adds learned virtual tokens before each row (prompt tuning and similar methods)."""
     return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def on_model(inputs: Mapping[str, torch.Tensor], model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return a model's inputs on its device, those with floating-point numbers, as of images, in its dtype.
+
+    Args:
+        inputs: Tensors by the name of the argument.
+        model: The model, wrapped or not.
+        device: Where its parameters are.
+    """
+    return {
+        name: value.to(device, causal_lm(model).dtype) if value.is_floating_point() else value.to(device)
+        for name, value in inputs.items()
+    }
 
 
 def outside_language_model(model: nn.Module) -> list[str]:

@@ -28,7 +28,8 @@ from sft.models.checkpoint import (
     processor_template,
     save_tokenizer,
 )
-from sft.vision.chat import VisionTemplate, placeholder
+from sft.vision.chat import VisionTemplate
+from sft.vision.places import placeholder
 from stages.checkout.artifacts import JsonlWriter, progress, read_json, read_jsonl, write_json
 from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths

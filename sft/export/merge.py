@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.export.merge_by_file import NotStreamableError, ShardMerge
 from sft.export.merge_in_memory import AdapterMix, grow_to_adapter, load_mix, merge_into_base
-from sft.export.proof import LogitDifference, check_logits, compare_logits, logits_of
+from sft.export.proof import LogitDifference, Row, check_logits, compare_logits, logits_of
 from sft.folders import replacing_folder
 from sft.models.checkpoint import copy_processor_files, save_tokenizer
 from sft.models.loading import load_model, parse_dtype
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 ROUNDING_ADVICE = "The cause is the rounding of the weights to this dtype: raise the tolerance, or save float32."
 
-Rows = Sequence[Sequence[int]]
+Rows = Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ def merge_adapter(
         base: Hub id or folder of the plain base.
         adapter: Folder that `PeftModel.save_pretrained` wrote, or several of them as an `AdapterMix`.
         output_dir: Missing or empty folder. It is not changed if the merge fails.
-        sample_input_ids: Rows of token ids to compare on, `(num_rows, length)`, ragged. The logits of one row are in
-            memory at a time (tokens x vocabulary x 4 bytes), or those of all rows if the complete model is.
+        sample_input_ids: Rows of token ids to compare on, `(num_rows, length)`, ragged, or the model's inputs for each
+            row, such as token ids and images. The logits of one row are in memory at a time (tokens x vocabulary x 4
+            bytes), or those of all rows if the complete model is.
         tolerance: Largest accepted absolute difference of a logit.
         dtype: Data type of the checkpoint. Half precision rounds the weights, which changes logits by some hundredths.
         tokenizer: Tokenizer to save with the model. If training resized the embeddings to its length, the merge does

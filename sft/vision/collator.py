@@ -21,8 +21,9 @@ from sft.labels import IGNORE_INDEX
 from sft.options import NotPrintedPolicy
 from sft.tokens.columns import TOKEN_COLUMNS
 from sft.tokens.encoding import Encoder
-from sft.vision.chat import VisionRenderer, VisionRow, column_images, expand, placeholder, put_images_first, take_images
-from sft.vision.images import Reader, read_image
+from sft.vision.chat import VisionRenderer, VisionRow, expand
+from sft.vision.images import read_image
+from sft.vision.places import column_images, place_images, placeholder
 
 logger = logging.getLogger(__name__)
 
@@ -390,6 +391,10 @@ class DataCollatorForImageRows:
                 row[name] = list(output[name][at])[:length]
         return self._cast(self._encoder.batch(tokens, output))
 
+    def inputs(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for one row, without labels."""
+        return {name: value for name, value in self([row]).items() if name not in ("labels", "loss_weights")}
+
     def prompt(self, text: str, images: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return the model's inputs for one text with images, such as a prompt to answer."""
         output = self._encoder.process([self.read(repr(text[:40]), text, images)])
@@ -430,46 +435,6 @@ def check_rendered(name: str, rendered: Rendered, num_images: int, image_token: 
         )
 
 
-def place_images(
-    record: dict[str, Any], images: list[Any], image_token: str, read: Reader
-) -> tuple[dict[str, Any], list[Any]]:
-    """Match the images of a record with the places for images in its messages, one each.
-
-    Args:
-        record: Result of `sft.data.records.normalize`.
-        images: Images of the image columns, as `read` returned them.
-        image_token: Placeholder that the text of messages may contain; empty if the family has none.
-        read: Called with each image in messages.
-
-    Returns:
-        The record, whose image parts are now `{"type": "image"}`, and all of its images.
-
-    Raises:
-        ValueError: The numbers of places and of images differ, or both columns and messages contain images.
-    """
-    columns = [name for name in ("messages", "prompt", "completion") if isinstance(record.get(name), list)]
-    if not columns:
-        return record, images
-    messages, inline, num_places = take_images([message for name in columns for message in record[name]], read)
-    if inline and images:
-        raise ValueError(
-            f"{len(images)} images in a column and {len(inline)} in its messages; give them in one of the two"
-        )
-    images = images or inline
-    num_places += sum(_texts(message).count(image_token) for message in messages if image_token)
-    if images and not num_places:
-        messages, num_places = put_images_first(messages, len(images)), len(images)
-    if num_places != len(images):
-        raise ValueError(
-            f"its messages have {num_places} image placeholders, and there are {len(images)} images; give one image "
-            "for each, in order (column images), or remove all placeholders to put the images first"
-        )
-    counts = [len(record[name]) for name in columns]
-    starts = [sum(counts[:index]) for index in range(len(counts))]
-    split = {name: messages[start : start + count] for name, start, count in zip(columns, starts, counts, strict=True)}
-    return {**record, **split}, images
-
-
 def is_per_token(value: Any, lengths: list[int]) -> bool:
     """Return whether a column of a processor's unpadded output has one number per token.
 
@@ -500,12 +465,6 @@ def image_tensors(output: Mapping[str, Any], width: int) -> dict[str, torch.Tens
         filled[:, :shared] = mask[:, :shared]
         tensors["cross_attention_mask"] = filled
     return tensors
-
-
-def _texts(message: Mapping[str, Any]) -> str:
-    """Return the text of a message, its parts joined by line breaks."""
-    content = message["content"]
-    return content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
 
 
 def row_name(row: Mapping[str, Any], place: int) -> str:

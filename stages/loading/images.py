@@ -85,8 +85,7 @@ class ImageStore:
         problems = media_problems(messages, with_images=True)
         if problems:
             raise RowError(*problems[0])
-        from sft.vision.chat import column_images
-        from sft.vision.collator import place_images
+        from sft.vision.places import column_images, place_images
 
         read = partial(self._add, home=home)
         try:
@@ -103,7 +102,7 @@ class ImageStore:
         """Load the base model's processor once, to know its placeholder; refuse the row if there is none."""
         if self._placeholder is None and self._refusal is None:
             from sft.models.checkpoint import CheckpointError, load_image_processor
-            from sft.vision.chat import placeholder
+            from sft.vision.places import placeholder
 
             try:
                 self._placeholder = placeholder(load_image_processor(self._model))

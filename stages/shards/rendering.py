@@ -85,7 +85,8 @@ class ShardRenderer:
         self._renderer = ChatRenderer(tokenizer, TrainOn(work.train_on), work.not_printed)
         self._placeholder = ""
         if work.image_model is not None:
-            from sft.vision.chat import VisionRenderer, placeholder  # only for models that read images
+            from sft.vision.chat import VisionRenderer  # only for models that read images
+            from sft.vision.places import placeholder
 
             processor = load_image_processor(work.image_model, tokenizer)
             self._renderer = VisionRenderer(processor, TrainOn(work.train_on), work.not_printed)
