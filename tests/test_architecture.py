@@ -266,10 +266,7 @@ def test_a_stage_has_one_name_in_four_places() -> None:
 
 @pytest.mark.parametrize("verb", STAGES)
 def test_dvc_deps_list_the_code_that_a_stage_uses(verb: str) -> None:
-    used = {
-        modules(*FLOORS)[name].relative_to(ROOT).as_posix()
-        for name in reachable(f"stages.{verb}") - PLUMBING
-    }
+    used = {modules(*FLOORS)[name].relative_to(ROOT).as_posix() for name in reachable(f"stages.{verb}") - PLUMBING}
     listed = [dep for dep in dvc_stages()[verb]["deps"] if dep.startswith(("sft/", "stages/", "flows/"))]
     code = [dep for dep in listed if dep.endswith(".py") or dep in rooms()]
     missing = [file for file in used if not any(file == dep or file.startswith(f"{dep}/") for dep in code)]

@@ -262,9 +262,10 @@ def test_the_same_input_gives_the_same_bytes(root: DataRoot) -> None:
     for _ in range(2):
         run(root)
         folder = root.paths.out("load")
-        contents.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
+        contents.append({path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()})
     assert contents[0] == contents[1]
-    assert set(contents[0]) == {"base_model.json", "card.json", "eval.jsonl", "ledger.jsonl", "train.jsonl"}
+    names = {"base_model.json", "card.json", "eval.jsonl", "index.jsonl", "ledger.jsonl", "train.jsonl"}
+    assert set(contents[0]) == names
 
 
 def held_out_ids(root: DataRoot) -> list[str]:
