@@ -242,12 +242,12 @@ def load_processor(name_or_path: str, revision: str | None = None, trust_remote_
     Raises:
         ValueError: There is no tokenizer, or none that can be used for training.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+    from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 
     arguments: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name_or_path, **arguments)
-        sees = auto_class(config) is AutoModelForImageTextToText
+        sees = reads_images(config)
     except (OSError, ValueError):  # a folder with a tokenizer alone
         sees = False
     if not sees:
@@ -357,11 +357,19 @@ def _file_of(source: str | Path, name: str) -> Path | None:
 
 
 def is_image_model(folder: str | Path, *, trust_remote_code: bool = False) -> bool:
-    """Return whether a checkpoint is loaded with its image tower; the config alone is read."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    """Return whether a checkpoint is of a model that reads images besides text; the config alone is read."""
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return auto_class(config) is AutoModelForImageTextToText
+    return reads_images(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+
+
+def reads_images(config: Any) -> bool:
+    """Return whether a checkpoint with this config was saved with an image tower.
+
+    Some classes, as that of Gemma 3, are among the causal language models, too.
+    """
+    saved_as = (getattr(config, "architectures", None) or [None])[0]
+    return saved_as in auto_classes()["IMAGE_TEXT_TO_TEXT"].values()
 
 
 def processor_template(folder: Path) -> str | None:
@@ -389,7 +397,7 @@ def load_image_processor(folder: Path, tokenizer: PreTrainedTokenizerBase | None
     from transformers import AutoConfig, AutoProcessor
 
     config = AutoConfig.from_pretrained(folder)
-    if not is_image_model(folder):
+    if not reads_images(config):
         raise CheckpointError(f"the base model ({config.model_type}) reads text alone")
     try:
         processor = AutoProcessor.from_pretrained(folder)

@@ -114,6 +114,7 @@ class VisionEncoder:
                 truncation=False,
                 add_special_tokens=False,  # the text has them already
                 return_text_replacement_offsets=True,
+                text_kwargs={"return_tensors": None},  # some processors would stack rows of different lengths
                 images_kwargs={"return_tensors": "pt"},
             )
         except (ValueError, IndexError) as error:
