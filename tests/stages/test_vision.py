@@ -20,9 +20,11 @@ from sft.labels import IGNORE_INDEX
 from sft.models.checkpoint import load_image_processor
 from sft.vision.collator import DataCollatorForImageRows, DataCollatorForVisionLanguageModeling
 from stages import evaluate, format, load, merge, pack, quantize, train
-from stages.checkout.artifacts import read_json, read_jsonl
+from stages.checkout.artifacts import read_json, read_jsonl, write_json
 from stages.checkout.paths import Paths
+from stages.models.base import folder_digest
 from stages.params.schema import Params, load_params
+from stages.tools.check import check_later_stages
 from tests.tiny_vision import COLOURS, TEXT_FAMILIES, square, tiny_processor, tiny_text_family, tiny_vision_model
 
 pytestmark = [pytest.mark.numerics, pytest.mark.timeout(280)]
@@ -98,12 +100,9 @@ def test_rows_of_text_leave_the_image_tower_and_the_processor_as_they_are(
     assert abs(figures["merged"]["loss"] - figures["tuned"]["loss"]) < 1e-5
 
 
-def test_gptq_is_refused_before_the_training(tmp_path: Path) -> None:
-    from stages.checkout.artifacts import write_json
-    from stages.models.base import folder_digest
-    from stages.tools.check import check_later_stages
-
-    model, tokenizer = tiny_text_family("qwen3_vl")
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_gptq_is_refused_before_the_training(family: str, tmp_path: Path) -> None:
+    model, tokenizer = tiny_text_family(family)
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     paths, base = Paths(tmp_path), tmp_path / "base"
@@ -290,6 +289,17 @@ def test_images_that_cannot_be_used_stand_in_the_ledger(root: Path) -> None:
     checks = params.load.checks.model_dump() | {"image": "fail"}
     with pytest.raises(ValueError, match=r"load\.checks\.image: train\.jsonl:17: .*no such file"):
         load.run(make_params(root, load={**section, "checks": checks}), paths)
+
+
+def test_the_same_question_about_another_image_is_no_near_duplicate(root: Path) -> None:
+    question = "Please describe in a few words what you can see in this picture, and which colours it has."
+    rows = [{"images": [f"pictures/{number}.png"], **say(question, "A square.")} for number in (0, 1, 2, 0)]
+    write_rows(root, [*read_jsonl(root / "data" / "train.jsonl"), *rows])
+    paths, params = Paths(root), make_params(root)
+    checks = params.load.checks.model_dump() | {"near_duplicate": "drop", "near_eval": "drop"}
+    load.run(make_params(root, load={"checks": checks}), paths)
+    entries = [(entry["id"], entry["reason"]) for entry in read_jsonl(paths.out("load", "ledger.jsonl"))]
+    assert entries in ([("train.jsonl:20", "duplicate")], [("train.jsonl:20", "in_eval")])
 
 
 def test_larger_images_are_made_smaller(root: Path) -> None:
