@@ -15,6 +15,10 @@ _PART_KEYS = ("image", "image_url", "url", "path", "base64")
 """Keys that contain the image of a part."""
 
 
+WRITTEN_PLACE = "<image>"
+"""Place of an image in the text of data sets for LLaVA and many others."""
+
+
 def placeholder(processor: ProcessorMixin) -> str:
     """Return the placeholder of an image in the text, before the processor expands it; empty if it has none."""
     return str(getattr(processor, "image_token", None) or "")
@@ -111,6 +115,8 @@ def place_images(
     images = images or inline
     num_places += sum(_texts(message).count(image_token) for message in messages if image_token)
     if images and not num_places:
+        messages, num_places = read_written_places(messages)
+    if images and not num_places:
         messages, num_places = put_images_first(messages, len(images)), len(images)
     if num_places != len(images):
         raise ValueError(
@@ -121,6 +127,34 @@ def place_images(
     starts = [sum(counts[:index]) for index in range(len(counts))]
     split = {name: messages[start : start + count] for name, start, count in zip(columns, starts, counts, strict=True)}
     return {**record, **split}, images
+
+
+def read_written_places(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Replace `<image>` in the text of messages, which many data sets write whatever the model is, by image parts.
+
+    A line break next to it is removed, since the template decides how images and text are separated.
+
+    Args:
+        messages: With a string or a list of text parts as content.
+
+    Returns:
+        The new messages, and how many parts they have.
+    """
+    result, num_places = [], 0
+    for message in messages:
+        text = _texts(message)
+        if WRITTEN_PLACE in text:
+            parts: list[dict[str, Any]] = []
+            pieces = text.split(WRITTEN_PLACE)
+            for number, piece in enumerate(pieces):
+                parts += [{"type": "image"}] if number else []
+                piece = piece.removeprefix("\n") if number else piece
+                piece = piece.removesuffix("\n") if number + 1 < len(pieces) else piece
+                parts += [{"type": "text", "text": piece}] if piece else []
+            num_places += len(pieces) - 1
+            message = {**message, "content": parts}
+        result.append(message)
+    return result, num_places
 
 
 def _texts(message: Mapping[str, Any]) -> str:

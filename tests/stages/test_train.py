@@ -53,7 +53,6 @@ def test_shipped_params_differ_from_the_defaults_of_the_library_in_these_options
         "lr_scheduler_type": "cosine",
         "num_train_epochs": 1.0,
         "on_bad_loss": "stop",
-        "padding_free": True,
         "per_device_eval_batch_size": 1,
         "per_device_train_batch_size": 1,
         "save_steps": 20,
@@ -70,6 +69,7 @@ def test_shipped_params_differ_from_the_defaults_of_the_library_in_these_options
         "max_steps": -1,
         "neftune_noise_alpha": None,
         "output_dir": str(tmp_path),
+        "padding_free": None,  # rows with `seq_lengths` are joined, others as the model allows
         "report_to": [],
         "save_strategy": "steps",
         "use_liger_kernel": False,
