@@ -85,9 +85,7 @@ def quantize_kbit(
     check_weights_finite(model_dir)
     check_half_precision(model_dir)
     loader = auto_class(AutoConfig.from_pretrained(model_dir))
-    model = loader.from_pretrained(
-        model_dir, dtype=torch.float16, quantization_config=_for_text_alone(config, loader, model_dir)
-    )
+    model = _load(loader, model_dir, method, quantization_config=_for_text_alone(config, loader, model_dir))
     _report_progress(on_progress, 1, f"rounded to {method}")
     errors = tuple(_layer_errors(model, model_dir))
     _report_progress(on_progress, 2, f"errors of {len(errors)} layers measured")
@@ -95,7 +93,7 @@ def quantize_kbit(
         model.save_pretrained(raw_dir)
         save_tokenizer(AutoTokenizer.from_pretrained(model_dir), raw_dir)
         copy_processor_files(model_dir, raw_dir)
-        deviation = _loading_deviation(model, raw_dir, sample_input_ids)
+        deviation = _loading_deviation(model, raw_dir, method, sample_input_ids)
     _report_progress(on_progress, 3, "written and read back")
     return KbitReport(
         method=method,
@@ -152,6 +150,26 @@ def _config(method: str) -> BitsAndBytesConfig:
     raise ValueError(f"quantization method {method!r} does not exist: use {', '.join(METHODS)}")
 
 
+def _load(loader: Any, folder: Path, method: str, **options: Any) -> Any:
+    """Load a model in 8 or 4 bits, and check that transformers finds all of its weights.
+
+    Raises:
+        ValueError: It does not, and they would be random; the message names some.
+    """
+    try:
+        model, info = loader.from_pretrained(folder, dtype=torch.float16, output_loading_info=True, **options)
+        missing = sorted(info["missing_keys"])
+    except NotImplementedError as error:  # torch makes no random weights of 8 bits
+        missing = [f"weights of 8 bits ({error})"]
+    if missing:
+        raise ValueError(
+            f"transformers can't load all weights of this model in {method}, so that some would be random: "
+            f"{', '.join(missing[:3])}; it expects the experts of some families, such as Llama 4, in another form "
+            "than it saves them in. Use method none"
+        )
+    return model
+
+
 def _for_text_alone(config: BitsAndBytesConfig, loader: Any, model_dir: Path) -> BitsAndBytesConfig:
     """Return the quantization for the language model alone: the image tower of a vision-language model is kept."""
     with torch.device("meta"):
@@ -200,9 +218,9 @@ def _restored(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
     return int8_vectorwise_dequant(weight.data, weight.SCB).float().cpu()
 
 
-def _loading_deviation(model: Any, folder: Path, rows: Sequence[Sequence[int]]) -> float:
+def _loading_deviation(model: Any, folder: Path, method: str, rows: Sequence[Sequence[int]]) -> float:
     expected = logits_of(model, rows)
-    loaded = auto_class(model.config).from_pretrained(folder, dtype=torch.float16)
+    loaded = _load(auto_class(model.config), folder, method)
     difference = compare_logits(expected, logits_of(loaded, rows))
     deviation = difference.mean / float(torch.cat(expected).std())
     if not deviation <= MAX_DEVIATION:
