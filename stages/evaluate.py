@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from sft.evaluate.gate import GateRow, check_gate, parse_gate
-from sft.evaluate.generation import BegunAnswers, generate_batch
+from sft.evaluate.generation import BegunAnswers, generate_batch, generate_from_inputs
 from sft.evaluate.likelihood import DocumentScores, evaluate_model
 from sft.models.checkpoint import load_tokenizer
 from stages.checkout.artifacts import progress, read_json, write_json, write_jsonl
@@ -19,11 +19,15 @@ from stages.evaluation.lm_eval import load_harness
 from stages.evaluation.results import ModelResult, comparisons
 from stages.evaluation.rows import EvalRows, read_prompts, read_records, render_records
 from stages.evaluation.soundness import check_finite, failed_checks
+from stages.models.images import image_collator
 from stages.models.variants import Variant, find_variants, load_variant, size_mb
 from stages.pages.report import write_report
 from stages.params.figures import ANSWERING, LIKELIHOOD, REFERENCE
 from stages.params.schema import EvaluateSection, Params
 from stages.params.tasks import load_tasks, task_names
+
+if TYPE_CHECKING:
+    from sft.vision.collator import DataCollatorForImageRows
 
 TOKENS_PER_BATCH = 2048
 
@@ -61,7 +65,8 @@ def run(params: Params, paths: Paths) -> None:
     conditions = parse_gate(section.gate)  # the names in it were checked with params.yaml
     total = sum(amount(rows, variant) for variant in variants for rows in (held_out, general) if rows)
     meter = Meter(total + sum(harness.answers(variant.name) for variant in variants if harness is not None))
-    measuring = Measuring(tokenizer, section.batch_size, meter)
+    collator = image_collator(paths, tokenizer) if paths.has_images() else None
+    measuring = Measuring(tokenizer, section.batch_size, meter, collator)
     new_token_ids = read_json(paths.out("format", "summary.json"))["new_token_ids"]
     measured: dict[str, ModelResult] = {}
     # the tuned model is first, as the others are compared with it
@@ -116,11 +121,13 @@ class Measuring:
         tokenizer: Tokenizer of the run.
         batch_size: Prompts per batch of the generation.
         meter: Progress of the evaluation.
+        collator: Reads the images of rows; None = no row has images.
     """
 
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     meter: Meter
+    collator: DataCollatorForImageRows | None = None
 
     def measure(self, model: Any, variant: Variant, asked: EvalRows, reference: ModelResult | None) -> ModelResult:
         """Measure one model on one set of rows: likelihood, and answers if it generates.
@@ -141,6 +148,7 @@ class Measuring:
             on_progress=self.meter,
             on_predictions=begun.learn,
             on_logits=documents.add,
+            collate_images=self.collator,
         )
         result = ModelResult({name: likelihood[name] for name in LIKELIHOOD}, documents)
         result.add_documents()
@@ -159,15 +167,26 @@ class Measuring:
             result: Results of the model.
         """
         started = time.monotonic()
-        answers = generate_batch(
-            model,
-            self.tokenizer,
-            asked.token_ids,
-            asked.max_new_tokens,
-            self.batch_size,
-            on_progress=self.meter,
-            begun=given,
-        )
+        with_images = asked.prompts_with_images
+        of_text = [number for number in range(len(asked.prompts)) if number not in set(with_images)]
+        answers: list[Any] = [None] * len(asked.prompts)
+        if of_text:
+            generated = generate_batch(
+                model,
+                self.tokenizer,
+                [asked.token_ids[number] for number in of_text],
+                asked.max_new_tokens,
+                self.batch_size,
+                on_progress=self.meter,
+                begun=[given[number] for number in of_text],
+            )
+            for number, answer in zip(of_text, generated, strict=True):
+                answers[number] = answer
+        for done, number in enumerate(with_images, start=1):
+            assert self.collator is not None, "prompts have images, and `load` wrote none"
+            inputs = self.collator.prompt(asked.prompts[number]["prompt"], asked.prompts[number]["images"])
+            answers[number] = generate_from_inputs(model, self.tokenizer, inputs, asked.max_new_tokens)
+            self.meter(done, len(with_images), "prompts with images answered")
         seconds = time.monotonic() - started
         num_tokens = sum(answer.num_tokens for answer in answers) - sum(map(len, given))
         result.seconds |= {"generation": round(seconds, 1), "tokens_per_second": round(max(0, num_tokens) / seconds, 1)}

@@ -23,7 +23,16 @@ from sft.chat.render import messages_of
 from sft.chat.template import TemplateSourceError
 from sft.chat.thinking_variable import set_thinking_variable
 from sft.folders import replacing_folder
-from sft.models.checkpoint import save_tokenizer
+from sft.models.checkpoint import (
+    CheckpointError,
+    copy_processor_files,
+    is_image_model,
+    load_image_processor,
+    processor_template,
+    save_tokenizer,
+)
+from sft.vision.chat import VisionTemplate
+from sft.vision.places import placeholder
 from stages.checkout.artifacts import JsonlWriter, progress, read_json, read_jsonl, write_json
 from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
@@ -47,11 +56,17 @@ def run(params: Params, paths: Paths) -> None:
     tokenizer = cast(
         PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(base, trust_remote_code=params.model.trust_remote_code)
     )
+    own_template = processor_template(base)
+    if own_template:
+        tokenizer.chat_template = own_template
     num_base_tokens = len(tokenizer)
     stop_token_ids = _stop_token_ids(base)
-    new_eos = prepare_tokenizer(tokenizer, section, paths, stop_token_ids)
+    image_model = readable_image_model(base, paths)
+    image_token = None if image_model is None else placeholder(load_image_processor(image_model))
+    new_eos = prepare_tokenizer(tokenizer, section, paths, stop_token_ids, image_token)
     with replacing_folder(paths.out("format")) as folder:
         save_tokenizer(tokenizer, folder / "tokenizer")
+        copy_processor_files(base, folder / "tokenizer")
         work = RenderingWork(
             folder / "tokenizer",
             params.model.trust_remote_code,
@@ -63,6 +78,7 @@ def run(params: Params, paths: Paths) -> None:
             tuple(section.add_special_tokens),
             stop_token_ids,
             with_prompts=False,
+            image_model=image_model,
         )
         with Formatter(folder, tokenizer, work, section) as formatter:
             for split in SPLITS:
@@ -81,7 +97,11 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, section: FormatSection, paths: Paths, stop_token_ids: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase,
+    section: FormatSection,
+    paths: Paths,
+    stop_token_ids: tuple[int, ...],
+    image_token: str | None = None,
 ) -> str | None:
     """Set the chat template and add the tokens that params.yaml states, in place.
 
@@ -90,6 +110,7 @@ def prepare_tokenizer(
         section: The section `format` of params.yaml.
         paths: Paths of the checkout.
         stop_token_ids: Ids at which the base model's generation stops.
+        image_token: Placeholder of an image in the text; None = rows are rendered without a processor.
 
     Returns:
         The new end-of-sequence token, if the template ends turns with a token at which generation did not stop.
@@ -110,13 +131,34 @@ def prepare_tokenizer(
             _set_template_variables(tokenizer, section)
         _set_thinking_variable(tokenizer, section, paths)
         if tokenizer.chat_template and _has_chats(paths):
-            align_eos_with_template(tokenizer, stop_token_ids)
+            template = None
+            if image_token is not None:
+                template = VisionTemplate.probe(tokenizer.chat_template, tokenizer.special_tokens_map, image_token)
+            align_eos_with_template(tokenizer, stop_token_ids, template)
     except TemplateSourceError as error:
         which = section.chat_template or f"null, the base model's own in {tokenizer.name_or_path}"
         way_out = "Fix the template, or name a format: " + ", ".join(FORMATS)
         raise ValueError(f"params.yaml, format.chat_template ({which}): {error}. {way_out}") from error
     ensure_pad_token(tokenizer, may_add=False)
     return str(tokenizer.eos_token) if tokenizer.eos_token != before else None
+
+
+def readable_image_model(base: Path, paths: Paths) -> Path | None:
+    """Return the folder of a base model whose processor rows are rendered with; None if they are text alone.
+
+    Raises:
+        ValueError: Rows have images, and the processor can't be created here.
+    """
+    if not is_image_model(base):
+        return None
+    try:
+        load_image_processor(base)
+    except CheckpointError as error:
+        if paths.has_images():
+            raise
+        print(f"note: {error}; the rows are text alone, and are rendered with the tokenizer", flush=True)
+        return None
+    return base
 
 
 def _set_template_variables(tokenizer: PreTrainedTokenizerBase, section: FormatSection) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sft.data.messages import IMAGE_COLUMNS, Problem, RowError, validate_record
-from sft.data.records import Layout, normalize, numbers_as_text, record_digest
+from sft.data.messages import Problem, RowError, validate_record
+from sft.data.records import normalize, numbers_as_text, record_digest
 from sft.data.source_row import Row
 from sft.folders import replacing_folder
 from stages.checkout.artifacts import JsonlWriter, progress, write_json
@@ -16,6 +16,7 @@ from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
 from stages.loading.accounts import Accounts
 from stages.loading.checks import Note, RowChecks, SetChecks
+from stages.loading.images import IMAGE_REASONS, Home, ImageStore
 from stages.loading.selection import Selection
 from stages.loading.sources import Source, open_source
 from stages.models.resolve import resolve_base_model
@@ -41,7 +42,8 @@ def run(params: Params, paths: Paths) -> None:
     held_out = [open_source(file, paths, "load.eval.path", with_damaged=with_damaged)] if file else []
     base_model = resolve_base_model(params.model, paths.root)
     with replacing_folder(paths.out("load")) as folder:
-        with Intake(folder, section) as intake:
+        images = ImageStore(folder / paths.images.name, section.images, Path(base_model.path))
+        with Intake(folder, section, images, paths.data) as intake:
             intake.take(held_out, "eval")
             intake.take(train, "train")
             intake.check_training_rows()
@@ -49,25 +51,6 @@ def run(params: Params, paths: Paths) -> None:
         write_json(folder / "card.json", {"sources": intake.accounts.cards, **figures})
         write_json(folder / "base_model.json", base_model.record())
     write_json(paths.metrics("load"), figures)
-
-
-def refuse_images(columns: Mapping[str, Any], layout: Layout) -> None:
-    """Check that a row has no images, which would be ignored by the training.
-
-    Args:
-        columns: The row, after the mapping of its source.
-        layout: How the row becomes a record.
-
-    Raises:
-        RowError: The row has images; the message names the column.
-    """
-    found = [name for name in IMAGE_COLUMNS if name not in layout.content and columns.get(name)]
-    if found:
-        raise RowError(
-            "has_media",
-            f"the column {found[0]} holds images, and the pipeline trains on text alone; remove it, or train with "
-            "SFTTrainer and a processor",
-        )
 
 
 class OmittedRow(RowError):
@@ -80,11 +63,15 @@ class Intake(ExitStack):
     Args:
         folder: Output folder.
         section: The section `load` of params.yaml.
+        images: Folder of the rows' images.
+        data: The folder that paths of images may not lead out of.
     """
 
-    def __init__(self, folder: Path, section: LoadSection) -> None:
+    def __init__(self, folder: Path, section: LoadSection, images: ImageStore, data: Path) -> None:
         super().__init__()
         self._section = section
+        self._images = images
+        self._data = data
         self.accounts = Accounts(section, self.enter_context(Ledger(folder / "ledger.jsonl", "load")))
         self._writers = {name: self.enter_context(JsonlWriter(folder / f"{name}.jsonl")) for name in ("train", "eval")}
         self._selection = Selection(section.seed)
@@ -151,9 +138,9 @@ class Intake(ExitStack):
         if row.damage is not None:
             raise RowError("unreadable", str(row.damage))
         columns = source.mapping.apply(row.columns)
-        refuse_images(columns, source.layout)
         try:
-            return normalize(columns, source.layout, prune_nulls=row.has_added_nulls), []
+            record = normalize(columns, source.layout, prune_nulls=row.has_added_nulls)
+            return self._with_images(record, columns, row, source), []
         except RowError as error:
             columns, found = numbers_as_text(columns, source.layout)
             if error.reason not in NOT_TEXT or not found:
@@ -161,7 +148,23 @@ class Intake(ExitStack):
         wanted, problem = self._section.checks.number, Problem("number", "; ".join(found)[:300])
         if wanted == "drop":
             raise RowError("number", f"{problem.detail}, where text is needed; load.checks.number: repair writes it so")
-        return normalize(columns, source.layout, prune_nulls=row.has_added_nulls), [Note(Action(wanted), problem)]
+        record = normalize(columns, source.layout, prune_nulls=row.has_added_nulls)
+        return self._with_images(record, columns, row, source), [Note(Action(wanted), problem)]
+
+    def _with_images(self, record: dict[str, Any], columns: dict[str, Any], row: Row, source: Source) -> dict[str, Any]:
+        """Return a record with the names of its images' files, see `ImageStore.placed`.
+
+        Raises:
+            RowError: An image can't be used.
+            ValueError: The same, and `load.checks.image` is `fail`.
+        """
+        home = Home(source.folder_of(row, self._data), self._data)
+        try:
+            return self._images.placed(record, columns, source.layout.content, home)
+        except RowError as error:
+            if error.reason in IMAGE_REASONS and self._section.checks.image == "fail":
+                raise ValueError(f"params.yaml, load.checks.image: {row.id}: {error}") from None
+            raise
 
     def _place(
         self,
@@ -240,4 +243,8 @@ class Intake(ExitStack):
         Raises:
             ValueError: As in `Accounts.close`.
         """
-        return self.accounts.close({name: writer.num_rows for name, writer in self._writers.items()})
+        figures = self.accounts.close({name: writer.num_rows for name, writer in self._writers.items()})
+        for writer in self._writers.values():
+            writer.close()
+        self._images.close(writer.path for writer in self._writers.values())
+        return figures

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
+from transformers import PreTrainedTokenizerBase
 
 from sft.export.merge import MergeReport, copy_checkpoint, merge_adapter
+from sft.export.proof import Row
 from sft.folders import replacing_folder
 from sft.models.checkpoint import load_tokenizer
 from stages.checkout.artifacts import progress, write_json
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
+from stages.models.images import image_collator
 from stages.params.schema import Params
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -30,11 +33,12 @@ def run(params: Params, paths: Paths) -> None:
     started = time.monotonic()
     trained = paths.out("train", "model")
     has_adapter = (trained / ADAPTER_CONFIG).is_file()
+    tokenizer = load_tokenizer(trained)
     options: dict[str, Any] = {
-        "sample_input_ids": sample_rows(paths, params.merge.num_sample_rows),
+        "sample_input_ids": sample_rows(paths, params.merge.num_sample_rows, tokenizer),
         "tolerance": params.merge.tolerance,
         "dtype": params.merge.dtype,
-        "tokenizer": load_tokenizer(trained),
+        "tokenizer": tokenizer,
         "trust_remote_code": params.model.trust_remote_code,
     }
     progress(0, NUM_STEPS, "merging the adapter into its base" if has_adapter else "copying the weights")
@@ -49,8 +53,8 @@ def run(params: Params, paths: Paths) -> None:
     write_json(paths.timings("merge"), {"seconds": time.monotonic() - started})
 
 
-def sample_rows(paths: Paths, num_rows: int) -> list[list[int]]:
-    """Return the token ids of the documents of the first packed eval rows.
+def sample_rows(paths: Paths, num_rows: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Return the token ids of the documents of the first packed eval rows, or the model's inputs if they have images.
 
     The logits of each document are compared alone, without the others of its row.
 
@@ -58,7 +62,13 @@ def sample_rows(paths: Paths, num_rows: int) -> list[list[int]]:
         ValueError: There are no eval rows.
     """
     rows = load_from_disk(str(paths.out("pack", "eval")))
-    documents = [document for index in range(min(num_rows, len(rows))) for document in split_row(rows[index])]
+    chosen = [rows[index] for index in range(min(num_rows, len(rows)))]
+    documents: list[Row] = []
+    for row in chosen:
+        if row.get("images"):
+            documents.append(image_collator(paths, tokenizer).inputs(row))
+        else:
+            documents.extend(split_row(row))
     if not documents:
         raise ValueError(
             f"{paths.out('pack', 'eval')} contains no documents, on which the merged logits must be compared"

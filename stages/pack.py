@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,10 @@ from sft.tokens.preview import preview_masks
 from stages.checkout.artifacts import progress, write_json, write_jsonl, write_text
 from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
+from stages.models.base import read_base_model
 from stages.pages.data import SplitFacts, choose_previews, write_data_page
 from stages.params.schema import PackSection, Params
-from stages.shards.encoding import Documents, Kept, encode_split
+from stages.shards.encoding import DocumentImages, Documents, ImageFiles, Kept, encode_split
 
 SPLITS = ("train", "eval")
 SCRATCH = "scratch"
@@ -58,11 +59,14 @@ def run(params: Params, paths: Paths) -> None:
     tokenizer_folder = paths.out("format", "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     splits: dict[str, SplitFacts] = {}
+    image_files = find_image_files(params.pack, paths)
     with replacing_folder(paths.out("pack")) as folder, Ledger(folder / "ledger.jsonl", "pack") as ledger:
         for number, split in enumerate(SPLITS):
             progress(number, len(SPLITS), f"packing {split}")
             rendered = paths.out("format", f"{split}.jsonl")
-            documents = encode_split(rendered, tokenizer_folder, folder / SCRATCH / split, params.pack, ledger)
+            scratch = folder / SCRATCH / split
+            documents = encode_split(rendered, tokenizer_folder, scratch, params.pack, ledger, image_files)
+            check_images_kept(documents, params.pack)
             splits[split], kept = pack_split(documents, params.pack, split, folder, ledger)
             if split == "train":
                 packed = load_from_disk(str(folder / split))
@@ -75,6 +79,51 @@ def run(params: Params, paths: Paths) -> None:
     if num_crossed:
         print(f"warning: {CROSSED.format(num_crossed)}", flush=True)
     progress(len(SPLITS), len(SPLITS), summary(splits["train"].figures))
+
+
+def find_image_files(section: PackSection, paths: Paths) -> ImageFiles | None:
+    """Return where the images of rows are; None if no row has images.
+
+    Raises:
+        ValueError: There are images, and `pack.strategy` would join rows.
+    """
+    if not paths.has_images():
+        return None
+    if section.strategy != "none":
+        raise ValueError(
+            f"params.yaml, pack.strategy: {section.strategy} joins rows, and rows with images can't be joined; state "
+            "none (one document per row)"
+        )
+    return ImageFiles(Path(read_base_model(paths.out("load", "base_model.json")).path), paths.images)
+
+
+def check_images_kept(documents: Documents, section: PackSection) -> None:
+    """Check that the length limit cuts into no image.
+
+    Raises:
+        ValueError: It does, and long documents are not dropped; names the first one.
+    """
+    if section.overflow == "drop":
+        return
+    limit = section.max_length
+    for number, images in enumerate(documents.images):
+        length = int(documents.lengths[number])
+        if images.end > limit or (images.names and length > limit and section.overflow == "split"):
+            raise ValueError(
+                f"params.yaml, pack.max_length: {documents.ids[number].as_py()} has {length} tokens, those of its "
+                f"images up to number {images.end}, and {section.overflow} at {limit} would separate images from "
+                "their text; raise it, lower load.images.max_side, or state overflow: drop"
+            )
+
+
+def with_images(tables: Iterator[pa.Table], plan: RowPlan, images: Sequence[DocumentImages]) -> Iterator[pa.Table]:
+    """Add the columns `text` and `images` to rows of one document each."""
+    first = 0
+    for table in tables:
+        chosen = [images[number] for number in plan.pieces.document[first : first + len(table)].tolist()]
+        first += len(table)
+        table = table.append_column("text", pa.array([each.text for each in chosen], pa.string()))
+        yield table.append_column("images", pa.array([list(each.names) for each in chosen], pa.list_(pa.string())))
 
 
 def summary(figures: Mapping[str, Any]) -> str:
@@ -115,7 +164,11 @@ def pack_split(
         entered += list(num_lost.values())
     count = RowCount()
     tables = row_tables(documents.columns, plan)
-    write_rows(count.through(tables if section.strategy != "none" else without_lengths(tables)), folder / split)
+    if section.strategy == "none":
+        tables = without_lengths(tables)
+    if documents.images:
+        tables = with_images(tables, plan, documents.images)
+    write_rows(count.through(tables), folder / split)
     written = np.array([count.filled().sum(), count.num_trained])
     assert (before == written + entered).all(), f"{before} tokens (trained) in, {written} out, {entered} in the ledger"
     write_jsonl(folder / f"{split}_index.jsonl", index_entries(documents.ids, plan))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from datasets import load_from_disk
+from transformers import AutoConfig
 
 from sft.export.gptq import GPTQSettings, QuantizeReport, quantize_gptq
 from sft.export.quantization import MIN_ROW_TOKENS, select_calibration
@@ -105,9 +106,16 @@ def export(precision: str, paths: Paths, rows: list[list[int]]) -> dict[str, flo
 
 
 def calibration_rows(section: QuantizeSection, paths: Paths) -> list[list[int]]:
-    """Choose the packed training rows on which GPTQ measures activations, by quantize.seed."""
+    """Choose the packed training rows on which GPTQ measures activations, by quantize.seed.
+
+    Those of rows with images are without their images' tokens, since the image tower is not quantized.
+    """
     train = load_from_disk(str(paths.out("pack", "train")))
     rows = train["input_ids"][:]
+    if "images" in train.column_names:
+        config = AutoConfig.from_pretrained(paths.out("merge", "model"))
+        image_token = getattr(config, "image_token_id", None)
+        rows = [[token for token in row if token != image_token] for row in rows]
     chosen = select_calibration(rows, section.num_calibration_rows, section.calibration_length, section.seed)
     if section.method == "gptq":
         num_short = sum(len(row) < MIN_ROW_TOKENS for row in rows)

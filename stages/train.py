@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from sft.config import SFTConfig
 from sft.folders import replacing_folder
 from sft.models.adapters import count_parameters
-from sft.models.checkpoint import save_tokenizer
+from sft.models.checkpoint import copy_processor_files, save_tokenizer
 from sft.models.weight_kinds import weight_shares
 from sft.train.bad_updates import BAD_UPDATE
 from sft.train.trainer import SFTTrainer
@@ -177,7 +176,7 @@ def save_results(trainer: SFTTrainer, paths: Paths, more: dict[str, Any]) -> Non
     if not losses or not math.isfinite(losses[-1]):
         last = losses[-1] if losses else "nothing"
         raise ValueError(f"training ended with loss {last}; lower train.learning_rate, or look at the data")
-    save_trained_model(trainer, paths.out("train", "model"))
+    save_trained_model(trainer, paths)
     if not trainer.is_world_process_zero():
         return
     write_text(paths.out("train", "curve.csv"), curve_csv(log))
@@ -227,8 +226,9 @@ def write_timings(paths: Paths, seconds: float, num_tokens: int, throughput: Thr
     write_json(paths.timings("train"), timings)
 
 
-def save_trained_model(trainer: SFTTrainer, target: Path) -> None:
-    """Write the model or adapter, gathered from all processes by the first one."""
+def save_trained_model(trainer: SFTTrainer, paths: Paths) -> None:
+    """Write the model or adapter, gathered from all processes by the first one, with tokenizer and processor."""
+    target = paths.out("train", "model")
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if not trainer.is_world_process_zero():
@@ -238,3 +238,4 @@ def save_trained_model(trainer: SFTTrainer, target: Path) -> None:
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
         save_tokenizer(trainer.processing_class, folder)
+        copy_processor_files(paths.out("format", "tokenizer"), folder)

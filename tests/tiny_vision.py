@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.idefics3.configuration_idefics3 import Idefics3Config
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.modeling_idefics3 import Idefics3ForConditionalGeneration
@@ -28,6 +29,11 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMForConditionalGe
 from tests.tiny import tiny_tokenizer
 
 FAMILIES = ("llava", "qwen2_vl", "idefics3")
+
+TEXT_FAMILIES = ("qwen3_vl", "qwen3_5", "gemma3", "gemma4", "mistral3")
+"""Families whose processors need torchvision or tokenizers of their own, for rows of text."""
+
+QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
@@ -163,3 +169,72 @@ def tiny_vision_model(family: str, processor: ProcessorMixin) -> PreTrainedModel
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def tiny_text_family(family: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A seeded model of width 16 of one of `TEXT_FAMILIES`, made from its config, and a tokenizer for it."""
+    tokenizer = vision_tokenizer(*QWEN_TOKENS)
+    tokenizer.chat_template = QWEN_TEMPLATE
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(QWEN_TOKENS))
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {
+        **small,
+        "vocab_size": len(tokenizer),
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "mrope_interleaved": True}
+    eyes = {**small, "image_size": 16, "patch_size": 4}
+    qwen_eyes = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
+    qwen_eyes |= {"spatial_merge_size": 2, "out_hidden_size": 16, "num_position_embeddings": 16}
+    qwen_ids = {"image_token_id": image, "video_token_id": video}
+    qwen_ids |= {"vision_start_token_id": start, "vision_end_token_id": end}
+    ids = {"image_token_id": image, "boi_token_id": start, "eoi_token_id": end}
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 1}
+    linear |= {"linear_num_value_heads": 2, "layer_types": ["linear_attention", "full_attention"]}
+    configs: dict[str, dict[str, Any]] = {
+        "qwen3_vl": {
+            "text_config": {**text, "rope_parameters": rope},
+            "vision_config": {**qwen_eyes, "deepstack_visual_indexes": [0]},
+            **qwen_ids,
+        },
+        "qwen3_5": {
+            "text_config": {**text, **linear, "rope_parameters": {**rope, "partial_rotary_factor": 1.0}},
+            "vision_config": qwen_eyes,
+            **qwen_ids,
+        },
+        "gemma3": {
+            "text_config": {**text, "sliding_window": 16, "query_pre_attn_scalar": 8},
+            "vision_config": eyes,
+            "mm_tokens_per_image": 4,
+            **ids,
+        },
+        "gemma4": {
+            "text_config": {
+                **text,
+                "sliding_window": 16,
+                "global_head_dim": 8,
+                "num_global_key_value_heads": 1,
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": len(tokenizer),
+                "num_kv_shared_layers": 0,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "vision_config": {**eyes, "num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 2},
+            "audio_config": None,
+            "video_token_id": video,
+            **ids,
+        },
+        "mistral3": {
+            "text_config": {"model_type": "mistral", **text},
+            "vision_config": {"model_type": "pixtral", **eyes, "head_dim": 8},
+            "image_token_id": image,
+            "vision_feature_layer": -1,
+        },
+    }
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(CONFIG_MAPPING[family](**configs[family])), tokenizer

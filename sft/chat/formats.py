@@ -151,17 +151,20 @@ def _literal(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def align_eos_with_template(tokenizer: PreTrainedTokenizerBase, stop_token_ids: tuple[int, ...] = ()) -> str | None:
+def align_eos_with_template(
+    tokenizer: PreTrainedTokenizerBase, stop_token_ids: tuple[int, ...] = (), template: ChatTemplate | None = None
+) -> str | None:
     """Make the token that ends a turn in the template the end-of-sequence token, unless generation stops at it anyway.
 
     Args:
         tokenizer: A tokenizer with a chat template.
         stop_token_ids: Ids at which generation stops in addition to the tokenizer's own, as in the generation config.
+        template: The template as it renders rows; None = the tokenizer's, for messages of text.
 
     Returns:
         The new end-of-sequence token; None if it did not change.
     """
-    template = ChatTemplate(tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map))
+    template = template or ChatTemplate(tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map))
     profile = TemplateProfile.probe(template, special_token_texts(tokenizer))
     stop = profile.stop_token
     if stop is None or stop == tokenizer.eos_token or tokenizer.convert_tokens_to_ids(stop) in stop_token_ids:

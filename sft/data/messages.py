@@ -42,7 +42,10 @@ WEIGHT_KEYS = ("weight", "loss_weight", "loss_scale")
 IMAGE_COLUMNS = ("images", "image")
 """Columns that contain the images of a row."""
 
-MEDIA = ("image", "image_url", "input_image", "video", "video_url", "input_video", "audio", "audio_url", "input_audio")
+IMAGE_PARTS = ("image", "image_url", "input_image")
+"""Types of content parts that are images."""
+
+MEDIA = (*IMAGE_PARTS, "video", "video_url", "input_video", "audio", "audio_url", "input_audio")
 """Types of content parts that are not text."""
 
 # The roles that the error for an unknown role suggests; the other keys of ROLES are accepted too.
@@ -246,19 +249,22 @@ def _tool(tool: Any, prune_nulls: bool) -> dict[str, Any]:
     return {"type": "function", "function": _pruned(dict(function), prune_nulls)}
 
 
-def validate_messages(messages: Sequence[Mapping[str, Any]], *, require_alternation: bool = True) -> list[Problem]:
+def validate_messages(
+    messages: Sequence[Mapping[str, Any]], *, require_alternation: bool = True, with_images: bool = False
+) -> list[Problem]:
     """List the faults that make a normalized conversation unfit for training.
 
     Args:
         messages: Messages as `normalize_messages` returns them.
         require_alternation: After an optional system message, user and assistant must take turns, beginning with the
             user and ending with the assistant; tool results follow the call that asked for them.
+        with_images: Whether messages may have images.
 
     Returns:
         All problems; empty if there are none.
     """
     problems = [problem for index, message in enumerate(messages) for problem in _message_problems(message, index)]
-    problems += media_problems(messages)
+    problems += media_problems(messages, with_images=with_images)
     if not any(message["role"] == "assistant" for message in messages):
         problems.append(Problem("no_answer", f"{len(messages)} messages, none by the assistant"))
     elif require_alternation:
@@ -266,14 +272,20 @@ def validate_messages(messages: Sequence[Mapping[str, Any]], *, require_alternat
     return problems
 
 
-def media_problems(messages: Sequence[Mapping[str, Any]]) -> list[Problem]:
-    """List the parts of normalized messages that a text model cannot process, such as images."""
+def media_problems(messages: Sequence[Mapping[str, Any]], *, with_images: bool = False) -> list[Problem]:
+    """List the parts of normalized messages that a model cannot process.
+
+    Args:
+        messages: Messages as `normalize_messages` returns them.
+        with_images: Whether the model processes images besides text.
+    """
+    trained = "only text and images are" if with_images else "only text is"
     return [
-        Problem("has_media", f"message {index} has a part of type {part['type']!r}, and only text is trained here")
+        Problem("has_media", f"message {index} has a part of type {part['type']!r}, and {trained} trained here")
         for index, message in enumerate(messages)
         if is_messages(message["content"])
         for part in message["content"]
-        if part["type"] in MEDIA
+        if part["type"] in MEDIA and not (with_images and part["type"] in IMAGE_PARTS)
     ]
 
 
@@ -333,20 +345,26 @@ def _order_problems(turns: list[tuple[str, bool]]) -> list[Problem]:
 
 
 def validate_record(record: Mapping[str, Any], *, require_alternation: bool = True) -> list[Problem]:
-    """List the faults that make a record of any kind unfit for training; see `validate_messages`."""
+    """List the faults that make a record of any kind unfit for training; see `validate_messages`.
+
+    A record with the key `images` may have images in its messages.
+    """
+    with_images = "images" in record
     if "messages" in record:
-        return validate_messages(record["messages"], require_alternation=require_alternation)
+        return validate_messages(record["messages"], require_alternation=require_alternation, with_images=with_images)
     if "completion" in record:
-        return _pair_problems(record["prompt"], record["completion"], require_alternation)
+        return _pair_problems(record["prompt"], record["completion"], require_alternation, with_images)
     if "text" in record:
         return [] if record["text"].strip() else [Problem("empty_text", "the text is empty")]
     return [] if len(record["input_ids"]) else [Problem("empty_text", "input_ids is empty")]
 
 
-def _pair_problems(prompt: Any, completion: Any, require_alternation: bool) -> list[Problem]:
+def _pair_problems(prompt: Any, completion: Any, require_alternation: bool, with_images: bool) -> list[Problem]:
     if isinstance(completion, str):
         return [] if completion.strip() else [Problem("empty_answer", "the completion is empty")]
-    problems = validate_messages([*prompt, *completion], require_alternation=require_alternation)
+    problems = validate_messages(
+        [*prompt, *completion], require_alternation=require_alternation, with_images=with_images
+    )
     if completion[0]["role"] != "assistant":
         problems.append(
             Problem("wrong_order", f"the completion begins with {completion[0]['role']}, expected assistant")

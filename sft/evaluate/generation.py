@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 
 from sft.evaluate.likelihood import Document, Progress
 from sft.evaluate.prefix_cache import SharedPrefix, forward_parameters, share_prefix
+from sft.inner_model import on_model
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,28 @@ def generate_batch(
     finally:
         model.train(training)
     return [_generation(answer, stop_ids, tokenizer) for answer in answers]
+
+
+@torch.inference_mode()
+def generate_from_inputs(
+    model: Any, tokenizer: PreTrainedTokenizerBase, inputs: Mapping[str, torch.Tensor], max_new_tokens: int
+) -> Generation:
+    """Generate the greedy answer to one prompt with images, by the model's own `generate`.
+
+    Args:
+        model: Vision-language model, with or without an adapter.
+        tokenizer: Decodes the answer.
+        inputs: The model's inputs for the prompt, each with a batch of one.
+        max_new_tokens: Largest number of tokens of the answer, stop token included.
+    """
+    stop_ids = stop_token_ids(model, tokenizer)
+    training = model.training
+    model.eval()
+    try:
+        (tokens,) = _generate(model, inputs, stop_ids, max_new_tokens)
+    finally:
+        model.train(training)
+    return _generation(tokens, stop_ids, tokenizer)
 
 
 def stop_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -218,7 +241,9 @@ def _continue_same_length(
 ) -> list[list[int]]:
     """Continue sequences of one length greedily, by the model's own states if they give the answers of a full pass."""
     try:
-        answers = _generate(model, rows, stop_ids, max_new_tokens)
+        input_ids = torch.tensor([list(row) for row in rows])
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        answers = _generate(model, inputs, stop_ids, max_new_tokens)
     except CACHE_ERRORS as error:
         _warn_once(f"{_family(model)} can't generate with its states ({type(error).__name__}): answers take longer")
         logger.debug("generation of %s", _family(model), exc_info=error)
@@ -252,7 +277,9 @@ def _continue_by_full_passes(
     return answer
 
 
-def _generate(model: Any, rows: Sequence[Sequence[int]], stop_ids: list[int], max_new_tokens: int) -> list[list[int]]:
+def _generate(
+    model: Any, inputs: Mapping[str, torch.Tensor], stop_ids: list[int], max_new_tokens: int
+) -> list[list[int]]:
     """Continue sequences of one length by the model's own `generate`, which knows the states of its family."""
     device = next(model.parameters()).device
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -262,11 +289,11 @@ def _generate(model: Any, rows: Sequence[Sequence[int]], stop_ids: list[int], ma
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0]
     )
     try:
-        input_ids = torch.tensor([list(row) for row in rows], device=device)
-        generated = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        generated = model.generate(**on_model(inputs, model, device))
     finally:
         inner.generation_config = configured
-    return [_truncate(row, stop_ids, max_new_tokens) for row in generated[:, input_ids.shape[1] :].tolist()]
+    length = inputs["input_ids"].shape[1]
+    return [_truncate(row, stop_ids, max_new_tokens) for row in generated[:, length:].tolist()]
 
 
 def _left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -337,6 +364,8 @@ class BegunAnswers:
             document: Scored document. All tokens before one of its supervised spans may be a prompt.
             predicted: Most likely token at each of its supervised positions.
         """
+        if document.row is not None:  # a prompt of the same tokens may have other images
+            return
         most_likely = dict(zip(document.supervised, predicted, strict=True))
         for start in most_likely:
             if start - 1 in most_likely:

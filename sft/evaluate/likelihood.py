@@ -11,6 +11,7 @@ distributes the remaining probability over the other tokens as the reference doe
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sft.evaluate.prefix_cache import SharedPrefix, forward_parameters, share_prefix
+from sft.inner_model import on_model
 from sft.labels import IGNORE_INDEX
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, torch.Tensor]]
+"""Makes a batch of rows."""
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, text)."""
@@ -32,11 +37,15 @@ NUM_KEPT = 64
 
 @dataclass(frozen=True)
 class Document:
-    """One document, truncated after its last supervised token; `index` is its position in the input."""
+    """One document, truncated after its last supervised token; `index` is its position in the input.
+
+    A document with images also has its `row`.
+    """
 
     index: int
     input_ids: list[int]
     labels: list[int]
+    row: Mapping[str, Any] | None = None
 
     @property
     def supervised(self) -> list[int]:
@@ -52,6 +61,7 @@ def evaluate_model(
     on_progress: Progress | None = None,
     on_predictions: Callable[[Document, list[int]], None] | None = None,
     on_logits: Callable[[Sequence[Document], torch.Tensor, torch.Tensor], None] | None = None,
+    collate_images: Collate | None = None,
 ) -> dict[str, float]:
     """Compute loss, perplexity and token accuracy of a causal model on supervised tokens.
 
@@ -69,25 +79,36 @@ def evaluate_model(
         on_predictions: Called with each document and the most likely token at each of its supervised positions.
         on_logits: Called with the documents of a batch, their logits `(num_supervised, vocabulary)` in the same order,
             and the targets `(num_supervised,)`.
+        collate_images: Makes a batch of rows that have `images`, with `input_ids`, `labels` and the images' tensors.
 
     Returns:
         `loss` (mean negative log-likelihood in nats per supervised token), `perplexity`, `token_accuracy`,
         `num_tokens`.
 
     Raises:
-        ValueError: No row has a supervised token.
+        ValueError: No row has a supervised token, or rows have images and `collate_images` is missing.
     """
     documents = list(split_documents(rows))
+    if collate_images is None and any(document.row is not None for document in documents):
+        raise ValueError("rows have images, and evaluate_model is given no collate_images, which reads them")
     if not documents:
         raise ValueError(f"none of the {len(rows)} rows has a token with a label: nothing can be evaluated")
     training = model.training
     model.eval()
     losses, hits, num_tokens, done = 0.0, 0, 0, 0
     try:
-        limit = min(map(_first_supervised, documents)) - 1
-        prefix = share_prefix(model, [document.input_ids for document in documents], limit)
-        for batch in _batches(documents, tokens_per_batch, prefix.length):
-            logits, targets = _supervised_logits(model, batch, prefix)
+        texts = [document for document in documents if document.row is None]
+        pictures = [document for document in documents if document.row is not None]
+        limit = min(map(_first_supervised, texts), default=1) - 1
+        prefix = share_prefix(model, [document.input_ids for document in texts], limit)
+        batches = itertools.chain(
+            _batches(texts, tokens_per_batch, prefix.length), _batches(pictures, tokens_per_batch, 0)
+        )
+        for batch in batches:
+            if batch[0].row is not None and collate_images is not None:
+                logits, targets = _logits_with_images(model, batch, collate_images)
+            else:
+                logits, targets = _supervised_logits(model, batch, prefix)
             losses += float(cross_entropy(logits, targets, reduction="sum"))
             predicted = logits.argmax(-1)
             hits += int((predicted == targets).sum())
@@ -132,7 +153,8 @@ def split_documents(rows: Sequence[Mapping[str, Any]]) -> Iterator[Document]:
             supervised = Document(index, input_ids[piece], labels[piece]).supervised
             if supervised:
                 last = supervised[-1] + 1
-                yield Document(index, input_ids[piece][:last], labels[piece][:last])
+                with_images = row if row.get("images") else None
+                yield Document(index, input_ids[piece][:last], labels[piece][:last], with_images)
                 index += 1
 
 
@@ -175,6 +197,20 @@ def _supervised_logits(
     else:
         logits = model(**inputs).logits[:, positions]
     targets = targets[:, positions]
+    supervised = targets != IGNORE_INDEX
+    return logits[supervised].float(), targets[supervised]
+
+
+def _logits_with_images(
+    model: nn.Module, batch: Sequence[Document], collate: Collate
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same as `_supervised_logits` for documents with images."""
+    inputs = dict(collate([document.row for document in batch if document.row is not None]))
+    inputs.pop("loss_weights", None)
+    labels = inputs.pop("labels")
+    device = next(model.parameters()).device
+    logits = model(**on_model(inputs, model, device), use_cache=False).logits[:, :-1]
+    targets = labels[:, 1:].to(device)
     supervised = targets != IGNORE_INDEX
     return logits[supervised].float(), targets[supervised]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -31,7 +32,8 @@ from sft.export.quantization import (
     linear_widths,
 )
 from sft.folders import replacing_folder
-from sft.models.checkpoint import save_tokenizer
+from sft.inner_model import outside_language_model
+from sft.models.checkpoint import auto_class, copy_processor_files, save_tokenizer
 from sft.models.weight_kinds import router_layers, stacked_experts
 
 METHODS = ("int8", "nf4")
@@ -41,6 +43,9 @@ CPU_OUTPUTS = 32
 
 MAX_DEVIATION = 0.05
 """Largest accepted mean difference of logits over their standard deviation, between saved and loaded model."""
+
+NO_BLOCK = -1
+"""Number that the report gives to the block of layers that are in none."""
 
 NUM_STEPS = 3
 """Number of calls of `on_progress`."""
@@ -62,7 +67,8 @@ def quantize_kbit(
 ) -> KbitReport:
     """Quantize the linear layers of a plain checkpoint folder and write a folder that plain transformers loads.
 
-    Embeddings, norms, the head, routers and experts that are stacked into parameters are saved in half precision.
+    Embeddings, norms, the head, routers, experts that are stacked into parameters, and the image tower, if there is
+    one, are saved in half precision.
 
     Args:
         model_dir: Folder with `config.json`, safetensors and tokenizer.
@@ -83,14 +89,16 @@ def quantize_kbit(
     check_calibration(model_dir, sample_input_ids)
     check_weights_finite(model_dir)
     check_half_precision(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float16, quantization_config=config)
-    with open_tensors(model_dir) as sources:
-        errors = tuple(_layer_errors(model, sources))
+    loader = auto_class(AutoConfig.from_pretrained(model_dir))
+    model = _load(loader, model_dir, method, quantization_config=_for_text_alone(config, loader, model_dir))
+    _report_progress(on_progress, 1, f"rounded to {method}")
+    errors = tuple(_layer_errors(model, model_dir))
     _report_progress(on_progress, 2, f"errors of {len(errors)} layers measured")
     with replacing_folder(output_dir) as raw_dir:
         model.save_pretrained(raw_dir)
         save_tokenizer(AutoTokenizer.from_pretrained(model_dir), raw_dir)
-        deviation = _loading_deviation(model, raw_dir, sample_input_ids)
+        copy_processor_files(model_dir, raw_dir)
+        deviation = _loading_deviation(model, raw_dir, method, sample_input_ids)
     _report_progress(on_progress, 3, "written and read back")
     experts = stacked_experts(plain)
     return KbitReport(
@@ -154,22 +162,65 @@ def _config(method: str, plain: PreTrainedModel) -> BitsAndBytesConfig:
     raise ValueError(f"quantization method {method!r} does not exist: use {', '.join(METHODS)}")
 
 
+def _load(loader: Any, folder: Path, method: str, **options: Any) -> Any:
+    """Load a model in 8 or 4 bits, and check that transformers finds all of its weights.
+
+    Raises:
+        ValueError: It does not, and they would be random; the message names some.
+    """
+    try:
+        model, info = loader.from_pretrained(folder, dtype=torch.float16, output_loading_info=True, **options)
+        missing = sorted(info["missing_keys"])
+    except NotImplementedError as error:  # torch makes no random weights of 8 bits
+        missing = [f"weights of 8 bits ({error})"]
+    if missing:
+        raise ValueError(
+            f"transformers can't load all weights of this model in {method}, so that some would be random: "
+            f"{', '.join(missing[:3])}; it expects the experts of some families, such as Llama 4, in another form "
+            "than it saves them in. Use method none"
+        )
+    return model
+
+
+def _for_text_alone(config: BitsAndBytesConfig, loader: Any, model_dir: Path) -> BitsAndBytesConfig:
+    """Return the quantization for the language model alone: the image tower of a vision-language model is kept."""
+    with torch.device("meta"):
+        plain = loader.from_config(AutoConfig.from_pretrained(model_dir))
+    kept = outside_language_model(plain)
+    if kept:
+        head = plain.get_output_embeddings()
+        config.llm_int8_skip_modules = [*kept, *(name for name, module in plain.named_modules() if module is head)]
+    return config
+
+
 def _report_progress(on_progress: Progress | None, done: int, text: str) -> None:
     if on_progress is not None:
         on_progress(done, NUM_STEPS, text)
 
 
-def _layer_errors(model: Any, sources: dict[str, Any]) -> Iterator[LayerError]:
-    for name, module in model.named_modules():
-        if not isinstance(module, (Linear4bit, Linear8bitLt)):
-            continue
-        weight = sources[f"{name}.weight"].get_tensor(f"{name}.weight").float()
-        if issubclass(getattr(module, "source_cls", type(module)), Conv1D):
-            weight = weight.T
-        error = float((weight - _restored(module)).norm() / weight.norm().clamp_min(1e-12))
-        place = re.search(r"\.(\d+)\.(.+)$", name)
-        assert place is not None, f"{name} is in no block"
-        yield LayerError(layer=int(place[1]), module=place[2], relative_error=error)
+def _layer_errors(model: Any, model_dir: Path) -> Iterator[LayerError]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (Linear4bit, Linear8bitLt))}
+    with ExitStack() as opened:
+        sources = opened.enter_context(open_tensors(model_dir))
+        if any(f"{name}.weight" not in sources for name in layers):  # transformers renames the weights of some families
+            plain = auto_class(model.config).from_pretrained(model_dir, dtype=torch.float32)
+            weights = dict(plain.named_parameters())
+        else:
+            weights = None
+        for name, module in layers.items():
+            key = f"{name}.weight"
+            weight = sources[key].get_tensor(key).float() if weights is None else weights[key].detach()
+            yield _layer_error(name, module, weight)
+
+
+def _layer_error(name: str, module: Any, weight: torch.Tensor) -> LayerError:
+    if issubclass(getattr(module, "source_cls", type(module)), Conv1D):
+        weight = weight.T
+    error = float((weight - _restored(module)).norm() / weight.norm().clamp_min(1e-12))
+    place = re.search(r"\.(\d+)\.(.+)$", name)
+    return LayerError(
+        layer=int(place[1]) if place else NO_BLOCK, module=place[2] if place else name, relative_error=error
+    )
 
 
 def _restored(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
@@ -179,10 +230,10 @@ def _restored(module: Linear4bit | Linear8bitLt) -> torch.Tensor:
     return int8_vectorwise_dequant(weight.data, weight.SCB).float().cpu()
 
 
-def _loading_deviation(model: Any, folder: Path, rows: Sequence[Sequence[int]]) -> float:
+def _loading_deviation(model: Any, folder: Path, method: str, rows: Sequence[Sequence[int]]) -> float:
     expected = logits_of(model, rows)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+        loaded = _load(auto_class(model.config), folder, method)
     except NotImplementedError as error:  # it initializes weights that it does not find, and cannot in 8 or 4 bits
         raise ValueError(
             f"transformers can't load {type(model).__name__} from a checkpoint in 8 or 4 bits: it expects layers in "

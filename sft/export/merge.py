@@ -12,9 +12,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.export.merge_by_file import NotStreamableError, ShardMerge
 from sft.export.merge_in_memory import AdapterMix, grow_to_adapter, load_mix, merge_into_base
-from sft.export.proof import LogitDifference, check_logits, compare_logits, logits_of
+from sft.export.proof import LogitDifference, Row, check_logits, compare_logits, logits_of
 from sft.folders import replacing_folder
-from sft.models.checkpoint import save_tokenizer
+from sft.models.checkpoint import copy_processor_files, save_tokenizer
 from sft.models.loading import load_model, parse_dtype
 from sft.models.saved_adapters import check_adapter_folder, count_adapted_modules, load_adapter
 from sft.models.token_rows import is_tied
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 ROUNDING_ADVICE = "The cause is the rounding of the weights to this dtype: raise the tolerance, or save float32."
 
-Rows = Sequence[Sequence[int]]
+Rows = Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ def merge_adapter(
         base: Hub id or folder of the plain base.
         adapter: Folder that `PeftModel.save_pretrained` wrote, or several of them as an `AdapterMix`.
         output_dir: Missing or empty folder. It is not changed if the merge fails.
-        sample_input_ids: Rows of token ids to compare on, `(num_rows, length)`, ragged. The logits of one row are in
-            memory at a time (tokens x vocabulary x 4 bytes), or those of all rows if the complete model is.
+        sample_input_ids: Rows of token ids to compare on, `(num_rows, length)`, ragged, or the model's inputs for each
+            row, such as token ids and images. The logits of one row are in memory at a time (tokens x vocabulary x 4
+            bytes), or those of all rows if the complete model is.
         tolerance: Largest accepted absolute difference of a logit.
         dtype: Data type of the checkpoint. Half precision rounds the weights, which changes logits by some hundredths.
         tokenizer: Tokenizer to save with the model. If training resized the embeddings to its length, the merge does
@@ -89,7 +90,8 @@ def merge_adapter(
         ValueError: The logits differ by more than the tolerance; the adapter does not fit the base, changes nothing, or
             is of a type that cannot be merged; the base on disk is quantized.
     """
-    output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer)
+    sources = [base] if isinstance(adapter, AdapterMix) else [adapter, base]
+    output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer, sources)
     output.check(sample_input_ids)
     if isinstance(adapter, AdapterMix):
         adapter.check()
@@ -122,7 +124,7 @@ def copy_checkpoint(
     Raises:
         ValueError: The logits of the copy differ by more than the tolerance.
     """
-    output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer)
+    output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer, [source])
     output.check(sample_input_ids)
     try:
         return _merge_by_file(source, None, output, sample_input_ids)
@@ -170,12 +172,17 @@ def _merge_in_memory(
 
 @dataclass(frozen=True)
 class _Output:
-    """Where and how to write the checkpoint, and the accepted difference of its logits."""
+    """Where and how to write the checkpoint, and the accepted difference of its logits.
+
+    Args:
+        sources: Folders, or a hub id, whose processor is copied; a file is taken from the first that has it.
+    """
 
     folder: Path
     tolerance: float
     dtype: torch.dtype
     tokenizer: PreTrainedTokenizerBase | None
+    sources: Sequence[str | Path] = ()
 
     def check(self, rows: Rows) -> None:
         if self.folder.exists() and any(self.folder.iterdir()):
@@ -192,7 +199,7 @@ class _Output:
         with replacing_folder(self.folder, overwrite=False) as folder:
             if self.tokenizer is not None:
                 _stop_at_eos(model, self.tokenizer)
-                save_tokenizer(self.tokenizer, folder)
+                self._save_tokenizer(self.tokenizer, folder)
             model.save_pretrained(folder)
             # a model with its own Python code was loaded before, so running that code was allowed
             written = load_model(folder, trust_remote_code=hasattr(model.config, "auto_map"))
@@ -205,11 +212,16 @@ class _Output:
         with replacing_folder(self.folder, overwrite=False) as folder:
             if self.tokenizer is not None:
                 _stop_at_eos(job.plain, self.tokenizer)
-                save_tokenizer(self.tokenizer, folder)
+                self._save_tokenizer(self.tokenizer, folder)
             job.write(folder)
             difference = job.compare(folder, rows)
             self._check_written(difference)
         return difference
+
+    def _save_tokenizer(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        save_tokenizer(tokenizer, folder)
+        for source in self.sources:
+            copy_processor_files(source, folder)
 
     def _check_written(self, difference: LogitDifference) -> None:
         advice = "" if self.dtype is torch.float32 else ROUNDING_ADVICE

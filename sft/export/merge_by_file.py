@@ -26,11 +26,11 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.export.merge_in_memory import TIE_TOLERANCE, refusing_unmergeable
-from sft.export.proof import LogitDifference, compare_logits, iterate_logits
+from sft.export.proof import LogitDifference, Row, compare_logits, iterate_logits
 from sft.models.adapter_starts import changes_base, start_of
 from sft.models.checkpoint import auto_class, weight_files
 from sft.models.saved_adapters import count_adapted_modules, load_adapter, outgrown
-from sft.models.token_rows import embedding_name, head_name
+from sft.models.token_rows import declares_tie, embedding_name, head_name
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ STREAMED_OPTIONS = (
 )
 """Options of an adapter under which each layer can be merged alone; with any other, the complete model is loaded."""
 
-Rows = Sequence[Sequence[int]]
+Rows = Sequence[Row]
 
 
 class NotStreamableError(Exception):
@@ -82,7 +82,7 @@ class ShardMerge:
         if self.adapter is not None:
             _check_kind(self.adapter)
         self.streamed = StreamedModel(self.base, self.adapter, self.tokenizer)
-        self.tied = bool(getattr(self.plain.config.get_text_config(), "tie_word_embeddings", False))
+        self.tied = declares_tie(self.plain.config)
 
     @property
     def plain(self) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sft.chat.formats import resize_embeddings
 from sft.models.adapter_starts import changes_base, start_of
 from sft.models.saved_adapters import adapter_shapes, check_adapter_folder, check_complete, load_adapter, outgrown
+from sft.models.token_rows import declares_tie
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ def merge_into_base(peft_model: PeftModel) -> PreTrainedModel:
     Raises:
         ValueError: A merged weight is not finite, or peft cannot merge the adapter.
     """
-    was_tied = bool(getattr(peft_model.get_base_model().config.get_text_config(), "tie_word_embeddings", False))
+    was_tied = declares_tie(peft_model.get_base_model().config)
     _untie_adapted(peft_model)
     with refusing_unmergeable(peft_model.active_peft_config.peft_type.value):
         merged = peft_model.merge_and_unload(safe_merge=True)

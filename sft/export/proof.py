@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from sft.inner_model import on_model
 
 
 @dataclass(frozen=True)
@@ -27,23 +29,28 @@ class LogitDifference:
     num_positions: int
 
 
-def logits_of(model: Any, rows: Iterable[Sequence[int]]) -> list[torch.Tensor]:
+Row = Sequence[int] | Mapping[str, torch.Tensor]
+"""Token ids of a row, or the inputs of a model for one row, such as token ids and images."""
+
+
+def logits_of(model: Any, rows: Iterable[Row]) -> list[torch.Tensor]:
     """Return the logits of each row, `(length, vocabulary)`, in float32 on the CPU.
 
     Args:
         model: Causal language model; set to eval mode.
-        rows: Token ids, `(num_rows, length)`, ragged. Each row is computed separately.
+        rows: Rows, `(num_rows, length)`, ragged. Each row is computed separately.
     """
     return list(iterate_logits(model, rows))
 
 
-def iterate_logits(model: Any, rows: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+def iterate_logits(model: Any, rows: Iterable[Row]) -> Iterator[torch.Tensor]:
     """Yield the logits of each row as `logits_of` returns them, with those of one row in memory at a time."""
     model.eval()
     device = next(model.parameters()).device
     for row in rows:
+        inputs = row if isinstance(row, Mapping) else {"input_ids": torch.tensor([list(row)])}
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([list(row)], device=device), use_cache=False).logits[0]
+            logits = model(**on_model(inputs, model, device), use_cache=False).logits[0]
         yield logits.float().cpu()
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sft.models.checkpoint import weight_files
+from sft.models.checkpoint import auto_class, is_image_model, weight_files
 
 VALUES_PER_WORD = {2: 16, 3: 32, 4: 8, 8: 4}
 """Width in bits -> smallest number of weights that fill 32-bit words; 32 weights of 3 bits fill three words."""
@@ -31,6 +31,11 @@ MIN_ROW_TOKENS = 11
 
 MAX_SMALL_SHARE = 0.05
 """Largest fraction of the linear layers' weights that may be left in half precision because they can't be packed."""
+NOT_FOR_IMAGES = (
+    "the model has an image tower, and GPTQ is done for models of text alone; use int8 or nf4, which keep the image "
+    "tower in half precision, or none"
+)
+"""Why GPTQ refuses a vision-language model."""
 
 SUMMARY = ("size_ratio", "mean_relative_error", "max_relative_error")
 """Names of the derived figures in the report."""
@@ -202,6 +207,8 @@ def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = 
     """
     if bits not in VALUES_PER_WORD:
         raise ValueError(f"bits is {bits}, but GPTQ supports {', '.join(map(str, VALUES_PER_WORD))}")
+    if is_image_model(model_dir):
+        raise ValueError(f"{model_dir}: {NOT_FOR_IMAGES}")
     layers = _linear_layers(model_dir)
     _check_loadable(model_dir, layers)
     _check_experts(model_dir)
@@ -262,7 +269,10 @@ def _group_problem(width: int, bits: int, group_size: int, device: str) -> str:
 
 
 def linear_widths(model_dir: Path) -> dict[str, tuple[int, int]]:
-    """Return input and output width of each linear layer but head and routers, by name, from the configuration."""
+    """Return input and output width of each linear layer but head and routers, by name, from the configuration alone.
+
+    Layers outside of the language model, such as those of an image tower, are not quantized and not listed.
+    """
     return {name: _widths(layer) for name, layer in _linear_layers(model_dir).items()}
 
 
@@ -270,25 +280,27 @@ def _linear_layers(model_dir: Path) -> dict[str, Any]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    from sft.inner_model import is_inside, outside_language_model
     from sft.models.weight_kinds import router_layers
 
     model = empty_model(model_dir)
-    head, routers = model.get_output_embeddings(), router_layers(model)
+    head, routers, others = model.get_output_embeddings(), router_layers(model), outside_language_model(model)
     kinds = (torch.nn.Linear, Conv1D)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and module is not head and name not in routers
+        if isinstance(module, kinds) and module is not head and name not in routers and not is_inside(name, others)
     }
 
 
 def empty_model(model_dir: Path) -> Any:
     """Return the model of a folder without its weights, from its configuration alone."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    config = AutoConfig.from_pretrained(model_dir)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
+        return auto_class(config).from_config(config)
 
 
 def _widths(layer: Any) -> tuple[int, int]:

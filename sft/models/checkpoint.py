@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ LFS_POINTER = b"version https://git-lfs"
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 """Patterns of files of which a folder with a tokenizer has at least one."""
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""Files of a processor besides those of its tokenizer, whose folder it shares."""
 
 PROBE = "Hello"
 """Text of which every usable tokenizer makes at least one token."""
@@ -238,12 +242,12 @@ def load_processor(name_or_path: str, revision: str | None = None, trust_remote_
     Raises:
         ValueError: There is no tokenizer, or none that can be used for training.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+    from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 
     arguments: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name_or_path, **arguments)
-        sees = auto_class(config) is AutoModelForImageTextToText
+        sees = reads_images(config)
     except (OSError, ValueError):  # a folder with a tokenizer alone
         sees = False
     if not sees:
@@ -324,6 +328,92 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         for name in OF_THE_PROCESS:
             getattr(part, "init_kwargs", {}).pop(name, None)
     tokenizer.save_pretrained(folder)
+
+
+def copy_processor_files(source: str | Path, folder: Path) -> None:
+    """Copy the files of a processor besides its tokenizer as they are; files that are there already are kept.
+
+    A processor need not be loadable here for this: many need torchvision.
+
+    Args:
+        source: Folder of a model or a tokenizer, or a hub id.
+        folder: Folder with the tokenizer.
+    """
+    for name in PROCESSOR_FILES:
+        found = _file_of(source, name)
+        if found is not None and not (folder / name).exists():
+            shutil.copyfile(found, folder / name)
+
+
+def _file_of(source: str | Path, name: str) -> Path | None:
+    """Return the path of a file in a folder, or of a hub id in the cache; None if there is none."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(str(source), name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def is_image_model(folder: str | Path, *, trust_remote_code: bool = False) -> bool:
+    """Return whether a checkpoint is of a model that reads images besides text; the config alone is read."""
+    from transformers import AutoConfig
+
+    return reads_images(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+
+
+def reads_images(config: Any) -> bool:
+    """Return whether a checkpoint with this config was saved with an image tower.
+
+    Some classes, as that of Gemma 3, are among the causal language models, too.
+    """
+    saved_as = (getattr(config, "architectures", None) or [None])[0]
+    return saved_as in auto_classes()["IMAGE_TEXT_TO_TEXT"].values()
+
+
+def processor_template(folder: Path) -> str | None:
+    """Return the chat template that a processor in a folder uses by default, if it has a file of its own.
+
+    `chat_template.jinja` is that of the tokenizer, too.
+    """
+    file = folder / "chat_template.json"
+    if not file.is_file() or (folder / "chat_template.jinja").is_file():
+        return None
+    template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def load_image_processor(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Any:
+    """Load the processor of a vision-language model, without running code that comes with it.
+
+    Args:
+        folder: Folder of the model.
+        tokenizer: Tokenizer that replaces the processor's own, and whose chat template it gets.
+
+    Raises:
+        CheckpointError: The model reads text alone, or its processor can't be created here.
+    """
+    from transformers import AutoConfig, AutoProcessor
+
+    config = AutoConfig.from_pretrained(folder)
+    if not reads_images(config):
+        raise CheckpointError(f"the base model ({config.model_type}) reads text alone")
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (ImportError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the image processor of the base model ({config.model_type}) can't be created here ({reason}); many need "
+            "the extra `vision`, which installs torchvision"
+        ) from error
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise CheckpointError(
+            f"the base model ({config.model_type}) has no processor of images, but a {type(processor).__name__}"
+        )
+    if tokenizer is not None:
+        processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template
+    return processor
 
 
 def check_architecture(place: str, config: Any, **overrides: Any) -> None:

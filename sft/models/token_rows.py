@@ -168,6 +168,14 @@ def is_tied(model: PreTrainedModel) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
+def declares_tie(config: Any) -> bool:
+    """Return whether a config asks for one tensor as embeddings and head; that of a model with images decides."""
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "tie_word_embeddings"):
+            return bool(part.tie_word_embeddings)
+    return False
+
+
 def embedding_name(model: PreTrainedModel) -> str:
     """Return the dotted name of the embeddings."""
     return _name_of(model, model.get_input_embeddings())

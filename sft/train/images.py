@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 
 from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
-from sft.data.messages import IMAGE_COLUMNS
+from sft.data.messages import IMAGE_COLUMNS, IMAGE_PARTS
 from sft.options import NotPrintedPolicy, ThinkingPolicy
 
 NUM_CHECKED_ROWS = 2
@@ -126,6 +126,6 @@ def images_in(dataset: Any) -> str | None:
     for column in ("messages", "prompt"):
         for message in first.get(column) or () if not isinstance(first.get(column), str) else ():
             parts = message.get("content") if isinstance(message, dict) else None
-            if isinstance(parts, list) and any(part.get("type") in ("image", "image_url") for part in parts):
+            if isinstance(parts, list) and any(part.get("type") in IMAGE_PARTS for part in parts):
                 return f"image parts in {column}"
     return None

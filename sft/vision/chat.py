@@ -17,12 +17,9 @@ from transformers import ProcessorMixin
 
 from sft.chat.render import ChatRenderer, Rendered, Span, TrainOn
 from sft.chat.template import PROBE_CHAT, ChatTemplate, chat_template_of, in_parts, prints_probe
-from sft.data.messages import IMAGE_COLUMNS, is_messages
+from sft.data.messages import is_messages
 from sft.options import NotPrintedPolicy, ThinkingPolicy
-from sft.vision.images import read_images
-
-_PART_KEYS = ("image", "image_url", "url", "path", "base64")
-"""Keys that contain the image of a part."""
+from sft.vision.places import placeholder
 
 
 @dataclass(frozen=True)
@@ -112,11 +109,6 @@ def template_source(processor: ProcessorMixin, *, has_tools: bool = False) -> st
     return own or chat_template_of(processor.tokenizer, [{}] if has_tools else None).source
 
 
-def placeholder(processor: ProcessorMixin) -> str:
-    """Return the placeholder of an image in the text, before the processor expands it; empty if it has none."""
-    return str(getattr(processor, "image_token", None) or "")
-
-
 @dataclass(frozen=True)
 class VisionRow:
     """One row as text and images.
@@ -132,74 +124,6 @@ class VisionRow:
     rendered: Rendered
     train_on: TrainOn
     images: list[Any] = field(default_factory=list)
-
-
-def column_images(row: Mapping[str, Any], folder: str | None = None) -> list[Any]:
-    """Decode the images in the image columns of a row.
-
-    Args:
-        row: Row of a data set.
-        folder: Folder that paths must be in.
-
-    Raises:
-        ValueError: A value is not an image, or its path is outside the folder.
-    """
-    return [image for column in IMAGE_COLUMNS for image in read_images(row.get(column), folder)]
-
-
-def take_images(
-    messages: list[dict[str, Any]], folder: str | None = None
-) -> tuple[list[dict[str, Any]], list[Any], int]:
-    """Decode the images in the parts of messages, and replace these parts by `{"type": "image"}`.
-
-    Args:
-        messages: With a string or a list of parts as content.
-        folder: Folder that paths must be in.
-
-    Returns:
-        The new messages, the decoded images, and the number of image parts (with or without an image).
-
-    Raises:
-        ValueError: A part is neither text nor image, or its image can't be read.
-    """
-    found: list[Any] = []
-    num_parts = 0
-    result = []
-    for index, message in enumerate(messages):
-        content = message["content"]
-        if is_messages(content):
-            parts = []
-            for part in content:
-                if part["type"] not in ("text", "image", "image_url"):
-                    raise ValueError(
-                        f"message {index} has a part of type {part['type']!r}; only text and image are read"
-                    )
-                is_image = part["type"] != "text"
-                num_parts += is_image
-                found += [_source_of(part)] if is_image and _source_of(part) is not None else []
-                parts.append({"type": "image"} if is_image else {"type": "text", "text": part.get("text", "")})
-            message = {**message, "content": parts}
-        result.append(message)
-    return result, read_images(found, folder), num_parts
-
-
-def _source_of(part: Mapping[str, Any]) -> Any:
-    """Return the image of a part, under any of its usual keys, or None if it has none."""
-    return next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
-
-
-def put_images_first(messages: list[dict[str, Any]], num_images: int) -> list[dict[str, Any]]:
-    """Put images that have no place in the messages at the beginning of the first user message.
-
-    Raises:
-        ValueError: There is no user message.
-    """
-    first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
-    if first is None:
-        raise ValueError(f"{num_images} images, and no user message to put them in")
-    text = {"type": "text", "text": messages[first]["content"]}
-    content = [*({"type": "image"} for _ in range(num_images)), text]
-    return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
 
 
 def expand(rendered: Rendered, replacements: list[Mapping[str, Any]]) -> Rendered:

@@ -6,8 +6,9 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers import ProcessorMixin
@@ -18,8 +19,11 @@ from sft.data.messages import IMAGE_COLUMNS
 from sft.data.records import Kind, Layout, detect_layout, normalize
 from sft.labels import IGNORE_INDEX
 from sft.options import NotPrintedPolicy, ThinkingPolicy
+from sft.tokens.columns import TOKEN_COLUMNS
 from sft.tokens.encoding import Encoder
-from sft.vision.chat import VisionRenderer, VisionRow, column_images, expand, placeholder, put_images_first, take_images
+from sft.vision.chat import VisionRenderer, VisionRow, expand
+from sft.vision.images import read_image
+from sft.vision.places import column_images, place_images, placeholder
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,173 @@ logger = logging.getLogger(__name__)
 _IMAGE_TOKEN = re.compile(r"image|img|vision|video|^<row_\d+_col_\d+>$", re.IGNORECASE)
 _BUILT_HERE = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
 """Keys of a processor's output that the collator does not copy into the batch."""
+
+
+class EncodedRows(NamedTuple):
+    """Rows with images as tokens.
+
+    Args:
+        tokens: Rows with `input_ids`, `labels`, and the columns that the model needs besides.
+        output: The processor's output for the rows that have images.
+        crossings: Description of a token that crosses the border of what is trained, by the index of the row.
+    """
+
+    tokens: list[dict[str, Any]]
+    output: dict[str, Any]
+    crossings: dict[int, str]
+
+
+class VisionEncoder:
+    """Encode rows with images to token rows, whose labels leave out the tokens of images.
+
+    Args:
+        processor: Tokenizer and image processor.
+    """
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        self.processor = processor
+
+    def as_printed(self, rendered: Rendered) -> Rendered:
+        """Write out the special tokens that the tokenizer would add to plain text, as chat templates do."""
+        if not rendered.append_eos:
+            return rendered
+        bos, eos = (str(token or "") for token in (self._added_bos, self.processor.tokenizer.eos_token))
+        before = bos if rendered.add_special_tokens else ""
+        after = "" if rendered.text.endswith(eos) else eos
+        spans = [
+            span._replace(
+                start=span.start + len(before) if span.start else 0,
+                end=span.end + len(before) + (len(after) if span.end == len(rendered.text) else 0),
+            )
+            for span in rendered.spans
+        ]
+        return Rendered(before + rendered.text + after, spans)
+
+    def encode(self, rows: Sequence[VisionRow]) -> EncodedRows:
+        """Tokenize rows, label the trained characters, and let the processor preprocess the images."""
+        with_images = [index for index, row in enumerate(rows) if row.images]
+        output = self.process([rows[index] for index in with_images]) if with_images else {}
+        texts = [row.rendered for row in rows]
+        offsets = output.get("text_replacement_offsets") or [None] * len(with_images)
+        for index, replacements in zip(with_images, offsets, strict=True):
+            texts[index] = expand(texts[index], replacements or [])
+        flat = self._encoder.encode_flat(texts)
+        encoded: list[dict[str, Any]] = [dict(row) for row in flat.rows()]
+        for at, index in enumerate(with_images):
+            encoded[index] = self._use_processor_ids(rows[index], encoded[index], list(output["input_ids"][at]))
+            for name in self.type_columns(output):
+                encoded[index][name] = list(output[name][at])
+        for row in encoded:
+            row["labels"] = [IGNORE_INDEX if token in self.image_token_ids else token for token in row["labels"]]
+        if "cross_attention_mask" in output and len(with_images) < len(rows):
+            without = next(row.name for row in rows if not row.images)
+            raise ValueError(
+                f"row {without} has no image and others of its batch have some, which {type(self.processor).__name__} "
+                "can't put together; sort the data so that the rows of a batch have images or have none"
+            )
+        return EncodedRows(encoded, output, flat.crossings)
+
+    def process(self, rows: Sequence[VisionRow]) -> dict[str, Any]:
+        """Run the processor on rows that have images, without padding.
+
+        Rows without images are not among them, since processors expect images for every row.
+
+        Raises:
+            ValueError: The processor raised an error; the message names the rows.
+        """
+        try:
+            output = self.processor(
+                text=[row.rendered.text for row in rows],
+                images=[row.images for row in rows],
+                padding=False,
+                truncation=False,
+                add_special_tokens=False,  # the text has them already
+                return_text_replacement_offsets=True,
+                text_kwargs={"return_tensors": None},  # some processors would stack rows of different lengths
+                images_kwargs={"return_tensors": "pt"},
+            )
+        except (ValueError, IndexError) as error:
+            names = "; ".join(f"row {row.name} with {len(row.images)} images" for row in rows)
+            raise ValueError(f"{type(self.processor).__name__} refused a batch: {error}. It has {names}") from error
+        return dict(output)
+
+    def _use_processor_ids(self, row: VisionRow, encoded: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+        """Return a token row that has the processor's ids: `encoded` if they are the same, else a new one.
+
+        They differ if the processor does not report how it expands placeholders.
+
+        Args:
+            row: Row with images.
+            encoded: Token row with labels, from the expanded text.
+            ids: Token ids of the processor.
+
+        Raises:
+            ValueError: They differ, and only a part of the row is trained, whose tokens are then unknown.
+        """
+        if encoded["input_ids"] == ids:
+            return encoded
+        if row.train_on is not TrainOn.ALL:
+            raise ValueError(
+                f"row {row.name}: {type(self.processor).__name__} does not report how it expands images, so the "
+                f"{row.train_on.value} part can't be found in its {len(ids)} tokens; train on all of them "
+                "(completion_only_loss=False, assistant_only_loss=False)"
+            )
+        return {"input_ids": ids, "labels": list(ids)}
+
+    def type_columns(self, output: Mapping[str, Any]) -> list[str]:
+        """Return the columns with a number per token, other than the ids, such as `mm_token_type_ids`."""
+        lengths = [len(ids) for ids in output.get("input_ids", ())]
+        known = [name for name, value in output.items() if name not in _BUILT_HERE and is_per_token(value, lengths)]
+        return list(dict.fromkeys([*known, *self._text_columns]))
+
+    @cached_property
+    def _text_columns(self) -> list[str]:
+        """The same for rows without images, since some models need these columns in every training batch."""
+        output = self.processor(text=["a"], padding=False, add_special_tokens=False)
+        return [name for name in output if name not in _BUILT_HERE]
+
+    @cached_property
+    def image_token_ids(self) -> frozenset[int]:
+        """Ids of all tokens that this family uses for images or around them."""
+        added = self.processor.tokenizer.added_tokens_decoder
+        named = {token_id for token_id, token in added.items() if _IMAGE_TOKEN.search(str(token))}
+        own = {*getattr(self.processor, "image_token_ids", ()), getattr(self.processor, "image_token_id", None)}
+        return frozenset(named | {token_id for token_id in own if token_id is not None})
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.processor.tokenizer)
+
+    @cached_property
+    def _added_bos(self) -> str | None:
+        """The beginning-of-sequence token if the tokenizer adds it to plain text, else None."""
+        tokenizer = self.processor.tokenizer
+        ids = tokenizer("a").input_ids
+        return tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else None
+
+    def batch(
+        self, tokens: Sequence[dict[str, Any]], output: Mapping[str, Any], pad_to_multiple_of: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Pad token rows to a batch, with the processor's output for images as tensors.
+
+        Args:
+            tokens: Rows as `encode` returns them, or their beginnings.
+            output: The processor's output for the rows that have images, in the order of the rows.
+            pad_to_multiple_of: Pad to a multiple of this many tokens.
+        """
+        batch = DataCollatorForSFT(self._pad_token_id, pad_to_multiple_of=pad_to_multiple_of)(tokens)
+        width = batch["input_ids"].shape[1]
+        for name in self.type_columns(output):
+            padded = [list(row.get(name, [])) for row in tokens]
+            batch[name] = torch.tensor([values + [0] * (width - len(values)) for values in padded])
+        return {**batch, **image_tensors(output, width)}
+
+    @property
+    def _pad_token_id(self) -> int:
+        token_id = self.processor.tokenizer.pad_token_id
+        if token_id is None:
+            raise ValueError("the processor's tokenizer has no pad token; set processor.tokenizer.pad_token")
+        return token_id
 
 
 @dataclass
@@ -95,6 +266,7 @@ class DataCollatorForVisionLanguageModeling:
                 f"thinking={self.thinking!r} can't be applied to rows with images, which are rendered batch by batch "
                 "with the processor's template; state keep or last, or change the data"
             )
+        self._encoder = VisionEncoder(self.processor)
         self._renderers: dict[TrainOn, VisionRenderer] = {}
         self._has_warned = False
 
@@ -109,15 +281,9 @@ class DataCollatorForVisionLanguageModeling:
             ValueError: A row is invalid or does not fit the options; the message names it.
         """
         rows = [self.read(row, place) for place, row in enumerate(features)]
-        tokens, image_inputs = self._tokenize(rows)
-        tokens = [self._limit(row, token_row) for row, token_row in zip(rows, tokens, strict=True)]
-        pad = DataCollatorForSFT(self._pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
-        batch = pad(tokens)
-        width = batch["input_ids"].shape[1]
-        for name in self._type_columns(image_inputs):
-            padded = [list(row.get(name, [])) for row in tokens]
-            batch[name] = torch.tensor([values + [0] * (width - len(values)) for values in padded])
-        return {**batch, **image_tensors(image_inputs, width)}
+        encoded = self._encoder.encode(rows)
+        tokens = [self._limit(row, token_row) for row, token_row in zip(rows, encoded.tokens, strict=True)]
+        return self._encoder.batch(tokens, encoded.output, self.pad_to_multiple_of)
 
     def read(self, row: Mapping[str, Any], place: int = 0) -> VisionRow:
         """Decode the images of one row, render its text, and check that it has one placeholder per image.
@@ -137,16 +303,16 @@ class DataCollatorForVisionLanguageModeling:
             if layout.kind is Kind.TEXT:
                 given = {"text": given[self.dataset_text_field]}
             record = normalize(given, layout, prune_nulls=True)
-            images = column_images(row, self.image_folder)
-            record, images = place_images(record, images, placeholder(self.processor), self.image_folder)
+            read = partial(read_image, folder=self.image_folder)
+            record, images = place_images(record, column_images(row, read), placeholder(self.processor), read)
         except ValueError as error:
             raise ValueError(f"row {name}: {error}") from error
         rendered = self._renderer(train_on).render({**record, "id": name})
         if rendered.not_printed and not self._has_warned:
             self._has_warned = True
             logger.warning("row %s and perhaps others: %s", name, rendered.not_printed)
-        self._check_rendered(name, rendered, images)
-        return VisionRow(name, self._as_printed(rendered), train_on, images)
+        check_rendered(name, rendered, len(images), placeholder(self.processor))
+        return VisionRow(name, self._encoder.as_printed(rendered), train_on, images)
 
     def _layout(self, given: Mapping[str, Any]) -> Layout:
         if self.dataset_text_field in given:
@@ -170,104 +336,6 @@ class DataCollatorForVisionLanguageModeling:
             self._renderers[train_on] = VisionRenderer(self.processor, train_on, self.not_printed, self.thinking)
         return self._renderers[train_on]
 
-    def _check_rendered(self, name: str, rendered: Rendered, images: list[Any]) -> None:
-        """Check that a rendered text has one placeholder per image.
-
-        A template may print none, and plain text may contain any number.
-        """
-        token = placeholder(self.processor)
-        found = rendered.text.count(token) if token else len(images)
-        if found != len(images):
-            raise ValueError(
-                f"row {name}: {found} placeholders {token!r} in its text, {len(images)} images; write one for each "
-                "image, or give messages with image parts and the chat template of the model"
-            )
-
-    def _as_printed(self, rendered: Rendered) -> Rendered:
-        """Write out the special tokens that the tokenizer would add to plain text, as chat templates do."""
-        if not rendered.append_eos:
-            return rendered
-        bos, eos = (str(token or "") for token in (self._added_bos, self.processor.tokenizer.eos_token))
-        before = bos if rendered.add_special_tokens else ""
-        after = "" if rendered.text.endswith(eos) else eos
-        spans = [
-            span._replace(
-                start=span.start + len(before) if span.start else 0,
-                end=span.end + len(before) + (len(after) if span.end == len(rendered.text) else 0),
-            )
-            for span in rendered.spans
-        ]
-        return Rendered(before + rendered.text + after, spans)
-
-    def _tokenize(self, rows: Sequence[VisionRow]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Return token rows with labels, and the processor's output for the rows that have images."""
-        with_images = [index for index, row in enumerate(rows) if row.images]
-        output = self._process([rows[index] for index in with_images]) if with_images else {}
-        texts = [row.rendered for row in rows]
-        offsets = output.get("text_replacement_offsets") or [None] * len(with_images)
-        for index, replacements in zip(with_images, offsets, strict=True):
-            texts[index] = expand(texts[index], replacements or [])
-        encoded: list[dict[str, Any]] = [dict(row) for row in self._encoder.encode(texts)]
-        for at, index in enumerate(with_images):
-            encoded[index] = self._use_processor_ids(rows[index], encoded[index], list(output["input_ids"][at]))
-            for name in self._type_columns(output):
-                encoded[index][name] = list(output[name][at])
-        for row in encoded:
-            row["labels"] = [IGNORE_INDEX if token in self.image_token_ids else token for token in row["labels"]]
-        if "cross_attention_mask" in output and len(with_images) < len(rows):
-            without = next(row.name for row in rows if not row.images)
-            raise ValueError(
-                f"row {without} has no image and others of its batch have some, which {type(self.processor).__name__} "
-                "can't put together; sort the data so that the rows of a batch have images or have none"
-            )
-        return encoded, output
-
-    def _process(self, rows: Sequence[VisionRow]) -> dict[str, Any]:
-        """Run the processor on rows that have images, without padding.
-
-        Rows without images are not among them, since processors expect images for every row.
-
-        Raises:
-            ValueError: The processor raised an error; the message names the rows.
-        """
-        try:
-            output = self.processor(
-                text=[row.rendered.text for row in rows],
-                images=[row.images for row in rows],
-                padding=False,
-                truncation=False,
-                add_special_tokens=False,  # the text has them already
-                return_text_replacement_offsets=True,
-                images_kwargs={"return_tensors": "pt"},
-            )
-        except (ValueError, IndexError) as error:
-            names = "; ".join(f"row {row.name} with {len(row.images)} images" for row in rows)
-            raise ValueError(f"{type(self.processor).__name__} refused a batch: {error}. It has {names}") from error
-        return dict(output)
-
-    def _use_processor_ids(self, row: VisionRow, encoded: dict[str, Any], ids: list[int]) -> dict[str, Any]:
-        """Return a token row that has the processor's ids: `encoded` if they are the same, else a new one.
-
-        They differ if the processor does not report how it expands placeholders.
-
-        Args:
-            row: Row with images.
-            encoded: Token row with labels, from the expanded text.
-            ids: Token ids of the processor.
-
-        Raises:
-            ValueError: They differ, and only a part of the row is trained, whose tokens are then unknown.
-        """
-        if encoded["input_ids"] == ids:
-            return encoded
-        if row.train_on is not TrainOn.ALL:
-            raise ValueError(
-                f"row {row.name}: {type(self.processor).__name__} does not report how it expands images, so the "
-                f"{row.train_on.value} part can't be found in its {len(ids)} tokens; train on all of them "
-                "(completion_only_loss=False, assistant_only_loss=False)"
-            )
-        return {"input_ids": ids, "labels": list(ids)}
-
     def _limit(self, row: VisionRow, tokens: dict[str, Any]) -> dict[str, Any]:
         """Truncate a row to `max_length`.
 
@@ -277,7 +345,7 @@ class DataCollatorForVisionLanguageModeling:
         ids = tokens["input_ids"]
         if self.max_length is None or len(ids) <= self.max_length:
             return tokens
-        last = max((place for place, token in enumerate(ids) if token in self.image_token_ids), default=-1)
+        last = max((place for place, token in enumerate(ids) if token in self._encoder.image_token_ids), default=-1)
         if last >= self.max_length:
             raise ValueError(
                 f"row {row.name} has {len(ids)} tokens and image tokens up to number {last + 1}: max_length="
@@ -289,83 +357,90 @@ class DataCollatorForVisionLanguageModeling:
         logger.warning("row %s: cut from %d to max_length=%d tokens%s", row.name, len(ids), self.max_length, left)
         return cut
 
-    def _type_columns(self, output: Mapping[str, Any]) -> list[str]:
-        """Return the columns with a number per token, other than the ids, such as `mm_token_type_ids`."""
-        lengths = [len(ids) for ids in output.get("input_ids", ())]
-        known = [name for name, value in output.items() if name not in _BUILT_HERE and is_per_token(value, lengths)]
-        return list(dict.fromkeys([*known, *self._text_columns]))
 
-    @cached_property
-    def _text_columns(self) -> list[str]:
-        """The same for rows without images, since some models need these columns in every training batch."""
-        output = self.processor(text=["a"], padding=False, add_special_tokens=False)
-        return [name for name in output if name not in _BUILT_HERE]
+@dataclass
+class DataCollatorForImageRows:
+    """Collate rows that were tokenized by a `VisionEncoder`, and read their images from files.
 
-    @cached_property
-    def image_token_ids(self) -> frozenset[int]:
-        """Ids of all tokens that this family uses for images or around them."""
-        added = self.processor.tokenizer.added_tokens_decoder
-        named = {token_id for token_id, token in added.items() if _IMAGE_TOKEN.search(str(token))}
-        own = {*getattr(self.processor, "image_token_ids", ()), getattr(self.processor, "image_token_id", None)}
-        return frozenset(named | {token_id for token_id in own if token_id is not None})
+    Rows have `input_ids` and `labels`; those with images also have `text`, with one placeholder per image, and
+    `images`, the names of their files.
 
-    @cached_property
-    def _encoder(self) -> Encoder:
-        return Encoder(self.processor.tokenizer)
+    Attributes:
+        processor: Processor with the tokenizer that the rows were tokenized with.
+        folder: Folder of the images.
+        dtype: Floating-point type of the images' tensors; None = that of the processor.
+    """
 
-    @cached_property
-    def _added_bos(self) -> str | None:
-        """The beginning-of-sequence token if the tokenizer adds it to plain text, else None."""
-        tokenizer = self.processor.tokenizer
-        ids = tokenizer("a").input_ids
-        return tokenizer.bos_token if ids and ids[0] == tokenizer.bos_token_id else None
+    processor: ProcessorMixin
+    folder: str
+    dtype: torch.dtype | None = None
 
-    @property
-    def _pad_token_id(self) -> int:
-        token_id = self.processor.tokenizer.pad_token_id
-        if token_id is None:
-            raise ValueError("the processor's tokenizer has no pad token; set processor.tokenizer.pad_token")
-        return token_id
+    def __post_init__(self) -> None:
+        self._encoder = VisionEncoder(self.processor)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate rows; see `DataCollatorForVisionLanguageModeling` for the batch.
+
+        Raises:
+            ValueError: An image can't be read, or the processor gives other tokens than those of the row.
+        """
+        with_images = [place for place, row in enumerate(features) if row.get("images")]
+        rows = [self.read(str(place), features[place]["text"], features[place]["images"]) for place in with_images]
+        output = self._encoder.process(rows) if rows else {}
+        tokens = [{name: row[name] for name in TOKEN_COLUMNS if row.get(name) is not None} for row in features]
+        for at, place in enumerate(with_images):
+            row, length = tokens[place], len(tokens[place]["input_ids"])
+            if list(output["input_ids"][at])[:length] != list(row["input_ids"]):
+                raise ValueError(
+                    f"{type(self.processor).__name__} gives other tokens for {features[place]['text']!r:.80} with "
+                    f"{features[place]['images']} than those that were packed; type: dvc repro pack"
+                )
+            for name in self._encoder.type_columns(output):
+                row[name] = list(output[name][at])[:length]
+        return self._cast(self._encoder.batch(tokens, output))
+
+    def inputs(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for one row, without labels."""
+        return {name: value for name, value in self([row]).items() if name not in ("labels", "loss_weights")}
+
+    def prompt(self, text: str, images: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for one text with images, such as a prompt to answer."""
+        output = self._encoder.process([self.read(repr(text[:40]), text, images)])
+        row = {"input_ids": list(output["input_ids"][0])}
+        row |= {name: list(output[name][0]) for name in self._encoder.type_columns(output)}
+        batch = self._cast(self._encoder.batch([row], output))
+        del batch["labels"]
+        return batch
+
+    def read(self, name: str, text: str, images: Sequence[str]) -> VisionRow:
+        """Return a row with its images decoded."""
+        decoded = [read_image(Path(self.folder) / image) for image in images]
+        return VisionRow(name, Rendered(text, []), TrainOn.ALL, decoded)
+
+    def _cast(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.dtype is None:
+            return batch
+        kept = ("loss_weights",)
+        return {
+            name: value.to(self.dtype) if value.is_floating_point() and name not in kept else value
+            for name, value in batch.items()
+        }
 
 
-def place_images(
-    record: dict[str, Any], images: list[Any], image_token: str, folder: str | None = None
-) -> tuple[dict[str, Any], list[Any]]:
-    """Match the images of a record with the places for images in its messages, one each.
+def check_rendered(name: str, rendered: Rendered, num_images: int, image_token: str) -> None:
+    """Check that a rendered text has one placeholder per image.
 
-    Args:
-        record: Result of `sft.data.records.normalize`.
-        images: Decoded images of the image columns.
-        image_token: Placeholder that the text of messages may contain; empty if the family has none.
-        folder: Folder that paths in messages must be in.
-
-    Returns:
-        The record, whose image parts are now `{"type": "image"}`, and all of its images.
+    A template may print none, and plain text may contain any number.
 
     Raises:
-        ValueError: The numbers of places and of images differ, or both columns and messages contain images.
+        ValueError: The numbers differ; the message names the row.
     """
-    columns = [name for name in ("messages", "prompt", "completion") if isinstance(record.get(name), list)]
-    if not columns:
-        return record, images
-    messages, inline, num_places = take_images([message for name in columns for message in record[name]], folder)
-    if inline and images:
+    found = rendered.text.count(image_token) if image_token else num_images
+    if found != num_images:
         raise ValueError(
-            f"{len(images)} images in a column and {len(inline)} in its messages; give them in one of the two"
+            f"row {name}: {found} placeholders {image_token!r} in its text, {num_images} images; write one for each "
+            "image, or give messages with image parts and the chat template of the model"
         )
-    images = images or inline
-    num_places += sum(_texts(message).count(image_token) for message in messages if image_token)
-    if images and not num_places:
-        messages, num_places = put_images_first(messages, len(images)), len(images)
-    if num_places != len(images):
-        raise ValueError(
-            f"its messages have {num_places} image placeholders, and there are {len(images)} images; give one image "
-            "for each, in order (column images), or remove all placeholders to put the images first"
-        )
-    counts = [len(record[name]) for name in columns]
-    starts = [sum(counts[:index]) for index in range(len(counts))]
-    split = {name: messages[start : start + count] for name, start, count in zip(columns, starts, counts, strict=True)}
-    return {**record, **split}, images
 
 
 def is_per_token(value: Any, lengths: list[int]) -> bool:
@@ -398,12 +473,6 @@ def image_tensors(output: Mapping[str, Any], width: int) -> dict[str, torch.Tens
         filled[:, :shared] = mask[:, :shared]
         tensors["cross_attention_mask"] = filled
     return tensors
-
-
-def _texts(message: Mapping[str, Any]) -> str:
-    """Return the text of a message, its parts joined by line breaks."""
-    content = message["content"]
-    return content if isinstance(content, str) else "\n".join(part.get("text", "") for part in content)
 
 
 def row_name(row: Mapping[str, Any], place: int) -> str:

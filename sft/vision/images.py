@@ -13,10 +13,11 @@ import io
 import os
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 from transformers.image_utils import is_valid_image
@@ -33,6 +34,10 @@ A longer path may be valid base64 by chance, but does not decode to an image.
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
+Reader = Callable[[Any], Any]
+"""Reads one image, as `read_image` does, or puts something else in its place, such as the name of a file."""
+
+
 def read_images(value: Any, folder: str | None = None) -> list[Any]:
     """Decode the images of a column.
 
@@ -43,10 +48,15 @@ def read_images(value: Any, folder: str | None = None) -> list[Any]:
     Raises:
         ValueError: A value is not an image, or its path is outside the folder.
     """
+    return read_each(value, partial(read_image, folder=folder))
+
+
+def read_each(value: Any, read: Reader) -> list[Any]:
+    """Return what a reader makes of the images of a column: None, one image, or a list of images."""
     if value is None:
         return []
     values = value if isinstance(value, (list, tuple)) else [value]
-    return [read_image(item, folder) for item in values if item is not None]
+    return [read(item) for item in values if item is not None]
 
 
 def read_image(value: Any, folder: str | None = None) -> Any:
@@ -59,58 +69,99 @@ def read_image(value: Any, folder: str | None = None) -> Any:
     Raises:
         ValueError: It is not an image, can't be read, or its path is outside the folder.
     """
+    found = find_image(value, folder)
+    if isinstance(found.source, (bytes, Path)):
+        return _decode(io.BytesIO(found.source) if isinstance(found.source, bytes) else found.source, found.shown)
+    return found.source
+
+
+class FoundImage(NamedTuple):
+    """An image that has not been decoded yet.
+
+    Args:
+        source: Its bytes, the path of a regular file, or an image that needs no decoding.
+        shown: What it is called in messages.
+    """
+
+    source: Any
+    shown: str
+
+
+def find_image(value: Any, folder: str | None = None, limit: str | None = None, *, urls: bool = True) -> FoundImage:
+    """Find one image without decoding it.
+
+    Args:
+        value: See `read_image`.
+        folder: Folder that relative paths start in; None = the working directory.
+        limit: Folder that paths must be in, see `inside`; None = `folder`.
+        urls: Whether to download images of URLs.
+
+    Raises:
+        ValueError: It is not an image, there is no such file, its path is outside the folder, or it is a URL, and
+            `urls` is False.
+    """
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path") or value.get("url")
         if value is None:
             raise ValueError("an image has neither bytes nor path; cast the column with datasets.Image() or load it")
     if isinstance(value, bytes):
-        return _decode(io.BytesIO(value), "the image's bytes")
+        return FoundImage(value, "the image's bytes")
+    shown = f"{str(value)!r:.120}"
     if isinstance(value, str):
-        return _read_text(value, folder)
+        return FoundImage(_find_text(value, folder, limit, shown, urls=urls), shown)
     if isinstance(value, Path):
-        return _open(value, f"{str(value)!r:.120}")
+        return FoundImage(_regular(value, shown), shown)
     if not is_valid_image(value):
         raise ValueError(
             f"{type(value).__name__} {value!r:.60} is not an image; give PIL images, arrays, paths, or a dict with "
             "bytes or path"
         )
-    return value
+    return FoundImage(value, f"a {type(value).__name__}")
 
 
-def inside(name: str, folder: str | None) -> Path:
+def inside(name: str, folder: str | None, limit: str | None = None) -> Path:
     """Return the path of an image file, and check that it is inside the folder.
 
     Args:
         name: Path as in the row; a relative one starts in the folder.
-        folder: Folder that the path must be in; None = the working directory. Symbolic links in it may point anywhere.
+        folder: Folder that relative paths start in; None = the working directory.
+        limit: Folder that the path must be in; None = `folder`. Symbolic links in it may point anywhere.
 
     Raises:
         ValueError: The path leads out of the folder.
     """
-    base = Path(folder or ".").absolute()
-    path = Path(os.path.normpath(base / name))
+    start = Path(folder or ".").absolute()
+    base = Path(limit).absolute() if limit is not None else start
+    path = Path(os.path.normpath(start / name))
     if not path.is_relative_to(os.path.normpath(base)):
+        way_out = (
+            "copy it there"
+            if limit is not None
+            else "set image_folder to the folder that contains the images, '/' for any"
+        )
         raise ValueError(
-            f"the image {name!r:.120} lies outside of {base}, and paths in rows may not lead out of there; set "
-            "image_folder to the folder that contains the images, '/' for any"
+            f"the image {name!r:.120} lies outside of {base}, and paths in rows may not lead out of there; {way_out}"
         )
     return path
 
 
-def _read_text(text: str, folder: str | None) -> Any:
-    """Decode the image that a string means: a URL, a data URI, base64, or else a path in the folder."""
-    shown = f"{text!r:.120}"
+def _find_text(text: str, folder: str | None, limit: str | None, shown: str, *, urls: bool) -> bytes | Path:
+    """Find the image that a string means: a URL, a data URI, base64, or else a path in the folder."""
     if text.startswith(("http://", "https://")):
-        return _decode(io.BytesIO(_fetch(text, shown)), shown)
+        if not urls:
+            raise ValueError(f"{shown} is a URL, and images are not downloaded here; save it as a file")
+        return _fetch(text, shown)
     if text.startswith("data:image/"):
-        return _decode(io.BytesIO(_of_base64(text.partition(",")[2]) or b""), shown)
+        return _of_base64(text.partition(",")[2]) or b""
     packed = _of_base64(text) if len(text) >= SHORTEST_BASE64 else None
     if packed is not None:
         try:
-            return _decode(io.BytesIO(packed), shown)
+            _decode(io.BytesIO(packed), shown)
         except ValueError:  # not an image, so it is a long path
             pass
-    return _open(inside(text, folder), shown)
+        else:
+            return packed
+    return _regular(inside(text, folder, limit), shown)
 
 
 def _of_base64(text: str) -> bytes | None:
@@ -121,15 +172,15 @@ def _of_base64(text: str) -> bytes | None:
         return None
 
 
-def _open(path: Path, shown: str) -> Any:
-    """Decode a regular file; devices and pipes are refused, since reading them might never end."""
+def _regular(path: Path, shown: str) -> Path:
+    """Return the path of a regular file; devices and pipes are refused, since reading them might never end."""
     try:
         found = path.is_file()
     except (OSError, ValueError):  # the name is too long, or contains a null character
         found = False
     if not found:
         raise ValueError(f"{shown} can't be read as an image: there is no such file ({path!s:.120})")
-    return _decode(path, shown)
+    return path
 
 
 def _decode(source: Any, shown: str) -> Any:

@@ -6,6 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+IMAGE_INDEX = "index.jsonl"
+"""File in the folder of images that lists them; the folder always has it."""
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -28,6 +31,16 @@ class Paths:
     def timings(self, stage: str) -> Path:
         """Return the file of a stage's wall times and speeds, which differ between runs: neither an out nor in git."""
         return self.root / "reports" / "timings" / f"{stage}.json"
+
+    @property
+    def images(self) -> Path:
+        """Folder of the images of rows, written by `load`."""
+        return self.out("load", "images")
+
+    def has_images(self) -> bool:
+        """Return whether `load` wrote rows with images."""
+        index = self.images / IMAGE_INDEX
+        return index.is_file() and index.stat().st_size > 0
 
     @property
     def params(self) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.data.messages import RowError, validate_record
+from sft.data.messages import IMAGE_COLUMNS, RowError, validate_record
 from sft.data.records import detect_layout, normalize
 from sft.data.sources import data_files, read_rows
 from sft.evaluate.tasks import Task
@@ -60,12 +60,17 @@ class EvalRows:
         token_ids = [
             tokenizer(prompt["prompt"], add_special_tokens=prompt["add_special_tokens"])["input_ids"]
             for prompt in prompts
-        ]
+        ]  # of prompts with images, those of the text alone; `prompts_with_images` lists them
         prompts = [
             {**prompt, "reference": reference_text(prompt["prompt"], prompt["reference"], tokenizer)}
             for prompt in prompts
         ]
         return cls(rows, prompts, token_ids, task, max_new_tokens)
+
+    @property
+    def prompts_with_images(self) -> list[int]:
+        """Numbers of the prompts that have images."""
+        return [number for number, prompt in enumerate(self.prompts) if prompt.get("images")]
 
     @property
     def references(self) -> list[str]:
@@ -136,6 +141,12 @@ def read_records(section: RegressionSection, root: Path) -> list[dict[str, Any]]
         raise ValueError(f"params.yaml, {KEY}.path: {error}") from error
     records = []
     for row in rows:
+        images = [name for name in IMAGE_COLUMNS if row.columns.get(name)]
+        if images:
+            raise ValueError(
+                f"params.yaml, {KEY}.path: {row.id}: the column {images[0]} holds images, and general prompts are text "
+                "alone; remove it"
+            )
         try:
             record = normalize(row.columns, layout, prune_nulls=row.has_added_nulls)
         except RowError as error:

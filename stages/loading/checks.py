@@ -178,12 +178,14 @@ class SetChecks:
 
     def _compare(self, row: int, pairs: Iterator[Pair], dropped: set[int]) -> Iterator[tuple[int, Note]]:
         """Compare a training row with the earlier rows that are candidates for near duplicates."""
-        own = self._triples(row, "train")
+        own, images = self._triples(row, "train"), self._read(row, "train").get("images")
         nearest: dict[str, tuple[float, int]] = {}
         for pair in pairs:
             split = "train" if self._splits[pair.earlier] else "eval"
             other = self._places[pair.earlier]
             if split == "train" and other in dropped:
+                continue
+            if images and self._read(other, split).get("images") != images:  # the same question about another image
                 continue
             likeness = similarity(own, self._cached_triples(other, split))
             if likeness >= self._section.similarity and likeness > nearest.get(split, (0.0, 0))[0]:

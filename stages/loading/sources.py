@@ -18,13 +18,14 @@ from huggingface_hub import is_offline_mode
 from jinja2 import StrictUndefined, TemplateError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sft.data.messages import RowError
+from sft.data.messages import IMAGE_COLUMNS, RowError
 from sft.data.records import OPTIONAL_COLUMNS, Kind, Layout, detect_layout
 from sft.data.remote import fetch_files, is_url
 from sft.data.source_row import Row, SourceError
 from sft.data.sources import data_files, hub_rows, is_saved_dataset, read_rows
 from sft.suggest import did_you_mean
 from stages.checkout.paths import Paths, cache_folder
+from stages.loading.images import digestible
 from stages.params.schema import MappedSection, SourceSection
 
 ROLE_KEYS = {"role", "from"}
@@ -84,7 +85,7 @@ class RowMapping:
 
     def unused(self, layout: Layout) -> tuple[str, ...]:
         """Return the columns of the data, by their original names, that are not used in records."""
-        used = {*layout.content, layout.context, layout.system, layout.history, *OPTIONAL_COLUMNS}
+        used = {*layout.content, layout.context, layout.system, layout.history, *OPTIONAL_COLUMNS, *IMAGE_COLUMNS}
         if self._templates:
             unused = [name for name in self._seen_columns if name not in self._fields]
         else:
@@ -171,6 +172,12 @@ class Source:
         """Yield all rows, in the same order at every call."""
         return _rows(self.section, self.files, with_damaged=self.with_damaged)
 
+    def folder_of(self, row: Row, data: Path) -> Path | None:
+        """Return the folder of a row's file, where its relative paths start; None if it is not a file in data/."""
+        if self.section.hub or is_url(self.section.path):
+            return None
+        return (data / row.id.rpartition(":")[0]).parent
+
     def card(self) -> dict[str, Any]:
         """Return what the data card states of the source."""
         layout = {"kind": self.layout.kind.value, "columns": list(self.layout.content), "context": self.layout.context}
@@ -207,7 +214,7 @@ def open_source(section: SourceSection, paths: Paths, key: str, *, with_damaged:
         first_damage = first_damage or row.damage
         mapping.observe(row.columns)
         if section.hub:
-            digest.update(json.dumps(row.columns, sort_keys=True, default=str).encode())
+            digest.update(json.dumps(row.columns, sort_keys=True, default=digestible).encode())
     if num_rows == 0:
         raise ValueError(f"params.yaml, {key}: {section.path} has no rows; give a source that has some")
     if first_damage is not None and num_damaged == num_rows:

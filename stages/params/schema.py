@@ -55,6 +55,9 @@ REASONS = (
     "empty_content",
     "empty_text",
     "has_media",
+    "image_places",
+    "image_too_large",
+    "image_unreadable",
     "in_eval",
     "length_outlier",
     "missing_column",
@@ -256,6 +259,10 @@ class ChecksSection(Section):
         Literal["repair", "drop", "fail"],
         Field(description="Number where text is needed: drop, fail, or repair (write it as text)."),
     ]
+    image: Annotated[
+        Literal["drop", "fail"],
+        Field(description="Image that is missing, damaged, too large or without a place: drop or fail."),
+    ]
     truncated_answer: Annotated[
         CheckAction, Field(description="Answer that ends inside a code block, JSON or a sentence.")
     ]
@@ -275,6 +282,18 @@ class ChecksSection(Section):
     ]
 
 
+class ImagesSection(Section):
+    """Images of rows, which are written to outs/load/images."""
+
+    max_side: Annotated[
+        Positive, Field(description="Pixels of an image's longer side; larger images are made smaller.")
+    ]
+    max_megabytes: Annotated[
+        float, Field(gt=0.0, description="Size of an image's file; rows with larger ones are dropped.")
+    ]
+    urls: Annotated[bool, Field(description="Whether to download images that rows name by http(s) URL.")]
+
+
 class LoadSection(Section):
     """From data sources to validated records."""
 
@@ -287,6 +306,9 @@ class LoadSection(Section):
     checks: Annotated[
         ChecksSection,
         Field(description="What to do with a row that has a problem: off, warn (list it), drop or fail."),
+    ]
+    images: Annotated[
+        ImagesSection, Field(description="Images of rows, for a base model that reads images (docs/data.md).")
     ]
     max_dropped_fraction: Annotated[
         Fraction, Field(description="Stop if more than this fraction of the training or held-out rows is dropped.")

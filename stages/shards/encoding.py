@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sft.chat.render import Rendered
+from sft.chat.render import Rendered, Span, TrainOn
+from sft.labels import IGNORE_INDEX
+from sft.models.checkpoint import load_image_processor
 from sft.tokens.columns import Integers, Pieces
 from sft.tokens.encoding import Encoder, TokenBatch
 from sft.tokens.store import FileColumn, TokenStore
@@ -30,12 +33,41 @@ class EncodedShard(NamedTuple):
         turns: The message of each that is trained, if its record became several documents; else -1.
         batches: Their tokens, in batches.
         crossings: Id and detail of each document in which a token lies across the border of what is trained.
+        images: Text, images and end of the images of each document; empty if no row has images.
     """
 
     ids: list[str]
     turns: list[int]
     batches: list[TokenBatch]
     crossings: list[tuple[str, str]]
+    images: list[DocumentImages]
+
+
+class DocumentImages(NamedTuple):
+    """Images of a document.
+
+    Args:
+        text: Its text, with one placeholder per image; empty if it has no images.
+        names: Names of their files.
+        end: Number of tokens up to the last one of an image.
+    """
+
+    text: str = ""
+    names: tuple[str, ...] = ()
+    end: int = 0
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Where images are, and the base model that reads them.
+
+    Args:
+        model: Folder of the base model, which has its processor.
+        folder: Folder of the images.
+    """
+
+    model: Path
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -44,32 +76,103 @@ class EncodingWork:
 
     Args:
         tokenizer: Folder of the tokenizer.
+        image_files: Where images are; None = no row has images.
     """
 
     tokenizer: Path
+    image_files: ImageFiles | None = None
 
     def build(self) -> ShardEncoder:
-        """Load the tokenizer."""
-        return ShardEncoder(AutoTokenizer.from_pretrained(self.tokenizer))
+        """Load the tokenizer, and the processor if rows have images."""
+        return ShardEncoder(AutoTokenizer.from_pretrained(self.tokenizer), self.image_files)
 
 
 class ShardEncoder:
     """Tokenizer of the rendered chats of a shard."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_files: ImageFiles | None = None) -> None:
         self._encoder = Encoder(tokenizer)
+        self._images = ImageEncoder(tokenizer, image_files) if image_files is not None else None
 
     def __call__(self, shard: Shard) -> EncodedShard:
         """Tokenize and mask all rows of a shard."""
-        encoded = EncodedShard([], [], [], [])
+        encoded = EncodedShard([], [], [], [], [])
         rows = shard.rows()
         while batch := list(itertools.islice(rows, BATCH_SIZE)):
             encoded.ids.extend(row["id"] for row in batch)
             encoded.turns.extend(row.get("turn", -1) for row in batch)
-            tokens = self._encoder.encode_flat([Rendered.from_row(row) for row in batch])
+            if self._images is None:
+                tokens = self._encoder.encode_flat([Rendered.from_row(row) for row in batch])
+            else:
+                tokens = self._images.encode(batch, encoded.images)
             encoded.batches.append(tokens)
             encoded.crossings.extend((batch[number]["id"], detail) for number, detail in tokens.crossings.items())
         return encoded
+
+
+class ImageEncoder:
+    """Tokenizer of rows some of which have images, as the library's collator of rows with images tokenizes them.
+
+    Args:
+        tokenizer: Tokenizer of the run.
+        files: Where images are.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, files: ImageFiles) -> None:
+        from sft.vision.collator import VisionEncoder  # only for rows with images
+
+        self._encoder = VisionEncoder(load_image_processor(files.model, tokenizer))
+        self._folder = files.folder
+
+    def encode(self, rows: Sequence[Mapping[str, Any]], images: list[DocumentImages]) -> TokenBatch:
+        """Tokenize rows one by one, so that the images of one row are in memory at a time.
+
+        Args:
+            rows: Rows that `format` wrote.
+            images: Gets the images of each row.
+        """
+        from sft.vision.chat import VisionRow
+        from sft.vision.images import read_image
+
+        batches: list[TokenBatch] = []
+        for row in rows:
+            rendered = self._encoder.as_printed(Rendered.from_row(row))
+            is_whole = rendered.spans == [Span(0, len(rendered.text))]
+            names = tuple(row.get("images", ()))
+            decoded = [read_image(self._folder / name) for name in names]
+            train_on = TrainOn.ALL if is_whole else TrainOn.ASSISTANT
+            encoded = self._encoder.encode([VisionRow(row["id"], rendered, train_on, decoded)])
+            tokens = encoded.tokens[0]
+            batches.append(token_batch(tokens, encoded.crossings))
+            places = [
+                place for place, token in enumerate(tokens["input_ids"]) if token in self._encoder.image_token_ids
+            ]
+            found = DocumentImages(rendered.text, names, places[-1] + 1 if places else 0)
+            images.append(found if names else DocumentImages())
+        return joined(batches)
+
+
+def token_batch(tokens: Mapping[str, Any], crossings: dict[int, str]) -> TokenBatch:
+    """Return one token row as a batch."""
+    ids, labels = (np.array(tokens[name], dtype=np.int32) for name in ("input_ids", "labels"))
+    weights = np.array(tokens["loss_weights"], dtype=np.float32) if "loss_weights" in tokens else None
+    return TokenBatch(np.array([len(ids)], dtype=np.int64), ids, labels, weights, crossings)
+
+
+def joined(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """Join batches of one document each."""
+    weighted = any(batch.loss_weights is not None for batch in batches)
+    weights = [
+        (batch.labels != IGNORE_INDEX).astype(np.float32) if batch.loss_weights is None else batch.loss_weights
+        for batch in batches
+    ]
+    return TokenBatch(
+        np.concatenate([batch.lengths for batch in batches]),
+        np.concatenate([batch.input_ids for batch in batches]),
+        np.concatenate([batch.labels for batch in batches]),
+        np.concatenate(weights) if weighted else None,
+        {number: batch.crossings[0] for number, batch in enumerate(batches) if batch.crossings},
+    )
 
 
 @dataclass(frozen=True)
@@ -82,6 +185,7 @@ class Documents:
         lengths: `(num_documents,)` numbers of tokens.
         trained: `(num_documents,)` numbers of trained tokens.
         num_crossed: Number of documents in which a token lies across the border of what is trained.
+        images: Images of each document; empty if no row has images.
         groups: `(num_documents,)` number of the record of each document; None if no record became several documents.
     """
 
@@ -90,10 +194,18 @@ class Documents:
     lengths: Integers
     trained: Integers
     num_crossed: int
+    images: list[DocumentImages]
     groups: Integers | None = None
 
 
-def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSection, ledger: Ledger) -> Documents:
+def encode_split(
+    path: Path,
+    tokenizer: Path,
+    scratch: Path,
+    section: PackSection,
+    ledger: Ledger,
+    image_files: ImageFiles | None = None,
+) -> Documents:
     """Tokenize a file of rendered chats, in several processes if the section says so.
 
     Args:
@@ -102,15 +214,19 @@ def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSectio
         scratch: Folder for the files of the token columns, which must exist as long as the documents are read.
         section: The section `pack` of params.yaml.
         ledger: Gets an entry for each document in which a token lies across the border of what is trained.
+        image_files: Where images are; None = no row has images.
     """
     scratch.mkdir(parents=True)
     store = TokenStore(scratch)
     ids: list[str] = []
     turns: list[int] = []
+    images: list[DocumentImages] = []
     num_crossed = 0
-    for encoded in run_shards(EncodingWork(tokenizer), shards_of(path), section.num_proc, section.workers):
+    work = EncodingWork(tokenizer, image_files)
+    for encoded in run_shards(work, shards_of(path), section.num_proc, section.workers):
         ids += encoded.ids
         turns += encoded.turns
+        images.extend(encoded.images)
         for batch in encoded.batches:
             store.append(batch)
         num_crossed += len(encoded.crossings)
@@ -123,6 +239,7 @@ def encode_split(path: Path, tokenizer: Path, scratch: Path, section: PackSectio
         columns["input_ids"].lengths(),
         store.trained(),
         num_crossed,
+        images,
         groups_of_turns(ids, turns),
     )
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sft.chat.checks import SpecialText, TerminatorCheck
 from sft.chat.render import ChatRenderer, TrainOn
 from sft.chat.thinking import REASONING_TAGS, with_reasoning_apart
+from sft.models.checkpoint import load_image_processor
 from sft.options import NotPrintedPolicy, ThinkingPolicy
 from stages.checkout.ledger import Action
 from stages.shards.shards import Shard
@@ -60,6 +61,8 @@ class RenderingWork:
         meant_tokens: Special tokens that messages may spell out.
         stop_token_ids: Ids at which the base model's generation stops.
         with_prompts: Whether to split each record before its last answer, for evaluation.
+        image_model: Folder of a base model that reads images, whose processor's placeholders are printed; None = the
+            base model reads text alone, or its processor can't be created here.
     """
 
     tokenizer: Path
@@ -72,9 +75,10 @@ class RenderingWork:
     meant_tokens: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
     with_prompts: bool
+    image_model: Path | None = None
 
     def build(self) -> ShardRenderer:
-        """Load the tokenizer."""
+        """Load the tokenizer, and the processor if there is one."""
         loaded = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=self.trust_remote_code)
         return ShardRenderer(loaded, self)
 
@@ -86,7 +90,16 @@ class ShardRenderer:
         self._tokenizer = tokenizer
         self._work = work
         self._renderer = ChatRenderer(tokenizer, TrainOn(work.train_on), work.not_printed, work.thinking)
+        self._placeholder = ""
+        if work.image_model is not None:
+            from sft.vision.chat import VisionRenderer  # only for models that read images
+            from sft.vision.places import placeholder
+
+            processor = load_image_processor(work.image_model, tokenizer)
+            self._renderer = VisionRenderer(processor, TrainOn(work.train_on), work.not_printed, work.thinking)
+            self._placeholder = placeholder(processor)
         self._special_text = SpecialText(tokenizer, allowed=work.meant_tokens)
+        self._special_text_beside_images = SpecialText(tokenizer, allowed=(*work.meant_tokens, self._placeholder))
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._has_special_tags = not special.isdisjoint(REASONING_TAGS)
 
@@ -122,14 +135,39 @@ class ShardRenderer:
             if self._work.train_on != TrainOn.ALL:
                 done.check.add(record["id"], rendered)
             # the message that is trained tells the rows of one record apart
+            images = self._images_of(record, rendered.text)
             turn = {} if rendered.turn is None else {"turn": rendered.turn}
-            done.rows.append(json.dumps({"id": record["id"], **turn, **rendered.to_row()}, ensure_ascii=False))
+            row = {"id": record["id"], **turn, **rendered.to_row(), **images}
+            done.rows.append(json.dumps(row, ensure_ascii=False))
             done.num_characters += len(rendered.text)
             done.num_trained += sum(span.end - span.start for span in rendered.spans)
         done.num_unrolled += len(rows) - 1
         last = self._renderer.last_turn(record) if self._work.with_prompts else None
         if last is not None:
-            done.prompts.append(json.dumps({"id": record["id"], **last._asdict()}, ensure_ascii=False))
+            images = self._images_of(record, last.prompt, is_complete=False)
+            done.prompts.append(json.dumps({"id": record["id"], **last._asdict(), **images}, ensure_ascii=False))
+
+    def _images_of(self, record: Mapping[str, Any], text: str, *, is_complete: bool = True) -> dict[str, list[str]]:
+        """Return the images whose placeholders are in a text, as columns of its row; none for a record of text alone.
+
+        Args:
+            record: The record.
+            text: Its text, or the beginning of it.
+            is_complete: Whether all images of the record must have a placeholder in the text.
+
+        Raises:
+            ValueError: The template prints more or fewer placeholders than the record has images.
+        """
+        if "images" not in record:
+            return {}
+        images = list(record["images"])
+        num_found = text.count(self._placeholder) if self._placeholder else len(images)
+        if num_found != len(images) and (is_complete or num_found > len(images)):
+            raise ValueError(
+                f"row {record['id']}: the chat template prints {num_found} placeholders {self._placeholder!r} for "
+                f"{len(images)} images; use the template of the base model (format.chat_template: null)"
+            )
+        return {"images": images[:num_found]}
 
     def _count_removed(self, row_id: str, removed: list[str], done: RenderedShard) -> None:
         if not removed:
@@ -143,13 +181,14 @@ class ShardRenderer:
         wanted = self._work.special_text
         if wanted != "off" and self._has_special_tags:  # these tags are meant where they enclose reasoning
             record = with_reasoning_apart(record)
-        problem = None if wanted == "off" else self._special_text.find(record)
+        checker = self._special_text_beside_images if record.get("images") else self._special_text
+        problem = None if wanted == "off" else checker.find(record)
         if problem is None:
             return record
         kept: dict[str, Any] | None = record
         action = Action.REPAIR if wanted == "neutralise" else Action(wanted)
         if wanted == "neutralise":
-            kept = self._special_text.neutralised(record)
+            kept = checker.neutralised(record)
         if kept is None or action is Action.DROP:
             kept, action = None, Action.DROP
         done.entries.append((record["id"], problem.reason, problem.detail, action))

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sft.data.remote import is_url
-from sft.export.quantization import check_layers_fit, pick_device
-from sft.models.checkpoint import load_tokenizer
+from sft.export.quantization import NOT_FOR_IMAGES, check_layers_fit, pick_device
+from sft.models.checkpoint import is_image_model, load_tokenizer
 from stages.checkout.paths import Paths
 from stages.evaluation.lm_eval import check_installed, load_harness
 from stages.evaluation.rows import read_prompts, read_records, render_records
@@ -49,6 +49,8 @@ def check_later_stages(params: Params, paths: Paths) -> None:
         ValueError: A value does not fit; the message names its key.
     """
     folder = Path(read_base_model(paths.out("load", "base_model.json")).path)
+    if params.quantize.method == "gptq" and is_image_model(folder, trust_remote_code=params.model.trust_remote_code):
+        raise ValueError(f"quantize.method: gptq: {NOT_FOR_IMAGES}")
     try:
         check_quantization(params.quantize, folder)
     except ValueError as error:

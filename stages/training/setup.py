@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
+from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from sft.attention.isolation import DocumentsMixError
 from sft.chat.formats import resize_embeddings
 from sft.config import ModelConfig, SFTConfig
-from sft.models.adapters import get_peft_config
+from sft.inner_model import outside_language_model
+from sft.models.adapters import ALL_LINEAR, get_peft_config
 from sft.models.kbit import get_quantization_config
 from sft.models.loading import load_model
 from sft.train.trainer import SFTTrainer
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
+from stages.models.images import image_collator
 from stages.params.schema import ModelSection, Params, TrainSection
 from stages.training.checkpoints import SealCheckpoints
 
@@ -50,20 +54,48 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
     """
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     model_config = make_model_config(params)
+    model, peft_config = load_base(params.model, model_config, tokenizer, paths), get_peft_config(model_config)
+    collator = None
+    if paths.has_images():
+        collator = image_collator(paths, tokenizer, model.dtype)
+        config.remove_unused_columns = False  # the collator reads their texts and the names of their images
+    else:
+        leave_out_images(model, peft_config)
     try:
         trainer = SFTTrainer(
-            load_base(params.model, model_config, tokenizer, paths),
+            model,
             args=config,
+            data_collator=collator,
             train_dataset=load_from_disk(str(paths.out("pack", "train"))),
             eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
             processing_class=tokenizer,
-            peft_config=get_peft_config(model_config),
+            peft_config=peft_config,
             callbacks=[LogLastStep(), *recorders, SealCheckpoints()],
         )
     except DocumentsMixError as error:
         raise ValueError(f"{error} In params.yaml: pack.strategy: none and train.padding_free: false") from None
     trainer.remove_callback(PrinterCallback)  # `ProgressLines` replaces it
     return trainer
+
+
+def leave_out_images(model: PreTrainedModel, peft_config: LoraConfig | None) -> None:
+    """Leave the parts of a model that only images pass as they are, since rows of text would not train them.
+
+    Args:
+        model: The base model. Where there is no adapter, these parts are frozen.
+        peft_config: Its adapter, which gets no weights there if it is for `all-linear`; named modules stay.
+    """
+    parts = outside_language_model(model)
+    if not parts:
+        return
+    if peft_config is None:
+        for part in parts:
+            model.get_submodule(part).requires_grad_(False)
+    elif peft_config.target_modules == ALL_LINEAR:
+        peft_config.exclude_modules = rf"({'|'.join(map(re.escape, parts))})(\..*)?"
+    else:
+        return
+    print(f"note: the rows have no images, so {', '.join(parts)} of the model stay as they are", flush=True)
 
 
 def make_model_config(params: Params) -> ModelConfig:

@@ -70,7 +70,7 @@ def test_shipped_params_differ_from_the_defaults_of_the_library_in_these_options
         "max_steps": -1,
         "neftune_noise_alpha": None,
         "output_dir": str(tmp_path),
-        "padding_free": None,
+        "padding_free": None,  # rows with `seq_lengths` are joined, others as the model allows
         "report_to": [],
         "save_strategy": "steps",
         "use_liger_kernel": False,

@@ -616,3 +616,15 @@ def test_a_processor_that_cannot_be_made_leaves_the_tokenizer_and_the_log_says_w
     with caplog.at_level(logging.WARNING, logger="sft.models.checkpoint"):
         assert load_processor(str(tmp_path)).get_vocab() == own.tokenizer.get_vocab()
     assert "only text can be trained" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "idefics3"])
+def test_places_that_are_written_as_in_llava_data_become_those_of_the_model(family: str) -> None:
+    images = [square("red", 16, 16), square("blue", 16, 16)]
+    parts = [IMAGE, say("One"), IMAGE, say("and two?")]
+    written = {"images": images, "messages": chat("<image>\nOne\n<image>\nand two?", "red, blue")}
+    expected = collator(family)([{"images": images, "messages": chat(parts, "red, blue")}])
+    if family == "qwen2_vl":
+        assert torch.equal(collator(family)([written])["input_ids"], expected["input_ids"])
+    with pytest.raises(ValueError, match="2 image placeholders, and there are 1 images"):
+        collator(family)([{**written, "images": images[:1]}])
