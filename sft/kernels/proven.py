@@ -8,7 +8,7 @@ forward and backward, with and without them. A class of layers that changes the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -29,21 +29,15 @@ Result = tuple[torch.Tensor, torch.Tensor] | None
 
 
 @contextmanager
-def proven_fused_layers(model: nn.Module, *, lora: bool, layers: bool) -> Iterator[None]:
-    """Replace the forward of a model's layers by fused ones inside the block, where this changes nothing but the time.
+def replaced_by_fused(model: nn.Module, *, lora: bool, layers: bool, left_out: Collection[type] = ()) -> Iterator[None]:
+    """Replace the forward of a model's layers by fused ones inside the block.
 
     Args:
         model: Causal model, wrapped or not, on the device that trains it.
         lora: Whether to replace LoRA layers.
         layers: Whether to replace norms, feed-forward layers and linear layers.
+        left_out: Classes of layers that keep their own forward, see `find_unproven`.
     """
-    left_out = find_unproven(model, lora=lora, layers=layers)
-    with _fused(model, lora=lora, layers=layers, left_out=left_out):
-        yield
-
-
-@contextmanager
-def _fused(model: nn.Module, *, lora: bool, layers: bool, left_out: set[type]) -> Iterator[None]:
     with ExitStack() as stack:
         if lora:
             stack.enter_context(fused_lora(model, left_out))
@@ -55,7 +49,7 @@ def _fused(model: nn.Module, *, lora: bool, layers: bool, left_out: set[type]) -
 def find_unproven(model: nn.Module, *, lora: bool, layers: bool) -> set[type]:
     """Return the classes of layers that change the model's results, or make it fail, when they run fused.
 
-    Each is named in the log. Arguments as for `proven_fused_layers`.
+    Each is named in the log. Arguments as for `replaced_by_fused`.
     """
     candidates = {
         type(module) for module in model.modules() if (lora and can_fuse(module)) or (layers and can_be_fused(module))
@@ -74,7 +68,7 @@ def find_unproven(model: nn.Module, *, lora: bool, layers: bool) -> set[type]:
             return candidates
 
         def changes(without: set[type]) -> bool:
-            with _fused(model, lora=lora, layers=layers, left_out=without):
+            with replaced_by_fused(model, lora=lora, layers=layers, left_out=without):
                 return not _same(expected, _result(model))
 
         if not changes(set()):

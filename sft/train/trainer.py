@@ -38,7 +38,7 @@ from sft.batches.shared_tokens import without_sharing
 from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
 from sft.inner_model import causal_lm, takes_position_ids
-from sft.kernels.proven import proven_fused_layers
+from sft.kernels.proven import find_unproven, replaced_by_fused
 from sft.labels import TOKEN_MASKS
 from sft.loss.cross_entropy import LossOptions
 from sft.loss.supervised import supervised_loss
@@ -282,9 +282,12 @@ class SFTTrainer(Trainer):
         if self.args.should_save:
             resumes = bool(args[0] if args else kwargs.get("resume_from_checkpoint"))
             check_disk(self.model, self.args, self._num_steps(), resumes=resumes)
+        fused = {"lora": self.args.fused_lora, "layers": self.args.fused_layers}
+        with self.accelerator.autocast(), self._attention_context({}):
+            left_out = find_unproven(self.model, **fused)
         with (
             embedding_noise(self.model, self.args.neftune_noise_alpha),
-            proven_fused_layers(self.model, lora=self.args.fused_lora, layers=self.args.fused_layers),
+            replaced_by_fused(self.model, **fused, left_out=left_out),
         ):
             return super().train(*args, **kwargs)
 

@@ -117,7 +117,7 @@ def test_shift_labels_do_not_reach_the_model_and_give_the_same_loss_and_gradient
     model, inputs = make("llama"), batch(flat=False)
     expected_loss, expected = run(model, inputs)
     named = {**inputs, "shift_labels": F.pad(inputs["labels"], (0, 1), value=X)[:, 1:]}
-    assert model_arguments(named).keys() == model_arguments(inputs).keys()
+    assert model_arguments(model, named).keys() == model_arguments(model, inputs).keys()
     found_loss, found = run(model, named)
     assert found_loss.loss == expected_loss.loss
     assert_same(found, expected)
