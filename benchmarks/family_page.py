@@ -83,6 +83,8 @@ def verdict(result: FamilyResult) -> str:
     """Return the outcome of a family in a word: for the method that is trained in the slower way."""
     if result.unbuildable is not None:
         return NOT_BUILDABLE
+    if not result.runs:
+        return "buildable"
     return max((outcome(result, method).word for method in METHODS), key=OUTCOMES.index)
 
 

@@ -8,7 +8,7 @@ and `SPECIAL` has the few families whose fields depend on each other. Of layers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,10 +147,9 @@ SIZES_OF: dict[str, Rule] = {
 }
 """Name of a field -> its size. Only fields that have a number by default are set."""
 
-NO_DROPOUT = ("dropout", "pdrop", "drop_path", "layerdrop", "jitter", "label_noise", "dropout_rate")
+NO_DROPOUT = ("dropout", "pdrop", "drop_path", "layerdrop", "jitter", "label_noise")
 """Parts of the names of fields that would make training random."""
 
-Special = Callable[[Sizes], dict[str, Any]]
 MROPE = """cohere_compass_text ernie4_5_vl_moe_text glm46v_text glm4v_text glm4v_moe_text glm_ocr_text paddleocr_vl_text
     qwen2_5_omni_text qwen2_5_vl_text qwen2_vl_text"""
 """Families whose rotary embeddings have sections for time, height and width, whose sizes depend on the head's."""
@@ -161,7 +160,7 @@ def _mrope(sizes: Sizes) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}}
 
 
-SPECIAL: dict[str, Special] = {
+SPECIAL: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     **dict.fromkeys(MROPE.split(), _mrope),
     "bamba": lambda s: {"attn_layer_indices": [1]},
     "blt": lambda s: {"encoder_hash_byte_group_vocab": s.vocab},
@@ -224,7 +223,7 @@ SPECIAL: dict[str, Special] = {
     "mamba2": lambda s: {"num_heads": 2 * s.heads},
     "mistral4": lambda s: {"head_dim": 2 * s.head_dim},
     "molmo2": lambda s: {"adapter_config": {"vision_feature_layer": [1, 0]}},
-    "muse_spark_audio": lambda s: {"hidden_sizes": (8, 16, 16, 16)},
+    "muse_spark_audio": lambda s: {"hidden_sizes": (8, 16, 16, 16), "num_hidden_layers": 4},
     "nemotron_h_omni": lambda s: {"vision_config": {"video_temporal_patch_size": 2}, "video_temporal_patch_size": 2},
     "qwen4_exp_text": lambda s: {
         "indexer_n_heads": 16,
@@ -294,7 +293,7 @@ def tiny_config(family: str, sizes: Sizes, special_tokens: Mapping[str, int]) ->
 def _small_fields(config: PreTrainedConfig, sizes: Sizes, special_tokens: Mapping[str, int]) -> dict[str, Any]:
     """Return the fields of a configuration that get another value, those of inner configurations included."""
     special = SPECIAL.get(config.model_type, lambda sizes: {})(sizes)
-    kept = _kept_layers(config, special.pop("kept_layers", None), sizes)
+    kept = _kept_layers(config, sizes)
     fields: dict[str, Any] = {}
     next_reserved = sizes.vocab
     aliases: dict[str, list[str]] = {}
@@ -310,8 +309,11 @@ def _small_fields(config: PreTrainedConfig, sizes: Sizes, special_tokens: Mappin
             fields[name] = next_reserved
         elif any(part in name for part in NO_DROPOUT) and isinstance(value, float):
             fields[name] = 0.0
-        elif isinstance(value, (list, tuple)) and kept and len(value) == config.num_hidden_layers:
-            fields[name] = type(value)(value[index] for index in kept)
+        elif _is_per_layer(value, config) and kept:
+            kinds = [value[index] for index in kept]
+            if _has_layer_numbers(value):
+                kinds = [kept.index(number) if number in kept else place for place, number in enumerate(kinds)]
+            fields[name] = type(value)(kinds)
         elif name in ("head_dim", "num_key_value_heads") and value is None:
             fields[name] = SIZES_OF[name](sizes)
         elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -340,20 +342,25 @@ def _own_fields(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _kept_layers(config: PreTrainedConfig, given: list[int] | None, sizes: Sizes) -> list[int]:
+def _is_per_layer(value: Any, config: PreTrainedConfig) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == getattr(config, "num_hidden_layers", None)
+
+
+def _has_layer_numbers(per_layer: Sequence[Any]) -> bool:
+    """Return whether a list with an entry per layer has numbers of layers, and not 0 and 1 for no and yes."""
+    return all(type(value) is int for value in per_layer) and max(per_layer) > 1
+
+
+def _kept_layers(config: PreTrainedConfig, sizes: Sizes) -> list[int]:
     """Return the layers to keep of a configuration with lists that have an entry per layer: the first of every kind."""
-    if given is not None:
-        return given
-    count = getattr(config, "num_hidden_layers", None)
-    if not isinstance(count, int) or count < 3:
-        return []
-    lists = [value for _, value in _own_fields(config) if isinstance(value, (list, tuple)) and len(value) == count]
-    if not lists:
+    lists = [value for _, value in _own_fields(config) if _is_per_layer(value, config)]
+    lists = [value for value in lists if not _has_layer_numbers(value)]
+    if not lists or len(lists[0]) < 3:
         return []
     kinds = [str(kind) for kind in zip(*lists, strict=True)]
     kept = {kinds.index(kind) for kind in kinds}
-    rest = (index for index in range(count) if index not in kept)
-    while len(kept) < min(sizes.layers, count):
+    rest = (index for index in range(len(kinds)) if index not in kept)
+    while len(kept) < min(sizes.layers, len(kinds)):
         kept.add(next(rest))
     return sorted(kept)
 
