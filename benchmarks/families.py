@@ -33,7 +33,7 @@ from benchmarks.family_checks import Failure, FamilyChecks, FamilyResult
 from benchmarks.family_page import page, verdict
 from benchmarks.tiny_families import Sizes, families
 
-SECONDS_PER_FAMILY = 180
+SECONDS_PER_FAMILY = 600
 
 Depth = Literal["all", "quick", "plain"]
 

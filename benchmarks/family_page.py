@@ -34,7 +34,8 @@ All types of causal language models that transformers {version} has, and its vis
 Each was built as a tiny model from its configuration and trained on documents of different lengths, by LoRA
 (`all-linear`) and in full. Loss and gradients of all weights equal those of a plain loop over single documents that
 uses nothing of this library: to 1e-5 in float32 and 1e-9 in float64, or to the rounding of the model's own code. A
-training that was resumed has the same weights, and the merged or saved model has the logits of the trained one.
+training that was resumed has the same weights, and the merged or saved model has the logits of the trained one, unless
+the last column says "resume or merge".
 [benchmarks/README.md](../benchmarks/README.md#families) says how to repeat this, with other sizes and seeds.
 
 | result | meaning |
