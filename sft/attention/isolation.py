@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
@@ -24,6 +26,10 @@ from sft.inner_model import causal_lm, evaluating
 
 PROBE_LENGTHS = (13, 10)
 """Tokens of the two documents of the probe."""
+
+
+LONG_ROW = 4096
+"""Most tokens of a row that is run to see whether a model's own code has room for it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Isolation:
 
 
 @torch.no_grad()
-def isolate_documents(model: torch.nn.Module) -> Isolation:
+def isolate_documents(model: torch.nn.Module, own_attention: str | None = None) -> Isolation:
     """Find out how this model keeps documents in one row from affecting each other, by trying it.
 
     1. Probe the model as it is. If changing one document changes nothing at all in the other, that is enough.
@@ -85,14 +91,17 @@ def isolate_documents(model: torch.nn.Module) -> Isolation:
 
     Args:
         model: Causal model of transformers, with the attention that is going to be used.
+        own_attention: Attention of the model before that was set, which documents alone are run with. None = the same.
 
     Raises:
         DocumentsMixError: Not even the last way gives the logits of documents alone.
     """
     base = causal_lm(model)
     lengths = _probe_lengths(base)
+    with evaluating(model), _attending(base, own_attention):
+        alone = _alone(model, base, lengths)
     with evaluating(model):
-        first = _try_to_measure(model, base, lengths)
+        first = _try_to_measure(model, base, lengths, alone)
         if isinstance(first, IsolationReport) and first.is_within and first.neighbour_effect == 0:
             return Isolation(first)
         documents = _probe_documents(base, lengths)[:2]
@@ -102,7 +111,7 @@ def isolate_documents(model: torch.nn.Module) -> Isolation:
             except Exception:  # as above; CannotDivideError among them
                 continue
             with per_document(base, mixers):
-                report = _try_to_measure(model, base, lengths)
+                report = _try_to_measure(model, base, lengths, alone)
             if isinstance(report, IsolationReport) and report.is_within:
                 return Isolation(report, tuple(mixers), is_complete=find in (find_decoder, find_counting_decoder))
     raise _mixing_error(base, first)
@@ -129,7 +138,7 @@ def probe_isolation(model: torch.nn.Module) -> IsolationReport:
     """
     base = causal_lm(model)
     with evaluating(model):
-        report = _measure_isolation(model, base, PROBE_LENGTHS)
+        report = _measure_isolation(model, base, PROBE_LENGTHS, _alone(model, base, PROBE_LENGTHS))
     if not report.is_within:
         raise _mixing_error(base, report)
     return report
@@ -174,11 +183,37 @@ def probe_padding(model: torch.nn.Module) -> None:
         )
 
 
-def _try_to_measure(model: torch.nn.Module, base: Any, lengths: tuple[int, int]) -> IsolationReport | Exception:
+def _try_to_measure(
+    model: torch.nn.Module, base: Any, lengths: tuple[int, int], alone: torch.Tensor
+) -> IsolationReport | Exception:
     try:
-        return _measure_isolation(model, base, lengths)
+        if base.config._attn_implementation != SFT_DOCUMENTS:
+            _run_long_row(model, base)
+        return _measure_isolation(model, base, lengths, alone)
     except Exception as error:  # a model may fail on a row of documents in any way
         return error
+
+
+def _run_long_row(model: torch.nn.Module, base: Any) -> None:
+    """Run a row that is longer than a document can be, as joined rows may be: a model's own code may lack room for it."""
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and longest <= LONG_ROW:
+        document = _probe_documents(base, PROBE_LENGTHS)[0]
+        _flat_logits(model, base, [document] * (longest // len(document) + 1))
+
+
+@contextmanager
+def _attending(base: Any, implementation: str | None) -> Iterator[None]:
+    """Set another attention inside the block."""
+    current = base.config._attn_implementation
+    if implementation in (None, current):
+        yield
+        return
+    base.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(current)
 
 
 def _mixing_error(base: Any, found: IsolationReport | Exception) -> DocumentsMixError:
@@ -220,11 +255,17 @@ def _probe_documents(base: Any, lengths: tuple[int, int]) -> list[list[int]]:
     return [_probe_document(vocab_size, length, seed) for seed, length in enumerate((*lengths, lengths[0]))]
 
 
-def _measure_isolation(model: torch.nn.Module, base: Any, lengths: tuple[int, int]) -> IsolationReport:
+def _alone(model: torch.nn.Module, base: Any, lengths: tuple[int, int]) -> torch.Tensor:
+    """Return the logits of both documents alone, one after the other."""
+    return torch.cat([_logits_alone(model, base, document) for document in _probe_documents(base, lengths)[:2]])
+
+
+def _measure_isolation(
+    model: torch.nn.Module, base: Any, lengths: tuple[int, int], alone: torch.Tensor
+) -> IsolationReport:
     first, second, changed = _probe_documents(base, lengths)
     packed = _flat_logits(model, base, [first, second])
     perturbed = _flat_logits(model, base, [changed, second])
-    alone = torch.cat([_logits_alone(model, base, document) for document in (first, second)])
     scale = alone.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     neighbour_tolerance, packing_tolerance = rounding_tolerances(base)
     return IsolationReport(

@@ -169,6 +169,32 @@ def keep_4bit_weights(model: torch.nn.Module) -> None:
         )
 
 
+def load_converted_weights(model: Any, folder: str | Path) -> None:
+    """Load a checkpoint's weights into a model, through the conversion that `from_pretrained` does.
+
+    Some families are saved under other names, or in other shapes, than their modules have: each expert as a layer where
+    the model stacks them, the language model of a vision-language model without its prefix. `load_state_dict` finds
+    none of these.
+
+    Args:
+        model: Model of transformers, without wrappers.
+        folder: Folder of the checkpoint.
+
+    Raises:
+        ValueError: The checkpoint lacks weights of the model.
+    """
+    loaded, info = type(model).from_pretrained(
+        folder, config=model.config, dtype=model.dtype, output_loading_info=True, device_map={"": "cpu"}
+    )
+    lacking = sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys or ()))
+    if lacking:
+        raise ValueError(
+            f"the checkpoint {folder} lacks {len(lacking)} weights of {type(model).__name__}, such as {lacking[0]}, so "
+            "the training cannot go on from it; start it anew"
+        )
+    model.load_state_dict(loaded.state_dict())
+
+
 def check_attention(attn_implementation: str, dtype: torch.dtype, device_map: Any | None = None) -> None:
     """Check that an attention exists and that this machine can run it in this dtype.
 

@@ -295,7 +295,7 @@ def choose_attention(model: Any, config: SFTConfig, *, flat: bool, whole: bool =
         return RowAttention(description)
     try:
         with flash_sdp_only() if config.force_flash_sdp else nullcontext():
-            isolation = isolate_documents(model)
+            isolation = isolate_documents(model, own_attention=current)
     except DocumentsMixError:
         if choice.implementation == current or requested != "auto":
             raise

@@ -44,7 +44,7 @@ from sft.loss.cross_entropy import LossOptions
 from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
-from sft.models.loading import check_causal
+from sft.models.loading import check_causal, load_converted_weights
 from sft.models.saving import check_disk, check_saving, mend_generation_config
 from sft.train.arguments import (
     align_special_tokens,
@@ -144,6 +144,7 @@ class SFTTrainer(Trainer):
     _signature_columns: list[str] | None
     data_collator: Any
     is_fsdp_enabled: bool
+    _loaded_from: str
 
     def __init__(
         self,
@@ -472,6 +473,28 @@ class SFTTrainer(Trainer):
         self._count_tokens()
         self._callback(UnloggedFigures).sums = self._totals["train"].sums(self.accelerator.gather)
         super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights of a checkpoint, also those that are saved under other names than the model's."""
+        self._loaded_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best checkpoint, also those that are saved under other names than the model's."""
+        self._loaded_from = str(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Load through transformers' conversion where the names in a checkpoint are not those of the model.
+
+        `transformers.Trainer` warns, and trains on from the weights that the model had before.
+        """
+        base = causal_lm(self.model)
+        missing = set(load_result.missing_keys) - set(getattr(base, "all_tied_weights_keys", None) or ())
+        if (missing or load_result.unexpected_keys) and isinstance(base, PreTrainedModel):
+            load_converted_weights(base, self._loaded_from)
+        else:
+            super()._issue_warnings_after_load(load_result)
 
     def _load_callback_state(self) -> None:
         """Restore this library's callbacks and running sums from a checkpoint.

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from sft.config import SFTConfig
 from sft.train.trainer import SFTTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny_moe import tiny_moe
 
 pytestmark = pytest.mark.numerics
 
@@ -73,11 +74,11 @@ def plain_loop(label_smoothing: float = 0.0, dft: bool = False) -> tuple[list[fl
     return losses, {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def make(folder: Path, **options: Any) -> SFTTrainer:
+def make(folder: Path, model: Any = None, **options: Any) -> SFTTrainer:
     """Return a trainer that makes one update per epoch, on all rows."""
     config = SFTConfig(output_dir=str(folder), use_cpu=True, **{**OPTIONS, **options})
     return SFTTrainer(
-        tiny_model(), args=config, train_dataset=Dataset.from_list(ROWS), processing_class=tiny_tokenizer()
+        model or tiny_model(), args=config, train_dataset=Dataset.from_list(ROWS), processing_class=tiny_tokenizer()
     )
 
 
@@ -165,6 +166,20 @@ def test_tokens_seen_do_not_count_padding_and_continue_after_a_resume(tmp_path: 
     assert logged(whole, "num_tokens")[2] == num_tokens  # an epoch is three batches
     assert logged(whole, "num_tokens")[-1] == 2 * num_tokens
     assert logged(stopped, "num_tokens") == logged(whole, "num_tokens")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_full_training_of_experts_is_resumed_from_weights_saved_under_other_names(tmp_path: Path, family: str) -> None:
+    options = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    folders = [tmp_path / "whole", tmp_path / "resumed"]
+    whole, resumed = (make(folder, model=tiny_moe(family), **options) for folder in folders)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(folders[0] / "checkpoint-2"))
+    expected = whole.model.state_dict()
+    start = tiny_moe(family).state_dict()
+    for name, weight in resumed.model.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert (expected["model.embed_tokens.weight"] - start["model.embed_tokens.weight"]).abs().max() > 1e-3
 
 
 def test_tokens_are_counted_with_their_padding_or_not_at_all_when_asked(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_model_whose_documents_leak_gets_padded_batches(folder: str, monkeypatch
     model = tiny_model()
     before = model.config._attn_implementation
 
-    def leaks(model: Any) -> None:
+    def leaks(model: Any, own_attention: str) -> None:
         raise ValueError("documents see each other")
 
     monkeypatch.setattr(batches, "isolate_documents", leaks)
