@@ -29,12 +29,15 @@ from peft.utils.transformers_weight_conversion import (
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sft.inner_model import evaluating
 from sft.models.weight_kinds import Weight, as_percent, num_values, stacked_experts, weights_of
 
 logger = logging.getLogger(__name__)
 
 PLAIN = (torch.nn.Linear, Conv1D)
 """Classes of linear layers that LoRA's own product fits."""
+
+BYPASSED = "the model reads their weights without calling them, so that an adapter would have no effect"
 
 ALL_LINEAR = "all-linear"
 
@@ -156,7 +159,7 @@ def linear_targets(model: PreTrainedModel, config: PeftConfig) -> LinearTargets:
     routers = [name for name, weight in weights.items() if weight.kind == "router" and weight.parameter.ndim == 2]
     head, why_not = model.get_output_embeddings(), _why_no_parameters(config)
     modules, parameters, left_out = [], [], {}
-    takes = cache(partial(_takes, model, config))
+    takes, bypassed = cache(partial(_takes, model, config)), bypassed_layers(model)
     for name, module in model.named_modules():
         weight = f"{name}.weight"
         if not isinstance(module, (torch.nn.Linear, Conv1D)) or module is head:
@@ -164,7 +167,9 @@ def linear_targets(model: PreTrainedModel, config: PeftConfig) -> LinearTargets:
         if weight in routers or not _is_asked(config, name):
             continue
         taken = takes(name.rpartition(".")[2])
-        if taken == "layer" and not _computes_itself(module):
+        if name in bypassed:
+            left_out[weight] = BYPASSED
+        elif taken == "layer" and not _computes_itself(module):
             modules.append(name)
         elif taken != "nothing" and why_not is None and (_computes_itself(module) or type(module) in PLAIN):
             parameters.append(weight)
@@ -177,6 +182,46 @@ def linear_targets(model: PreTrainedModel, config: PeftConfig) -> LinearTargets:
     elif given is None:
         left_out |= dict.fromkeys(stacked, why_not or "")
     return LinearTargets(tuple(modules), tuple(_shortest(parameters, weights)), tuple(routers), left_out)
+
+
+def bypassed_layers(model: PreTrainedModel) -> set[str]:
+    """Return the linear layers whose weight a model reads without calling them, as Mamba's `dt_proj`.
+
+    1. Run the model on a few tokens and note which linear layers are called.
+    2. Of the others, those whose weight has a gradient are read. Experts that got no token have none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PLAIN)}
+    weights = [module.weight for module in layers.values()]
+    if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
+        return set()
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, module in layers.items()
+    ]
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.arange(1, 9, device=embeddings.device)[None] % embeddings.shape[0]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    except Exception:  # a model may need more than token ids; training says what
+        return set()
+    finally:
+        for handle in handles:
+            handle.remove()
+    rest = {name: module.weight for name, module in layers.items() if name not in called}
+    if not rest:
+        return set()
+    trained = [weight.requires_grad for weight in rest.values()]
+    try:
+        for weight in rest.values():
+            weight.requires_grad_(True)
+        with evaluating(model), torch.enable_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+            gradients = torch.autograd.grad(logits.float().square().mean(), list(rest.values()), allow_unused=True)
+    finally:
+        for weight, before in zip(rest.values(), trained, strict=True):
+            weight.requires_grad_(before)
+    return {name for name, gradient in zip(rest, gradients, strict=True) if gradient is not None}
 
 
 def _computes_itself(module: torch.nn.Module) -> bool:

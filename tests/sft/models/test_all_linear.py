@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from sft.config import ModelConfig
 from sft.export.merge_in_memory import merge_into_base
 from sft.models.adapters import get_peft_config, wrap_adapter
-from sft.models.all_linear import is_all_linear, linear_targets
+from sft.models.all_linear import bypassed_layers, is_all_linear, linear_targets
 from sft.models.kbit import get_quantization_config
 from sft.models.loading import load_model
 from sft.models.weight_kinds import weight_shares
@@ -161,3 +161,22 @@ def test_experts_of_a_base_in_4_bits_are_adapted_and_its_other_layers_reported(
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert [name for name, weight in trained.items() if weight.grad is None or not weight.grad.abs().sum()] == []
+
+
+def test_layers_that_the_model_reads_without_calling_them_are_left_out_and_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = tiny_model("mamba", state_size=4)
+    assert bypassed_layers(model) == {f"backbone.layers.{number}.mixer.dt_proj" for number in range(2)}
+    with caplog.at_level(logging.WARNING, logger="sft.models.all_linear"):
+        adapted = wrap_adapter(model, lora(init_lora_weights=False))
+    assert "all-linear leaves out" in caplog.text
+    assert "dt_proj" in caplog.text
+    assert "reads their weights without calling them" in caplog.text
+    adapted.train()(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert [n for n, weight in adapted.named_parameters() if weight.requires_grad and weight.grad is None] == []
+
+
+def test_experts_without_a_token_are_not_taken_for_bypassed_layers() -> None:
+    assert bypassed_layers(tiny_moe("qwen3_moe")) == set()
+    assert bypassed_layers(tiny_model("llama")) == set()
