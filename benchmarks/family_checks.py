@@ -300,6 +300,7 @@ class FamilyChecks:
         self.family, self.sizes, self.seed, self.quick = family, sizes, seed, quick
         self.rows = random_documents(sizes, seed)
         self.result = FamilyResult(family)
+        self.with_gradient: set[str] = set()
 
     def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """Return the family's tiny model, with the same weights each time."""
@@ -336,6 +337,7 @@ class FamilyChecks:
                 self.result.unbuildable = f"its own loss or gradients are not finite: {loss}, {broken[:2]}"
             elif not gradients:
                 self.result.unbuildable = "its own code has no gradients"
+            self.with_gradient = set(gradients)
         except Exception as error:
             self.result.unbuildable = Failure.of(error).reason
         return self.result
@@ -367,12 +369,22 @@ class FamilyChecks:
             trainer.add_callback(gradients)
             reference = plain_copy(trainer, self.model(dtype), method)
             expected = plain_loop(reference, self.rows)
+            if method == "lora":
+                self._check_adapted(reference, expected[1])
             trainer.train()
             loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
         difference, place = largest_difference((loss, gradients.found), expected)
         self.result.worst[name] = difference
         if difference > LIMITS[dtype] and difference > self.limit(reference, expected, dtype):
             raise Differs(f"{place} differs by {difference:.1e} from that of single documents")
+
+    def _check_adapted(self, model: Any, gradients: Gradients) -> None:
+        """Check that an adapter has a gradient wherever the weight that it is for has one in full training."""
+        trained = {name.split(".lora_")[0] for name in gradients if ".lora_" in name}
+        adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+        for name in sorted(self.with_gradient):
+            if f"base_model.model.{name.removesuffix('.weight')}" in adapted - trained:
+                raise Differs(f"the adapter of {name} has no gradient, and the weight itself has one")
 
     def limit(self, model: Any, expected: tuple[float, Gradients], dtype: torch.dtype) -> float:
         """Return the largest difference allowed: that of `LIMITS`, or what rounding does without this library.

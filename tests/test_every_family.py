@@ -27,7 +27,7 @@ OFTEN_TUNED = (
     "kimi_linear",
     "lfm2",
     "llama",
-    "mamba",
+    "mamba2",
     "qwen3",
     "qwen3_5_text",
     "qwen3_next",
