@@ -68,16 +68,20 @@ def outcome(result: FamilyResult, method: str) -> Outcome:
     for failure in failures.values():
         if failure.kind != "refused":
             return Outcome("fails", failure.reason)
-    reason = ""
-    for layout in LAYOUTS:
-        refusals = [failure.reason for name, failure in failures.items() if name.startswith(layout)]
-        if not refusals and any(name.startswith(f"{layout} {method}") for name in result.runs):
-            default = failures.get(f"default {method} float32")
-            if default is not None:
-                return Outcome("fails", f"with default options: {default.reason}")
-            return Outcome(layout, reason)
-        reason = reason or next(iter(refusals), "")
-    return Outcome("refused", reason)
+    run = [layout for layout in LAYOUTS if any(name.startswith(f"{layout} {method}") for name in result.runs)]
+    refused = {
+        layout: failure.reason for layout in (*run, "resume") for name, failure in failures.items() if layout in name
+    }
+    if all(layout in refused for layout in run):
+        return Outcome("refused", refused[run[0]])
+    best = next(layout for layout in run if layout not in refused)
+    default = failures.get(f"default {method} float32")
+    if default is not None:
+        return Outcome("fails", f"with default options: {default.reason}")
+    for layout, what in (("resume", "resume or merge"), ("padded", "padded batches are refused"), (run[0], "")):
+        if layout in refused:
+            return Outcome(best, f"{what}: {refused[layout]}" if what else refused[layout])
+    return Outcome(best)
 
 
 def verdict(result: FamilyResult) -> str:
