@@ -38,8 +38,8 @@ class Sizes:
         heads: Attention heads.
         kv_heads: Heads of keys and values; divides `heads`.
         head_dim: Width of a head; a multiple of 4, since rotary embeddings may turn a quarter of it.
-        intermediate: Width of feed-forward layers.
-        layers: Number of layers, at least; there are more where a family has more kinds of layers.
+        intermediate: Width of feed-forward layers; a multiple of 4, which torch's grouped products need.
+        layers: Number of layers, at least 2; there are more where a family has more kinds of layers.
         experts: Experts of a mixture; a multiple of 2, of which 2 are used per token.
         vocab: Tokens.
         window: Tokens that windowed attention sees, and chunk size of recurrent layers.
@@ -55,6 +55,14 @@ class Sizes:
     vocab: int = 421
     window: int = 5
     positions: int = 128
+
+    def __post_init__(self) -> None:
+        multiples = (("heads", self.kv_heads), ("head_dim", 4), ("intermediate", 4), ("experts", 2))
+        for name, divisor in multiples:
+            if getattr(self, name) % divisor:
+                raise ValueError(f"{name}={getattr(self, name)} is not a multiple of {divisor}")
+        if self.layers < 2:
+            raise ValueError(f"layers={self.layers} must be at least 2")
 
     @property
     def width(self) -> int:
@@ -156,7 +164,8 @@ MROPE = """cohere_compass_text ernie4_5_vl_moe_text glm46v_text glm4v_text glm4v
 
 
 def _mrope(sizes: Sizes) -> dict[str, Any]:
-    section = _sections([2, 3, 3], sizes.head_dim // 2)
+    total = sizes.head_dim // 2
+    section = [total // 3, total // 3, total - 2 * (total // 3)]
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}}
 
 

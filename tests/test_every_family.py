@@ -66,7 +66,7 @@ def test_every_family_is_trained_or_refused_as_the_page_says() -> None:
     "sizes",
     [
         Sizes(heads=6, kv_heads=3, head_dim=12, intermediate=52, layers=3, experts=6, vocab=517, window=7),
-        Sizes(heads=2, kv_heads=1, head_dim=16, intermediate=31, layers=1, experts=8, vocab=389, window=4),
+        Sizes(heads=2, kv_heads=1, head_dim=16, intermediate=28, layers=2, experts=8, vocab=389, window=4),
     ],
 )
 def test_what_is_buildable_does_not_depend_on_sizes(sizes: Sizes) -> None:
@@ -101,6 +101,11 @@ def test_a_missing_gradient_is_a_difference() -> None:
     assert largest_difference((1.0, gradients), (1.0, gradients)) == (0.0, "loss")
     assert largest_difference((1.0, {}), (1.0, gradients)) == (1.0, "gradient of weight")
     assert largest_difference((float("nan"), gradients), (1.0, gradients))[0] == float("inf")
+
+
+def test_sizes_that_no_family_can_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="intermediate=31 is not a multiple of 4"):
+        Sizes(intermediate=31)
 
 
 def result_of(**failures: Failure) -> FamilyResult:
