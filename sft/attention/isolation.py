@@ -195,7 +195,7 @@ def _try_to_measure(
 
 
 def _run_long_row(model: torch.nn.Module, base: Any) -> None:
-    """Run a row that is longer than a document can be, as joined rows may be: a model's code may lack room for it."""
+    """Run a row longer than a document can be, as joined rows may be: a model's own code may lack room for it."""
     longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and longest <= LONG_ROW:
         document = _probe_documents(base, PROBE_LENGTHS)[0]

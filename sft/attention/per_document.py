@@ -307,7 +307,8 @@ def find_decoder(base: Any, documents: Sequence[Sequence[int]], left_out: tuple[
     """
     head, inner = base.get_output_embeddings(), base
     while inner is base or any(module is head for module in inner.modules()):
-        named = [inner.get_decoder()] if hasattr(inner, "get_decoder") else []
+        named = [inner.base_model] if inner is base else []  # with the embeddings, which may count positions
+        named += [inner.get_decoder()] if hasattr(inner, "get_decoder") else []
         below = [module for module in (*named, *_largest_first(inner)) if module is not inner and module is not head]
         if not below:
             raise CannotDivideError(f"{type(base).__name__} has no part below its head")
@@ -436,7 +437,7 @@ class _Trial:
             return ()
         pairs = enumerate(zip(first.shape, second.shape, strict=True))
         dims = tuple(dim for dim, pair in pairs if pair == self.layout.lengths)
-        if not dims and first.is_floating_point():
+        if not dims and first.dim() != 2 and first.is_floating_point():  # a pooled state has two dimensions
             raise CannotDivideError(f"an output of shape {tuple(first.shape)} belongs to the complete row")
         return dims
 

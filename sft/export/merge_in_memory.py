@@ -222,7 +222,8 @@ def _tie_if_equal(model: PreTrainedModel) -> None:
     if head is None:
         return
     largest = float(embedding.weight.abs().max())
-    are_equal = float((head.weight - embedding.weight).abs().max()) <= TIE_TOLERANCE * largest
+    alike = head.weight.shape == embedding.weight.shape
+    are_equal = alike and float((head.weight - embedding.weight).abs().max()) <= TIE_TOLERANCE * largest
     if are_equal:
         head.weight = embedding.weight
     else:
