@@ -357,7 +357,7 @@ def _is_per_layer(value: Any, config: PreTrainedConfig) -> bool:
 
 def _has_layer_numbers(per_layer: Sequence[Any]) -> bool:
     """Return whether a list with an entry per layer has numbers of layers, and not 0 and 1 for no and yes."""
-    return all(type(value) is int for value in per_layer) and max(per_layer) > 1
+    return all(type(value) is int for value in per_layer) and 1 < max(per_layer) < len(per_layer)
 
 
 def _kept_layers(config: PreTrainedConfig, sizes: Sizes) -> list[int]:
