@@ -393,7 +393,7 @@ class FamilyChecks:
         """Return the largest difference allowed: that of `LIMITS`, or what rounding does without this library.
 
         This is the difference that the plain loop has with weights that were moved by rounding errors. Many families
-        compute parts in float32 whatever the precision of their weights, where a value that moves by an error of float64
+        compute parts in float32 whatever the precision of their weights; a value that moves by an error of float64 there
         may round to the next number of float32; there it is also the difference between the plain loop and one padded
         batch of transformers.
         """
