@@ -393,9 +393,9 @@ class FamilyChecks:
         """Return the largest difference allowed: that of `LIMITS`, or what rounding does without this library.
 
         This is the difference that the plain loop has with weights that were moved by rounding errors. Many families
-        compute parts in float32 whatever the precision of their weights; a value that moves by an error of float64 there
-        may round to the next number of float32; there it is also the difference between the plain loop and one padded
-        batch of transformers.
+        compute parts in float32 whatever the precision of their weights. A value that moves by an error of float64 may
+        there round to the next number of float32, so that in float64 the difference between the plain loop and one
+        padded batch of transformers counts, too.
         """
         own = 0.0
         if dtype is torch.float64:
