@@ -1,4 +1,4 @@
-"""Unwrap models, ask about their parts and what they take and learn, and run blocks in evaluation mode."""
+"""Unwrap models, ask about their parts and what they take and learn, and run blocks in evaluation or training mode."""
 
 from __future__ import annotations
 
@@ -89,3 +89,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Put the model into training mode inside the block; afterwards modes and buffers are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)

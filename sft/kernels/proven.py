@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sft.inner_model import causal_lm
+from sft.inner_model import causal_lm, in_training
 from sft.kernels.layers import can_be_fused, fused_layers
 from sft.kernels.lora import can_fuse, fused_lora, nonzero_update
 
@@ -62,7 +62,7 @@ def find_unproven(model: nn.Module, *, lora: bool, layers: bool) -> set[type]:
         if lora and can_fuse(layer)
         for weight in (layer.lora_B[layer.active_adapters[0]],)
     ]
-    with nonzero_update(*ups), _training(model):
+    with nonzero_update(*ups), in_training(model):
         expected = _result(model)
         if expected is None:  # the model fails by itself: training will say how
             return candidates
@@ -79,22 +79,6 @@ def find_unproven(model: nn.Module, *, lora: bool, layers: bool) -> set[type]:
     for kind in sorted(culprits, key=lambda kind: kind.__name__):
         logger.warning("layers of class %s run as they are: fused, they change what this model computes", kind.__name__)
     return culprits
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Put the model into training mode inside the block; afterwards modes and buffers are as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
 
 
 def _result(model: Any) -> Result:

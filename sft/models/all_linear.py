@@ -29,7 +29,7 @@ from peft.utils.transformers_weight_conversion import (
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sft.inner_model import evaluating
+from sft.inner_model import in_training
 from sft.models.weight_kinds import Weight, as_percent, num_values, stacked_experts, weights_of
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def linear_targets(model: PreTrainedModel, config: PeftConfig) -> LinearTargets:
 def bypassed_layers(model: PreTrainedModel) -> set[str]:
     """Return the linear layers whose weight a model reads without calling them, as Mamba's `dt_proj`.
 
-    1. Run the model on a few tokens and note which linear layers are called.
+    1. Run the model on a few tokens, in training mode, and note which linear layers are called.
     2. Of the others, those whose weight has a gradient are read. Experts that got no token have none.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PLAIN)}
@@ -200,8 +200,9 @@ def bypassed_layers(model: PreTrainedModel) -> set[str]:
     ]
     embeddings = model.get_input_embeddings().weight
     ids = torch.arange(1, 9, device=embeddings.device)[None] % embeddings.shape[0]
+    devices = [embeddings.device] if embeddings.is_cuda else []
     try:
-        with evaluating(model), torch.no_grad():
+        with in_training(model), torch.random.fork_rng(devices), torch.no_grad():
             model(input_ids=ids, use_cache=False)
     except Exception:  # a model may need more than token ids; training says what
         return set()
@@ -215,7 +216,7 @@ def bypassed_layers(model: PreTrainedModel) -> set[str]:
     try:
         for weight in rest.values():
             weight.requires_grad_(True)
-        with evaluating(model), torch.enable_grad():
+        with in_training(model), torch.random.fork_rng(devices), torch.enable_grad():
             logits = model(input_ids=ids, use_cache=False).logits
             gradients = torch.autograd.grad(logits.float().square().mean(), list(rest.values()), allow_unused=True)
     finally:
