@@ -134,6 +134,7 @@ def test_every_stage_writes_its_outs_and_figures(project: Path) -> None:
         "base_model.json",
         "card.json",
         "eval.jsonl",
+        "images/index.jsonl",
         "ledger.jsonl",
         "train.jsonl",
     ]

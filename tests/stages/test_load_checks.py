@@ -88,6 +88,7 @@ def test_every_check_of_params_is_tested_above(root: DataRoot) -> None:
     assert set(root.params().load.checks.model_dump()) == {
         *(*FOUND, "rare_language", "similarity"),
         *("number", "unreadable"),  # in test_load
+        "image",  # in test_load and test_vision
     }
 
 
@@ -199,8 +200,17 @@ def test_every_reason_that_the_code_gives_can_have_a_limit() -> None:
     given = set(re.findall(r"(?:RowError|Problem|OmittedRow)\(\s*\"(\w+)\"", code))
     given |= set(re.findall(r"_parse\(\w+, \"(\w+)\"", code)) | set(ChecksSection.model_fields) | {"bad_tool_call"}
     assert len(given) > 30
-    # of other stages, of the library alone, and a number; empty_content stands in a variable
-    elsewhere = {"max_rows", "weight", "special_text", "token_lengths", "token_type", "other_kind", "similarity"}
+    # of other stages, of the library alone, a number, a check of three reasons; empty_content stands in a variable
+    elsewhere = {
+        "max_rows",
+        "weight",
+        "special_text",
+        "token_lengths",
+        "token_type",
+        "other_kind",
+        "similarity",
+        "image",
+    }
     assert given - elsewhere == set(REASONS) - {"empty_content"}
     assert elsewhere - {"other_kind"} <= given
 
