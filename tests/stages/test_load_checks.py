@@ -88,7 +88,7 @@ def test_every_check_of_params_is_tested_above(root: DataRoot) -> None:
     assert set(root.params().load.checks.model_dump()) == {
         *(*FOUND, "rare_language", "similarity"),
         *("number", "unreadable"),  # in test_load
-        "image",  # in test_load and test_vision
+        "image",  # in test_vision
     }
 
 
