@@ -305,16 +305,30 @@ def find_decoder(base: Any, documents: Sequence[Sequence[int]], left_out: tuple[
     Raises:
         CannotDivideError: The model has no such part.
     """
-    head, inner = base.get_output_embeddings(), base
-    while inner is base or any(module is head for module in inner.modules()):
-        named = [inner.base_model] if inner is base else []  # with the embeddings, which may count positions
-        named += [inner.get_decoder()] if hasattr(inner, "get_decoder") else []
-        below = [module for module in (*named, *_largest_first(inner)) if module is not inner and module is not head]
-        if not below:
-            raise CannotDivideError(f"{type(base).__name__} has no part below its head")
-        inner = below[0]
-    name = next(name for name, module in base.named_modules() if module is inner)
-    return [_Trial(base, {name: inner}, documents).mixer(name, inner, left_out)]
+    names = {id(module): name for name, module in base.named_modules()}
+    parts = {names[id(module)]: module for module in _below_head(base, base.get_output_embeddings())}
+    trial = _Trial(base, parts, documents)
+    for name, module in parts.items():
+        if name in trial.calls:
+            return [trial.mixer(name, module, left_out)]
+    raise CannotDivideError(f"{type(base).__name__} has no part below its head")
+
+
+def _below_head(base: Any, head: nn.Module) -> list[nn.Module]:
+    """Return the parts of a model that may be all that is below its head, the outermost first.
+
+    A model may call a part of its `base_model` alone, such as the decoder of an encoder-decoder family. Another model
+    may be wrapped around the one that has the head.
+    """
+    candidates = [base.base_model]  # with the embeddings, which may count positions
+    outer: Any = base
+    while outer is not None:
+        inner = outer.get_decoder() if hasattr(outer, "get_decoder") else None
+        inner = next((module for module in (inner, *_largest_first(outer)) if module not in (None, outer, head)), None)
+        candidates += [] if inner is None else [inner]
+        outer = inner if inner is not None and any(module is head for module in inner.modules()) else None
+    below = [module for module in candidates if all(part not in (base, head) for part in module.modules())]
+    return list(dict.fromkeys(below))
 
 
 def _largest_first(module: nn.Module) -> list[nn.Module]:
