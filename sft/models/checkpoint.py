@@ -254,7 +254,7 @@ def load_processor(name_or_path: str, revision: str | None = None, trust_remote_
         return load_tokenizer(name_or_path, **arguments)
     try:
         processor = AutoProcessor.from_pretrained(name_or_path, **arguments)
-    except (ImportError, OSError, ValueError) as error:
+    except Exception as error:  # AttributeError if the tokenizer lacks the tokens of images, ImportError, ...
         logger.warning("the image processor of %s can't be loaded, only text can be trained: %s", name_or_path, error)
         return load_tokenizer(name_or_path, **arguments)
     if not isinstance(processor, ProcessorMixin):
@@ -401,7 +401,7 @@ def load_image_processor(folder: Path, tokenizer: PreTrainedTokenizerBase | None
         raise CheckpointError(f"the base model ({config.model_type}) reads text alone")
     try:
         processor = AutoProcessor.from_pretrained(folder)
-    except (ImportError, OSError, ValueError) as error:
+    except Exception as error:  # AttributeError if the tokenizer lacks the tokens of images, ImportError, ...
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"the image processor of the base model ({config.model_type}) can't be created here ({reason}); many need "
