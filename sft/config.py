@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from sft.option_types import check_option_types, suggest_option_names
 from sft.options import (
     BAD_LOSS_POLICIES,
     LOSS_TYPES,
@@ -53,6 +54,7 @@ FORMER_VALUES = {
 DATASET_KWARGS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_token")
 
 
+@suggest_option_names
 @dataclass
 class SFTConfig(TrainingArguments):
     """All options of `transformers.TrainingArguments`, and those of supervised fine-tuning.
@@ -330,6 +332,7 @@ class SFTConfig(TrainingArguments):
 
     def __post_init__(self, trust_remote_code: bool) -> None:
         self.trust_remote_code = trust_remote_code
+        check_option_types(self)
         self._set_checkpointing()
         self._replace_former_names()
         layout = {name: getattr(self, name) for name in ("packing", "eval_packing", "padding_free")}
@@ -348,6 +351,7 @@ class SFTConfig(TrainingArguments):
         Raises:
             ValueError: Two names of one option disagree, or a value is not one of the possible ones.
         """
+        check_option_types(self, SFTConfig.__annotations__)
         self._update_checkpointing()
         self._set_max_length()
         self._set_pad_to_multiple_of()
@@ -498,6 +502,7 @@ class SFTConfig(TrainingArguments):
         return {name: value for name, value in given.items() if value is not None}
 
 
+@suggest_option_names
 @dataclass
 class ModelConfig:
     """Which model is loaded, and which adapter is put on it.

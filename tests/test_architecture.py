@@ -38,6 +38,7 @@ PLUMBING = {
     "stages.params.schema",
     "stages.checkout.paths",
     "sft",
+    "sft.log_noise",
 }
 # Where else a stage reads its params; other modules read only what decides nothing of the result.
 OWN_PARTS = {"train": (ROOT / "stages/training/setup.py",)}

@@ -7,17 +7,17 @@ import os
 import sys
 import warnings
 
+from sft.log_noise import hide_torchao_messages
+
 
 def reduce_log_noise() -> None:
     """Turn off telemetry, progress bars in logs, and messages of other packages that a user can't act on.
 
     Environment variables that the user has set are kept.
     """
-    # torch resets the level of this logger, so a filter is needed: importing torchao logs advice about its own code
-    logging.getLogger("torch.utils._pytree").addFilter(_is_not_about_torchao)
+    hide_torchao_messages()
     # deprecations that concern these packages, not the user
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # kernels for GPUs that this machine does not have
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional package is missing
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # in a file, each update of a bar would be one more line
@@ -31,7 +31,3 @@ def reduce_log_noise() -> None:
         "TOKENIZERS_PARALLELISM": "true",
     }.items():
         os.environ.setdefault(name, value)
-
-
-def _is_not_about_torchao(record: logging.LogRecord) -> bool:
-    return "natively supported by torch.compile" not in record.getMessage()
