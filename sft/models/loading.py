@@ -176,6 +176,9 @@ def load_converted_weights(model: Any, folder: str | Path) -> None:
     the model stacks them, the language model of a vision-language model without its prefix. `load_state_dict` finds
     none of these.
 
+    The weights are read into a second model with eager attention: the attention of a training is set after a model was
+    made, and some image towers can't be made with it.
+
     Args:
         model: Model of transformers, without wrappers.
         folder: Folder of the checkpoint.
@@ -184,7 +187,12 @@ def load_converted_weights(model: Any, folder: str | Path) -> None:
         ValueError: The checkpoint lacks weights of the model.
     """
     loaded, info = type(model).from_pretrained(
-        folder, config=model.config, dtype=model.dtype, output_loading_info=True, device_map={"": "cpu"}
+        folder,
+        config=model.config,
+        dtype=model.dtype,
+        attn_implementation="eager",
+        output_loading_info=True,
+        device_map={"": "cpu"},
     )
     lacking = sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys or ()))
     if lacking:

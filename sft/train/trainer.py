@@ -45,6 +45,7 @@ from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
 from sft.models.loading import check_causal, load_converted_weights
+from sft.models.saved_adapters import check_resumed
 from sft.models.saving import check_disk, check_saving, mend_generation_config
 from sft.train.arguments import (
     align_special_tokens,
@@ -478,11 +479,18 @@ class SFTTrainer(Trainer):
         """Load the weights of a checkpoint, also those that are saved under other names than the model's."""
         self._loaded_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._check_loaded()
 
     def _load_best_model(self) -> None:
         """Load the weights of the best checkpoint, also those that are saved under other names than the model's."""
         self._loaded_from = str(self.state.best_model_checkpoint)
         super()._load_best_model()
+        self._check_loaded()
+
+    def _check_loaded(self) -> None:
+        """Check that an adapter has all weights of the checkpoint; FSDP and DeepSpeed load and check it themselves."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            check_resumed(self.model, Path(self._loaded_from))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Load through transformers' conversion where the names in a checkpoint are not those of the model.
