@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sft.attention.causality import probe_causality
 from sft.attention.choice import check_attention_request
+from sft.attention.token_types import add_token_types
 from sft.hardware import current_hardware
 from sft.inner_model import causal_lm
 from sft.models.checkpoint import (
@@ -137,6 +138,8 @@ def load_model(
         raise CheckpointError(f"A weight file of {str(name_or_path)!r} is damaged: {error}. {WAY_OUT}") from error
     check_loading_info(name_or_path, info, sizes_may_differ=sizes_may_differ)
     keep_4bit_weights(model)
+    if _may_be_other(model, [type(model).__name__]):
+        add_token_types(model)
     return model
 
 
