@@ -64,8 +64,8 @@ ULPS = {torch.float32: 6e-8, torch.float64: 1e-12}
 FRACTION_OF_LARGEST = 0.1
 """Gradients of a weight are not compared more finely than this fraction of the largest gradient of all weights."""
 
-ZEROS_IN_TRAINING = {"molmo2": ["mm_token_type_ids"]}
-"""Type of a configuration -> inputs on which its model insists in training, which are 0 for text."""
+TOKEN_TYPES = {"molmo2": {"mm_token_type_ids": 0}, "paligemma": {"token_type_ids": 1}}
+"""Type of a configuration -> inputs that its model needs, and their value for every token of a text."""
 
 NUM_DOCUMENTS = 6
 
@@ -181,7 +181,6 @@ def plain_padded(model: Any, rows: list[dict[str, list[int]]]) -> tuple[float, G
 
 def _plain(model: Any, batches: list[list[dict[str, list[int]]]]) -> tuple[float, Gradients]:
     inner = causal_lm(model)
-    extra = {"use_cache": False} if "use_cache" in signature(inner.forward).parameters else {}
     count = sum(label != IGNORE_INDEX for rows in batches for row in rows for label in row["labels"][1:])
     total = 0.0
     model.train()
@@ -191,11 +190,11 @@ def _plain(model: Any, batches: list[list[dict[str, list[int]]]]) -> tuple[float
             pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=padding)
             for name, padding in (("input_ids", special_tokens()["pad_token_id"]), ("labels", IGNORE_INDEX))
         )
-        given = {name: torch.zeros_like(ids) for name in ZEROS_IN_TRAINING.get(inner.config.model_type, ())}
+        given = text_inputs(inner, ids)
         if len(rows) > 1:
             lengths = torch.tensor([len(row["input_ids"]) for row in rows])
             given["attention_mask"] = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        logits = model(input_ids=ids, **extra, **given).logits[:, :-1].flatten(0, 1)
+        logits = model(**given).logits[:, :-1].flatten(0, 1)
         targets = labels[:, 1:].flatten()
         loss = F.cross_entropy(logits.double(), targets, ignore_index=IGNORE_INDEX, reduction="sum") / count
         loss.backward()
@@ -451,4 +450,11 @@ class FamilyChecks:
 @torch.no_grad()
 def logits(model: Any, ids: list[int]) -> torch.Tensor:
     """Return the logits `(length, vocab)` of one document in evaluation mode."""
-    return model.eval()(input_ids=torch.tensor([ids])).logits[0].float()
+    return model.eval()(**text_inputs(causal_lm(model), torch.tensor([ids]))).logits[0].float()
+
+
+def text_inputs(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
+    """Return the arguments of a model's forward for token ids `(batch, length)` of texts, without a cache."""
+    types = TOKEN_TYPES.get(model.config.model_type, {})
+    cache = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+    return {"input_ids": ids, **{name: torch.full_like(ids, value) for name, value in types.items()}, **cache}

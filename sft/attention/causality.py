@@ -5,6 +5,8 @@ A model that reads the tokens after a token copies them and learns nothing from 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,11 +18,12 @@ NUM_PROBE_TOKENS = 8
 
 
 @torch.no_grad()
-def probe_causality(base: Any) -> float | None:
+def probe_causality(base: Any, mode: Callable[[Any], AbstractContextManager[None]] = evaluating) -> float | None:
     """Run a model on two rows that differ in their last token, and compare the logits of the tokens before it.
 
     Args:
         base: Model of transformers, without wrappers.
+        mode: `evaluating` or `in_training`; both rows are run with the same random numbers.
 
     Returns:
         The largest difference, relative to the largest logit; None if the model can't be run (its weights are
@@ -39,9 +42,12 @@ def probe_causality(base: Any) -> float | None:
     num_tokens = weight.shape[0]
     rows = torch.arange(2 * NUM_PROBE_TOKENS).reshape(2, -1)[:1].repeat(2, 1) * 7 % num_tokens
     rows[1, -1] = (rows[1, -1] + num_tokens // 2) % num_tokens
+    outputs = []
     try:
-        with evaluating(base):
-            outputs = [base(input_ids=row[None].to(weight.device)) for row in rows]
+        with mode(base), torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            for row in rows:
+                torch.manual_seed(0)
+                outputs.append(base(input_ids=row[None].to(weight.device)))
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError):
         return None
     first, second = (getattr(output, "logits", None) for output in outputs)

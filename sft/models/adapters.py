@@ -41,7 +41,7 @@ from sft.models.kbit import (
     prepare_model_for_kbit_training,
 )
 from sft.models.loading import keep_4bit_weights
-from sft.models.saved_adapters import ask_peft_to_wait
+from sft.models.saved_adapters import ask_peft_to_wait, keep_own_names
 from sft.models.token_rows import (
     embedding_name,
     head_name,
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from sft.config import ModelConfig
 
 ask_peft_to_wait()
+keep_own_names()
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sft.attention.causality import probe_causality
 from sft.attention.choice import check_attention_request
+from sft.attention.token_types import add_token_types
 from sft.hardware import current_hardware
 from sft.inner_model import causal_lm
 from sft.models.checkpoint import (
@@ -137,6 +138,8 @@ def load_model(
         raise CheckpointError(f"A weight file of {str(name_or_path)!r} is damaged: {error}. {WAY_OUT}") from error
     check_loading_info(name_or_path, info, sizes_may_differ=sizes_may_differ)
     keep_4bit_weights(model)
+    if _may_be_other(model, [type(model).__name__]):
+        add_token_types(model)
     return model
 
 
@@ -176,6 +179,9 @@ def load_converted_weights(model: Any, folder: str | Path) -> None:
     the model stacks them, the language model of a vision-language model without its prefix. `load_state_dict` finds
     none of these.
 
+    The weights are read into a second model with eager attention: the attention of a training is set after a model was
+    made, and some image towers can't be made with it.
+
     Args:
         model: Model of transformers, without wrappers.
         folder: Folder of the checkpoint.
@@ -184,7 +190,12 @@ def load_converted_weights(model: Any, folder: str | Path) -> None:
         ValueError: The checkpoint lacks weights of the model.
     """
     loaded, info = type(model).from_pretrained(
-        folder, config=model.config, dtype=model.dtype, output_loading_info=True, device_map={"": "cpu"}
+        folder,
+        config=model.config,
+        dtype=model.dtype,
+        attn_implementation="eager",
+        output_loading_info=True,
+        device_map={"": "cpu"},
     )
     lacking = sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys or ()))
     if lacking:

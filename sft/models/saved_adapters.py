@@ -1,19 +1,23 @@
 """Saved adapters: checks of their folder, loading onto a base model, and a check that every weight was used.
 
-`ask_peft_to_wait` keeps peft from importing GPTQModel, wherever adapters are loaded or created.
+Two functions change peft, wherever adapters are loaded or created: `ask_peft_to_wait` keeps it from importing
+GPTQModel, `keep_own_names` from renaming weights whose names are right.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, transformers_weight_conversion
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -73,6 +77,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, *, low_cpu_mem_usage: bo
     """
     try:
         ask_peft_to_wait()
+        keep_own_names()
         peft_model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low_cpu_mem_usage).eval()
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -108,6 +113,27 @@ def check_complete(
             f"The adapter in {adapter} belongs to another base: {len(missing)} of its weights are missing "
             f"({', '.join(missing[:2])}) and {len(unknown)} have no place ({', '.join(unknown[:2])})."
         )
+
+
+def check_resumed(model: Any, checkpoint: Path) -> None:
+    """Check that a LoRA adapter has all weights of the checkpoint that was loaded into it.
+
+    `transformers.Trainer` does not look at what peft found no place for, and would train on from weights drawn anew.
+
+    Args:
+        model: The model with the adapter. One without an adapter, or with one of another kind, is not checked.
+        checkpoint: Folder of the checkpoint; transformers writes an adapter that is not called `default` into a folder
+            of its name.
+
+    Raises:
+        ValueError: The checkpoint belongs to another adapter or base model.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    name = model.active_adapters[0]
+    adapter = next((folder for folder in (checkpoint / name, checkpoint) if (folder / ADAPTER_WEIGHTS).is_file()), None)
+    if adapter is not None and model.peft_config[name].peft_type == PeftType.LORA:
+        check_complete(model, adapter, name)
 
 
 def _is_written_twice(adapter: Path, key: str) -> bool:
@@ -173,3 +199,38 @@ def ask_peft_to_wait() -> None:
 def gptqmodel_in_use() -> bool:
     """Return whether GPTQModel has been imported in this process."""
     return "gptqmodel" in sys.modules
+
+
+def keep_own_names() -> None:
+    """Have peft load the weights of a LoRA adapter as they are if their names are those of the model.
+
+    peft renames the weights of every LoRA adapter by the rules for checkpoints with former names. An adapter that peft
+    saved has the model's own names already. Some rules match these, too (`layers.` becomes `language_model.layers.`,
+    `.experts.` becomes `.mlp.experts.`): then there is no place for the weights, and the adapter keeps those that it
+    was made with.
+    """
+    rename = transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
+    if hasattr(rename, "__wrapped__"):
+        return
+
+    @wraps(rename)
+    def rename_former_names(
+        model: torch.nn.Module,
+        peft_config: PeftConfig,
+        adapter_state_dict: dict[str, Any],
+        adapter_name: str = "default",
+    ) -> dict[str, Any]:
+        if _own_names(adapter_state_dict) <= _own_names(dict(model.named_parameters()), adapter_name):
+            return adapter_state_dict
+        return rename(model, peft_config, adapter_state_dict, adapter_name)
+
+    transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers = rename_former_names
+
+
+def _own_names(weights: dict[str, Any], adapter_name: str | None = None) -> set[str]:
+    """Return the names of LoRA weights inside the base model, without the name of the adapter."""
+    names = {name.removeprefix("base_model.model.") for name in weights if ".lora_" in name}
+    if adapter_name is None:
+        return names
+    adapter = re.compile(rf"(\.lora_\w+)\.{re.escape(adapter_name)}(?=\.|$)")
+    return {adapter.sub(r"\1", name) for name in names if adapter.search(name)}

@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
 from sft.data.messages import IMAGE_COLUMNS, IMAGE_PARTS
+from sft.inner_model import causal_lm
 from sft.options import NotPrintedPolicy, ThinkingPolicy
 
 NUM_CHECKED_ROWS = 2
@@ -89,6 +90,27 @@ def choose_vision_collator(
         image_folder=config.image_folder,
         not_printed=cast(NotPrintedPolicy, config.not_printed),
         thinking=cast(ThinkingPolicy, config.thinking),
+    )
+
+
+def check_image_types(model: Any, token_types: dict[str, int], collator: Any) -> None:
+    """Check that a collator for images does not give the model types of tokens that let them see later ones.
+
+    Args:
+        model: The model, for its name.
+        token_types: What `add_token_types` adds to rows of text.
+        collator: The collator in use, or None.
+
+    Raises:
+        ValueError: Text is causal only with a type that processors do not give to the rows that they read.
+    """
+    if not any(token_types.values()) or not hasattr(collator, "processor"):
+        return
+    name, value = next(iter(token_types.items()))
+    raise ValueError(
+        f"{type(causal_lm(model)).__name__} attends in both directions among tokens whose {name} is not {value}. Its "
+        "processor gives such types to rows with images, where the model would see the tokens that it is to predict. "
+        "Train it on text alone: remove the images, and give processing_class=AutoTokenizer.from_pretrained(...)"
     )
 
 

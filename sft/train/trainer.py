@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -28,11 +29,13 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers import trainer as trainer_module
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput
 
 from sft.attention.choice import flash_sdp_only
 from sft.attention.per_document import per_document
+from sft.attention.token_types import add_token_types
 from sft.batches.layout import FILLER, SKIP_LOGITS, batch_layout, current_layout, document_layout
 from sft.batches.shared_tokens import without_sharing
 from sft.chat.stops import TurnEnds
@@ -45,6 +48,7 @@ from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
 from sft.models.loading import check_causal, load_converted_weights
+from sft.models.saved_adapters import check_resumed
 from sft.models.saving import check_disk, check_saving, mend_generation_config
 from sft.train.arguments import (
     align_special_tokens,
@@ -70,7 +74,7 @@ from sft.train.batches import (
 from sft.train.checks import check_collator, check_ignored, check_kbit_arguments, check_token_rows, number_left_padded
 from sft.train.counters import TokensSeen, TokenTotals, UnloggedFigures
 from sft.train.datasets import FormattingFunc, chats_of, prepare_all, prepare_later
-from sft.train.images import check_image_turn_ends, choose_vision_collator
+from sft.train.images import check_image_turn_ends, check_image_types, choose_vision_collator
 from sft.train.model_card import card_facts, write_model_card
 from sft.train.neftune import embedding_noise
 from sft.train.offloading import check_offloading, offloaded_activations
@@ -167,6 +171,7 @@ class SFTTrainer(Trainer):
     ) -> None:
         # 1. The kind of model, options, and the tokenizer with its special tokens.
         if not isinstance(model, str):
+            token_types = add_token_types(model)
             check_causal(model)
         processing_class = choose_processing_class(processing_class, former.pop("tokenizer", None))
         if quantization_config is not None:
@@ -180,6 +185,7 @@ class SFTTrainer(Trainer):
         set_seed(config.seed)
         if isinstance(model, str):
             model = resolve_model(model, config)
+            token_types = add_token_types(model)
             check_causal(model)
         check_undivided(model)
         chats = chain.from_iterable(map(chats_of, (train_dataset, eval_dataset)))
@@ -198,6 +204,7 @@ class SFTTrainer(Trainer):
             given, formatted = [train_dataset, eval_dataset], formatting_func is not None
             data_collator = choose_vision_collator(processing_class, config, given, formatted=formatted)
         data_collator = take_over_collator(data_collator, tokenizer)
+        check_image_types(model, token_types, data_collator)
         packing = choose_packing(config, data_collator, [train_dataset, eval_dataset])
         check_ignored(config, data_collator, packing, train_dataset, eval_dataset)
 
@@ -477,12 +484,20 @@ class SFTTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights of a checkpoint, also those that are saved under other names than the model's."""
         self._loaded_from = resume_from_checkpoint
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with reading_only_version():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._check_loaded()
 
     def _load_best_model(self) -> None:
         """Load the weights of the best checkpoint, also those that are saved under other names than the model's."""
         self._loaded_from = str(self.state.best_model_checkpoint)
         super()._load_best_model()
+        self._check_loaded()
+
+    def _check_loaded(self) -> None:
+        """Check that an adapter has all weights of the checkpoint; FSDP and DeepSpeed load and check it themselves."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            check_resumed(self.model, Path(self._loaded_from))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Load through transformers' conversion where the names in a checkpoint are not those of the model.
@@ -579,6 +594,37 @@ class SFTTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *COLLATED_COLUMNS]))
+
+
+class _WrittenBy:
+    """Stands for `PreTrainedConfig` where only the version of transformers is read from a config.
+
+    Attributes:
+        transformers_version: The version that wrote the config; None if it does not say.
+    """
+
+    def __init__(self, transformers_version: str | None) -> None:
+        self.transformers_version = transformers_version
+
+    @classmethod
+    def from_json_file(cls, file: str) -> _WrittenBy:
+        """Read the version from a file."""
+        return cls(json.loads(Path(file).read_text(encoding="utf-8")).get("transformers_version"))
+
+
+@contextmanager
+def reading_only_version() -> Iterator[None]:
+    """Have `transformers.Trainer` read nothing but the version from a checkpoint's config inside the block.
+
+    It reads the config as one of no family, which refuses values that the family's own config takes, such as the kinds
+    of layers of DeepSeek V4.
+    """
+    own = trainer_module.PreTrainedConfig
+    trainer_module.PreTrainedConfig = _WrittenBy
+    try:
+        yield
+    finally:
+        trainer_module.PreTrainedConfig = own
 
 
 def returns_loss(compute_loss_func: Callable) -> Callable:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks.tiny_families import Sizes, tiny_family
+from sft.attention.kernels import SFT_DOCUMENTS
 from sft.models.checkpoint import load_tokenizer
-from sft.models.loading import load_model, parse_dtype, training_device
+from sft.models.loading import load_converted_weights, load_model, parse_dtype, training_device
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -230,3 +232,13 @@ def test_tokenizer_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     tiny_model("qwen2").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="its vocabulary is empty"):
         load_tokenizer(tmp_path)
+
+
+def test_weights_are_read_into_a_model_whose_image_tower_was_made_with_another_attention(tmp_path: Path) -> None:
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    saved, model = (tiny_family("deepseek_ocr2", Sizes(), tokens, seed) for seed in (0, 1))
+    saved.save_pretrained(tmp_path)
+    model.set_attn_implementation(SFT_DOCUMENTS)
+    load_converted_weights(model, tmp_path)
+    assert model.config._attn_implementation == SFT_DOCUMENTS
+    assert all(torch.equal(weight, saved.get_parameter(name)) for name, weight in model.named_parameters())

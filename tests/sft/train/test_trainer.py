@@ -17,12 +17,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import DeepseekV4Config, TrainerCallback
+from transformers import trainer as trainer_module
 
 from sft.config import SFTConfig
 from sft.train.datasets import prepare_all
 from sft.train.offloading import offloaded_activations
-from sft.train.trainer import SFTTrainer, checkpointing_arguments
+from sft.train.trainer import SFTTrainer, checkpointing_arguments, reading_only_version
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -369,3 +370,14 @@ def test_loss_function_that_returns_no_loss_is_told_what_to_compute(tmp_path: Pa
     )
     with pytest.raises(ValueError, match=r"compute_loss_func returned NoneType instead of a tensor: compute the loss"):
         trainer.train()
+
+
+def test_a_checkpoint_whose_config_only_its_own_family_takes_can_be_resumed(tmp_path: Path) -> None:
+    DeepseekV4Config(num_hidden_layers=2, mlp_layer_types=["hash_moe", "moe"]).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    with pytest.raises(Exception, match="`mlp_layer_types` entries must be in"):
+        trainer_module.PreTrainedConfig.from_json_file(file)
+    with reading_only_version():
+        read = trainer_module.PreTrainedConfig.from_json_file(file)
+    assert read.transformers_version == json.loads(file.read_text())["transformers_version"]
+    assert trainer_module.PreTrainedConfig is not type(read)
