@@ -168,10 +168,11 @@ def open_url(url: str, timeout: float) -> Any:
 def _connect_publicly(place: tuple[str, int], timeout: Any = None, source: Any = None) -> socket.socket:
     """Connect like `socket.create_connection`, but to public addresses only."""
     problem: OSError = OSError(f"{place[0]} has no address")
-    for *_, address in socket.getaddrinfo(place[0], place[1], type=socket.SOCK_STREAM):
-        _check_address(str(address[0]))
+    for *_, found in socket.getaddrinfo(place[0], place[1], type=socket.SOCK_STREAM):
+        address = str(found[0])
+        _check_address(address)
         try:
-            return socket.create_connection(address[:2], timeout, source)
+            return socket.create_connection((address, place[1]), timeout, source)
         except OSError as error:
             problem = error
     raise problem
@@ -197,7 +198,7 @@ class _HTTPHandler(urllib.request.HTTPHandler):
 class _HTTPSHandler(urllib.request.HTTPSHandler):
     def https_open(self, req: urllib.request.Request) -> Any:
         made = http.client.HTTPSConnection if _is_proxied(req) else _HTTPSConnection
-        return self.do_open(made, req, context=self._context)
+        return self.do_open(made, req, context=self._context)  # type: ignore[attr-defined]
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):
