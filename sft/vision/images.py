@@ -12,7 +12,6 @@ import binascii
 import io
 import os
 import time
-import urllib.request
 from collections.abc import Callable, Mapping
 from functools import partial
 from http.client import HTTPException
@@ -21,6 +20,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 from transformers.image_utils import is_valid_image
+
+from sft.web import open_url
 
 URL_TIMEOUT_S = 30.0
 URL_MAX_BYTES = 64_000_000
@@ -196,7 +197,7 @@ def _fetch(url: str, shown: str) -> bytes:
     content = bytearray()
     deadline = time.monotonic() + URL_TIMEOUT_S
     try:
-        with urllib.request.urlopen(url, timeout=URL_TIMEOUT_S) as answer:
+        with open_url(url, URL_TIMEOUT_S) as answer:
             while part := answer.read1():
                 content += part
                 if len(content) > URL_MAX_BYTES or time.monotonic() > deadline:

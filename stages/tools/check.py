@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sft.data.remote import is_url
+from sft.data.remote import check_url, is_url
 from sft.export.quantization import NOT_FOR_IMAGES, check_layers_fit, pick_device
 from sft.models.checkpoint import is_image_model, load_tokenizer
 from stages.checkout.paths import Paths
@@ -24,7 +24,7 @@ LARGEST_READ_BYTES = 100_000_000
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Check what `load` will read, except sources on the hub and URLs.
+    """Check what `load` will read, except sources on the hub; of URLs, only whether they may be read at all.
 
     Raises:
         ValueError: A source is missing, damaged or empty, a task can't be used, or there is no such base model.
@@ -38,7 +38,14 @@ def run(params: Params, paths: Paths) -> None:
     if held_out is not None:
         sources.append((held_out, "load.eval.path"))
     for section, key in sources:
-        if not (section.hub or is_url(section.path)) and data_size(section, paths, key) <= LARGEST_READ_BYTES:
+        if section.hub:
+            continue
+        if is_url(section.path):
+            try:
+                check_url(section.path)
+            except ValueError as error:
+                raise ValueError(f"params.yaml, {key}: {error}") from None
+        elif data_size(section, paths, key) <= LARGEST_READ_BYTES:
             open_source(section, paths, key, with_damaged=params.load.checks.unreadable == "drop")
 
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from sft.vision.images import inside, read_image, read_images
+from sft.web import PRIVATE, VARIABLE
 from tests.tiny_vision import square
 
 
@@ -134,10 +135,19 @@ class Answers(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr("sft.vision.images.URL_MAX_BYTES", 1_000_000)
+    monkeypatch.setenv(VARIABLE, PRIVATE)
     server = HTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+
+
+def test_an_address_on_this_machine_is_not_fetched(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(
+        ValueError, match=r"can't be downloaded: 127\.0\.0\.1 is an address of this machine or of a priv"
+    ):
+        read_image(f"{server}/red.png")
 
 
 def test_an_address_is_fetched_within_limits_and_leads_to_no_file(server: str) -> None:
