@@ -7,7 +7,8 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
-RUN := $(CURDIR)/$(VENV)/bin
+# Relative, as the path of the checkout may have spaces, quotes and parentheses.
+RUN := ./$(VENV)/bin
 READY := $(VENV)/.ready
 # DVC removes a stage's outs before the stage can refuse a value: they come back from its cache, and the figures, which
 # it does not cache, from a copy.
@@ -24,7 +25,7 @@ export DO_NOT_TRACK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
-export PATH := $(RUN):$(PATH)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: help setup repro test test-long test-numerics audit lint ui pipeline bench bench-prepare bench-failures clean
 
@@ -35,7 +36,7 @@ setup: $(READY) ## make .venv with the versions in requirements.lock (the other 
 
 $(READY): requirements.lock
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with venv found; install one, or: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
-	@test -x $(RUN)/python || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@test -x $(RUN)/python || { echo "making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "installing requirements.lock into $(VENV) (3 to 5 minutes the first time; log: $(VENV)/setup.log)"
 	@$(RUN)/python -m pip install --progress-bar off -r requirements.lock > $(VENV)/setup.log 2>&1 \
 		|| { grep -i error $(VENV)/setup.log | tail -n 5; echo "error: set-up failed; see $(VENV)/setup.log, fix it and type the command again"; exit 1; }

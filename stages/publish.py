@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.checkout.artifacts import progress, read_json, write_json
-from stages.checkout.paths import Paths
+from stages.checkout.paths import Paths, main_checkout
 from stages.checkout.redaction import redact
 from stages.pages.model_card import write_card
 from stages.pages.promotion import Decision, write_page
@@ -23,13 +23,13 @@ from stages.tracking import lineage
 from stages.tracking.champion import (
     CANDIDATE,
     CHAMPION,
-    Champion,
-    alias_version,
+    Publication,
+    begin_publication,
     check_promotion,
     find_champion,
     held_out_digest,
 )
-from stages.tracking.result import DIGEST_TAG, record_result, result_files
+from stages.tracking.result import DIGEST_TAG, Result, record_result
 from stages.tracking.store import Tracking, open_tracking
 
 KEY = "publish.push_to_hub"
@@ -39,101 +39,107 @@ def run(params: Params, paths: Paths) -> None:
     """Log the result, register the model, move the aliases, write the card, and push if params.yaml asks for it.
 
     outs/publish/promotion.html shows whether the result became the champion. outs/publish/run.json is written last.
+    The store is locked from the first look at the aliases until the page is written.
 
     Raises:
         ValueError: The tracking store can't be used, or the hub refuses the push.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    digest = lineage.result_digest(params, paths, result_files(paths))
     results = read_json(paths.out("evaluate", "results.json"))
-    tracking = open_tracking(params.publish, lineage.main_checkout(paths.root))
+    result = Result(params, paths, results["passed"])
+    tracking = open_tracking(params.publish, main_checkout(paths.root))
     progress(1, 3, f"recording in {redact(tracking.uri)}")
-    run_id = record_result(tracking, params, paths, digest, passed=results["passed"])
-    progress(2, 3, f"registering {params.publish.registered_model}")
-    champion, before = champion_before(tracking, params.publish.registered_model)
-    promotion = check_promotion(params, paths, run_id, results["models"], champion)
-    promoted = results["passed"] and all(row.passed for row in promotion)
-    version = register(tracking, params, paths, run_id, digest, results, promoted)
-    decision = Decision(
-        name=params.publish.registered_model,
-        version=version,
-        before=before,
-        champion=champion,
-        is_comparable=champion is not None and champion.held_out == held_out_digest(paths),
-        gate=results["gate"],
-        promotion=promotion,
-        promoted=promoted,
-    )
-    conditions = [*params.evaluate.gate, *params.publish.gate]
-    write_page(paths.out("publish", "promotion.html"), decision, conditions, results)
+    with tracking.locked():
+        tracking.end_interrupted()
+        run_id = record_result(tracking, result)
+        progress(2, 3, f"registering {params.publish.registered_model}")
+        version = register(tracking, result, run_id, results)
+        decision, publication = decide(tracking, result, run_id, version, results)
+        move_aliases(tracking, publication, decision)
+        conditions = [*params.evaluate.gate, *params.publish.gate]
+        write_page(paths.out("publish", "promotion.html"), decision, conditions, results)
     shipped = shipped_model(results)
-    write_card(paths.out("publish", "README.md"), params, paths, shipped, digest)
-    pushed = push_shipped(params, paths, shipped, digest, promoted)
+    write_card(paths.out("publish", "README.md"), params, paths, shipped, result.digest)
+    pushed = push_shipped(params, paths, shipped, result.digest, decision.promoted)
     write_json(
         paths.out("publish", "run.json"),
         {
             "experiment": params.publish.experiment,
             "run_id": run_id,
-            "result_digest": digest,
+            "result_digest": result.digest,
             "registered_model": params.publish.registered_model,
             "version": version,
             "gate_passed": results["passed"],
-            "promotion": [asdict(row) for row in promotion],
-            "promoted": promoted,
+            "promotion": [asdict(row) for row in decision.promotion],
+            "promoted": decision.promoted,
             "pushed": pushed,
         },
     )
-    for row in promotion:
+    publication.finish()
+    for row in decision.promotion:
         print(f"  {'holds' if row.passed else 'FAILS'}  {row.condition}  ({row.reason})", flush=True)
-    progress(3, 3, f"run {run_id}, model version {version}: {alias_text(results['passed'], promoted)}")
+    progress(3, 3, f"run {run_id}, model version {version}: {alias_text(results['passed'], decision.promoted)}")
 
 
-def champion_before(tracking: Tracking, name: str) -> tuple[Champion | None, dict[str, str | None]]:
-    """Return the champion, and alias -> version that it points at (None if it points at none)."""
-    found = {alias: alias_version(tracking, name, alias) for alias in (CANDIDATE, CHAMPION)}
-    versions = {alias: None if version is None else str(version.version) for alias, version in found.items()}
-    return find_champion(tracking, name), versions
+def register(tracking: Tracking, result: Result, run_id: str, results: dict[str, Any]) -> str:
+    """Register a model version for the result.
 
-
-def register(
-    tracking: Tracking,
-    params: Params,
-    paths: Paths,
-    run_id: str,
-    digest: str,
-    results: dict[str, Any],
-    promoted: bool,
-) -> str:
-    """Register a model version for the result and move the aliases to it.
-
-    The version has no files, as DVC stores the weights; a tag names their folder and DVC hash.
+    The version has no files, as DVC stores the weights. Tags name their folder, the out of DVC that contains it, and
+    the hash by which the out is found in DVC's caches.
 
     Args:
         tracking: The store.
-        params: Values of params.yaml.
-        paths: The checkout.
-        run_id: Id of the result's run.
-        digest: Digest of the result.
+        result: The result.
+        run_id: Id of its run.
         results: Content of outs/evaluate/results.json.
-        promoted: Whether the version becomes the champion; it becomes the candidate in any case.
 
     Returns:
         Number of the version.
     """
     shipped = shipped_model(results)
     folder = "outs/quantize/model" if shipped == "quantized" else "outs/merge/model"
+    out, digest = lineage.dvc_out_of(result.paths.root, folder) or ("none", "not in dvc.lock")
     tags = {
-        DIGEST_TAG: digest,
-        "sft.gate": "passed" if results["passed"] else "failed",
+        DIGEST_TAG: result.digest,
+        "sft.gate": "passed" if result.passed else "failed",
         "sft.weights": folder,
-        "sft.weights_dvc": lineage.dvc_hashes(paths.root).get(folder, "not in dvc.lock"),
+        "sft.weights_out": out,
+        "sft.weights_dvc": digest,
     }
     metrics = {f"{shipped}.{name}": value for name, value in results["models"][shipped].items()}
-    version = tracking.register(params.publish.registered_model, run_id, tags, metrics, DIGEST_TAG)
-    tracking.set_alias(params.publish.registered_model, CANDIDATE, version)
-    if promoted:
-        tracking.set_alias(params.publish.registered_model, CHAMPION, version)
-    return version
+    return tracking.register(result.params.publish.registered_model, run_id, tags, metrics, DIGEST_TAG)
+
+
+def decide(
+    tracking: Tracking, result: Result, run_id: str, version: str, results: dict[str, Any]
+) -> tuple[Decision, Publication]:
+    """Decide whether the result becomes the champion, and write the decision down before any alias moves.
+
+    Returns:
+        The decision, and the publication that carries it out.
+    """
+    params = result.params.publish
+    publication = begin_publication(tracking, params.registered_model, version, params.gate)
+    champion = find_champion(tracking, params.registered_model, publication.before[CHAMPION])
+    promotion = check_promotion(result.params, result.paths, run_id, results["models"], champion)
+    decision = Decision(
+        name=params.registered_model,
+        version=version,
+        before=publication.before,
+        champion=champion,
+        is_comparable=champion is not None and champion.held_out == held_out_digest(result.paths),
+        gate=results["gate"],
+        promotion=promotion,
+        promoted=results["passed"] and all(row.passed for row in promotion),
+    )
+    return decision, publication
+
+
+def move_aliases(tracking: Tracking, publication: Publication, decision: Decision) -> None:
+    """Point `candidate` at the version of a decision, and `champion` if the version is promoted."""
+    tracking.set_alias(publication.name, CANDIDATE, decision.version)
+    if decision.promoted:
+        tracking.set_alias(publication.name, CHAMPION, decision.version)
 
 
 def shipped_model(results: dict[str, Any]) -> str:

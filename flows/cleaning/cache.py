@@ -16,9 +16,10 @@ from flows.processes.environment import child_environment
 from flows.processes.supervised import run_supervised
 from flows.runs.graph import RunRefused
 from stages.checkout import worktree
+from stages.checkout.paths import main_checkout
 from stages.params.schema import load_params
-from stages.tracking.lineage import main_checkout
-from stages.tracking.store import SQLITE, absolute_uri, open_tracking
+from stages.tracking.address import absolute_uri, database
+from stages.tracking.store import open_tracking
 
 HASH_TAG = "dvc."
 _HASH = re.compile(r"^[0-9a-f]{32}(\.dir)?$")
@@ -68,7 +69,7 @@ def recorded_hashes(root: Path) -> set[str]:
     home = main_checkout(root)
     publish = load_params(root / "params.yaml").publish
     uri = absolute_uri(publish.tracking_uri, home)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+    if (file := database(uri)) is not None and not file.exists():
         return set()
     client = open_tracking(publish, home).client
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]

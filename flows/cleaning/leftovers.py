@@ -13,9 +13,9 @@ from pathlib import Path
 
 from stages.checkout import worktree
 from stages.checkout.artifacts import read_json
+from stages.checkout.paths import main_checkout
 from stages.launch.lock import trainings_at_work
 from stages.params.schema import load_params
-from stages.tracking.lineage import main_checkout
 from stages.tracking.live_run import KEY_FILE, KEY_TAG
 from stages.tracking.store import PROGRESS_TAG, Tracking, open_tracking
 
@@ -90,7 +90,7 @@ def size(path: Path) -> int:
 
 @dataclass(frozen=True)
 class UnfinishedRun:
-    """A run in MLflow with status RUNNING whose training can't be resumed.
+    """A run in MLflow, unfinished, whose training can't be resumed.
 
     Args:
         run_id: Its id.
@@ -124,7 +124,8 @@ def find_unfinished_runs(root: Path, leftovers: Iterable[Leftover]) -> tuple[Tra
     for one in begun:
         for run_id in tracking.find_unfinished(KEY_TAG, str(read_json(one.path / KEY_FILE)["key"])):
             run = tracking.client.get_run(run_id)
-            if run.info.status == "RUNNING":
+            # KILLED: the next run of anything has found that its process had ended
+            if run.info.status in ("RUNNING", "KILLED") and run.data.tags.get(PROGRESS_TAG) == "training":
                 found.append(UnfinishedRun(run_id, run.info.run_name, one.why))
     return tracking, found
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 IMAGE_INDEX = "index.jsonl"
 """File in the folder of images that lists them; the folder always has it."""
+
+EXPERIMENTS = (".dvc", "tmp", "exps")
+"""Folder of a checkout in which DVC makes the temporary folders of `dvc exp run --temp` and of its queue."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,39 @@ class Paths:
 def cache_folder() -> Path:
     """Return the folder of models and copies of data outside the repository: $SFT_CACHE, or ~/.cache/sft."""
     return Path(os.environ.get("SFT_CACHE") or "~/.cache/sft").expanduser().absolute()
+
+
+def main_checkout(root: Path) -> Path:
+    """Return the checkout that a folder belongs to, which contains what runs share, such as models and the record.
+
+    Args:
+        root: A checkout.
+
+    Returns:
+        The main checkout of a git worktree, the checkout in which an experiment of DVC was started, or the folder
+        itself if it is neither. If the project is a subfolder of its git repository, so is the returned folder.
+    """
+    starter = _starter_of_experiment(root)
+    if starter is not None:
+        return main_checkout(starter)
+    found = _git(root, "rev-parse", "--path-format=absolute", "--git-common-dir", "--show-prefix")
+    if found is None:
+        return root
+    common, _, prefix = found.partition("\n")
+    return Path(common).parent / prefix.rstrip("\n") if Path(common).name == ".git" else root
+
+
+def _starter_of_experiment(root: Path) -> Path | None:
+    """Return the folder in which `dvc exp run` was started that made this temporary folder; None if it is none."""
+    parts = root.parts
+    places = [i for i in range(len(parts) - len(EXPERIMENTS)) if parts[i : i + len(EXPERIMENTS)] == EXPERIMENTS]
+    return Path(*parts[: places[-1]]) if places else None
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Return the output of a git command, None if git is not installed or the command fails."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    return os.fsdecode(done.stdout) if done.returncode == 0 else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.checkout.artifacts import file_digest, read_json, write_json
-from stages.checkout.paths import cache_folder
+from stages.checkout.paths import cache_folder, main_checkout
 
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_RECORD = ".sft-model.json"
@@ -63,19 +63,15 @@ def embedded_folder(name: str) -> Path:
 def local_folder(name: str, root: Path) -> Path:
     """Return the folder that a name in params.yaml refers to; it need not exist.
 
-    A run with overrides works in a git worktree, which has the committed files but no models. There, a relative name
-    refers to the folder in the main checkout.
+    A run with overrides works in a git worktree, and `dvc exp run --temp` in a temporary folder; both have the
+    committed files but no models. There, a relative name refers to the folder in the main checkout.
 
     Args:
         name: `model.name_or_path`.
         root: The checkout.
     """
     folder = (root / Path(name).expanduser()).resolve()
-    pointer = root / ".git"
-    if folder.is_dir() or not pointer.is_file():
-        return folder
-    git_folder = Path(pointer.read_text(encoding="utf-8").removeprefix("gitdir:").strip())  # MAIN/.git/worktrees/NAME
-    return (git_folder.parents[2] / Path(name).expanduser()).resolve()
+    return folder if folder.is_dir() else (main_checkout(root) / Path(name).expanduser()).resolve()
 
 
 def read_base_model(record_file: Path) -> BaseModel:
@@ -88,7 +84,7 @@ def read_base_model(record_file: Path) -> BaseModel:
         ValueError: The files are missing or changed; the message states how to get them back.
     """
     record = read_json(record_file)
-    root = record_file.resolve().parents[2]  # of outs/load/base_model.json: what a relative folder starts from
+    root = record_file.absolute().parents[2]  # not resolved, as DVC may have made the file a link into its cache
     base_model = BaseModel(**{**record, "path": str(_find(record, root))})
     verify(base_model)
     return base_model

@@ -1,4 +1,4 @@
-"""`python -m stages check`: check params.yaml, data, task functions and the base model's name before a run.
+"""`python -m stages check`: check params.yaml, data, tasks, the base model's name and the record before a run.
 
 `check_later_stages` is called by `train`: it checks the values of the stages after it before the training starts.
 """
@@ -10,14 +10,15 @@ from pathlib import Path
 from sft.data.remote import check_url, is_url
 from sft.export.quantization import NOT_FOR_IMAGES, check_layers_fit, pick_device
 from sft.models.checkpoint import is_image_model, load_tokenizer
-from stages.checkout.paths import Paths
+from stages.checkout.paths import Paths, main_checkout
 from stages.evaluation.lm_eval import check_installed, load_harness
 from stages.evaluation.rows import read_prompts, read_records, render_records
 from stages.loading.sources import data_size, open_source
 from stages.models.base import read_base_model
 from stages.models.resolve import check_named
-from stages.params.schema import Params, QuantizeSection
+from stages.params.schema import Params, PublishSection, QuantizeSection
 from stages.params.tasks import load_tasks
+from stages.tracking.address import absolute_uri, check_database, database
 
 LARGEST_READ_BYTES = 100_000_000
 """Of larger sources, only the existence is checked, because reading them at every `make repro` would take too long."""
@@ -27,12 +28,14 @@ def run(params: Params, paths: Paths) -> None:
     """Check what `load` will read, except sources on the hub; of URLs, only whether they may be read at all.
 
     Raises:
-        ValueError: A source is missing, damaged or empty, a task can't be used, or there is no such base model.
+        ValueError: A source is missing, damaged or empty, a task can't be used, there is no such base model, or the
+            tracking store can't be reached.
     """
     check_named(params.model, paths.root)
     load_tasks(params.evaluate.task, paths.root)
     read_records(params.evaluate.regression, paths.root)
     check_installed(params.evaluate.lm_eval)
+    check_tracking(params.publish, main_checkout(paths.root))
     sources = [(part, f"load.sources[{i}].path") for i, part in enumerate(params.load.sources)]
     held_out = params.load.eval.source()
     if held_out is not None:
@@ -47,6 +50,20 @@ def run(params: Params, paths: Paths) -> None:
                 raise ValueError(f"params.yaml, {key}: {error}") from None
         elif data_size(section, paths, key) <= LARGEST_READ_BYTES:
             open_source(section, paths, key, with_damaged=params.load.checks.unreadable == "drop")
+
+
+def check_tracking(section: PublishSection, home: Path) -> None:
+    """Check that the tracking store can be reached and used.
+
+    Raises:
+        ValueError: It can't be used, or does not answer within 25 s.
+    """
+    if (file := database(absolute_uri(section.tracking_uri, home))) is not None:
+        check_database(file)
+        return
+    from stages.tracking.store import check_store  # imports MLflow, which is slow, and most stores are files
+
+    check_store(section, home)
 
 
 def check_later_stages(params: Params, paths: Paths) -> None:

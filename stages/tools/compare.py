@@ -8,19 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from stages.checkout.paths import Paths
+from sft.common_prefix import common_prefix_length
+from stages.checkout.paths import Paths, main_checkout
 from stages.params.figures import lower_is_better
 from stages.params.schema import Params
-from stages.tracking.lineage import MACHINE, PARENT_TAG, main_checkout
+from stages.tracking.address import absolute_uri, database
+from stages.tracking.lineage import MACHINE, PARENT_TAG
 from stages.tracking.result import DIGEST_TAG, MEASURED_STAGES
-from stages.tracking.store import KIND_TAG, SQLITE, SWEEP, Tracking, absolute_uri, open_tracking
+from stages.tracking.store import KIND_TAG, SWEEP, Tracking, open_tracking, whole_value
 
 VERSION, COMMIT, DIRTY, CODE, BASE = "version.", "git.commit", "git.dirty", "git.changed_code", "sft.base_model"
 MAX_VALUE = 60
 """Longest text of a value, in characters."""
+
+MAX_BEFORE = 20
+"""Characters of long values that are shown before the first one that differs."""
 
 NOISE = 1e-9
 """Differences of figures below this are treated as rounding errors."""
@@ -54,7 +60,7 @@ def run(params: Params, paths: Paths, *, runs: list[str]) -> None:
     """
     tracking = open_recorded(params, main_checkout(paths.root))
     first, second = (find_result(tracking, name, params.publish.registered_model) for name in runs)
-    print("\n".join(report(first, second)), flush=True)
+    print("\n".join(report(first, second, tracking.client)), flush=True)
 
 
 def open_recorded(params: Params, home: Path) -> Tracking:
@@ -64,7 +70,7 @@ def open_recorded(params: Params, home: Path) -> Tracking:
         ValueError: Nothing has been recorded yet, or the store can't be used.
     """
     uri = absolute_uri(params.publish.tracking_uri, home)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+    if (file := database(uri)) is not None and not file.exists():
         raise ValueError(f"nothing is recorded yet at {uri}: `make repro` ends with a recorded run")
     return open_tracking(params.publish, home)
 
@@ -104,8 +110,14 @@ def find_result(tracking: Tracking, name: str, model: str) -> Run:
     raise ValueError(f"{run.info.run_name!r} is a sweep; give one of its trials:\n{shown or '  none succeeded'}")
 
 
-def report(first: Run, second: Run) -> list[str]:
-    """Return the comparison as lines of text: the two runs, their inputs that differ, their figures that differ."""
+def report(first: Run, second: Run, client: MlflowClient | None = None) -> list[str]:
+    """Return the comparison as lines of text: the two runs, their inputs that differ, their figures that differ.
+
+    Args:
+        first: A run.
+        second: Another run.
+        client: Client of the store, by which long params are read from the artifacts; None = show their digests.
+    """
     lines = [f"A  {describe_run(first)}", f"B  {describe_run(second)}", ""]
     if first.info.run_id == second.info.run_id:
         return [*lines, "These are the same run."]
@@ -117,6 +129,8 @@ def report(first: Run, second: Run) -> list[str]:
         "versions": tagged(first, second, lambda name: name.startswith(VERSION)),
         "machine": tagged(first, second, lambda name: name.startswith(MACHINE)),
     }
+    if client is not None:
+        causes["params"] = [read_whole(client, first, second, difference) for difference in causes["params"]]
     for cause, found in causes.items():
         lines += [heading(cause, found), *map(describe_difference, found)]
     effects = differences(metrics_of(first), metrics_of(second))
@@ -142,6 +156,15 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
     return [
         Difference(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)
     ]
+
+
+def read_whole(client: MlflowClient, first: Run, second: Run, difference: Difference) -> Difference:
+    """Return a difference of params with the whole values, if they were too long for MLflow."""
+    before, after = (
+        None if value is None else whole_value(client, run.info.run_id, value)
+        for run, value in ((first, difference.before), (second, difference.after))
+    )
+    return Difference(difference.name, before, after)
 
 
 def data_of(run: Run) -> dict[str, str]:
@@ -173,14 +196,23 @@ def tagged(first: Run, second: Run, wanted: Callable[[str], bool]) -> list[Diffe
 
 
 def describe_difference(difference: Difference) -> str:
-    """Describe a value that differs in one line."""
-    before, after = (shorten("-" if value is None else str(value)) for value in (difference.before, difference.after))
+    """Describe a value that differs in one line; of long values, the part where they begin to differ."""
+    texts = ["-" if value is None else str(value) for value in (difference.before, difference.after)]
+    start = max(0, common_prefix_length(*texts) - MAX_BEFORE)
+    before, after = (shorten(text, start) for text in texts)
     return f"  {difference.name}: {before} -> {after}"
 
 
-def shorten(text: str) -> str:
-    """Shorten a text to at most `MAX_VALUE` characters and an ellipsis."""
-    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
+def shorten(text: str, start: int = 0) -> str:
+    """Shorten a text to at most `MAX_VALUE` characters and ellipses.
+
+    Args:
+        text: The text.
+        start: Index of the first character to show, if the text is too long.
+    """
+    if len(text) <= MAX_VALUE:
+        return text
+    return ("..." if start else "") + text[start : start + MAX_VALUE] + ("..." if start + MAX_VALUE < len(text) else "")
 
 
 def describe_effect(effect: Difference) -> str:

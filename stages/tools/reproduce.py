@@ -21,7 +21,7 @@ from typing import Any
 from mlflow.entities import Run
 from ruamel.yaml import YAML
 
-from stages.checkout.paths import Paths
+from stages.checkout.paths import Paths, main_checkout
 from stages.checkout.worktree import dvc_cache, locked_worktree
 from stages.params.schema import Params
 from stages.tools.compare import (
@@ -117,7 +117,7 @@ def run(params: Params, paths: Paths, *, runs: list[str], keep: bool = False) ->
     Raises:
         ValueError: There is no such run, it can't be repeated, or a result differs.
     """
-    home = lineage.main_checkout(paths.root)
+    home = main_checkout(paths.root)
     tracking = open_recorded(params, home)
     recorded = find_run(tracking, runs[0], params.publish.registered_model)
     print(f"repeating {describe_run(recorded)}", flush=True)

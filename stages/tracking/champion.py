@@ -6,7 +6,8 @@ They are checked in `publish` rather than in `evaluate`, whose results must not 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ CHAMPION = "champion"
 HELD_OUT_TAG = "sft.held_out"
 
 METRIC_PREFIX = "evaluate."
+
+PUBLICATION_TAG = "sft.publication"
+"""Tag of a version while `publish` moves aliases to it: what they were before, and the conditions of `publish.gate`."""
 
 
 def held_out_digest(paths: Paths) -> str:
@@ -95,14 +99,71 @@ def _check_condition(
     return row
 
 
-def find_champion(tracking: Tracking, name: str) -> Champion | None:
-    """Return the champion of a registered model with the figures of its run; None if it has no champion."""
-    version = alias_version(tracking, name, CHAMPION)
+@dataclass(frozen=True)
+class Publication:
+    """The publication of a version, from the look at the aliases to the page that tells how they moved.
+
+    It is written down as a tag of the version before an alias moves. If `publish` is killed after that, the next
+    attempt finds the tag, and its page tells what the aliases were before the first attempt.
+
+    Args:
+        tracking: The store.
+        name: Name of the registered model.
+        version: Number of the version.
+        before: Alias -> the version that it pointed at; None if it did not exist.
+    """
+
+    tracking: Tracking
+    name: str
+    version: str
+    before: Mapping[str, str | None]
+
+    def finish(self) -> None:
+        """Delete the tag, after the page has been written."""
+        self.tracking.client.delete_model_version_tag(self.name, self.version, PUBLICATION_TAG)
+
+
+def begin_publication(tracking: Tracking, name: str, version: str, gate: Sequence[str]) -> Publication:
+    """Begin the publication of a version, or continue one that was interrupted.
+
+    Args:
+        tracking: The store.
+        name: Name of the registered model.
+        version: Number of the version.
+        gate: Conditions of `publish.gate`.
+    """
+    now = {
+        alias: None if found is None else str(found.version)
+        for alias in (CANDIDATE, CHAMPION)
+        for found in [alias_version(tracking, name, alias)]
+    }
+    tags = tracking.client.get_model_version(name, version).tags
+    noted = json.loads(tags[PUBLICATION_TAG]) if PUBLICATION_TAG in tags else None
+    if noted is not None and noted["gate"] == list(gate) and _is_interrupted(noted["before"], now, version):
+        return Publication(tracking, name, version, noted["before"])
+    note = json.dumps({"gate": list(gate), "before": now})
+    tracking.client.set_model_version_tag(name, version, PUBLICATION_TAG, note)
+    return Publication(tracking, name, version, now)
+
+
+def _is_interrupted(before: Mapping[str, str | None], now: Mapping[str, str | None], version: str) -> bool:
+    """Return whether the aliases are where the publication found them or where it moves them, and nowhere else."""
+    return all(now[alias] in (before[alias], version) for alias in now)
+
+
+def find_champion(tracking: Tracking, name: str, version: str | None) -> Champion | None:
+    """Return a version of a registered model as the champion, with the figures of its run.
+
+    Args:
+        tracking: The store.
+        name: Name of the registered model.
+        version: Number of the version; None if there is no champion.
+    """
     if version is None:
         return None
-    run = tracking.client.get_run(version.run_id)
+    run = tracking.client.get_run(tracking.client.get_model_version(name, version).run_id)
     held_out = run.data.tags.get(HELD_OUT_TAG)
-    return Champion(str(version.version), run.info.run_id, run.info.run_name, champion_figures(run), held_out)
+    return Champion(version, run.info.run_id, run.info.run_name, champion_figures(run), held_out)
 
 
 def alias_version(tracking: Tracking, name: str, alias: str) -> ModelVersion | None:

@@ -77,8 +77,9 @@ def git_state(root: Path) -> GitState | None:
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if commit is None:
         return None
-    lines = (_git(root, "status", "--porcelain", "--untracked-files=no") or "").splitlines()
-    changed = [line[3:].strip().strip('"') for line in lines]
+    # relative to the root, and not quoted, as git quotes names that are not ASCII
+    listed = _git(root, "diff", "HEAD", "--name-only", "--no-renames", "--relative", "-z") or ""
+    changed = [name for name in listed.split("\0") if name]
     return GitState(commit.strip(), tuple(name for name in changed if not name.startswith(WRITTEN_BY_RUNS)))
 
 
@@ -99,14 +100,6 @@ def changed_code(root: Path) -> str:
     return hashlib.sha256(patch.encode()).hexdigest()[:16] if patch else "none"
 
 
-def main_checkout(root: Path) -> Path:
-    """Return the main checkout of a git worktree, or the folder itself if it is not a worktree or not in git."""
-    common = _git(root, "rev-parse", "--path-format=absolute", "--git-common-dir")
-    if common is None or Path(common.strip()).name != ".git":
-        return root
-    return Path(common.strip()).parent
-
-
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that a result depends on."""
     found = {"python": platform.python_version()}
@@ -119,13 +112,42 @@ def versions() -> dict[str, str]:
 
 
 def dvc_hashes(root: Path) -> dict[str, str]:
-    """Return path -> content hash of all dependencies and outs in dvc.lock; empty without a dvc.lock."""
+    """Return path -> content hash of all dependencies and outs in dvc.lock; empty without a dvc.lock.
+
+    The entry of `publish` is left out: while `publish` runs, it is still the one of its last run.
+    """
     lock = root / "dvc.lock"
     if not lock.exists():
         return {}
     stages = (YAML(typ="safe", pure=True).load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
-    entries = [entry for stage in stages.values() for part in ("deps", "outs") for entry in stage.get(part, [])]
+    known = [stage for name, stage in stages.items() if name != "publish"]
+    entries = [entry for stage in known for part in ("deps", "outs") for entry in stage.get(part, [])]
     return {entry["path"]: entry[entry.get("hash", "md5")] for entry in entries if entry.get("hash", "md5") in entry}
+
+
+def dvc_out_of(root: Path, folder: str) -> tuple[str, str] | None:
+    """Return the path and the hash of the out of DVC that contains a folder, by which its files are found in a cache.
+
+    Args:
+        root: The checkout.
+        folder: A folder in it, or an out itself.
+
+    Returns:
+        None if there is no such out, or its files are not those that dvc.lock records, such as those of a stage that
+        was run without DVC.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo  # a slow import, which only `publish` needs
+
+    try:
+        with Repo(str(root)) as repo:
+            place = root / folder
+            for out in repo.index.outs:
+                if place.is_relative_to(out.fs_path) and out.hash_info and out.get_hash() == out.hash_info:
+                    return Path(out.fs_path).relative_to(root).as_posix(), str(out.hash_info.value)
+    except (DvcException, OSError):  # no project of DVC, or the files are gone
+        return None
+    return None
 
 
 def dvc_data_hashes(root: Path) -> dict[str, str]:
@@ -233,7 +255,7 @@ def processor_name(cpuinfo: str) -> str:
 def _git(root: Path, *arguments: str) -> str | None:
     """Return the output of a git command, None if git is not installed or the command fails."""
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=False)
     except FileNotFoundError:
         return None
-    return done.stdout if done.returncode == 0 else None
+    return done.stdout.decode("utf-8", errors="replace") if done.returncode == 0 else None

@@ -7,7 +7,6 @@ show that it is unfinished.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import uuid
@@ -20,7 +19,8 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from stages.checkout.artifacts import read_json, write_json
 from stages.checkout.redaction import redact
-from stages.tracking.store import CURVE, PROGRESS_TAG, TRAINING_TAG, RunWriter, Tracking
+from stages.tracking.address import this_process
+from stages.tracking.store import CURVE, PROCESS_TAG, PROGRESS_TAG, TRAINED, TRAINING_TAG, RunWriter, Tracking
 
 KEY_FILE, KEY_TAG = "live_run.json", "sft.live_key"
 """File with the checkpoints, and tag of the run: both contain the key by which a resumed training finds its run."""
@@ -30,8 +30,6 @@ RETRY_S = 30.0
 
 LAST_CALL_S, SHORT_CALL_S = 15.0, 2.0
 """Seconds that the process waits at its end for unsent points: after a complete training, and after any other."""
-
-HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 class LiveRun:
@@ -53,8 +51,6 @@ class LiveRun:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
     ) -> None:
-        for variable, value in HTTP_LIMITS.items():
-            os.environ.setdefault(variable, value)
         for package in ("mlflow", "urllib3", "alembic"):  # `_warn_once` reports a failure instead
             logging.getLogger(package).setLevel(logging.ERROR)
         self._open_store, self._folder, self._name, self._params = open_store, folder, name, params
@@ -92,7 +88,7 @@ class LiveRun:
     def trained(self, digest: str) -> None:
         """Mark the training as complete; `publish` finds the run by the digest of the training."""
         with self._lock:
-            self._tags |= {PROGRESS_TAG: "trained, not published", TRAINING_TAG: digest}
+            self._tags |= {PROGRESS_TAG: TRAINED, TRAINING_TAG: digest}
         self._close(LAST_CALL_S)
 
     def ended(self, status: str) -> None:
@@ -133,9 +129,10 @@ class LiveRun:
         tracking = self._open_store()
         key, found = self._key(tracking)
         if found is None:
-            run = tracking.client.create_run(tracking.experiment_id, run_name=self._name, tags={KEY_TAG: key})
-            found = run.info.run_id
+            tags = {KEY_TAG: key, PROCESS_TAG: this_process()}
+            found = tracking.client.create_run(tracking.experiment_id, run_name=self._name, tags=tags).info.run_id
         writer = RunWriter(tracking.client, found)
+        writer.set_tag(PROCESS_TAG, this_process())
         writer.log_params(self._params)
         tracking.client.update_run(found, status="RUNNING")
         for point in writer.points(CURVE):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,72 +35,75 @@ def result_files(paths: Paths) -> list[Path]:
     return [*outs, *(path for stage in MEASURED_STAGES if (path := paths.metrics(stage)).exists())]
 
 
-def record_result(
-    tracking: Tracking,
-    params: Params,
-    paths: Paths,
-    digest: str,
-    passed: bool,
-    more: Mapping[str, str] | None = None,
-) -> str:
-    """Find the run of a result, or complete the one that its training started, or create one.
+@dataclass(frozen=True)
+class Result:
+    """A result to be recorded.
 
     Args:
-        tracking: The store.
-        params: Params of the result.
-        paths: The checkout with the result.
-        digest: Digest of the result.
+        params: Its params.
+        paths: The checkout with its files.
         passed: Whether the conditions of `evaluate.gate` are met.
-        more: Tags of the run, in addition to those of every run.
+        tags: Tags of its run, in addition to those of every run.
+    """
+
+    params: Params
+    paths: Paths
+    passed: bool
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of params and files, by which its run is found."""
+        return lineage.result_digest(self.params, self.paths, result_files(self.paths))
+
+
+def record_result(tracking: Tracking, result: Result) -> str:
+    """Find the run of a result, or complete the one that its training started, or create one.
+
+    The store is locked meanwhile, so that one result has one run, however many processes record it at once. Other
+    machines that use the same server are not locked out: of two runs of one result, the one that ended last is deleted.
 
     Returns:
         Id of the run.
     """
-    begun = tracking.find_unfinished(TRAINING_TAG, lineage.training_digest(params, paths))
-    known = tracking.find_run(DIGEST_TAG, digest)
-    if known is None:
-        return log_run(tracking, params, paths, digest, passed, more, begun[0] if begun else None)
-    print(f"this result is already run {known}", flush=True)
-    for run_id in begun:  # of a training that was forced to run again, with the same result
-        tracking.client.set_tag(run_id, PROGRESS_TAG, f"removed: the same result as run {known}")
-        tracking.client.delete_run(run_id)
-    return known
+    with tracking.locked():
+        begun = tracking.find_unfinished(TRAINING_TAG, lineage.training_digest(result.params, result.paths))
+        known = tracking.find_run(DIGEST_TAG, result.digest)
+        if known is not None:
+            print(f"this result is already run {known}", flush=True)
+        else:
+            created = _log_run(tracking, result, begun[0] if begun else None)
+            known = tracking.find_run(DIGEST_TAG, result.digest) or created
+            begun = [created] if known != created else []
+        for run_id in begun:  # of a training that was forced to run again, or of another machine at the same time
+            tracking.client.set_tag(run_id, PROGRESS_TAG, f"removed: the same result as run {known}")
+            tracking.client.delete_run(run_id)
+        return known
 
 
-def log_run(
-    tracking: Tracking,
-    params: Params,
-    paths: Paths,
-    digest: str,
-    passed: bool,
-    more: Mapping[str, str] | None = None,
-    begun: str | None = None,
-) -> str:
+def _log_run(tracking: Tracking, result: Result, begun: str | None) -> str:
     """Log params, metrics, the curve, lineage and files as one run, which is finished only if all are logged.
 
     Args:
         tracking: The store.
-        params: Params of the result.
-        paths: The checkout with the result.
-        digest: Digest of the result.
-        passed: Whether the conditions of `evaluate.gate` are met.
-        more: Tags of the run, in addition to those of every run.
+        result: What is logged.
         begun: Id of the run that the training started; None = create a run.
 
     Returns:
         Id of the run.
     """
+    params, paths = result.params, result.paths
     git = lineage.git_state(paths.root)
     tags = {
         "mlflow.source.name": "python -m stages publish",
-        "sft.gate": "passed" if passed else "failed",
+        "sft.gate": "passed" if result.passed else "failed",
         HELD_OUT_TAG: held_out_digest(paths),
         **lineage.circumstances(paths),
         **machine_tags(),
         **{f"dvc.{path}": value for path, value in lineage.dvc_data_hashes(paths.root).items()},
-        **(more or {}),
+        **result.tags,
     }
-    with tracking.whole_run(f"{lineage.model_name(paths)}-{digest[:8]}", tags, begun) as run:
+    with tracking.whole_run(f"{lineage.model_name(paths)}-{result.digest[:8]}", tags, begun) as run:
         run.log_params(lineage.result_params(params))
         run.log_metrics(figures(paths))
         run.log_curve(paths.out("train", "curve.csv"))
@@ -112,7 +117,7 @@ def log_run(
             log_patch(run, paths.root)
         run.set_tag(PROGRESS_TAG, PUBLISHED)
         # set last, as runs are found by it: an interrupted one must not be found
-        run.set_tag(DIGEST_TAG, digest)
+        run.set_tag(DIGEST_TAG, result.digest)
     return run.run_id
 
 

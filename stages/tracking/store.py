@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import MAX_DATASET_NAME_SIZE, MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
+from stages.checkout.artifacts import write_text
 from stages.params.schema import PublishSection
-
-SQLITE = "sqlite:///"
+from stages.tracking.address import (
+    ANSWER_S,
+    absolute_uri,
+    answered_in_time,
+    check_database,
+    database,
+    has_ended,
+    is_remote,
+    locked_store,
+    this_process,
+)
+from stages.tracking.lineage import PARENT_TAG
 
 BATCH = 100
 """Params, metrics or tags per request; MLflow accepts at most 100 params or tags."""
@@ -34,6 +49,20 @@ PROGRESS_TAG, PUBLISHED = "sft.progress", "published"
 KIND_TAG, SWEEP = "sft.kind", "sweep"
 """Tag of a run that is the parent of a sweep's results."""
 
+PROCESS_TAG = "sft.process"
+"""Tag with the process that writes a run. A run with status RUNNING whose process has ended was interrupted."""
+
+TRAINED = "trained, not published"
+"""Value of `PROGRESS_TAG` of a run that waits for `publish`, without a process."""
+
+LONG_VALUES = "long_values"
+"""Folder of a run's artifacts with the values that are longer than MLflow allows, in files named by their SHA-256."""
+
+_LONG = re.compile(r"^sha256:([0-9a-f]{64}) \(\d+ characters, in artifact \S+\)$")
+
+_NOT_IN_NAMES = re.compile(r"[^/\w.\- :]")
+"""Characters that MLflow does not allow in names of tags."""
+
 # MLflow's page shows the runs as trainings rather than as evaluations of a prompt
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -47,35 +76,51 @@ def open_tracking(section: PublishSection, home: Path) -> Tracking:
             run works in a worktree.
 
     Raises:
-        ValueError: The store can't be reached or used.
+        ValueError: The store can't be reached or used, or does not answer within 25 s.
     """
     uri = absolute_uri(section.tracking_uri, home)
     # a tracking server decides itself where artifacts are stored
-    local = uri.startswith(SQLITE)
-    location = (home / "mlartifacts" / section.experiment).as_uri() if local else None
+    location = None if database(uri) is None else (home / "mlartifacts" / section.experiment).as_uri()
+
+    def find_experiment() -> Tracking:
+        client = _client(uri)
+        experiment = client.get_experiment_by_name(section.experiment)
+        if experiment is None:
+            return Tracking(client, uri, _create_experiment(client, section.experiment, location))
+        if experiment.lifecycle_stage != "active":
+            client.restore_experiment(experiment.experiment_id)
+        return Tracking(client, uri, experiment.experiment_id)
+
+    if (file := database(uri)) is not None:
+        check_database(file)
+    with locked_store(uri):
+        return answered_in_time(section.tracking_uri, find_experiment, seconds=_limit(uri))
+
+
+def check_store(section: PublishSection, home: Path) -> None:
+    """Check that a tracking store which is not a SQLite file can be reached and used, without changing it.
+
+    Raises:
+        ValueError: It can't be used, or does not answer within 25 s.
+    """
+    uri = absolute_uri(section.tracking_uri, home)
+    answered_in_time(section.tracking_uri, lambda: _client(uri).get_experiment_by_name(section.experiment))
+
+
+def _client(uri: str) -> MlflowClient:
     # MLflow resolves the URI of a logged model with the global store, not with the client's
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _create_experiment(client: MlflowClient, name: str, location: str | None) -> str:
     try:
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        experiment = client.get_experiment_by_name(section.experiment)
-        if experiment is not None and experiment.lifecycle_stage != "active":
-            client.restore_experiment(experiment.experiment_id)
-        experiment_id = (
-            experiment.experiment_id
-            if experiment is not None
-            else client.create_experiment(section.experiment, artifact_location=location, tags=KIND)
-        )
+        return str(client.create_experiment(name, artifact_location=location, tags=KIND))
     except MlflowException as error:
-        raise ValueError(f"publish.tracking_uri {section.tracking_uri!r} ({uri}) can't be used: {error}") from error
-    return Tracking(client, uri, experiment_id)
-
-
-def absolute_uri(uri: str, home: Path) -> str:
-    """Make the path of a SQLite URI absolute, relative to `home`; other URIs are returned unchanged."""
-    if not uri.startswith(SQLITE) or Path(uri.removeprefix(SQLITE)).is_absolute():
-        return uri
-    return f"{SQLITE}{home / uri.removeprefix(SQLITE)}"
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return str(client.get_experiment_by_name(name).experiment_id)  # another machine was faster
 
 
 @dataclass(frozen=True)
@@ -93,12 +138,12 @@ class Tracking:
     experiment_id: str
 
     def find_run(self, tag: str, value: str) -> str | None:
-        """Return the id of the oldest finished run with this tag; None if there is none."""
+        """Return the id of the finished run with this tag that ended first; None if there is none."""
         runs = self.client.search_runs(
             [self.experiment_id],
             f"tags.`{tag}` = '{value}' and attributes.status = 'FINISHED'",
             run_view_type=ViewType.ACTIVE_ONLY,
-            order_by=["attributes.start_time ASC"],
+            order_by=["attributes.end_time ASC"],
         )
         return runs[0].info.run_id if runs else None
 
@@ -121,9 +166,11 @@ class Tracking:
             tags: Tags that are set before the block.
             begun: Id of a run that a training started, to be completed; None = create a run.
         """
+        process = {PROCESS_TAG: this_process()}
         if begun is None:
-            begun = self.client.create_run(self.experiment_id, run_name=name).info.run_id
+            begun = self.client.create_run(self.experiment_id, run_name=name, tags=process).info.run_id
         else:
+            self.client.set_tag(begun, PROCESS_TAG, process[PROCESS_TAG])
             self.client.update_run(begun, status="RUNNING", name=name)
         writer = RunWriter(self.client, begun)
         try:
@@ -133,6 +180,26 @@ class Tracking:
             self.client.set_terminated(writer.run_id, "FAILED")
             raise
         self.client.set_terminated(writer.run_id, "FINISHED")
+
+    def end_interrupted(self) -> None:
+        """Set the status of runs to KILLED that are shown as running although their process has ended.
+
+        A training that is resumed, or a result that is published, continues its run all the same. A run that waits for
+        `publish` is left as it is, unless it belongs to a sweep that has ended.
+        """
+        running = self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'")
+        dead = [run for run in running if has_ended(run.data.tags.get(PROCESS_TAG, ""))]
+        for run in sorted(dead, key=lambda run: run.data.tags.get(KIND_TAG) != SWEEP):  # sweeps before their trials
+            if run.data.tags.get(PROGRESS_TAG) != TRAINED or self._is_of_ended_sweep(run):
+                self.client.set_terminated(run.info.run_id, "KILLED")
+
+    def _is_of_ended_sweep(self, run: Run) -> bool:
+        parent = run.data.tags.get(PARENT_TAG)
+        return parent is not None and self.client.get_run(parent).info.status != "RUNNING"
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Lock the store for a block; see `locked_store`."""
+        return locked_store(self.uri)
 
     def register(self, name: str, run_id: str, tags: Mapping[str, str], metrics: Mapping[str, float], key: str) -> str:
         """Find the version of a registered model for this run, or create it.
@@ -154,9 +221,9 @@ class Tracking:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        for version in self.client.search_model_versions(f"name = '{name}'"):
-            if version.tags.get(key) == tags[key] and version.run_id == run_id:
-                return str(version.version)
+        known = self._versions(name, run_id, key, tags[key])
+        if known:
+            return known[0]
         model = self.client.create_logged_model(self.experiment_id, name=name, source_run_id=run_id, tags=dict(tags))
         now = int(time.time() * 1000)
         self.client.log_batch(
@@ -164,10 +231,19 @@ class Tracking:
             metrics=[Metric(metric, value, now, 0, model_id=model.model_id) for metric, value in metrics.items()],
         )
         self.client.finalize_logged_model(model.model_id, "READY")
-        version = self.client.create_model_version(
+        created = self.client.create_model_version(
             name, source=f"models:/{model.model_id}", run_id=run_id, tags=dict(tags), model_id=model.model_id
         )
-        return str(version.version)
+        first = self._versions(name, run_id, key, tags[key])[0]
+        if first != str(created.version):  # another machine created one between the search and the creation
+            self.client.delete_model_version(name, created.version)
+        return first
+
+    def _versions(self, name: str, run_id: str, key: str, value: str) -> list[str]:
+        """Return the numbers of the versions of a model for a run and a tag, in ascending order."""
+        found = self.client.search_model_versions(f"run_id = '{run_id}'")
+        numbers = [int(each.version) for each in found if each.name == name and each.tags.get(key) == value]
+        return [str(number) for number in sorted(numbers)]
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
         """Point an alias of a registered model at a version."""
@@ -187,11 +263,23 @@ class RunWriter:
     run_id: str
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log params; values other than strings are logged as JSON."""
+        """Log params; values other than strings are logged as JSON, and long ones as artifacts."""
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in params.items()}
         for start in range(0, len(texts), BATCH):
             chunk = list(texts.items())[start : start + BATCH]
-            self.client.log_batch(self.run_id, params=[Param(name, text) for name, text in chunk])
+            entries = [Param(name, self._short(text, MAX_PARAM_VAL_LENGTH)) for name, text in chunk]
+            self.client.log_batch(self.run_id, params=entries)
+
+    def _short(self, text: str, limit: int) -> str:
+        """Return a text as it is, or if MLflow would cut it, log it as an artifact and return its digest."""
+        if len(text) <= limit:
+            return text
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{digest}.txt"
+            write_text(file, text)
+            self.log_file(file, folder=LONG_VALUES)
+        return f"sha256:{digest} ({len(text)} characters, in artifact {LONG_VALUES}/{file.name})"
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Log metrics with one value each."""
@@ -226,7 +314,7 @@ class RunWriter:
     def log_data(self, digests: Mapping[str, str]) -> None:
         """Log data files as data sets of MLflow, by name and digest."""
         inputs = [
-            DatasetInput(Dataset(name, digest[:36], "local", json.dumps({"path": name, "sha256": digest})))
+            DatasetInput(Dataset(_data_name(name), digest[:36], "local", json.dumps({"path": name, "sha256": digest})))
             for name, digest in digests.items()
         ]
         if inputs:
@@ -238,10 +326,42 @@ class RunWriter:
 
     def set_tag(self, key: str, value: str) -> None:
         """Set one tag."""
-        self.client.set_tag(self.run_id, key, value)
+        self.set_tags({key: value})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
+        """Set tags; long values are logged as artifacts, and characters that names can't have become `_`."""
         for start in range(0, len(tags), BATCH):
             chunk = list(tags.items())[start : start + BATCH]
-            self.client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in chunk])
+            entries = [
+                RunTag(_NOT_IN_NAMES.sub("_", key), self._short(str(value), MAX_TAG_VAL_LENGTH)) for key, value in chunk
+            ]
+            self.client.log_batch(self.run_id, tags=entries)
+
+
+def whole_value(client: MlflowClient, run_id: str, value: str) -> str:
+    """Return a recorded value, read from the run's artifacts if it was too long for MLflow.
+
+    Args:
+        client: Client of the store.
+        run_id: Id of the run.
+        value: Value of a param or a tag.
+    """
+    long = _LONG.match(value)
+    if long is None:
+        return value
+    with tempfile.TemporaryDirectory() as folder:
+        file = client.download_artifacts(run_id, f"{LONG_VALUES}/{long[1]}.txt", folder)
+        return Path(file).read_text(encoding="utf-8")
+
+
+def _data_name(name: str) -> str:
+    """Return the name of a data file, shortened to what MLflow allows, with a digest to tell it from others."""
+    if len(name) <= MAX_DATASET_NAME_SIZE:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{name[: MAX_DATASET_NAME_SIZE - len(digest) - 4]}... {digest}"
+
+
+def _limit(uri: str) -> float | None:
+    """Return the seconds that a store has to answer: a new SQLite file may take longer, but can't be unreachable."""
+    return ANSWER_S if is_remote(uri) else None

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from stages.checkout.artifacts import read_json, write_json
-from stages.checkout.paths import Paths
+from stages.checkout.paths import Paths, main_checkout
 from stages.params.schema import load_params
 from stages.tracking import lineage
 from stages.tracking.lineage import machine_tags
-from stages.tracking.result import record_result, result_files
+from stages.tracking.result import Result, record_result
 from stages.tracking.store import KIND_TAG, PROGRESS_TAG, SWEEP, TRAINING_TAG, RunWriter, Tracking, open_tracking
 
 LEADERBOARD = "leaderboard.json"
@@ -35,7 +35,9 @@ def recorded_sweep(root: Path, name: str, facts: Mapping[str, Any]) -> Iterator[
     Raises:
         ValueError: The tracking store can't be used.
     """
-    with open_store(root).whole_run(name, {KIND_TAG: SWEEP}) as parent:
+    tracking = open_store(root)
+    tracking.end_interrupted()
+    with tracking.whole_run(name, {KIND_TAG: SWEEP}) as parent:
         parent.log_params(facts)
         yield SweepRecord(parent)
 
@@ -96,11 +98,10 @@ def log_trial(root: Path, parent_run: str, name: str, figures: Mapping[str, floa
             run.log_metrics(figures)
             run.log_data(lineage.data_digests(paths) if loaded else {})
         return run.run_id
-    digest = lineage.result_digest(params, paths, result_files(paths))
     passed = read_json(paths.out("evaluate", "results.json"))["passed"]
-    return record_result(tracking, params, paths, digest, passed, tags)
+    return record_result(tracking, Result(params, paths, passed, tags))
 
 
 def open_store(root: Path) -> Tracking:
     """Open the tracking store that the params.yaml of a checkout names."""
-    return open_tracking(load_params(root / "params.yaml").publish, lineage.main_checkout(root))
+    return open_tracking(load_params(root / "params.yaml").publish, main_checkout(root))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from stages.checkout.artifacts import progress, write_text
-from stages.checkout.paths import Paths
+from stages.checkout.paths import Paths, main_checkout
 from stages.params.schema import Params
 from stages.tracking import lineage
 from stages.tracking.lineage import machine_tags
@@ -191,7 +191,7 @@ def _open_run(params: Params, paths: Paths, state: TrainingState) -> LiveRun:
     from stages.tracking.live_run import LiveRun
     from stages.tracking.store import open_tracking
 
-    home = lineage.main_checkout(paths.root)
+    home = main_checkout(paths.root)
     fixed = {"model": params.model.model_dump(), "train": fingerprint_params(params.train)}
     stated = lineage.result_params(params)
     tags = {

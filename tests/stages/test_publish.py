@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +18,33 @@ from stages import evaluate, publish
 from stages.checkout.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from stages.checkout.paths import Paths
 from stages.pages.page import NBSP
+from stages.params.schema import Params
 from stages.tools import summary
 from stages.tracking import lineage
 from stages.tracking.live_run import LiveRun
 from stages.tracking.store import PROGRESS_TAG, TRAINING_TAG, open_tracking
 from stages.tracking.trials import log_trial, recorded_sweep
-from tests.stages.tiny_run import tiny_params, write_tiny_run
+from tests.stages.tiny_run import REPO, tiny_params, write_tiny_run
 
+PUBLISH = """
+import json, os, signal, sys
+from pathlib import Path
+from stages import publish
+from stages.checkout.paths import Paths
+from stages.params.schema import Params
+from stages.tracking.store import Tracking
+
+root, overrides, last = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+move = Tracking.set_alias
+
+def move_and_die(self, name, alias, version):
+    move(self, name, alias, version)
+    if alias == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Tracking.set_alias = move_and_die
+publish.run(Params.model_validate(overrides), Paths(root))
+"""
 OPEN, CLOSED = ["tuned.loss <= 2 * base.loss"], ["tuned.exact_match >= 0.5"]
 
 
@@ -336,3 +358,79 @@ def test_page_of_the_promotion_says_that_the_gate_is_closed_and_other_rows_were_
     assert "evaluate.gate: 2 &lt;= 1 does not hold" in page(checkout)
     assert "It was measured on other held-out rows, so the differences are not comparable." in page(checkout)
     assert '<td class="yes">' not in page(checkout)
+
+
+def start_publish(checkout: Paths, params: Params, last: str = "") -> subprocess.Popen[str]:
+    """Publish in another process, which kills itself after it has moved the alias `last`."""
+    command = [sys.executable, "-c", PUBLISH, str(checkout.root), json.dumps(params.model_dump()), last]
+    return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["candidate", "champion"])
+def test_page_after_a_kill_tells_what_the_aliases_were_before_it(checkout: Paths, last: str) -> None:
+    params = tiny_params(evaluate={"gate": OPEN}, publish={"gate": BETTER})
+    publish.run(params, checkout)
+    worsen(checkout, -0.5)
+    killed = start_publish(checkout, params, last)
+    killed.communicate()
+    assert (killed.returncode, page(checkout).count("version 2")) == (-9, 0)
+    assert champion(checkout) == ("2" if last == "champion" else "1")
+
+    publish.run(params, checkout)
+
+    assert "<h1>Promoted: version 2 is the champion after version 1</h1>" in page(checkout)
+    assert "<code>candidate</code>: version 1 → version 2, it moves to every result." in page(checkout)
+    assert "<code>champion</code>: version 1 → version 2, every condition holds." in page(checkout)
+    assert '<td class="yes">-0.500</td>' in page(checkout)
+    assert [run.info.status for run in runs(checkout.root)] == ["FINISHED", "FINISHED"]
+    publish.run(params, checkout)
+    assert "<h1>Version 2 is the champion, as before</h1>" in page(checkout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ten_at_once_into_a_fresh_store_give_one_run_and_one_version_per_result(
+    checkout: Paths, tmp_path: Path
+) -> None:
+    (checkout.root / "mlflow.db").unlink()
+    copies = [shutil.copytree(checkout.root, tmp_path / f"copy-{number}", symlinks=True) for number in range(10)]
+    shared = f"sqlite:///{checkout.root / 'mlflow.db'}"
+    processes = [
+        start_publish(
+            Paths(copy),
+            tiny_params(evaluate={"gate": OPEN}, publish={"tracking_uri": shared}, train={"seed": number % 4}),
+        )
+        for number, copy in enumerate(copies)
+    ]
+    printed = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 10, printed
+    assert not any("Traceback" in text for text in printed), printed
+    assert sorted(run.data.params["train.seed"] for run in runs(checkout.root)) == ["0", "1", "2", "3"]
+    assert {run.info.status for run in runs(checkout.root)} == {"FINISHED"}
+    versions = store(checkout.root).search_model_versions("name = 'shop-extractor'")
+    assert sorted(version.version for version in versions) == [1, 2, 3, 4]
+    assert len({version.run_id for version in versions}) == 4
+    found = [read_json(Paths(copy).out("publish", "run.json"))["run_id"] for copy in copies]
+    assert [found[number] == found[number % 4] for number in range(10)] == [True] * 10
+
+
+def dvc(checkout: Paths, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=checkout.root, check=True, capture_output=True)
+
+
+def test_weights_are_named_by_the_out_of_dvc_that_has_them_or_not_at_all(checkout: Paths) -> None:
+    dvc(checkout, "init", "-q")
+    dvc(checkout, "stage", "add", "-q", "-n", "merge", "-o", "outs/merge", "true")
+    folder = "outs/merge/model"
+    assert lineage.dvc_out_of(checkout.root, folder) is None
+    dvc(checkout, "commit", "-q", "-f")
+    recorded = lineage.dvc_hashes(checkout.root)["outs/merge"]
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    (version,) = store(checkout.root).search_model_versions("name = 'shop-extractor'")
+    assert (version.tags["sft.weights"], version.tags["sft.weights_out"]) == (folder, "outs/merge")
+    assert version.tags["sft.weights_dvc"] == recorded
+    cached = checkout.root / ".dvc" / "cache" / "files" / "md5" / recorded[:2] / recorded[2:]
+    assert "model/model.safetensors" in [entry["relpath"] for entry in json.loads(cached.read_text())]
+    checkout.out("merge", "model", "config.json").write_text("{}")  # by a stage that was run without DVC
+    assert lineage.dvc_out_of(checkout.root, folder) is None

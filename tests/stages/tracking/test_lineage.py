@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.checkout.paths import Paths
+from stages.checkout.paths import Paths, main_checkout
 from stages.tracking.lineage import (
     changed_code,
     dvc_data_hashes,
@@ -15,7 +15,6 @@ from stages.tracking.lineage import (
     flatten,
     git_diff,
     git_state,
-    main_checkout,
     result_digest,
     result_params,
     versions,
@@ -84,12 +83,46 @@ def test_worktree_belongs_to_its_main_checkout(checkout: Path, tmp_path: Path) -
     assert main_checkout(tmp_path) == tmp_path
 
 
+def test_temporary_folder_of_an_experiment_belongs_to_the_checkout_in_which_it_was_started(checkout: Path) -> None:
+    folder = checkout / ".dvc" / "tmp" / "exps" / "standalone" / "tmpabc"
+    folder.mkdir(parents=True)
+    git(folder, "init", "-q")
+    assert main_checkout(folder) == checkout
+    worktree = checkout.with_name("tree")
+    git(checkout, "worktree", "add", "-q", "--detach", str(worktree))
+    assert main_checkout(worktree / ".dvc" / "tmp" / "exps" / "tmpabc") == checkout
+
+
+def test_project_in_a_subfolder_of_its_repository_is_its_own_main_checkout(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "ml").mkdir()
+    (checkout / "ml" / "code.py").write_text("1\n")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-q", "-m", "second")
+    git(checkout, "worktree", "add", "-q", "--detach", str(tmp_path / "tree"))
+    assert main_checkout(checkout / "ml") == checkout / "ml"
+    assert main_checkout(tmp_path / "tree" / "ml") == checkout / "ml"
+
+
+def test_changed_files_are_named_as_they_are_called(checkout: Path) -> None:
+    name = "Prüfung (neu).py"
+    (checkout / name).write_text("1\n")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-q", "-m", "second")
+    (checkout / name).write_text("2\n")
+    (checkout / "code.py").write_bytes(b"\xff\n")
+    state = git_state(checkout)
+    assert state is not None
+    assert set(state.changed) == {name, "code.py"}
+    assert "+2" in git_diff(checkout)
+
+
 def test_hashes_come_from_dvc_lock(tmp_path: Path) -> None:
     assert dvc_hashes(tmp_path) == {}
     (tmp_path / "dvc.lock").write_text(
         "schema: '2.0'\nstages:\n  load:\n    cmd: x\n    deps:\n"
         "    - {path: data/a.jsonl, hash: md5, md5: aa, size: 1}\n"
         "    outs:\n    - {path: outs/load, hash: md5, md5: bb.dir, size: 1}\n"
+        "  publish:\n    cmd: x\n    deps:\n    - {path: outs/load, hash: md5, md5: of-its-last-run.dir, size: 1}\n"
     )
     assert dvc_hashes(tmp_path) == {"data/a.jsonl": "aa", "outs/load": "bb.dir"}
 
