@@ -14,8 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, TextIO
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
