@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -184,22 +184,49 @@ def check_number_of_layers(folder: Path, config: Any) -> None:
 def auto_class(config: Any) -> Any:
     """Return the auto class for a config: the one for images and text if the checkpoint was saved with an image tower.
 
+    A few language models, as those of Mllama and Emu3, are saved with a config that transformers' auto classes do not
+    know, since it is that of a part of a larger model. Their class is registered for it.
+
     Args:
         config: Model config; `architectures` names the class that the checkpoint was saved from.
 
     Returns:
         `AutoModelForImageTextToText` or `AutoModelForCausalLM`.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
     saved_as = (getattr(config, "architectures", None) or [None])[0]
-    with_images = saved_as in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
-    text_alone = saved_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return AutoModelForImageTextToText if with_images and not text_alone else AutoModelForCausalLM
+    text_alone = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    has_text_class = text_alone is not None or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    # one class may belong to several types: it reads images in one of them, and text alone in another
+    if with_images is not None and saved_as != text_alone and (saved_as == with_images or not has_text_class):
+        return transformers.AutoModelForImageTextToText
+    if text_alone is None and saved_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        model_class = getattr(transformers, saved_as)
+        if model_class.config_class is type(config):
+            transformers.AutoModelForCausalLM.register(type(config), model_class, exist_ok=True)
+    return transformers.AutoModelForCausalLM
+
+
+def empty_model(folder: str | Path) -> PreTrainedModel:
+    """Build the model of a folder from its configuration alone, in eval mode, with its weights on the meta device.
+
+    Buffers are real, and tied weights are one parameter.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
+    model.tie_weights()  # `init_empty_weights` replaces parameters one by one, which unties them
+    return model.eval()
 
 
 def load_tokenizer(

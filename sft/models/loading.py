@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
     PreTrainedModel,
+    trainer,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -37,6 +40,7 @@ from sft.models.checkpoint import (
     generates_text,
     task_of,
 )
+from sft.models.kept_weights import keep_weights, keeping_loaded_weights
 from sft.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -130,46 +134,18 @@ def load_model(
         is_decoder = from_pretrained_kwargs.get("is_decoder")
         check_architecture(str(name_or_path), config, **({} if is_decoder is None else {"is_decoder": is_decoder}))
         loader = auto_class(config)
-        model, info = loader.from_pretrained(name_or_path, **arguments)
+        with keeping_loaded_weights():
+            model, info = loader.from_pretrained(name_or_path, **arguments)
     except OSError as error:
         raise ValueError(explain_load_error(name_or_path, error)) from error
     except SafetensorError as error:
         check_weight_files(Path(name_or_path))  # raises an error that names the file, if this is a folder
         raise CheckpointError(f"A weight file of {str(name_or_path)!r} is damaged: {error}. {WAY_OUT}") from error
     check_loading_info(name_or_path, info, sizes_may_differ=sizes_may_differ)
-    keep_4bit_weights(model)
+    keep_weights(model)
     if _may_be_other(model, [type(model).__name__]):
         add_token_types(model)
     return model
-
-
-def keep_4bit_weights(model: torch.nn.Module) -> None:
-    """Have 4-bit layers compute evaluations with the weights that they are trained with.
-
-    On a CPU with bfloat16 products, bitsandbytes (0.50) packs the weights of a layer when it is first evaluated,
-    whatever the compute dtype is, and goes on with them in training: their scales are rounded to bfloat16 for good, and
-    products with them pass no gradient on to the layers before.
-
-    Layers that are packed already are unpacked. Their rounded scales can't be restored, which is said.
-    """
-    num_packed = 0
-    for module in model.modules():
-        if not hasattr(module, "support_avx512bf16_for_cpu"):
-            continue
-        module.support_avx512bf16_for_cpu = False
-        state: Any = getattr(module.weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            num_packed += 1
-            module.state_dict()  # bitsandbytes unpacks the weights of a layer that is saved
-            if not state.nested:  # but leaves their scales as it packed them: (blocks per row, rows) in bfloat16
-                state.absmax = state.absmax.T.reshape(-1).float().contiguous()
-    if num_packed:
-        logger.warning(
-            "%d 4-bit layers were evaluated on this CPU before training, for which bitsandbytes rounded the scales of "
-            "their weights to bfloat16: they differ from the checkpoint's by up to 0.4 %%. To train with the exact "
-            "ones, load the model anew, with sft.load_model if it is to be evaluated first",
-            num_packed,
-        )
 
 
 def load_converted_weights(model: Any, folder: str | Path) -> None:
@@ -189,14 +165,15 @@ def load_converted_weights(model: Any, folder: str | Path) -> None:
     Raises:
         ValueError: The checkpoint lacks weights of the model.
     """
-    loaded, info = type(model).from_pretrained(
-        folder,
-        config=model.config,
-        dtype=model.dtype,
-        attn_implementation="eager",
-        output_loading_info=True,
-        device_map={"": "cpu"},
-    )
+    with keeping_loaded_weights():
+        loaded, info = type(model).from_pretrained(
+            folder,
+            config=model.config,
+            dtype=model.dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
+            device_map={"": "cpu"},
+        )
     lacking = sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys or ()))
     if lacking:
         raise ValueError(
@@ -204,6 +181,25 @@ def load_converted_weights(model: Any, folder: str | Path) -> None:
             "the training cannot go on from it; start it anew"
         )
     model.load_state_dict(loaded.state_dict())
+
+
+@contextmanager
+def configs_read_as(config_class: type) -> Iterator[None]:
+    """Have `transformers.Trainer` read the config of a checkpoint, whose version it looks at, as one of this class.
+
+    It reads it as a `PreTrainedConfig`, which refuses values that only the model's own class knows, such as the
+    `mlp_layer_types` of DeepSeek-V4.
+
+    Args:
+        config_class: Class of the model's config; another class than one of transformers is not used.
+    """
+    usual = trainer.PreTrainedConfig
+    if issubclass(config_class, usual):
+        trainer.PreTrainedConfig = config_class
+    try:
+        yield
+    finally:
+        trainer.PreTrainedConfig = usual
 
 
 def check_attention(attn_implementation: str, dtype: torch.dtype, device_map: Any | None = None) -> None:

@@ -47,7 +47,7 @@ from sft.loss.cross_entropy import LossOptions
 from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
-from sft.models.loading import check_causal, load_converted_weights
+from sft.models.loading import check_causal, configs_read_as, load_converted_weights
 from sft.models.saved_adapters import check_resumed
 from sft.models.saving import check_disk, check_saving, mend_generation_config
 from sft.train.arguments import (
@@ -484,7 +484,7 @@ class SFTTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights of a checkpoint, also those that are saved under other names than the model's."""
         self._loaded_from = resume_from_checkpoint
-        with reading_only_version():
+        with reading_only_version(), configs_read_as(type(causal_lm(self.model).config)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._check_loaded()
 
