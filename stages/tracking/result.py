@@ -18,6 +18,9 @@ from stages.tracking.store import PROGRESS_TAG, PUBLISHED, TRAINING_TAG, Trackin
 
 DIGEST_TAG = "sft.result_digest"
 
+PATCH_TAG = "git.patch_redacted"
+"""Tag of a run whose recorded patch lacks the secrets that the uncommitted changes contained."""
+
 MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate")
 
 
@@ -89,12 +92,14 @@ def log_run(
         Id of the run.
     """
     git = lineage.git_state(paths.root)
+    patch = lineage.git_diff(paths.root) if git and git.dirty else ""
     tags = {
         "mlflow.source.name": "python -m stages publish",
         "sft.gate": "passed" if passed else "failed",
         HELD_OUT_TAG: held_out_digest(paths),
         **lineage.circumstances(paths),
         **machine_tags(),
+        **({PATCH_TAG: "true"} if redact(patch) != patch else {}),
         **{f"dvc.{path}": value for path, value in lineage.dvc_data_hashes(paths.root).items()},
         **(more or {}),
     }

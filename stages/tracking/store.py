@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
+from stages.checkout.redaction import redact
 from stages.params.schema import PublishSection
 
 SQLITE = "sqlite:///"
@@ -188,7 +190,7 @@ class RunWriter:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log params; values other than strings are logged as JSON."""
-        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in params.items()}
+        texts = {name: redact(value if isinstance(value, str) else json.dumps(value)) for name, value in params.items()}
         for start in range(0, len(texts), BATCH):
             chunk = list(texts.items())[start : start + BATCH]
             self.client.log_batch(self.run_id, params=[Param(name, text) for name, text in chunk])
@@ -233,15 +235,24 @@ class RunWriter:
             self.client.log_inputs(self.run_id, datasets=inputs)
 
     def log_file(self, path: Path, folder: str) -> None:
-        """Log a file as an artifact in a folder of the run."""
-        self.client.log_artifact(self.run_id, str(path), folder)
+        """Log a file as an artifact in a folder of the run; secrets in a text file are replaced."""
+        content = path.read_bytes()
+        try:
+            shown = redact(content.decode("utf-8")).encode("utf-8")
+        except UnicodeDecodeError:
+            shown = content
+        with tempfile.TemporaryDirectory() as copies:
+            sent = path if shown == content else Path(copies) / path.name
+            if sent != path:
+                sent.write_bytes(shown)
+            self.client.log_artifact(self.run_id, str(sent), folder)
 
     def set_tag(self, key: str, value: str) -> None:
         """Set one tag."""
-        self.client.set_tag(self.run_id, key, value)
+        self.client.set_tag(self.run_id, key, redact(value))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
         for start in range(0, len(tags), BATCH):
             chunk = list(tags.items())[start : start + BATCH]
-            self.client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in chunk])
+            self.client.log_batch(self.run_id, tags=[RunTag(key, redact(str(value))) for key, value in chunk])
