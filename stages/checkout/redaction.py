@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
@@ -315,12 +315,12 @@ def _library_patterns() -> list[re.Pattern[str]]:
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
     from detect_secrets.plugins.base import RegexBasedDetector
 
-    plugins = [
+    plugins: list[Any] = [
         plugin
         for plugin in get_mapping_from_secret_type_to_class().values()
         if issubclass(plugin, RegexBasedDetector) and plugin.__name__ not in _NOT_USED
     ]
-    return [pattern for plugin in plugins for pattern in plugin().denylist]
+    return [pattern for made in (plugin() for plugin in plugins) for pattern in made.denylist]
 
 
 class RedactedStream:
