@@ -17,7 +17,7 @@ if __name__ == "__main__" and "LOCAL_RANK" not in os.environ:  # before the slow
 
 from stages.checkout.full_disk import explain_full_disk, is_full_disk
 from stages.checkout.paths import Paths
-from stages.checkout.redaction import redact
+from stages.checkout.redaction import RedactedStream, redact
 from stages.launch.log_noise import reduce_log_noise
 from stages.launch.stopping import Stopped, stoppable, tie_to_parent
 from stages.params.figures import MODELS
@@ -59,6 +59,7 @@ OPTIONS = {
     "system": ("chat",),
     "port": ("serve",),
     "keep": ("reproduce",),
+    "trust_patch": ("reproduce",),
 }
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
@@ -134,6 +135,14 @@ def read_command(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, 
     reproduce.add_argument(
         "--keep", action="store_true", default=None, help="keep the worktree that the run was repeated in"
     )
+    reproduce.add_argument(
+        "--trust-patch",
+        nargs="?",
+        const="",
+        metavar="DIGEST",
+        help="run the uncommitted changes that were recorded; DIGEST, which is shown with them, names those that you "
+        "have read",
+    )
     args = parser.parse_args(argv)
     options: dict[str, Any] = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     foreign = [name for name in options if args.name not in OPTIONS[name]]
@@ -200,4 +209,6 @@ def fail(error: Exception, code: int) -> int:
 
 
 if __name__ == "__main__":
+    # also for what libraries print, and for tracebacks
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     sys.exit(stoppable(main))
