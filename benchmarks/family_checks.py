@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
+from benchmarks.float32_parts import no_float32
 from benchmarks.tiny_families import NUM_RESERVED, UNBUILDABLE, Sizes, tiny_family
 from sft.config import SFTConfig
 from sft.export.merge import merge_adapter
@@ -58,8 +59,11 @@ LIMITS = {torch.float32: 1e-5, torch.float64: 1e-9}
 LARGEST_LIMITS = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Precision -> largest difference that rounding may explain."""
 
-ULPS = {torch.float32: 6e-8, torch.float64: 1e-12}
-"""Precision -> relative size of the rounding errors of a layer."""
+ROUNDING = 6e-8
+"""Relative size of the rounding errors of a layer in float32."""
+
+FACTORS = {torch.float32: 4, torch.float64: 10}
+"""Precision -> how many times as large as a measured effect of rounding a difference may be."""
 
 FRACTION_OF_LARGEST = 0.1
 """Gradients of a weight are not compared more finely than this fraction of the largest gradient of all weights."""
@@ -115,6 +119,8 @@ class FamilyResult:
         runs: Names of all runs.
         failures: Name of a run, such as `packed lora float32` -> what went wrong.
         worst: Name of a run -> its largest difference.
+        float32_parts: How much loss and gradients of the plain loop in float64 change where no part of the model is
+            computed in float32; 0 if its code has no such parts, or can't compute in float64.
         seconds: Time of all runs.
     """
 
@@ -123,6 +129,7 @@ class FamilyResult:
     runs: list[str] = field(default_factory=list)
     failures: dict[str, Failure] = field(default_factory=dict)
     worst: dict[str, float] = field(default_factory=dict)
+    float32_parts: float = 0.0
     seconds: float = 0.0
 
 
@@ -211,6 +218,15 @@ class _KeepGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         named = kwargs["model"].named_parameters()
         self.found = {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+
+
+def trained_step(trainer: SFTTrainer) -> tuple[float, Gradients]:
+    """Train, and return loss and gradients of the last step."""
+    gradients = _KeepGradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    loss = next((line["loss"] for line in trainer.state.log_history if "loss" in line), math.nan)
+    return loss, gradients.found
 
 
 def make_trainer(model: Any, rows: list[dict[str, list[int]]], folder: Path, method: str, **options: Any) -> SFTTrainer:
@@ -343,14 +359,26 @@ class FamilyChecks:
 
     @cached_property
     def _has_float64(self) -> bool:
-        """Return whether the family's own code can compute in float64."""
+        """Return whether the family's own code can compute in float64; measure what its parts in float32 change."""
         model = self.model(torch.float64)
         use_plain_attention(model)
         try:
-            plain_loop(model, self.rows[:1])
+            expected = plain_loop(model, self.rows)
         except (RuntimeError, NotImplementedError):
             return False
+        try:
+            self.result.float32_parts = largest_difference(self._without_float32, expected)[0]
+        except Exception:  # code of a model that relies on float32 may fail in any way: then nothing is put down to it
+            self.result.float32_parts = 0.0
         return True
+
+    @cached_property
+    def _without_float32(self) -> tuple[float, Gradients]:
+        """The plain loop in float64, where no part of the model is computed in float32."""
+        model = self.model(torch.float64)
+        use_plain_attention(model)
+        with no_float32():
+            return plain_loop(model, self.rows)
 
     @contextmanager
     def _noting(self, name: str) -> Iterator[None]:
@@ -360,27 +388,46 @@ class FamilyChecks:
         except Exception as error:
             self.result.failures[name] = Failure.of(error)
 
+    def trainer(self, folder: Path, layout: str, method: str, dtype: torch.dtype) -> SFTTrainer:
+        """Return the trainer whose step is compared; it changes no weights."""
+        options = {"learning_rate": 0.0, "weight_decay": 0.0, **LAYOUTS.get(layout, {})}
+        if dtype is torch.float64:
+            # gradients of a shared beginning are added up before norms round them to float32, as most do
+            options["share_tokens"] = False
+        return make_trainer(self.model(dtype), self.rows, folder, method, **options)
+
     def _compare(self, name: str, layout: str, method: str, dtype: torch.dtype) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            options = {"learning_rate": 0.0, "weight_decay": 0.0, **LAYOUTS.get(layout, {})}
-            if dtype is torch.float64:
-                # gradients of a shared beginning are added up before norms round them to float32, as most do
-                options["share_tokens"] = False
-            trainer = make_trainer(self.model(dtype), self.rows, Path(folder), method, **options)
-            gradients = _KeepGradients()
-            trainer.add_callback(gradients)
+            trainer = self.trainer(Path(folder), layout, method, dtype)
             reference = plain_copy(trainer, self.model(dtype), method)
             expected = plain_loop(reference, self.rows)
             if method == "lora":
                 self._check_adapted(reference, expected[1])
-            trainer.train()
-            loss = next((line["loss"] for line in trainer.state.log_history if "loss" in line), math.nan)
+            found = trained_step(trainer)
         if layout == "padded" and not math.isfinite(self._own_padding(reference, expected)):
             return  # a padded batch of transformers is not finite either
-        difference, place = largest_difference((loss, gradients.found), expected)
+        difference, place = largest_difference(found, expected)
         self.result.worst[name] = difference
-        if difference > LIMITS[dtype] and difference > self.limit(reference, expected, dtype):
+        if difference <= LIMITS[dtype]:
+            return
+        own = self.result.float32_parts if dtype is torch.float64 else self._own_rounding(reference, expected)
+        if difference > min(FACTORS[dtype] * own, LARGEST_LIMITS[dtype]):
             raise Differs(f"{place} differs by {difference:.1e} from that of single documents")
+        if dtype is torch.float64:
+            self._compare_without_float32(layout)
+
+    def _compare_without_float32(self, layout: str) -> None:
+        """Compare a step in float64 with the plain loop where no part of the model is computed in float32."""
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self.trainer(Path(folder), layout, "full", torch.float64)
+            with no_float32():
+                found = trained_step(trainer)
+        difference, place = largest_difference(found, self._without_float32)
+        if not difference <= LIMITS[torch.float64]:
+            raise Differs(
+                f"{place} differs by {difference:.1e} from that of single documents where the model's parts in float32 "
+                "are computed in float64"
+            )
 
     def _check_adapted(self, model: Any, gradients: Gradients) -> None:
         """Check that an adapter has a gradient wherever the weight that it is for has one in full training."""
@@ -394,25 +441,12 @@ class FamilyChecks:
         """Return the difference between one padded batch of transformers and single documents."""
         return largest_difference(plain_padded(model, self.rows), expected)[0]
 
-    def limit(self, model: Any, expected: tuple[float, Gradients], dtype: torch.dtype) -> float:
-        """Return the largest difference allowed: that of `LIMITS`, or what rounding does without this library.
-
-        This is the difference that the plain loop has with weights that were moved by rounding errors. Many families
-        compute parts in float32 whatever the precision of their weights. A value that moves by an error of float64 may
-        there round to the next number of float32, so that in float64 the difference between the plain loop and one
-        padded batch of transformers counts, too. If the model itself rounds its logits to float32, this is the
-        precision of the plain loop, and not that of the trainer, which computes the head.
-        """
-        own = 0.0
-        if dtype is torch.float64:
-            if rounds_logits(model, self.rows[0]["input_ids"]):
-                return LARGEST_LIMITS[dtype]
-            own = 2.5 * self._own_padding(model, expected)
+    def _own_rounding(self, model: Any, expected: tuple[float, Gradients]) -> float:
+        """Return the difference that the plain loop has in float32 with weights moved by rounding errors."""
         generator = torch.Generator().manual_seed(self.seed)
         for weight in model.parameters():
-            weight.data.mul_(1 + ULPS[dtype] * torch.randn(weight.shape, generator=generator))
-        own = max(own, largest_difference(plain_loop(model, self.rows), expected)[0])
-        return max(LIMITS[dtype], min(4 * own, LARGEST_LIMITS[dtype]))
+            weight.data.mul_(1 + ROUNDING * torch.randn(weight.shape, generator=generator))
+        return largest_difference(plain_loop(model, self.rows), expected)[0]
 
     def _save_and_resume(self, method: str, layout: str) -> None:
         """Compare a training that was resumed with one that was not, and what was written with what was trained."""
@@ -451,11 +485,6 @@ class FamilyChecks:
 
 
 @torch.no_grad()
-def rounds_logits(model: Any, ids: list[int]) -> bool:
-    """Return whether a model of float64 returns logits of less precision."""
-    return model(input_ids=torch.tensor([ids])).logits.dtype is not torch.float64
-
-
 @torch.no_grad()
 def logits(model: Any, ids: list[int]) -> torch.Tensor:
     """Return the logits `(length, vocab)` of one document in evaluation mode."""

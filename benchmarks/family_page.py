@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 
-from benchmarks.family_checks import LAYOUTS, METHODS, FamilyResult
+from benchmarks.family_checks import LAYOUTS, LIMITS, METHODS, FamilyResult
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 
@@ -33,9 +34,15 @@ INTRODUCTION = """# Models
 All types of causal language models that transformers {version} has, and its vision-language models with rows of text.
 Each was built as a tiny model from its configuration and trained on documents of different lengths, by LoRA
 (`all-linear`) and in full. Loss and gradients of all weights equal those of a plain loop over single documents that
-uses nothing of this library: to 1e-5 in float32 and 1e-9 in float64, or to the rounding of the model's own code. A
+uses nothing of this library: to 1e-5 in float32, or to the rounding of the model's own code, and to 1e-9 in float64. A
 training that was resumed has the same weights, and the merged or saved model has the logits of the trained one, unless
 the last column says "resume or merge".
+
+The column "float64" says what was compared in float64: all of the model, or the model "without float32 parts", if its
+own code computes norms, softmax or other parts in float32 whatever the precision of its weights. The roundings of these
+parts change loss and gradients of the plain loop, mostly by some 1e-7. The limit is 1e-9 where they are computed in
+float64, too, and 1e-6 as they are. The column is empty for a model whose code does not compute in float64 at all.
+
 [benchmarks/README.md](../benchmarks/README.md#families) says how to repeat this, with other sizes and seeds.
 
 | result | meaning |
@@ -102,7 +109,7 @@ def share(results: Sequence[FamilyResult], words: Sequence[str]) -> float:
 def page(results: Sequence[FamilyResult]) -> str:
     """Return the text of the page."""
     parts = [INTRODUCTION.format(version=transformers.__version__), _totals(results)]
-    lines = ["| family | LoRA | full | why |", "|---|---|---|---|"]
+    lines = ["| family | LoRA | full | float64 | why |", "|---|---|---|---|---|"]
     lines += [_line(result) for result in sorted(results, key=lambda result: result.family)]
     return "\n".join([*parts, "\n".join(lines)]) + "\n"
 
@@ -120,11 +127,18 @@ def _totals(results: Sequence[FamilyResult]) -> str:
 
 def _line(result: FamilyResult) -> str:
     if result.unbuildable is not None:
-        return f"| {result.family} | {NOT_BUILDABLE} | | {shorten(result.unbuildable)} |"
+        return f"| {result.family} | {NOT_BUILDABLE} | | | {shorten(result.unbuildable)} |"
     lora, full = (outcome(result, method) for method in METHODS)
     reasons = list(dict.fromkeys(shorten(each.reason) for each in (lora, full) if each.reason))
     words = ["**fails**" if each.word == "fails" else each.word for each in (lora, full)]
-    return f"| {result.family} | {words[0]} | {words[1]} | {'; '.join(reasons)} |"
+    return f"| {result.family} | {words[0]} | {words[1]} | {_precise(result)} | {'; '.join(reasons)} |"
+
+
+def _precise(result: FamilyResult) -> str:
+    """Return what was compared in float64; without figures, which differ among machines."""
+    if not any(name.endswith("float64") for name in result.runs):
+        return ""
+    return "without float32 parts" if result.float32_parts > LIMITS[torch.float64] else "all"
 
 
 def shorten(reason: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from transformers import PreTrainedModel
 from benchmarks.families import check_all
 from benchmarks.family_checks import Failure, FamilyChecks, FamilyResult, largest_difference
 from benchmarks.family_page import PAGE, TRAINED, outcome, page, share, shorten, verdict
+from benchmarks.float32_parts import LIBRARY
 from benchmarks.tiny_families import Sizes, families
+from sft.train.trainer import SFTTrainer
 
 pytestmark = pytest.mark.numerics
 
@@ -78,7 +82,7 @@ def test_what_is_buildable_does_not_depend_on_sizes(sizes: Sizes) -> None:
 
 
 def test_the_page_has_a_line_for_every_family() -> None:
-    _, table = PAGE.read_text(encoding="utf-8").split("| family | LoRA | full | why |\n|---|---|---|---|\n")
+    table = PAGE.read_text(encoding="utf-8").rpartition("|---|\n")[2]
     assert [line.split("|")[1].strip() for line in table.splitlines()] == sorted(families())
 
 
@@ -94,6 +98,90 @@ def test_a_difference_is_found() -> None:
     result = OtherWeights("llama", Sizes(), seed=0, quick=True).run()
     assert result.failures["packed full float32"].kind == "differs"
     assert verdict(result) == "fails"
+
+
+def float64_failure(checks: FamilyChecks, layout: str) -> Failure | None:
+    """Run the step in float64 alone."""
+    name = f"{layout} full float64"
+    assert checks._has_float64
+    with checks._noting(name):
+        checks._compare(name, layout, "full", torch.float64)
+    return checks.result.failures.get(name)
+
+
+@pytest.mark.parametrize(("family", "parts"), [("bloom", True), ("llama", True), ("gpt2", False)])
+def test_parts_that_a_model_computes_in_float32_are_measured_and_told_apart(family: str, parts: bool) -> None:
+    checks = FamilyChecks(family, Sizes(), seed=0)
+    assert float64_failure(checks, "packed") is None
+    assert (1e-8 < checks.result.float32_parts < 1e-5) == parts
+    assert (checks.result.float32_parts < 1e-12) != parts
+    checks._compare_without_float32("packed")
+    assert checks.result.worst["packed full float64"] <= 1e-6
+
+
+class MovedWeights(FamilyChecks):
+    """Checks whose trainer has weights that are wrong by less than rounding to float32 is."""
+
+    def trainer(self, folder: Path, layout: str, method: str, dtype: torch.dtype) -> SFTTrainer:
+        trainer = super().trainer(folder, layout, method, dtype)
+        weight = trainer.model.get_input_embeddings().weight
+        weight.data.mul_(1 + 3e-8)
+        return trainer
+
+
+class MovedPosition(FamilyChecks):
+    """Checks whose trainer gives the second token of each row a position that is off by one."""
+
+    def trainer(self, folder: Path, layout: str, method: str, dtype: torch.dtype) -> SFTTrainer:
+        trainer = super().trainer(folder, layout, method, dtype)
+        collator = trainer.data_collator
+
+        def shifted(rows: list[dict[str, Any]]) -> dict[str, Any]:
+            batch = collator(rows)
+            batch["position_ids"][:, 1] += 1
+            return batch
+
+        trainer.data_collator = shifted
+        return trainer
+
+
+class LeakingRows(FamilyChecks):
+    """Checks whose trainer lets the layers that run document by document see the complete row."""
+
+    def trainer(self, folder: Path, layout: str, method: str, dtype: torch.dtype) -> SFTTrainer:
+        trainer = super().trainer(folder, layout, method, dtype)
+        assert trainer._mixers
+        trainer._mixers = ()
+        return trainer
+
+
+class RoundedStates(FamilyChecks):
+    """Checks whose trainer rounds states to float32 in a function that counts as the library's."""
+
+    def trainer(self, folder: Path, layout: str, method: str, dtype: torch.dtype) -> SFTTrainer:
+        trainer = super().trainer(folder, layout, method, dtype)
+        code = "def rounded(module, args):\n    return (args[0].float().to(args[0].dtype),)\n"
+        names: dict[str, Any] = {}
+        exec(compile(code, f"{LIBRARY}/rounded.py", "exec"), names)
+        trainer.model.get_output_embeddings().register_forward_pre_hook(names["rounded"])
+        return trainer
+
+
+@pytest.mark.parametrize(
+    ("checks", "family", "where"),
+    [
+        (MovedWeights, "llama", "computed in float64"),
+        (MovedPosition, "llama", "single documents"),
+        (LeakingRows, "bloom", "single documents"),
+        (LeakingRows, "mamba2", "single documents"),
+        (RoundedStates, "llama", "computed in float64"),
+    ],
+)
+def test_parts_in_float32_do_not_hide_a_difference(checks: type[FamilyChecks], family: str, where: str) -> None:
+    failure = float64_failure(checks(family, Sizes(), seed=0), "packed")
+    assert failure is not None
+    assert failure.kind == "differs"
+    assert failure.reason.endswith(where)
 
 
 def test_a_missing_gradient_is_a_difference() -> None:
