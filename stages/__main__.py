@@ -5,14 +5,21 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__" and "LOCAL_RANK" not in os.environ:  # before the slow imports, in which signals come, too
+    from stages.launch.stopping import heed_signals
+
+    heed_signals()
 
 from stages.checkout.full_disk import explain_full_disk, is_full_disk
 from stages.checkout.paths import Paths
 from stages.checkout.redaction import redact
 from stages.launch.log_noise import reduce_log_noise
+from stages.launch.stopping import Stopped, stoppable, tie_to_parent
 from stages.params.figures import MODELS
 from stages.params.schema import ParamsError, load_params
 
@@ -65,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 on success, 1 if the work failed for a reason that the user can fix, 2 if params.yaml or the
-        command line is wrong, 130 if it was interrupted.
+        command line is wrong, 130 if it was interrupted, 143 if SIGTERM ended it.
     """
     args, options = read_command(argv)
     reduce_log_noise()
@@ -75,8 +82,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         params = load_params(args.root / "params.yaml")
         importlib.import_module(home(args.name)).run(params, paths, **options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"stopped: {args.name}. Type the command again to go on.", file=sys.stderr, flush=True)
+        if isinstance(stop, Stopped):
+            stop.seen = True
+            return 128 + stop.number
         return EXIT_STOPPED
     except ParamsError as error:
         return fail(error, EXIT_USAGE)
@@ -171,7 +181,7 @@ def run_launched(name: str, root: Path, paths: Paths) -> int:
         Exit code 0; after an error the process ends without returning.
     """
     launcher = importlib.import_module("stages.launch.processes")
-    launcher.tie_to_launcher()
+    tie_to_parent(signal.SIGKILL)
     try:
         importlib.import_module(f"stages.{name}").run(load_params(root / "params.yaml"), paths)
     except BaseException as error:
@@ -190,4 +200,4 @@ def fail(error: Exception, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stoppable(main))

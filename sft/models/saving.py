@@ -1,12 +1,14 @@
-"""Whether what a training makes can be saved, found out before it begins.
+"""Whether what a training makes can be saved, found out before it begins, and the same files for equal trainings.
 
 * `check_saving`: configs, tokenizer and arguments are written to a temporary folder, and the tokenizer is read again;
   weights that share memory are declared as tied.
 * `check_disk`: the disk has space for the checkpoints that will be kept at a time.
+* `sort_adapter_lists`: lists in an adapter's configuration that come from sets.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import pickle
@@ -29,6 +31,7 @@ from transformers import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from sft.inner_model import causal_lm
+from sft.models.saved_adapters import ADAPTER_CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -311,3 +314,23 @@ def optimizer_bytes(model: nn.Module, args: TrainingArguments) -> int:
 
 def _gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def sort_adapter_lists(model: nn.Module, folder: Path) -> None:
+    """Sort the lists in saved configurations of adapters that peft writes from sets, such as `target_modules`.
+
+    The order of a set of strings differs from process to process, so that equal trainings would write other files.
+
+    Args:
+        model: The trained model; without adapters nothing is done.
+        folder: Folder that it was saved to.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        file = (folder if name == "default" else folder / name) / ADAPTER_CONFIG
+        if not file.is_file():
+            continue
+        values = json.loads(file.read_text(encoding="utf-8"))
+        for option, value in config.to_dict().items():
+            if isinstance(value, set | frozenset):
+                values[option] = sorted(values[option], key=str)
+        file.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")

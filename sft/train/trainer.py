@@ -49,7 +49,7 @@ from sft.loss.targets import num_targets
 from sft.models.adapters import count_parameters, wrap_adapter
 from sft.models.loading import check_causal, load_converted_weights
 from sft.models.saved_adapters import check_resumed
-from sft.models.saving import check_disk, check_saving, mend_generation_config
+from sft.models.saving import check_disk, check_saving, mend_generation_config, sort_adapter_lists
 from sft.train.arguments import (
     align_special_tokens,
     apply_chat_template,
@@ -532,6 +532,7 @@ class SFTTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the weights; of tied weights that were gathered from all processes, only one copy."""
         super()._save(output_dir, without_copies(self.model, state_dict))
+        sort_adapter_lists(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
 
     def create_model_card(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
@@ -29,9 +28,6 @@ LAUNCHED_VARIABLE = "SFT_LAUNCHED"
 
 _PASSED_ON = re.compile(r"(ACCELERATE|FSDP|GLOO|HF|NCCL|OMP|PARALLELISM|SFT|TOKENIZERS|TORCH|TQDM)_")
 """Environment variables that workers of Ray are given."""
-
-PR_SET_PDEATHSIG = 1
-"""Option of Linux's prctl: the signal sent to this process when its parent ends."""
 
 _LOST_PEER = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|DistNetworkError|DistStoreError", re.I
@@ -284,12 +280,3 @@ def record_failure(error: BaseException) -> None:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     get_error_handler().record_exception(error)
-
-
-def tie_to_launcher() -> None:
-    """Let the Linux kernel kill this process when its launcher ends, even if the launcher is killed."""
-    if sys.platform.startswith("linux"):
-        launcher = os.getppid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != launcher:  # it ended before the call
-            os.kill(os.getpid(), signal.SIGKILL)

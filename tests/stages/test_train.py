@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from stages.params.schema import Params, TrainSection, load_params
 from stages.training.curve import curve_csv
 from stages.training.setup import NOT_SFT_OPTIONS, make_model_config, make_sft_config
 from tests.stages.data_root import ROOT
+from tests.stages.training_root import make_training_root, run_stage
 
 
 def params(**section: Any) -> Params:
@@ -114,3 +116,17 @@ def test_parameters_and_dropout_exclude_each_other() -> None:
     ]
     with pytest.raises(ValueError, match=r"lora_dropout 0\.1 can't be used with lora_target_parameters"):
         params(lora_target_parameters=["experts.down_proj"], lora_dropout=0.1)
+
+
+@pytest.mark.slow
+def test_equal_trainings_write_equal_files_whatever_the_order_of_sets(tmp_path: Path) -> None:
+    paths = make_training_root(tmp_path / "root", max_steps=2)
+    written = []
+    for seed in ("1", "2", "3"):
+        shutil.rmtree(paths.state, ignore_errors=True)
+        run_stage(paths, PYTHONHASHSEED=seed)
+        files = [path for path in sorted(paths.out("train").rglob("*")) if path.is_file()]
+        written.append({path.relative_to(paths.root).as_posix(): path.read_bytes() for path in files})
+    assert "outs/train/model/adapter_config.json" in written[0]
+    assert [name for name in written[0] if written[0][name] != written[1][name]] == []
+    assert written[0] == written[1] == written[2]

@@ -249,3 +249,14 @@ def test_trainer_refuses_the_disk_before_its_first_step(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="keeps 1 checkpoint of"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_lists_that_peft_writes_from_sets_are_sorted_in_every_adapter_of_a_model(tmp_path: Path) -> None:
+    names = ["v_proj", "gate_proj", "q_proj", "down_proj", "k_proj", "up_proj", "o_proj"]
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=names, exclude_modules=["b", "a"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=names[:2]))
+    trainer_on(model, tmp_path / "out").save_model(str(tmp_path / "saved"))
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert (saved["target_modules"], saved["exclude_modules"]) == (sorted(names), ["a", "b"])
+    other = json.loads((tmp_path / "saved" / "other" / "adapter_config.json").read_text())
+    assert other["target_modules"] == ["gate_proj", "v_proj"]
