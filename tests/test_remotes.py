@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 from stages import load
 from stages.checkout.artifacts import read_json
 from tests.flows.conftest import commit, ran_template, run, template
-from tests.stages.data_root import ROWS, DataRoot
+from tests.stages.data_root import ROOT, ROWS, DataRoot
 
 __all__ = ["ran_template", "template"]  # fixtures
 DVC = (sys.executable, "-m", "dvc")
@@ -53,20 +53,34 @@ def share(project: Path, *remote: str) -> None:
 
 
 def restored(project: Path, folder: Path) -> Path:
-    """A clone elsewhere, brought up to date from the remote alone; nothing was run in it."""
+    """A clone elsewhere, with every result from the remote alone, as docs/operations.md says; nothing is run in it."""
     run(folder, "git", "clone", "--quiet", str(project), "clone")
-    printed = run(folder / "clone", *DVC, "repro", "--pull", "--allow-missing")
-    assert "Running stage" not in printed
-    assert not (folder / "clone" / "ran.log").exists()
+    run(folder / "clone", *DVC, "pull", "--run-cache")
     return folder / "clone"
 
 
 def check_same(project: Path, clone: Path) -> None:
-    run(clone, *DVC, "pull", "--quiet")
-    assert not (clone / "outs").is_symlink()
+    assert sorted(path.name for path in (clone / "outs").iterdir()) == ["load.txt", "pack.txt", "train.txt"]
     for name in ("load.txt", "pack.txt", "train.txt"):
         assert (clone / "outs" / name).read_bytes() == (project / "outs" / name).read_bytes()
     assert run(clone, *DVC, "status").strip() == "Data and pipelines are up to date."
+    assert "Running stage" not in run(clone, *DVC, "repro")
+    assert not (clone / "ran.log").exists()
+
+
+def test_repro_that_may_miss_outs_restores_none_so_pull_is_the_documented_way(
+    ran_project: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    share(ran_project, str(tmp_path / "store"))
+    run(tmp_path / "elsewhere", "git", "clone", "--quiet", str(ran_project), "clone")
+    clone = tmp_path / "elsewhere" / "clone"
+    assert "up to date" in run(clone, *DVC, "repro", "--pull", "--allow-missing")
+    assert not (clone / "outs").exists()
+    text = " ".join((ROOT / "docs" / "operations.md").read_text(encoding="utf-8").split())
+    assert "`dvc repro --pull --allow-missing` restores no files" in text
+    run(clone, *DVC, "pull", "--run-cache")
+    check_same(ran_project, clone)
 
 
 def test_folder_as_a_remote(ran_project: Path, tmp_path: Path) -> None:
