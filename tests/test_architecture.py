@@ -44,7 +44,14 @@ PLUMBING = {
 # Where else a stage reads its params; other modules read only what decides nothing of the result.
 OWN_PARTS = {"train": (ROOT / "stages/training/setup.py",)}
 # Names of MLflow tags and Prefect events, which look like modules.
-TAGS = {"sft.nightly.promoted", "sft.out_of_memory", "sft.progress"}
+TAGS = {
+    "sft.nightly.promoted",
+    "sft.out_of_memory",
+    "sft.progress",
+    "sft.weights",
+    "sft.weights_dvc",
+    "sft.weights_out",
+}
 
 
 @functools.cache
