@@ -36,7 +36,8 @@ def recorded_sweep(root: Path, name: str, facts: Mapping[str, Any]) -> Iterator[
         ValueError: The tracking store can't be used.
     """
     tracking = open_store(root)
-    tracking.end_interrupted()
+    with tracking.locked():
+        tracking.end_interrupted()
     with tracking.whole_run(name, {KIND_TAG: SWEEP}) as parent:
         parent.log_params(facts)
         yield SweepRecord(parent)
