@@ -13,6 +13,8 @@ READY := $(VENV)/.ready
 # DVC removes a stage's outs before the stage can refuse a value: they come back from its cache, and the figures, which
 # it does not cache, from a copy.
 BACK := $(RUN)/dvc checkout --quiet --allow-missing; cp -pn .state/metrics/*.json reports/metrics/
+# Ends a command with all that it has started when make is ended; DVC leaves its stage running. $$$$ is the recipe's shell.
+SUPERVISED := $(RUN)/python -P flows/processes/supervise.py $$$$ 20
 # Torch processes that share cores slow each other many times over unless each keeps to one thread.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # What another processor rounds: AVX2 where this one has AVX-512, else loops without vector instructions.
@@ -45,7 +47,7 @@ $(READY): requirements.lock
 repro: $(READY) ## run the pipeline: what is up to date is not run again
 	@$(RUN)/python -m stages check
 	@rm -rf .state/metrics; mkdir -p .state/metrics reports/metrics; cp -p reports/metrics/*.json .state/metrics/ || true
-	@$(RUN)/dvc repro || { code=$$?; $(BACK); exit $$code; }
+	@$(SUPERVISED) $(RUN)/dvc repro || { code=$$?; $(BACK); exit $$code; }
 	@$(RUN)/python -m stages summary
 
 test: $(READY) ## style, types, imports and tests

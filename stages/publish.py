@@ -98,16 +98,22 @@ def register(tracking: Tracking, result: Result, run_id: str, results: dict[str,
     """
     shipped = shipped_model(results)
     folder = "outs/quantize/model" if shipped == "quantized" else "outs/merge/model"
-    out, digest = lineage.dvc_out_of(result.paths.root, folder) or ("none", "not in dvc.lock")
+    found = lineage.dvc_out_of(result.paths.root, folder)
+    out, digest = found or ("none", "not in dvc.lock")
+    weights = {"sft.weights_out": out, "sft.weights_dvc": digest}
     tags = {
         DIGEST_TAG: result.digest,
         "sft.gate": "passed" if result.passed else "failed",
         "sft.weights": folder,
-        "sft.weights_out": out,
-        "sft.weights_dvc": digest,
+        **weights,
     }
     metrics = {f"{shipped}.{name}": value for name, value in results["models"][shipped].items()}
-    return tracking.register(result.params.publish.registered_model, run_id, tags, metrics, DIGEST_TAG)
+    name = result.params.publish.registered_model
+    version = tracking.register(name, run_id, tags, metrics, DIGEST_TAG)
+    if found is not None:  # an earlier publication may have been started without DVC
+        for key, value in weights.items():
+            tracking.client.set_model_version_tag(name, version, key, value)
+    return version
 
 
 def decide(

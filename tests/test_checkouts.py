@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.test_operations import commit
-from tests.test_pipeline import ROOT, call, change_params, files_below, make_project
+from tests.test_pipeline import ROOT, call, change_params, environment, files_below, make_project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -22,6 +26,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("Prüfung (2. Teil) it's")
     project = make_project(folder / "pro jekt")
     shutil.copyfile(ROOT / "Makefile", project / "Makefile")
+    shutil.copytree(ROOT / "flows", project / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     (project / "requirements.lock").touch()
     (project / ".venv").mkdir()
     for name in ("bin", "lib", "pyvenv.cfg"):
@@ -104,3 +109,30 @@ def test_shallow_clone_and_worktree_restore_every_result(project: Path, tmp_path
         assert "Running stage" not in call(clone, "dvc", "repro")
     # a worktree finds the base model of its main checkout
     call(tmp_path / "tree", "python", "-m", "stages", "check")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ends process trees by Linux' means")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_make_ends_the_stage_and_what_was_recorded_comes_back(
+    project: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    copy = shutil.copytree(project, tmp_path / "project", symlinks=True)
+    change_params(copy, {"train": {"max_steps": 2000}})
+    process = subprocess.Popen(
+        ["make", "repro"], cwd=copy, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("PROGRESS 20/2000"):
+        assert process.poll() is None
+    tree = psutil.Process(process.pid).children(recursive=True)
+    assert any("train" in one.cmdline() for one in tree)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    _, alive = psutil.wait_procs(tree, timeout=60)
+    assert alive == []
+    process.communicate()
+    assert process.returncode != 0
+    call(copy, "git", "checkout", "--", "params.yaml")
+    assert "Running stage" not in call(copy, "dvc", "repro")

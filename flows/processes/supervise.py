@@ -2,7 +2,8 @@
 
 DVC leaves its stage running when it gets a SIGTERM, and a killed flow can't clean up at all. This process runs between
 the two: it adopts orphans, gets a signal from the kernel when its parent ends, and ends all its descendants (SIGTERM,
-then SIGKILL), including those in other sessions. It is a separate, single-threaded program, because `preexec_fn` is
+then SIGKILL), including those in other sessions. Ctrl-C, which a terminal sends to `make repro` and all below it, is
+left to the command. It is a separate, single-threaded program, because `preexec_fn` is
 unsafe in a process with threads, and every flow has threads.
 """
 
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
     """
     parent_pid, grace_s, command = int(argv[0]), float(argv[1]), argv[2:]
     signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _leave_to_command)
     _tie_to_parent()
     if os.getppid() != parent_pid:
         return 128 + signal.SIGTERM
@@ -82,6 +84,10 @@ def _tie_to_parent() -> None:
     for option, value in ((PR_SET_CHILD_SUBREAPER, 1), (PR_SET_PDEATHSIG, int(signal.SIGTERM))):
         if libc.prctl(option, value, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
+
+
+def _leave_to_command(number: int, frame: FrameType | None) -> None:
+    """Do nothing; the command would inherit `SIG_IGN`, but not this function."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

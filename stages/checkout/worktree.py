@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from configobj import ConfigObj
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
@@ -94,8 +95,14 @@ def dvc_cache(root: Path) -> Path:
 
 
 def use_dvc_cache(path: Path, cache: Path) -> None:
-    """Make a checkout use this DVC cache; its other local DVC settings are replaced, too."""
-    (path / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {cache}\n", encoding="utf-8")
+    """Make a checkout use this DVC cache; its other local DVC settings are kept.
+
+    DVC itself writes no settings that are not ASCII, such as the path of a cache.
+    """
+    file = path / ".dvc" / "config.local"
+    settings = ConfigObj(str(file), encoding="utf-8")
+    settings.setdefault("cache", {})["dir"] = str(cache)
+    settings.write()
 
 
 def git(root: Path, *arguments: str) -> str:

@@ -29,7 +29,7 @@ from ruamel.yaml.error import YAMLError
 
 from stages.checkout.foreign_text import for_terminal
 from stages.checkout.paths import Paths, main_checkout
-from stages.checkout.worktree import dvc_cache, locked_worktree
+from stages.checkout.worktree import dvc_cache, locked_worktree, use_dvc_cache
 from stages.params.schema import Params
 from stages.tools.compare import (
     VERSION,
@@ -314,10 +314,10 @@ def _restore_data(home: Path, path: Path) -> None:
     (path / ".dvc" / "config.local").write_text(text, encoding="utf-8")
     listed = subprocess.run(["git", "ls-files", "*.dvc"], cwd=path, capture_output=True, text=True, check=False).stdout
     if listed.split():
-        _check_call(_dvc("cache", "dir", "--local", str(dvc_cache(home))), path)
+        use_dvc_cache(path, dvc_cache(home))
         if _failure(_dvc("checkout", "--quiet", *listed.split()), path):
             _check_call(_dvc("pull", "--quiet", *listed.split()), path)
-    _check_call(_dvc("cache", "dir", "--local", str(path / ".dvc" / "cache")), path)
+    use_dvc_cache(path, path / ".dvc" / "cache")
 
 
 def repeat(folder: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from stages.checkout.redaction import redact
 from stages.params.schema import PublishSection
 from stages.tracking.address import (
     ANSWER_S,
+    KEY,
     absolute_uri,
     answered_in_time,
     check_database,
@@ -198,9 +199,22 @@ class Tracking:
         parent = run.data.tags.get(PARENT_TAG)
         return parent is not None and self.client.get_run(parent).info.status != "RUNNING"
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Lock the store for a block; see `locked_store`."""
-        return locked_store(self.uri)
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the store for a block; see `locked_store`.
+
+        Raises:
+            ValueError: The store refused a request or stopped answering within the block.
+        """
+        with locked_store(self.uri):
+            try:
+                yield
+            except MlflowException as error:
+                reason = redact(" ".join(str(error).split()))[:400]
+                raise ValueError(
+                    f"{KEY} {redact(self.uri)!r}: {reason}. What was recorded so far is completed when the command is "
+                    "typed again"
+                ) from error
 
     def register(self, name: str, run_id: str, tags: Mapping[str, str], metrics: Mapping[str, float], key: str) -> str:
         """Find the version of a registered model for this run, or create it.

@@ -36,7 +36,8 @@ def recorded_sweep(root: Path, name: str, facts: Mapping[str, Any]) -> Iterator[
         ValueError: The tracking store can't be used.
     """
     tracking = open_store(root)
-    tracking.end_interrupted()
+    with tracking.locked():
+        tracking.end_interrupted()
     with tracking.whole_run(name, {KIND_TAG: SWEEP}) as parent:
         parent.log_params(facts)
         yield SweepRecord(parent)
@@ -93,7 +94,7 @@ def log_trial(root: Path, parent_run: str, name: str, figures: Mapping[str, floa
         loaded = paths.out("load", "card.json").exists()
         circumstances = {**lineage.circumstances(paths), **machine_tags()} if loaded else {}
         tags = {**circumstances, **tags, PROGRESS_TAG: "ended before the evaluation"}
-        with tracking.whole_run(name, tags, begun[0] if begun else None) as run:
+        with tracking.locked(), tracking.whole_run(name, tags, begun[0] if begun else None) as run:
             run.log_params(lineage.result_params(params))
             run.log_metrics(figures)
             run.log_data(lineage.data_digests(paths) if loaded else {})

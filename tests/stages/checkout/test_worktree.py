@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 from filelock import FileLock, Timeout
 
 from stages.checkout.worktree import WorktreeError, abandoned, dvc_cache, living, locked_worktree, prune, use_dvc_cache
@@ -160,3 +161,13 @@ def test_worktree_uses_the_dvc_cache_of_the_checkout(root: Path) -> None:
         assert dvc_cache(path) == path / ".dvc" / "cache"
         use_dvc_cache(path, dvc_cache(root))
         assert dvc_cache(path) == root / ".dvc" / "cache"
+
+
+def test_path_of_a_dvc_cache_may_have_any_characters_and_other_settings_stay(root: Path, tmp_path: Path) -> None:
+    file = root / ".dvc" / "config.local"
+    file.write_text("['remote \"own\"']\n    url = /somewhere\n", encoding="utf-8")
+    for name in ("Prüfung (2. Teil), #1", "it's", 'a "cache"'):
+        use_dvc_cache(root, tmp_path / name)
+        assert dvc_cache(root) == tmp_path / name
+    with Repo(str(root)) as repo:
+        assert repo.config["remote"]["own"]["url"] == "/somewhere"

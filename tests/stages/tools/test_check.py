@@ -65,3 +65,10 @@ def test_a_quantization_that_is_not_for_the_experts_of_the_base_model_is_refused
 def test_a_base_model_that_is_not_there_is_named(root: DataRoot, name: str) -> None:
     with pytest.raises(ValueError, match=r"nowhere|none-such"):
         check.run(with_model(root.params(), name), root.paths)
+
+
+def test_a_store_that_can_not_be_reached_is_named_with_its_key(root: DataRoot) -> None:
+    params = root.params()
+    section = params.publish.model_copy(update={"tracking_uri": "http://127.0.0.1:9"})
+    with pytest.raises(ValueError, match=r"publish\.tracking_uri 'http://127\.0\.0\.1:9': the store can't be used"):
+        check.run(params.model_copy(update={"publish": section}), root.paths)

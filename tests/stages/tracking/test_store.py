@@ -119,3 +119,9 @@ def test_first_of_two_runs_of_one_result_is_the_one_that_ended_first(tracking: T
     tracking.client.set_terminated(late, end_time=1000)
     tracking.client.set_terminated(early, end_time=int(time.time() * 1000))
     assert tracking.find_run("sft.result_digest", "twice") == late
+
+
+def test_request_that_the_store_refuses_is_one_message_with_the_address(tracking: Tracking) -> None:
+    message = r"publish\.tracking_uri 'sqlite:.*mlflow\.db': .*nothing.*typed again"
+    with pytest.raises(ValueError, match=message), tracking.locked():
+        tracking.client.get_run("nothing")
