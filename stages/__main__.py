@@ -11,7 +11,7 @@ from typing import Any
 
 from stages.checkout.full_disk import explain_full_disk, is_full_disk
 from stages.checkout.paths import Paths
-from stages.checkout.redaction import redact
+from stages.checkout.redaction import RedactedStream, redact
 from stages.launch.log_noise import reduce_log_noise
 from stages.params.figures import MODELS
 from stages.params.schema import ParamsError, load_params
@@ -190,4 +190,6 @@ def fail(error: Exception, code: int) -> int:
 
 
 if __name__ == "__main__":
+    # also for what libraries print, and for tracebacks
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     sys.exit(main())

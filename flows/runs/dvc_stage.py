@@ -14,6 +14,7 @@ from pathlib import Path
 from flows.processes.environment import child_environment
 from flows.processes.supervised import run_supervised
 from flows.runs.recorded import discard_record, present_inputs, recorded_inputs
+from stages.checkout.redaction import redact
 
 EXTERNAL_SIGNALS = (1, 9, 15)
 """SIGHUP, SIGKILL (out of memory, pre-emption) and SIGTERM come from outside; others are errors of the stage."""
@@ -85,7 +86,8 @@ class StageOutput:
         self._listener = listener
 
     def feed(self, line: str) -> None:
-        """Parse one line without its line break."""
+        """Parse one line without its line break; secrets in it are replaced."""
+        line = redact(line)
         if _NOISE.match(line):
             return
         progress = _PROGRESS.match(line)

@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from stages.checkout.artifacts import read_jsonl
+from stages.checkout.redaction import redact
 
 MAX_GENERATIONS = 200
 """Number of prompts on the page."""
@@ -29,7 +30,7 @@ def read_answers(file: Path) -> dict[str, Any]:
         The first `MAX_GENERATIONS` rows, mistakes of the tuned model first; their counts; the beginning that all
         prompts share; and whether a score decides between right and wrong answers.
     """
-    rows = list(read_jsonl(file))
+    rows = [_without_secrets(row) for row in read_jsonl(file)]
     prompts = [row["prompt"] for row in rows]
     metric = deciding_score(rows)
     start, end = shared_beginning(prompts), shared_ending(prompts)
@@ -43,6 +44,12 @@ def read_answers(file: Path) -> dict[str, Any]:
         "num_wrong": sum(not row["tuned_right"] for row in shown),
         "num_changed": sum(not row["quantized_same"] for row in shown),
     }
+
+
+def _without_secrets(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with the secrets in its texts replaced, as long as these are whole."""
+    answers = {name: {**answer, "text": redact(answer["text"])} for name, answer in row["answers"].items()}
+    return {**row, "prompt": redact(row["prompt"]), "reference": redact(row["reference"]), "answers": answers}
 
 
 def deciding_score(rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sft.tokens.preview import role_contents, sample_rows, token_pieces
+from sft.tokens.preview import Piece, role_contents, sample_rows, token_pieces
 from stages.checkout.artifacts import read_json, read_jsonl, write_text
 from stages.checkout.paths import Paths
+from stages.checkout.redaction import HIDDEN, secret_spans
 from stages.pages.charts import histogram
 from stages.pages.page import ledger_summary, percent, render_page, rows_sentence
 
@@ -154,7 +155,9 @@ def choose_previews(documents: Documents, tokenizer: PreTrainedTokenizerBase) ->
 
 def preview(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return what the page shows of one document: id, tokens, where the length limit cut it, how many are not shown."""
-    pieces = token_pieces(row["input_ids"][:MAX_PREVIEW_TOKENS], row["labels"][:MAX_PREVIEW_TOKENS], tokenizer)
+    pieces = without_secrets(
+        token_pieces(row["input_ids"][:MAX_PREVIEW_TOKENS], row["labels"][:MAX_PREVIEW_TOKENS], tokenizer)
+    )
     return {
         "id": row["id"],
         "pieces": pieces,
@@ -163,3 +166,19 @@ def preview(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[
         "num_in_document": row["num_in_document"],
         "num_hidden": max(0, len(row["input_ids"]) - MAX_PREVIEW_TOKENS),
     }
+
+
+def without_secrets(pieces: list[Piece]) -> list[Piece]:
+    """Return the pieces of a document with its secrets replaced, each of which usually consists of several pieces."""
+    spans = secret_spans("".join(piece.text for piece in pieces))
+    kept, start = [], 0
+    for piece in pieces:
+        stop = start + len(piece.text)
+        text, end = "", start
+        for first, last in spans:
+            if first < stop and last > start:
+                text += piece.text[end - start : max(first, start) - start] + (HIDDEN if first >= start else "")
+                end = min(last, stop)
+        kept.append(piece._replace(text=text + piece.text[end - start :]))
+        start = stop
+    return kept

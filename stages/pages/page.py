@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from stages.checkout.artifacts import read_jsonl
 from stages.checkout.paths import Paths
+from stages.checkout.redaction import redact
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -32,16 +33,25 @@ NBSP = "\u00a0"
 
 
 def render_page(template: str, context: Mapping[str, Any]) -> str:
-    """Render a template of this package; values are escaped, and an undefined one raises `UndefinedError`."""
+    """Render a template of this package; an undefined value raises `UndefinedError`.
+
+    Secrets in values are replaced, and the values are escaped, except `Markup`, which this package builds itself.
+    """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=without_secrets,
     )
     environment.filters["soft_breaks"] = soft_breaks
     return environment.get_template(template).render(context)
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a value of a page with its secrets replaced if it is a text."""
+    return redact(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def percent(value: float) -> str:
@@ -105,4 +115,4 @@ def rows_sentence(card: Mapping[str, Any]) -> str:
 
 def soft_breaks(text: str) -> Markup:
     """Return text or markup with `<wbr>` after punctuation, where lines of JSON without spaces may break."""
-    return Markup(re.sub(r"([,:{}\[\]])(?=\S)", r"\1<wbr>", str(Markup("{}").format(text))))
+    return Markup(re.sub(r"([,:{}\[\]])(?=\S)", r"\1<wbr>", str(Markup("{}").format(without_secrets(text)))))

@@ -20,6 +20,9 @@ from stages.tracking.store import PROGRESS_TAG, PUBLISHED, TRAINING_TAG, Trackin
 
 DIGEST_TAG = "sft.result_digest"
 
+PATCH_TAG = "git.patch_redacted"
+"""Tag of a run whose recorded patch lacks the secrets that the uncommitted changes contained."""
+
 MEASURED_STAGES = ("load", "format", "pack", "train", "merge", "quantize", "evaluate")
 
 
@@ -94,12 +97,14 @@ def _log_run(tracking: Tracking, result: Result, begun: str | None) -> str:
     """
     params, paths = result.params, result.paths
     git = lineage.git_state(paths.root)
+    patch = lineage.git_diff(paths.root) if git and git.dirty else ""
     tags = {
         "mlflow.source.name": "python -m stages publish",
         "sft.gate": "passed" if result.passed else "failed",
         HELD_OUT_TAG: held_out_digest(paths),
         **lineage.circumstances(paths),
         **machine_tags(),
+        **({PATCH_TAG: "true"} if redact(patch) != patch else {}),
         **{f"dvc.{path}": value for path, value in lineage.dvc_data_hashes(paths.root).items()},
         **result.tags,
     }

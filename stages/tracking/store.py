@@ -21,6 +21,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_DATASET_NAME_SIZE, MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
 from stages.checkout.artifacts import write_text
+from stages.checkout.redaction import redact
 from stages.params.schema import PublishSection
 from stages.tracking.address import (
     ANSWER_S,
@@ -264,7 +265,7 @@ class RunWriter:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log params; values other than strings are logged as JSON, and long ones as artifacts."""
-        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in params.items()}
+        texts = {name: redact(value if isinstance(value, str) else json.dumps(value)) for name, value in params.items()}
         for start in range(0, len(texts), BATCH):
             chunk = list(texts.items())[start : start + BATCH]
             entries = [Param(name, self._short(text, MAX_PARAM_VAL_LENGTH)) for name, text in chunk]
@@ -321,8 +322,17 @@ class RunWriter:
             self.client.log_inputs(self.run_id, datasets=inputs)
 
     def log_file(self, path: Path, folder: str) -> None:
-        """Log a file as an artifact in a folder of the run."""
-        self.client.log_artifact(self.run_id, str(path), folder)
+        """Log a file as an artifact in a folder of the run; secrets in a text file are replaced."""
+        content = path.read_bytes()
+        try:
+            shown = redact(content.decode("utf-8")).encode("utf-8")
+        except UnicodeDecodeError:
+            shown = content
+        with tempfile.TemporaryDirectory() as copies:
+            sent = path if shown == content else Path(copies) / path.name
+            if sent != path:
+                sent.write_bytes(shown)
+            self.client.log_artifact(self.run_id, str(sent), folder)
 
     def set_tag(self, key: str, value: str) -> None:
         """Set one tag."""
@@ -333,7 +343,8 @@ class RunWriter:
         for start in range(0, len(tags), BATCH):
             chunk = list(tags.items())[start : start + BATCH]
             entries = [
-                RunTag(_NOT_IN_NAMES.sub("_", key), self._short(str(value), MAX_TAG_VAL_LENGTH)) for key, value in chunk
+                RunTag(_NOT_IN_NAMES.sub("_", key), self._short(redact(str(value)), MAX_TAG_VAL_LENGTH))
+                for key, value in chunk
             ]
             self.client.log_batch(self.run_id, tags=entries)
 
