@@ -52,6 +52,7 @@ OPTIONS = {
     "system": ("chat",),
     "port": ("serve",),
     "keep": ("reproduce",),
+    "trust_patch": ("reproduce",),
 }
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
@@ -123,6 +124,14 @@ def read_command(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, 
     reproduce = parser.add_argument_group("options of reproduce")
     reproduce.add_argument(
         "--keep", action="store_true", default=None, help="keep the worktree that the run was repeated in"
+    )
+    reproduce.add_argument(
+        "--trust-patch",
+        nargs="?",
+        const="",
+        metavar="DIGEST",
+        help="run the uncommitted changes that were recorded; DIGEST, which is shown with them, names those that you "
+        "have read",
     )
     args = parser.parse_args(argv)
     options: dict[str, Any] = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}

@@ -111,7 +111,7 @@ def test_run_of_uncommitted_code_is_reproduced_with_its_patch(project: Path) -> 
     patched = next(run for run in runs(project) if run.data.params.get("train.max_steps") == "4")
     assert patched.data.tags["git.dirty"] == "true"
 
-    printed = call(project, "python", "-m", "stages", "reproduce", patched.info.run_id)
+    printed = call(project, "python", "-m", "stages", "reproduce", patched.info.run_id, "--trust-patch")
 
     assert "uncommitted changes: params.yaml, stages/training/setup.py (applied)" in printed
     assert "outs/train: the same, bit for bit" in printed

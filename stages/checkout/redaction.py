@@ -320,7 +320,7 @@ def _library_patterns() -> list[re.Pattern[str]]:
         for plugin in get_mapping_from_secret_type_to_class().values()
         if issubclass(plugin, RegexBasedDetector) and plugin.__name__ not in _NOT_USED
     ]
-    return [pattern for plugin in plugins for pattern in plugin().denylist]
+    return [pattern for made in (plugin() for plugin in plugins) for pattern in made.denylist]
 
 
 class RedactedStream:

@@ -13,6 +13,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from sft.common_prefix import common_prefix_length
+from stages.checkout.foreign_text import for_terminal
 from stages.checkout.paths import Paths, main_checkout
 from stages.params.figures import lower_is_better
 from stages.params.schema import Params
@@ -90,7 +91,7 @@ def find_run(tracking: Tracking, name: str, model: str) -> Run:
     found = found or [r for r in finished if r.info.run_id.startswith(name)]
     if len(found) == 1:
         return found[0]
-    shown = "\n".join(f"  {r.info.run_id[:12]}  {r.info.run_name}" for r in (found or finished)[:20])
+    shown = "\n".join(f"  {r.info.run_id[:12]}  {for_terminal(r.info.run_name)}" for r in (found or finished)[:20])
     what = f"{len(found)} runs are called" if found else "no finished run is called"
     raise ValueError(f"{what} {name!r}; give the beginning of an id, a name, or an alias such as champion:\n{shown}")
 
@@ -106,8 +107,10 @@ def find_result(tracking: Tracking, name: str, model: str) -> Run:
         return run
     of_sweep = f"tags.`{PARENT_TAG}` = '{run.info.run_id}' and attributes.status = 'FINISHED'"
     trials = tracking.client.search_runs([tracking.experiment_id], of_sweep, order_by=["attributes.start_time ASC"])
-    shown = "\n".join(f"  {trial.info.run_id[:12]}  {trial.info.run_name}" for trial in trials)
-    raise ValueError(f"{run.info.run_name!r} is a sweep; give one of its trials:\n{shown or '  none succeeded'}")
+    shown = "\n".join(f"  {trial.info.run_id[:12]}  {for_terminal(trial.info.run_name)}" for trial in trials)
+    raise ValueError(
+        f"{for_terminal(run.info.run_name)!r} is a sweep; give one of its trials:\n{shown or '  none succeeded'}"
+    )
 
 
 def report(first: Run, second: Run, client: MlflowClient | None = None) -> list[str]:
@@ -147,7 +150,9 @@ def describe_run(run: Run) -> str:
     """Describe a run in one line: name, id, commit, gate."""
     tags = run.data.tags
     commit = tags.get(COMMIT, "none")[:10] + (" with uncommitted changes" if tags.get(DIRTY) == "true" else "")
-    return f"{run.info.run_name} (run {run.info.run_id[:12]}, commit {commit}, gate {tags.get('sft.gate', 'unknown')})"
+    return for_terminal(
+        f"{run.info.run_name} (run {run.info.run_id[:12]}, commit {commit}, gate {tags.get('sft.gate', 'unknown')})"
+    )
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
@@ -200,7 +205,7 @@ def describe_difference(difference: Difference) -> str:
     texts = ["-" if value is None else str(value) for value in (difference.before, difference.after)]
     start = max(0, common_prefix_length(*texts) - MAX_BEFORE)
     before, after = (shorten(text, start) for text in texts)
-    return f"  {difference.name}: {before} -> {after}"
+    return for_terminal(f"  {difference.name}: {before} -> {after}")
 
 
 def shorten(text: str, start: int = 0) -> str:
@@ -219,8 +224,8 @@ def describe_effect(effect: Difference) -> str:
     """Describe a figure that differs in one line, with the change and whether it is better or worse."""
     if effect.before is None or effect.after is None:
         return describe_difference(effect)
-    change = effect.after - effect.before
-    return f"  {effect.name}: {effect.before:.6g} -> {effect.after:.6g} ({change:+.3g}{rating(effect.name, change)})"
+    name, change = for_terminal(effect.name), effect.after - effect.before
+    return f"  {name}: {effect.before:.6g} -> {effect.after:.6g} ({change:+.3g}{rating(effect.name, change)})"
 
 
 def rating(name: str, change: float) -> str:

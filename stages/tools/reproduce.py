@@ -2,12 +2,17 @@
 
 The run's commit, uncommitted changes, params and data are checked out into a git worktree, everything up to the
 evaluation is computed again, and outputs and figures are compared with the recorded ones.
+
+Whoever writes to the store must not be able to run code here. What a record adds to the commit (uncommitted changes,
+and params that start programs) is shown, and is run only if the user trusts it by its digest (`--trust-patch`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +25,9 @@ from typing import Any
 
 from mlflow.entities import Run
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
+from stages.checkout.foreign_text import for_terminal
 from stages.checkout.paths import Paths, main_checkout
 from stages.checkout.worktree import dvc_cache, locked_worktree
 from stages.params.schema import Params
@@ -37,7 +44,7 @@ from stages.tools.compare import (
 )
 from stages.tracking import lineage
 from stages.tracking.lineage import MACHINE, machine_tags
-from stages.tracking.result import figures
+from stages.tracking.result import PATCH_TAG, figures
 from stages.tracking.store import Tracking
 
 LAST_STAGE = "evaluate"
@@ -47,6 +54,10 @@ PARAMS, PATCH, LOCK = "params.yaml", "uncommitted.patch", "dvc.lock"
 
 CONFIG, CARD, BASE_KEY = "adapter_config.json", "README.md", "base_model_name_or_path"
 """Files of an adapter in which peft writes the folder of the base model, and the key of the config that has it."""
+
+COMMIT = re.compile(r"[0-9a-f]{7,64}")
+
+SHORTEST_DIGEST = 8
 
 SAME = "the same, bit for bit"
 
@@ -105,7 +116,32 @@ class Lock:
     outs: dict[str, str]
 
 
-def run(params: Params, paths: Paths, *, runs: list[str], keep: bool = False) -> None:
+@dataclass(frozen=True)
+class Addition:
+    """What a record would run in addition to its commit.
+
+    Args:
+        patch: The uncommitted changes.
+        params: Lines that state params which start code, and their values in the commit and in the record.
+    """
+
+    patch: bytes
+    params: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Digest by which the user trusts the addition; empty if there is nothing to trust."""
+        if not self.patch and not self.params:
+            return ""
+        return hashlib.sha256(b"\0".join([self.patch, *(line.encode() for line in self.params)])).hexdigest()[:16]
+
+    def text(self) -> str:
+        """Return the patch and the params as they are shown to the user."""
+        lines = [self.patch.decode("utf-8", "replace").rstrip("\n"), *self.params]
+        return for_terminal("\n".join(lines), line_breaks=True).strip("\n")
+
+
+def run(params: Params, paths: Paths, *, runs: list[str], keep: bool = False, trust_patch: str | None = None) -> None:
     """Repeat a recorded run in a worktree, up to the evaluation, and print how the results compare.
 
     Args:
@@ -113,9 +149,11 @@ def run(params: Params, paths: Paths, *, runs: list[str], keep: bool = False) ->
         paths: Paths of the checkout.
         runs: One run: its id or the beginning of it, its name, or an alias of the registered model.
         keep: Don't remove the worktree with the results.
+        trust_patch: Digest of the uncommitted changes that may be run, or its beginning; an empty text trusts those
+            that the run has; None trusts none.
 
     Raises:
-        ValueError: There is no such run, it can't be repeated, or a result differs.
+        ValueError: There is no such run, it can't be repeated, its changes are not trusted, or a result differs.
     """
     home = main_checkout(paths.root)
     tracking = open_recorded(params, home)
@@ -123,7 +161,9 @@ def run(params: Params, paths: Paths, *, runs: list[str], keep: bool = False) ->
     print(f"repeating {describe_run(recorded)}", flush=True)
     with fetched_record(tracking, recorded) as record:
         print("\n".join(circumstances(recorded, record)), flush=True)
-        with recorded_checkout(home, record, f"reproduce-{recorded.info.run_id[:12]}", keep) as folder:
+        check_trusted(addition(home, record), trust_patch, runs[0])
+        name = re.sub(r"[^\w-]", "_", recorded.info.run_id[:12])
+        with recorded_checkout(home, record, f"reproduce-{name}", keep) as folder:
             repeat(folder)
             outcome = compare(recorded, record, folder, [folder / ".dvc" / "cache", dvc_cache(home)])
             if keep:
@@ -148,21 +188,79 @@ def fetched_record(tracking: Tracking, run: Run) -> Iterator[Record]:
         what = ", ".join([*missing, *(["a git commit"] if commit == "none" else [])])
         raise ValueError(f"run {run_id[:12]} ({run.info.run_name}) can't be repeated: it was recorded without {what}")
     with tempfile.TemporaryDirectory() as folder:
-        tracking.client.download_artifacts(run_id, "lineage", folder)
-        yield Record(Path(folder) / "lineage", commit, run.data.tags.get("git.dirty") == "true")
+        for name in names & {PARAMS, PATCH, LOCK}:
+            found = tracking.client.download_artifacts(run_id, f"lineage/{name}", folder)
+            Path(found).rename(Path(folder) / name)
+        yield Record(Path(folder), commit, run.data.tags.get("git.dirty") == "true")
 
 
 def circumstances(recorded: Run, record: Record) -> list[str]:
     """Describe what is known before anything is computed: uncommitted changes, versions and machine then and now."""
     lines = []
     if record.patch is not None:
-        headers = [
-            line for line in record.patch.read_text(encoding="utf-8").splitlines() if line.startswith("diff --git a/")
-        ]
-        lines.append(f"uncommitted changes: {', '.join(line.split(' b/', 1)[1] for line in headers)} (applied)")
+        patch = record.patch.read_text(encoding="utf-8", errors="replace")
+        names = [line.partition(" b/")[2] for line in patch.splitlines() if line.startswith("diff --git a/")]
+        without = ", without the secrets in them" if recorded.data.tags.get(PATCH_TAG) == "true" else ""
+        lines.append(for_terminal(f"uncommitted changes: {', '.join(names)} (applied{without})"))
     now = {f"{VERSION}{name}": value for name, value in lineage.versions().items()}
     lines += _describe_kind("versions", _tag_differences(recorded, VERSION, now))
     return lines + _describe_kind("machine", _tag_differences(recorded, MACHINE, machine_tags()))
+
+
+def addition(home: Path, record: Record) -> Addition:
+    """Return what a record would run in addition to its commit: the patch, and params that start code.
+
+    Params start code if they trust code that comes with a model, or name the launcher, its configuration or the
+    cluster that runs the training. Those that are as in the commit are known here.
+    """
+    patch = b"" if record.patch is None else record.patch.read_bytes()
+    stated = subprocess.run(
+        ["git", "show", f"{record.commit}:{PARAMS}"], cwd=home, capture_output=True, text=True, check=False
+    ).stdout
+    committed, recorded = (
+        _starting_code(text) for text in (stated, (record.folder / PARAMS).read_text(encoding="utf-8"))
+    )
+    changed = differences(committed, {**dict.fromkeys(committed), **recorded})
+    # whole values, as the digest must stand for all that the user trusts
+    lines = (f"{change.name}: {change.before} -> {change.after}" for change in changed if change.name in recorded)
+    return Addition(patch, tuple(lines))
+
+
+def _starting_code(text: str) -> dict[str, Any]:
+    """Return the params that start code in the text of a params.yaml, by dotted name."""
+    try:
+        values = YAML(typ="safe", pure=True).load(text)
+        flat = lineage.flatten(values if isinstance(values, dict) else {})
+    except (YAMLError, RecursionError, ValueError):
+        raise ValueError(f"the recorded {PARAMS} can't be read; the run can't be repeated") from None
+    trusting = ("model.",) if flat.get("model.trust_remote_code") is True else ()
+    return {name: value for name, value in flat.items() if name.startswith((*trusting, "train.launch."))}
+
+
+def check_trusted(found: Addition, trusted: str | None, run: str) -> None:
+    """Print what a record would run in addition to its commit, and check that the user trusts it.
+
+    Args:
+        found: The addition.
+        trusted: As `trust_patch` of `run`.
+        run: Name of the run on the command line.
+
+    Raises:
+        ValueError: The user does not trust it, or trusts another one.
+    """
+    if not found.digest:
+        return
+    print(f"\nthis run was computed with code or params that are in no commit ({found.digest}):", flush=True)
+    print(f"{found.text()}\n", flush=True)
+    if trusted is None:
+        raise ValueError(
+            "whoever can write to the store could have written the changes above, and they would be run here. Read "
+            f"them; if you trust them: python -m stages reproduce {run} --trust-patch {found.digest}"
+        )
+    if trusted and (len(trusted) < SHORTEST_DIGEST or not found.digest.startswith(trusted)):
+        raise ValueError(
+            f"--trust-patch {trusted}: the changes above are {found.digest}; read them, and trust that one if you do"
+        )
 
 
 def _tag_differences(recorded: Run, prefix: str, now: Mapping[str, str]) -> list[Difference]:
@@ -196,8 +294,9 @@ def recorded_checkout(home: Path, record: Record, name: str, keep: bool) -> Iter
         ValueError: The commit is not in this repository, the patch does not apply to it, the data can't be restored,
             or another process is repeating the same run.
     """
-    if _failure(["git", "cat-file", "-e", f"{record.commit}^{{commit}}"], home):
-        raise ValueError(f"commit {record.commit} is not in this repository; fetch it: git fetch --all")
+    is_commit = COMMIT.fullmatch(record.commit)  # another text could be an option of git
+    if not is_commit or _failure(["git", "cat-file", "-e", f"{record.commit}^{{commit}}"], home):
+        raise ValueError(f"commit {for_terminal(record.commit)} is not in this repository; fetch it: git fetch --all")
     with locked_worktree(home, name, record.commit, wait=False, keep=keep) as path:
         if record.patch is not None:
             _check_call(["git", "apply", "--whitespace=nowarn", str(record.patch)], path)
@@ -276,10 +375,13 @@ def read_lock(path: Path) -> Lock:
 
     Metrics files are left out of `outs`: their figures are compared one by one.
     """
-    stages = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["stages"]
-    known = {name: entry for name, entry in stages.items() if name != "publish"}
-    made = {out["path"]: out["md5"] for entry in known.values() for out in entry.get("outs", [])}
-    read = {dep["path"]: dep["md5"] for entry in known.values() for dep in entry.get("deps", [])}
+    try:
+        stages = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["stages"]
+        known = {name: entry for name, entry in stages.items() if name != "publish"}
+        made = {out["path"]: str(out["md5"]) for entry in known.values() for out in entry.get("outs", [])}
+        read = {dep["path"]: str(dep["md5"]) for entry in known.values() for dep in entry.get("deps", [])}
+    except (YAMLError, RecursionError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path.name} can't be read: it is not a lock file of DVC ({error!r:.100})") from None
     sources = {
         name: digest
         for name, digest in read.items()
@@ -332,6 +434,8 @@ def _file_list(digest: str, caches: list[Path]) -> dict[str, Any] | None:
 
 
 def _cached_file(digest: str, caches: list[Path]) -> Path | None:
+    if "/" in digest or digest.startswith("."):  # the store states it, and it becomes a path
+        return None
     paths = (cache / "files" / "md5" / digest[:2] / digest[2:] for cache in caches)
     return next((path for path in paths if path.exists()), None)
 

@@ -14,8 +14,11 @@ from stages.checkout.artifacts import write_json, write_text
 from stages.params.schema import load_params
 from stages.tools.compare import Difference
 from stages.tools.reproduce import (
+    Addition,
     Record,
+    addition,
     changed_files,
+    check_trusted,
     circumstances,
     compare,
     fetched_record,
@@ -171,3 +174,114 @@ def test_command_line_takes_one_run(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["reproduce"])
     assert "reproduce one" in capsys.readouterr().err
+
+
+def repository(folder: Path, params: str) -> str:
+    """A repository with a params.yaml; the hash of its commit."""
+    write_text(folder / "params.yaml", params)
+    run = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.org"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*run, *command], check=True)
+    return subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+PATCH_TEXT = "diff --git a/x.py b/x.py\n--- /dev/null\n+++ b/x.py\n@@ -0,0 +1 @@\n+print(1)  # \x1b[2K\u202e\n"
+
+
+@pytest.mark.parametrize(
+    ("params", "patch", "shown"),
+    [
+        ("model: {trust_remote_code: false, name_or_path: b}\ntrain: {seed: 2}\n", "", ()),
+        ("model: {trust_remote_code: false, name_or_path: a}\ntrain: {seed: 1}\n", PATCH_TEXT, ()),
+        (
+            "model: {trust_remote_code: true, name_or_path: b}\ntrain: {seed: 1}\n",
+            "",
+            ("model.trust_remote_code: None -> True", "model.name_or_path: None -> b"),
+        ),
+        (
+            "model: {trust_remote_code: false}\ntrain: {seed: 1, launch: {address: evil}}\n",
+            "",
+            ("train.launch.address: None -> evil",),
+        ),
+    ],
+)
+def test_what_a_record_would_run_beside_its_commit_is_found(
+    tmp_path: Path, params: str, patch: str, shown: tuple[str, ...]
+) -> None:
+    commit = repository(tmp_path / "home", "model: {trust_remote_code: false, name_or_path: a}\ntrain: {seed: 1}\n")
+    write_text(tmp_path / "lineage" / "params.yaml", params)
+    write_text(tmp_path / "lineage" / "uncommitted.patch", patch)
+    found = addition(tmp_path / "home", Record(tmp_path / "lineage", commit, dirty=bool(patch)))
+    assert found == Addition(patch.encode(), shown)
+    assert bool(found.digest) == bool(patch or shown)
+
+
+def test_params_of_the_commit_need_no_trust(tmp_path: Path) -> None:
+    params = "model: {trust_remote_code: true, name_or_path: a}\ntrain: {launch: {address: here}}\n"
+    commit = repository(tmp_path / "home", params)
+    write_text(tmp_path / "lineage" / "params.yaml", params)
+    assert addition(tmp_path / "home", Record(tmp_path / "lineage", commit, dirty=False)).digest == ""
+
+
+def test_a_recorded_patch_is_shown_without_control_characters_and_must_be_trusted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = Addition(PATCH_TEXT.encode(), ("train.launch.address: None -> evil",))
+    for trusted, message in (
+        (None, rf"if you trust them: python -m stages reproduce one --trust-patch {found.digest}"),
+        ("0" * 16, rf"--trust-patch 0{{16}}: the changes above are {found.digest}; read them"),
+        (found.digest[:7], r"the changes above are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_trusted(found, trusted, "one")
+        assert "+print(1)  # \\x1b[2K\\u202e\ntrain.launch.address: None -> evil\n" in capsys.readouterr().out
+    for trusted in (found.digest, found.digest[:8], ""):
+        check_trusted(found, trusted, "one")
+        assert "+print(1)" in capsys.readouterr().out
+    assert Addition(PATCH_TEXT.encode() + b" ", found.params).digest != found.digest
+    check_trusted(Addition(b"", ()), None, "one")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_store_from_elsewhere_starts_no_command(
+    tmp_path: Path, tracking: Tracking, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The patch of the record would run a command as soon as a stage is started; nothing is checked out."""
+    home = tmp_path / "home"
+    commit = repository(home, (ROOT / "params.yaml").read_text(encoding="utf-8"))
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8").replace("sqlite:///mlflow.db", tracking.uri)
+    (home / "params.yaml").write_text(text)
+    run = recorded(
+        tracking,
+        {"git.commit": commit, "git.dirty": "true"},
+        {"params.yaml": text, "dvc.lock": LOCK.format(code="c", train="t"), "uncommitted.patch": PATCH_TEXT},
+    )
+    assert main(["reproduce", run.info.run_id, "--root", str(home)]) == 1
+    assert "whoever can write to the store could have written the changes above" in capsys.readouterr().err
+    assert not (home / ".worktrees").exists()
+    assert main(["reproduce", run.info.run_id, "--root", str(home), "--trust-patch", "12345678"]) == 1
+    assert not (home / ".worktrees").exists()
+
+
+@pytest.mark.parametrize("commit", ["--output=x", "HEAD", "main", "123456", "", "../x"])
+def test_only_a_hash_is_a_commit(tmp_path: Path, commit: str) -> None:
+    repository(tmp_path, "model: {}\n")
+    with (
+        pytest.raises(ValueError, match="is not in this repository"),
+        recorded_checkout(tmp_path, Record(tmp_path, commit, dirty=False), "reproduce-1", keep=False),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "stages: 1", "a: [", "stages: {load: {outs: [1]}}"])
+def test_a_damaged_lock_is_one_message(tmp_path: Path, text: str) -> None:
+    write_text(tmp_path / "dvc.lock", text)
+    with pytest.raises(ValueError, match=r"dvc\.lock can't be read: it is not a lock file of DVC"):
+        read_lock(tmp_path / "dvc.lock")
+
+
+def test_a_hash_of_the_store_leads_out_of_no_cache(tmp_path: Path) -> None:
+    write_text(tmp_path / "secret", "[]")
+    write_text(tmp_path / "cache" / "files" / "md5" / "aa" / "x", "[]")
+    difference = Difference("outs/train", "aa/../../../../secret.dir", "..x.dir")
+    assert changed_files(difference, [tmp_path / "cache"]) == "differs"
