@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,14 @@ def test_large_data_are_only_looked_for(root: DataRoot, monkeypatch: pytest.Monk
 def test_a_base_model_that_is_not_there_is_named(root: DataRoot, name: str) -> None:
     with pytest.raises(ValueError, match=r"nowhere|none-such"):
         check.run(with_model(root.params(), name), root.paths)
+
+
+@pytest.mark.parametrize("key", ["load.sources[0].path", "load.eval.path"])
+def test_a_url_that_leads_to_this_machine_is_named_with_its_key(root: DataRoot, key: str) -> None:
+    url = "simplecache::file:///etc/rows.jsonl"
+    section = {"path": url, "fraction": None} if key == "load.eval.path" else {"path": "data/train.jsonl"}
+    load = {"sources": [{"path": "data/train.jsonl" if key == "load.eval.path" else url}]}
+    with pytest.raises(
+        ValueError, match=rf"params\.yaml, {re.escape(key)}: simplecache::file:///etc/rows\.jsonl: file:// is"
+    ):
+        check.run(root.params(load | ({"eval": section} if key == "load.eval.path" else {})), root.paths)
