@@ -56,9 +56,7 @@ def test_a_base_model_that_is_not_there_is_named(root: DataRoot, name: str) -> N
 @pytest.mark.parametrize("key", ["load.sources[0].path", "load.eval.path"])
 def test_a_url_that_leads_to_this_machine_is_named_with_its_key(root: DataRoot, key: str) -> None:
     url = "simplecache::file:///etc/rows.jsonl"
-    section = {"path": url, "fraction": None} if key == "load.eval.path" else {"path": "data/train.jsonl"}
-    load = {"sources": [{"path": "data/train.jsonl" if key == "load.eval.path" else url}]}
-    with pytest.raises(
-        ValueError, match=rf"params\.yaml, {re.escape(key)}: simplecache::file:///etc/rows\.jsonl: file:// is"
-    ):
-        check.run(root.params(load | ({"eval": section} if key == "load.eval.path" else {})), root.paths)
+    load = {"sources": [{"path": url}]} if "sources" in key else {"eval": {"path": url, "fraction": None}}
+    said = re.escape(f"params.yaml, {key}: {url}: file:// is the innermost part")
+    with pytest.raises(ValueError, match=said):
+        check.run(root.params(load), root.paths)
