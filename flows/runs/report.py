@@ -20,6 +20,8 @@ from prefect.logging import get_run_logger
 
 from flows.runs.dvc_stage import Outcome, Progress
 from flows.runs.forms import flatten, read_mapping
+from stages.checkout.foreign_text import as_code, as_code_block, for_markdown
+from stages.checkout.redaction import redact
 
 UPDATE_INTERVAL_S = 2.0
 NUM_HEADLINES = 4
@@ -125,15 +127,18 @@ class RunReport:
         """Return the page with outcome, table, overrides and how to adopt the result."""
         lines = [f"## {self.summary()}", ""]
         if problem:
-            lines += ["```", problem, "```", ""]
+            lines += [as_code_block(problem), ""]
         lines += ["| stage | outcome | seconds | figures |", "|---|---|---:|---|"]
-        lines += ["| " + " | ".join(_cells(row)) + " |" for row in self.rows]
+        lines += ["| " + " | ".join(map(for_markdown, _cells(row))) + " |" for row in self.rows]
         if self.overrides:
             lines += ["", "### Overrides", "", "| param | value |", "|---|---|"]
-            lines += [f"| `{name}` | `{json.dumps(value)}` |" for name, value in self.overrides.items()]
+            lines += [
+                f"| {as_code(name, in_table=True)} | {as_code(json.dumps(value), in_table=True)} |"
+                for name, value in self.overrides.items()
+            ]
             lines += ["", "To adopt this result, put these values into params.yaml and run the pipeline again:"]
             lines += ["everything, reports/report.html included, is then restored from the cache."]
-        return "\n".join(lines) + "\n"
+        return redact("\n".join(lines) + "\n")
 
 
 def _cells(row: Row) -> tuple[str, str, str, str]:

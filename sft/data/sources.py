@@ -118,6 +118,8 @@ def hub_rows(
     """
     from datasets import load_dataset
 
+    if Path(dataset_id).exists():  # `load_dataset` would read it instead of the data set of the hub
+        raise SourceError(f"{dataset_id} is a file or folder of this machine; rename it, or read it without the hub")
     rows = load_dataset(dataset_id, config, split=split, revision=revision, streaming=streaming)
     for number, row in enumerate(rows, start=1):
         place = f"{dataset_id}/{split}:{number}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_MARKUP = re.compile(r"(^[-=]|(?:(?<=^\d)|(?<=^\d\d))[.]|[\\`*_{}\[\]<>()#+!|~$&]|(?<=:)//|@)")
+_MARKUP = re.compile(r"(^[-=+]|(?:(?<=^\d)|(?<=^\d\d))[.)]|(?<![^\W_])_|_(?![^\W_])|[\\`*\[\]<>#|~$&@]|(?<=:)//)")
 
 
 def for_terminal(text: str, *, line_breaks: bool = False) -> str:
@@ -34,9 +34,15 @@ def for_markdown(text: str) -> str:
     return _MARKUP.sub(lambda found: "".join(f"&#{ord(letter)};" for letter in found[0]), line)
 
 
-def as_code(text: str) -> str:
-    """Return a text as one line of code in Markdown, for use within tables, too."""
-    line = for_terminal(" ".join(text.split())).replace("|", "\\|")
+def as_code(text: str, *, in_table: bool = False) -> str:
+    """Return a text as one line of code in Markdown.
+
+    Args:
+        text: The text.
+        in_table: Whether it is in a table, where `|` must be escaped.
+    """
+    line = for_terminal(" ".join(text.split()))
+    line = line.replace("|", "\\|") if in_table else line
     ticks = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
     return f"{ticks} {line} {ticks}" if "`" in line else f"{ticks}{line}{ticks}"
 

@@ -9,7 +9,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stages.checkout.artifacts import read_json
+from stages.checkout.foreign_text import as_code, for_markdown
 from stages.checkout.paths import Paths
+from stages.checkout.redaction import redact
 from stages.pages.page import TEMPLATES
 from stages.params.schema import Params
 from stages.tracking import lineage
@@ -46,7 +48,10 @@ def write_card(file: Path, params: Params, paths: Paths, shipped: str, digest: s
         digest=digest,
         commit=f"{git.commit}{' with uncommitted changes' if git.dirty else ''}" if git else "not in git",
         versions=lineage.versions(),
+        text=for_markdown,
+        code=as_code,
     )
+    card.content = redact(card.content)
     file.parent.mkdir(parents=True, exist_ok=True)
     card.save(file)
 

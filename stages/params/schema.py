@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -25,6 +25,14 @@ from sft.options import BadLossPolicy, LossType, NotPrintedPolicy, OverflowPolic
 from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
 from stages.params.figures import metric_names, open_ended_names, range_of
+from stages.params.names import (
+    check_experiment_folder,
+    check_experiment_name,
+    check_model_name,
+    check_no_secret,
+    check_repository,
+    check_revision,
+)
 from stages.params.tasks import FOLDER, figure_names
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -88,6 +96,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
+    @field_validator("*")
+    @classmethod
+    def _refuse_secrets(cls, value: Any) -> Any:
+        return check_no_secret(value)
+
 
 class ModelSection(Section):
     """The base model."""
@@ -95,7 +108,11 @@ class ModelSection(Section):
     name_or_path: Annotated[
         str, Field(min_length=1, description="Hub id, local folder, or `embedded:NAME` for an embedded model.")
     ]
-    revision: Annotated[str | None, Field(description="Branch, tag or commit on the hub; null = the branch main.")]
+    revision: Annotated[
+        str | None,
+        AfterValidator(check_revision),
+        Field(description="Branch, tag or commit on the hub; null = the branch main."),
+    ]
     dtype: Annotated[
         DType, Field(description="Data type in which the base model is loaded: float32, bfloat16 or float16.")
     ]
@@ -111,15 +128,6 @@ def _check_template(text: str) -> str:
     except TemplateSyntaxError as error:
         raise ValueError(f"not a Jinja template: {error.message}, line {error.lineno}") from error
     return text
-
-
-def _refuse_secrets(path: str) -> str:
-    if redact(path, {}) != path:
-        raise ValueError(
-            "the user name or password in this URL would be recorded wherever params.yaml is (git, DVC, MLflow). "
-            "Remove it: credentials are read from ~/.netrc or the environment"
-        )
-    return path
 
 
 def _known(fractions: dict[str, float]) -> dict[str, float]:
@@ -166,7 +174,7 @@ class SourceSection(MappedSection):
 
     path: Annotated[
         str,
-        AfterValidator(_refuse_secrets),
+        AfterValidator(check_no_secret),
         Field(
             min_length=1,
             description="File (.jsonl, .json, .csv, .parquet), folder or pattern in data/, whose changes DVC sees; a "
@@ -176,7 +184,9 @@ class SourceSection(MappedSection):
     hub: Annotated[bool, Field(description="Whether `path` is the id of a data set on the hub.")] = False
     config: Annotated[str | None, Field(description="Configuration of the hub data set.")] = None
     split: Annotated[str, Field(description="Split of the hub data set.")] = "train"
-    revision: Annotated[str | None, Field(description="Branch, tag or commit of the hub data set.")] = None
+    revision: Annotated[
+        str | None, AfterValidator(check_revision), Field(description="Branch, tag or commit of the hub data set.")
+    ] = None
     streaming: Annotated[
         bool, Field(description="Whether to read the hub data set as a stream, without a copy on disk.")
     ] = False
@@ -199,11 +209,21 @@ class SourceSection(MappedSection):
             raise ValueError("streaming is for data sets of the hub; remove it, or state hub: true")
         return self
 
+    @model_validator(mode="after")
+    def _check_id(self) -> Self:
+        if self.hub:
+            check_repository(self.path)
+        return self
+
 
 class EvalSection(MappedSection):
     """Where held-out rows come from. Exactly one of `path`, `fraction` and `count` is given."""
 
-    path: Annotated[str | None, Field(description="File in data/; null if `fraction` or `count` is given.")]
+    path: Annotated[
+        str | None,
+        AfterValidator(check_no_secret),
+        Field(description="File in data/; null if `fraction` or `count` is given."),
+    ]
     fraction: Annotated[
         float | None,
         Field(
@@ -716,10 +736,16 @@ class PublishSection(Section):
     """All results to one MLflow run and a registered model version."""
 
     tracking_uri: Annotated[
-        str, Field(min_length=1, description="MLflow tracking URI. A relative SQLite path lies in the main checkout.")
+        str,
+        AfterValidator(check_no_secret),
+        Field(min_length=1, description="MLflow tracking URI. A relative SQLite path lies in the main checkout."),
     ]
-    experiment: Annotated[str, Field(min_length=1, description="MLflow experiment.")]
-    registered_model: Annotated[str, Field(min_length=1, description="Name in MLflow's model registry.")]
+    experiment: Annotated[
+        str, AfterValidator(check_experiment_name), Field(min_length=1, description="MLflow experiment.")
+    ]
+    registered_model: Annotated[
+        str, AfterValidator(check_model_name), Field(min_length=1, description="Name in MLflow's model registry.")
+    ]
     push_to_hub: Annotated[
         str | None,
         Field(
@@ -727,6 +753,7 @@ class PublishSection(Section):
             description="owner/name of a hub repository for the shipped model and its card; private if new; null = "
             "none.",
         ),
+        AfterValidator(lambda name: name if name is None else check_repository(name)),
     ]
     gate: Annotated[
         list[str],
@@ -735,6 +762,12 @@ class PublishSection(Section):
             "tuned.exact_match >= champion.tuned.exact_match - 0.02."
         ),
     ]
+
+    @model_validator(mode="after")
+    def _check_folder(self) -> Self:
+        if self.tracking_uri.startswith("sqlite:"):
+            check_experiment_folder(self.experiment)
+        return self
 
 
 class Params(Section):
@@ -869,7 +902,7 @@ def describe_problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
         return message
     if isinstance(detail["input"], (dict, BaseModel)):
         return f"{place}: {message}"
-    return f"{place}: {message}, found {detail['input']!r}"
+    return f"{place}: {message}, found {redact(repr(detail['input']))}"
 
 
 def _model_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:

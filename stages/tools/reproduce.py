@@ -221,7 +221,9 @@ def addition(home: Path, record: Record) -> Addition:
         _starting_code(text) for text in (stated, (record.folder / PARAMS).read_text(encoding="utf-8"))
     )
     changed = differences(committed, {**dict.fromkeys(committed), **recorded})
-    return Addition(patch, tuple(describe_difference(change).strip() for change in changed if change.name in recorded))
+    # whole values, as the digest must stand for all that the user trusts
+    lines = (f"{change.name}: {change.before} -> {change.after}" for change in changed if change.name in recorded)
+    return Addition(patch, tuple(lines))
 
 
 def _starting_code(text: str) -> dict[str, Any]:

@@ -239,7 +239,8 @@ class Tracking:
         known = self._versions(name, run_id, key, tags[key])
         if known:
             return known[0]
-        model = self.client.create_logged_model(self.experiment_id, name=name, source_run_id=run_id, tags=dict(tags))
+        logged = re.sub(r"[./:%\"']", "-", name)  # characters that a registered model may have, and this may not
+        model = self.client.create_logged_model(self.experiment_id, name=logged, source_run_id=run_id, tags=dict(tags))
         now = int(time.time() * 1000)
         self.client.log_batch(
             run_id,

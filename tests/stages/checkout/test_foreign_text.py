@@ -44,8 +44,9 @@ def test_a_text_in_markdown_renders_as_itself(text: str, place: str) -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_text_in_code_renders_as_itself(text: str) -> None:
     renderer = MarkdownIt("gfm-like", {"linkify": False})
-    row = renderer.render(f"| a | b |\n|---|---|\n| {as_code(text)} | c |\n")
+    row = renderer.render(f"| a | b |\n|---|---|\n| {as_code(text, in_table=True)} | c |\n")
     assert f"<td><code>{escaped(' '.join(text.split()))}</code></td>\n<td>c</td>" in row
+    assert renderer.render(f"a {as_code(text)} b") == f"<p>a <code>{escaped(' '.join(text.split()))}</code> b</p>\n"
     assert renderer.render(as_code_block(text)) == f"<pre><code>{escaped(text)}\n</code></pre>\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,12 @@ def test_a_store_that_can_not_be_reached_is_named_with_its_key(root: DataRoot) -
     section = params.publish.model_copy(update={"tracking_uri": "http://127.0.0.1:9"})
     with pytest.raises(ValueError, match=r"publish\.tracking_uri 'http://127\.0\.0\.1:9': the store can't be used"):
         check.run(params.model_copy(update={"publish": section}), root.paths)
+
+
+@pytest.mark.parametrize("key", ["load.sources[0].path", "load.eval.path"])
+def test_a_url_that_leads_to_this_machine_is_named_with_its_key(root: DataRoot, key: str) -> None:
+    url = "simplecache::file:///etc/rows.jsonl"
+    load = {"sources": [{"path": url}]} if "sources" in key else {"eval": {"path": url, "fraction": None}}
+    said = re.escape(f"params.yaml, {key}: {url}: file:// is the innermost part")
+    with pytest.raises(ValueError, match=said):
+        check.run(root.params(load), root.paths)

@@ -196,12 +196,12 @@ PATCH_TEXT = "diff --git a/x.py b/x.py\n--- /dev/null\n+++ b/x.py\n@@ -0,0 +1 @@
         (
             "model: {trust_remote_code: true, name_or_path: b}\ntrain: {seed: 1}\n",
             "",
-            ("model.trust_remote_code: - -> True", "model.name_or_path: - -> b"),
+            ("model.trust_remote_code: None -> True", "model.name_or_path: None -> b"),
         ),
         (
             "model: {trust_remote_code: false}\ntrain: {seed: 1, launch: {address: evil}}\n",
             "",
-            ("train.launch.address: - -> evil",),
+            ("train.launch.address: None -> evil",),
         ),
     ],
 )
@@ -226,7 +226,7 @@ def test_params_of_the_commit_need_no_trust(tmp_path: Path) -> None:
 def test_a_recorded_patch_is_shown_without_control_characters_and_must_be_trusted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    found = Addition(PATCH_TEXT.encode(), ("train.launch.address: - -> evil",))
+    found = Addition(PATCH_TEXT.encode(), ("train.launch.address: None -> evil",))
     for trusted, message in (
         (None, rf"if you trust them: python -m stages reproduce one --trust-patch {found.digest}"),
         ("0" * 16, rf"--trust-patch 0{{16}}: the changes above are {found.digest}; read them"),
@@ -234,7 +234,7 @@ def test_a_recorded_patch_is_shown_without_control_characters_and_must_be_truste
     ):
         with pytest.raises(ValueError, match=message):
             check_trusted(found, trusted, "one")
-        assert "+print(1)  # \\x1b[2K\\u202e\ntrain.launch.address: - -> evil\n" in capsys.readouterr().out
+        assert "+print(1)  # \\x1b[2K\\u202e\ntrain.launch.address: None -> evil\n" in capsys.readouterr().out
     for trusted in (found.digest, found.digest[:8], ""):
         check_trusted(found, trusted, "one")
         assert "+print(1)" in capsys.readouterr().out
