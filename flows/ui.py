@@ -1,6 +1,7 @@
 """`python -m flows.ui`: serve the Prefect and MLflow pages of this checkout, from which flows can be started.
 
-All servers listen on loopback only and end with this process, however it ends.
+All servers listen on loopback only and end with this process, however it ends. Each has a credential that changes at
+every start; the printed links contain it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -16,7 +18,21 @@ from pathlib import Path
 from types import FrameType
 
 from flows.processes.environment import UiLock, child_environment, prefect_home
-from flows.processes.servers import HOST, ServerFailed, Servers, check_port, get, post, prefect_server_command
+from flows.processes.mlflow_server import KEY, STORE
+from flows.processes.servers import (
+    HOST,
+    USER,
+    PrefectApi,
+    ServerFailed,
+    Servers,
+    check_port,
+    get,
+    mlflow_server_command,
+    prefect_server_command,
+    prefect_variables,
+    sign_in_link,
+)
+from stages.access.guard import new_key
 from stages.checkout.redaction import redact
 from stages.params.schema import ParamsError, load_params
 
@@ -36,6 +52,7 @@ def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
     """
     tracking_uri = _tracking_uri(root)
     prefect_url, mlflow_url = f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}"
+    credential, mlflow_key = f"{USER}:{new_key()}", new_key()
     lock = UiLock(root)
     if not lock.acquire(prefect=prefect_url):
         holder = lock.holder()
@@ -44,21 +61,24 @@ def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
         )
     for port, option in ((prefect_port, "--prefect-port"), (mlflow_port, "--mlflow-port")):
         check_port(port, option)
-    servers = Servers(root, _environment(root, prefect_url))
+    servers = Servers(root, _environment(root, prefect_url, credential))
+    api = PrefectApi(f"{prefect_url}/api", credential)
     try:
         print("starting Prefect and MLflow ...", flush=True)
         servers.start("prefect", *prefect_server_command(prefect_port))
         if tracking_uri is not None:
-            servers.start("mlflow", *_mlflow_command(tracking_uri, mlflow_port))
+            servers.start("mlflow", *mlflow_server_command(mlflow_port), **{KEY: mlflow_key, STORE: tracking_uri})
         servers.wait_for("prefect", f"{prefect_url}/api/health")
         servers.run("work-pool", "prefect", "work-pool", "create", WORK_POOL, "--type", "process", "--overwrite")
-        end_orphaned_runs(root, prefect_url)
+        end_orphaned_runs(root, api)
         servers.run("deploy", "prefect", "--no-prompt", "deploy", "--all")
-        servers.start("worker", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process")
+        servers.start("worker", "python", "-m", "flows.processes.worker", WORK_POOL)
         if tracking_uri is not None:
             servers.wait_for("mlflow", f"{mlflow_url}/health")
-        lock.announce(prefect=prefect_url, api_url=f"{prefect_url}/api")
-        print(_welcome(root, prefect_url, mlflow_url if tracking_uri is not None else None), flush=True)
+        form_link = sign_in_link(prefect_url, credential, _form_page(api))
+        mlflow_link = f"{mlflow_url}/{mlflow_key}/" if tracking_uri is not None else ""
+        lock.announce(prefect=form_link, api_url=api.url, credential=credential, mlflow=mlflow_link)
+        print(_welcome(root, form_link, mlflow_link), flush=True)
         while True:
             servers.check()
             time.sleep(1)
@@ -67,7 +87,7 @@ def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
         servers.stop()
 
 
-def end_orphaned_runs(root: Path, prefect_url: str) -> None:
+def end_orphaned_runs(root: Path, api: PrefectApi) -> None:
     """Set the flow runs of killed workers to Crashed; they would stay Running and block runs that wait for their turn.
 
     While this process has the lock of the pages, no worker of this checkout is running. That is not known if the user
@@ -75,17 +95,18 @@ def end_orphaned_runs(root: Path, prefect_url: str) -> None:
     """
     if "PREFECT_HOME" in os.environ and Path(os.environ["PREFECT_HOME"]) != prefect_home(root):
         return
-    api = f"{prefect_url}/api/flow_runs"
     alive = {"state": {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}}
-    of_workers = post(f"{api}/filter", {"flow_runs": alive, "work_pools": {"name": {"any_": [WORK_POOL]}}})
+    at_work = {"flow_runs": alive, "work_pools": {"name": {"any_": [WORK_POOL]}}}
+    of_workers = api.post("/flow_runs/filter", at_work)
     parents = [run["id"] for run in of_workers]
-    within = post(f"{api}/filter", {"flow_runs": {**alive, "parent_flow_run_id": {"any_": parents}}}) if parents else []
+    children = {"flow_runs": {**alive, "parent_flow_run_id": {"any_": parents}}}
+    within = api.post("/flow_runs/filter", children) if parents else []
     for run in [*within, *of_workers]:
         state = {
             "type": "CRASHED",
             "message": "its worker has ended; finished stages are kept: run it again",
         }
-        post(f"{api}/{run['id']}/set_state", {"state": state, "force": True})
+        api.post(f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
 
 
 def _tracking_uri(root: Path) -> str | None:
@@ -99,55 +120,61 @@ def _tracking_uri(root: Path) -> str | None:
     return uri
 
 
-def _mlflow_command(tracking_uri: str, port: int) -> list[str]:
-    address = ["--host", HOST, "--port", str(port)]
-    return ["mlflow", "server", *address, "--workers", "1", "--backend-store-uri", tracking_uri]
-
-
-def _environment(root: Path, prefect_url: str) -> dict[str, str]:
+def _environment(root: Path, prefect_url: str, credential: str) -> dict[str, str]:
     return child_environment(
-        PREFECT_API_URL=f"{prefect_url}/api",
+        **prefect_variables(prefect_url, credential),
         PREFECT_HOME=os.environ.get("PREFECT_HOME", str(prefect_home(root))),
         # MLflow's job execution is not used; without it, the server starts in a third of the time with 0.5 GB less
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
         # interval at which the worker looks for runs; the default is ten seconds
         PREFECT_WORKER_QUERY_SECONDS="2",
-        # the entrypoint is a file, which imports the package `flows`
-        PYTHONPATH=str(root),
     )
 
 
-def _welcome(root: Path, prefect_url: str, mlflow_url: str | None) -> str:
+def _welcome(root: Path, form_link: str, mlflow_link: str) -> str:
     publish = load_params(root / "params.yaml").publish
-    runs = redact(publish.tracking_uri) if mlflow_url is None else _runs_page(mlflow_url, publish.experiment)
+    runs = _runs_page(mlflow_link, publish.experiment) if mlflow_link else redact(publish.tracking_uri)
     return "\n".join(
         [
             "",
-            f"  Prefect  {prefect_url}",
-            f"           start a run: {_form_page(prefect_url)}",
+            f"  Prefect  start a run: {form_link}",
             f"  MLflow   {runs}",
             f"  logs     {root / '.state' / 'logs'}",
             "",
-            "Ctrl-C stops everything.",
+            "The links sign you in; keep them to yourself. Ctrl-C stops everything.",
         ]
     )
 
 
-def _form_page(prefect_url: str) -> str:
-    deployment = get(f"{prefect_url}/api/deployments/name/pipeline/pipeline")
-    if deployment is None:
-        return f"{prefect_url}/deployments"
-    return f"{prefect_url}/deployments/deployment/{json.loads(deployment)['id']}/run"
+def _form_page(api: PrefectApi) -> str:
+    deployment = api.get("/deployments/name/pipeline/pipeline")
+    return "/deployments" if deployment is None else f"/deployments/deployment/{deployment['id']}/run"
 
 
-def _runs_page(mlflow_url: str, experiment: str) -> str:
+def _runs_page(mlflow_link: str, experiment: str) -> str:
     """Return the page with the table of runs; MLflow's front page if there is no run yet."""
     query = urllib.parse.urlencode({"experiment_name": experiment})
-    found = get(f"{mlflow_url}/api/2.0/mlflow/experiments/get-by-name?{query}")
+    found = get(f"{mlflow_link}api/2.0/mlflow/experiments/get-by-name?{query}")
     if found is None:
-        return mlflow_url
+        return mlflow_link
     number = json.loads(found)["experiment"]["experiment_id"]
-    return f"{mlflow_url}/#/experiments/{number}/runs?workflowType=machine_learning"
+    return f"{mlflow_link}#/experiments/{number}/runs?workflowType=machine_learning"
+
+
+def variables(root: Path) -> dict[str, str]:
+    """Return the environment variables by which the commands `prefect` and `mlflow` use the servers of `make ui`.
+
+    Raises:
+        ServerFailed: The pages of this checkout are not being served.
+    """
+    pages = UiLock(root).holder()
+    if "api_url" not in pages:
+        raise ServerFailed("the pages of this checkout are not being served; type `make ui` in another terminal first")
+    found = {"PREFECT_API_URL": pages["api_url"], "PREFECT_API_AUTH_STRING": pages["credential"]}
+    if pages["mlflow"]:
+        address, key = pages["mlflow"].rstrip("/").rsplit("/", 1)
+        found |= {"MLFLOW_TRACKING_URI": address, "MLFLOW_TRACKING_TOKEN": key}
+    return found
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -159,13 +186,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.ui", description="Prefect and MLflow pages on loopback")
     parser.add_argument("--prefect-port", type=int, default=4200, metavar="PORT", help="default: 4200")
     parser.add_argument("--mlflow-port", type=int, default=5000, metavar="PORT", help="default: 5000")
+    parser.add_argument(
+        "--environment",
+        action="store_true",
+        help="serve nothing: print the variables by which `prefect` and `mlflow` in a shell use the running servers",
+    )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
+    root = Path.cwd().resolve()
     try:
-        serve(Path.cwd().resolve(), args.prefect_port, args.mlflow_port)
+        if args.environment:
+            print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables(root).items()))
+            return 0
+        serve(root, args.prefect_port, args.mlflow_port)
     except KeyboardInterrupt:
         return 0
-    except (ServerFailed, ParamsError) as failure:
+    except (ServerFailed, ParamsError, OSError) as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     return 0

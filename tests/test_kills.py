@@ -30,7 +30,7 @@ VICTIMS = {
     "stage": ("-m", "stages"),
     "dvc": ("-m", "dvc", "repro"),
     "flow": ("-m", "dvc", "repro"),  # two steps above it: between them stands the guard
-    "worker": ("worker", "start"),
+    "worker": ("-m", "flows.processes.worker"),
 }
 RESULTS = (
     "outs/train/model/adapter_model.safetensors",
@@ -51,10 +51,6 @@ class Operator:
     ui: subprocess.Popen[str] | None = None
     form: str = ""
     mlflow: str = ""
-
-    @property
-    def api(self) -> str:
-        return f"http://127.0.0.1:{self.port}/api"
 
     def open_pages(self) -> None:
         """Start the servers unless they are there."""
@@ -82,19 +78,19 @@ class Operator:
             self.ui.wait(timeout=90)
 
     def start(self, **parameters: Any) -> str:
-        deployment = fetch(f"{self.api}/deployments/name/pipeline/pipeline")
-        url = f"{self.api}/deployments/{deployment['id']}/create_flow_run"
-        return str(fetch(url, {"parameters": parameters})["id"])
+        deployment = fetch(self.project, "/deployments/name/pipeline/pipeline")
+        path = f"/deployments/{deployment['id']}/create_flow_run"
+        return str(fetch(self.project, path, {"parameters": parameters})["id"])
 
     def runs(self) -> list[str]:
-        return [run["id"] for run in fetch(f"{self.api}/flow_runs/filter", {"flow_runs": {}})]
+        return [run["id"] for run in fetch(self.project, "/flow_runs/filter", {"flow_runs": {}})]
 
     def state(self, run_id: str) -> dict[str, Any]:
-        return dict(fetch(f"{self.api}/flow_runs/{run_id}")["state"])
+        return dict(fetch(self.project, f"/flow_runs/{run_id}")["state"])
 
     def printed(self, run_id: str) -> str:
         wanted = {"logs": {"flow_run_id": {"any_": [run_id]}}, "limit": 200, "sort": "TIMESTAMP_ASC"}
-        return "\n".join(entry["message"] for entry in fetch(f"{self.api}/logs/filter", wanted))
+        return "\n".join(entry["message"] for entry in fetch(self.project, "/logs/filter", wanted))
 
     def find(self, kind: str) -> psutil.Process | None:
         """A living process of one kind below the servers."""
@@ -213,7 +209,7 @@ def test_cancelled_run_ends_within_five_seconds_and_the_next_one_resumes_trainin
     assert len(tree) >= 4
 
     started = time.monotonic()
-    fetch(f"{operator.api}/flow_runs/{first}/set_state", {"state": {"type": "CANCELLING"}})
+    fetch(operator.project, f"/flow_runs/{first}/set_state", {"state": {"type": "CANCELLING"}})
     wait_until(lambda: not any(process.is_running() for process in tree), 30)
 
     # the worker asks every second or two who is to be cancelled

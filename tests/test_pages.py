@@ -66,7 +66,7 @@ def test_form_refuses_a_wrong_value_and_runs_a_right_one_and_its_run_is_compared
     page.get_by_role("button", name="Submit").click()
     page.wait_for_url("**/deployments/deployment/*?tab=Runs")
     (run_id,) = operator.runs()
-    page.goto(f"{operator.api.removesuffix('/api')}/runs/flow-run/{run_id}")
+    page.goto(f"http://127.0.0.1:{operator.port}/runs/flow-run/{run_id}")
     page.get_by_text("Completed", exact=True).first.wait_for(timeout=10 * TIMEOUT_MS)
     assert operator.state(run_id)["message"] == "5 completed, 3 restored"
 

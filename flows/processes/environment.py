@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import flows
 
@@ -24,6 +24,8 @@ QUIET = {
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+
+CREDENTIALS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
 
 EPHEMERAL_STARTUP_TIMEOUT_S = 120
 """Timeout of a temporary server's start; Prefect's default of 20 s is too short on a busy machine with two cores."""
@@ -42,9 +44,10 @@ def prepare_prefect(root: Path = ROOT) -> None:
         return
     prefect_home(root).mkdir(parents=True, exist_ok=True)
     os.environ["PREFECT_HOME"] = str(prefect_home(root))
-    api_url = UiLock(root).holder().get("api_url")
-    if api_url:
-        os.environ["PREFECT_API_URL"] = api_url
+    pages = UiLock(root).holder()
+    if pages.get("api_url"):
+        os.environ["PREFECT_API_URL"] = pages["api_url"]
+        os.environ["PREFECT_API_AUTH_STRING"] = pages["credential"]
 
 
 def prefect_home(root: Path) -> Path:
@@ -53,8 +56,12 @@ def prefect_home(root: Path) -> Path:
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """Return the environment of a stage: no telemetry, unbuffered output, this interpreter's tools first on PATH."""
-    environment = {**os.environ, **QUIET, **changes}
+    """Return the environment of a child: no telemetry, unbuffered output, this interpreter's tools first on PATH.
+
+    The credentials of Prefect's server are left out unless they are among the changes: a stage does not need them.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in CREDENTIALS}
+    environment = {**inherited, **QUIET, **changes}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
     environment["PYTHONUNBUFFERED"] = "1"
     # bash replaces itself with the command; other shells remain as a parent that does not pass signals on
@@ -62,10 +69,19 @@ def child_environment(**changes: str) -> dict[str, str]:
     return environment
 
 
-class UiLock:
-    """Lock file of the `make ui` process of a checkout, with the addresses of its servers.
+def open_private(path: Path, flags: int) -> IO[bytes]:
+    """Open a file that only this user can read, and create it and its folder if necessary; never through a symlink."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    os.fchmod(descriptor, 0o600)
+    return os.fdopen(descriptor, "r+b" if flags & os.O_RDWR else "wb", buffering=0)
 
-    The kernel releases the lock when the process ends, however it ends, so that a stale file is never used.
+
+class UiLock:
+    """Lock file of the `make ui` process of a checkout, with the addresses and credentials of its servers.
+
+    Only this user can read it. The kernel releases the lock when the process ends, however it ends, so that a stale
+    file is never used.
     """
 
     def __init__(self, root: Path) -> None:
@@ -74,8 +90,7 @@ class UiLock:
 
     def acquire(self, **facts: str) -> bool:
         """Lock the file until this process ends and write `facts` into it; return False if it is locked already."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+", encoding="utf-8")
+        self._file = open_private(self.path, os.O_RDWR)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -85,9 +100,9 @@ class UiLock:
 
     def announce(self, **facts: str) -> None:
         """Replace the facts in the file."""
-        self._file.truncate(0)
-        json.dump({"pid": str(os.getpid()), **facts}, self._file)
-        self._file.flush()
+        text = json.dumps({"pid": str(os.getpid()), **facts}).encode()
+        os.ftruncate(self._file.fileno(), 0)
+        os.pwrite(self._file.fileno(), text, 0)
 
     def holder(self) -> dict[str, str]:
         """Return what the process that has locked the file wrote into it; empty if it is not locked."""

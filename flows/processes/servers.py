@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import atexit
+import base64
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.processes.environment import child_environment
+from flows.processes.environment import ROOT, child_environment, open_private
 from flows.processes.supervised import end_supervised, start_supervised
+from stages.access.guard import new_key
 
 HOST = "127.0.0.1"
+USER = "sft"
+"""Name of the user for all servers, whose password is random and changes at every start."""
+
+SIGN_IN = "/sign-in"
+"""Path of the page that signs a browser in. No browser sends what follows `#` in an address to a server."""
+
 START_TIMEOUT_S = 180.0
 POLL_S = 0.25
 
@@ -44,11 +54,10 @@ class Servers:
         """Return the file with the output of a process."""
         return self.root / ".state" / "logs" / f"{name}.log"
 
-    def start(self, name: str, *command: str) -> None:
-        """Start a long-running process."""
-        self.log(name).parent.mkdir(parents=True, exist_ok=True)
-        with self.log(name).open("wb") as log:
-            self.running[name] = start_supervised(_tool(*command), self.root, self.environment, log)
+    def start(self, name: str, *command: str, **variables: str) -> None:
+        """Start a long-running process, with further environment variables that the other processes do not get."""
+        with open_private(self.log(name), os.O_WRONLY | os.O_TRUNC) as log:
+            self.running[name] = start_supervised(_tool(*command), self.root, {**self.environment, **variables}, log)
 
     def run(self, name: str, *command: str) -> None:
         """Run a command to its end.
@@ -98,25 +107,59 @@ class Servers:
         return "\n".join(["  " + line for line in lines[-num_lines:]] + [f"  (full log: {self.log(name)})"])
 
 
-def start_own_prefect_server(root: Path) -> str:
-    """Start a Prefect server that runs until this process ends, and return the address of its API.
+def start_own_prefect_server(root: Path) -> tuple[str, str]:
+    """Start a Prefect server that runs until this process ends.
 
-    Prefect would start one itself, but that server keeps running if the flow is killed. It is stopped at exit and not
-    earlier, because Prefect delivers logs and events until then.
+    Prefect would start one itself, but that server keeps running if the flow is killed, and it answers every web page.
+    It is stopped at exit and not earlier, because Prefect delivers logs and events until then.
+
+    Returns:
+        The address of its API, and the credential that it asks for.
     """
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    servers = Servers(root, child_environment())
+    url, credential = f"http://{HOST}:{port}", f"{USER}:{new_key()}"
+    servers = Servers(root, child_environment(**prefect_variables(url, credential)))
     atexit.register(servers.stop)
     servers.start("prefect", *prefect_server_command(port))
-    servers.wait_for("prefect", f"http://{HOST}:{port}/api/health")
-    return f"http://{HOST}:{port}/api"
+    servers.wait_for("prefect", f"{url}/api/health")
+    return f"{url}/api", credential
+
+
+def prefect_variables(url: str, credential: str) -> dict[str, str]:
+    """Return the environment variables of a Prefect server on loopback and of the processes that use it.
+
+    Args:
+        url: Address of the server.
+        credential: What it asks for: a user, a colon and a password.
+    """
+    return {
+        "PREFECT_API_URL": f"{url}/api",
+        "PREFECT_API_AUTH_STRING": credential,
+        "PREFECT_SERVER_API_AUTH_STRING": credential,
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": url,
+        # of the same origin also where a tunnel leads to the page
+        "PREFECT_UI_API_URL": "/api",
+        # the server is a module of this package, and a flow's entrypoint is a file that imports it
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
 
 
 def prefect_server_command(port: int) -> list[str]:
     """Return the command that starts a Prefect server on loopback."""
-    return ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    return ["python", "-m", "flows.processes.prefect_server", str(port)]
+
+
+def mlflow_server_command(port: int) -> list[str]:
+    """Return the command that starts an MLflow server on loopback."""
+    return ["python", "-m", "flows.processes.mlflow_server", str(port)]
+
+
+def sign_in_link(url: str, credential: str, page: str) -> str:
+    """Return the link that signs a browser in to a Prefect server and opens a page, such as `/deployments`."""
+    return f"{url}{SIGN_IN}#{credential.partition(':')[2]}{page}"
 
 
 def check_port(port: int, option: str) -> None:
@@ -137,17 +180,43 @@ def _tool(*command: str) -> list[str]:
     return [str(Path(sys.executable).parent / command[0]), *command[1:]]
 
 
-def post(url: str, body: dict[str, Any]) -> Any:
-    """Send a JSON body to a server and return its JSON answer."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as response:
-        return json.load(response)
+@dataclass
+class PrefectApi:
+    """Client of a Prefect server for the few requests that are not worth the seconds that importing Prefect takes.
+
+    Args:
+        url: Address of the API.
+        credential: What the server asks for.
+    """
+
+    url: str
+    credential: str
+
+    def get(self, path: str) -> Any:
+        """Return the JSON answer of a page; None if there is no such page or no answer."""
+        answer = get(self.url + path, self._authorization())
+        return None if answer is None else json.loads(answer)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Send a JSON body and return the JSON answer."""
+        headers = {"content-type": "application/json", **self._csrf(), **self._authorization()}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+
+    def _authorization(self) -> dict[str, str]:
+        return {"authorization": f"Basic {base64.b64encode(self.credential.encode()).decode()}"}
+
+    def _csrf(self) -> dict[str, str]:
+        client = str(uuid.uuid4())
+        token = self.get(f"/csrf-token?client={client}")
+        return {"prefect-csrf-client": client, "prefect-csrf-token": token["token"]} if token else {}
 
 
-def get(url: str) -> bytes | None:
+def get(url: str, headers: dict[str, str] | None = None) -> bytes | None:
     """Return the body of a page; None if there is no such page or no answer."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=5) as response:
             return bytes(response.read())
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return None

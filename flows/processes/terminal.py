@@ -14,7 +14,7 @@ from flows.processes.environment import prepare_prefect
 prepare_prefect()
 
 from prefect.client.schemas.objects import State
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from flows.processes.servers import ServerFailed, start_own_prefect_server
 
@@ -57,5 +57,6 @@ def api_settings() -> Iterator[None]:
     if PREFECT_API_URL.value() is not None:
         yield
         return
-    with temporary_settings({PREFECT_API_URL: start_own_prefect_server(Path.cwd().resolve())}):
+    url, credential = start_own_prefect_server(Path.cwd().resolve())
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: credential}):
         yield

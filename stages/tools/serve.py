@@ -1,22 +1,34 @@
-"""`python -m stages serve`: serve one of the models on loopback with `transformers serve`, an OpenAI-compatible API."""
+"""`python -m stages serve`: serve one of the models on loopback with `transformers serve`, an OpenAI-compatible API.
+
+The server asks for an API key and refuses web pages; without that, every page that a browser shows could use it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shlex
 import socket
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
+from starlette.types import ASGIApp
 from transformers.utils.import_utils import is_serve_available
 
 from sft.models.loading import training_device
+from stages.access.guard import KeyRequired, OwnOriginOnly, new_key
 from stages.checkout.paths import Paths
 from stages.models.variants import Variant, find_variant
 from stages.params.schema import Params
 
 HOST = "127.0.0.1"
+KEY = "SFT_SERVE_API_KEY"
+"""Environment variable with the API key. Every user of the machine can read a command line, so there is no option."""
+
+MIN_KEY = 16
+"""Fewest characters of a key that the user chooses."""
+
 INSTALL = 'pip install "transformers[serving]"'
 
 
@@ -30,29 +42,64 @@ def run(params: Params, paths: Paths, *, model: str = "merged", port: int = 8000
         port: Port on loopback.
 
     Raises:
-        ValueError: The model does not exist yet or is an adapter, the port is in use, or packages are missing.
+        ValueError: The model does not exist yet or is an adapter, the port is in use, the key is too short, or packages
+            are missing.
     """
     if not is_serve_available():
         raise ValueError(f"the server needs packages that are not installed; type: {INSTALL}")
     variant = find_variant(paths, model)
     check_full_checkpoint(variant)
     check_port(port)
+    key = api_key(os.environ.get(KEY))
     from transformers.cli.serve import Serve  # imports a web server
+
+    class Prepared(Serve):
+        """Server that is ready, and not started before it is guarded."""
+
+        def start_server(self) -> None:
+            """Do nothing."""
 
     # The server lists the models of the hub's cache, and fails if that folder does not exist.
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     # Requests name the model by the path that the server got: short if relative to the checkout.
     os.chdir(paths.root)
     name = model_id(variant, paths.root)
-    print(f"serving {model} at http://{HOST}:{port}/v1; Ctrl-C stops. For example:\n{example(name, port)}", flush=True)
-    Serve(
+    print(f"loading {model} ...", flush=True)
+    served = Prepared(
         name,
         host=HOST,
         port=port,
         # half precision is slow on a CPU
         dtype="float32" if training_device().type == "cpu" else "auto",
         trust_remote_code=params.model.trust_remote_code,
+        non_blocking=True,
     )
+    served.server.config.app = guarded(served.server.config.app, key)
+    print(f"serving {model} at http://{HOST}:{port}/v1; Ctrl-C stops.", flush=True)
+    print(f"The API key is {key}. For example:\n{example(name, port, key)}", flush=True)
+    served.server.run()
+
+
+def api_key(given: str | None) -> str:
+    """Return the API key: the one that the user gives, or else a random one.
+
+    Raises:
+        ValueError: The given one is too short, or contains what a header can't.
+    """
+    if given is None:
+        return new_key()
+    if len(given) < MIN_KEY or not (given.isascii() and given.isprintable()) or " " in given:
+        raise ValueError(
+            f"{KEY} has {len(given)} characters; a key has at least {MIN_KEY}, all of them ASCII and none a space. "
+            f"Unset {KEY} for a random key"
+        )
+    return given
+
+
+def guarded(app: ASGIApp, key: str) -> ASGIApp:
+    """Put a server's application behind the API key, and refuse web pages, other hosts and bodies other than JSON."""
+    way_out = f"send the header 'Authorization: Bearer KEY' with the key that the server printed ({KEY} sets it)"
+    return OwnOriginOnly(KeyRequired(app, key, way_out=way_out), json_only=True)
 
 
 def check_full_checkpoint(variant: Variant) -> None:
@@ -88,7 +135,8 @@ def model_id(variant: Variant, root: Path) -> str:
     return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
 
 
-def example(name: str, port: int) -> str:
+def example(name: str, port: int, key: str) -> str:
     """Return a command that sends a request, to paste into another terminal."""
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
-    return f"  curl http://{HOST}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    headers = f"-H 'Authorization: Bearer {key}' -H 'Content-Type: application/json'"
+    return f"  curl http://{HOST}:{port}/v1/chat/completions {headers} -d {shlex.quote(body)}"

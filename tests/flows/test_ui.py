@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import socket
@@ -9,6 +8,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Pending, Running
 
 from flows.processes.environment import ROOT, UiLock, child_environment, prefect_home
+from flows.processes.servers import PrefectApi
 from flows.ui import end_orphaned_runs, main
 from tests.flows.conftest import commit
 
@@ -31,14 +34,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def fetch(url: str, data: dict[str, Any] | None = None) -> Any:
-    """Ask a server; a busy one is asked again, as Prefect's own client does."""
-    body = None if data is None else json.dumps(data).encode()
-    request = urllib.request.Request(url, data=body, headers={"content-type": "application/json"})
+def fetch(project: Path, path: str, data: dict[str, Any] | None = None) -> Any:
+    """Ask the Prefect server of `make ui`; a busy one is asked again, as Prefect's own client does."""
+    pages = UiLock(project).holder()
+    api = PrefectApi(pages["api_url"], pages["credential"])
     for wait_s in (0.5, 1, 2, 4, 8, None):
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                return json.load(response)
+            return api.get(path) if data is None else api.post(path, data)
         except urllib.error.HTTPError as error:
             if error.code != HTTPStatus.SERVICE_UNAVAILABLE or wait_s is None:
                 raise
@@ -75,7 +77,7 @@ def test_pages_that_are_open_already_are_named(project: Path, capsys: pytest.Cap
 def test_runs_of_a_killed_worker_end_when_the_pages_are_served_again(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api = str(PREFECT_API_URL.value())
+    api = PrefectApi(str(PREFECT_API_URL.value()), "")
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name="local", type="process"), overwrite=True)
         flow = client.create_flow_from_name("orphaned")
@@ -86,10 +88,10 @@ def test_runs_of_a_killed_worker_end_when_the_pages_are_served_again(
         waiting = client.create_flow_run_from_deployment(deployment).id
         assert client.set_flow_run_state(waiting, Pending()).status.value == "REJECT"  # it is not its turn
 
-        end_orphaned_runs(project, api.removesuffix("/api"))  # another Prefect home: runs are left alone
+        end_orphaned_runs(project, api)  # another Prefect home: runs are left alone
         assert client.read_flow_run(left).state_name == "Running"
         monkeypatch.setenv("PREFECT_HOME", str(prefect_home(project)))
-        end_orphaned_runs(project, api.removesuffix("/api"))
+        end_orphaned_runs(project, api)
 
         assert client.read_flow_run(left).state_name == "Crashed"
         assert client.read_flow_run(waiting).state.is_scheduled()
@@ -98,18 +100,46 @@ def test_runs_of_a_killed_worker_end_when_the_pages_are_served_again(
 
 @pytest.mark.slow
 def test_pages_run_a_deployment_and_no_process_remains(project: Path) -> None:
+    with serve_pages(project, schedules=True) as pages:
+        deployment = fetch(project, "/deployments/name/pipeline/pipeline")
+        assert f"{pages.prefect}/sign-in#" in pages.printed
+        assert f"/deployments/deployment/{deployment['id']}/run" in pages.printed
+        asked = {"parameters": {"to_stage": "pack", "overrides": {"pack": {"max_length": 256}}}}
+        run_id = fetch(project, f"/deployments/{deployment['id']}/create_flow_run", asked)["id"]
+        state = wait_for_end(project, run_id)
+        assert (state["type"], state["message"]) == ("COMPLETED", "2 completed")
+        scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+        assert fetch(project, "/flow_runs/filter", scheduled)
+        with urllib.request.urlopen(f"{pages.mlflow}/health", timeout=30) as response:
+            assert response.status == 200
+        tree = psutil.Process(pages.process.pid).children(recursive=True)
+    assert pages.process.returncode == 0
+    assert [process for process in tree if process.is_running()] == []
+
+
+@dataclass
+class Pages:
+    """The pages of a project, served by `make ui`."""
+
+    process: subprocess.Popen[str]
+    printed: str
+    prefect: str
+    mlflow: str
+
+
+@contextmanager
+def serve_pages(project: Path, *, schedules: bool = False) -> Iterator[Pages]:
+    """Serve the pages of a project, with this repository's code, until the end of the block."""
     for package in ("flows", "stages", "sft"):
         shutil.copytree(ROOT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
-    prefect_yaml = (ROOT / "prefect.yaml").read_text().replace("active: false", "active: true")
-    (project / "prefect.yaml").write_text(prefect_yaml)
+    text = (ROOT / "prefect.yaml").read_text(encoding="utf-8")
+    (project / "prefect.yaml").write_text(text.replace("active: false", "active: true") if schedules else text)
     commit(project)
-    prefect_port, mlflow_port = free_port(), free_port()
-    environment = child_environment()
-    environment.pop("PREFECT_HOME")
+    ports = {"--prefect-port": free_port(), "--mlflow-port": free_port()}
     ui = subprocess.Popen(
-        [sys.executable, "-m", "flows.ui", "--prefect-port", str(prefect_port), "--mlflow-port", str(mlflow_port)],
+        [sys.executable, "-m", "flows.ui", *(str(word) for option in ports.items() for word in option)],
         cwd=project,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -120,29 +150,21 @@ def test_pages_run_a_deployment_and_no_process_remains(project: Path) -> None:
             printed.append(line)
             if "Ctrl-C" in line:
                 break
-        assert f"http://127.0.0.1:{prefect_port}" in "".join(printed)
-        api = f"http://127.0.0.1:{prefect_port}/api"
-        deployment = fetch(f"{api}/deployments/name/pipeline/pipeline")
-        asked = {"parameters": {"to_stage": "pack", "overrides": {"pack": {"max_length": 256}}}}
-        run_id = fetch(f"{api}/deployments/{deployment['id']}/create_flow_run", asked)["id"]
-        state = wait_for_end(api, run_id)
-        assert (state["type"], state["message"]) == ("COMPLETED", "2 completed")
-        scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-        assert fetch(f"{api}/flow_runs/filter", scheduled)
-        with urllib.request.urlopen(f"http://127.0.0.1:{mlflow_port}/health", timeout=30) as response:
-            assert response.status == 200
+        yield Pages(ui, "".join(printed), *(f"http://127.0.0.1:{port}" for port in ports.values()))
     finally:
-        tree = psutil.Process(ui.pid).children(recursive=True)
         ui.send_signal(signal.SIGTERM)
-        code = ui.wait(timeout=90)
-    assert code == 0
-    assert [process for process in tree if process.is_running()] == []
+        ui.wait(timeout=90)
 
 
-def wait_for_end(api: str, run_id: str) -> Any:
+def environment() -> dict[str, str]:
+    """The environment of a user who has not set a Prefect home."""
+    return {name: value for name, value in child_environment().items() if name != "PREFECT_HOME"}
+
+
+def wait_for_end(project: Path, run_id: str) -> Any:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        state = fetch(f"{api}/flow_runs/{run_id}")["state"]
+        state = fetch(project, f"/flow_runs/{run_id}")["state"]
         if state["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
             return state
         time.sleep(0.5)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,9 @@ from stages.tools import serve
 from tests.stages.tiny_run import REPO, tiny_params, write_tiny_run
 
 SECONDS = 120
+KEY = "key-of-the-tests"
+EVIL = "http://evil.example"
+BODY = {"model": "outs/merge/model", "messages": [{"role": "user", "content": "London?"}], "max_tokens": 1}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def server(paths: Paths) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process = subprocess.Popen(
         command,
         cwd=REPO,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(paths.root / "never" / "hub")},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(paths.root / "never" / "hub"), serve.KEY: KEY},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -64,20 +69,67 @@ def wait_until_it_answers(process: subprocess.Popen[str], address: str) -> None:
     pytest.fail(f"no server after {SECONDS} s")
 
 
+def ask(address: str, path: str, data: bytes | None = None, **headers: str) -> tuple[int, str]:
+    """Send a request, and return the status and the body of the answer."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(f"{address}{path}", data, named)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_web_pages_and_programs_without_the_key_get_no_answer(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, address = server
+    wait_until_it_answers(process, address)
+    key, body = f"Bearer {KEY}", json.dumps(BODY).encode()
+    chat, kind = "/v1/chat/completions", "application/json"
+
+    no_key = (
+        401,
+        "refused: the key is missing or wrong; send the header 'Authorization: Bearer KEY' with the key that the "
+        "server printed (SFT_SERVE_API_KEY sets it)\n",
+    )
+    assert ask(address, chat, body, Content_Type=kind) == no_key
+    assert ask(address, chat, body, Content_Type=kind, Authorization="Bearer guess") == no_key
+    assert ask(address, "/v1/models") == no_key
+    assert ask(address, "/load_model", body, Content_Type=kind) == no_key
+    assert ask(address, "/reset", b"{}", Content_Type=kind) == no_key
+    assert ask(address, "/openapi.json") == no_key
+    foreign = (403, f"refused: the request comes from a page of {EVIL!r}, and not of {address}\n")
+    assert ask(address, chat, body, Content_Type=kind, Authorization=key, Origin=EVIL) == foreign
+    assert ask(address, "/v1/models", Authorization=key, Origin=EVIL) == foreign
+    rebound = ask(address, "/v1/models", Authorization=key, Host="evil.example")
+    assert rebound == (
+        403,
+        "refused: the request is for 'evil.example', and this server answers only for 127.0.0.1 or localhost\n",
+    )
+    for simple in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        assert ask(address, chat, body, Content_Type=simple, Authorization=key) == (
+            415,
+            f"refused: the body's Content-Type is {simple!r}; send application/json\n",
+        )
+    preflight = urllib.request.Request(f"{address}{chat}", method="OPTIONS")
+    preflight.add_header("Origin", EVIL)
+    preflight.add_header("Access-Control-Request-Method", "POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(preflight, timeout=60)
+    assert (refused.value.code, refused.value.headers["access-control-allow-origin"]) == (403, None)
+
+    assert ask(address, chat, body, Content_Type=kind, Authorization=key)[0] == 200
+
+
 def test_a_chat_request_is_answered_by_the_model_and_an_interrupt_ends_the_server(
     paths: Paths, server: tuple[subprocess.Popen[str], str]
 ) -> None:
     process, address = server
     wait_until_it_answers(process, address)
-    with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as response:  # where nothing was ever downloaded
-        assert response.status == 200
+    assert ask(address, "/v1/models", Authorization=f"Bearer {KEY}")[0] == 200  # where nothing was ever downloaded
     messages = [{"role": "system", "content": "JSON!"}, {"role": "user", "content": "London?"}]
     body = {"model": "outs/merge/model", "messages": messages, "max_tokens": 6, "temperature": 0}
-    request = urllib.request.Request(
-        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        choice = json.load(response)["choices"][0]
+    asked = {"Content_Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    choice = json.loads(ask(address, "/v1/chat/completions", json.dumps(body).encode(), **asked)[1])["choices"][0]
     tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
     model = load_variant(find_variant(paths, "merged"), tiny_params().model, len(tokenizer), [])
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
@@ -86,6 +138,7 @@ def test_a_chat_request_is_answered_by_the_model_and_an_interrupt_ends_the_serve
     log = process.communicate(timeout=30)[0]
     assert process.returncode in (0, 130)
     assert f"serving merged at {address}/v1" in log
+    assert f"-H 'Authorization: Bearer {KEY}'" in log
     assert "Traceback" not in log
 
 
@@ -112,3 +165,23 @@ def test_a_model_outside_the_checkout_is_named_by_its_absolute_path(paths: Paths
     variant = find_variant(paths, "base")
     assert serve.model_id(variant, paths.root.resolve()) == "models/base"
     assert serve.model_id(variant, tmp_path) == str(variant.checkpoint.resolve())
+
+
+def test_the_key_is_random_unless_it_is_given() -> None:
+    assert serve.api_key("a-key-of-my-own-1") == "a-key-of-my-own-1"
+    assert len(serve.api_key(None)) == 43
+    assert serve.api_key(None) != serve.api_key(None)
+    with pytest.raises(
+        ValueError, match=r"SFT_SERVE_API_KEY has 5 characters; a key has at least 16, all of them ASCII"
+    ):
+        serve.api_key("short")
+    with pytest.raises(ValueError, match="none a space"):
+        serve.api_key("a key with some spaces")
+
+
+def test_the_example_can_be_pasted() -> None:
+    command = serve.example("models/it's", 8000, "the-key")
+    words = shlex.split(command)
+    assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
+    assert words[2:6] == ["-H", "Authorization: Bearer the-key", "-H", "Content-Type: application/json"]
+    assert json.loads(words[7])["model"] == "models/it's"
