@@ -1,1 +1,1 @@
-"""Processes of a flow: environment, servers, supervised children, terminal. Imports no other room."""
+"""Processes of a flow: environment, servers, worker, supervised children, terminal. Imports no other room."""

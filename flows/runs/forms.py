@@ -126,9 +126,11 @@ def _partial_members(annotation: Any, current: Any, suffix: str) -> Any:
 def _shape_for_form(schema: dict[str, Any]) -> None:
     """Let the form send nothing for an empty field; it would send defaults, and `false` for a boolean."""
     schema.pop("default", None)
-    if schema.get("type") == "boolean":
-        del schema["type"]
-        schema["enum"] = [True, False]
+    kinds = [schema.get("type"), *(member.get("type") for member in schema.get("anyOf", []))]
+    if "boolean" in kinds:
+        for keyword in ("type", "anyOf"):
+            schema.pop(keyword, None)
+        schema["enum"] = [True, False, None] if "null" in kinds else [True, False]
 
 
 if TYPE_CHECKING:

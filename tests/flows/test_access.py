@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import base64
 import http.client
+import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import stat
 import subprocess
 import sys
+import threading
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import psutil
 import pytest
+from playwright.sync_api import sync_playwright
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -26,6 +31,7 @@ from flows.processes.environment import UiLock
 from tests.flows.test_ui import Pages, environment, fetch, serve_pages, wait_for_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "http://evil.example"
 SHELL = "prefect.deployments.steps.run_shell_script"
 
@@ -308,3 +314,152 @@ def test_a_run_in_the_terminal_and_prefect_s_commands_use_the_servers(served: tu
     names = [each["name"] for each in fetch(project, "/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})]
     assert names == ["start to load"]
     assert os.environ.get("PREFECT_API_AUTH_STRING") is None
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser with an empty profile."""
+    if BROWSER is None:
+        pytest.skip("needs Chromium or Chrome: apt install chromium")
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+def test_one_click_opens_each_page_and_a_run_is_started_there(served: tuple[Path, Pages], browser: Any) -> None:
+    project, pages = served
+    form, mlflow = re.findall(r"(?:start a run: |MLflow +)(http\S+)", pages.printed)
+    page = browser.new_context().new_page()
+    page.set_default_timeout(60_000)
+
+    page.goto(form)
+    page.wait_for_url("**/deployments/deployment/*/run")
+    assert "#" not in page.url
+    label = page.locator(".schema-form-property__label", has_text=re.compile(r"^max_steps \(Optional\)$"))
+    page.locator(".schema-form-property").filter(has=label).last.locator("input").fill("6")
+    page.get_by_role("button", name="Submit").click()
+    page.wait_for_url("**/deployments/deployment/*?tab=Runs")
+    (run,) = fetch(project, "/flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    assert (wait_for_end(project, run["id"])["type"], run["parameters"]["overrides"]["train"]) == (
+        "COMPLETED",
+        {"max_steps": 6},
+    )
+    page.goto(f"{pages.prefect}/runs/flow-run/{run['id']}")
+    page.get_by_text("Completed", exact=True).first.wait_for()
+    page.goto(f"{pages.prefect}/deployments")
+    for name in ("pipeline", "sweep", "nightly", "cleanup"):
+        page.get_by_text(name).first.wait_for()
+    page.goto(mlflow)
+    page.get_by_text("Default").first.wait_for()
+
+    stale = browser.new_context().new_page()
+    stale.goto(f"{pages.prefect}/sign-in#of-an-earlier-start/deployments")
+    stale.get_by_text("Open the link that `make ui` printed when it was last started.").wait_for()
+    assert stale.evaluate("localStorage.length") == 0
+    stale.goto(f"{pages.prefect}/sign-in#{form.partition('#')[2].partition('/')[0]}//evil.example/")
+    stale.get_by_text("This link is not valid").wait_for()
+
+
+EVIL_PAGE = """<!doctype html><body><iframe name="sink"></iframe><script>
+const [deployments, start, experiments, mlflow, socket] = %s;
+const body = %s, said = [];
+const attempt = (name, promise) => promise.catch(() => "refused").then(answer => said.push([name, answer]));
+const json = {"content-type": "application/json"};
+const opened = url => new Promise((resolve, reject) => {
+  const found = new WebSocket(url, ["prefect"]);
+  found.onopen = () => resolve("open");
+  found.onerror = reject;
+});
+const shown = url => new Promise((resolve, reject) => {
+  const found = new Image();
+  found.onload = () => resolve("shown");
+  found.onerror = reject;
+  found.src = url;
+});
+for (const url of [deployments, start, experiments]) {
+  const form = document.createElement("form");
+  Object.assign(form, {action: url, method: "post", enctype: "text/plain", target: "sink"});
+  const input = document.createElement("input");
+  Object.assign(input, {name: body.slice(0, -1) + ', "x": "', value: '"}'});
+  form.append(input);
+  document.body.append(form);
+  form.submit();
+}
+Promise.all([
+  ...[deployments, start, experiments].flatMap(url => [
+    attempt("json", fetch(url, {method: "POST", body, headers: json}).then(a => a.type)),
+    attempt("text", fetch(url, {method: "POST", body, mode: "no-cors", credentials: "include"}).then(a => a.type)),
+    attempt("blob", fetch(url, {method: "POST", body: new Blob([body]), mode: "no-cors"}).then(a => a.type)),
+    attempt("read", fetch(url).then(a => a.text())),
+  ]),
+  attempt("socket", opened(socket)),
+  attempt("image", shown(mlflow + "static-files/favicon.ico")),
+]).then(() => setTimeout(() => document.title = JSON.stringify(said), 1000));
+</script>"""
+
+
+def test_a_foreign_page_in_a_browser_that_is_signed_in_reaches_nothing(
+    served: tuple[Path, Pages], browser: Any
+) -> None:
+    project, pages = served
+    form, mlflow = re.findall(r"(?:start a run: |MLflow +)(http\S+)", pages.printed)
+    known = fetch(project, "/deployments/name/pipeline/pipeline")
+    step = {SHELL: {"script": "true"}}
+    evil = {"name": "evil-page", "flow_id": known["flow_id"], "work_pool_name": "local", "pull_steps": [step]}
+    addresses = [
+        f"{pages.prefect}/api/deployments/",
+        f"{pages.prefect}/api/deployments/{known['id']}/create_flow_run",
+        # with the key, as if it had leaked
+        f"{mlflow.partition('#')[0]}api/2.0/mlflow/experiments/create",
+        mlflow.partition("#")[0],
+        f"{pages.prefect.replace('http', 'ws')}/api/events/out",
+    ]
+    text = EVIL_PAGE % (json.dumps(addresses), json.dumps(json.dumps(evil)))
+    before = names(project, mlflow)
+
+    context = browser.new_context()
+    signed_in = context.new_page()
+    signed_in.goto(form)
+    signed_in.wait_for_url("**/deployments/deployment/*/run")
+    for host in ("127.0.0.1", "evil.localhost"):  # of the same site, and of another one
+        with serve_page(text) as port:
+            page = context.new_page()
+            page.goto(f"http://{host}:{port}/")
+            page.wait_for_function("document.title.startsWith('[')", timeout=60_000)
+            said = json.loads(page.title())
+        assert {name for name, answer in said if answer == "refused"} == {"json", "read", "socket", "image"}
+        # a page can't read these answers; that nothing came of the requests is what counts
+        assert {answer for name, answer in said if name in ("text", "blob")} <= {"opaque", "refused"}
+        assert len(said) == 14
+
+    assert names(project, mlflow) == before
+
+
+def names(project: Path, mlflow: str) -> tuple[list[str], int, list[str]]:
+    """The deployments, the number of runs, and the experiments."""
+    key = urllib.parse.urlsplit(mlflow).path.split("/")[1]
+    found = ask(mlflow, path=f"/{key}/api/2.0/mlflow/experiments/search?max_results=100")[1]
+    deployments = sorted(each["name"] for each in fetch(project, "/deployments/filter", {}))
+    runs = fetch(project, "/flow_runs/count", {})
+    return deployments, runs, sorted(each["name"] for each in json.loads(found)["experiments"])
+
+
+@contextmanager
+def serve_page(text: str) -> Iterator[int]:
+    """Serve one page on a free port."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Print nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()

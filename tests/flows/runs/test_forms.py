@@ -94,6 +94,17 @@ def test_form_can_be_sent_whatever_is_left_empty_in_it() -> None:
         jsonschema.validate({"overrides": {"load": {"sources": [{"weight": 1.0}]}}}, parameter_schema())
 
 
+def test_a_switch_that_is_not_touched_is_not_sent() -> None:
+    # the page sends `false` for a boolean, also for one among several types
+    train = parameter_schema()["definitions"]["TrainOverrides"]["properties"]
+    assert train["padding_free"]["enum"] == [True, False, None]
+    assert [name for name, shown in train.items() if "'type': 'boolean'" in str(shown)] == []
+    for value in (True, False, None):
+        jsonschema.validate({"overrides": {"train": {"padding_free": value}}}, parameter_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"overrides": {"train": {"padding_free": "yes"}}}, parameter_schema())
+
+
 def test_assignments_are_typed_like_params_yaml() -> None:
     overrides = parse_assignments(["train.learning_rate=1e-4", "load.eval.fraction=0.5", "load.sources=[{path: a}]"])
 
