@@ -45,7 +45,7 @@ def prepare_prefect(root: Path = ROOT) -> None:
     pages = UiLock(root).holder()
     if pages.get("api_url"):
         os.environ["PREFECT_API_URL"] = pages["api_url"]
-        os.environ["PREFECT_API_AUTH_STRING"] = pages["credential"]
+        os.environ["PREFECT_API_AUTH_STRING"] = pages.get("credential", "")
 
 
 def prefect_home(root: Path) -> Path:
