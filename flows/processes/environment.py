@@ -27,9 +27,6 @@ QUIET = {
 
 CREDENTIALS = ("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING")
 
-EPHEMERAL_STARTUP_TIMEOUT_S = 120
-"""Timeout of a temporary server's start; Prefect's default of 20 s is too short on a busy machine with two cores."""
-
 
 def prepare_prefect(root: Path = ROOT) -> None:
     """Set the environment variables that Prefect reads at import, except those that the user has set.
@@ -39,7 +36,8 @@ def prepare_prefect(root: Path = ROOT) -> None:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", str(EPHEMERAL_STARTUP_TIMEOUT_S))
+    # Prefect would start a server that answers every web page
+    os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
     if "PREFECT_API_URL" in os.environ or "PREFECT_HOME" in os.environ:
         return
     prefect_home(root).mkdir(parents=True, exist_ok=True)
@@ -47,7 +45,7 @@ def prepare_prefect(root: Path = ROOT) -> None:
     pages = UiLock(root).holder()
     if pages.get("api_url"):
         os.environ["PREFECT_API_URL"] = pages["api_url"]
-        os.environ["PREFECT_API_AUTH_STRING"] = pages["credential"]
+        os.environ["PREFECT_API_AUTH_STRING"] = pages.get("credential", "")
 
 
 def prefect_home(root: Path) -> Path:

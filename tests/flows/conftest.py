@@ -15,6 +15,8 @@ import pytest
 
 # Prefect reads its settings at import; the flows would otherwise use the home of the checkout.
 os.environ.setdefault("PREFECT_HOME", tempfile.mkdtemp(prefix="prefect-home-"))
+# for the server of Prefect's test harness; flows refuse to start such a server
+os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
 
 from flows.processes.environment import ROOT, child_environment
 from flows.runs.forms import apply_overrides

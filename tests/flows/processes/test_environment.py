@@ -64,3 +64,13 @@ def test_a_stage_does_not_get_the_credential(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "sft:secret")
     assert "sft:secret" not in child_environment(SFT_FLOW_RUN_ID="1").values()
     assert child_environment(PREFECT_API_AUTH_STRING="sft:other")["PREFECT_API_AUTH_STRING"] == "sft:other"
+
+
+def test_no_server_is_started_that_answers_web_pages(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    code = "from flows.pipeline import pipeline; pipeline()"
+    environment |= {"PREFECT_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "No Prefect API URL provided" in done.stderr
+    assert "Starting temporary server" not in done.stdout + done.stderr
