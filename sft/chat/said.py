@@ -244,10 +244,45 @@ class MarkedText:
             yield self.text[self.events[index].at : next(later, len(self.text))]
 
 
+class MarkedChat(NamedTuple):
+    """A chat with marks around all of its texts; the template only prints them, so that no other rendering is needed.
+
+    Args:
+        chat: Its messages.
+        said: Everything that the chat says.
+        inner: See `MarkedText`.
+    """
+
+    chat: list[dict[str, Any]]
+    said: list[Said]
+    inner: list[str | None]
+
+
+def mark_chat(template: ChatTemplate, messages: Messages) -> MarkedChat | None:
+    """Put marks into a chat; None if it has to be rendered in other ways, too."""
+    keys = speech_keys(messages, template.source)
+    if not _prints_as_it_is(template, messages, keys):
+        return None
+    marked = MarkedChat(*_marked(messages, keys, inside=False))
+    return marked if marked.chat else None
+
+
 def render_with_marks(
-    template: ChatTemplate, messages: Messages, tools: list[Any] | None, *, add_generation_prompt: bool = False
+    template: ChatTemplate,
+    messages: Messages,
+    tools: list[Any] | None,
+    *,
+    add_generation_prompt: bool = False,
+    ahead: tuple[MarkedChat, str] | None = None,
 ) -> tuple[str, MarkedText | None]:
     """Render a chat plainly and with marks.
+
+    Args:
+        template: The template.
+        messages: Messages as `sft.chat.template.template_messages` returns them.
+        tools: Tool schemas.
+        add_generation_prompt: Whether to print the generation prompt.
+        ahead: The chat as `mark_chat` returns it, and as the template has rendered it already.
 
     Returns:
         The text, and the same with the places of everything that the chat says. The latter is None if the template
@@ -258,9 +293,9 @@ def render_with_marks(
     """
     keys = speech_keys(messages, template.source)
     options = {"add_generation_prompt": add_generation_prompt}
-    chat, said, inner = _marked(messages, keys, inside=False)
-    if chat and _prints_as_it_is(template, messages, keys):
-        found = _find(template.render([chat], tools, **options)[0], said, inner)
+    chat, said, inner = _marked(messages, keys, inside=False) if ahead is None else ahead[0]
+    if chat and (ahead is not None or _prints_as_it_is(template, messages, keys)):
+        found = _find(template.render([chat], tools, **options)[0] if ahead is None else ahead[1], said, inner)
         num_marked = sum(text is not None for text in inner)
         if num_marked == len(found.shown) == len(found.events) / 2:
             return found.text, found

@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft.chat.sandbox import MAX_BYTES, TimeLimitError, bounded_templates, time_limit
 from sft.common_prefix import common_prefix_length
+from sft.untrusted.child import ChildError, TookTooLongError, TookTooMuchMemoryError
+from sft.untrusted.templates import MAX_BYTES, render_each_in_child, render_in_child
 
 GENERATION_MARK = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
 # Words that occur in no template and that no template treats specially.
@@ -26,16 +25,6 @@ PROBE_QUESTION, PROBE_ANSWER = "Zyquestionprobe", "Zyanswerprobe"
 FIRST_CHAT_S, CHAT_S = 10.0, 0.1
 """Time limit in seconds for a call, and in addition per chat; some thousand times what any template needs."""
 MAX_CHARACTERS = 100_000_000
-# Jinja's own errors, and those that Python raises for expressions of a template.
-TEMPLATE_ERRORS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
 _QUESTION, _ANSWER = {"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}
 PROBE_CHAT = [_QUESTION, _ANSWER]
 _SECOND_QUESTION = {"role": "user", "content": "Zysecondquestion"}
@@ -60,11 +49,13 @@ class TemplateSourceError(ValueError):
     """A template that is not valid Jinja, and so fails for every conversation."""
 
 
-def syntax_message(source: str, error: TemplateSyntaxError) -> str:
-    """Return the message for a syntax error in a template, with the number and the text of the line."""
+def syntax_message(source: str, problem: str, number: int) -> str:
+    """Return the message for a syntax error in a template, with the number and the text of the line; 0 = unknown."""
+    if not number:
+        return f"the chat template is not valid Jinja: {problem}"
     lines = source.splitlines()
-    text = lines[error.lineno - 1].strip() if 0 < error.lineno <= len(lines) else ""
-    return f"the chat template is not valid Jinja: line {error.lineno}: {error.message}, in {text!r:.120}"
+    text = lines[number - 1].strip() if number <= len(lines) else ""
+    return f"the chat template is not valid Jinja: line {number}: {problem}, in {text!r:.120}"
 
 
 def template_messages(messages: Messages, *, arguments_as_text: bool = False) -> list[dict[str, Any]]:
@@ -150,6 +141,32 @@ class ChatTemplate:
         texts, ranges = self._render([chat], tools, return_assistant_tokens_mask=True)
         return texts[0], ranges[0]
 
+    def render_each(self, chats: Sequence[tuple[Messages, list[Any] | None]]) -> list[str | None]:
+        """Render chats, each with its own tools, faster than one after the other.
+
+        Returns:
+            The texts that `render` returns; None for a chat for which it raises an error.
+        """
+        hidden = [(chat, None) if self.block is None else self.block.hide(chat) for chat, _ in chats]
+        conversations = [
+            (chat if self.takes_text else in_parts(chat), tools)
+            for (chat, _), (_, tools) in zip(hidden, chats, strict=True)
+        ]
+        seconds = FIRST_CHAT_S + CHAT_S * len(chats)
+        try:
+            done = render_each_in_child(
+                self.source, conversations, self.variables, max_characters=MAX_CHARACTERS, seconds=seconds
+            )
+        except ChildError:
+            return [None] * len(chats)
+        texts = [answer["texts"][0] if "texts" in answer else None for answer in done]
+        if self.block is None:
+            return texts
+        return [
+            None if text is None else self.block.show(text, reasoning, [])[0]
+            for text, (_, reasoning) in zip(texts, hidden, strict=True)
+        ]
+
     def _render(
         self, chats: Sequence[Messages], tools: list[Any] | None, **options: bool
     ) -> tuple[list[str], list[Any]]:
@@ -157,38 +174,43 @@ class ChatTemplate:
         hidden = [(chat, None) if self.block is None else self.block.hide(chat) for chat in chats]
         conversations = [chat if self.takes_text else in_parts(chat) for chat, _ in hidden]
         try:
-            with time_limit(limit_s), bounded_templates():
-                texts, ranges = render_jinja_template(
-                    conversations=conversations, tools=tools, chat_template=self.source, **options, **self.variables
-                )
-        except TemplateSyntaxError as error:
-            raise TemplateSourceError(syntax_message(self.source, error)) from error
-        except SyntaxError as error:  # Jinja parses a break outside of a loop, but Python does not compile it
-            raise TemplateSourceError(f"the chat template is not valid Jinja: {error.msg}") from error
-        except TimeLimitError:
+            done = render_in_child(
+                self.source,
+                conversations,
+                tools,
+                options,
+                self.variables,
+                max_characters=MAX_CHARACTERS,
+                seconds=limit_s,
+            )
+        except TookTooLongError:
             raise ValueError(
                 f"the chat template did not finish within {limit_s:g} s for {len(chats)} conversations; look for an "
                 "endless loop in it"
             ) from None
-        except MemoryError:
+        except TookTooMuchMemoryError:
             raise ValueError(
                 f"the chat template wanted more than {MAX_BYTES >> 30} GiB of memory for {len(chats)} conversations; "
                 "look for what it repeats"
             ) from None
-        except TEMPLATE_ERRORS as error:
-            what = str(error) or type(error).__name__
-            raise ValueError(f"the chat template refused the conversation: {what}") from error
+        except ChildError as error:
+            raise ValueError(f"the chat template ended the process that rendered it ({error})") from None
+        match done.get("error"):
+            case "syntax":
+                raise TemplateSourceError(syntax_message(self.source, done["message"], done["line"]))
+            case "refused":
+                raise ValueError(f"the chat template refused the conversation: {done['message']}")
+            case "long":
+                raise ValueError(
+                    f"the chat template made {done['characters']} characters of one conversation, more than "
+                    f"{MAX_CHARACTERS}; look for what it repeats"
+                )
+        texts, ranges = done["texts"], [[(start, end) for start, end in found] for found in done["ranges"]]
         if self.block is not None:
             spans = ranges if options.get("return_assistant_tokens_mask") else [[]] * len(texts)
             reasoning = [text for _, text in hidden]
             shown = [self.block.show(*item) for item in zip(texts, reasoning, spans, strict=True)]
             texts, ranges = [text for text, _ in shown], [moved for _, moved in shown]
-        longest = max((len(text) for text in texts), default=0)
-        if longest > MAX_CHARACTERS:
-            raise ValueError(
-                f"the chat template made {longest} characters of one conversation, more than {MAX_CHARACTERS}; look "
-                "for what it repeats"
-            )
         return texts, ranges
 
 

@@ -43,7 +43,7 @@ def template_variables(source: str) -> tuple[str, ...]:
     try:
         tree = _environment().parse(_GENERATION_TAGS.sub("", source))
         names = meta.find_undeclared_variables(tree)
-    except TemplateSyntaxError:
+    except (TemplateSyntaxError, RecursionError):
         return ()
     tested = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
     names -= {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"} - tested

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from sft.data.nulls import row_without_added_nulls
 from sft.data.source_row import Row, SourceError
+from sft.untrusted.tables import NotUtf8Error, TableError, arrow_batches, check_table, small_batches
 
 
 def saved_rows(path: Path, name: str, split: str) -> Iterator[Row]:
@@ -29,25 +30,29 @@ def saved_rows(path: Path, name: str, split: str) -> Iterator[Row]:
 def parquet_rows(path: Path, name: str) -> Iterator[Row]:
     """Yield the rows of a Parquet file."""
     try:
+        num_rows = check_table(path, "Parquet")
         with pq.ParquetFile(path) as file:
-            yield from _table_rows(file.iter_batches(batch_size=1024), name)
-    except (pa.ArrowException, OSError) as error:
+            yield from _table_rows(file.iter_batches(batch_size=num_rows), name)
+    except NotUtf8Error as error:
+        raise _not_utf8(error, name) from error
+    except (pa.ArrowException, TableError, OSError) as error:
         raise _damage(path, "Parquet", error) from error
 
 
 def arrow_rows(path: Path, name: str) -> Iterator[Row]:
     """Yield the rows of an Arrow file, in the file or the stream format."""
     try:
-        with pa.memory_map(str(path)) as file:
-            is_file = file.read(6) == b"ARROW1"
-            file.seek(0)
-            if is_file:
-                reader = pa.ipc.open_file(file)
-                yield from _table_rows((reader.get_batch(i) for i in range(reader.num_record_batches)), name)
-            else:
-                yield from _table_rows(pa.ipc.open_stream(file), name)
-    except (pa.ArrowException, OSError) as error:
+        check_table(path, "Arrow")
+        yield from _table_rows(arrow_batches(path), name)
+    except NotUtf8Error as error:
+        raise _not_utf8(error, name) from error
+    except (pa.ArrowException, TableError, OSError) as error:
         raise _damage(path, "Arrow", error) from error
+
+
+def _not_utf8(error: NotUtf8Error, name: str) -> SourceError:
+    number, _, found = str(error).partition(":")
+    return SourceError(f"{name}:{number}: a text is not UTF-8 (bytes {found}); rewrite the file with UTF-8 text")
 
 
 def _damage(path: Path, kind: str, error: Exception) -> Exception:
@@ -61,9 +66,10 @@ def _table_rows(batches: Any, name: str) -> Iterator[Row]:
     number = 0
     for batch in batches:
         features = {field.name: _feature(field.type) for field in batch.schema}
-        for row in _python_rows(batch, name, number):
-            number += 1
-            yield Row(f"{name}:{number}", row_without_added_nulls(row, features))
+        for piece in small_batches(batch):
+            for row in piece.to_pylist():
+                number += 1
+                yield Row(f"{name}:{number}", row_without_added_nulls(row, features))
 
 
 class _Leaf(NamedTuple):
@@ -79,19 +85,3 @@ def _feature(kind: pa.DataType) -> Any:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return [_feature(kind.value_type)]
     return _Leaf(str(kind))
-
-
-def _python_rows(batch: Any, name: str, before: int) -> list[dict[str, Any]]:
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        for number in range(batch.num_rows):
-            try:
-                batch.slice(number, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                found = error.object[error.start : error.start + 4].hex(" ")
-                place = f"{name}:{before + number + 1}"
-                raise SourceError(
-                    f"{place}: a text is not UTF-8 (bytes {found}); rewrite the file with UTF-8 text"
-                ) from error
-        raise

@@ -560,6 +560,7 @@ class BatchEncoder:
         records = [self.record(batch, place, row) for place, row in enumerate(indices)]
         for record in records:
             self._warn_of_text(record)
+        self.renderer.render_ahead(records)
         made = [self.render_rows(record) for record in records]
         indices = [row for row, rows in zip(indices, made, strict=True) for _ in rows]
         rendered, indices = self._without_dropped([row for rows in made for row in rows], indices)

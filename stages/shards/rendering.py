@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from sft.models.checkpoint import load_image_processor
 from sft.options import NotPrintedPolicy, ThinkingPolicy
 from stages.checkout.ledger import Action
 from stages.shards.shards import Shard
+
+RENDERED_AT_ONCE = 64
+"""Records whose chats the child process renders in one call."""
 
 
 @dataclass
@@ -110,15 +114,18 @@ class ShardRenderer:
             ValueError: The template refuses a record, or a turn cannot be located.
         """
         done = RenderedShard(TerminatorCheck(self._tokenizer, self._work.stop_token_ids))
-        for record in shard.rows():
-            done.num_in += 1
-            self._render(with_system_message(record, self._work.system_message), done)
+        rows = shard.rows()
+        while batch := list(itertools.islice(rows, RENDERED_AT_ONCE)):
+            done.num_in += len(batch)
+            treated = [self._treat_special_text(with_system_message(row, self._work.system_message)) for row in batch]
+            self._renderer.render_ahead(record for record, _ in treated if record is not None)
+            for record, entries in treated:
+                done.entries += entries
+                if record is not None:
+                    self._render(record, done)
         return done
 
-    def _render(self, given: dict[str, Any], done: RenderedShard) -> None:
-        record = self._treat_special_text(given, done)
-        if record is None:
-            return
+    def _render(self, record: dict[str, Any], done: RenderedShard) -> None:
         rows = self._renderer.render_rows(record)
         not_printed = next((row.not_printed for row in rows if row.not_printed), "")
         if not_printed:
@@ -176,23 +183,28 @@ class ShardRenderer:
         answers = "1 answer" if len(removed) == 1 else f"{len(removed)} answers"
         done.thinking_removed.append((row_id, f"reasoning of {answers}, first {removed[0]!r:.60}", tokens))
 
-    def _treat_special_text(self, record: dict[str, Any], done: RenderedShard) -> dict[str, Any] | None:
-        """Treat special tokens that are spelled out in a record as the work states; return None if it is dropped."""
+    def _treat_special_text(
+        self, record: dict[str, Any]
+    ) -> tuple[dict[str, Any] | None, list[tuple[str, str, str, Action]]]:
+        """Treat special tokens that are spelled out in a record as the work states.
+
+        Returns:
+            The record, None if it is dropped, and the entries for the ledger.
+        """
         wanted = self._work.special_text
         if wanted != "off" and self._has_special_tags:  # these tags are meant where they enclose reasoning
             record = with_reasoning_apart(record)
         checker = self._special_text_beside_images if record.get("images") else self._special_text
         problem = None if wanted == "off" else checker.find(record)
         if problem is None:
-            return record
+            return record, []
         kept: dict[str, Any] | None = record
         action = Action.REPAIR if wanted == "neutralise" else Action(wanted)
         if wanted == "neutralise":
             kept = checker.neutralised(record)
         if kept is None or action is Action.DROP:
             kept, action = None, Action.DROP
-        done.entries.append((record["id"], problem.reason, problem.detail, action))
-        return kept
+        return kept, [(record["id"], problem.reason, problem.detail, action)]
 
 
 def with_system_message(record: dict[str, Any], system_message: str | None) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import signal
+import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft.chat import template
-from sft.chat.sandbox import TimeLimitError, time_limit
 from sft.chat.template import ChatTemplate
+from sft.untrusted.child import Child
 
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
 VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -67,10 +65,71 @@ def test_a_number_that_would_take_hours_is_refused_at_once(source: str) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is bounded on Linux alone")
 @pytest.mark.parametrize("source", GIANT_TEXTS)
 def test_a_text_that_would_fill_the_memory_is_refused(source: str) -> None:
-    before = resource.getrlimit(resource.RLIMIT_DATA)
     with pytest.raises(ValueError, match="the chat template wanted more than 2 GiB of memory"):
         ChatTemplate(source, VARIABLES).render([CHAT])
-    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+NESTED = (
+    "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}"
+    "{% set n.y = [n.y, n.y] %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "{{ n.x == n.y }}",
+        "{{ n.x in [n.y] }}",
+        "{{ [n.x, n.y]|sort }}",
+        "{{ [n.x, n.y]|unique|list }}",
+        "{{ [n.x, n.y]|max }}",
+        "{{ n.x|tojson }}",
+        "{{ n.x|string|length }}",
+        "{{ n.x|pprint }}",
+        "{{ '%s' % [n.x] }}",
+        "{{ '{}'.format(n.x) }}",
+    ],
+)
+def test_nested_lists_that_share_their_elements_are_stopped(short_limit: None, use: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"the chat template (did not finish|wanted more than|refused)"):
+        ChatTemplate(NESTED + use, VARIABLES).render([CHAT])
+    assert time.monotonic() - started < 30
+
+
+def test_hashing_nested_tuples_is_stopped(short_limit: None) -> None:
+    build = "{% set n = namespace(x=()) %}{% for i in range(60) %}{% set n.x = (n.x, n.x) %}{% endfor %}"
+    source = build + "{{ {n.x: 1}|length }}"
+    with pytest.raises(ValueError, match=r"did not finish within 0\.4 s for 1 conversations"):
+        ChatTemplate(source, VARIABLES).render([CHAT])
+
+
+def test_a_template_works_after_another_was_stopped(short_limit: None) -> None:
+    with pytest.raises(ValueError, match="did not finish"):
+        ChatTemplate(LONG, VARIABLES).render([CHAT])
+    assert ChatTemplate("{{ messages[0].content }}", VARIABLES).render([CHAT]) == ["Hello"]
+
+
+def test_many_chats_in_one_call_are_rendered_as_one_by_one() -> None:
+    refuse = "{{ raise_exception('no') if messages[0].content == 'bad' else messages[0].content }}"
+    source = refuse + "{{ tools|length if tools else '' }}"
+    chats = [
+        ([{"role": "user", "content": text}], tools) for text, tools in (("a", None), ("bad", None), ("\ud800", [{}]))
+    ]
+    assert ChatTemplate(source, VARIABLES).render_each(chats) == ["a", None, "\ud8001"]
+
+
+def test_the_child_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    child = Child()
+    environment = child.call(environment_names, seconds=10)
+    child.close()
+    assert "AWS_SECRET_ACCESS_KEY" not in environment
+    assert "PATH" in environment
+
+
+def environment_names() -> list[str]:
+    return sorted(os.environ)
 
 
 def test_ordinary_arithmetic_of_templates_still_works() -> None:
@@ -131,25 +190,3 @@ def test_any_template_prints_or_is_refused(source: str, contents: list[Any]) -> 
 @given(SOURCES, st.lists(st.one_of(st.none(), st.text(max_size=9), st.integers()), max_size=3))
 def test_any_of_many_templates_prints_or_is_refused(source: str, contents: list[Any]) -> None:
     check_any_template(source, contents)
-
-
-def count_for_ever() -> None:
-    number = 0
-    while True:
-        number += 1
-
-
-def test_an_outer_timer_continues_after_a_time_limit(tmp_path: Path) -> None:
-    rung: list[int] = []
-    before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
-    outer = signal.getitimer(signal.ITIMER_REAL)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.4)
-        with pytest.raises(TimeLimitError), time_limit(0.1):
-            count_for_ever()
-        assert rung == []
-        time.sleep(0.5)
-        assert rung == [signal.SIGALRM]
-    finally:
-        signal.signal(signal.SIGALRM, before)
-        signal.setitimer(signal.ITIMER_REAL, *outer)
