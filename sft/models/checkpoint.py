@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.untrusted.tokenizer_files import PANIC, TokenizerFileError, check_tokenizer_files
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -218,14 +220,46 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    _try_tokenizer(name_or_path, revision, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code, **kwargs
         )
-    except Exception as error:  # damaged files raise errors of any class, even `Exception` itself
+    except BaseException as error:  # damaged files raise errors of any class, even `Exception` itself
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         raise CheckpointError(_explain_tokenizer_error(name_or_path, error)) from error
     check_tokenizer(tokenizer, name_or_path)
     return tokenizer
+
+
+def _try_tokenizer(name_or_path: str | Path, revision: str | None, *, trust_remote_code: bool) -> None:
+    """Try a tokenizer in a child process, before this one opens it.
+
+    Raises:
+        CheckpointError: It takes too long or too much memory, or ends the process.
+    """
+    from transformers.utils import cached_file
+
+    place = Path(name_or_path) / "tokenizer.json"
+    if Path(name_or_path).is_dir() and not place.is_file():
+        if trust_remote_code or not any(True for pattern in TOKENIZER_FILES for _ in place.parent.glob(pattern)):
+            return
+        place = place.parent
+    elif not place.is_file():
+        try:
+            found = cached_file(str(name_or_path), "tokenizer.json", revision=revision or "main")
+        except (OSError, ValueError):  # the error is reported when the tokenizer is loaded
+            return
+        if found is None:
+            return
+        place = Path(found)
+    try:
+        check_tokenizer_files(place)
+    except TokenizerFileError as error:
+        raise CheckpointError(
+            f"The tokenizer of {str(name_or_path)!r} can't be used: {error}. {_tokenizer_way_out(name_or_path)}"
+        ) from None
 
 
 def load_processor(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -294,7 +328,7 @@ def explain_load_error(name_or_path: str | Path, error: Exception, what: str = "
     )
 
 
-def _explain_tokenizer_error(name_or_path: str | Path, error: Exception) -> str:
+def _explain_tokenizer_error(name_or_path: str | Path, error: BaseException) -> str:
     folder = Path(name_or_path)
     if not folder.is_dir() and isinstance(error, OSError):
         return explain_load_error(name_or_path, error, what="tokenizer")
