@@ -25,6 +25,7 @@ from sft.chat.render import Rendered, Span
 from sft.labels import IGNORE_INDEX
 from sft.tokens.byte_level import Crossing, Ids, Run, TokenBytes, WordCache
 from sft.tokens.columns import list_array
+from sft.untrusted.tokenizer_files import PANIC
 
 _SHOWN = 16
 """Characters shown on each side of a border."""
@@ -115,7 +116,7 @@ class Encoder:
             with_weights = any(span.weight != 1.0 for item in rendered for span in item.spans)
         documents = [
             self._closed(item, document) if item.append_eos else document
-            for item, document in zip(rendered, self._tokenize(rendered), strict=True)
+            for item, document in zip(rendered, self._tokenized(rendered), strict=True)
         ]
         crossings = {
             number: describe(crossing, item.text, int(document.ids[crossing.token]), self._rules)
@@ -123,6 +124,17 @@ class Encoder:
             if (crossing := document.crossing) is not None
         }
         return _flatten(documents, crossings, with_weights)
+
+    def _tokenized(self, rendered: Sequence[Rendered]) -> list[Document]:
+        try:
+            return self._tokenize(rendered)
+        except BaseException as error:
+            if type(error).__name__ != PANIC:
+                raise
+            raise ValueError(
+                f"the tokenizer ends in an error of its own code ({error!s:.200}) at one of {len(rendered)} texts that "
+                f"begin with {rendered[0].text!r:.80}; its tokenizer.json may be damaged: copy the model's again"
+            ) from None
 
     def _tokenize(self, rendered: Sequence[Rendered]) -> list[Document]:
         documents: dict[int, Document] = {}

@@ -18,9 +18,9 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps
 from transformers.image_utils import is_valid_image
 
+from sft.untrusted.images import ImageError, open_image
 from sft.web import open_url
 
 URL_TIMEOUT_S = 30.0
@@ -30,10 +30,6 @@ SHORTEST_BASE64 = 64
 
 A longer path may be valid base64 by chance, but does not decode to an image.
 """
-
-# what Pillow raises for files that are damaged, not images, or decompression bombs
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-
 
 Reader = Callable[[Any], Any]
 """Reads one image, as `read_image` does, or puts something else in its place, such as the name of a file."""
@@ -184,12 +180,11 @@ def _regular(path: Path, shown: str) -> Path:
     return path
 
 
-def _decode(source: Any, shown: str) -> Any:
+def _decode(source: io.BytesIO | Path, shown: str) -> Any:
     try:
-        return ImageOps.exif_transpose(Image.open(source))
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{shown} can't be read as an image: {reason or type(error).__name__}") from error
+        return open_image(source)[0]
+    except ImageError as error:
+        raise ValueError(f"{shown} can't be read as an image: {error}") from error
 
 
 def _fetch(url: str, shown: str) -> bytes:

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sft.data.messages import IMAGE_COLUMNS, IMAGE_PARTS, RowError, is_messages, media_problems
+from sft.untrusted.images import FORMATS, ImageError, check_image, open_image
 from stages.checkout.artifacts import JsonlWriter, read_jsonl
 from stages.checkout.paths import IMAGE_INDEX
 from stages.params.schema import ImagesSection
-
-FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
-"""Formats that are read, as Pillow names them, with the endings of their files."""
 
 IMAGE_REASONS = ("image_places", "image_too_large", "image_unreadable")
 """Reasons of rows whose images can't be used."""
@@ -127,26 +125,24 @@ class ImageStore:
         Raises:
             RowError: It can't be found or read, or is too large.
         """
-        from sft.vision.images import read_image
-
         try:
             content, shown = self._content(value, home)
-            kind = _format(content)
-            if kind not in FORMATS:  # some others, such as EPS, start programs when they are decoded
-                raise ValueError(f"{shown} is in the format {kind}; save it as {', '.join(FORMATS)}")
-            image = read_image(content)
-            image.load()
+            try:
+                kind, width, height = check_image(content)
+            except ImageError as error:
+                raise ValueError(f"{shown} can't be read as an image: {error}") from error
         except RowError:
             raise
         except (ValueError, OSError, SyntaxError, EOFError) as error:
             raise RowError("image_unreadable", " ".join(str(error).split())[:300]) from error
-        if max(image.size) > self._section.max_side:
+        if max(width, height) > self._section.max_side:
+            image, _ = open_image(io.BytesIO(content))
             image.thumbnail((self._section.max_side, self._section.max_side))
-            content, kind = _as_png(image), "PNG"
+            content, kind, (width, height) = _as_png(image), "PNG", image.size
         name = f"{hashlib.sha256(content).hexdigest()}.{FORMATS[kind]}"
         if name not in self._sizes:
             (self._folder / name).write_bytes(content)
-            self._sizes[name] = image.size
+            self._sizes[name] = width, height
         return name
 
     def _content(self, value: Any, home: Home) -> tuple[bytes, str]:
@@ -194,13 +190,6 @@ def digestible(value: Any) -> str:
     if hasattr(value, "tobytes"):
         return hashlib.sha256(value.tobytes()).hexdigest()
     return str(value)
-
-
-def _format(content: bytes) -> str:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content)) as image:
-        return str(image.format)
 
 
 def _as_png(image: Any) -> bytes:

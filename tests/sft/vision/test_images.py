@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import os
+import random
+import struct
 import threading
 import zlib
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sft.untrusted.images import ImageError, check_image
 from sft.vision.images import inside, read_image, read_images
 from sft.web import PRIVATE, VARIABLE
 from tests.tiny_vision import square
@@ -165,3 +168,57 @@ def test_values_that_are_not_images_are_named() -> None:
     assert read_image(Image.new("RGB", (3, 4))).size == (3, 4)
     with pytest.raises(ValueError, match="int 5 is not an image"):
         read_image(5)
+
+
+def saved(kind: str) -> bytes:
+    stream = io.BytesIO()
+    square("red", 64, 64).save(stream, format=kind)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["DDS", "BLP", "PPM", "ICO", "TGA", "EPS", "PCX", "SGI", "IM"])
+def test_formats_that_are_not_listed_are_not_opened(kind: str) -> None:
+    stream = io.BytesIO()
+    picture = square("red", 64, 64)
+    (picture.convert("P") if kind == "BLP" else picture).save(stream, format=kind)
+    for check in (read_image, check_image):
+        with pytest.raises(ValueError, match="it is damaged, or not one of PNG, JPEG, WEBP, GIF, BMP, TIFF"):
+            check(stream.getvalue())
+
+
+HEADERS = {
+    "DDS": b"DDS " + struct.pack("<7I", 124, 0x1007, 4, 4, 8, 0, 0) + bytes(44) + struct.pack("<2I4s", 32, 4, b"????"),
+    "BLP": b"BLP2" + struct.pack("<i4B2I", 1, 9, 9, 9, 9, 4, 4) + bytes(200),
+    "AVIF": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + b"\xff" * 60,
+    "GIF": b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(3) + b",\0\0\0\0\xff\xff\xff\xff\0\x02\x01\x01\0;",
+    "BMP": b"BM" + bytes(12) + struct.pack("<IiiHHIIiiII", 40, 1 << 30, 1 << 30, 1, 24, 0, 0, 0, 0, 0, 0),
+    "TIFF": b"II*\0\x08\0\0\0" + struct.pack("<HHHII", 0xFFFF, 256, 4, 1, 1 << 31),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_crafted_headers_are_one_clear_error(kind: str) -> None:
+    for check in (read_image, check_image):
+        with pytest.raises(ValueError, match=r"."):
+            check(HEADERS[kind])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_damage_at_any_place_is_read_or_refused(kind: str) -> None:
+    whole, source = saved(kind), random.Random(0)
+    assert check_image(whole) == (kind, 64, 64)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(source.choice((1, 4, 16))):
+            damaged[source.randrange(len(whole))] = source.randrange(256)
+        message = "image"
+        try:
+            read_image(bytes(damaged)).convert("RGB")
+        except ValueError as error:
+            message = str(error)
+        assert "image" in message
+        try:
+            check_image(bytes(damaged))
+        except ImageError as error:
+            message = str(error)
+        assert message
