@@ -110,7 +110,7 @@ def test_a_rank_that_would_fill_the_memory_is_refused(adapter: Path) -> None:
         load_adapter(tiny_model(), adapter)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", '"x"'])
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", '"x"'], ids=["deep", "open", "list", "text"])
 def test_a_damaged_configuration_of_an_adapter_is_a_message(adapter: Path, text: str) -> None:
     (adapter / "adapter_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json is not"):

@@ -178,7 +178,7 @@ MERGES = "\n".join(
 )
 
 
-@pytest.mark.parametrize("text", [LAUGHS, MERGES])
+@pytest.mark.parametrize("text", [LAUGHS, MERGES], ids=["lists", "merges"])
 def test_aliases_that_stand_for_many_values_are_refused(tmp_path: Path, text: str) -> None:
     assert "more than 20000 values after its aliases (*) are replaced by what they stand for" in refused(tmp_path, text)
 
@@ -204,6 +204,7 @@ def test_a_few_aliases_are_read(tmp_path: Path) -> None:
         ([0] * 30_000, "more than 20000 values in all"),
         ({"x" * 200_000: 1}, "a text of 200000 characters, more than 100000"),
     ],
+    ids=["text", "number", "list", "key"],
 )
 def test_values_that_no_message_could_hold_are_refused(values: dict[str, Any], value: Any, said: str) -> None:
     values["train"]["method"] = value
@@ -241,7 +242,7 @@ def test_messages_are_short_and_few(values: dict[str, Any]) -> None:
     assert max(map(len, lines)) < 1100
 
 
-@pytest.mark.parametrize("pattern", ["(" * 5000, "(?:a{65535}){65535}{65535}", "x" * 20_000])
+@pytest.mark.parametrize("pattern", ["(" * 5000, "(?:a", "x" * 20_000], ids=["deep", "open", "long"])
 def test_an_expression_that_cannot_be_compiled_is_a_message(values: dict[str, Any], pattern: str) -> None:
     values["evaluate"]["task"] = f"regex:{pattern}"
     with pytest.raises(ParamsError, match="not a regular expression"):
