@@ -815,6 +815,8 @@ def load_params(path: Path) -> Params:
         if "&" in text and "*" in text:
             _check_aliases(yaml.compose(text), path)
         values = yaml.load(text)
+    except ParamsError:
+        raise
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; run from the repository's root, or give --root") from None
     except UnicodeDecodeError as error:
@@ -849,9 +851,7 @@ def _check_aliases(root: Any, path: Path) -> None:
             return sizes[id(node)]
         if id(node) in inside:
             mark = node.start_mark
-            raise ParamsError(
-                f"{path}:{mark.line + 1}:{mark.column + 1}: an alias (*) in a value stands for that value"
-            )
+            raise ParamsError(f"{path}:{mark.line + 1}:{mark.column + 1}: a value contains itself, by an alias (*)")
         inside.add(id(node))
         children = node.value if isinstance(node.value, list) else []
         parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]

@@ -51,7 +51,7 @@ def test_many_columns_of_which_the_last_stands_twice_are_refused_at_once(tmp_pat
 def test_a_row_of_csv_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_reader, "MAX_LINE", 1000)
     content = 'text\nx\n"' + "y" * 90 + "\n" + ("z" * 90 + "\n") * 50
-    assert "a.csv:14: a row of more than 0 MiB; a quote may be missing" in said(tmp_path / "a.csv", content)
+    assert "a.csv:13: a row of more than 0 MiB; a quote may be missing" in said(tmp_path / "a.csv", content)
 
 
 def test_a_field_longer_than_the_limit_of_the_csv_module_is_read(tmp_path: Path) -> None:
