@@ -70,6 +70,8 @@ def check_adapter_values(file: Path) -> None:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 tensor = tensors.get_tensor(name)
+                if name.endswith("_topk_indices"):  # of VB-LoRA, which saves which vectors it uses
+                    continue
                 if not tensor.is_floating_point():
                     kind = str(tensor.dtype).removeprefix("torch.")
                     raise CheckpointError(
@@ -113,6 +115,8 @@ def check_adapter_config(folder: Path, config: Any, module_names: Iterable[str],
                 f"The adapter in {folder} can't be used: {option} is {shown!r:.80} in its adapter_config.json, and "
                 f"{error}. State the modules by a list of their names."
             ) from None
+    if getattr(getattr(config, "peft_type", None), "value", None) != "LORA":
+        return  # a rank beyond all sizes means full matrices in LoKr
     largest = max((size for shape in shapes for size in shape), default=0)
     ranks = [getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()]
     for rank in ranks:
