@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("sft", "stages", "flows")
 MAX_MODULES = 12
 # Their effect reaches a stage only through values that DVC tracks anyway (params, paths of outs): a new option of one
-# stage must not invalidate the results of the others. Or they only hide messages or refuse downloads.
+# stage must not invalidate the results of the others. Or they only hide messages or refuse files.
 PLUMBING = {
     "stages",
     "stages.__main__",
@@ -39,6 +39,7 @@ PLUMBING = {
     "stages.checkout.paths",
     "sft",
     "sft.log_noise",
+    "sft.models.values",
     "sft.web",
 }
 # Where else a stage reads its params; other modules read only what decides nothing of the result.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ LONGEST_PATTERN = 1000
 _WRAPPED = re.compile(r'\{[ \t\r\n]*"(data|rows|examples|instances|train)"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
 
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
+
+MAX_DEPTH = 100
+"""Most lists and objects in one another, so that no later step ends in a RecursionError."""
 
 _TOO_DEEP = "lists or objects lie too deep in one another to be read"
 
@@ -94,9 +98,8 @@ def _columns(line: bytes, path: Path, number: int, *, is_first: bool) -> dict[st
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise RepeatedKeyError(f"the key {twice!r} stands twice in one object; remove one of the two")
+        twice = next(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+        raise RepeatedKeyError(f"the key {twice!r:.80} stands twice in one object; remove one of the two")
     return result
 
 
@@ -112,7 +115,13 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
 
 def _shown(value: Any) -> str:
     """Describe a JSON value by its type and beginning, for error messages."""
-    return "null" if value is None else f"{_JSON_NAMES.get(type(value), type(value).__name__)} {value!r:.60}"
+    if value is None:
+        return "null"
+    try:
+        shown = f"{value!r:.60}"
+    except (RecursionError, ValueError):  # too deep, or a number that Python does not print
+        shown = "..."
+    return f"{_JSON_NAMES.get(type(value), type(value).__name__)} {shown}"
 
 
 def _excerpt(error: json.JSONDecodeError) -> str:
@@ -122,7 +131,24 @@ def _excerpt(error: json.JSONDecodeError) -> str:
 def _object(value: Any, place: str, hint: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SourceError(f"{place}: a row must be a JSON object, not {_shown(value)}{hint}")
+    if _is_deep(value):
+        raise SourceError(f"{place}: {_TOO_DEEP}")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether more than `MAX_DEPTH` lists and objects lie in one another."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 class Window:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sft.data.contents import Content, contents, with_texts
 from sft.data.messages import Problem
+from sft.untrusted.patterns import PatternError, schema_problem
 
 Finder = Callable[[Mapping[str, Any]], Problem | None]
 
@@ -187,6 +188,15 @@ def _misfit(validator: Any, arguments: str) -> str | None:
     from jsonschema.exceptions import best_match
     from referencing.exceptions import Unresolvable
 
+    schema = json.dumps(validator.schema)
+    if "pattern" in schema or "Ref" in schema or '"$ref"' in schema:
+        # an expression may backtrack, and references multiply, without end
+        try:
+            return schema_problem(validator.schema, json.loads(arguments))
+        except json.JSONDecodeError as problem:
+            return f"the arguments are no JSON ({problem})"
+        except (PatternError, RecursionError) as problem:
+            return f"its schema can't be checked: {problem}"
     try:
         error = best_match(validator.iter_errors(json.loads(arguments)))
     except json.JSONDecodeError as problem:

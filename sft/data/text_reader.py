@@ -12,6 +12,7 @@ import io
 import itertools
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,12 +181,21 @@ def csv_rows(path: Path, name: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     numbered = lines(path)
     begin, first = next(((number, line) for number, line in numbered if line.strip()), (1, ""))
-    rest = (line for _, line in numbered)
-    reader = csv.reader(itertools.chain([first], rest), delimiter=_delimiter(path, first), strict=True)
+    num_characters = 0
+
+    def rest() -> Iterator[str]:
+        nonlocal num_characters
+        for place, line in numbered:
+            num_characters += len(line)
+            if num_characters > MAX_LINE:
+                raise SourceError(f"{path}:{place}: a row of more than {MAX_LINE >> 20} MiB; a quote may be missing")
+            yield line
+
+    reader = csv.reader(itertools.chain([first], rest()), delimiter=_delimiter(path, first), strict=True)
     header: list[str] | None = None
     number = begin
     while True:
-        before = reader.line_num
+        before, num_characters = reader.line_num, 0
         try:
             fields = next(reader)
         except StopIteration:
@@ -220,7 +230,7 @@ def _delimiter(path: Path, header: str) -> str:
 
 
 def _header(fields: list[str], place: str) -> list[str]:
-    twice = next((name for name in fields if fields.count(name) > 1), None)
+    twice = next((name for name, number in Counter(fields).items() if number > 1), None)
     if twice is not None:
-        raise SourceError(f"{place}: two columns are named {twice!r}; rename one of them")
+        raise SourceError(f"{place}: two columns are named {twice!r:.80}; rename one of them")
     return fields

@@ -18,6 +18,7 @@ from typing import Any
 
 from sft.evaluate.intervals import Interval, ratio_interval, sums_interval
 from sft.suggest import did_you_mean
+from sft.untrusted.patterns import PatternError, check_pattern, last_match
 
 # A sign counts only if no word character precedes it: the 3 in "5-3" is not negative.
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?")
@@ -93,9 +94,10 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     if name.startswith(REGEX):
         try:
-            pattern = re.compile(name.removeprefix(REGEX))
-        except re.error as error:
-            raise ValueError(f"task {name!r}: not a regular expression: {error}") from None
+            check_pattern(name.removeprefix(REGEX))
+        except PatternError as error:
+            raise ValueError(f"task {name!r:.200}: not a regular expression: {error}") from None
+        pattern = re.compile(name.removeprefix(REGEX))
         if not pattern.pattern:
             raise ValueError(f"task {name!r} has no pattern; write e.g. `regex:#### (-?[0-9.]+)`")
         return Task(
@@ -233,9 +235,19 @@ def last_number(text: str) -> Decimal | None:
 
 
 def last_found(pattern: re.Pattern[str], text: str) -> str | None:
-    """Return the last match of a pattern, or its first group if the pattern has groups; None if there is no match."""
-    found = list(pattern.finditer(text))
-    return found[-1].group(1 if pattern.groups else 0) if found else None
+    """Return the last match of a pattern, or its first group if the pattern has groups; None if there is no match.
+
+    Raises:
+        ValueError: The search takes too long, as for patterns that backtrack.
+    """
+    try:
+        found = last_match(pattern.pattern, text)
+    except PatternError as error:
+        raise ValueError(f"task {REGEX}{pattern.pattern:.200}: {error}, in {text[:80]!r}") from None
+    if found is None:
+        return None
+    whole, groups = found
+    return groups[0] if groups else whole
 
 
 def _score_json(prediction: str, reference: str) -> dict[str, float]:

@@ -69,8 +69,14 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).is_file() or not index.is_file():
         return sorted(folder.glob("*.safetensors"))
     try:
-        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = next((name for name in sorted(names) if Path(name).name != name), None)
+        if outside is not None:
+            raise CheckpointError(f"{index} names {outside!r:.80}, which is not a file in its folder. {WAY_OUT}")
+        return sorted(folder / name for name in names)
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} can't be read ({type(error).__name__}: {error}). {WAY_OUT}") from error
 
 

@@ -22,6 +22,9 @@ from transformers import (
 )
 from transformers.utils.quantization_config import GgufConfig
 
+from sft.models.values import check_values
+from sft.untrusted.gguf_files import check_gguf_file
+
 GGUF_MAGIC = b"GGUF"
 
 SINGLE_DIGIT_PRE_TOKENIZERS = frozenset({"smollm", "command-r", "starcoder", "refact"})
@@ -39,7 +42,8 @@ def dequantize_gguf(gguf_file: Path, output_dir: Path) -> None:
         output_dir: Folder to write. It must be empty or not exist, so that no other file is in the checkpoint.
 
     Raises:
-        ValueError: The file is not a GGUF file, or the folder is not empty.
+        ValueError: The file is not a GGUF file, is damaged or has weights that are not finite, or the folder is not
+            empty.
     """
     gguf_file, output_dir = Path(gguf_file), Path(output_dir)
     _check_gguf(gguf_file)
@@ -47,12 +51,17 @@ def dequantize_gguf(gguf_file: Path, output_dir: Path) -> None:
         raise ValueError(
             f"{output_dir} is not empty: dequantize_gguf writes a complete checkpoint and needs an empty folder."
         )
-    quantized = AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent,
-        gguf_file=gguf_file.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    try:
+        quantized = AutoModelForCausalLM.from_pretrained(
+            gguf_file.parent,
+            gguf_file=gguf_file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    except Exception as error:  # metadata of other types than expected raises errors of any class
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{gguf_file} can't be read as a model: {type(error).__name__}: {reason}") from error
+    check_values(quantized, gguf_file)
     _save_plain(quantized, output_dir)
     load_gguf_tokenizer(gguf_file, quantized.config.max_position_embeddings).save_pretrained(output_dir)
 
@@ -66,6 +75,7 @@ def _check_gguf(gguf_file: Path) -> None:
         raise ValueError(
             f"{gguf_file} begins with {magic!r} instead of {GGUF_MAGIC!r}: it is not a GGUF file, or a broken download."
         )
+    check_gguf_file(gguf_file)
 
 
 def _save_plain(quantized: PreTrainedModel, output_dir: Path) -> None:

@@ -41,6 +41,7 @@ from sft.models.checkpoint import (
     task_of,
 )
 from sft.models.kept_weights import keep_weights, keeping_loaded_weights
+from sft.models.values import check_values
 from sft.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,8 @@ def load_model(
         check_weight_files(Path(name_or_path))  # raises an error that names the file, if this is a folder
         raise CheckpointError(f"A weight file of {str(name_or_path)!r} is damaged: {error}. {WAY_OUT}") from error
     check_loading_info(name_or_path, info, sizes_may_differ=sizes_may_differ)
+    if not sizes_may_differ:
+        check_values(model, name_or_path)
     keep_weights(model)
     if _may_be_other(model, [type(model).__name__]):
         add_token_types(model)

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sft.models.adapter_starts import start_of, why_not_reloadable
+from sft.models.values import check_adapter_config, check_adapter_values, read_adapter_config
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def check_adapter_folder(adapter: Path) -> None:
         raise ValueError(f"{adapter} holds no adapter: it has no {ADAPTER_CONFIG}.")
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{adapter} has no {ADAPTER_WEIGHTS}; pickled adapters (.bin) are refused: reading runs code.")
-    config = PeftConfig.from_pretrained(adapter)
+    config = _config_of(adapter)
     kind = config.peft_type.value
     if config.is_prompt_learning:
         raise ValueError(f"The {kind} adapter in {adapter} can't be merged: it adds to the input, not to the weights.")
@@ -60,6 +61,15 @@ def check_adapter_folder(adapter: Path) -> None:
         )
 
 
+def _config_of(adapter: Path) -> PeftConfig:
+    read_adapter_config(adapter, ADAPTER_CONFIG)
+    try:
+        return PeftConfig.from_pretrained(adapter)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} can't be read by peft: {reason}") from error
+
+
 def load_adapter(model: PreTrainedModel, adapter: Path, *, low_cpu_mem_usage: bool = False) -> PeftModel:
     """Put a saved adapter on its base model as peft does, and check that every weight of the adapter was used.
 
@@ -75,6 +85,9 @@ def load_adapter(model: PreTrainedModel, adapter: Path, *, low_cpu_mem_usage: bo
     Raises:
         ValueError: The adapter belongs to another base model.
     """
+    check_adapter_values(adapter / ADAPTER_WEIGHTS)
+    module_names = [name for name, _ in model.named_modules()]
+    check_adapter_config(adapter, _config_of(adapter), module_names, adapter_shapes(adapter).values())
     try:
         ask_peft_to_wait()
         keep_own_names()

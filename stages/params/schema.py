@@ -127,6 +127,8 @@ def _check_template(text: str) -> str:
         SandboxedEnvironment().parse(text)
     except TemplateSyntaxError as error:
         raise ValueError(f"not a Jinja template: {error.message}, line {error.lineno}") from error
+    except RecursionError:
+        raise ValueError("not a Jinja template: its expressions lie too deep in one another") from None
     return text
 
 
@@ -814,6 +816,16 @@ class ParamsError(ValueError):
     """params.yaml can't be used; the message lists every problem."""
 
 
+MAX_FILE_BYTES = 1 << 20
+"""Largest params.yaml in bytes; the shipped one has 40 thousand."""
+
+MAX_VALUES, MAX_DEPTH, MAX_TEXT, MAX_INTEGER_BITS = 20_000, 50, 100_000, 1024
+"""Most values, most sections and lists in one another, longest text, and longest number."""
+
+MAX_PROBLEMS = 50
+"""Most problems that a message lists."""
+
+
 def load_params(path: Path) -> Params:
     """Read and check params.yaml.
 
@@ -828,8 +840,16 @@ def load_params(path: Path) -> Params:
             problems are listed, each with its place and, for a misspelt key, the nearest name.
     """
     try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise ParamsError(f"{path}: {size} bytes, more than {MAX_FILE_BYTES}; rows belong into data/")
         text = path.read_text(encoding="utf-8")
-        values = YAML(typ="safe", pure=True).load(text)
+        yaml = YAML(typ="safe", pure=True)
+        if "&" in text and "*" in text:
+            _check_aliases(yaml.compose(text), path)
+        values = yaml.load(text)
+    except ParamsError:
+        raise
     except FileNotFoundError:
         raise ParamsError(f"{path}: no such file; run from the repository's root, or give --root") from None
     except UnicodeDecodeError as error:
@@ -848,6 +868,65 @@ def load_params(path: Path) -> Params:
     except ValueError as error:  # a number of thousands of digits
         raise ParamsError(f"{path}: a value can't be read: {' '.join(str(error).split())}") from None
     return check_params(values, source=str(path))
+
+
+def _check_aliases(root: Any, path: Path) -> None:
+    """Check that a YAML document has few values also after its aliases are replaced by what they stand for.
+
+    Raises:
+        ParamsError: It has more than `MAX_VALUES`, or a value contains itself.
+    """
+    sizes: dict[int, int] = {}
+    inside: set[int] = set()
+
+    def count(node: Any) -> int:
+        if id(node) in sizes:
+            return sizes[id(node)]
+        if id(node) in inside:
+            mark = node.start_mark
+            raise ParamsError(f"{path}:{mark.line + 1}:{mark.column + 1}: a value contains itself, by an alias (*)")
+        inside.add(id(node))
+        children = node.value if isinstance(node.value, list) else []
+        parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        sizes[id(node)] = min(1 + sum(map(count, parts)), MAX_VALUES + 1)
+        inside.discard(id(node))
+        return sizes[id(node)]
+
+    if root is not None and count(root) > MAX_VALUES:
+        raise ParamsError(
+            f"{path}: more than {MAX_VALUES} values after its aliases (*) are replaced by what they stand for; write "
+            "them out"
+        )
+
+
+def _check_extent(values: Any, source: str) -> None:
+    """Check that values are few, short and not deep, so that they can be validated and written into messages.
+
+    Raises:
+        ParamsError: They are not; the message has the place.
+    """
+    num_values = 0
+    waiting: list[tuple[Any, tuple[Any, ...]]] = [(values, ())]
+    while waiting:
+        value, place = waiting.pop()
+        num_values += 1
+        problem = ""
+        if num_values > MAX_VALUES:
+            problem = f"more than {MAX_VALUES} values in all"
+        elif len(place) > MAX_DEPTH:
+            problem = f"values lie more than {MAX_DEPTH} deep in one another"
+        elif isinstance(value, (str, bytes)) and len(value) > MAX_TEXT:
+            problem = f"a text of {len(value)} characters, more than {MAX_TEXT}"
+        elif isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
+            problem = f"a number of {value.bit_length()} bits, more than {MAX_INTEGER_BITS}"
+        if problem:
+            shown = ".".join(f"{part!s:.40}" for part in place[:4])
+            raise ParamsError(f"{source}: {shown}: {problem}" if shown else f"{source}: {problem}")
+        if isinstance(value, dict):
+            waiting += [(key, (*place, "a key")) for key in value if not isinstance(key, str) or len(key) > MAX_TEXT]
+            waiting += [(item, (*place, key if isinstance(key, str) else "a key")) for key, item in value.items()]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            waiting += [(item, (*place, number)) for number, item in enumerate(value)]
 
 
 def _yaml_problem(error: MarkedYAMLError) -> str:
@@ -873,12 +952,19 @@ def check_params(values: Any, source: str = "params.yaml") -> Params:
     if not isinstance(values, dict):
         found = "an empty file" if values is None else type(values).__name__
         raise ParamsError(f"{source}: expected sections such as `train:`, found {found}")
+    _check_extent(values, source)
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        problems = [describe_problem(detail, Params) for detail in error.errors()]
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    raise ParamsError("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))
+        details = error.errors()
+    count = f"{len(details)} problem{'s' if len(details) > 1 else ''}"
+    problems = [_clipped(describe_problem(detail, Params), 1000) for detail in details[:MAX_PROBLEMS]]
+    more = ["..."] if len(details) > MAX_PROBLEMS else []
+    raise ParamsError("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in [*problems, *more])]))
+
+
+def _clipped(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 def describe_problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
@@ -902,7 +988,7 @@ def describe_problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
         return message
     if isinstance(detail["input"], (dict, BaseModel)):
         return f"{place}: {message}"
-    return f"{place}: {message}, found {redact(repr(detail['input']))}"
+    return f"{place}: {message}, found {redact(_clipped(repr(detail['input']), 200))}"
 
 
 def _model_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:

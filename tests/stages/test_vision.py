@@ -281,7 +281,7 @@ def test_images_that_cannot_be_used_stand_in_the_ledger(root: Path) -> None:
         "lies outside of",
         "lies outside of",
         "as an image",
-        "format EPS",
+        "not one of PNG, JPEG",
         "is a URL",
         "0.2 allows",
     )

@@ -158,3 +158,95 @@ def test_params_are_frozen(values: dict[str, Any]) -> None:
     params = Params.model_validate(values)
     with pytest.raises(ValidationError, match="frozen"):
         params.train.lora_r = 4  # type: ignore[misc]
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "params.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ParamsError) as raised:
+        load_params(file)
+    assert len(str(raised.value)) < 20_000
+    return str(raised.value)
+
+
+LAUGHS = "\n".join(
+    ["a0: &a0 [ha, ha, ha, ha, ha, ha, ha, ha, ha]"]
+    + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)]
+)
+MERGES = "\n".join(
+    ["a0: &a0 {x: 1}"] + [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 30)]
+)
+
+
+@pytest.mark.parametrize("text", [LAUGHS, MERGES], ids=["lists", "merges"])
+def test_aliases_that_stand_for_many_values_are_refused(tmp_path: Path, text: str) -> None:
+    assert "more than 20000 values after its aliases (*) are replaced by what they stand for" in refused(tmp_path, text)
+
+
+def test_an_alias_that_stands_for_its_own_value_is_refused(tmp_path: Path) -> None:
+    assert "params.yaml:1:4: a value contains itself, by an alias (*)" in refused(tmp_path, "a: &a [*a]")
+
+
+def test_a_few_aliases_are_read(tmp_path: Path) -> None:
+    text = SHIPPED.read_text(encoding="utf-8")
+    first, *others = re.findall(r"^  seed: \d+", text, re.MULTILINE)
+    assert set(others) == {first}
+    number = first.removeprefix("  seed: ")
+    seeds = text.replace(first, f"  seed: &seed {number}", 1).replace(first, "  seed: *seed")
+    file = tmp_path / "params.yaml"
+    file.write_text(seeds, encoding="utf-8")
+    assert seeds.count("*seed") == len(others)
+    assert load_params(file) == load_params(SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("x" * 1_000_000, "train.method: a text of 1000000 characters, more than 100000"),
+        (10**5000, "train.method: a number of 16610 bits, more than 1024"),
+        ([0] * 30_000, "more than 20000 values in all"),
+        ({"x" * 200_000: 1}, "a text of 200000 characters, more than 100000"),
+    ],
+    ids=["text", "number", "list", "key"],
+)
+def test_values_that_no_message_could_hold_are_refused(values: dict[str, Any], value: Any, said: str) -> None:
+    values["train"]["method"] = value
+    with pytest.raises(ParamsError) as raised:
+        check_params(values)
+    assert said in str(raised.value)
+    assert len(str(raised.value)) < 300
+
+
+def test_values_that_lie_too_deep_in_one_another_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    inner: list[Any] = []
+    for _ in range(500):
+        inner = [inner]
+    values["train"]["method"] = inner
+    with pytest.raises(ParamsError, match=r"train\.method\.0\.0: values lie more than 50 deep in one another"):
+        check_params(values)
+    assert "params.yaml: " in refused(tmp_path, "a: " + "[" * 100_000)
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    assert "params.yaml: 1200001 bytes, more than 1048576" in refused(tmp_path, "#" * 1_200_001)
+
+
+def test_a_number_beyond_what_python_prints_is_a_message(tmp_path: Path) -> None:
+    assert "params.yaml" in refused(tmp_path, "a: 0x" + "f" * 20_000)
+
+
+def test_messages_are_short_and_few(values: dict[str, Any]) -> None:
+    values["train"]["method"] = "x" * 90_000
+    values["train"] |= {f"unknown{number}": 1 for number in range(500)}
+    with pytest.raises(ParamsError) as raised:
+        check_params(values)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 52
+    assert max(map(len, lines)) < 1100
+
+
+@pytest.mark.parametrize("pattern", ["(" * 5000, "(?:a", "x" * 20_000], ids=["deep", "open", "long"])
+def test_an_expression_that_cannot_be_compiled_is_a_message(values: dict[str, Any], pattern: str) -> None:
+    values["evaluate"]["task"] = f"regex:{pattern}"
+    with pytest.raises(ParamsError, match="not a regular expression"):
+        check_params(values)
