@@ -253,6 +253,8 @@ SPECIAL: dict[str, Callable[[Sizes], dict[str, Any]]] = {
     "stablelm": lambda s: {"rope_parameters": {"partial_rotary_factor": 0.5}},
     "step3p5": lambda s: {"sliding_window": s.window, "swiglu_limits": None, "swiglu_limits_shared": None},
     "unlimited_ocr_text": lambda s: {"num_key_value_heads": s.heads},
+    # its own code takes widths of queries, keys and values that are multiples of 64
+    "xlstm": lambda s: {"hidden_size": 128, "num_heads": 4},
     "xmod": lambda s: {"default_language": "en_XX"},
     "zamba": lambda s: {
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
@@ -267,8 +269,12 @@ SPECIAL: dict[str, Callable[[Sizes], dict[str, Any]]] = {
 
 
 _DRAFTS = "it drafts for another model, whose hidden states, keys and values it is given instead of token ids"
-UNBUILDABLE = {"gemma4_assistant": _DRAFTS, "gemma4_unified_assistant": _DRAFTS}
-"""Family -> why it takes no rows of tokens, where its own error does not say it."""
+UNBUILDABLE = {
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "shieldgemma2": "it classifies images, and transformers can't read the language model in it from a checkpoint",
+}
+"""Family -> why it is no language model that takes rows of tokens, where its own error does not say it."""
 
 
 def families() -> dict[str, type]:

@@ -40,7 +40,7 @@ from sft.models.kbit import (
     needs_kbit_preparation,
     prepare_model_for_kbit_training,
 )
-from sft.models.loading import keep_4bit_weights
+from sft.models.kept_weights import keep_weights
 from sft.models.saved_adapters import ask_peft_to_wait, keep_own_names
 from sft.models.token_rows import (
     embedding_name,
@@ -146,7 +146,7 @@ def wrap_adapter(
         "use_gradient_checkpointing": gradient_checkpointing,
         "gradient_checkpointing_kwargs": gradient_checkpointing_kwargs,
     }
-    keep_4bit_weights(model)
+    keep_weights(model)
     if isinstance(model, PeftModel):
         wrapped = _continue_adapter(model, peft_config, checkpointing)
     elif peft_config is None:

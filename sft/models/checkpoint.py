@@ -184,22 +184,33 @@ def check_number_of_layers(folder: Path, config: Any) -> None:
 def auto_class(config: Any) -> Any:
     """Return the auto class for a config: the one for images and text if the checkpoint was saved with an image tower.
 
+    A few language models, as those of Mllama and Emu3, are saved with a config that transformers' auto classes do not
+    know, since it is that of a part of a larger model. Their class is registered for it.
+
     Args:
         config: Model config; `architectures` names the class that the checkpoint was saved from.
 
     Returns:
         `AutoModelForImageTextToText` or `AutoModelForCausalLM`.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    import transformers
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
     saved_as = (getattr(config, "architectures", None) or [None])[0]
-    with_images = saved_as in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
-    text_alone = saved_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return AutoModelForImageTextToText if with_images and not text_alone else AutoModelForCausalLM
+    text_alone = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    has_text_class = text_alone is not None or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    # one class may belong to several types: it reads images in one of them, and text alone in another
+    if with_images is not None and saved_as != text_alone and (saved_as == with_images or not has_text_class):
+        return transformers.AutoModelForImageTextToText
+    if text_alone is None and saved_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        model_class = getattr(transformers, saved_as)
+        if model_class.config_class is type(config):
+            transformers.AutoModelForCausalLM.register(type(config), model_class, exist_ok=True)
+    return transformers.AutoModelForCausalLM
 
 
 def load_tokenizer(

@@ -37,6 +37,7 @@ from sft.models.checkpoint import (
     generates_text,
     task_of,
 )
+from sft.models.kept_weights import keep_weights, keeping_loaded_weights
 from sft.suggest import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -130,46 +131,18 @@ def load_model(
         is_decoder = from_pretrained_kwargs.get("is_decoder")
         check_architecture(str(name_or_path), config, **({} if is_decoder is None else {"is_decoder": is_decoder}))
         loader = auto_class(config)
-        model, info = loader.from_pretrained(name_or_path, **arguments)
+        with keeping_loaded_weights():
+            model, info = loader.from_pretrained(name_or_path, **arguments)
     except OSError as error:
         raise ValueError(explain_load_error(name_or_path, error)) from error
     except SafetensorError as error:
         check_weight_files(Path(name_or_path))  # raises an error that names the file, if this is a folder
         raise CheckpointError(f"A weight file of {str(name_or_path)!r} is damaged: {error}. {WAY_OUT}") from error
     check_loading_info(name_or_path, info, sizes_may_differ=sizes_may_differ)
-    keep_4bit_weights(model)
+    keep_weights(model)
     if _may_be_other(model, [type(model).__name__]):
         add_token_types(model)
     return model
-
-
-def keep_4bit_weights(model: torch.nn.Module) -> None:
-    """Have 4-bit layers compute evaluations with the weights that they are trained with.
-
-    On a CPU with bfloat16 products, bitsandbytes (0.50) packs the weights of a layer when it is first evaluated,
-    whatever the compute dtype is, and goes on with them in training: their scales are rounded to bfloat16 for good, and
-    products with them pass no gradient on to the layers before.
-
-    Layers that are packed already are unpacked. Their rounded scales can't be restored, which is said.
-    """
-    num_packed = 0
-    for module in model.modules():
-        if not hasattr(module, "support_avx512bf16_for_cpu"):
-            continue
-        module.support_avx512bf16_for_cpu = False
-        state: Any = getattr(module.weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            num_packed += 1
-            module.state_dict()  # bitsandbytes unpacks the weights of a layer that is saved
-            if not state.nested:  # but leaves their scales as it packed them: (blocks per row, rows) in bfloat16
-                state.absmax = state.absmax.T.reshape(-1).float().contiguous()
-    if num_packed:
-        logger.warning(
-            "%d 4-bit layers were evaluated on this CPU before training, for which bitsandbytes rounded the scales of "
-            "their weights to bfloat16: they differ from the checkpoint's by up to 0.4 %%. To train with the exact "
-            "ones, load the model anew, with sft.load_model if it is to be evaluated first",
-            num_packed,
-        )
 
 
 def load_converted_weights(model: Any, folder: str | Path) -> None:
@@ -189,14 +162,15 @@ def load_converted_weights(model: Any, folder: str | Path) -> None:
     Raises:
         ValueError: The checkpoint lacks weights of the model.
     """
-    loaded, info = type(model).from_pretrained(
-        folder,
-        config=model.config,
-        dtype=model.dtype,
-        attn_implementation="eager",
-        output_loading_info=True,
-        device_map={"": "cpu"},
-    )
+    with keeping_loaded_weights():
+        loaded, info = type(model).from_pretrained(
+            folder,
+            config=model.config,
+            dtype=model.dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
+            device_map={"": "cpu"},
+        )
     lacking = sorted(set(info["missing_keys"]) - set(model.all_tied_weights_keys or ()))
     if lacking:
         raise ValueError(

@@ -9,13 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from transformers import BitsAndBytesConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks.tiny_families import Sizes, tiny_family
+from benchmarks.family_checks import special_tokens
+from benchmarks.tiny_families import Sizes, tiny_config, tiny_family
 from sft.attention.kernels import SFT_DOCUMENTS
+from sft.export.merge import merge_adapter
+from sft.export.proof import logits_of
+from sft.models.adapters import wrap_adapter
 from sft.models.checkpoint import load_tokenizer
 from sft.models.loading import load_converted_weights, load_model, parse_dtype, training_device
-from tests.tiny import tiny_model, tiny_tokenizer
+from sft.train.trainer import SFTTrainer
+from tests.tiny import quiet_config, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +95,57 @@ def test_vision_language_checkpoint_keeps_its_image_tower(tmp_path: Path) -> Non
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert type(model) is LlavaForConditionalGeneration
+
+
+PARTS = {
+    "emu3": "Emu3ForCausalLM",
+    "mllama": "MllamaForCausalLM",
+    "pp_chart2table": "GotOcr2ForConditionalGeneration",
+}
+"""Family -> class that the auto classes do not know for its config, or know for another type of config."""
+
+
+@pytest.mark.parametrize("family", PARTS)
+def test_checkpoint_is_loaded_trained_and_merged_as_the_class_that_it_names(family: str, tmp_path: Path) -> None:
+    model = tiny_family(family, Sizes(), special_tokens())
+    model.save_pretrained(tmp_path / "base")
+    loaded = load_model(tmp_path / "base")
+    assert type(loaded).__name__ == type(model).__name__ == PARTS[family]
+    rows = [list(range(5, 25)), list(range(60, 70))]
+    torch.testing.assert_close(logits_of(loaded, rows), logits_of(model, rows), rtol=0, atol=0)
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = wrap_adapter(loaded, adapter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    report = merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", rows, tolerance=1e-4)
+    assert report.max_logit_diff < 1e-4 < report.adapter_effect
+    merged = load_model(tmp_path / "merged")
+    assert type(merged).__name__ == PARTS[family]
+    torch.testing.assert_close(logits_of(merged, rows), logits_of(adapted, rows), rtol=1e-4, atol=1e-4)
+
+
+def test_classifier_of_images_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    config = tiny_config("shieldgemma2", Sizes(), special_tokens())
+    config.architectures = ["ShieldGemma2ForImageClassification"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds ShieldGemma2ForImageClassification, a model for image classification"):
+        load_model(tmp_path)
+
+
+def test_training_resumes_where_a_config_has_values_that_only_its_class_knows(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [list(range(5, 25)), list(range(60, 70))]})
+
+    def trainer(folder: str) -> SFTTrainer:
+        model = tiny_family("deepseek_v4", Sizes(), special_tokens())
+        assert model.config.mlp_layer_types == ["hash_moe", "moe", "moe"]
+        config = quiet_config(tmp_path / folder, max_steps=2, save_steps=1, padding_free=False)
+        return SFTTrainer(model, args=config, train_dataset=rows, processing_class=tiny_tokenizer())
+
+    whole, resumed = trainer("whole"), trainer("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    expected = dict(whole.model.named_parameters())
+    different = [name for name, weight in resumed.model.named_parameters() if not torch.equal(weight, expected[name])]
+    assert different == []
 
 
 def test_auto_attention_is_the_choice_of_transformers(folder: Path) -> None:
