@@ -18,7 +18,6 @@ from stages.params.schema import Params, QuantizeSection
 
 SKIPPED = "quantize.method is none: the merged checkpoint is shipped as it is"
 KEPT = "kept in full precision, as half precision can't represent some of their values"
-EXPERTS = "experts stay in half precision, as bitsandbytes quantizes layers, and these are parameters"
 NUM_COMPARED_ROWS = 4
 
 
@@ -66,9 +65,6 @@ def quantize(
         from sft.export.kbit import quantize_kbit  # imports bitsandbytes
 
         kbit = quantize_kbit(merged, quantized, section.method, calibration[:NUM_COMPARED_ROWS], progress)
-        if kbit.kept_experts:
-            share = f"{kbit.kept_experts_share:.0%} of the weights"
-            print(f"note: {EXPERTS} ({', '.join(kbit.kept_experts)}), {share}", flush=True)
         return kbit.to_dict(), common_figures(kbit.to_dict())
     settings = GPTQSettings(
         bits=section.bits,

@@ -20,8 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sft.export.quantization import empty_model
-from sft.models.checkpoint import weight_files
+from sft.models.checkpoint import empty_model, weight_files
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 """Names of the tensors of a packed layer."""

@@ -23,18 +23,20 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from sft.export.gptq_format import open_tensors, weights_size_bytes
 from sft.export.proof import compare_logits, logits_of
 from sft.export.quantization import (
+    MAX_SMALL_SHARE,
     LayerError,
     Progress,
     QuantizationReport,
     check_calibration,
+    check_experts,
     check_weights_finite,
-    empty_model,
+    linear_layers,
     linear_widths,
 )
 from sft.folders import replacing_folder
-from sft.inner_model import outside_language_model
-from sft.models.checkpoint import auto_class, copy_processor_files, save_tokenizer
-from sft.models.weight_kinds import router_layers, stacked_experts
+from sft.inner_model import is_inside, outside_language_model
+from sft.models.checkpoint import auto_class, copy_processor_files, empty_model, save_tokenizer
+from sft.models.weight_kinds import as_percent, matrices_outside_layers, num_values, router_layers
 
 METHODS = ("int8", "nf4")
 NF4_BLOCK = 64
@@ -67,8 +69,7 @@ def quantize_kbit(
 ) -> KbitReport:
     """Quantize the linear layers of a plain checkpoint folder and write a folder that plain transformers loads.
 
-    Embeddings, norms, the head, routers, experts that are stacked into parameters, and the image tower, if there is
-    one, are saved in half precision.
+    Embeddings, norms, the head, routers, and the image tower, if there is one, are saved in half precision.
 
     Args:
         model_dir: Folder with `config.json`, safetensors and tokenizer.
@@ -79,18 +80,17 @@ def quantize_kbit(
         on_progress: Called with (done, total, text) after each step.
 
     Raises:
-        ValueError: The method is unknown, nf4 does not support the width of a layer, the weights contain NaN or Inf,
-            an id is outside the vocabulary, or the folder loads as a different model.
+        ValueError: The method is unknown or does not support the layers, see `check_layers`, the weights contain NaN
+            or Inf, an id is outside the vocabulary, or the folder loads as a different model.
     """
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     plain = empty_model(model_dir)
     config = _config(method, plain)
-    check_widths(model_dir, method)
+    check_layers(model_dir, method, plain)
     check_calibration(model_dir, sample_input_ids)
     check_weights_finite(model_dir)
     check_half_precision(model_dir)
-    loader = auto_class(AutoConfig.from_pretrained(model_dir))
-    model = _load(loader, model_dir, method, quantization_config=_for_text_alone(config, loader, model_dir))
+    model = _load(auto_class(AutoConfig.from_pretrained(model_dir)), model_dir, method, quantization_config=config)
     _report_progress(on_progress, 1, f"rounded to {method}")
     errors = tuple(_layer_errors(model, model_dir))
     _report_progress(on_progress, 2, f"errors of {len(errors)} layers measured")
@@ -100,32 +100,52 @@ def quantize_kbit(
         copy_processor_files(model_dir, raw_dir)
         deviation = _loading_deviation(model, raw_dir, method, sample_input_ids)
     _report_progress(on_progress, 3, "written and read back")
-    experts = stacked_experts(plain)
     return KbitReport(
         method=method,
         source_bytes=weights_size_bytes(model_dir),
         quantized_bytes=weights_size_bytes(output_dir),
         modules=errors,
         loading_deviation=deviation,
-        kept_experts=tuple(sorted({".".join(name.split(".")[-2:]) for name in experts})),
-        kept_experts_share=sum(experts.values()) / sum(parameter.numel() for parameter in plain.parameters()),
     )
 
 
-def check_widths(model_dir: Path, method: str) -> None:
-    """Check that nf4 layers can run on a CPU; bitsandbytes would quantize other widths and then fail to run them.
+def check_layers(model_dir: Path, method: str, plain: PreTrainedModel | None = None) -> None:
+    """Check from the configuration alone that bitsandbytes quantizes the layers of a model, and can run them.
+
+    Args:
+        model_dir: Folder of the model.
+        method: int8 or nf4.
+        plain: What `empty_model` returns for the folder, if it was called already.
 
     Raises:
-        ValueError: They cannot; the message names the first such layer, its widths and the required multiples.
+        ValueError: There are experts that are not layers, most layers are of a class that bitsandbytes leaves as it is,
+            or nf4 can't run the widths of a layer on a CPU; the message names the first such layer.
     """
+    plain = empty_model(model_dir) if plain is None else plain
+    check_experts(plain, model_dir, method)
+    _check_classes(plain, model_dir)
     if method != "nf4":
         return
-    for name, (inputs, outputs) in linear_widths(model_dir).items():
+    for name, (inputs, outputs) in linear_widths(plain).items():
         if inputs % NF4_BLOCK or outputs % CPU_OUTPUTS:
             raise ValueError(
                 f"{name} has {inputs} inputs and {outputs} outputs; on a CPU nf4 needs multiples of {NF4_BLOCK} and "
                 f"{CPU_OUTPUTS}: use int8 or gptq"
             )
+
+
+def _check_classes(plain: PreTrainedModel, model_dir: Path) -> None:
+    others = outside_language_model(plain)
+    left = [weight for weight in matrices_outside_layers(plain) if not is_inside(str(weight.name), others)]
+    num_left = sum(num_values(weight.parameter) for weight in left)
+    known = [layer for layer in linear_layers(plain).values() if type(layer) in (torch.nn.Linear, Conv1D)]
+    total = num_left + sum(layer.weight.numel() for layer in known)
+    if num_left > MAX_SMALL_SHARE * total:
+        raise ValueError(
+            f"{as_percent(num_left, total)} of the matrices of {model_dir} ({left[0].name}, ...) are not weights of "
+            f"torch.nn.Linear but of {type(left[0].owner).__name__}, and bitsandbytes would leave them in half "
+            "precision. Use method none"
+        )
 
 
 def check_half_precision(model_dir: Path) -> None:
@@ -145,9 +165,13 @@ def check_half_precision(model_dir: Path) -> None:
 
 
 def _config(method: str, plain: PreTrainedModel) -> BitsAndBytesConfig:
-    routers = router_layers(plain)
+    """Return the quantization of the language model alone, without its head and routers."""
+    head = plain.get_output_embeddings()
+    others = outside_language_model(plain)
+    heads = [name for name, module in plain.named_modules() if module is head] if others else []
+    own = [*router_layers(plain), *others, *heads]
     # a list replaces transformers' own, which contains the head
-    kept = [*get_keys_to_not_convert(plain), *routers] if routers else None
+    kept = [*dict.fromkeys([*get_keys_to_not_convert(plain), *own])] if own else None
     if method == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     if method == "nf4":
@@ -176,22 +200,9 @@ def _load(loader: Any, folder: Path, method: str, **options: Any) -> Any:
     if missing:
         raise ValueError(
             f"transformers can't load all weights of this model in {method}, so that some would be random: "
-            f"{', '.join(missing[:3])}; it expects the experts of some families, such as Llama 4, in another form "
-            "than it saves them in. Use method none"
+            f"{', '.join(missing[:3])}. Use method none"
         )
     return model
-
-
-def _for_text_alone(config: BitsAndBytesConfig, loader: Any, model_dir: Path) -> BitsAndBytesConfig:
-    """Return the quantization for the language model alone: the image tower of a vision-language model is kept."""
-    with torch.device("meta"):
-        plain = loader.from_config(AutoConfig.from_pretrained(model_dir))
-    kept = outside_language_model(plain)
-    if kept:
-        head = plain.get_output_embeddings()
-        heads = [name for name, module in plain.named_modules() if module is head]
-        config.llm_int8_skip_modules = [*dict.fromkeys([*(config.llm_int8_skip_modules or []), *kept, *heads])]
-    return config
 
 
 def _report_progress(on_progress: Progress | None, done: int, text: str) -> None:

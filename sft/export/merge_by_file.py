@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -28,7 +27,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 from sft.export.merge_in_memory import TIE_TOLERANCE, refusing_unmergeable
 from sft.export.proof import LogitDifference, Row, compare_logits, iterate_logits
 from sft.models.adapter_starts import changes_base, start_of
-from sft.models.checkpoint import auto_class, weight_files
+from sft.models.checkpoint import empty_model, weight_files
 from sft.models.kept_weights import keep_weights
 from sft.models.saved_adapters import count_adapted_modules, load_adapter, outgrown
 from sft.models.token_rows import declares_tie, embedding_name, head_name
@@ -313,7 +312,7 @@ class StreamedModel:
         self, folder: Path, adapter: Path | None = None, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
         self.files = WeightFiles(folder)
-        self.plain = empty_model(folder)
+        self.plain = _placeholder_model(folder)
         self.aliases = _aliases(self.plain, self.files)
         self.model: PreTrainedModel | PeftModel = self.plain
         if adapter is not None:
@@ -352,18 +351,15 @@ class StreamedModel:
             _set_parameter(unit.inner, name, placeholder)
 
 
-def empty_model(folder: Path) -> PreTrainedModel:
-    """Build the model of a folder in eval mode, with placeholders for its weights; tied weights share one.
+def _placeholder_model(folder: Path) -> PreTrainedModel:
+    """Build the model of a folder with placeholders for its weights; tied weights share one.
 
     Raises:
         NotStreamableError: The model needs Python code from its folder.
     """
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "auto_map"):
+    if hasattr(AutoConfig.from_pretrained(folder), "auto_map"):
         raise NotStreamableError("it comes with its own Python code")
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
-    model.tie_weights()  # `init_empty_weights` replaces parameters one by one, which unties them
+    model = empty_model(folder)
     placeholders: dict[int, torch.Tensor] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         placeholder = placeholders.setdefault(id(parameter), nn.Parameter(_placeholder(parameter), requires_grad=False))
@@ -371,7 +367,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     keep_weights(model)
-    return model.eval()
+    return model
 
 
 def _placeholder(like: torch.Tensor) -> torch.Tensor:

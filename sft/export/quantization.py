@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sft.models.checkpoint import auto_class, is_image_model, weight_files
+from sft.models.checkpoint import empty_model, is_image_model, weight_files
 
 VALUES_PER_WORD = {2: 16, 3: 32, 4: 8, 8: 4}
 """Width in bits -> smallest number of weights that fill 32-bit words; 32 weights of 3 bits fill three words."""
@@ -36,6 +36,13 @@ NOT_FOR_IMAGES = (
     "tower in half precision, or none"
 )
 """Why GPTQ refuses a vision-language model."""
+
+NOT_FOR_EXPERTS = {
+    "gptq": "in a GPTQ checkpoint each expert is a layer, and transformers would not find them",
+    "int8": "bitsandbytes quantizes layers alone, and would leave them in half precision",
+    "nf4": "bitsandbytes quantizes layers alone, and would leave them in half precision",
+}
+"""Method -> why it refuses experts that are not layers."""
 
 SUMMARY = ("size_ratio", "mean_relative_error", "max_relative_error")
 """Names of the derived figures in the report."""
@@ -63,16 +70,12 @@ class QuantizationReport:
         modules: One error per quantized layer.
         loading_deviation: Mean absolute difference between the logits of the folder as transformers loads it and those
             of the quantized model that was written, divided by the standard deviation of the latter.
-        kept_experts: Last parts of the names of experts that were not quantized; empty if there are none.
-        kept_experts_share: Share of the model's weights that these are.
     """
 
     source_bytes: int
     quantized_bytes: int
     modules: tuple[LayerError, ...]
     loading_deviation: float
-    kept_experts: tuple[str, ...] = ()
-    kept_experts_share: float = 0.0
 
     @property
     def size_ratio(self) -> float:
@@ -209,15 +212,16 @@ def check_layers_fit(model_dir: Path, bits: int, group_size: int, device: str = 
         raise ValueError(f"bits is {bits}, but GPTQ supports {', '.join(map(str, VALUES_PER_WORD))}")
     if is_image_model(model_dir):
         raise ValueError(f"{model_dir}: {NOT_FOR_IMAGES}")
-    layers = _linear_layers(model_dir)
+    model = empty_model(model_dir)
+    layers = linear_layers(model)
     _check_loadable(model_dir, layers)
-    _check_experts(model_dir)
+    check_experts(model, model_dir, "gptq")
     if (bits, group_size, sym, device) == (4, -1, False, "cpu"):
         raise ValueError(
             "torch's kernel for CPUs misreads asymmetric 4-bit rows without groups: use sym: true, or a group_size of "
             f"{', '.join(map(str, GROUP_SIZES))}"
         )
-    widths = {name: _widths(layer) for name, layer in layers.items()}
+    widths = linear_widths(model)
     if not widths:
         raise ValueError(f"{model_dir} has no linear layer to quantize")
     if group_size != -1 and group_size not in GROUP_SIZES:
@@ -233,7 +237,7 @@ def small_layers(model_dir: Path, bits: int, group_size: int, device: str = "cpu
     They are small: those of gates, with one output per head. `check_layers_fit` refuses if they hold more than
     `MAX_SMALL_SHARE` of the weights.
     """
-    return list(_layer_problems(linear_widths(model_dir), bits, group_size, device))
+    return list(_layer_problems(linear_widths(empty_model(model_dir)), bits, group_size, device))
 
 
 def _num_weights(widths: dict[str, tuple[int, int]], names: Iterable[str]) -> int:
@@ -268,22 +272,25 @@ def _group_problem(width: int, bits: int, group_size: int, device: str) -> str:
     return ""
 
 
-def linear_widths(model_dir: Path) -> dict[str, tuple[int, int]]:
-    """Return input and output width of each linear layer but head and routers, by name, from the configuration alone.
+def linear_widths(model: Any) -> dict[str, tuple[int, int]]:
+    """Return input and output width of each layer of `linear_layers`, by name."""
+    return {name: _widths(layer) for name, layer in linear_layers(model).items()}
+
+
+def linear_layers(model: Any) -> dict[str, Any]:
+    """Return each linear layer but head and routers, by name.
 
     Layers outside of the language model, such as those of an image tower, are not quantized and not listed.
+
+    Args:
+        model: Model, with weights or from `empty_model`.
     """
-    return {name: _widths(layer) for name, layer in _linear_layers(model_dir).items()}
-
-
-def _linear_layers(model_dir: Path) -> dict[str, Any]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
     from sft.inner_model import is_inside, outside_language_model
     from sft.models.weight_kinds import router_layers
 
-    model = empty_model(model_dir)
     head, routers, others = model.get_output_embeddings(), router_layers(model), outside_language_model(model)
     kinds = (torch.nn.Linear, Conv1D)
     return {
@@ -291,16 +298,6 @@ def _linear_layers(model_dir: Path) -> dict[str, Any]:
         for name, module in model.named_modules()
         if isinstance(module, kinds) and module is not head and name not in routers and not is_inside(name, others)
     }
-
-
-def empty_model(model_dir: Path) -> Any:
-    """Return the model of a folder without its weights, from its configuration alone."""
-    import torch
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_dir)
-    with torch.device("meta"):
-        return auto_class(config).from_config(config)
 
 
 def _widths(layer: Any) -> tuple[int, int]:
@@ -323,21 +320,29 @@ def _check_loadable(model_dir: Path, layers: dict[str, Any]) -> None:
         )
 
 
-def _check_experts(model_dir: Path) -> None:
-    """Check that the model has no experts that transformers stacks into parameters.
+def check_experts(model: Any, model_dir: Path, method: str) -> None:
+    """Check that the experts of a mixture are layers, which a method quantizes, and not parameters of another module.
 
-    GPTQModel quantizes each expert as a layer, and transformers does not find the stacked ones in such a checkpoint: it
-    would initialize them at random.
+    Args:
+        model: Model, with weights or from `empty_model`.
+        model_dir: Its folder, for the message.
+        method: gptq, int8 or nf4.
+
+    Raises:
+        ValueError: They are not; the message says which share of the weights they have.
     """
-    from sft.models.weight_kinds import stacked_experts
+    from torch import nn
 
-    model = empty_model(model_dir)
-    experts = stacked_experts(model)
+    from sft.models.weight_kinds import as_percent, is_expert, matrices_outside_layers, num_values
+
+    found = [weight for weight in matrices_outside_layers(model) if is_expert(weight)]
+    experts = [weight for weight in found if not isinstance(weight.owner, nn.Linear)]
     if experts:
+        share = as_percent(sum(num_values(each.parameter) for each in experts), model.num_parameters())
+        names = sorted({".".join(str(each.name).split(".")[-2:]) for each in experts})
         raise ValueError(
-            f"{next(iter(experts))} of {model_dir} are stacked experts of {type(model).__name__}, which transformers "
-            "can't load from a GPTQ checkpoint, where each expert is a layer; use int8 or nf4, which leave experts in "
-            "half precision, or none"
+            f"{share} of the weights of {model_dir} are experts ({', '.join(names[:MAX_NAMED])}), which are parameters "
+            f"of {type(model).__name__} and not layers: {NOT_FOR_EXPERTS[method]}. Use method none"
         )
 
 

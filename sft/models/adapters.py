@@ -50,7 +50,7 @@ from sft.models.token_rows import (
     train_token_rows,
     untrained_token_ids,
 )
-from sft.models.weight_kinds import as_percent, num_values, stacked_experts, weight_shares
+from sft.models.weight_kinds import as_percent, is_expert, matrices_outside_layers, num_values, weight_shares
 from sft.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ ask_peft_to_wait()
 keep_own_names()
 
 logger = logging.getLogger(__name__)
+
+MAX_PLAIN_SHARE = 0.05
+"""Share of the weights of a k-bit base that may be left in full without a warning."""
 
 
 @dataclass(frozen=True)
@@ -337,7 +340,7 @@ def _add_adapter(
     if needs_kbit_preparation(model):
         prepare_model_for_kbit_training(model, **checkpointing)
     if is_kbit(model):
-        _warn_of_plain_experts(model)
+        _warn_of_plain_matrices(model)
     fingerprint = BaseFingerprint(model)
     wrapped = get_peft_model(model, config)
     check_start(config, fingerprint)
@@ -346,18 +349,25 @@ def _add_adapter(
     return wrapped
 
 
-def _warn_of_plain_experts(model: PreTrainedModel) -> None:
-    """Warn that a k-bit base holds its experts in full, which may be most of its memory."""
-    experts = stacked_experts(model)
+def _warn_of_plain_matrices(model: PreTrainedModel) -> None:
+    """Warn that a k-bit base holds matrices in full, such as experts, which may be most of its memory."""
+    left = matrices_outside_layers(model)
+    experts = [weight for weight in left if is_expert(weight)]
+    total = count_parameters(model).num_total
     if experts:
-        logger.warning(
-            "%s of the weights of %s are experts, and bitsandbytes quantizes layers, not parameters: they take %.1f GB "
-            "in %s",
-            as_percent(sum(experts.values()), count_parameters(model).num_total),
-            type(model).__name__,
-            sum(model.get_parameter(name).nbytes for name in experts) / 1e9,
-            str(model.get_parameter(next(iter(experts))).dtype).removeprefix("torch."),
-        )
+        left, what = experts, "experts, and bitsandbytes quantizes layers, not parameters"
+    elif sum(num_values(weight.parameter) for weight in left) > MAX_PLAIN_SHARE * total:
+        what = f"of layers of class {type(left[0].owner).__name__}, which bitsandbytes does not quantize"
+    else:
+        return
+    logger.warning(
+        "%s of the weights of %s are %s: they take %.1f GB in %s",
+        as_percent(sum(num_values(weight.parameter) for weight in left), total),
+        type(model).__name__,
+        what,
+        sum(weight.parameter.nbytes for weight in left) / 1e9,
+        str(left[0].parameter.dtype).removeprefix("torch."),
+    )
 
 
 def _touches_embeddings(config: PeftConfig, model: PreTrainedModel) -> bool:

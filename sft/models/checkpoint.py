@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +211,22 @@ def auto_class(config: Any) -> Any:
         if model_class.config_class is type(config):
             transformers.AutoModelForCausalLM.register(type(config), model_class, exist_ok=True)
     return transformers.AutoModelForCausalLM
+
+
+def empty_model(folder: str | Path) -> PreTrainedModel:
+    """Build the model of a folder from its configuration alone, in eval mode, with its weights on the meta device.
+
+    Buffers are real, and tied weights are one parameter.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)
+    model.tie_weights()  # `init_empty_weights` replaces parameters one by one, which unties them
+    return model.eval()
 
 
 def load_tokenizer(

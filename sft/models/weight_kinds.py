@@ -11,6 +11,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
 from sft.inner_model import causal_lm
 
@@ -28,6 +30,9 @@ KINDS = (
     "other",
 )
 """In the order of logs and reports. `recurrent` stands for linear attention, Mamba and convolutions."""
+
+MATRIX_KINDS = ("attention", "recurrent", "MLP", "experts")
+"""Kinds of weights that quantization is for."""
 
 STACKED = ("experts", "MLP")
 """Kinds of weights whose 3-D parameters are matrices of several experts."""
@@ -238,3 +243,26 @@ def stacked_experts(model: nn.Module) -> dict[str, int]:
         for weight in weights_of(model)
         if weight.name is not None and weight.kind in STACKED and weight.parameter.ndim == 3
     }
+
+
+def is_expert(weight: Weight) -> bool:
+    """Return whether a weight is of experts between which a router chooses, whatever form these have."""
+    return weight.kind == "experts" or (weight.kind in STACKED and weight.parameter.ndim == 3)
+
+
+def matrices_outside_layers(model: nn.Module) -> list[Weight]:
+    """Return the matrices that are not weights of `torch.nn.Linear` itself, of GPT-2's Conv1D, or of convolutions.
+
+    bitsandbytes quantizes the former two, and no class derived from them. Weights that it has quantized are not listed.
+    """
+    return [
+        weight
+        for weight in weights_of(model)
+        if weight.name is not None
+        and weight.kind in MATRIX_KINDS
+        and weight.parameter.ndim >= 2
+        and not weight.name.endswith("bias")
+        and type(weight.owner) not in (nn.Linear, Conv1D)
+        and type(weight.parameter).__name__ not in ("Params4bit", "Int8Params")
+        and not isinstance(weight.owner, _ConvNd)
+    ]

@@ -240,8 +240,6 @@ def quantization_section(report: Mapping[str, Any]) -> dict[str, Any]:
         "calibrated": report["method"] == "gptq",
         "num_retries": report.get("num_damping_retries", 0),
         "kept": report.get("kept_full_precision", []),
-        "experts": report.get("kept_experts", []),
-        "experts_share": percent(report.get("kept_experts_share", 0.0)),
     }
 
 

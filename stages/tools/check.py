@@ -8,13 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from sft.data.remote import check_url, is_url
-from sft.export.quantization import NOT_FOR_IMAGES, check_layers_fit, pick_device
-from sft.models.checkpoint import is_image_model, load_tokenizer
+from sft.export.quantization import NOT_FOR_IMAGES, check_experts, check_layers_fit, pick_device
+from sft.models.checkpoint import empty_model, is_image_model, load_tokenizer
 from stages.checkout.paths import Paths, main_checkout
 from stages.evaluation.lm_eval import check_installed, load_harness
 from stages.evaluation.rows import read_prompts, read_records, render_records
 from stages.loading.sources import data_size, open_source
-from stages.models.base import read_base_model
+from stages.models.base import local_folder, read_base_model
 from stages.models.resolve import check_named
 from stages.params.schema import Params, PublishSection, QuantizeSection
 from stages.params.tasks import load_tasks
@@ -28,10 +28,11 @@ def run(params: Params, paths: Paths) -> None:
     """Check what `load` will read, except sources on the hub; of URLs, only whether they may be read at all.
 
     Raises:
-        ValueError: A source is missing, damaged or empty, a task can't be used, there is no such base model, or the
-            tracking store can't be reached.
+        ValueError: A source is missing, damaged or empty, a task can't be used, there is no such base model, its experts
+            can't be quantized as params.yaml asks for, or the tracking store can't be reached.
     """
     check_named(params.model, paths.root)
+    check_experts_quantizable(params.quantize, local_folder(params.model.name_or_path, paths.root))
     load_tasks(params.evaluate.task, paths.root)
     read_records(params.evaluate.regression, paths.root)
     check_installed(params.evaluate.lm_eval)
@@ -75,6 +76,7 @@ def check_later_stages(params: Params, paths: Paths) -> None:
     folder = Path(read_base_model(paths.out("load", "base_model.json")).path)
     if params.quantize.method == "gptq" and is_image_model(folder, trust_remote_code=params.model.trust_remote_code):
         raise ValueError(f"quantize.method: gptq: {NOT_FOR_IMAGES}")
+    check_experts_quantizable(params.quantize, folder)
     try:
         check_quantization(params.quantize, folder)
     except ValueError as error:
@@ -95,6 +97,22 @@ def check_later_stages(params: Params, paths: Paths) -> None:
         render_records(read_records(general, paths.root), general, tokenizer, paths.root)
 
 
+def check_experts_quantizable(section: QuantizeSection, folder: Path) -> None:
+    """Check that the quantization method is for the experts of a base model, if it has any.
+
+    Raises:
+        ValueError: It is not.
+    """
+    config = folder / "config.json"
+    # building a model takes seconds, which are spent on mixtures of experts alone
+    if section.method == "none" or not config.is_file() or "expert" not in config.read_text(encoding="utf-8"):
+        return
+    try:
+        check_experts(empty_model(folder), folder, section.method)
+    except ValueError as error:
+        raise ValueError(f"quantize.method: {section.method}: {error}") from None
+
+
 def check_quantization(section: QuantizeSection, folder: Path) -> None:
     """Check that the quantization method supports the layers of the base model.
 
@@ -104,6 +122,6 @@ def check_quantization(section: QuantizeSection, folder: Path) -> None:
     if section.method == "gptq":
         check_layers_fit(folder, section.bits, section.group_size, pick_device("auto"), section.sym)
     elif section.method != "none":
-        from sft.export.kbit import check_widths  # imports bitsandbytes
+        from sft.export.kbit import check_layers  # imports bitsandbytes
 
-        check_widths(folder, section.method)
+        check_layers(folder, section.method)

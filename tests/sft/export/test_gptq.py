@@ -334,10 +334,10 @@ def test_a_failure_in_a_thread_of_gptqmodel_is_raised_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_stacked_experts_are_refused_with_the_reason(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "share"), [("mixtral", 43), ("qwen3_moe", 43), ("gpt_oss", 42), ("granitemoe", 43)])
+def test_stacked_experts_are_refused_with_the_reason(family: str, share: int, tmp_path: Path) -> None:
     tiny_moe(family).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"are stacked experts of .* can't load from a GPTQ checkpoint"):
+    with pytest.raises(ValueError, match=rf"^{share} % of the weights .* are experts .* in a GPTQ checkpoint each"):
         check_layers_fit(tmp_path, bits=4, group_size=32)
 
 

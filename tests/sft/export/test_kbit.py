@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft.export.kbit import KbitReport, check_widths, quantize_kbit
+from benchmarks.family_checks import special_tokens
+from benchmarks.tiny_families import Sizes, tiny_config
+from sft.export.kbit import KbitReport, _config, check_layers, quantize_kbit
 from sft.models.loading import load_model
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.tiny_moe import tiny_moe
@@ -110,11 +112,11 @@ def test_layers_too_narrow_for_the_cpu_kernel_are_named(tmp_path: Path) -> None:
     tiny_model(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=1).save_pretrained(
         tmp_path
     )
-    check_widths(tmp_path, "int8")
+    check_layers(tmp_path, "int8")
     with pytest.raises(
         ValueError, match=r"self_attn\.k_proj has 64 inputs and 16 outputs; on a CPU nf4 needs multiples"
     ):
-        check_widths(tmp_path, "nf4")
+        check_layers(tmp_path, "nf4")
 
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
@@ -140,31 +142,41 @@ def test_weights_beyond_half_precision_are_refused_by_name(tmp_path: Path) -> No
     assert not (tmp_path / "q").exists()
 
 
-# ---- mixtures of experts ----
+# ---- what bitsandbytes would leave unrounded ----
 
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
-def test_experts_and_routers_stay_in_half_precision_and_are_reported(method: str, tmp_path: Path) -> None:
-    model = tiny_moe("phimoe", hidden_size=64, head_dim=32)  # its routers are linear layers
-    model.save_pretrained(tmp_path / "source")
-    tiny_tokenizer().save_pretrained(tmp_path / "source")
-    report = quantize_kbit(tmp_path / "source", tmp_path / "small", method, ROWS)
-    assert {module.module for module in report.modules} == set(ATTENTION)
-    assert report.kept_experts == ("experts.down_proj", "experts.gate_up_proj")
-    experts = sum(weight.numel() for name, weight in model.named_parameters() if "experts" in name)
-    assert report.kept_experts_share == pytest.approx(experts / model.num_parameters())
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    block = loaded.model.layers[0].mlp
-    assert block.experts.down_proj.dtype == block.router.weight.dtype == torch.float16
-    assert loaded.lm_head.weight.dtype == torch.float16
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe", "granitemoe", "phimoe", "llama4_text", "jetmoe"])
+def test_experts_that_are_no_layers_are_refused_by_the_config_alone(family: str, method: str, tmp_path: Path) -> None:
+    model = tiny_moe(family)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    experts = sum(
+        weight.numel() for name, weight in model.named_parameters() if weight.ndim == 3 and "conv" not in name
+    )
+    share = f"{100 * experts / model.num_parameters():.0f} % of the weights of {tmp_path} are experts"
+    reason = f"parameters of {type(model).__name__} and not layers: bitsandbytes quantizes layers alone"
+    with pytest.raises(ValueError, match=f"^{share} .* {reason}, and would leave them in half precision"):
+        check_layers(tmp_path, method)
+    with pytest.raises(ValueError, match=share):
+        quantize_kbit(tmp_path, tmp_path / "small", method, ROWS)
 
 
-def test_dense_models_keep_no_experts(quantized: tuple[str, Path, KbitReport]) -> None:
-    assert (quantized[2].kept_experts, quantized[2].kept_experts_share) == ((), 0.0)
+def test_experts_of_dbrx_which_are_one_matrix_are_refused_as_well(tmp_path: Path) -> None:
+    tiny_config("dbrx", Sizes(), special_tokens()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"are experts \(mlp\.v1, mlp\.w1, mlp\.w2\), which are parameters of DbrxFor"):
+        check_layers(tmp_path, "int8")
 
 
-def test_family_whose_experts_transformers_cannot_load_in_8_bits_is_refused(tmp_path: Path) -> None:
-    tiny_moe("llama4_text", hidden_size=64, head_dim=32).save_pretrained(tmp_path / "source")
-    tiny_tokenizer().save_pretrained(tmp_path / "source")
-    with pytest.raises(ValueError, match="can't load all weights of this model in int8, so that some would be random"):
-        quantize_kbit(tmp_path / "source", tmp_path / "small", "int8", ROWS)
+def test_layers_of_a_class_that_bitsandbytes_does_not_know_are_refused(tmp_path: Path) -> None:
+    tiny_model("falcon").save_pretrained(tmp_path)
+    reason = "^100 % of the matrices of .* are not weights of torch.nn.Linear but of FalconLinear, and bitsandbytes"
+    with pytest.raises(ValueError, match=reason):
+        check_layers(tmp_path, "int8")
+
+
+def test_routers_of_mixtures_whose_experts_are_layers_stay_in_half_precision() -> None:
+    model = tiny_moe("phimoe")
+    routers = ["model.layers.0.mlp.router", "model.layers.1.mlp.router"]
+    assert _config("int8", model).llm_int8_skip_modules == ["lm_head", *routers]
+    assert _config("int8", tiny_model("llama")).llm_int8_skip_modules is None

@@ -163,6 +163,19 @@ def test_experts_of_a_base_in_4_bits_are_adapted_and_its_other_layers_reported(
     assert [name for name, weight in trained.items() if weight.grad is None or not weight.grad.abs().sum()] == []
 
 
+def test_base_in_4_bits_whose_layers_bitsandbytes_does_not_know_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_model("falcon").save_pretrained(tmp_path)
+    quantization = get_quantization_config(ModelConfig(load_in_4bit=True, dtype="float32"))
+    wrap_adapter(load_model(tmp_path, quantization_config=quantization), lora())
+    assert re.search(
+        r"[\d]+ % of the weights of FalconForCausalLM are of layers of class FalconLinear, which bitsandbytes does not "
+        r"quantize: they take 0\.0 GB in float32",
+        caplog.text,
+    )
+
+
 def test_layers_that_the_model_reads_without_calling_them_are_left_out_and_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

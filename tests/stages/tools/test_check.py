@@ -9,6 +9,8 @@ import pytest
 from stages.params.schema import Params
 from stages.tools import check
 from tests.stages.data_root import ROWS, DataRoot
+from tests.tiny import tiny_tokenizer
+from tests.tiny_moe import tiny_moe
 
 
 @pytest.fixture
@@ -44,6 +46,19 @@ def test_large_data_are_only_looked_for(root: DataRoot, monkeypatch: pytest.Monk
     (root.paths.data / "train.jsonl").write_text("broken\n")
     monkeypatch.setattr(check, "LARGEST_READ_BYTES", 1)
     check.run(root.params(), root.paths)
+
+
+@pytest.mark.parametrize("method", ["gptq", "int8", "nf4"])
+def test_a_quantization_that_is_not_for_the_experts_of_the_base_model_is_refused(root: DataRoot, method: str) -> None:
+    folder = root.paths.root / "models" / "moe"
+    tiny_moe("qwen3_moe").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    params = with_model(root.params(), "models/moe")
+    quantized = params.quantize.model_copy(update={"method": method})
+    with pytest.raises(ValueError, match=rf"^quantize\.method: {method}: 43 % of the weights of .* are experts"):
+        check.run(params.model_copy(update={"quantize": quantized}), root.paths)
+    plain = params.quantize.model_copy(update={"method": "none"})
+    check.run(params.model_copy(update={"quantize": plain}), root.paths)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "embedded:none-such"])

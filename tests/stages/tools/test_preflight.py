@@ -11,6 +11,7 @@ from stages.checkout.paths import Paths
 from stages.models.base import folder_digest
 from stages.tools.check import check_later_stages
 from tests.stages.tiny_run import tiny_params, write_tiny_run
+from tests.tiny_moe import tiny_moe
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,18 @@ def test_nf4_of_narrow_layers_is_refused(paths: Paths) -> None:
     ):
         check_later_stages(tiny_params(quantize={"method": "nf4"}), paths)
     check_later_stages(tiny_params(quantize={"method": "int8"}), paths)
+
+
+@pytest.mark.parametrize("method", ["gptq", "int8", "nf4"])
+def test_experts_that_a_method_does_not_quantize_are_refused(tmp_path: Path, method: str) -> None:
+    paths = write_tiny_run(tmp_path)
+    folder = paths.root / "models" / "base"
+    tiny_moe("mixtral").save_pretrained(folder)
+    record = read_json(paths.out("load", "base_model.json"))
+    write_json(paths.out("load", "base_model.json"), {**record, "digest": folder_digest(folder)})
+    with pytest.raises(ValueError, match=rf"^quantize\.method: {method}: 43 % of the weights of .* are experts"):
+        check_later_stages(tiny_params(quantize={"method": method}), paths)
+    check_later_stages(tiny_params(quantize={"method": "none"}), paths)
 
 
 def test_reference_that_the_task_cannot_score_is_named(tmp_path: Path) -> None:
