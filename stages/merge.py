@@ -10,7 +10,7 @@ from typing import Any
 from datasets import load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from sft.export.merge import MergeReport, copy_checkpoint, merge_adapter
+from sft.export.merge import MergeReport, merge_adapter
 from sft.export.proof import Row
 from sft.folders import replacing_folder
 from sft.models.checkpoint import load_tokenizer
@@ -34,20 +34,19 @@ def run(params: Params, paths: Paths) -> None:
     trained = paths.out("train", "model")
     has_adapter = (trained / ADAPTER_CONFIG).is_file()
     tokenizer = load_tokenizer(trained)
-    options: dict[str, Any] = {
-        "sample_input_ids": sample_rows(paths, params.merge.num_sample_rows, tokenizer),
-        "tolerance": params.merge.tolerance,
-        "dtype": params.merge.dtype,
-        "tokenizer": tokenizer,
-        "trust_remote_code": params.model.trust_remote_code,
-    }
+    base = read_base_model(paths.out("load", "base_model.json")).path if has_adapter else trained
     progress(0, NUM_STEPS, "merging the adapter into its base" if has_adapter else "copying the weights")
     with replacing_folder(paths.out("merge", "model")) as folder:
-        if has_adapter:
-            base = read_base_model(paths.out("load", "base_model.json"))
-            report = merge_adapter(base.path, trained, folder, **options)
-        else:
-            report = copy_checkpoint(trained, folder, **options)
+        report = merge_adapter(
+            base,
+            trained if has_adapter else None,
+            folder,
+            sample_rows(paths, params.merge.num_sample_rows, tokenizer),
+            params.merge.tolerance,
+            params.merge.dtype,
+            tokenizer,
+            params.model.trust_remote_code,
+        )
     progress(NUM_STEPS, NUM_STEPS, summary(report))
     write_json(paths.metrics("merge"), {"merged": has_adapter, **report.to_dict(), "size_mb": size_mb(paths)})
     write_json(paths.timings("merge"), {"seconds": time.monotonic() - started})

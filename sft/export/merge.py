@@ -58,7 +58,7 @@ class MergeReport:
 
 def merge_adapter(
     base: str | Path,
-    adapter: str | Path | AdapterMix,
+    adapter: str | Path | AdapterMix | None,
     output_dir: str | Path,
     sample_input_ids: Rows,
     tolerance: float = 1e-3,
@@ -75,7 +75,8 @@ def merge_adapter(
 
     Args:
         base: Hub id or folder of the plain base.
-        adapter: Folder that `PeftModel.save_pretrained` wrote, or several of them as an `AdapterMix`.
+        adapter: Folder that `PeftModel.save_pretrained` wrote, or several of them as an `AdapterMix`. None = write a
+            copy of the base, such as a checkpoint whose weights were all trained.
         output_dir: Missing or empty folder. It is not changed if the merge fails.
         sample_input_ids: Rows of token ids to compare on, `(num_rows, length)`, ragged, or the model's inputs for each
             row, such as token ids and images. The logits of one row are in memory at a time (tokens x vocabulary x 4
@@ -90,49 +91,21 @@ def merge_adapter(
         ValueError: The logits differ by more than the tolerance; the adapter does not fit the base, changes nothing, or
             is of a type that cannot be merged; the base on disk is quantized.
     """
-    sources = [base] if isinstance(adapter, AdapterMix) else [adapter, base]
+    sources = [adapter, base] if isinstance(adapter, str | Path) else [base]
     output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer, sources)
     output.check(sample_input_ids)
     if isinstance(adapter, AdapterMix):
         adapter.check()
-    else:
+    elif adapter is not None:
         adapter = Path(adapter)
         check_adapter_folder(adapter)
     _check_plain(base, trust_remote_code)
     try:
         return _merge_by_file(base, adapter, output, sample_input_ids)
     except NotStreamableError as reason:
-        logger.warning("the base %s is merged with the complete model in memory: %s", base, reason)
+        work = "copied" if adapter is None else "merged"
+        logger.warning("the base %s is %s with the complete model in memory: %s", base, work, reason)
     return _merge_in_memory(base, adapter, output, sample_input_ids, trust_remote_code)
-
-
-def copy_checkpoint(
-    source: str | Path,
-    output_dir: str | Path,
-    sample_input_ids: Rows,
-    tolerance: float = 1e-3,
-    dtype: str | torch.dtype = "float32",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    trust_remote_code: bool = False,
-) -> MergeReport:
-    """Write a copy of a fully trained checkpoint in a given dtype, with the same comparison as `merge_adapter`.
-
-    Args:
-        source: Folder of the checkpoint.
-        output_dir: See `merge_adapter`, also for the other arguments.
-
-    Raises:
-        ValueError: The logits of the copy differ by more than the tolerance.
-    """
-    output = _Output(Path(output_dir), tolerance, _plain_dtype(dtype), tokenizer, [source])
-    output.check(sample_input_ids)
-    try:
-        return _merge_by_file(source, None, output, sample_input_ids)
-    except NotStreamableError as reason:
-        logger.warning("the checkpoint %s is copied with the complete model in memory: %s", source, reason)
-    model = load_model(source, trust_remote_code=trust_remote_code)
-    difference = output.save(model, sample_input_ids, logits_of(model, sample_input_ids))
-    return _report(difference, 0.0, 0, output.dtype, tied=is_tied(model))
 
 
 def _merge_by_file(base: str | Path, adapter: Path | AdapterMix | None, output: _Output, rows: Rows) -> MergeReport:
@@ -153,10 +126,13 @@ def _merge_by_file(base: str | Path, adapter: Path | AdapterMix | None, output: 
 
 
 def _merge_in_memory(
-    base: str | Path, adapter: Path | AdapterMix, output: _Output, rows: Rows, trust_remote_code: bool
+    base: str | Path, adapter: Path | AdapterMix | None, output: _Output, rows: Rows, trust_remote_code: bool
 ) -> MergeReport:
-    """Merge by peft with the complete model in memory."""
+    """Merge by peft with the complete model in memory; without an adapter, copy."""
     model = load_model(base, trust_remote_code=trust_remote_code)
+    if adapter is None:
+        difference = output.save(model, rows, logits_of(model, rows))
+        return _report(difference, 0.0, 0, output.dtype, tied=is_tied(model))
     if not isinstance(adapter, AdapterMix):
         grow_to_adapter(model, adapter, output.tokenizer)
     plain = logits_of(model, rows[:1])  # before the adapter, which may change the base, is put on it

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from sft.chat.formats import setup_chat_format
 from sft.config import ModelConfig
 from sft.export import merge, merge_by_file
-from sft.export.merge import copy_checkpoint, merge_adapter
+from sft.export.merge import merge_adapter
 from sft.export.merge_by_file import StreamedModel, Unit
 from sft.export.merge_in_memory import merge_into_base
 from sft.export.proof import check_logits, compare_logits
@@ -419,7 +419,7 @@ def test_new_tokens_that_outgrow_the_vocabulary_survive_the_merge(tmp_path: Path
 
 def test_full_weights_are_copied_under_the_same_proof(tmp_path: Path) -> None:
     source = save_base(tmp_path / "source")
-    report = copy_checkpoint(source, tmp_path / "copy", ROWS, tokenizer=tiny_tokenizer())
+    report = merge_adapter(source, None, tmp_path / "copy", ROWS, tokenizer=tiny_tokenizer())
     assert (report.max_logit_diff, report.adapter_effect, report.num_adapted_modules) == (0.0, 0.0, 0)
     ours, copied = tiny_model().state_dict(), AutoModelForCausalLM.from_pretrained(tmp_path / "copy").state_dict()
     assert all(torch.equal(ours[name], copied[name]) for name in ours)

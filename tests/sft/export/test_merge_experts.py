@@ -46,6 +46,16 @@ def test_merged_checkpoint_computes_what_base_and_adapter_do(
     assert "in memory: the adapter changes parameters instead of layers" in caplog.text
 
 
+def test_experts_that_were_trained_in_full_are_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_moe("mixtral")
+    model.save_pretrained(tmp_path / "trained")
+    report = merge_adapter(tmp_path / "trained", None, tmp_path / "copy", ROWS)
+    assert (report.max_logit_diff, report.adapter_effect, report.num_adapted_modules) == (0.0, 0.0, 0)
+    assert f"the base {tmp_path / 'trained'} is copied with the complete model in memory" in caplog.text
+    copied = AutoModelForCausalLM.from_pretrained(tmp_path / "copy").state_dict()
+    assert [name for name, value in model.state_dict().items() if not torch.equal(copied[name], value)] == []
+
+
 def test_mix_of_adapters_on_experts_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     for name in "ab":
         save_adapter("mixtral", tmp_path / name)
