@@ -28,8 +28,8 @@ def run(params: Params, paths: Paths) -> None:
     """Check what `load` will read, except sources on the hub; of URLs, only whether they may be read at all.
 
     Raises:
-        ValueError: A source is missing, damaged or empty, a task can't be used, there is no such base model, its experts
-            can't be quantized as params.yaml asks for, or the tracking store can't be reached.
+        ValueError: A source is missing, damaged or empty, a task can't be used, there is no such base model, its
+            experts can't be quantized as params.yaml asks for, or the tracking store can't be reached.
     """
     check_named(params.model, paths.root)
     check_experts_quantizable(params.quantize, local_folder(params.model.name_or_path, paths.root))
