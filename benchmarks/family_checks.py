@@ -485,7 +485,6 @@ class FamilyChecks:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def logits(model: Any, ids: list[int]) -> torch.Tensor:
     """Return the logits `(length, vocab)` of one document in evaluation mode."""
     return model.eval()(**text_inputs(causal_lm(model), torch.tensor([ids]))).logits[0].float()
