@@ -290,7 +290,7 @@ def test_dvc_deps_list_the_code_that_a_stage_uses(verb: str) -> None:
 
 
 def test_dvc_yaml_can_be_read_in_one_go() -> None:
-    assert len((ROOT / "dvc.yaml").read_text(encoding="utf-8").splitlines()) <= 330
+    assert len((ROOT / "dvc.yaml").read_text(encoding="utf-8").splitlines()) <= 335
 
 
 @pytest.mark.parametrize("verb", STAGES)

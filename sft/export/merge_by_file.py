@@ -28,7 +28,7 @@ from sft.export.merge_in_memory import TIE_TOLERANCE, refusing_unmergeable
 from sft.export.proof import LogitDifference, Row, compare_logits, iterate_logits
 from sft.models.adapter_starts import changes_base, start_of
 from sft.models.checkpoint import empty_model, weight_files
-from sft.models.kept_weights import keep_weights
+from sft.models.loading import keep_weights
 from sft.models.saved_adapters import count_adapted_modules, load_adapter, outgrown
 from sft.models.token_rows import declares_tie, embedding_name, head_name
 

@@ -40,7 +40,7 @@ from sft.models.kbit import (
     needs_kbit_preparation,
     prepare_model_for_kbit_training,
 )
-from sft.models.kept_weights import keep_weights
+from sft.models.loading import keep_weights
 from sft.models.saved_adapters import ask_peft_to_wait, keep_own_names
 from sft.models.token_rows import (
     embedding_name,

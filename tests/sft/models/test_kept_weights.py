@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from sft.export.merge import merge_adapter
 from sft.export.proof import logits_of
 from sft.models.adapters import wrap_adapter
-from sft.models.kept_weights import keep_weights
-from sft.models.loading import load_model
+from sft.models.loading import keep_weights, load_model
 from sft.train.trainer import SFTTrainer
 from tests.tiny import quiet_config, random_model, tiny_tokenizer
 
