@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_MARKUP = re.compile(r"(^[-=+]|(?:(?<=^\d)|(?<=^\d\d))[.)]|(?<![^\W_])_|_(?![^\W_])|[\\`*\[\]<>#|~$&@]|(?<=:)//)")
+_MARKUP = re.compile(
+    r"(^[-=+]|(?:(?<=^\d)|(?<=^\d\d))[.)](?=\s|$)|(?<![^\W_])_|_(?![^\W_])|[\\`*\[\]<>#|~$&@]|(?<=:)//)"
+)
 
 
 def for_terminal(text: str, *, line_breaks: bool = False) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sft.chat.formats import resize_embeddings
 from sft.export.gptq import load_dequantized
+from sft.models.checkpoint import CheckpointError
 from sft.models.loading import load_model, training_device
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
@@ -90,17 +91,24 @@ def load_variant(variant: Variant, section: ModelSection, num_tokens: int, new_t
         section: The section `model` of params.yaml: dtype, attention and trust.
         num_tokens: Size of the tokenizer's vocabulary.
         new_token_ids: Tokens that `format` added. Their embedding rows in the base model are initialized as in `train`.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged; the message names the model and the stage that makes it.
     """
     if (variant.checkpoint / "quantize_config.json").exists() and training_device().type == "cpu":
         # On a CPU the packed kernel is four times slower; `quantize` has proved that it computes the same.
         return load_dequantized(variant.checkpoint)
-    model = load_model(
-        variant.checkpoint,
-        dtype=saved_dtype(variant.checkpoint) or section.dtype,
-        attn_implementation=section.attn_implementation,
-        trust_remote_code=section.trust_remote_code,
-        device_map={"": training_device()},
-    )
+    try:
+        model = load_model(
+            variant.checkpoint,
+            dtype=saved_dtype(variant.checkpoint) or section.dtype,
+            attn_implementation=section.attn_implementation,
+            trust_remote_code=section.trust_remote_code,
+            device_map={"": training_device()},
+        )
+    except CheckpointError as error:
+        stage = "load" if variant.adapter is not None else MADE_BY[variant.name][0]
+        raise CheckpointError(f"the {variant.name} model: {error} The stage `{stage}` makes its folder.") from error
     if variant.name == "base" or variant.adapter is not None:
         resize_embeddings(model, num_tokens, new_token_ids)
     if variant.adapter is not None:

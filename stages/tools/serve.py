@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import socket
+import sys
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -76,7 +77,9 @@ def run(params: Params, paths: Paths, *, model: str = "merged", port: int = 8000
     )
     served.server.config.app = guarded(served.server.config.app, key)
     print(f"serving {model} at http://{HOST}:{port}/v1; Ctrl-C stops.", flush=True)
-    print(f"The API key is {key}. For example:\n{example(name, port, key)}", flush=True)
+    shown = f"${KEY}" if KEY in os.environ else key
+    # sys.stdout replaces secrets by ***, and this one is for the user, who has no other way to get it
+    print(f"The API key is {shown}. For example:\n{example(name, port, shown)}", file=sys.__stdout__, flush=True)
     served.server.run()
 
 
@@ -136,7 +139,13 @@ def model_id(variant: Variant, root: Path) -> str:
 
 
 def example(name: str, port: int, key: str) -> str:
-    """Return a command that sends a request, to paste into another terminal."""
+    """Return a command that sends a request, to paste into another terminal.
+
+    Args:
+        name: The model's name in requests.
+        port: The server's port.
+        key: The API key, or `$` with the environment variable that has it.
+    """
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
-    headers = f"-H 'Authorization: Bearer {key}' -H 'Content-Type: application/json'"
+    headers = f"-H \"Authorization: Bearer {key}\" -H 'Content-Type: application/json'"
     return f"  curl http://{HOST}:{port}/v1/chat/completions {headers} -d {shlex.quote(body)}"

@@ -237,8 +237,20 @@ def test_adapter_with_another_scale_than_it_was_trained_with_closes_the_gate(tmp
     assert [row.split(" within ")[0] for row in broken(paths)] == ["tuned.loss"]
 
 
-def test_model_that_gives_nan_is_named_with_its_folder_and_the_stage_that_makes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        (3e38, r"the merged model has a loss of (nan|inf) .*outs/merge/model are broken.* `merge`"),
+        (
+            float("nan"),
+            r"the merged model: The weight model\.norm\.weight in .*merge/model/.* stage `merge` makes",
+        ),
+    ],
+)
+def test_model_that_gives_nan_is_named_with_its_folder_and_the_stage_that_makes_it(
+    tmp_path: Path, factor: float, message: str
+) -> None:
     paths = write_tiny_run(tmp_path)
-    scale(paths.out("merge", "model", "model.safetensors"), "model.norm.weight", float("nan"))
-    with pytest.raises(ValueError, match=r"the merged model has a loss of nan .*outs/merge/model are broken.* `merge`"):
+    scale(paths.out("merge", "model", "model.safetensors"), "model.norm.weight", factor)
+    with pytest.raises(ValueError, match=message):
         evaluate.run(tiny_params(), paths)

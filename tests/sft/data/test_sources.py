@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -389,11 +390,20 @@ def test_damage_inside_of_tables_is_named(tmp_path: Path) -> None:
         rows_of(written(tmp_path / "b.parquet", bytes(content)))
 
 
-def test_rows_of_a_hub_data_set_can_be_streamed(tmp_path: Path) -> None:
+def test_rows_of_a_hub_data_set_can_be_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path / "train.jsonl", as_jsonl(ROWS))
-    rows = list(hub_rows(str(tmp_path), None, "train", None, streaming=True))
+    read = datasets.load_dataset
+    # a folder in the place of the hub, which tests can't reach
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, *args, **options: read(str(tmp_path), *args, **options))
+    rows = list(hub_rows("team/rows", None, "train", None, streaming=True))
     assert [row.columns for row in rows] == ROWS
-    assert rows[0].id.endswith("/train:1")
+    assert rows[0].id == "team/rows/train:1"
+
+
+def test_a_local_folder_is_not_read_in_the_place_of_a_hub_data_set(tmp_path: Path) -> None:
+    written(tmp_path / "train.jsonl", as_jsonl(ROWS))
+    with pytest.raises(SourceError, match=r"is a file or folder of this machine; rename it"):
+        list(hub_rows(str(tmp_path), None, "train", None))
 
 
 def test_a_chat_of_two_hundred_turns_is_one_row(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import atexit, os, signal, sys, time
 from stages.launch.stopping import heed_signals, stoppable
 
 number = int(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background inherit that it is ignored
 heed_signals()
 
 def send():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -138,8 +139,27 @@ def test_a_chat_request_is_answered_by_the_model_and_an_interrupt_ends_the_serve
     log = process.communicate(timeout=30)[0]
     assert process.returncode in (0, 130)
     assert f"serving merged at {address}/v1" in log
-    assert f"-H 'Authorization: Bearer {KEY}'" in log
+    assert '-H "Authorization: Bearer $SFT_SERVE_API_KEY"' in log
+    assert KEY not in log
     assert "Traceback" not in log
+
+
+def test_a_random_key_is_shown_to_the_user(paths: Paths) -> None:
+    with socket.socket() as probe:
+        probe.bind((serve.HOST, 0))
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != serve.KEY}
+    command = [sys.executable, "-m", "stages", "serve", "--port", str(port), "--root", str(paths.root)]
+    process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
+    shown = None
+    try:
+        for line in process.stdout or ():
+            if shown := re.search(r'-H "Authorization: Bearer ([\w-]{43})"', line):
+                break
+    finally:
+        process.terminate()
+        process.communicate()
+    assert shown is not None
 
 
 def test_an_adapter_and_a_taken_port_are_refused_before_anything_is_loaded(paths: Paths) -> None:
