@@ -12,7 +12,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.timed_step import timed_step
 from sft.train.trainer import SFTTrainer
 from tests.tiny import quiet_config, tiny_model, tiny_tokenizer
 
@@ -63,7 +63,7 @@ def documents(number: int, seed: int) -> Dataset:
 
 
 def stepper(family: str, rows: Dataset, folder: str, *, joined: bool) -> Any:
-    """Return a function that runs one training step on one batch of all rows, and the batch's description."""
+    """Return a function that times one training step on one batch of all rows, and how its documents are kept apart."""
     model = tiny_model(family, **{**WIDTH, **FAMILIES[family]})
     trainer = SFTTrainer(
         model,
@@ -72,17 +72,7 @@ def stepper(family: str, rows: Dataset, folder: str, *, joined: bool) -> Any:
         processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    batch = next(iter(trainer.get_train_dataloader()))
-    count = trainer._get_num_items_in_batch([batch], trainer.args.device)
-    trainer.model.train()
-
-    def step() -> float:
-        started = time.perf_counter()
-        trainer.training_step(trainer.model, dict(batch), count)
-        trainer.model.zero_grad()
-        return time.perf_counter() - started
-
-    return step, trainer.attention
+    return timed_step(trainer)[0], trainer.attention
 
 
 def main() -> None:

@@ -274,7 +274,7 @@ UNBUILDABLE = {
     "gemma4_unified_assistant": _DRAFTS,
     "shieldgemma2": "it classifies images, and transformers can't read the language model in it from a checkpoint",
 }
-"""Family -> why it is no language model that takes rows of tokens, where its own error does not say it."""
+"""Family -> why it is not a language model that takes rows of tokens, where its own error does not say it."""
 
 
 def families() -> dict[str, type]:

@@ -19,7 +19,6 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 from datasets import Dataset
 from peft import LoraConfig
 
+from benchmarks.timed_step import timed_step
 from sft.train.trainer import SFTTrainer
 from tests.sft.chat.reasoning_templates import QWEN3
 from tests.tiny import CHATML, quiet_config, tiny_model, tiny_tokenizer
@@ -64,7 +64,7 @@ def conversations(number: int, turns: int, shape: tuple[int, int, int], *, inlin
 
 
 def stepper(rows: Dataset, template: str, folder: str, **options: Any) -> Any:
-    """Return a function that runs one training step on all rows and returns its seconds, and the rows' tokens."""
+    """Return a function that times one training step on all rows, and how many tokens are computed and trained."""
     trainer = SFTTrainer(
         tiny_model("llama", **MODEL, num_key_value_heads=3, head_dim=64),
         args=quiet_config(
@@ -74,16 +74,7 @@ def stepper(rows: Dataset, template: str, folder: str, **options: Any) -> Any:
         processing_class=tiny_tokenizer(template),
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    batch = next(iter(trainer.get_train_dataloader()))
-    count = trainer._get_num_items_in_batch([batch], trainer.args.device)
-    trainer.model.train()
-
-    def step() -> float:
-        started = time.perf_counter()
-        trainer.training_step(trainer.model, dict(batch), count)
-        trainer.model.zero_grad()
-        return time.perf_counter() - started
-
+    step, batch = timed_step(trainer)
     computed = batch["computed"].numel() if "computed" in batch else batch["input_ids"].numel()
     return step, computed, int((batch["labels"] != -100).sum())
 
