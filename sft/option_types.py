@@ -55,17 +55,17 @@ def check_option_types(options: Any, names: Iterable[str] | None = None) -> None
         ValueError: A value has another type.
     """
     cls: Any = type(options)
-    hints = _simple_types(cls)
+    hints = simple_types(cls)
     for name in hints if names is None else names:
         if hints.get(name) and (value := getattr(options, name)) is not None:
-            converted = _convert(name, value, hints[name])
+            converted = convert_value(name, value, hints[name])
             if converted is not value:
                 setattr(options, name, converted)
 
 
 @functools.cache
-def _simple_types(cls: Any) -> dict[str, tuple[type[Any], ...]]:
-    """Return the types that each field may have; fields with other types than those of `WORDS` are left out."""
+def simple_types(cls: Any) -> dict[str, tuple[type[Any], ...]]:
+    """Return the types that each field of a dataclass may have; fields with types outside `WORDS` are left out."""
     allowed = {name: _alternatives(hint) for name, hint in typing.get_type_hints(cls).items()}
     return {
         name: kinds
@@ -87,7 +87,17 @@ def _alternatives(hint: Any) -> tuple[type[Any], ...]:
     return (str if isinstance(kind, type) and issubclass(kind, enum.Enum) else kind,)
 
 
-def _convert(name: str, value: Any, kinds: tuple[type[Any], ...]) -> Any:
+def convert_value(name: str, value: Any, kinds: tuple[type[Any], ...]) -> Any:
+    """Return a value as one of the types that its option takes, see `check_option_types`.
+
+    Args:
+        name: Name of the option, for the message.
+        value: Its value, not None.
+        kinds: Types out of `WORDS`.
+
+    Raises:
+        ValueError: It has another type.
+    """
     if isinstance(value, str | bytes):
         number = None if str in kinds else _number(value, kinds)
         fits = str in kinds or number is not None

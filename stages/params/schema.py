@@ -24,6 +24,7 @@ from sft.export.quantization import GROUP_SIZES
 from sft.options import BadLossPolicy, LossType, NotPrintedPolicy, OverflowPolicy, PackingStrategy, ThinkingPolicy
 from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
+from stages.params.arguments import check_arguments
 from stages.params.figures import metric_names, open_ended_names, range_of
 from stages.params.names import (
     check_experiment_folder,
@@ -591,6 +592,14 @@ class TrainSection(Section):
     eval_steps: Annotated[Positive, Field(description="Steps between evaluations on held-out rows.")]
     save_steps: Annotated[Positive, Field(description="Steps between checkpoints in .state/.")]
     seed: Annotated[Seed, Field(description="Seed of the adapter's initial weights, the order of rows and dropout.")]
+    arguments: Annotated[
+        dict[str, Any],
+        AfterValidator(check_arguments),
+        Field(
+            description="Any other option of transformers.TrainingArguments or sft.SFTConfig by its name, e.g. "
+            "{dataloader_num_workers: 2}; see docs/training_options.md."
+        ),
+    ]
     launch: Annotated[
         LaunchSection,
         Field(description="Processes of the training: one, or one per GPU (docs/many_machines.md)."),

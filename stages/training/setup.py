@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ NOT_SFT_OPTIONS = {
     ),  # see `make_model_config`
     "warmup_ratio",  # `SFTConfig` keeps it as `warmup_steps`
     *("launch", "on_oom"),  # see `stages.train.run`
+    "arguments",  # a dict of options, see `make_sft_config`
 }
 """Keys of the section `train` that are not passed to `SFTConfig` under their own name."""
 
@@ -141,19 +143,25 @@ def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
         section: Section `train` of params.yaml.
         folder: Where checkpoints are written.
     """
-    return SFTConfig(
-        output_dir=str(folder),
-        per_device_eval_batch_size=section.per_device_train_batch_size,
-        warmup_ratio=section.warmup_ratio,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        save_strategy="steps",
-        save_total_limit=2,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        report_to=[],
-        disable_tqdm=True,
+    options = {
+        "output_dir": str(folder),
+        "per_device_eval_batch_size": section.per_device_train_batch_size,
+        "warmup_ratio": section.warmup_ratio,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "report_to": [],
+        "disable_tqdm": True,
         **section.model_dump(exclude=NOT_SFT_OPTIONS),
-    )
+    }
+    try:
+        return SFTConfig(**options | copy.deepcopy(section.arguments))
+    except (ValueError, TypeError) as error:
+        if not section.arguments:
+            raise
+        raise ValueError(f"params.yaml, train: {error} (options by name: {section.arguments})") from None
 
 
 class LogLastStep(TrainerCallback):

@@ -32,11 +32,20 @@ def test_every_key_of_the_section_reaches_the_trainer(tmp_path: Path) -> None:
     assert make_sft_config(params(warmup_ratio=1.0).train, tmp_path).get_warmup_steps(100) == 100
 
 
+def test_options_by_name_reach_the_trainer_and_its_own_check(tmp_path: Path) -> None:
+    by_name = {"dataloader_num_workers": 2, "log_entropy": True, "accelerator_config": {"non_blocking": True}}
+    config = make_sft_config(params(arguments=by_name).train, tmp_path)
+    assert (config.dataloader_num_workers, config.log_entropy) == (2, True)
+    assert config.accelerator_config.non_blocking
+    with pytest.raises(ValueError, match=r"params\.yaml, train: .*prefetch_factor"):
+        make_sft_config(params(arguments={"dataloader_prefetch_factor": 2}).train, tmp_path)
+
+
 def test_every_key_of_the_section_is_an_option_of_the_library_or_read_elsewhere() -> None:
     assert set(TrainSection.model_fields) - NOT_SFT_OPTIONS <= {field.name for field in fields(SFTConfig)}
     assert {
         *("method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
-        *("warmup_ratio", "launch", "on_oom"),
+        *("warmup_ratio", "launch", "on_oom", "arguments"),
     } == NOT_SFT_OPTIONS
 
 
