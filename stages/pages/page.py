@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,26 @@ ACTIONS = {
 }
 
 NBSP = "\u00a0"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of a page, which the links at the top lead to.
+
+    Args:
+        anchor: Id of its element.
+        heading: Its heading, and the text of the link.
+        body: Its HTML, without the heading.
+    """
+
+    anchor: str
+    heading: str
+    body: Markup
+
+
+def render_section(anchor: str, heading: str, template: str, context: Mapping[str, Any]) -> Section:
+    """Render a section of a page from a template of this package."""
+    return Section(anchor, heading, Markup(render_page(template, context)))
 
 
 def render_page(template: str, context: Mapping[str, Any]) -> str:

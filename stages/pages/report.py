@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -13,7 +13,17 @@ from stages.checkout.artifacts import file_digest, read_json, read_jsonl, write_
 from stages.checkout.paths import Paths
 from stages.pages.answers import read_answers
 from stages.pages.charts import Series, heat_strip, line_chart
-from stages.pages.page import NBSP, ledger_summary, percent, render_page, rows_sentence, show, show_change
+from stages.pages.page import (
+    NBSP,
+    Section,
+    ledger_summary,
+    percent,
+    render_page,
+    render_section,
+    rows_sentence,
+    show,
+    show_change,
+)
 from stages.params.figures import REGRESSION, figure_of, in_order
 from stages.params.schema import Params
 from stages.tracking import lineage
@@ -42,26 +52,78 @@ def write_report(params: Params, paths: Paths) -> None:
 def context(params: Params, paths: Paths) -> dict[str, Any]:
     """Return the values that the template shows."""
     results = read_json(paths.out("evaluate", "results.json"))
-    quantization = read_json(paths.out("quantize", "report.json"))
-    base = lineage.base_model(paths)
     return {
-        "title": str(base["name_or_path"]).removeprefix("embedded:"),
+        "title": str(lineage.base_model(paths)["name_or_path"]).removeprefix("embedded:"),
         "method": params.train.method,
         "verdict": verdict(results),
         "results": results,
+        "sections": [section for make in SECTIONS if (section := make(params, paths)) is not None],
+    }
+
+
+def figures_section(params: Params, paths: Paths) -> Section:
+    """Return the section with the figures of all models and the paired tests."""
+    results = read_json(paths.out("evaluate", "results.json"))
+    shown = {
+        "results": results,
         "table": comparison(results),
         "changes": [changes(pair) for pair in results["comparisons"]],
-        "curves": curves(paths),
-        "weights": weights(paths),
-        "bad_updates": bad_updates(paths),
-        "trusted": params.model.trust_remote_code,
-        "generations": read_answers(paths.out("evaluate", "generations.jsonl")),
-        "general": read_answers(general) if (general := paths.out("evaluate", "general.jsonl")).exists() else None,
-        "data": data_section(paths),
-        "quantization": quantization_section(quantization),
-        "lineage": lineage_section(params, paths, base),
-        "percent": percent,
     }
+    return render_section("figures", "Before and after", "report/figures.html.jinja", shown)
+
+
+def promotion_section(params: Params, paths: Paths) -> Section:
+    """Return the section that says what `publish` will do with the result."""
+    results = read_json(paths.out("evaluate", "results.json"))
+    return render_section(
+        "promotion", "Promotion", "report/promotion.html.jinja", {"passed": verdict(results)["passed"]}
+    )
+
+
+def training_section(params: Params, paths: Paths) -> Section:
+    """Return the section with the curves, the share of changed weights, and the bad updates."""
+    shown = {"curves": curves(paths), "weights": weights(paths), "bad_updates": bad_updates(paths)}
+    return render_section("training", "Training", "report/training.html.jinja", shown)
+
+
+def answers_section(params: Params, paths: Paths) -> Section:
+    """Return the section with the answers of all models to held-out and general prompts."""
+    general = paths.out("evaluate", "general.jsonl")
+    shown = {
+        "results": read_json(paths.out("evaluate", "results.json")),
+        "generations": read_answers(paths.out("evaluate", "generations.jsonl")),
+        "general": read_answers(general) if general.exists() else None,
+    }
+    return render_section("answers", "Answers", "report/answers.html.jinja", shown)
+
+
+def quantization_section(params: Params, paths: Paths) -> Section:
+    """Return the section with the error of every quantized layer."""
+    quantization = layer_errors(read_json(paths.out("quantize", "report.json")))
+    return render_section("quantization", "Quantization", "report/quantization.html.jinja", quantization)
+
+
+def data_section(params: Params, paths: Paths) -> Section:
+    """Return the section with the sources of the rows and the summary of the ledgers."""
+    return render_section("data", "Data", "report/data.html.jinja", data_facts(paths))
+
+
+def lineage_section(params: Params, paths: Paths) -> Section:
+    """Return the section with commit, base model, hashes, versions and params."""
+    facts = lineage_facts(params, paths)
+    return render_section("lineage", "Lineage", "report/lineage.html.jinja", facts)
+
+
+SECTIONS: tuple[Callable[[Params, Paths], Section | None], ...] = (
+    figures_section,
+    promotion_section,
+    training_section,
+    answers_section,
+    quantization_section,
+    data_section,
+    lineage_section,
+)
+"""The sections of the report in their order. One that has nothing to show returns None and is left out."""
 
 
 def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +252,7 @@ def bad_updates(paths: Paths) -> dict[str, Any]:
     return {"num": len(found), "rows": found[:MAX_BAD_UPDATES]}
 
 
-def data_section(paths: Paths) -> dict[str, Any]:
+def data_facts(paths: Paths) -> dict[str, Any]:
     """Return the sources with their digests, a sentence on their rows, and the summary of the ledgers."""
     card, packed = read_json(paths.out("load", "card.json")), read_json(paths.metrics("pack"))["train"]
     documents, rows, tokens, trained = (f"{packed[n]:,}" for n in ("documents", "rows", "tokens", "trained_tokens"))
@@ -222,7 +284,7 @@ def as_text(value: Any) -> str:
     return str(value)
 
 
-def quantization_section(report: Mapping[str, Any]) -> dict[str, Any]:
+def layer_errors(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the error of every quantized layer, as a strip of cells and as a table with the worst first."""
     if report["method"] == "none":
         return {"skipped": report["reason"]}
@@ -257,13 +319,14 @@ def quantization_method(report: Mapping[str, Any]) -> str:
     )
 
 
-def lineage_section(params: Params, paths: Paths, base: Mapping[str, Any]) -> dict[str, Any]:
+def lineage_facts(params: Params, paths: Paths) -> dict[str, Any]:
     """Return commit, base model, hashes, versions and params of the result."""
     git = lineage.git_state(paths.root)
     return {
         "commit": git.commit if git else "not in git",
         "changed": list(git.changed) if git else [],
-        "base": [(key.replace("_", " "), as_text(value)) for key, value in base.items()],
+        "trusted": params.model.trust_remote_code,
+        "base": [(key.replace("_", " "), as_text(value)) for key, value in lineage.base_model(paths).items()],
         "hashes": list(lineage.dvc_data_hashes(paths.root).items()),
         "versions": list(lineage.versions().items()),
         "params": [(name, as_text(value)) for name, value in lineage.result_params(params).items()],
