@@ -19,7 +19,7 @@ from stages.checkout.full_disk import explain_full_disk, is_full_disk
 from stages.checkout.paths import Paths
 from stages.checkout.redaction import RedactedStream, redact
 from stages.launch.log_noise import reduce_log_noise
-from stages.launch.stopping import Stopped, stoppable, tie_to_parent
+from stages.launch.stopping import SavedAndStopped, Stopped, stoppable, tie_to_parent
 from stages.params.figures import MODELS
 from stages.params.schema import ParamsError, load_params
 
@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 on success, 1 if the work failed for a reason that the user can fix, 2 if params.yaml or the
-        command line is wrong, 130 if it was interrupted, 143 if SIGTERM ended it.
+        command line is wrong, 130 if it was interrupted, 143 if SIGTERM ended it, 75 if SIGTERM stopped a training
+        that has saved a checkpoint.
     """
     args, options = read_command(argv)
     reduce_log_noise()
@@ -84,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         params = load_params(args.root / "params.yaml")
         importlib.import_module(home(args.name)).run(params, paths, **options)
     except KeyboardInterrupt as stop:
+        if isinstance(stop, SavedAndStopped):
+            print(f"stopped: {stop}. Type the command again to go on from it.", file=sys.stderr, flush=True)
+            return stop.exit_code
         print(f"stopped: {args.name}. Type the command again to go on.", file=sys.stderr, flush=True)
         if isinstance(stop, Stopped):
             stop.seen = True
@@ -198,7 +202,8 @@ def run_launched(name: str, root: Path, paths: Paths) -> int:
         if os.environ.get("SFT_TRACEBACK"):
             raise
         sys.stdout.flush()
-        os._exit(EXIT_FAILED)  # an ordinary exit could wait for the other processes, which wait for this one
+        # an ordinary exit could wait for the other processes, which wait for this one
+        os._exit(getattr(error, "exit_code", EXIT_FAILED))
     return 0
 
 

@@ -29,9 +29,11 @@ from stages.launch.processes import (
     launch,
     needs_launcher,
 )
+from stages.launch.stopping import SavedAndStopped, delaying_sigterm, grace_s
 from stages.params.schema import Params
 from stages.training.checkpoints import TrainingState, explaining_full_disk
 from stages.training.curve import MEMORY_TAG, ROUTER_COLUMNS, LiveCurve, ProgressLines, Throughput, curve_csv, live_run
+from stages.training.interruption import SaveAndStop
 from stages.training.out_of_memory import OutOfMemory, describe_events, make_smaller, memory_figures, section_that_fits
 from stages.training.setup import make_sft_config, make_trainer
 
@@ -66,13 +68,20 @@ def launch_or_train(params: Params, paths: Paths) -> None:
     if not needs_launcher(params.train.launch):
         train(params, paths)
         return
+    state = TrainingState.of(params, paths)
+    state.mark_stopped(None)
     while True:
         try:
             launch("train", params.train.launch, paths)
             return
         except OutOfMemory as error:
             problem = str(error)
-        make_smaller(params.train, TrainingState.of(params, paths), problem)
+        except (SystemExit, ValueError):
+            step = state.stopped_at()
+            if step is None:
+                raise
+            raise SavedAndStopped(step) from None
+        make_smaller(params.train, state, problem)
 
 
 def train(params: Params, paths: Paths) -> None:
@@ -98,6 +107,7 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
 
     Raises:
         OutOfMemory: One of several processes ran out of memory. The others wait for it, so all must be restarted.
+        SavedAndStopped: SIGTERM was received, and a checkpoint was saved.
         ValueError: Not even model and adapter fit into memory, or the disk is full.
     """
     section = section_that_fits(params.train, state)
@@ -118,8 +128,14 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
         print(f"{trainer.attention}; {trainer.sharing}", flush=True)
     started = time.monotonic()
     try:
-        with explaining_full_disk(state):
+        with delaying_sigterm(grace_s()) as is_asked, explaining_full_disk(state):
+            stop = SaveAndStop(is_asked)
+            trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=checkpoint)
+        if stop.stopped:
+            if trainer.is_world_process_zero():
+                state.mark_stopped(trainer.state.global_step)
+            raise SavedAndStopped(trainer.state.global_step)
         last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
         if not any("eval_loss" in entry for entry in last):
             trainer.evaluate()  # the last step is not a multiple of eval_steps
@@ -152,7 +168,9 @@ def agree_on_checkpoint(params: Params, paths: Paths, config: SFTConfig) -> str 
     """
     found: list[str | None] = [None]
     if config.process_index == 0:
-        checkpoint = TrainingState.open(params, paths).last_checkpoint()
+        state = TrainingState.open(params, paths)
+        state.mark_stopped(None)
+        checkpoint = state.last_checkpoint()
         if checkpoint is not None:
             print(f"resuming from {checkpoint.name}", flush=True)
             found = [str(checkpoint)]

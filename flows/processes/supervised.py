@@ -1,4 +1,7 @@
-"""Commands under `supervise.py`: started and ended together with all their descendants."""
+"""Commands under `supervise.py`: started and ended together with all their descendants.
+
+Between SIGTERM and SIGKILL they have SFT_GRACE_S seconds, 20 by default, in which a training saves a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from flows.processes import supervise
-
-GRACE_S = 20.0
-"""Time between SIGTERM and SIGKILL, in seconds."""
+from stages.launch.stopping import grace_s
 
 
 def start_supervised(
     command: list[str], root: Path, environment: dict[str, str], output: int | IO[Any]
 ) -> subprocess.Popen[bytes]:
     """Start a command in a new session. Its process tree is ended when the command or this process ends."""
-    guard = [sys.executable, "-P", str(Path(supervise.__file__)), str(os.getpid()), str(GRACE_S)]
+    guard = [sys.executable, "-P", str(Path(supervise.__file__)), str(os.getpid()), str(grace_s())]
     return subprocess.Popen(
         [*guard, *command],
         cwd=root,
@@ -65,6 +66,6 @@ def end_supervised(process: subprocess.Popen[bytes]) -> None:
     """End a supervised process with its tree, and wait until it has ended."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=GRACE_S + 5)
+        process.wait(timeout=grace_s() + 5)
     process.kill()
     process.wait()

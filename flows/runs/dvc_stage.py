@@ -15,6 +15,7 @@ from flows.processes.environment import child_environment
 from flows.processes.supervised import run_supervised
 from flows.runs.recorded import discard_record, present_inputs, recorded_inputs
 from stages.checkout.redaction import redact
+from stages.launch.stopping import EXIT_SAVED
 
 EXTERNAL_SIGNALS = (1, 9, 15)
 """SIGHUP, SIGKILL (out of memory, pre-emption) and SIGTERM come from outside; others are errors of the stage."""
@@ -115,9 +116,13 @@ class StageOutput:
         """Return the error of a failed stage, by its own message, or else the signal that ended it, or else DVC."""
         code = self.exit_code if self.exit_code is not None else dvc_code
         number = _signal_number(code)
-        killed = number in EXTERNAL_SIGNALS
+        killed = number in EXTERNAL_SIGNALS or code == EXIT_SAVED
         if self.error_lines:
             return StageFailed(f"{stage}: " + "\n".join(self.error_lines), killed)
+        if code == EXIT_SAVED:
+            return StageFailed(
+                f"{stage}: SIGTERM stopped it after it saved a checkpoint; run it again to go on", killed
+            )
         if number is not None:
             hint = "; out of memory?" if number == 9 else ""
             return StageFailed(f"{stage}: ended by signal {number}{hint}", killed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from stages.checkout.paths import Paths
 from stages.checkout.redaction import is_secret, redact
 from stages.launch.engines import engine_file
 from stages.launch.ray import WorkersFailed, launch_with_ray
+from stages.launch.stopping import grace_s
 from stages.params.schema import LaunchSection
 from stages.training.out_of_memory import OutOfMemory
 
@@ -97,12 +99,15 @@ def launch(stage: str, section: LaunchSection, paths: Paths) -> None:
         except WorkersFailed as error:
             raise failure_of(error.failures, section.processes) from None
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if not os.environ.get("SFT_TRACEBACK"):
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `describe` does this in one line
     print(f"starting {section.processes} processes: {section.engine}", flush=True)
+    # the agent passes SIGTERM on, and would kill the processes after 30 s whatever time they have
+    LocalElasticAgent._shutdown.__defaults__ = (signal.SIGTERM, math.ceil(grace_s()))
     with tempfile.TemporaryDirectory(prefix="sft-launch-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         command = [*launch_options(section, paths.root, Path(folder)), "--module", "stages", stage]

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TextIO
 import stages
 from stages.checkout.paths import Paths
 from stages.launch.log_noise import reduce_log_noise
+from stages.launch.stopping import STOP_FILE_VARIABLE, grace_s, patience_s
 from stages.params.schema import LaunchSection, load_params
 
 _WORKER = re.compile(r"^\(RayTrainWorker [^)]*\) ?")
@@ -122,21 +123,34 @@ def launch_with_ray(stage: str, section: LaunchSection, paths: Paths, variables:
         redirect_stdout(out),
         redirect_stderr(err),
         connected(section),
-        ending_with_signals(),
+        ending_with_signals(Path(storage) / "stop"),
     ):
-        train_with_ray(stage, section, paths, storage, variables)
+        stop_file = {STOP_FILE_VARIABLE: str(Path(storage) / "stop")}
+        train_with_ray(stage, section, paths, storage, {**variables, **stop_file})
 
 
 @contextmanager
-def ending_with_signals() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit within the block, so that Ray's processes are ended; Ray's own handler aborts."""
+def ending_with_signals(stop_file: Path) -> Iterator[None]:
+    """Pass SIGTERM on to the workers of Ray within the block, by a file: they save a checkpoint and stop.
+
+    If they have not stopped in time, SystemExit is raised, so that Ray's processes are ended; Ray's own handler aborts.
+
+    Args:
+        stop_file: File that the workers look for after each step.
+    """
     codes: list[int] = []
+    patience = patience_s(grace_s())
+
+    def ask_workers(number: int, frame: FrameType | None) -> None:
+        if not stop_file.exists():
+            stop_file.touch()
+            signal.setitimer(signal.ITIMER_REAL, patience)
 
     def exit_with_code(number: int, frame: FrameType | None) -> None:
-        codes.append(128 + number)
+        codes.append(128 + signal.SIGTERM)
         sys.exit(codes[-1])
 
-    before = signal.signal(signal.SIGTERM, exit_with_code)
+    before = signal.signal(signal.SIGTERM, ask_workers), signal.signal(signal.SIGALRM, exit_with_code)
     try:
         yield
     except SystemExit:
@@ -144,7 +158,9 @@ def ending_with_signals() -> Iterator[None]:
             sys.exit(codes[-1])
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGALRM, before[1])
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 DVC ignores Ctrl-C while a stage runs and goes by the stage's exit code, so that a stage which loses the signal lets DVC
 start the next one.
+
+A training saves a checkpoint after SIGTERM (`delaying_sigterm`). Slurm, Kubernetes and clouds send it some time before
+they end a process with SIGKILL.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -24,6 +29,18 @@ PR_SET_PDEATHSIG = 1
 
 STARTED_BY_DVC = "DVC_STAGE"
 """Environment variable that DVC sets for the commands of stages."""
+
+GRACE_VARIABLE, GRACE_S = "SFT_GRACE_S", 20.0
+"""Environment variable with the seconds between SIGTERM and SIGKILL, and its default."""
+
+STOP_FILE_VARIABLE = "SFT_STOP_FILE"
+"""Environment variable with the path of a file that asks a training to save a checkpoint and stop.
+
+It takes the place of SIGTERM in workers of Ray, which get no signals and may run on other machines.
+"""
+
+EXIT_SAVED = 75
+"""Exit code of a training that SIGTERM stopped after it saved a checkpoint; EX_TEMPFAIL of sysexits.h."""
 
 _received: list[int] = []
 """Signals that were received since `heed_signals`."""
@@ -49,6 +66,89 @@ class Stopped(KeyboardInterrupt):
             timer = threading.Timer(AGAIN_S, os.kill, (os.getpid(), self.number))
             timer.daemon = True
             timer.start()
+
+
+class SavedAndStopped(KeyboardInterrupt):
+    """A training has stopped after SIGTERM and will go on from the checkpoint that it saved.
+
+    Args:
+        step: Step of the checkpoint.
+    """
+
+    exit_code = EXIT_SAVED
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"SIGTERM stopped the training, which has saved checkpoint-{step}")
+        self.step = step
+
+
+def grace_s(environment: Mapping[str, str] | None = None) -> float:
+    """Return the seconds between SIGTERM and SIGKILL.
+
+    Args:
+        environment: Environment variables; None = those of this process.
+
+    Raises:
+        ValueError: SFT_GRACE_S is not a number above 0.
+    """
+    text = (os.environ if environment is None else environment).get(GRACE_VARIABLE, str(GRACE_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(
+            f"{GRACE_VARIABLE}={text!r}: it must be a number of seconds above 0, the time that passes between SIGTERM "
+            "and SIGKILL"
+        )
+    return seconds
+
+
+def patience_s(grace: float) -> float:
+    """Return the seconds after which a training stops without a checkpoint, to end itself before SIGKILL does."""
+    return max(0.5 * grace, grace - 5.0)
+
+
+@contextmanager
+def delaying_sigterm(grace: float) -> Iterator[Callable[[], bool]]:
+    """Record SIGTERM within the block, for the training to stop where it can be resumed.
+
+    If the block has not ended `patience_s(grace)` seconds later, `Stopped` is raised in it. More signals before that
+    change nothing: the supervisor, the launcher and DVC may each send one. Ctrl-C stops the training at once, as ever.
+
+    Args:
+        grace: Seconds between SIGTERM and SIGKILL.
+
+    Yields:
+        Function that returns whether SIGTERM was received, or the file named by SFT_STOP_FILE exists.
+    """
+    file = Path(os.environ[STOP_FILE_VARIABLE]) if STOP_FILE_VARIABLE in os.environ else None
+    before = signal.getsignal(signal.SIGTERM)
+    # Python runs handlers in the main thread alone, and Ray runs a training in another
+    if threading.current_thread() is not threading.main_thread() or before == signal.SIG_IGN:
+        yield lambda: file is not None and file.exists()
+        return
+    asked = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if not asked:
+            asked = True
+            print("SIGTERM: saving a checkpoint after this step", file=sys.stderr, flush=True)
+            signal.setitimer(signal.ITIMER_REAL, patience_s(grace))
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, _stop)
+        _stop(signal.SIGTERM, frame)
+
+    alarm_before = signal.signal(signal.SIGALRM, give_up)
+    signal.signal(signal.SIGTERM, remember)
+    try:
+        yield lambda: asked or (file is not None and file.exists())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm_before)
+        signal.signal(signal.SIGTERM, before)
 
 
 def heed_signals() -> None:

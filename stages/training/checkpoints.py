@@ -25,7 +25,7 @@ from stages.checkout.full_disk import is_full_disk
 from stages.checkout.paths import Paths
 from stages.params.schema import Params, TrainSection
 
-FINISHED = "finished"
+FINISHED, STOPPED = "finished", "stopped.json"
 SEAL = "seal.json"
 PICKLED_ARGUMENTS = "training_args.bin"
 
@@ -75,6 +75,18 @@ class TrainingState:
             print(f"removing {path.name}: {problem}", flush=True)
             shutil.rmtree(path)
         return None
+
+    def mark_stopped(self, step: int | None) -> None:
+        """Record the step after which SIGTERM stopped the training; None = the training goes on."""
+        if step is None:
+            (self.folder / STOPPED).unlink(missing_ok=True)
+        else:
+            write_json(self.folder / STOPPED, {"step": step})
+
+    def stopped_at(self) -> int | None:
+        """Return the step after which SIGTERM stopped the last attempt, None if it ended in another way."""
+        file = self.folder / STOPPED
+        return int(read_json(file)["step"]) if file.exists() else None
 
     def mark_finished(self) -> None:
         """Mark the training as finished, so that the next training deletes the folder."""

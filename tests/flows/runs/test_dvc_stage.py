@@ -98,6 +98,7 @@ def test_stage_that_was_killed_may_be_tried_again(project: Path) -> None:
         (["error: process 1 of 2 was ended by signal 9"], 137, "load: process 1 of 2 was ended by signal 9", True),
         ([], -15, "load: ended by signal 15", True),
         ([], -11, "load: ended by signal 11", False),
+        ([], 75, "load: SIGTERM stopped it after it saved a checkpoint; run it again to go on", True),
     ],
 )
 def test_reason_of_a_failure_is_taken_from_who_knows_best(
