@@ -18,6 +18,7 @@ from datasets import Dataset
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
 from stages.launch.ray import WorkerLines, check_resources, launch_with_ray
+from stages.launch.stopping import EXIT_SAVED
 from stages.params.schema import LaunchSection, ParamsError, load_params
 from tests.stages.training_root import (
     ENDLESS,
@@ -97,7 +98,7 @@ def test_ending_the_stage_ends_ray_and_its_workers(tmp_path: Path, number: signa
     assert len(processes) > 3
     stage.send_signal(number)
     stage.communicate(timeout=120)
-    assert stage.returncode in (-signal.SIGKILL, 128 + signal.SIGTERM)
+    assert stage.returncode == (-signal.SIGKILL if number == signal.SIGKILL else EXIT_SAVED)
     _, alive = psutil.wait_procs(processes, timeout=150)  # Ray's agents look for their parent now and then
     assert alive == []
 
