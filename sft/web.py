@@ -2,7 +2,7 @@
 
 URLs of sources and images may come from other people. A private address would reach servers that only this machine can
 reach, such as the credentials service of a cloud, and a redirect would lead there from a harmless URL. The environment
-variable SFT_ALLOW_URLS (`private`, `redirects`, or both with a comma) allows them. It is no key of params.yaml, because
+variable SFT_ALLOW_URLS (`private`, `redirects`, or both with a comma) allows them. It is not a key of params.yaml, as
 who writes the URL must not be the one who allows it. Addresses are checked where the connection is made, so a host name
 can't change its address between check and use.
 """

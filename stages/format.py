@@ -20,7 +20,6 @@ from sft.chat.formats import (
     set_template_variables,
 )
 from sft.chat.render import messages_of
-from sft.chat.template import TemplateSourceError
 from sft.chat.thinking_variable import set_thinking_variable
 from sft.folders import replacing_folder
 from sft.models.checkpoint import (
@@ -31,6 +30,7 @@ from sft.models.checkpoint import (
     processor_template,
     save_tokenizer,
 )
+from sft.untrusted.templates import TemplateSourceError
 from sft.vision.chat import VisionTemplate
 from sft.vision.places import placeholder
 from stages.checkout.artifacts import JsonlWriter, progress, read_json, read_jsonl, write_json

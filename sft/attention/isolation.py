@@ -237,7 +237,7 @@ def _mixing_error(base: Any, found: IsolationReport | Exception) -> DocumentsMix
 
 
 def _probe_lengths(base: Any) -> tuple[int, int]:
-    """Return lengths of two documents, as `PROBE_LENGTHS` or longer, whose sum is no dimension of a tensor.
+    """Return lengths of two documents, as `PROBE_LENGTHS` or longer, whose sum is not a dimension of a tensor.
 
     So a dimension of that size counts tokens.
     """

@@ -96,7 +96,7 @@ Replace = Callable[[Said], Any]
 def speech_keys(messages: Messages, source: str) -> frozenset[str]:
     """Return the keys of messages that hold what a message says, besides its tool calls.
 
-    These are `content`, keys of reasoning under their usual names, and any other key that is no metadata and that the
+    These are `content`, keys of reasoning under their usual names, and any other key that is not metadata and that the
     template mentions.
 
     Args:
@@ -234,7 +234,7 @@ class MarkedText:
         return closed
 
     def after(self, number: int) -> Iterator[str]:
-        """Yield what follows a text each time that it is printed, up to the next that is no value of an argument."""
+        """Yield what follows a text each time that it is printed, up to the next that is not a value of an argument."""
         for index in self._closed.get(number, ()):
             later = (
                 event.at

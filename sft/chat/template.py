@@ -16,15 +16,11 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from sft.common_prefix import common_prefix_length
-from sft.untrusted.child import ChildError, TookTooLongError, TookTooMuchMemoryError
-from sft.untrusted.templates import MAX_BYTES, render_each_in_child, render_in_child
+from sft.untrusted.templates import render_each_in_child, render_in_child
 
 GENERATION_MARK = re.compile(r"\{%-?\+?\s*generation\s*-?%\}")
 # Words that occur in no template and that no template treats specially.
 PROBE_QUESTION, PROBE_ANSWER = "Zyquestionprobe", "Zyanswerprobe"
-FIRST_CHAT_S, CHAT_S = 10.0, 0.1
-"""Time limit in seconds for a call, and in addition per chat; some thousand times what any template needs."""
-MAX_CHARACTERS = 100_000_000
 _QUESTION, _ANSWER = {"role": "user", "content": PROBE_QUESTION}, {"role": "assistant", "content": PROBE_ANSWER}
 PROBE_CHAT = [_QUESTION, _ANSWER]
 _SECOND_QUESTION = {"role": "user", "content": "Zysecondquestion"}
@@ -43,19 +39,6 @@ _PROBE_TOOLS: list[Any] = [
 _TRAINING_FLAGS = ("train", "weight")
 
 Messages = Sequence[Mapping[str, Any]]
-
-
-class TemplateSourceError(ValueError):
-    """A template that is not valid Jinja, and so fails for every conversation."""
-
-
-def syntax_message(source: str, problem: str, number: int) -> str:
-    """Return the message for a syntax error in a template, with the number and the text of the line; 0 = unknown."""
-    if not number:
-        return f"the chat template is not valid Jinja: {problem}"
-    lines = source.splitlines()
-    text = lines[number - 1].strip() if number <= len(lines) else ""
-    return f"the chat template is not valid Jinja: line {number}: {problem}, in {text!r:.120}"
 
 
 def template_messages(messages: Messages, *, arguments_as_text: bool = False) -> list[dict[str, Any]]:
@@ -152,14 +135,7 @@ class ChatTemplate:
             (chat if self.takes_text else in_parts(chat), tools)
             for (chat, _), (_, tools) in zip(hidden, chats, strict=True)
         ]
-        seconds = FIRST_CHAT_S + CHAT_S * len(chats)
-        try:
-            done = render_each_in_child(
-                self.source, conversations, self.variables, max_characters=MAX_CHARACTERS, seconds=seconds
-            )
-        except ChildError:
-            return [None] * len(chats)
-        texts = [answer["texts"][0] if "texts" in answer else None for answer in done]
+        texts = render_each_in_child(self.source, conversations, self.variables)
         if self.block is None:
             return texts
         return [
@@ -170,42 +146,9 @@ class ChatTemplate:
     def _render(
         self, chats: Sequence[Messages], tools: list[Any] | None, **options: bool
     ) -> tuple[list[str], list[Any]]:
-        limit_s = FIRST_CHAT_S + CHAT_S * len(chats)
         hidden = [(chat, None) if self.block is None else self.block.hide(chat) for chat in chats]
         conversations = [chat if self.takes_text else in_parts(chat) for chat, _ in hidden]
-        try:
-            done = render_in_child(
-                self.source,
-                conversations,
-                tools,
-                options,
-                self.variables,
-                max_characters=MAX_CHARACTERS,
-                seconds=limit_s,
-            )
-        except TookTooLongError:
-            raise ValueError(
-                f"the chat template did not finish within {limit_s:g} s for {len(chats)} conversations; look for an "
-                "endless loop in it"
-            ) from None
-        except TookTooMuchMemoryError:
-            raise ValueError(
-                f"the chat template wanted more than {MAX_BYTES >> 30} GiB of memory for {len(chats)} conversations; "
-                "look for what it repeats"
-            ) from None
-        except ChildError as error:
-            raise ValueError(f"the chat template ended the process that rendered it ({error})") from None
-        match done.get("error"):
-            case "syntax":
-                raise TemplateSourceError(syntax_message(self.source, done["message"], done["line"]))
-            case "refused":
-                raise ValueError(f"the chat template refused the conversation: {done['message']}")
-            case "long":
-                raise ValueError(
-                    f"the chat template made {done['characters']} characters of one conversation, more than "
-                    f"{MAX_CHARACTERS}; look for what it repeats"
-                )
-        texts, ranges = done["texts"], [[(start, end) for start, end in found] for found in done["ranges"]]
+        texts, ranges = render_in_child(self.source, conversations, tools, options, self.variables)
         if self.block is not None:
             spans = ranges if options.get("return_assistant_tokens_mask") else [[]] * len(texts)
             reasoning = [text for _, text in hidden]

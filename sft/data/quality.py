@@ -194,19 +194,19 @@ def _misfit(validator: Any, arguments: str) -> str | None:
         try:
             return schema_problem(validator.schema, json.loads(arguments))
         except json.JSONDecodeError as problem:
-            return f"the arguments are no JSON ({problem})"
+            return f"the arguments are not JSON ({problem})"
         except (PatternError, RecursionError) as problem:
             return f"its schema can't be checked: {problem}"
     try:
         error = best_match(validator.iter_errors(json.loads(arguments)))
     except json.JSONDecodeError as problem:
-        return f"the arguments are no JSON ({problem})"
+        return f"the arguments are not JSON ({problem})"
     except Unresolvable as problem:
         return f"its schema refers to what is not in it ({problem})"
     except RecursionError:
         return "its schema refers to itself without end"
     except re.error as problem:
-        return f"a pattern of its schema is no regular expression ({problem})"
+        return f"a pattern of its schema is not a regular expression ({problem})"
     return None if error is None else f"arguments{''.join(f'.{part}' for part in error.absolute_path)}: {error.message}"
 
 

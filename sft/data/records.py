@@ -270,7 +270,7 @@ def record_digest(record: Mapping[str, Any]) -> str:
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:32]
     except UnicodeEncodeError as error:
         around = canonical[max(0, error.start - 20) : error.start + 20]
-        raise RowError("bad_unicode", f"half a surrogate pair, which is no text, in {around!r}") from error
+        raise RowError("bad_unicode", f"half a surrogate pair, which is not text, in {around!r}") from error
 
 
 def numbers_as_text(row: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[str]]:

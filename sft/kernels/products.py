@@ -78,7 +78,7 @@ def back_through_linear(gradient: torch.Tensor, weight: torch.Tensor) -> torch.T
 def shaped_like(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return rows `(num_rows, out)` as `(..., out)`, for an input `(..., in)`.
 
-    The result is no view, so that a model may change the output of an autograd function in place.
+    The result is not a view, so that a model may change the output of an autograd function in place.
     """
     output: torch.Tensor = torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
     return output

@@ -143,7 +143,7 @@ def wrap_adapter(
     Raises:
         ValueError: `peft_config` is given for a `PeftModel`, names a module that does not exist, starts in a way that
             can't be repeated when the adapter is loaded, or can't train new tokens; the weights are quantized and there
-            is no adapter; or parameters would be trained that the saved adapter does not contain.
+            is not an adapter; or parameters would be trained that the saved adapter does not contain.
     """
     checkpointing = {
         "use_gradient_checkpointing": gradient_checkpointing,

@@ -43,7 +43,7 @@ GENERATES = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAU
 HEADLESS, MASKED = "HEADLESS", "MASKED_LM"
 
 TASK_NAMES = {MASKED: "masked language modelling", "CTC": "speech recognition"}
-"""Tasks whose names in transformers are no words."""
+"""Tasks whose names in transformers are not words."""
 
 ADVICE = (
     "supervised fine-tuning needs a causal language model, which predicts each token from those before it: load one "

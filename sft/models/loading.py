@@ -111,7 +111,7 @@ def load_model(
 
     Raises:
         ValueError: The dtype or attention does not exist or can't run here; weights are pickled, damaged, missing or
-            of another size than the config states; or the model is no causal language model or can't be found.
+            of another size than the config states; or the model is not a causal language model or can't be found.
     """
     parsed = _one_dtype(dtype, from_pretrained_kwargs)
     quantization_config = _one_quantization(quantization_config, from_pretrained_kwargs, parsed)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sft.common_prefix import common_prefix_length
+from sft.untrusted.templates import chat_templates_in_child
 
 MESSAGE_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages")
 """Columns of an example that may be conversations."""
@@ -93,7 +94,8 @@ def apply_chat_template(
 
     Raises:
         KeyError: The columns are none of the known forms.
-        ValueError: There is no tokenizer, or the prompt ends with a message that neither asks nor answers.
+        ValueError: There is no tokenizer, the template refuses a conversation, or the prompt ends with a message that
+            neither asks nor answers.
     """
     processing_class = processing_class if processing_class is not None else tokenizer
     if processing_class is None:
@@ -108,7 +110,8 @@ def apply_chat_template(
     def rendered(messages: list[Any], **how: Any) -> str:
         # an empty list of tools would make some templates print an empty tool section
         arguments = {**variables, **template_kwargs, **how}
-        return processing_class.apply_chat_template(messages, tools=tools or None, tokenize=False, **arguments)
+        with chat_templates_in_child():
+            return processing_class.apply_chat_template(messages, tools=tools or None, tokenize=False, **arguments)
 
     if "messages" in example:
         return {"text": rendered(example["messages"])}

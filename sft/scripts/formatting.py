@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, Value
 
 from sft.chat.formats import FORMATS
+from sft.untrusted.templates import chat_templates_in_child
 
 FormattingFunction = Callable[[Any], str | list[str]]
 
@@ -92,11 +93,15 @@ def conversations_formatting_function(
         tools: Schemas of tools, for the template.
     """
 
+    def rendered(messages: Any) -> str:
+        with chat_templates_in_child():
+            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+
     def format_conversations(examples: Mapping[str, Any]) -> str | list[str]:
         conversations = examples[messages_field]
         if conversations and isinstance(conversations[0], Mapping):
-            return tokenizer.apply_chat_template(conversations, tools=tools, tokenize=False)
-        return [tokenizer.apply_chat_template(messages, tools=tools, tokenize=False) for messages in conversations]
+            return rendered(conversations)
+        return [rendered(messages) for messages in conversations]
 
     return format_conversations
 
@@ -106,7 +111,8 @@ def instructions_formatting_function(tokenizer: Any) -> FormattingFunction:
 
     def format_pair(prompt: str, completion: str) -> str:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        with chat_templates_in_child():
+            return tokenizer.apply_chat_template(messages, tokenize=False)
 
     def format_instructions(examples: Mapping[str, Any]) -> str | list[str]:
         prompt, completion = examples["prompt"], examples["completion"]

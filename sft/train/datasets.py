@@ -339,7 +339,8 @@ def check_thinking(kind: Kind, train_on: TrainOn, config: SFTConfig) -> None:
     """Check that `thinking` has an effect on rows of this kind.
 
     Raises:
-        ValueError: The rows are no conversations; or `unroll` would make a row of each answer, and prompts are trained.
+        ValueError: The rows are not conversations; or `unroll` would make a row of each answer, and prompts are
+            trained.
     """
     if config.thinking != "keep" and kind in (Kind.TEXT, Kind.TOKENIZED):
         raise ValueError(

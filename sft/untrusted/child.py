@@ -70,6 +70,22 @@ class RaisedError(ChildError):
         self.message = message
 
 
+def problem(error: ChildError, work: str) -> str:
+    """Return a message for the user: what a call did instead of returning.
+
+    Args:
+        error: The error of the call.
+        work: What the call does, as the beginning of a sentence: `decoding it`.
+    """
+    match error:
+        case RaisedError():
+            return error.message or error.kind
+        case TookTooLongError() | TookTooMuchMemoryError():
+            return f"{work} takes {error}"
+        case _:
+            return f"{work} ended the process that did it ({error})"
+
+
 class Child:
     """Child process with limits. Calls from several threads wait for each other; a forked process starts its own.
 
@@ -114,7 +130,7 @@ class Child:
         try:
             answer = self._answer(request, seconds)
             if answer.get("error") == "MemoryError":
-                raise TookTooMuchMemoryError(f"more than {self._num_bytes >> 20} MiB")
+                raise TookTooMuchMemoryError(f"more than {_size(self._num_bytes)} of memory")
         except BaseException:  # also Ctrl-C: the answer would be read as that of the next call
             self.close()
             raise
@@ -127,8 +143,8 @@ class Child:
         connection.settimeout(seconds + START_S)
         try:
             connection.sendall(len(request).to_bytes(8, "little") + request)
-            length = int.from_bytes(_exactly(connection, 8), "little")
-            return json.loads(_exactly(connection, length))
+            length = int.from_bytes(child_main.exactly(connection, 8), "little")
+            return json.loads(child_main.exactly(connection, length))
         except TimeoutError:
             raise TookTooLongError(f"more than {seconds:g} s") from None
         except (ConnectionError, EOFError):
@@ -188,17 +204,8 @@ class Child:
 _children: weakref.WeakSet[Child] = weakref.WeakSet()
 
 
-def _exactly(connection: socket.socket, length: int) -> bytes:
-    data = connection.recv(length)
-    if len(data) == length:
-        return data
-    parts = bytearray(data)
-    while len(parts) < length:
-        if not data:
-            raise EOFError
-        data = connection.recv(min(length - len(parts), 1 << 20))
-        parts += data
-    return bytes(parts)
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes >> 30} GiB" if num_bytes % (1 << 30) == 0 else f"{num_bytes >> 20} MiB"
 
 
 def _forget_all() -> None:

@@ -75,18 +75,23 @@ def _encoded(answer: dict[str, Any]) -> bytes:
 
 
 def _received(connection: socket.socket) -> bytes:
-    length = int.from_bytes(_exactly(connection, 8), "little")
-    return _exactly(connection, length)
+    length = int.from_bytes(exactly(connection, 8), "little")
+    return exactly(connection, length)
 
 
-def _exactly(connection: socket.socket, length: int) -> bytes:
+def exactly(connection: socket.socket, length: int) -> bytes:
+    """Receive a number of bytes.
+
+    Raises:
+        EOFError: The other side closed the connection before.
+    """
     data = connection.recv(length)
     if len(data) == length:
         return data
     parts = bytearray(data)
     while len(parts) < length:
         if not data:
-            os._exit(0)  # the parent has gone
+            raise EOFError
         data = connection.recv(min(length - len(parts), 1 << 20))
         parts += data
     return bytes(parts)
@@ -111,7 +116,10 @@ def main() -> None:
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the connection
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        serve(socket.socket(fileno=int(sys.argv[1])))
+    except (EOFError, ConnectionError):
+        os._exit(0)  # the parent has gone
 
 
 if __name__ == "__main__":

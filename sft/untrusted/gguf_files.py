@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sft.untrusted.child import Child, ChildError, RaisedError, TookTooLongError, TookTooMuchMemoryError
+from sft.untrusted.child import Child, ChildError, RaisedError, problem
 
 MAX_BYTES = 4 << 30
 """Memory in bytes that reading the metadata may need."""
@@ -34,17 +34,13 @@ def check_gguf_file(path: Path) -> None:
         GgufError: It is damaged, takes too long or too much memory, or states sizes that none of its tensors has.
     """
     try:
-        problem = _child.call(_problem, str(path.absolute()), seconds=SECONDS)
+        found = _child.call(_problem, str(path.absolute()), seconds=SECONDS)
     except RaisedError as error:
-        problem = f"it is damaged or cut off ({str(error)[:200]})"
-    except TookTooLongError:
-        problem = f"reading it takes more than {SECONDS:.0f} s"
-    except TookTooMuchMemoryError:
-        problem = f"reading it takes more than {MAX_BYTES >> 30} GiB of memory"
+        found = f"it is damaged or cut off ({str(error)[:200]})"
     except ChildError as error:
-        problem = f"it ended the process that read it ({error})"
-    if problem:
-        raise GgufError(f"{path}: {problem}. Download or copy the file again.")
+        found = problem(error, "reading it")
+    if found:
+        raise GgufError(f"{path}: {found}. Download or copy the file again.")
 
 
 def _problem(path: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sft.untrusted.child import Child, ChildError, RaisedError, TookTooLongError, TookTooMuchMemoryError
+from sft.untrusted.child import Child, ChildError, problem
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 """Formats that are read, as Pillow names them, with the endings of their files."""
@@ -50,14 +50,8 @@ def check_image(content: bytes) -> Checked:
     """
     try:
         return Checked(*_child.call(_decoded, content, seconds=SECONDS))
-    except RaisedError as error:
-        raise ImageError(error.message or error.kind) from None
-    except TookTooLongError:
-        raise ImageError(f"decoding it takes more than {SECONDS:.0f} s") from None
-    except TookTooMuchMemoryError:
-        raise ImageError(f"decoding it takes more than {MAX_BYTES >> 30} GiB of memory") from None
     except ChildError as error:
-        raise ImageError(f"it ended the process that decoded it ({error})") from None
+        raise ImageError(problem(error, "decoding it")) from None
 
 
 def _decoded(content: bytes) -> tuple[str, int, int]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from sft.untrusted.child import Child, ChildError, RaisedError, TookTooLongError
+from sft.untrusted.child import Child, ChildError, RaisedError, problem
 
 SECONDS = 5.0
 """Time limit for all searches of a call; some million times what a usual one needs."""
@@ -72,10 +72,8 @@ def _called(function: Any, *arguments: Any) -> Any:
         return _child.call(function, *arguments, seconds=SECONDS)
     except RaisedError as error:
         raise PatternError(str(error)) from None
-    except TookTooLongError:
-        raise PatternError(f"it takes more than {SECONDS:g} s to match") from None
     except ChildError as error:
-        raise PatternError(f"it takes too much memory to match ({error})") from None
+        raise PatternError(problem(error, "matching it")) from None
 
 
 def _last_match(pattern: str, text: str) -> Any:
@@ -103,5 +101,5 @@ def _schema_problem(schema: Any, value: Any) -> str | None:
     except RecursionError:
         return "its schema refers to itself without end"
     except re.error as problem:
-        return f"a pattern of its schema is no regular expression ({problem})"
+        return f"a pattern of its schema is not a regular expression ({problem})"
     return None if error is None else f"arguments{''.join(f'.{part}' for part in error.absolute_path)}: {error.message}"

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sft.untrusted.child import Child, ChildError, RaisedError, TookTooLongError, TookTooMuchMemoryError
+from sft.untrusted.child import Child, ChildError, RaisedError, problem
 
 MAX_BYTES = 4 << 30
 """Memory in bytes that a batch may need."""
@@ -74,16 +74,10 @@ def _checked(path: str, kind: str, num_bytes: int, changed: int) -> int:
     seconds = SECONDS + SECONDS_PER_GB * num_bytes / 1e9
     try:
         return _child.call(_validate_parquet if kind == "Parquet" else _validate_arrow, path, seconds=seconds)
-    except RaisedError as error:
-        if error.kind == NotUtf8Error.__name__:
-            raise NotUtf8Error(error.message) from None
-        raise TableError(error.message or error.kind) from None
-    except TookTooLongError:
-        raise TableError(f"reading it takes more than {seconds:.0f} s") from None
-    except TookTooMuchMemoryError:
-        raise TableError(f"reading it takes more than {MAX_BYTES >> 30} GiB of memory") from None
     except ChildError as error:
-        raise TableError(f"it ended the process that opened it ({error})") from None
+        if isinstance(error, RaisedError) and error.kind == NotUtf8Error.__name__:
+            raise NotUtf8Error(error.message) from None
+        raise TableError(problem(error, "reading it")) from None
 
 
 def _validate_arrow(path: str) -> int:

@@ -1,4 +1,4 @@
-"""Chat templates, which are programs: rendered in transformers' sandbox, in a child process with limits.
+"""Templates, which are programs: rendered in a sandbox, in a child process with limits.
 
 Every rendering is done in the child, since a template may misbehave at any row, and no limit inside of a process holds
 for single operations of C code: nested lists that share their elements are compared, hashed, sorted and printed for
@@ -7,20 +7,26 @@ longer than the universe lasts. Integers are limited besides, so that the messag
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+import pickle
 import sys
+import threading
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError
 from jinja2.exceptions import SecurityError
 from jinja2.filters import do_round
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sft.untrusted.child import Child, ChildError
+from sft.untrusted.child import Child, ChildError, problem
 
 MAX_BITS = 4096
 """Largest size of an integer in bits: more than any template needs, and fast to compute."""
@@ -31,7 +37,21 @@ MAX_BYTES = 2 << 30
 MAX_RANGES = 1_000_000
 """Most generation marks in all conversations of a call."""
 
+MAX_CHARACTERS = 100_000_000
+"""Longest text in characters that a template may make."""
+
+FIRST_CHAT_S, CHAT_S = 10.0, 0.1
+"""Time limit in seconds for a call, and in addition per conversation; some thousand times what any template needs."""
+
 _child = Child(MAX_BYTES)
+
+
+class TemplateSourceError(ValueError):
+    """A template that is not valid Jinja, and so fails for every conversation."""
+
+
+class FillError(ValueError):
+    """A template that can't be filled in from a row; the message says why."""
 
 
 class BoundedSandbox(ImmutableSandboxedEnvironment):
@@ -72,15 +92,8 @@ def bounded_round(value: Any, precision: Any = 0, method: Any = "common") -> Any
 
 
 def render_in_child(
-    source: str,
-    conversations: Sequence[Any],
-    tools: Any,
-    options: dict[str, bool],
-    variables: Mapping[str, Any],
-    *,
-    max_characters: int,
-    seconds: float,
-) -> dict[str, Any]:
+    source: str, conversations: Sequence[Any], tools: Any, options: Mapping[str, Any], variables: Mapping[str, Any]
+) -> tuple[list[str], list[list[tuple[int, int]]]]:
     """Render conversations with a chat template as transformers does.
 
     Args:
@@ -89,28 +102,186 @@ def render_in_child(
         tools: Schemas of tools; None = none.
         options: Further arguments of transformers' `render_jinja_template`.
         variables: Variables of the template.
-        max_characters: Longest text that is returned.
-        seconds: Time limit.
 
     Returns:
-        `texts` and, for each, `ranges` of characters inside generation marks. Otherwise `error` is `syntax` (with its
-        `line`, 0 if it is not known, and `message`), `refused` (`message`) or `long` (`characters` of the longest).
+        The texts and, for each, ranges of characters inside generation marks.
 
     Raises:
-        ChildError: It took too long or too much memory, or ended the child.
+        ValueError: The template refused a conversation, took too long or too much memory, ended the child, or is not
+            valid Jinja (`TemplateSourceError`).
     """
-    arguments = [source, list(conversations), tools, dict(variables), options, max_characters]
-    return _called(_rendered, arguments, seconds)
+    seconds = FIRST_CHAT_S + CHAT_S * len(conversations)
+    arguments = [source, list(conversations), tools, dict(variables), dict(options), MAX_CHARACTERS]
+    try:
+        done = _called(_rendered, arguments, seconds)
+    except ChildError as error:
+        raise ValueError(
+            f"{problem(error, 'rendering with the chat template')} for {len(conversations)} conversations; look for an "
+            "endless loop in the template, or for what it repeats"
+        ) from None
+    match done.get("error"):
+        case "syntax":
+            raise TemplateSourceError(syntax_message(source, done["message"], done["line"]))
+        case "refused":
+            raise ValueError(f"the chat template refused the conversation: {done['message']}")
+        case "long":
+            raise ValueError(
+                f"the chat template made {done['characters']} characters of one conversation, more than "
+                f"{MAX_CHARACTERS}; look for what it repeats"
+            )
+    return done["texts"], [[(start, end) for start, end in found] for found in done["ranges"]]
+
+
+def syntax_message(source: str, found: str, number: int) -> str:
+    """Return the message for a syntax error in a template, with the number and the text of the line; 0 = unknown."""
+    if not number:
+        return f"the chat template is not valid Jinja: {found}"
+    lines = source.splitlines()
+    text = lines[number - 1].strip() if number <= len(lines) else ""
+    return f"the chat template is not valid Jinja: line {number}: {found}, in {text!r:.120}"
 
 
 def render_each_in_child(
-    source: str, chats: Sequence[tuple[Any, Any]], variables: Mapping[str, Any], *, max_characters: int, seconds: float
-) -> list[dict[str, Any]]:
-    """Render several conversations, each with its own tools, in one call, and return what `render_in_child` does.
+    source: str, chats: Sequence[tuple[Any, Any]], variables: Mapping[str, Any]
+) -> list[str | None]:
+    """Render several conversations, each with its own tools, in one call.
 
     A call takes about as long as a rendering, so that this is faster than one call for each.
+
+    Returns:
+        The texts; None for a conversation for which `render_in_child` raises an error.
     """
-    return _called(_rendered_each, [source, list(chats), dict(variables), max_characters], seconds)
+    try:
+        done = _called(
+            _rendered_each, [source, list(chats), dict(variables), MAX_CHARACTERS], FIRST_CHAT_S + CHAT_S * len(chats)
+        )
+    except ChildError:
+        return [None] * len(chats)
+    return [answer["texts"][0] if "texts" in answer else None for answer in done]
+
+
+@contextlib.contextmanager
+def chat_templates_in_child() -> Iterator[None]:
+    """Let `apply_chat_template` of all tokenizers and processors render in the child process.
+
+    It renders what `apply_chat_template` renders otherwise, with a `ValueError` where the template fails. The function
+    that transformers renders with is replaced for the duration, for other threads, too.
+    """
+    from transformers import processing_utils, tokenization_utils_base
+
+    global _num_replaced
+    modules: tuple[Any, ...] = (processing_utils, tokenization_utils_base)
+    with _replacing:
+        if _num_replaced == 0:
+            for module in modules:
+                module.render_jinja_template = _render_like_transformers
+        _num_replaced += 1
+    try:
+        yield
+    finally:
+        with _replacing:
+            _num_replaced -= 1
+            if _num_replaced == 0:
+                for module in modules:
+                    module.render_jinja_template = _original()
+
+
+_replacing, _num_replaced = threading.Lock(), 0
+
+
+def _original() -> Any:
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils.render_jinja_template
+
+
+def _render_like_transformers(
+    conversations: list[Any],
+    tools: list[Any] | None = None,
+    documents: Any = None,
+    chat_template: str | None = None,
+    return_assistant_tokens_mask: bool = False,
+    continue_final_message: bool | str = False,
+    add_generation_prompt: bool = False,
+    **variables: Any,
+) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    """Do what `transformers.utils.chat_template_utils.render_jinja_template` does, in the child."""
+    from transformers.utils import get_json_schema
+
+    if tools is not None:
+        # functions describe themselves here, where their source is
+        tools = [get_json_schema(tool) if isinstance(tool, FUNCTIONS) else tool for tool in tools]
+    options: dict[str, Any] = {"continue_final_message": continue_final_message} if continue_final_message else {}
+    options |= {"add_generation_prompt": add_generation_prompt}
+    options |= {"documents": documents} if documents is not None else {}
+    options |= {"return_assistant_tokens_mask": True} if return_assistant_tokens_mask else {}
+    chats = [getattr(chat, "messages", chat) for chat in conversations]
+    texts, ranges = render_in_child(str(chat_template), chats, tools, options, variables)
+    return texts, ranges if return_assistant_tokens_mask else []
+
+
+FUNCTIONS = (types.FunctionType, types.MethodType)
+
+PLAIN_TYPES = (str, int, float, bool, bytes, date, time, datetime, timedelta, Decimal)
+"""Types of values that templates get as they are."""
+
+
+def fill_in_child(texts: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str]:
+    """Fill in templates from the columns of a row, with nulls as empty text.
+
+    Args:
+        texts: Jinja templates by role.
+        row: Values by column: texts, numbers, times, lists and dicts. Others, such as images, become their type's name.
+
+    Returns:
+        The texts by role.
+
+    Raises:
+        FillError: A column is missing or of another type, or a template takes too long or too much memory.
+    """
+    try:
+        done = _child.call(_filled, dict(texts), pickle.dumps(_plain(row)), MAX_CHARACTERS, seconds=FIRST_CHAT_S)
+    except ChildError as error:
+        raise FillError(f"the template can't be filled in: {problem(error, 'filling it in')}") from None
+    if "error" in done:
+        raise FillError(f"the template of {done['role']} can't be filled in: {done['error']}")
+    return done
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without objects whose methods could do harm in a template."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or type(value) in PLAIN_TYPES else f"<{type(value).__name__}>"
+
+
+@functools.cache
+def _sandbox() -> BoundedSandbox:
+    return BoundedSandbox(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(text: str) -> Template:
+    return _sandbox().from_string(text)
+
+
+def _filled(texts: dict[str, str], pickled: bytes, max_characters: int) -> dict[str, str]:
+    """Fill in templates in the child; see `fill_in_child`."""
+    # the parent pickled it, which is trusted
+    columns = {name: "" if value is None else value for name, value in pickle.loads(pickled).items()}
+    result = {}
+    for role, text in texts.items():
+        try:
+            result[role] = _compiled(text).render(columns)
+        except MemoryError:
+            raise
+        except Exception as error:
+            return {"role": role, "error": str(error)[:2000] or type(error).__name__}
+        if len(result[role]) > max_characters:
+            return {"role": role, "error": f"it makes {len(result[role])} characters, more than {max_characters}"}
+    return result
 
 
 def _called(function: Callable[..., Any], arguments: list[Any], seconds: float) -> Any:

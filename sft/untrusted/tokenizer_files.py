@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sft.untrusted.child import Child, ChildError, RaisedError, TookTooLongError, TookTooMuchMemoryError
+from sft.untrusted.child import Child, ChildError, RaisedError, problem
 
 MAX_BYTES = 6 << 30
 """Memory in bytes that opening a tokenizer may need; the largest vocabularies need about 1 GiB."""
@@ -27,7 +27,7 @@ MAX_GROWTH = 1000
 """Largest factor by which the rules of a tokenizer may make a text longer; normalization by SentencePiece has 34."""
 
 PANIC = "PanicException"
-"""Class of the errors of Rust code that was not written to fail; it is no `Exception`."""
+"""Class of the errors of Rust code that was not written to fail; it is not an `Exception`."""
 
 PROBES = (
     "Hello",
@@ -64,19 +64,15 @@ def check_tokenizer_files(place: Path) -> None:
 def _checked(place: str, state: tuple[Any, ...]) -> None:
     del state  # a part of the key of the cache
     try:
-        problem = _child.call(_try_file if Path(place).is_file() else _try_folder, place, seconds=SECONDS)
+        found = _child.call(_try_file if Path(place).is_file() else _try_folder, place, seconds=SECONDS)
     except RaisedError as error:
         if error.kind != PANIC:
             return
-        problem = f"it ends in an error of its own code: {error.message[:200]}"
-    except TookTooLongError:
-        problem = f"opening and trying it takes more than {SECONDS:.0f} s"
-    except TookTooMuchMemoryError:
-        problem = f"opening and trying it takes more than {MAX_BYTES >> 30} GiB of memory"
+        found = f"it ends in an error of its own code: {error.message[:200]}"
     except ChildError as error:
-        problem = f"it ended the process that opened it ({error}), perhaps for want of memory"
-    if problem:
-        raise TokenizerFileError(problem)
+        found = problem(error, "opening and trying it")
+    if found:
+        raise TokenizerFileError(found)
 
 
 def _try_file(path: str) -> str:

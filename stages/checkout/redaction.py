@@ -215,7 +215,7 @@ _PIECE = 1024
 """Letters that are searched at once: some patterns take a time proportional to the square of the length."""
 
 _NOT_USED = {"IPPublicDetector", "BasicAuthDetector", "KeywordDetector", "PrivateKeyDetector"}
-"""Plugins of detect-secrets whose findings are no secrets, or that the rules above replace."""
+"""Plugins of detect-secrets whose findings are not secrets, or that the rules above replace."""
 
 
 def is_secret(name: str) -> bool:

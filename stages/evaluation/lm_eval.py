@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sft.untrusted.templates import chat_templates_in_child
 from stages.evaluation.results import ModelResult
 from stages.params.figures import ANSWERING
 from stages.params.schema import LmEvalSection
@@ -82,7 +83,7 @@ class HarnessRun:
         from sft.evaluate.lm_eval import HarnessOptions
 
         options = HarnessOptions(**self.section.model_dump(exclude={"tasks"}))
-        with contextlib.chdir(self.root):
+        with contextlib.chdir(self.root), chat_templates_in_child():
             self.done = self.harness.measure(model, tokenizer, options)
         result.add_tasks(self.done.figures, self.done.errors)
 

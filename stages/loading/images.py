@@ -59,7 +59,7 @@ class ImageStore:
         Args:
             record: The row as a record.
             columns: The row's columns, which may contain images besides those in its messages.
-            layout: Columns that the record was made of, which are no columns of images.
+            layout: Columns that the record was made of, which are not columns of images.
             home: Where its images' paths start.
 
         Returns:

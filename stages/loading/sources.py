@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import is_offline_mode
-from jinja2 import StrictUndefined, TemplateError, meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Environment, meta
 
 from sft.data.messages import IMAGE_COLUMNS, RowError
 from sft.data.records import OPTIONAL_COLUMNS, Kind, Layout, detect_layout
@@ -24,13 +23,12 @@ from sft.data.remote import fetch_files, is_url
 from sft.data.source_row import Row, SourceError
 from sft.data.sources import data_files, hub_rows, is_saved_dataset, read_rows
 from sft.suggest import did_you_mean
+from sft.untrusted.templates import FillError, fill_in_child
 from stages.checkout.paths import Paths, cache_folder
 from stages.loading.images import digestible
 from stages.params.schema import MappedSection, SourceSection
 
 ROLE_KEYS = {"role", "from"}
-
-_JINJA = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
 class RowMapping:
@@ -45,9 +43,9 @@ class RowMapping:
     def __init__(self, section: MappedSection) -> None:
         self._columns = section.columns
         self._roles = {tag.strip().lower(): role for tag, role in section.roles.items()}
-        texts = section.template.model_dump(exclude_none=True) if section.template else {}
-        self._templates = {role: _JINJA.from_string(text) for role, text in texts.items()}
-        self._fields = {name for text in texts.values() for name in meta.find_undeclared_variables(_JINJA.parse(text))}
+        self._templates = section.template.model_dump(exclude_none=True) if section.template else {}
+        parsed = map(Environment().parse, self._templates.values())  # parsing runs nothing
+        self._fields = {name for tree in parsed for name in meta.find_undeclared_variables(tree)}
         self._seen_columns: dict[str, None] = {}
         self._seen_roles: set[str] = set()
 
@@ -105,17 +103,15 @@ class RowMapping:
             RowError: The template can't be filled in from the row.
         """
         if self._templates:
-            return {"messages": [{"role": role, "content": self._fill(role, row)} for role in self._templates]}
+            try:
+                texts = fill_in_child(self._templates, row)
+            except FillError as error:
+                raise RowError("template", str(error)) from error
+            return {"messages": [{"role": role, "content": texts[role]} for role in self._templates]}
         renamed = {self._columns.get(name, name): value for name, value in row.items()}
         if not self._roles:
             return renamed
         return {name: self._translated(value) for name, value in renamed.items()}
-
-    def _fill(self, role: str, row: Mapping[str, Any]) -> str:
-        try:
-            return self._templates[role].render({name: "" if value is None else value for name, value in row.items()})
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise RowError("template", f"the template of {role} can't be filled in: {error}") from error
 
     def _translated(self, value: Any) -> Any:
         """Translate the roles in a column if it contains messages."""

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from sft.evaluate.generation import stop_token_ids
 from sft.models.checkpoint import load_tokenizer
+from sft.untrusted.templates import chat_templates_in_child
 from stages.checkout.artifacts import read_json, read_jsonl
 from stages.checkout.paths import Paths
 from stages.models.variants import find_variant, load_variant
@@ -149,11 +150,18 @@ class Talker:
         """Print the answer to a conversation while it is generated.
 
         Returns:
-            The conversation with the answer; without its last message if that does not fit into the context.
+            The conversation with the answer; without its last message if the template refuses it, or it does not fit
+            into the context.
         """
-        inputs: Any = self._tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(next(self._model.parameters()).device)
+        try:
+            with chat_templates_in_child():
+                rendered: Any = self._tokenizer.apply_chat_template(
+                    conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
+        except ValueError as error:
+            note(f"not answered: {error}")
+            return conversation[:-1]
+        inputs = rendered.to(next(self._model.parameters()).device)
         length = inputs["input_ids"].shape[1]
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and length + self._max_new_tokens > limit:

@@ -426,7 +426,7 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file_list(digest: str, caches: list[Path]) -> dict[str, Any] | None:
-    """Return the hashes of a folder's files by path, as DVC caches them; None if it is no folder or not cached."""
+    """Return the hashes of a folder's files by path, as DVC caches them; None if it is not a folder or not cached."""
     file = _cached_file(digest, caches) if digest.endswith(".dir") else None
     if file is None:
         return None

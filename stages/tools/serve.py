@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from transformers.utils.import_utils import is_serve_available
 
 from sft.models.loading import training_device
+from sft.untrusted.templates import chat_templates_in_child
 from stages.access.guard import KeyRequired, OwnOriginOnly, new_key
 from stages.checkout.paths import Paths
 from stages.models.variants import Variant, find_variant
@@ -80,7 +81,8 @@ def run(params: Params, paths: Paths, *, model: str = "merged", port: int = 8000
     shown = f"${KEY}" if KEY in os.environ else key
     # sys.stdout replaces secrets by ***, and this one is for the user, who has no other way to get it
     print(f"The API key is {shown}. For example:\n{example(name, port, shown)}", file=sys.__stdout__, flush=True)
-    served.server.run()
+    with chat_templates_in_child():
+        served.server.run()
 
 
 def api_key(given: str | None) -> str:

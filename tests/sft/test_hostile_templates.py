@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.chat import template
 from sft.chat.template import ChatTemplate
+from sft.untrusted import templates
 from sft.untrusted.child import Child
 
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
@@ -22,18 +22,18 @@ LONG = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 
 @pytest.fixture
 def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "FIRST_CHAT_S", 0.3)
+    monkeypatch.setattr(templates, "FIRST_CHAT_S", 0.3)
 
 
 def test_a_template_with_an_endless_loop_is_stopped_with_a_message(short_limit: None) -> None:
     started = time.monotonic()
-    with pytest.raises(ValueError, match=r"did not finish within 0\.4 s for 1 conversations"):
+    with pytest.raises(ValueError, match=r"takes more than 0\.4 s for 1 conversations"):
         ChatTemplate(LONG, VARIABLES).render([CHAT])
     assert time.monotonic() - started < 5
 
 
 def test_a_template_that_prints_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(templates, "MAX_CHARACTERS", 1000)
     with pytest.raises(ValueError, match="made 2000 characters of one conversation"):
         ChatTemplate("{{ 'ab' * 1000 }}", VARIABLES).render([CHAT])
 
@@ -65,7 +65,7 @@ def test_a_number_that_would_take_hours_is_refused_at_once(source: str) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is bounded on Linux alone")
 @pytest.mark.parametrize("source", GIANT_TEXTS)
 def test_a_text_that_would_fill_the_memory_is_refused(source: str) -> None:
-    with pytest.raises(ValueError, match="the chat template wanted more than 2 GiB of memory"):
+    with pytest.raises(ValueError, match="the chat template takes more than 2 GiB of memory"):
         ChatTemplate(source, VARIABLES).render([CHAT])
 
 
@@ -92,7 +92,7 @@ NESTED = (
 )
 def test_nested_lists_that_share_their_elements_are_stopped(short_limit: None, use: str) -> None:
     started = time.monotonic()
-    with pytest.raises(ValueError, match=r"the chat template (did not finish|wanted more than|refused)"):
+    with pytest.raises(ValueError, match=r"the chat template (takes more than|refused)"):
         ChatTemplate(NESTED + use, VARIABLES).render([CHAT])
     assert time.monotonic() - started < 30
 
@@ -100,12 +100,12 @@ def test_nested_lists_that_share_their_elements_are_stopped(short_limit: None, u
 def test_hashing_nested_tuples_is_stopped(short_limit: None) -> None:
     build = "{% set n = namespace(x=()) %}{% for i in range(60) %}{% set n.x = (n.x, n.x) %}{% endfor %}"
     source = build + "{{ {n.x: 1}|length }}"
-    with pytest.raises(ValueError, match=r"did not finish within 0\.4 s for 1 conversations"):
+    with pytest.raises(ValueError, match=r"takes more than 0\.4 s for 1 conversations"):
         ChatTemplate(source, VARIABLES).render([CHAT])
 
 
 def test_a_template_works_after_another_was_stopped(short_limit: None) -> None:
-    with pytest.raises(ValueError, match="did not finish"):
+    with pytest.raises(ValueError, match="takes more than"):
         ChatTemplate(LONG, VARIABLES).render([CHAT])
     assert ChatTemplate("{{ messages[0].content }}", VARIABLES).render([CHAT]) == ["Hello"]
 

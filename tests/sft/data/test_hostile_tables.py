@@ -129,7 +129,7 @@ def test_a_crash_of_the_child_is_a_message(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "a.arrow"
     path.write_bytes(b"ARROW1")
     monkeypatch.setattr(tables, "_validate_arrow", crash)
-    with pytest.raises(TableError, match=r"it ended the process that opened it \(SIGSEGV\)"):
+    with pytest.raises(TableError, match=r"reading it ended the process that did it \(SIGSEGV\)"):
         check_table(path, "Arrow")
 
 

@@ -51,10 +51,10 @@ def test_tools_that_are_not_a_schema_are_found(bad: Any, words: str) -> None:
         (row(CITY, name="wether"), "message 1 calls 'wether', offered are ['weather']"),
         (row(CITY, arguments='{"city": 3}'), "message 1 calls 'weather': arguments.city: 3 is not of type 'string'"),
         (row(CITY, arguments="{}"), "arguments: 'city' is a required property"),
-        (row(CITY, arguments='{"city"'), "the arguments are no JSON"),
+        (row(CITY, arguments='{"city"'), "the arguments are not JSON"),
         (row({"$ref": "http://127.0.0.1:9/x.json"}), "its schema refers to what is not in it"),
         (row({"$ref": "#"}), "its schema refers to itself without end"),
-        (row({"properties": {"city": {"$ref": "#/x"}}, "x": {"pattern": "("}}), "is no regular expression"),
+        (row({"properties": {"city": {"$ref": "#/x"}}, "x": {"pattern": "("}}), "is not a regular expression"),
     ],
 )
 def test_calls_that_do_not_fit_are_found(bad: Any, words: str) -> None:

@@ -94,7 +94,7 @@ def test_expressions_of_an_adapter_that_backtrack_without_end_are_refused(
 ) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     change_config(adapter, **values)
-    with pytest.raises(CheckpointError, match=r"it takes more than 0\.5 s to match"):
+    with pytest.raises(CheckpointError, match=r"matching it takes more than 0\.5 s"):
         load_adapter(tiny_model(), adapter)
 
 

@@ -28,9 +28,9 @@ def test_matches_are_those_of_python() -> None:
 
 
 def test_an_expression_that_backtracks_without_end_is_stopped() -> None:
-    with pytest.raises(PatternError, match=r"it takes more than 0\.5 s to match"):
+    with pytest.raises(PatternError, match=r"matching it takes more than 0\.5 s"):
         fullmatches(BACKTRACKS, ["a" * 60 + "!"])
-    with pytest.raises(ValueError, match=r"task regex:\(a\+\)\+\$: it takes more than 0\.5 s to match, in 'aaa"):
+    with pytest.raises(ValueError, match=r"task regex:\(a\+\)\+\$: matching it takes more than 0\.5 s, in 'aaa"):
         last_found(re.compile(BACKTRACKS), "a" * 60 + "!")
 
 
@@ -53,7 +53,7 @@ def test_a_schema_whose_expression_backtracks_is_a_problem_of_the_row() -> None:
     schema = {"type": "object", "properties": {"x": {"type": "string", "pattern": BACKTRACKS}}}
     problem = tool_call(row(schema, {"x": "a" * 60 + "!"}))
     assert problem is not None
-    assert problem.detail == "message 1 calls 'f': its schema can't be checked: it takes more than 0.5 s to match"
+    assert problem.detail == "message 1 calls 'f': its schema can't be checked: matching it takes more than 0.5 s"
     assert tool_call(row(schema, {"x": "aaa"})) is None
 
 
@@ -61,4 +61,4 @@ def test_a_schema_whose_references_multiply_is_a_problem_of_the_row() -> None:
     steps = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(60)}
     problem = tool_call(row({"$defs": {**steps, "a60": {}}, "$ref": "#/$defs/a0"}, {"x": 1}))
     assert problem is not None
-    assert problem.detail == "message 1 calls 'f': its schema can't be checked: it takes more than 0.5 s to match"
+    assert problem.detail == "message 1 calls 'f': its schema can't be checked: matching it takes more than 0.5 s"
