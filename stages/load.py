@@ -19,6 +19,7 @@ from stages.loading.checks import Note, RowChecks, SetChecks
 from stages.loading.images import IMAGE_REASONS, Home, ImageStore
 from stages.loading.selection import Selection
 from stages.loading.sources import Source, open_source
+from stages.loading.suggestions import option_line, suggest_options
 from stages.models.resolve import resolve_base_model
 from stages.params.schema import LoadSection, Params
 
@@ -79,6 +80,7 @@ class Intake(ExitStack):
         self._set_checks = SetChecks(section.checks, self._writers)
         self._seen: dict[str, dict[bytes, str]] = {"train": {}, "eval": {}}
         self._held_out: frozenset[bytes] = frozenset()
+        self._hints: dict[tuple[str, str], str] = {}
 
     def take(self, sources: list[Source], purpose: str) -> None:
         """Check and write all rows of sources.
@@ -109,7 +111,8 @@ class Intake(ExitStack):
             target, copies = self._place(record, notes, row.id, source, chosen, purpose)
         except RowError as error:
             action = Action.OMIT if isinstance(error, OmittedRow) else Action.DROP
-            self.accounts.enter(row.id, Note(action, Problem(error.reason, str(error))), number, purpose)
+            detail = f"{error}{self._hint(error, row, source)}"
+            self.accounts.enter(row.id, Note(action, Problem(error.reason, detail)), number, purpose)
             return
         for note in notes:
             self.accounts.enter(row.id, note, number, purpose)
@@ -117,6 +120,17 @@ class Intake(ExitStack):
         for copy in range(copies):
             self._writers[target].write({"id": f"{row.id}+{copy}" if copy else row.id, **record})
         self.accounts.num_repeated += copies - 1
+
+    def _hint(self, error: RowError, row: Row, source: Source) -> str:
+        """Return the options of the source with which a row could be read; empty if there are none."""
+        if not error.mapping:
+            return ""
+        found = (source.section.path, str(error.mapping))
+        if found not in self._hints:
+            options = suggest_options(source.section, [row])
+            lines = ", ".join(option_line(name, names) for name, names in options.items())
+            self._hints[found] = f"; an option of the source in params.yaml reads it: {lines}" if lines else ""
+        return self._hints[found]
 
     def _record(self, row: Row, source: Source) -> tuple[dict[str, Any], list[Note]]:
         """Return the row as a record that is valid for training, and what was found in it."""

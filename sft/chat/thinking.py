@@ -29,9 +29,8 @@ from sft.chat.template import (
     wants_text_arguments,
 )
 from sft.chat.template_syntax import template_variables
+from sft.data.messages import REASONING_KEY
 
-_KEY = re.compile(r"reason|think|thought|rationale|^analysis$|chain_of|^cot$")
-"""Keys of a message, types of a part, and keys of a part that hold reasoning."""
 _PLAIN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
 _TAGS = r"think|thinking|thought|reasoning"
 _LINE = re.compile(
@@ -90,7 +89,7 @@ def split_reasoning(message: Mapping[str, Any]) -> Split:
     found: list[str] = []
     forms: list[str] = []
     for key, value in message.items():
-        if _KEY.search(key) and not isinstance(value, (bool, int, float)):
+        if REASONING_KEY.search(key) and not isinstance(value, (bool, int, float)):
             del rest[key]
             text = _text_of(value)
             found += [text] if text.strip() else []
@@ -113,7 +112,9 @@ def _text_of(value: Any) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, Mapping):
-        texts = [item for key, item in value.items() if _KEY.search(key) or key in ("text", "content", "summary")]
+        texts = [
+            item for key, item in value.items() if REASONING_KEY.search(key) or key in ("text", "content", "summary")
+        ]
         return "\n\n".join(map(_text_of, texts)) if texts else json.dumps(value, ensure_ascii=False)
     if isinstance(value, Sequence):
         return "\n\n".join(map(_text_of, value))
@@ -147,7 +148,7 @@ def _split_text(content: str) -> tuple[list[str], str, bool]:
 
 
 def _split_parts(parts: Sequence[Any]) -> tuple[list[str], Any, bool]:
-    reasons = [bool(_KEY.search(str(part.get("type", "")))) for part in parts]
+    reasons = [bool(REASONING_KEY.search(str(part.get("type", "")))) for part in parts]
     if not any(reasons):
         return [], parts, True
     others = [part for part, is_reason in zip(parts, reasons, strict=True) if not is_reason]

@@ -1,12 +1,14 @@
 """Conversations: convert roles and tool calls of several conventions to one, and validate the result.
 
 The input may be OpenAI messages (`role`, `content`, `tool_calls`) or ShareGPT turns (`from`, `value`; tool use as the
-roles `function_call` and `observation`). Content may be a list of parts (`[{"type": "text", "text": ...}]`).
+roles `function_call` and `observation`). Content may be a list of parts (`[{"type": "text", "text": ...}]`). Forms of
+other projects are converted to these before (`sft.data.dialects`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ ROLES = {
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
+    "ai": "assistant",
+    "chatbot": "assistant",
     "function_call": "function_call",
     "tool_call": "function_call",
     "tool": "tool",
@@ -30,9 +34,16 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
     "tool_response": "tool",
+    "tool_result": "tool",
     "ipython": "tool",
 }
 
+ROLE_KEYS = ("role", "from", "author")
+"""Keys of a message that say who speaks."""
+TEXT_KEYS = ("content", "value", "parts", "text")
+"""Keys of a message that hold what is said."""
+REASONING_KEY = re.compile(r"reason|think|thought|rationale|^analysis$|chain_of|^cot$")
+"""Keys of a message, types of a part, and keys of a part that hold reasoning."""
 
 TRAIN_KEYS = ("train", "loss", "train_on", "trainable", "training")
 """Keys of a message that say whether it is trained: ours, and those of other projects."""
@@ -58,11 +69,14 @@ class RowError(ValueError):
     Args:
         reason: Short code, the same for all rows with this fault.
         detail: What was found and what is required.
+        mapping: Names in the data and what they are here, if the row could be read with them: keys of a message under
+            `message_keys`, roles under `roles`.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, mapping: Mapping[str, Mapping[str, str]] | None = None) -> None:
         super().__init__(detail)
         self.reason = reason
+        self.mapping = mapping or {}
 
 
 class Problem(NamedTuple):
@@ -85,7 +99,8 @@ def normalize_messages(value: Any, *, prune_nulls: bool = False) -> list[dict[st
         prune_nulls: Remove keys with null values from tool-call arguments.
 
     Raises:
-        RowError: The value is not a conversation, a role is unknown, content is not text, or a tool call has no name.
+        RowError: The value is not a conversation, a role or the key of a text is unknown, content is not text, or a
+            tool call has no name.
     """
     if isinstance(value, str):
         value = _parse(value, "bad_messages", "the conversation")
@@ -94,7 +109,38 @@ def normalize_messages(value: Any, *, prune_nulls: bool = False) -> list[dict[st
         raise RowError("bad_messages", f"a list of messages is needed, not {described(value)}")
     if not value:
         raise RowError("no_messages", "the conversation has no message")
-    return [_message(message, index, prune_nulls) for index, message in enumerate(value)]
+    result: list[dict[str, Any]] = []
+    for index, given in enumerate(value):
+        message = _message(given, index, prune_nulls)
+        if not (result and _is_call(given) and _join_calls(result[-1], message)):
+            result.append(message)
+    return result
+
+
+def _is_call(message: Mapping[str, Any]) -> bool:
+    return ROLES.get(str(role_of(message)[1]).strip().lower()) == "function_call"
+
+
+def _join_calls(message: dict[str, Any], following: Mapping[str, Any]) -> bool:
+    """Add the calls of a message of the role `function_call` to the answer or the calls before it, if they fit."""
+    extras = {key: item for key, item in following.items() if key not in ("role", "content", "tool_calls")}
+    if message["role"] != "assistant" or any(message.get(key) != item for key, item in extras.items()):
+        return False
+    if any(message.get(flag) != following.get(flag) for flag in ("train", "weight")):
+        return False
+    message["tool_calls"] = [*message.get("tool_calls", ()), *following["tool_calls"]]
+    return True
+
+
+def first_of(values: Any, keys: Sequence[str]) -> tuple[str | None, Any]:
+    """Return the first of some keys that has a value other than null, and the value; texts that are empty come last."""
+    given = [(key, values[key]) for key in keys if values.get(key) is not None]
+    return next((pair for pair in given if pair[1] not in ("", [])), given[0] if given else (None, None))
+
+
+def role_of(message: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """Return the key of a message that says who speaks, and its value."""
+    return first_of(message, ROLE_KEYS)
 
 
 def _parse(text: str, reason: str, what: str) -> Any:
@@ -105,23 +151,82 @@ def _parse(text: str, reason: str, what: str) -> Any:
 
 
 def _message(message: Mapping[str, Any], index: int, prune_nulls: bool) -> dict[str, Any]:
-    given = message.get("role", message.get("from"))
+    role_key, given = role_of(message)
     role = ROLES.get(given.strip().lower()) if isinstance(given, str) else None
     if role is None:
-        raise RowError("unknown_role", f"message {index} has {_role_shown(given)}; use {MAIN_ROLES}")
-    content = message.get("content", message.get("value"))
+        raise _unknown_role(message, given, index)
+    text_key, content = first_of(message, TEXT_KEYS)
     calls = message.get("tool_calls") or _former_call(message, index)
+    thought = None
     if role == "function_call":
+        thought, content = _thought_before(content)
         role, calls, content = "assistant", _calls_of_text(content, index), None
+    if not calls:
+        _check_text_key(message, role, content, index)
     result: dict[str, Any] = {"role": role, "content": _content(content, role, index, has_calls=bool(calls))}
-    known = ("role", "from", "content", "value", "tool_calls", "function_call", *TRAIN_KEYS, *WEIGHT_KEYS)
+    known = (role_key, text_key, "tool_calls", "function_call", *_MAIN_KEYS, *TRAIN_KEYS, *WEIGHT_KEYS)
     result.update({key: item for key, item in message.items() if key not in known and item is not None})
+    if thought:
+        result.setdefault("reasoning_content", thought)
     result.update(_flags(message, index))
     if calls and not isinstance(calls, Sequence):
         raise RowError("bad_tool_call", f"tool_calls of message {index} are {described(calls)}, a list is needed")
     if calls:
         result["tool_calls"] = [_tool_call(call, index, prune_nulls) for call in calls]
     return result
+
+
+_MAIN_KEYS = ("role", "from", "content", "value")
+_NOT_TEXT = frozenset({"id", "name", "type", "tool_call_id", "timestamp", "date", "time", "index", "lang", "language"})
+"""Keys of a message whose values are about it, besides those that are known."""
+
+
+def _unknown_role(message: Mapping[str, Any], given: Any, index: int) -> RowError:
+    detail = f"message {index} has {_role_shown(given)}; use {MAIN_ROLES}"
+    if given is not None:
+        return RowError("unknown_role", detail, {"roles": {given: ""}} if isinstance(given, str) else None)
+    texts = {key: item for key, item in message.items() if isinstance(item, str) and key not in TEXT_KEYS}
+    tags = [key for key, item in texts.items() if item.strip().lower() in ROLES]
+    # who speaks is stated in a word, what is said usually in several
+    tags = tags or [key for key, item in texts.items() if key not in _NOT_TEXT and 0 < len(item.split()) <= 2]
+    if not tags:
+        return RowError("unknown_role", detail)
+    return RowError(
+        "unknown_role", f"{detail}; its key {tags[0]!r} may be the role", {"message_keys": {tags[0]: "role"}}
+    )
+
+
+def _check_text_key(message: Mapping[str, Any], role: str, content: Any, index: int) -> None:
+    """Check that a message without content does not have its text under a key that is not known.
+
+    Raises:
+        RowError: It has.
+    """
+    if content is not None and not (isinstance(content, str) and not content.strip()):
+        return
+    known = {*ROLE_KEYS, *TEXT_KEYS, *TRAIN_KEYS, *WEIGHT_KEYS, *_NOT_TEXT, "tool_calls", "function_call"}
+    others = [
+        key
+        for key, item in message.items()
+        if key not in known and not REASONING_KEY.search(key) and isinstance(item, str) and item.strip()
+    ]
+    if others:
+        key = max(others, key=lambda other: len(message[other]))
+        raise RowError(
+            "unknown_key",
+            f"message {index} ({role}) has no text under content, but it has {message[key]!r:.60} under {key!r}, a key "
+            f"that is not known",
+            {"message_keys": {key: "content"}},
+        )
+
+
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+
+
+def _thought_before(content: Any) -> tuple[str | None, Any]:
+    """Return the reasoning before the JSON text of a call, and the rest."""
+    match = _THOUGHT.match(content) if isinstance(content, str) else None
+    return (match[1].strip(), content[match.end() :]) if match else (None, content)
 
 
 def _former_call(message: Mapping[str, Any], index: int) -> list[Any] | None:
@@ -174,9 +279,11 @@ def _content(content: Any, role: str, index: int, *, has_calls: bool) -> str | l
         return ""
     if isinstance(content, str):
         return content
-    if role == "tool" and isinstance(content, (Mapping, list)):
+    are_parts = is_messages(content) and all(isinstance(part, Mapping) and "type" in part for part in content)
+    are_known = bool(content) and are_parts and all(part["type"] in ("text", *MEDIA) for part in content)
+    if role == "tool" and isinstance(content, (Mapping, list)) and not are_known:
         return json.dumps(content, ensure_ascii=False)
-    if is_messages(content) and all(isinstance(part, Mapping) and "type" in part for part in content):
+    if are_parts:
         parts = [{key: item for key, item in part.items() if item is not None} for part in content]
         if any(part["type"] != "text" for part in parts):
             return parts

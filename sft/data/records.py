@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sft.data.messages import RowError, described, is_messages, normalize_messages, tools_text
+from sft.data.dialects import openai_messages, openai_tools, plain_text
+from sft.data.messages import TEXT_KEYS, RowError, described, is_messages, normalize_messages, tools_text
 from sft.labels import TOKEN_MASKS
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
@@ -39,15 +40,19 @@ QUESTION_ANSWER_COLUMNS = (
     ("prompt", "response"),
     ("prompt", "output"),
     ("input", "output"),
+    ("text_input", "output"),
 )
+
+SYSTEM_COLUMNS = ("system", "system_prompt", "systemInstruction", "system_instruction")
+
+PARTS_COLUMN = "contents"
+"""Column of conversations in the form of Gemini."""
 
 CONTEXT_COLUMNS = ("input", "context")
 
 OPTIONAL_COLUMNS = ("tools", "functions", "chat_template_kwargs")
 
 TOKENIZED_COLUMNS = ("input_ids", "labels", *TOKEN_MASKS)
-
-CONTENT_KEYS = ("content", "value")
 
 
 class Kind(StrEnum):
@@ -97,7 +102,7 @@ def detect_layout(columns: Iterable[str]) -> Layout:
 
 @functools.lru_cache(maxsize=1024)
 def _layout(columns: tuple[str, ...]) -> Layout:
-    system = "system" if "system" in columns else None
+    system = next((name for name in SYSTEM_COLUMNS if name in columns), None)
     if "input_ids" in columns:
         return Layout(Kind.TOKENIZED, tuple(name for name in TOKENIZED_COLUMNS if name in columns))
     for name in CONVERSATION_COLUMNS:
@@ -112,6 +117,8 @@ def _layout(columns: tuple[str, ...]) -> Layout:
             return Layout(Kind.MESSAGES, (question, answer), context, system, history)
     if "text" in columns:
         return Layout(Kind.TEXT, ("text",))
+    if PARTS_COLUMN in columns:
+        return Layout(Kind.MESSAGES, (PARTS_COLUMN,), system=system)
     lowered = tuple(sorted({name.strip().lower() for name in columns}))
     if lowered != columns:
         try:
@@ -157,7 +164,10 @@ def normalize(row: Mapping[str, Any], layout: Layout | Kind, *, prune_nulls: boo
             record = {"text": _text(row, "text")}
         case Kind.TOKENIZED:
             return _tokenized_record(row)
-    return {**record, **_extras(row, layout.kind, prune_nulls)}
+    extras = _extras(row, layout.kind, prune_nulls)
+    if record.get("tools", extras.get("tools")) != extras.get("tools", record.get("tools")):
+        raise RowError("bad_tools", "the row has tools in a column and others in a message; give one of them alone")
+    return {**record, **extras}
 
 
 def _layout_of_row(row: Mapping[str, Any], kind: Kind) -> Layout:
@@ -178,10 +188,25 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 def _messages_record(row: Mapping[str, Any], layout: Layout, prune_nulls: bool) -> dict[str, Any]:
     if layout.is_question_answer:
-        messages = _question_answer(row, layout)
-    else:
-        messages = normalize_messages(row[layout.content[0]], prune_nulls=prune_nulls)
-    return {"messages": _with_system(messages, row, layout)}
+        return {"messages": _with_system(_question_answer(row, layout), row, layout)}
+    messages, tools = _conversation(row[layout.content[0]], prune_nulls)
+    return {"messages": _with_system(messages, row, layout), **_offered(tools, prune_nulls)}
+
+
+def _conversation(value: Any, prune_nulls: bool) -> tuple[list[dict[str, Any]], Any]:
+    """Return a conversation as messages, and the tools that are given in it, if any."""
+    converted = openai_messages(value)
+    if converted.tools is not None and not converted.messages:
+        raise RowError("no_messages", "the conversation has no message, only tools")
+    return normalize_messages(converted.messages, prune_nulls=prune_nulls), converted.tools
+
+
+def _offered(tools: Any, prune_nulls: bool) -> dict[str, str]:
+    """Return tools as a part of a record: JSON text, or nothing if there are none."""
+    if not tools:
+        return {}
+    text = tools_text(openai_tools(tools), prune_nulls=prune_nulls and not isinstance(tools, str))
+    return {} if text == "[]" else {"tools": text}
 
 
 def _question_answer(row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]]:
@@ -198,28 +223,31 @@ def _question_answer(row: Mapping[str, Any], layout: Layout) -> list[dict[str, A
 
 
 def _with_system(messages: list[dict[str, Any]], row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]]:
-    system = row.get(layout.system) if layout.system else None
+    system = plain_text(row.get(layout.system)) if layout.system else None
     if not system:
         return messages
     if messages[0]["role"] == "system":
         if messages[0]["content"] != system:
-            raise RowError("two_system_messages", f"the conversation has one, and column 'system' holds {system!r:.80}")
+            raise RowError(
+                "two_system_messages", f"the conversation has one, and column {layout.system!r} holds {system!r:.80}"
+            )
         return messages
-    return [{"role": "system", "content": _text(row, "system")}, *messages]
+    return [{"role": "system", "content": _text({layout.system: system}, str(layout.system))}, *messages]
 
 
 def _pair_record(row: Mapping[str, Any], layout: Layout, prune_nulls: bool) -> dict[str, Any]:
     prompt, completion = row["prompt"], row["completion"]
     if not is_messages(prompt) and not is_messages(completion):
-        if layout.system and row.get("system"):
+        if layout.system and row.get(layout.system):
             raise RowError("system_of_text", "a system column needs prompt and completion as messages, not as text")
         return {"prompt": _text(row, "prompt"), "completion": _text(row, "completion")}
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    prompt = _with_system(normalize_messages(prompt, prune_nulls=prune_nulls), row, layout)
-    return {"prompt": prompt, "completion": normalize_messages(completion, prune_nulls=prune_nulls)}
+    asked, tools = _conversation(prompt, prune_nulls)
+    answered, _ = _conversation(completion, prune_nulls)
+    return {"prompt": _with_system(asked, row, layout), "completion": answered, **_offered(tools, prune_nulls)}
 
 
 def _tokenized_record(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,9 +268,7 @@ def _extras(row: Mapping[str, Any], kind: Kind, prune_nulls: bool) -> dict[str, 
         given = [name for name in ("tools", "functions") if row.get(name)]
         if len(given) > 1:
             raise RowError("bad_tools", "the row has tools and functions, two names of one column; give tools alone")
-        tools = tools_text(row[given[0]], prune_nulls=prune_nulls) if given else "[]"
-        if tools != "[]":
-            extras["tools"] = tools
+        extras |= _offered(row[given[0]] if given else None, prune_nulls)
         if row.get("chat_template_kwargs"):
             extras["chat_template_kwargs"] = _template_variables(row["chat_template_kwargs"])
     return extras
@@ -299,7 +325,7 @@ def numbers_as_text(row: Mapping[str, Any], layout: Layout) -> tuple[dict[str, A
 def _message(message: Any, index: int, found: list[str]) -> Any:
     if not isinstance(message, Mapping):
         return message
-    numbers = {key: message[key] for key in CONTENT_KEYS if _is_number(message.get(key))}
+    numbers = {key: message[key] for key in TEXT_KEYS if _is_number(message.get(key))}
     found += [f"message {index} has the number {number} as {key}" for key, number in numbers.items()]
     return {**message, **{key: json.dumps(number) for key, number in numbers.items()}}
 

@@ -7,18 +7,21 @@ names the file, the line and, if possible, the column. Damaged rows are returned
 
 from __future__ import annotations
 
+import difflib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sft.data.json_reader import json_rows, jsonl_rows
-from sft.data.nulls import row_without_added_nulls
-from sft.data.source_row import Row, SourceError
+from sft.data.source_row import Row, SourceError, row_without_added_nulls
 from sft.data.table_reader import arrow_rows, parquet_rows, saved_rows
 from sft.data.text_reader import COMPRESSIONS, csv_rows, data_suffix
 
 # Files that identify a folder of `datasets.save_to_disk`: with one split, or with several.
 SAVED_DATASET, SAVED_SPLITS = "state.json", "dataset_dict.json"
 PATTERN_LETTERS = "*?["
+MOST_FILES_COMPARED = 2000
+"""Files whose names are compared with that of a missing one."""
 
 
 def data_files(path: Path) -> list[Path]:
@@ -67,8 +70,21 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def _near(path: Path) -> str:
-    names = sorted(item.name for item in path.parent.iterdir())[:10] if path.parent.is_dir() else []
-    return f"; {path.parent} contains {', '.join(names)}" if names else ""
+    """Return the data file whose path is most like that of a missing one, and what lies in its folder."""
+    folder = next((parent for parent in path.parents if parent.is_dir()), path.parent)
+    names = sorted(item.name for item in folder.iterdir())[:10] if folder.is_dir() else []
+    contained = f"; {folder} contains {', '.join(names)}" if names else ""
+    # a project's own folder may be large, and is not data
+    files = (item for item in folder.rglob("*") if is_readable(item.name)) if folder != Path() else iter(())
+    known = [item.relative_to(folder).as_posix() for item in itertools.islice(files, MOST_FILES_COMPARED)]
+    by_name: dict[str, str] = {}
+    for name in sorted(known):
+        by_name.setdefault(Path(name).name.lower(), name)
+    asked = path.relative_to(folder).as_posix()
+    near = difflib.get_close_matches(asked, known, n=1) or [
+        by_name[name] for name in difflib.get_close_matches(path.name.lower(), by_name, n=1, cutoff=0.5)
+    ]
+    return f"; did you mean {str(folder / near[0])!r}?{contained}" if near else contained
 
 
 def readable() -> str:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sft.data.nulls import row_without_added_nulls
-from sft.data.source_row import Row, SourceError
+from sft.data.source_row import Row, SourceError, row_without_added_nulls
 from sft.untrusted.tables import NotUtf8Error, TableError, arrow_batches, check_table, small_batches
 
 
@@ -79,7 +78,7 @@ class _Leaf(NamedTuple):
 
 
 def _feature(kind: pa.DataType) -> Any:
-    """Return a type of Arrow in the form that `sft.data.nulls` reads."""
+    """Return a type of Arrow in the form that `sft.data.source_row` reads."""
     if pa.types.is_struct(kind):
         return {field.name: _feature(field.type) for field in kind}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):

@@ -29,7 +29,6 @@ from sft.chat.render import ChatRenderer, Rendered, TrainOn, asked_part, message
 from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
 from sft.data.messages import check_text_alone
-from sft.data.nulls import without_added_nulls
 from sft.data.records import (
     CONVERSATION_COLUMNS,
     Kind,
@@ -37,6 +36,7 @@ from sft.data.records import (
     detect_layout,
     normalize,
 )
+from sft.data.source_row import without_added_nulls
 from sft.labels import TOKEN_MASKS
 from sft.options import NotPrintedPolicy, ThinkingPolicy
 from sft.tokens.constant_length import constant_length_rows

@@ -9,121 +9,22 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import is_offline_mode
-from jinja2 import Environment, meta
 
-from sft.data.messages import IMAGE_COLUMNS, RowError
-from sft.data.records import OPTIONAL_COLUMNS, Kind, Layout, detect_layout
+from sft.data.records import Kind, Layout, detect_layout
 from sft.data.remote import fetch_files, is_url
 from sft.data.source_row import Row, SourceError
 from sft.data.sources import data_files, hub_rows, is_saved_dataset, read_rows
-from sft.suggest import did_you_mean
-from sft.untrusted.templates import FillError, fill_in_child
 from stages.checkout.paths import Paths, cache_folder
 from stages.loading.images import digestible
-from stages.params.schema import MappedSection, SourceSection
-
-ROLE_KEYS = {"role", "from"}
-
-
-class RowMapping:
-    """Mapping of the rows of a source: columns are renamed and roles translated, or a template is filled in.
-
-    It records the columns and roles that it has seen, to report names in the section that no row has.
-
-    Args:
-        section: Section of params.yaml with `columns`, `roles` and `template`.
-    """
-
-    def __init__(self, section: MappedSection) -> None:
-        self._columns = section.columns
-        self._roles = {tag.strip().lower(): role for tag, role in section.roles.items()}
-        self._templates = section.template.model_dump(exclude_none=True) if section.template else {}
-        parsed = map(Environment().parse, self._templates.values())  # parsing runs nothing
-        self._fields = {name for tree in parsed for name in meta.find_undeclared_variables(tree)}
-        self._seen_columns: dict[str, None] = {}
-        self._seen_roles: set[str] = set()
-
-    def observe(self, row: Mapping[str, Any]) -> None:
-        """Record a row's columns and roles."""
-        self._seen_columns.update(dict.fromkeys(row))
-        if self._roles:
-            messages = (message for value in row.values() if isinstance(value, list) for message in value)
-            tags = (
-                message[key] for message in messages if isinstance(message, dict) for key in ROLE_KEYS & message.keys()
-            )
-            self._seen_roles.update(str(tag).strip().lower() for tag in tags)
-
-    def columns(self) -> tuple[str, ...]:
-        """Return the columns of all observed rows after the mapping.
-
-        Raises:
-            ValueError: No row has a column or role that the mapping names, or two columns get the same name.
-        """
-        seen = tuple(self._seen_columns)
-        self._check_named("columns", self._columns, seen, "column")
-        self._check_named("template", self._fields, seen, "column")
-        self._check_named("roles", self._roles, tuple(self._seen_roles), "role")
-        if self._templates:
-            return ("messages",)
-        renamed: dict[str, str] = {}
-        for name in seen:
-            target = self._columns.get(name, name)
-            if target in renamed:
-                raise ValueError(
-                    f"columns {renamed[target]!r} and {name!r} would both be {target!r}; rename one of them away"
-                )
-            renamed[target] = name
-        return tuple(renamed)
-
-    def unused(self, layout: Layout) -> tuple[str, ...]:
-        """Return the columns of the data, by their original names, that are not used in records."""
-        used = {*layout.content, layout.context, layout.system, layout.history, *OPTIONAL_COLUMNS, *IMAGE_COLUMNS}
-        if self._templates:
-            unused = [name for name in self._seen_columns if name not in self._fields]
-        else:
-            unused = [name for name in self._seen_columns if self._columns.get(name, name) not in used]
-        # A lone surrogate can't be written to the data card.
-        return tuple(name.encode("utf-8", "backslashreplace").decode() for name in unused)
-
-    def _check_named(self, key: str, named: Iterable[str], seen: tuple[str, ...], what: str) -> None:
-        for name in sorted(set(named) - set(seen)):
-            hint = did_you_mean(name, seen, before="; ")
-            raise ValueError(f"{key} names {name!r}, a {what} that no row has; there are {sorted(seen)[:20]}{hint}")
-
-    def apply(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a row after the mapping.
-
-        Raises:
-            RowError: The template can't be filled in from the row.
-        """
-        if self._templates:
-            try:
-                texts = fill_in_child(self._templates, row)
-            except FillError as error:
-                raise RowError("template", str(error)) from error
-            return {"messages": [{"role": role, "content": texts[role]} for role in self._templates]}
-        renamed = {self._columns.get(name, name): value for name, value in row.items()}
-        if not self._roles:
-            return renamed
-        return {name: self._translated(value) for name, value in renamed.items()}
-
-    def _translated(self, value: Any) -> Any:
-        """Translate the roles in a column if it contains messages."""
-        if not isinstance(value, list):
-            return value
-        return [self._with_role(message) if isinstance(message, dict) else message for message in value]
-
-    def _with_role(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: self._roles.get(part.strip().lower(), part) if name in ROLE_KEYS and isinstance(part, str) else part
-            for name, part in message.items()
-        }
+from stages.loading.mapping import RowMapping
+from stages.loading.suggestions import SAMPLE, check_readable, with_lines
+from stages.params.schema import SourceSection
 
 
 class DataFile(NamedTuple):
@@ -204,11 +105,14 @@ def open_source(section: SourceSection, paths: Paths, key: str, *, with_damaged:
     digest = hashlib.sha256()
     num_rows = num_damaged = 0
     first_damage: SourceError | None = None
+    sample: list[Row] = []
     for row in _hub_rows(section, key) if section.hub else _rows(section, files, with_damaged=with_damaged):
         num_rows += 1
         num_damaged += row.damage is not None
         first_damage = first_damage or row.damage
         mapping.observe(row.columns)
+        if row.damage is None and len(sample) < SAMPLE:
+            sample.append(row)
         if section.hub:
             digest.update(json.dumps(row.columns, sort_keys=True, default=digestible).encode())
     if num_rows == 0:
@@ -216,9 +120,14 @@ def open_source(section: SourceSection, paths: Paths, key: str, *, with_damaged:
     if first_damage is not None and num_damaged == num_rows:
         raise first_damage
     try:
-        layout = detect_layout(mapping.columns())
+        columns = mapping.columns()
     except ValueError as error:
         raise ValueError(f"params.yaml, {key}: {section.path}: {error}") from error
+    try:
+        layout = detect_layout(columns)
+        check_readable(sample, mapping, layout)
+    except ValueError as error:
+        raise ValueError(with_lines(f"params.yaml, {key}: {section.path}: {error}", section, sample, key)) from error
     if layout.kind is Kind.TOKENIZED:
         raise ValueError(
             f"params.yaml, {key}: {section.path} contains token ids, but the pipeline renders and tokenizes text "

@@ -41,7 +41,8 @@ Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 DType = Literal["float32", "bfloat16", "float16"]
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "user", "assistant", "tool", "function_call"]
+MessageKey = Literal["role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "train", "weight"]
 Workers = Literal["processes", "ray"]
 CheckAction = Literal["off", "warn", "drop", "fail"]
 RepairAction = Literal["off", "warn", "repair", "drop", "fail"]
@@ -85,6 +86,7 @@ REASONS = (
     "tool_schema",
     "truncated_answer",
     "two_system_messages",
+    "unknown_key",
     "unknown_role",
     "unreadable",
     "wrong_order",
@@ -153,13 +155,48 @@ class TemplateSection(Section):
     assistant: Annotated[Template, Field(description="Answer of the assistant.")]
 
 
+NAMES_ELSEWHERE = {
+    "field_messages": "columns: {NAME: messages}",
+    "field_system": "columns: {NAME: system}",
+    "field_tools": "columns: {NAME: tools}",
+    "field_instruction": "columns: {NAME: instruction}",
+    "field_input": "columns: {NAME: input}",
+    "field_output": "columns: {NAME: output}",
+    "field_thinking": "message_keys: {NAME: reasoning_content}",
+    "message_property_mappings": "message_keys: {NAME: role, OTHER: content}",
+    "message_field_role": "message_keys: {NAME: role}",
+    "message_field_content": "message_keys: {NAME: content}",
+    "message_field_training": "message_keys: {NAME: train}",
+    "role_tag": "message_keys: {NAME: role}",
+    "content_tag": "message_keys: {NAME: content}",
+    "user_tag": "roles: {NAME: user}",
+    "assistant_tag": "roles: {NAME: assistant}",
+    "system_tag": "roles: {NAME: system}",
+    "observation_tag": "roles: {NAME: tool}",
+    "function_tag": "roles: {NAME: function_call}",
+    "hf_hub_url": "path: OWNER/NAME and hub: true",
+    "file_name": "path: data/NAME",
+    "subset": "config: NAME",
+    "num_samples": "max_rows: NUMBER",
+}
+"""Options of a data set in Axolotl and LLaMA-Factory -> how they are written here."""
+
+
 class MappedSection(Section):
     """How to read rows whose columns or roles have other names than the pipeline's."""
 
     # pydantic copies a mutable default for each instance
     columns: Annotated[dict[str, str], Field(description="Name of a column in the data -> its name here.")] = {}
     roles: Annotated[
-        dict[str, Role], Field(description="Name of a role in the data -> system, user, assistant or tool.")
+        dict[str, Role],
+        Field(description="Name of a role in the data -> system, user, assistant, tool or function_call."),
+    ] = {}
+    message_keys: Annotated[
+        dict[str, MessageKey],
+        Field(
+            description="Name of a key of messages in the data -> role, content, reasoning_content, tool_calls, "
+            "tool_call_id, name, train or weight."
+        ),
     ] = {}
     template: Annotated[
         TemplateSection | None, Field(description="Jinja templates that make a conversation of any columns.")
@@ -167,9 +204,19 @@ class MappedSection(Section):
 
     @model_validator(mode="after")
     def _check_template_is_alone(self) -> Self:
-        if self.template is not None and (self.columns or self.roles):
-            raise ValueError("template reads columns by their own names and sets the roles; remove columns and roles")
+        if self.template is not None and (self.columns or self.roles or self.message_keys):
+            raise ValueError(
+                "template reads columns by their own names and sets the roles; remove columns, roles and message_keys"
+            )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_names_of_others(cls, values: Any) -> Any:
+        for name in values if isinstance(values, dict) else ():
+            if name in NAMES_ELSEWHERE:
+                raise ValueError(f"{name} is called otherwise here; write {NAMES_ELSEWHERE[name]}")
+        return values
 
 
 class SourceSection(MappedSection):
@@ -257,7 +304,13 @@ class EvalSection(MappedSection):
         """Return the file of held-out rows as a source, or None if there is no such file."""
         if self.path is None:
             return None
-        return SourceSection(path=self.path, columns=self.columns, roles=self.roles, template=self.template)
+        return SourceSection(
+            path=self.path,
+            columns=self.columns,
+            roles=self.roles,
+            message_keys=self.message_keys,
+            template=self.template,
+        )
 
 
 class ChecksSection(Section):

@@ -88,7 +88,10 @@ def test_template_can_reach_nothing_but_the_row(root: DataRoot) -> None:
         ({"template": {"user": "{{ q }}", "assistant": "x"}}, "template names 'q', a column that no row has"),
         ({"columns": {"messages": "text", "text": "text"}}, "columns 'messages' and 'text' would both be 'text'"),
         ({"template": {"user": "{{ q", "assistant": "x"}}, r"template\.user\n.*not a Jinja template: .*line 1"),
-        ({"template": {"user": "a", "assistant": "x"}, "roles": {"bot": "user"}}, "remove columns and roles"),
+        (
+            {"template": {"user": "a", "assistant": "x"}, "roles": {"bot": "user"}},
+            "remove columns, roles and message_keys",
+        ),
         ({"roles": {"bot": "robot"}}, r"roles\.bot"),
     ],
 )
