@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from datasets import load_from_disk
 from transformers import PreTrainedTokenizerBase
 
+from sft.evaluate.evidence import Evidence
 from sft.evaluate.gate import GateRow, check_gate, parse_gate
 from sft.evaluate.generation import BegunAnswers, generate_batch, generate_from_inputs
-from sft.evaluate.likelihood import DocumentScores, evaluate_model
+from sft.evaluate.likelihood import DocumentScores, evaluate_model, split_documents
 from sft.models.checkpoint import load_tokenizer
 from stages.checkout.artifacts import progress, read_json, write_json, write_jsonl
 from stages.checkout.paths import Paths
 from stages.evaluation.lm_eval import load_harness
 from stages.evaluation.results import ModelResult, comparisons
+from stages.evaluation.row_scores import (
+    ANSWERS,
+    DOCUMENTS,
+    GENERAL_ANSWERS,
+    evidence_of,
+    read_row_scores,
+    row_keys,
+)
 from stages.evaluation.rows import EvalRows, read_prompts, read_records, render_records
 from stages.evaluation.soundness import check_finite, failed_checks
 from stages.models.images import image_collator
 from stages.models.variants import Variant, find_variants, load_variant, size_mb
 from stages.pages.report import write_report
-from stages.params.figures import ANSWERING, LIKELIHOOD, REFERENCE
+from stages.params.figures import ANSWERING, LIKELIHOOD, REFERENCE, VERDICTS
 from stages.params.schema import EvaluateSection, Params
 from stages.params.tasks import load_tasks, task_names
 
@@ -86,10 +96,12 @@ def run(params: Params, paths: Paths) -> None:
         del model
     measured = {variant.name: measured[variant.name] for variant in variants}
     figures = {name: result.with_errors() for name, result in measured.items()}
-    gate = [*failed_checks(figures, params, paths), *check_gate(conditions, figures)]
+    write_rows(paths, held_out, general, measured)
+    evidence = read_evidence(paths, held_out, measured)
+    checked = check_gate(conditions, figures, evidence, section.gate_needs)
+    gate = [*failed_checks(figures, params, paths), *checked]
     sizes = {"num_general": general.num_documents if general else 0, "lm_eval": harness.notes() if harness else {}}
     write_outputs(paths, section, held_out, sizes, measured, gate)
-    write_general(paths, general, measured)
     write_report(params, paths)
     print(summary(measured, gate, paths), flush=True)
 
@@ -201,7 +213,7 @@ def write_outputs(
     measured: dict[str, ModelResult],
     gate: list[GateRow],
 ) -> None:
-    """Write results.json, generations.jsonl, the metrics for DVC, and the timings.
+    """Write results.json, the metrics for DVC, and the timings.
 
     Args:
         paths: The checkout.
@@ -227,19 +239,32 @@ def write_outputs(
         "passed": passed,
     }
     write_json(paths.out("evaluate", "results.json"), results)
-    write_jsonl(paths.out("evaluate", "generations.jsonl"), generation_rows(held_out, measured))
     with_errors = {name: result.with_errors() for name, result in measured.items()}
     write_json(paths.metrics("evaluate"), {**with_errors, "gate_passed": int(passed)})
     write_json(paths.timings("evaluate"), {name: result.seconds for name, result in measured.items()})
 
 
-def write_general(paths: Paths, general: EvalRows | None, measured: dict[str, ModelResult]) -> None:
-    """Write general.jsonl with the answers to general prompts; delete an earlier one if there are no such prompts."""
-    file = paths.out("evaluate", "general.jsonl")
-    file.unlink(missing_ok=True)
-    if general is not None and general.prompts:
+def write_rows(paths: Paths, held_out: EvalRows, general: EvalRows | None, measured: dict[str, ModelResult]) -> None:
+    """Write the answers to generations.jsonl and general.jsonl, and the sums over each document to documents.jsonl.
+
+    An earlier general.jsonl is deleted if there are no general prompts.
+    """
+    folder = paths.out("evaluate")
+    write_jsonl(folder / ANSWERS, generation_rows(held_out, measured))
+    documents = document_rows(held_out, measured, is_general=False)
+    (folder / GENERAL_ANSWERS).unlink(missing_ok=True)
+    if general is not None:
         results = {name: result.general for name, result in measured.items() if result.general is not None}
-        write_jsonl(file, generation_rows(general, results))
+        documents += document_rows(general, results, is_general=True)
+        if general.prompts:
+            write_jsonl(folder / GENERAL_ANSWERS, generation_rows(general, results))
+    write_jsonl(folder / DOCUMENTS, documents)
+
+
+def read_evidence(paths: Paths, held_out: EvalRows, measured: dict[str, ModelResult]) -> Evidence:
+    """Return how certain the figures are, from the rows that `write_rows` has written."""
+    intervals = {name: result.intervals for name, result in measured.items()}
+    return evidence_of(intervals, read_row_scores(paths.out("evaluate")), len(held_out.prompts))
 
 
 def merge_note(paths: Paths) -> str:
@@ -263,9 +288,23 @@ def generation_rows(asked: EvalRows, measured: dict[str, ModelResult]) -> list[d
     return rows
 
 
+def document_rows(asked: EvalRows, measured: Mapping[str, ModelResult], *, is_general: bool) -> list[dict[str, Any]]:
+    """Return one row per document: its key, its number of tokens, and the sums of each model over these tokens."""
+    documents = list(split_documents(asked.rows))
+    keys = row_keys((is_general, document.input_ids, document.labels) for document in documents)
+    rows: list[dict[str, Any]] = [{"document": key, "general": is_general, "models": {}} for key in keys]
+    for name, result in measured.items():
+        scores = result.documents
+        columns = {metric: scores.column(metric) for metric in result.summed}
+        for number, (row, tokens) in enumerate(zip(rows, scores.column("num_tokens"), strict=True)):
+            row["num_tokens"] = int(tokens)
+            row["models"][name] = {metric: values[number] for metric, values in columns.items()}
+    return rows
+
+
 def summary(measured: dict[str, ModelResult], gate: list[GateRow], paths: Paths) -> str:
     """Describe the result in a few lines: figures of each model, conditions of the gate, path of the report."""
     lines = [f"  {name:<10} " + "  ".join(f"{k} {v:.4g}" for k, v in r.figures.items()) for name, r in measured.items()]
-    lines += [f"  {'holds' if row.passed else 'FAILS'}  {row.condition}  ({row.reason})" for row in gate]
+    lines += [f"  {VERDICTS[row.verdict]:<9}  {row.condition}  ({row.reason})" for row in gate]
     verdict = "gate passed" if all(row.passed for row in gate) else "gate FAILED: the champion will not be replaced"
     return "\n".join([*lines, verdict, f"report: {paths.report}"])

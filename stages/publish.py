@@ -13,19 +13,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sft.evaluate.evidence import Measured
 from stages.checkout.artifacts import progress, read_json, write_json
 from stages.checkout.paths import Paths, main_checkout
 from stages.checkout.redaction import redact
+from stages.evaluation.row_scores import evidence_of, read_row_scores
 from stages.pages.model_card import write_card
 from stages.pages.promotion import Decision, write_page
+from stages.pages.verdict import doubts
+from stages.params.figures import VERDICTS
 from stages.params.schema import Params
 from stages.tracking import lineage
 from stages.tracking.champion import (
     CANDIDATE,
     CHAMPION,
+    Champion,
     Publication,
     begin_publication,
     check_promotion,
+    fetch_results,
     find_champion,
     held_out_digest,
 )
@@ -77,7 +83,7 @@ def run(params: Params, paths: Paths) -> None:
     )
     publication.finish()
     for row in decision.promotion:
-        print(f"  {'holds' if row.passed else 'FAILS'}  {row.condition}  ({row.reason})", flush=True)
+        print(f"  {VERDICTS[row.verdict]:<9}  {row.condition}  ({row.reason})", flush=True)
     progress(3, 3, f"run {run_id}, model version {version}: {alias_text(results['passed'], decision.promoted)}")
 
 
@@ -127,7 +133,8 @@ def decide(
     params = result.params.publish
     publication = begin_publication(tracking, params.registered_model, version, params.gate)
     champion = find_champion(tracking, params.registered_model, publication.before[CHAMPION])
-    promotion = check_promotion(result.params, result.paths, run_id, results["models"], champion)
+    evidence = read_evidence(tracking, result.paths, results, champion)
+    promotion = check_promotion(result.params, result.paths, run_id, results["models"], champion, evidence)
     decision = Decision(
         name=params.registered_model,
         version=version,
@@ -137,8 +144,25 @@ def decide(
         gate=results["gate"],
         promotion=promotion,
         promoted=results["passed"] and all(row.passed for row in promotion),
+        doubts=doubts(results),
     )
     return decision, publication
+
+
+def read_evidence(
+    tracking: Tracking, paths: Paths, results: dict[str, Any], champion: Champion | None
+) -> dict[str, Measured]:
+    """Return how certain the figures of this result and of the champion are."""
+    found = evidence_of(results["intervals"], read_row_scores(paths.out("evaluate")), results["num_prompts"])
+    if champion is None:
+        return found
+    with tempfile.TemporaryDirectory() as work:
+        folder = fetch_results(tracking, champion.run_id, Path(work))
+        if (file := folder / "results.json").exists():
+            then = read_json(file)
+            rows = read_row_scores(folder)
+            found |= evidence_of(then["intervals"], rows, then["num_prompts"], f"{CHAMPION}.")
+    return found
 
 
 def move_aliases(tracking: Tracking, publication: Publication, decision: Decision) -> None:
@@ -218,5 +242,5 @@ def alias_text(passed: bool, promoted: bool) -> str:
     if promoted:
         return f"`{CANDIDATE}` and `{CHAMPION}`, the gate is open"
     if passed:
-        return f"`{CANDIDATE}` only, as publish.gate does not hold; `{CHAMPION}` is unchanged"
+        return f"`{CANDIDATE}` only, as a condition for it is not met; `{CHAMPION}` is unchanged"
     return f"`{CANDIDATE}` only, as the gate is closed; `{CHAMPION}` is unchanged"

@@ -17,7 +17,9 @@ import operator
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from sft.evaluate.evidence import MIN_ROWS, Evidence, expression_interval, too_few_rows
 from sft.suggest import did_you_mean
 
 Results = Mapping[str, Mapping[str, float]]
@@ -59,15 +61,38 @@ class Condition:
     names: tuple[str, ...]
 
 
+SHOWN, NOT_SHOWN, FAILED = "shown", "not shown", "failed"
+"""Verdicts on a condition: the measured values meet it and its interval excludes the limit; they meet it, but the
+interval includes the limit or the rows are too few; they do not meet it."""
+
+Needs = Literal["interval", "value"]
+"""What a condition needs to pass: that it is shown, or that the measured values meet it."""
+
+
 @dataclass(frozen=True)
 class GateRow:
-    """Result of one condition: its text, the values of both sides (None if unknown), the verdict and its reason."""
+    """Result of one condition.
+
+    Args:
+        condition: Its text.
+        left: Value of its left side; None if unknown.
+        right: Value of its right side; None if unknown.
+        passed: Whether it counts as met.
+        reason: Why, in a few words.
+        verdict: `shown`, `not shown` or `failed`; by default what `passed` says.
+    """
 
     condition: str
     left: float | None
     right: float | None
     passed: bool
     reason: str
+    verdict: str = ""
+
+    def __post_init__(self) -> None:
+        """Set the verdict of a condition that was checked without intervals."""
+        if not self.verdict:
+            object.__setattr__(self, "verdict", SHOWN if self.passed else FAILED)
 
 
 def parse_condition(text: str) -> Condition:
@@ -119,17 +144,21 @@ def parse_gate(
     return parsed
 
 
-def check_gate(conditions: Sequence[Condition], results: Results) -> list[GateRow]:
+def check_gate(
+    conditions: Sequence[Condition], results: Results, evidence: Evidence | None = None, needs: Needs = "interval"
+) -> list[GateRow]:
     """Check conditions against results; a missing or non-finite value fails its condition, with that as the reason.
 
     Args:
         conditions: From `parse_gate`.
         results: Model name -> metric name -> value.
+        evidence: How certain the figures are; None = all are exact.
+        needs: Whether a condition that is met but not shown passes (`value`) or not (`interval`).
     """
-    return [_check(condition, results) for condition in conditions]
+    return [_check(condition, results, evidence or {}, needs) for condition in conditions]
 
 
-def _check(condition: Condition, results: Results) -> GateRow:
+def _check(condition: Condition, results: Results, evidence: Evidence, needs: Needs) -> GateRow:
     values = {}
     for name in condition.names:
         value = _find(name, results)
@@ -143,9 +172,67 @@ def _check(condition: Condition, results: Results) -> GateRow:
     if not (math.isfinite(left) and math.isfinite(right)):
         return GateRow(condition.text, None, None, False, f"{left:g} {condition.comparison} {right:g} is not finite")
     compare = dict(COMPARISONS.values())[condition.comparison]
-    passed = bool(compare(left, right))
-    reason = f"{left:.4g} {condition.comparison} {right:.4g}" + ("" if passed else " does not hold")
-    return GateRow(condition.text, left, right, passed, reason)
+    reason = f"{left:.4g} {condition.comparison} {right:.4g}"
+    if not compare(left, right):
+        return GateRow(condition.text, left, right, False, f"{reason} does not hold")
+    doubt = _doubt(condition, values, evidence)
+    if not doubt:
+        return GateRow(condition.text, left, right, True, reason)
+    return GateRow(condition.text, left, right, needs == "value", f"{reason}, not shown: {doubt}", NOT_SHOWN)
+
+
+def _doubt(condition: Condition, values: Mapping[str, float], evidence: Evidence) -> str:
+    """Return why a condition that the measured values meet is not shown; an empty text if it is shown."""
+    fewest = too_few_rows(condition.names, evidence)
+    if fewest is not None:
+        return f"measured on {_rows(fewest)}, and fewer than {MIN_ROWS} show nothing"
+    if not any(name in evidence for name in condition.names):
+        return ""
+
+    def margin(figures: Mapping[str, float]) -> float:
+        return _value(condition.left, figures) - _value(condition.right, figures)
+
+    try:
+        low, high = expression_interval(margin, values, evidence)
+    except (ZeroDivisionError, OverflowError):
+        return "its interval can't be computed"
+    compare = dict(COMPARISONS.values())[condition.comparison]
+    if compare(low, 0) and compare(high, 0):
+        return ""
+    limit, alone = _limit(condition, values)
+    if alone:
+        return f"its 95 % interval {low + limit:.4g} to {high + limit:.4g} includes {limit:.4g}"
+    return f"the 95 % interval of left minus right, {low:.2g} to {high:.2g}, includes 0"
+
+
+def _limit(condition: Condition, values: Mapping[str, float]) -> tuple[float, bool]:
+    """Return the right side, and whether it is a number and the left side is not."""
+    return _value(condition.right, values), not _names(condition.right, condition.text)
+
+
+def _rows(number: int) -> str:
+    return f"{number} row" if number == 1 else f"{number} rows"
+
+
+def passes_with(conditions: Sequence[Condition], results: Results, model: str, except_for: Collection[str]) -> bool:
+    """Return whether the figures of one model alone would meet all conditions.
+
+    Each `other.metric` is replaced by `model.metric`, and `champion.other.metric` stays as it is.
+
+    Args:
+        conditions: From `parse_gate`.
+        results: Model name -> metric name -> value.
+        model: The model, such as `base`.
+        except_for: Metrics that are not replaced, such as sizes.
+    """
+    own = results.get(model, {})
+    replaced = {
+        other: {name: figures[name] if name in except_for else own.get(name, figures[name]) for name in figures}
+        if not other.startswith("champion.")
+        else figures
+        for other, figures in results.items()
+    }
+    return all(row.passed for row in check_gate(conditions, replaced))
 
 
 def _find(name: str, results: Results) -> float | None:

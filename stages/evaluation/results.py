@@ -49,10 +49,14 @@ class ModelResult:
     general: ModelResult | None = None
     errors: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def summed(self) -> list[str]:
+        """Figures of which the documents have a sum over their tokens."""
+        return [*PER_TOKEN, *(["kl"] if self.documents.reference is not None else [])]
+
     def add_documents(self) -> None:
         """Add the intervals of figures that are means over tokens, and the KL divergence if it was measured."""
-        weights = self.documents.column("num_tokens")
-        names = [*PER_TOKEN, *(["kl"] if self.documents.reference is not None else [])]
+        weights, names = self.documents.column("num_tokens"), self.summed
         for name in names:
             self.intervals[name] = ratio_interval(self.documents.column(name), weights)
         if "kl" in names:

@@ -13,6 +13,7 @@ from stages.checkout.foreign_text import as_code, for_markdown
 from stages.checkout.paths import Paths
 from stages.checkout.redaction import redact
 from stages.pages.page import TEMPLATES
+from stages.params.figures import VERDICTS
 from stages.params.schema import Params
 from stages.tracking import lineage
 
@@ -48,6 +49,7 @@ def write_card(file: Path, params: Params, paths: Paths, shipped: str, digest: s
         digest=digest,
         commit=f"{git.commit}{' with uncommitted changes' if git.dirty else ''}" if git else "not in git",
         versions=lineage.versions(),
+        verdicts=VERDICTS,
         text=for_markdown,
         code=as_code,
     )

@@ -30,6 +30,9 @@ ACTIONS = {
     "split": "divided, nothing lost",
 }
 
+MARKS = {"shown": ("yes", "✓"), "not shown": ("unsure", "?"), "failed": ("no", "✗")}
+"""Verdict on a condition of the gate -> its CSS class and its sign."""
+
 NBSP = "\u00a0"
 
 
@@ -66,6 +69,7 @@ def render_page(template: str, context: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         finalize=without_secrets,
     )
+    environment.globals["marks"] = MARKS
     environment.filters["soft_breaks"] = soft_breaks
     return environment.get_template(template).render(context)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sft.evaluate.gate import GateRow, parse_gate
 from stages.checkout.artifacts import write_json, write_text
 from stages.pages.page import render_page, show, show_change
+from stages.pages.verdict import CLOSED, OPEN, UNSURE, count_unmet
 from stages.params.figures import figure_of
 from stages.tracking.champion import CANDIDATE, CHAMPION, Champion
 
@@ -29,6 +30,7 @@ class Decision:
         gate: Conditions of `evaluate.gate` with their outcomes.
         promotion: Conditions of `publish.gate` with their outcomes.
         promoted: Whether this result became, or remained, the champion.
+        doubts: What the evidence lacks.
     """
 
     name: str
@@ -39,10 +41,14 @@ class Decision:
     gate: Sequence[Mapping[str, Any]]
     promotion: Sequence[GateRow]
     promoted: bool
+    doubts: Sequence[str] = ()
 
     @property
     def headline(self) -> str:
         """The decision in one line."""
+        return "; ".join([self._outcome(), *self.doubts])
+
+    def _outcome(self) -> str:
         previous = self.before[CHAMPION]
         if self.promoted and previous == self.version:
             return f"Version {self.version} is the champion, as before"
@@ -52,30 +58,35 @@ class Decision:
         if previous is None:
             return f"Not promoted: version {self.version} is a candidate, and there is no champion"
         if previous == self.version:  # published again with other conditions
-            return f"Version {self.version} stays the champion, although a condition does not hold now"
+            return f"Version {self.version} stays the champion, although a condition is not met now"
         return f"Not promoted: version {previous} stays the champion"
 
     @property
     def reason(self) -> str:
         """The reason in one sentence."""
-        failed = [len([row for row in rows if not _passed(row)]) for rows in (self.gate, self.promotion)]
+        unmet = [(count_unmet(rows), key) for rows, key in self._gates()]
+        texts = [text.replace(" conditions", f" conditions of {key}", 1) for text, key in unmet if text]
         if self.promoted:
-            return "Every condition of evaluate.gate and publish.gate holds."
-        texts = [
-            f"{number} of {len(rows)} conditions of {key} {'does' if number == 1 else 'do'} not hold"
-            for number, rows, key in zip(
-                failed, (self.gate, self.promotion), ("evaluate.gate", "publish.gate"), strict=True
-            )
-            if number
-        ]
+            return f"Every condition is met{', but ' if texts else ''}{' and '.join(texts)}."
         return f"{' and '.join(texts)}." if texts else "The gate is closed."
+
+    @property
+    def tone(self) -> str:
+        """How the headline is coloured."""
+        if not self.promoted:
+            return CLOSED
+        return UNSURE if self.doubts or any(count_unmet(rows) for rows, _ in self._gates()) else OPEN
+
+    def _gates(self) -> list[tuple[list[Mapping[str, Any]], str]]:
+        """Return the conditions of both gates with their outcomes, and the names of the gates."""
+        return [(list(self.gate), "evaluate.gate"), ([asdict(row) for row in self.promotion], "publish.gate")]
 
     def aliases(self) -> list[tuple[str, str, str, str]]:
         """Return `(alias, version before, version now, reason)` of every alias."""
         rows = []
         for alias, moves, why in (
             (CANDIDATE, True, "it moves to every result"),
-            (CHAMPION, self.promoted, "every condition holds" if self.promoted else "a condition does not hold"),
+            (CHAMPION, self.promoted, "every condition is met" if self.promoted else "a condition is not met"),
         ):
             previous = self.before[alias]
             current = self.version if moves else previous
@@ -83,10 +94,6 @@ class Decision:
                 (alias, _version(previous), _version(current), why if previous != current else f"it stays: {why}")
             )
         return rows
-
-
-def _passed(row: GateRow | Mapping[str, Any]) -> bool:
-    return bool(row.passed if isinstance(row, GateRow) else row["passed"])
 
 
 def _version(number: str | None) -> str:

@@ -24,6 +24,7 @@ from stages.pages.page import (
     show,
     show_change,
 )
+from stages.pages.verdict import verdict
 from stages.params.figures import REGRESSION, figure_of, in_order
 from stages.params.schema import Params
 from stages.tracking import lineage
@@ -75,9 +76,7 @@ def figures_section(params: Params, paths: Paths) -> Section:
 def promotion_section(params: Params, paths: Paths) -> Section:
     """Return the section that says what `publish` will do with the result."""
     results = read_json(paths.out("evaluate", "results.json"))
-    return render_section(
-        "promotion", "Promotion", "report/promotion.html.jinja", {"passed": verdict(results)["passed"]}
-    )
+    return render_section("promotion", "Promotion", "report/promotion.html.jinja", {"passed": results["passed"]})
 
 
 def training_section(params: Params, paths: Paths) -> Section:
@@ -124,29 +123,6 @@ SECTIONS: tuple[Callable[[Params, Paths], Section | None], ...] = (
     lineage_section,
 )
 """The sections of the report in their order. One that has nothing to show returns None and is left out."""
-
-
-def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the headline, a sentence with the main figures, and whether the gate is open."""
-    failed = [row for row in results["gate"] if not row["passed"]]
-    total = len(results["gate"])
-    if not total:
-        headline = "Measured without a gate"
-    elif failed:
-        headline = (
-            f"The gate is closed: {len(failed)} of {total} conditions {'does' if len(failed) == 1 else 'do'} not hold"
-        )
-    else:
-        headline = "The gate is open: every condition holds" if total > 1 else "The gate is open: its condition holds"
-    models = results["models"]
-    metric = results["figures"][0]
-    label, kind, _ = figure_of(metric)
-    scores = [f"{name} {show(models[name][metric], kind)}" for name in models if metric in models[name]]
-    sentence = f"{label} on {results['num_prompts']} held-out rows: {', '.join(scores)}."
-    if "quantized" in models:
-        ratio = models["quantized"]["size_mb"] / models["merged"]["size_mb"]
-        sentence += f" The quantized checkpoint has {percent(ratio)} of the merged one's size."
-    return {"passed": not failed, "headline": headline, "sentence": sentence}
 
 
 def comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -29,6 +29,10 @@ REGRESSION = "regression_"
 """Prefix of the figures of general prompts."""
 
 
+VERDICTS = {"shown": "holds", "not shown": "not shown", "failed": "FAILS"}
+"""Verdict on a condition of the gate -> its word in a terminal."""
+
+
 class Figure(NamedTuple):
     """How a figure is shown and compared.
 

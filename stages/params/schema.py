@@ -794,6 +794,13 @@ class EvaluateSection(Section):
         LmEvalSection, Field(description="Tasks of lm-eval. Needs the extra `lm-eval` (docs/evaluation.md).")
     ]
     gate: Annotated[list[str], Field(description="Conditions that must be true before the alias `champion` moves.")]
+    gate_needs: Annotated[
+        Literal["interval", "value"],
+        Field(
+            description="What a condition of a gate needs: interval (its 95 % interval excludes the limit) or value "
+            "(the measured figures meet it)."
+        ),
+    ]
 
 
 class PublishSection(Section):

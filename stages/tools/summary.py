@@ -6,6 +6,7 @@ from typing import Any
 
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
+from stages.params.figures import VERDICTS
 from stages.params.schema import Params
 
 
@@ -46,7 +47,7 @@ def table(models: dict[str, dict[str, float]], columns: list[str]) -> list[str]:
 
 def gate_lines(results: dict[str, Any]) -> list[str]:
     """Return a line per condition of the gate, and one with the outcome."""
-    lines = [f"  {'holds' if row['passed'] else 'FAILS'}  {row['condition']}" for row in results["gate"]]
+    lines = [f"  {VERDICTS[row['verdict']]:<9}  {row['condition']}" for row in results["gate"]]
     verdict = "gate passed" if results["passed"] else "gate FAILED: the champion does not change"
     return [*lines, f"  {verdict}"]
 

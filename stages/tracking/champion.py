@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from sft.evaluate.gate import Condition, GateRow, check_gate, parse_gate
+from sft.evaluate.evidence import Evidence
+from sft.evaluate.gate import Condition, GateRow, check_gate, parse_gate, passes_with
 from stages.checkout.artifacts import read_jsonl
 from stages.checkout.paths import Paths
 from stages.params.schema import Params
@@ -28,6 +31,15 @@ CHAMPION = "champion"
 HELD_OUT_TAG = "sft.held_out"
 
 METRIC_PREFIX = "evaluate."
+
+BASE = "base"
+
+BASE_CONDITION = "the gate asks for more than the base model has"
+
+NOT_OF_QUALITY = ("size_mb", "kl", "regression_kl")
+"""Figures that tell nothing about how well a model does."""
+
+RESULTS_FOLDER = "outs/evaluate"
 
 PUBLICATION_TAG = "sft.publication"
 """Tag of a version while `publish` moves aliases to it: what they were before, and the conditions of `publish.gate`."""
@@ -59,9 +71,14 @@ class Champion:
 
 
 def check_promotion(
-    params: Params, paths: Paths, run_id: str, models: Mapping[str, Any], champion: Champion | None
+    params: Params,
+    paths: Paths,
+    run_id: str,
+    models: Mapping[str, Any],
+    champion: Champion | None,
+    evidence: Evidence | None = None,
 ) -> list[GateRow]:
-    """Check the conditions of `publish.gate`.
+    """Check the conditions of `publish.gate`, and that both gates ask for more than the base model's figures.
 
     Args:
         params: Values of params.yaml.
@@ -69,16 +86,38 @@ def check_promotion(
         run_id: Id of the run of this result.
         models: Model -> metric -> value of this result.
         champion: The champion before this result, if there is one.
+        evidence: How certain the figures of this result and of the champion are; None = they are exact.
 
     Returns:
-        One row per condition. A condition on the champion is met if there is no champion, or if it is this result.
+        One row per condition, and one for the base model. A condition on the champion is met if there is no champion,
+        or if it is this result.
     """
     conditions = parse_gate(params.publish.gate)  # the names in it were checked with params.yaml
     results = {**models, **(champion.figures if champion else {})}
     rows = []
-    for condition, row in zip(conditions, check_gate(conditions, results), strict=True):
+    checked = check_gate(conditions, results, evidence, params.evaluate.gate_needs)
+    for condition, row in zip(conditions, checked, strict=True):
         rows.append(_check_condition(condition, row, champion, run_id, held_out_digest(paths)))
-    return rows
+    return [*rows, check_base(params, results)]
+
+
+def check_base(params: Params, results: Mapping[str, Mapping[str, float]]) -> GateRow:
+    """Check that the base model, in the place of the trained ones, would not pass both gates.
+
+    Otherwise the gates ask for nothing that training has to achieve.
+
+    Args:
+        params: Values of params.yaml.
+        results: Model -> metric -> value, of this result and of the champion if there is one.
+    """
+    asked = parse_gate([*params.evaluate.gate, *params.publish.gate])
+    if not any(name.startswith(f"{CHAMPION}.") for name in results):  # these conditions have nothing to compare with
+        asked = [condition for condition in asked if not any(n.startswith(f"{CHAMPION}.") for n in condition.names)]
+    if not passes_with(asked, results, BASE, NOT_OF_QUALITY):
+        return GateRow(BASE_CONDITION, None, None, True, "a condition fails with the figures of the base model")
+    what = "there is no condition" if not asked else "the base model would pass too"
+    reason = f"{what}; add one that training must achieve, such as tuned.loss < 0.9 * base.loss"
+    return GateRow(BASE_CONDITION, None, None, False, reason)
 
 
 def _check_condition(
@@ -174,6 +213,23 @@ def alias_version(tracking: Tracking, name: str, alias: str) -> ModelVersion | N
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
+
+
+def fetch_results(tracking: Tracking, run_id: str, folder: Path) -> Path:
+    """Download what a run has of outs/evaluate; older runs have fewer files.
+
+    Args:
+        tracking: The store.
+        run_id: Id of the run.
+        folder: Where to write the files.
+
+    Returns:
+        The folder with the files, which may be empty.
+    """
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for item in tracking.client.list_artifacts(run_id, RESULTS_FOLDER):
+        tracking.client.download_artifacts(run_id, item.path, str(folder))
+    return folder / RESULTS_FOLDER
 
 
 def champion_figures(champion: Run) -> dict[str, dict[str, float]]:

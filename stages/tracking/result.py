@@ -113,7 +113,9 @@ def _log_run(tracking: Tracking, result: Result, begun: str | None) -> str:
         run.log_metrics(figures(paths))
         run.log_curve(paths.out("train", "curve.csv"))
         run.log_data(lineage.data_digests(paths))
-        for path in [paths.report, *result_files(paths), paths.out("quantize", "report.json")]:
+        details = [paths.out("evaluate", name) for name in ("documents.jsonl", "general.jsonl")]
+        details = [path for path in details if path.exists()]  # older results lack the first one
+        for path in [paths.report, *result_files(paths), paths.out("quantize", "report.json"), *details]:
             run.log_file(path, folder=path.parent.relative_to(paths.root).as_posix())
         for file in ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock"):
             if (paths.root / file).exists():

@@ -101,7 +101,10 @@ def test_results_hold_no_wall_times_and_are_the_same_at_every_run(finished: tupl
 
 def test_page_says_the_verdict_first_and_escapes_what_the_data_holds(finished: tuple[Paths, str]) -> None:
     page = finished[1]
-    assert "The gate is closed: 1 of 2 conditions does not hold" in page.split("</h1>")[0]
+    assert (
+        "The gate is closed: of 2 conditions, 1 does not hold and 1 is not shown; only 3 held-out rows"
+        in page.split("</h1>")[0]
+    )
     assert "<p>The gate is closed. The stage <code>publish</code>" in page
     assert "&lt;b&gt;Rome&lt;/b&gt;" in page
     assert "<b>Rome" not in page

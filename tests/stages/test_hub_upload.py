@@ -25,7 +25,7 @@ RESULTS = {
     "num_prompts": 3,
     "max_new_tokens": 4,
     "models": {"base": {"loss": 2.0}, "tuned": FIGURES, "merged": FIGURES},
-    "gate": [{"condition": "tuned.exact_match >= 0.5", "passed": True}],
+    "gate": [{"condition": "tuned.exact_match >= 0.5", "passed": True, "verdict": "shown"}],
     "passed": True,
 }
 PUSH = "import sys; from pathlib import Path; from stages.publish import push; " + (

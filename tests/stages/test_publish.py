@@ -45,7 +45,7 @@ def move_and_die(self, name, alias, version):
 Tracking.set_alias = move_and_die
 publish.run(Params.model_validate(overrides), Paths(root))
 """
-OPEN, CLOSED = ["tuned.loss <= 2 * base.loss"], ["tuned.exact_match >= 0.5"]
+OPEN, CLOSED = ["tuned.loss < base.loss"], ["tuned.exact_match >= 0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_run_alone_tells_params_metrics_curve_data_and_lineage(checkout: Paths) 
     (run,) = runs(checkout.root)
     assert run.info.status == "FINISHED"
     assert {"train.learning_rate", "pack.max_length", "model.name_or_path"} <= set(run.data.params)
-    assert run.data.params["evaluate.gate"] == '["tuned.loss <= 2 * base.loss"]'
+    assert run.data.params["evaluate.gate"] == '["tuned.loss < base.loss"]'
     assert {"train.loss", "evaluate.tuned.loss", "evaluate.base.exact_match", "pack.train.fill"} <= set(
         run.data.metrics
     )
@@ -260,7 +260,9 @@ BETTER = ["tuned.loss <= champion.tuned.loss"]
 
 def promotion(checkout: Paths, evaluate: list[str] = OPEN) -> list[tuple[bool, str]]:
     publish.run(tiny_params(evaluate={"gate": evaluate}, publish={"gate": BETTER}), checkout)
-    return [(row["passed"], row["reason"]) for row in read_json(checkout.out("publish", "run.json"))["promotion"]]
+    *rows, base = read_json(checkout.out("publish", "run.json"))["promotion"]
+    assert (base["condition"], base["passed"]) == ("the gate asks for more than the base model has", True)
+    return [(row["passed"], row["reason"]) for row in rows]
 
 
 def worsen(checkout: Paths, difference: float) -> None:
@@ -290,10 +292,30 @@ def test_result_worse_than_the_champion_is_recorded_but_not_promoted(
     assert not passed
     assert reason.endswith("does not hold")
     assert (champion(checkout), len(runs(checkout.root))) == ("1", 2)
-    assert "publish.gate does not hold" in capsys.readouterr().out
+    assert "`candidate` only, as a condition for it is not met" in capsys.readouterr().out
     worsen(checkout, -1.0)
     assert [passed for passed, _ in promotion(checkout)] == [True]
     assert champion(checkout) == "3"
+
+
+def test_gate_that_the_base_model_would_pass_makes_no_champion(checkout: Paths) -> None:
+    for number, gate in enumerate(([], ["tuned.loss <= 2 * base.loss"], ["tuned.size_mb < 1e9"])):
+        publish.run(tiny_params(evaluate={"gate": gate}, train={"seed": number}), checkout)
+        (base,) = read_json(checkout.out("publish", "run.json"))["promotion"]
+        assert not base["passed"]
+        assert base["reason"].endswith("add one that training must achieve, such as tuned.loss < 0.9 * base.loss")
+        assert "there is no champion" in page(checkout).split("</h1>")[0]
+
+
+def test_condition_on_the_champion_is_not_shown_on_three_rows_unless_the_value_decides(checkout: Paths) -> None:
+    promotion(checkout)
+    worsen(checkout, -1.0)
+    params = tiny_params(evaluate={"gate": OPEN, "gate_needs": "interval"}, publish={"gate": BETTER})
+    publish.run(params, checkout)
+    row = read_json(checkout.out("publish", "run.json"))["promotion"][0]
+    assert (row["verdict"], row["passed"]) == ("not shown", False)
+    assert "measured on 3 rows, and fewer than 20 show nothing" in row["reason"]
+    assert champion(checkout) == "1"
 
 
 def test_champion_on_other_held_out_rows_is_not_compared_with(checkout: Paths) -> None:
@@ -322,27 +344,27 @@ def test_page_of_the_promotion_says_what_decided_who_was_champion_and_what_moved
 ) -> None:
     promotion(checkout)
     first = page(checkout)
-    assert "<h1>Promoted: version 1 is the first champion</h1>" in first
+    assert "<h1>Promoted: version 1 is the first champion; only 3 held-out rows; exact match is 0 %</h1>" in first
     assert "There was no champion." in first
     assert "<code>candidate</code>: none → version 1, it moves to every result." in first
-    assert "<code>champion</code>: none → version 1, every condition holds." in first
+    assert "<code>champion</code>: none → version 1, every condition is met." in first
     worsen(checkout, 0.5)
     promotion(checkout)
     second = page(checkout)
-    assert "<h1>Not promoted: version 1 stays the champion</h1>" in second
-    assert "1 of 1 conditions of publish.gate does not hold." in second
+    assert "<h1>Not promoted: version 1 stays the champion; only 3 held-out rows" in second
+    assert "1 of 2 conditions of publish.gate does not hold." in second
     assert "<code>candidate</code>: version 1 → version 2, it moves to every result." in second
-    assert "<code>champion</code>: version 1, it stays: a condition does not hold." in second
+    assert "<code>champion</code>: version 1, it stays: a condition is not met." in second
     (row,) = re.findall(r'<th scope="row">tuned: loss \(nats per token\) \*</th>.*', second)
     assert '<td class="no">+0.500</td>' in row
     worsen(checkout, -1.0)
     promotion(checkout)
-    assert "<h1>Promoted: version 3 is the champion after version 1</h1>" in page(checkout)
+    assert "<h1>Promoted: version 3 is the champion after version 1; only 3 held-out rows" in page(checkout)
     assert '<td class="yes">-0.500</td>' in page(checkout)
     summary.run(tiny_params(), checkout)
-    assert "Promoted: version 3 is the champion after version 1: " in capsys.readouterr().out
+    assert "Promoted: version 3 is the champion after version 1; only 3 held-out rows" in capsys.readouterr().out
     promotion(checkout)
-    assert "<h1>Version 3 is the champion, as before</h1>" in page(checkout)
+    assert "<h1>Version 3 is the champion, as before; only 3 held-out rows" in page(checkout)
 
 
 def test_page_of_the_promotion_says_that_the_gate_is_closed_and_other_rows_were_measured(checkout: Paths) -> None:
@@ -350,7 +372,7 @@ def test_page_of_the_promotion_says_that_the_gate_is_closed_and_other_rows_were_
     rows = list(read_jsonl(checkout.out("evaluate", "generations.jsonl")))
     write_jsonl(checkout.out("evaluate", "generations.jsonl"), rows[1:])
     results = read_json(checkout.out("evaluate", "results.json"))
-    failed = {**results["gate"][0], "passed": False, "reason": "2 <= 1 does not hold"}
+    failed = {**results["gate"][0], "passed": False, "reason": "2 <= 1 does not hold", "verdict": "failed"}
     write_json(checkout.out("evaluate", "results.json"), {**results, "gate": [failed], "passed": False})
     publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
     assert "Not promoted: version 1 stays the champion" in page(checkout)
@@ -379,13 +401,13 @@ def test_page_after_a_kill_tells_what_the_aliases_were_before_it(checkout: Paths
 
     publish.run(params, checkout)
 
-    assert "<h1>Promoted: version 2 is the champion after version 1</h1>" in page(checkout)
+    assert "<h1>Promoted: version 2 is the champion after version 1; only 3 held-out rows" in page(checkout)
     assert "<code>candidate</code>: version 1 → version 2, it moves to every result." in page(checkout)
-    assert "<code>champion</code>: version 1 → version 2, every condition holds." in page(checkout)
+    assert "<code>champion</code>: version 1 → version 2, every condition is met." in page(checkout)
     assert '<td class="yes">-0.500</td>' in page(checkout)
     assert [run.info.status for run in runs(checkout.root)] == ["FINISHED", "FINISHED"]
     publish.run(params, checkout)
-    assert "<h1>Version 2 is the champion, as before</h1>" in page(checkout)
+    assert "<h1>Version 2 is the champion, as before; only 3 held-out rows" in page(checkout)
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def test_page_of_a_promotion_fits_a_phone(tmp_path: Path) -> None:
         before={"candidate": "7", "champion": "7"},
         champion=champion,
         is_comparable=True,
-        gate=[{"condition": "tuned.loss <= 2 * base.loss", "passed": True, "reason": "0.5 <= 4"}],
+        gate=[{"condition": "tuned.loss <= 2 * base.loss", "passed": True, "reason": "0.5 <= 4", "verdict": "shown"}],
         promotion=[GateRow(condition, 0.8, 0.88, False, "0.8 >= 0.88 does not hold")],
         promoted=False,
     )

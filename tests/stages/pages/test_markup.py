@@ -28,7 +28,7 @@ from tests.stages.pages.test_report import paths as paths
 from tests.stages.tiny_run import tiny_params
 
 EVIL = "<img src=x onerror=alert(1)>\"'`|</code></td>[l](javascript:alert(1))\\n\\n# h\x1b[2K"
-STATED = {"action", "stage", "kind", "purpose", "method", "reason_of", "figures", "gate_passed"}
+STATED = {"action", "stage", "kind", "purpose", "method", "reason_of", "figures", "gate_passed", "verdict"}
 """Keys whose values are words of the pipeline, by which pages choose what they show."""
 
 
@@ -118,7 +118,7 @@ def test_the_data_page(hostile: Paths) -> None:
 
 
 def test_the_page_of_the_promotion(hostile: Paths, tmp_path: Path) -> None:
-    row = {"condition": EVIL, "passed": True, "reason": EVIL, "left": 1.0, "right": 1.0}
+    row = {"condition": EVIL, "passed": True, "reason": EVIL, "left": 1.0, "right": 1.0, "verdict": "shown"}
     decision = Decision(
         name=EVIL,
         version=EVIL,

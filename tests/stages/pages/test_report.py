@@ -51,7 +51,14 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
         ],
         "not_generated": {"merged": "not generated"},
         "gate": [
-            {"condition": f"tuned.loss <= {EVIL}", "left": 0.1, "right": 1.0, "passed": True, "reason": "0.1 <= 1"}
+            {
+                "condition": f"tuned.loss <= {EVIL}",
+                "left": 0.1,
+                "right": 1.0,
+                "passed": True,
+                "reason": "0.1 <= 1",
+                "verdict": "shown",
+            }
         ],
         "passed": True,
     }
