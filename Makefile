@@ -10,11 +10,6 @@ VENV := .venv
 # Relative, as the path of the checkout may have spaces, quotes and parentheses.
 RUN := ./$(VENV)/bin
 READY := $(VENV)/.ready
-# DVC removes a stage's outs before the stage can refuse a value: they come back from its cache, and the figures, which
-# it does not cache, from a copy.
-BACK := $(RUN)/dvc checkout --quiet --allow-missing; cp -pn .state/metrics/*.json reports/metrics/
-# Ends a command with all that it has started when make is ended; DVC leaves its stage running. $$$$ is the recipe's shell.
-SUPERVISED := $(RUN)/python -P flows/processes/supervise.py $$$$ 20
 # Torch processes that share cores slow each other many times over unless each keeps to one thread.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # What another processor rounds: AVX2 where this one has AVX-512, else loops without vector instructions.
@@ -42,13 +37,12 @@ $(READY): requirements.lock
 	@echo "installing requirements.lock into $(VENV) (3 to 5 minutes the first time; log: $(VENV)/setup.log)"
 	@$(RUN)/python -m pip install --progress-bar off -r requirements.lock > $(VENV)/setup.log 2>&1 \
 		|| { grep -i error $(VENV)/setup.log | tail -n 5; echo "error: set-up failed; see $(VENV)/setup.log, fix it and type the command again"; exit 1; }
+	@$(RUN)/python -m pip install --quiet --no-deps --editable . >> $(VENV)/setup.log 2>&1 \
+		|| echo "note: the command sft was not installed (see $(VENV)/setup.log); \`$(VENV)/bin/python -m stages\` is the same"
 	@touch $@
 
-repro: $(READY) ## run the pipeline: what is up to date is not run again
-	@$(RUN)/python -m stages check
-	@rm -rf .state/metrics; mkdir -p .state/metrics reports/metrics; cp -p reports/metrics/*.json .state/metrics/ || true
-	@$(SUPERVISED) $(RUN)/dvc repro || { code=$$?; $(BACK); exit $$code; }
-	@$(RUN)/python -m stages summary
+repro: $(READY) ## run the pipeline: what is up to date is not run again; SET="train.lora_r=8 ..." writes values first
+	@$(RUN)/python -m stages repro $(foreach assignment,$(SET),--set '$(assignment)')
 
 test: $(READY) ## style, types, imports and tests
 	@$(RUN)/ruff check .

@@ -26,7 +26,6 @@ from flows.pipeline import pipeline
 from flows.processes.terminal import refuse, run_in_terminal
 from flows.runs.forms import (
     Overrides,
-    apply_overrides,
     flatten,
     overridden,
     parse_assignments,
@@ -48,6 +47,7 @@ from flows.sweeps.plan import (
 )
 from flows.sweeps.search import FORM
 from stages.checkout.artifacts import write_text
+from stages.params.assignments import apply_overrides
 from stages.params.schema import ParamsError
 from stages.tracking.lineage import FLOW_RUN_VARIABLES, PARENT_VARIABLE
 from stages.tracking.trials import log_trial, recorded_sweep

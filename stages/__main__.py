@@ -1,8 +1,7 @@
-"""Command line `python -m stages NAME`: runs one stage of the pipeline, or one of its tools."""
+"""The command `sft`, also `python -m stages`: runs a stage of the pipeline, a tool or a flow (`stages/cli/`)."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import signal
@@ -15,171 +14,135 @@ if __name__ == "__main__" and "LOCAL_RANK" not in os.environ:  # before the slow
 
     heed_signals()
 
+import click
+
 from stages.checkout.full_disk import explain_full_disk, is_full_disk
 from stages.checkout.paths import Paths
 from stages.checkout.redaction import RedactedStream, redact
+from stages.cli.commands import STAGES, TOOLS, command_line
+from stages.cli.group import describe_usage_error
 from stages.launch.log_noise import reduce_log_noise
-from stages.launch.stopping import SavedAndStopped, Stopped, stoppable, tie_to_parent
-from stages.params.figures import MODELS
-from stages.params.schema import ParamsError, load_params
-
-STAGE_HELP = {
-    "load": "read and check the sources, and set held-out rows apart",
-    "format": "render the rows as chats and mark what is trained",
-    "pack": "tokenize the chats and pack them into rows of at most pack.max_length tokens",
-    "train": "train an adapter or all weights",
-    "merge": "merge the adapter into the base model",
-    "quantize": "write a smaller copy of the merged model",
-    "evaluate": "measure every model on the held-out rows and check the gate",
-    "publish": "record the result in MLflow and register the model",
-}
-
-TOOL_HELP = {
-    "chat": "talk to a model in the terminal",
-    "check": "check params.yaml, the data and the name of the base model before a run",
-    "compare": "show how two recorded runs differ",
-    "estimate": "estimate time and memory of the training from a few steps",
-    "preview": "show packed rows token by token, with the trained tokens marked",
-    "reproduce": "repeat a recorded run and compare the results",
-    "serve": "serve a model over HTTP with OpenAI's API",
-    "summary": "show the figures of the last run and where its files are",
-}
-
-STAGES, TOOLS = tuple(STAGE_HELP), tuple(TOOL_HELP)
-
-NUM_RUNS = {"compare": 2, "reproduce": 1}
-
-# option -> the tools that take it
-OPTIONS = {
-    "rows": ("preview",),
-    "seed": ("preview",),
-    "split": ("preview",),
-    "model": ("chat", "serve"),
-    "max_new_tokens": ("chat",),
-    "system": ("chat",),
-    "port": ("serve",),
-    "keep": ("reproduce",),
-    "trust_patch": ("reproduce",),
-}
+from stages.launch.stopping import SavedAndStopped, Stopped, heed_signals, stoppable, tie_to_parent
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
+AS_SFT = "SFT_COMMAND"
+"""Environment variable that lets `python -m stages` act as the command `sft`."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the stage or tool that the command line names.
+def main(argv: list[str] | None = None, *, through_dvc: bool = False) -> int:
+    """Run what the command line names.
 
     Args:
         argv: Words of the command line; None for those of this process.
+        through_dvc: Whether a stage is brought up to date by DVC, with what it reads, instead of run alone.
 
     Returns:
         Exit code: 0 on success, 1 if the work failed for a reason that the user can fix, 2 if params.yaml or the
         command line is wrong, 130 if it was interrupted, 143 if SIGTERM ended it, 75 if SIGTERM stopped a training
         that has saved a checkpoint.
+
+    Raises:
+        SystemExit: The command line is wrong (code 2).
     """
-    args, options = read_command(argv)
-    reduce_log_noise()
-    paths = Paths(args.root.resolve())
-    if "LOCAL_RANK" in os.environ:
-        return run_launched(args.name, args.root, paths)
+    commands = command_line(run_command, run_flow, show_alone=through_dvc)
     try:
-        params = load_params(args.root / "params.yaml")
-        importlib.import_module(home(args.name)).run(params, paths, **options)
+        code = commands.main(argv, prog_name="sft" if through_dvc else "python -m stages", standalone_mode=False)
+    except click.UsageError as error:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            print(error.format_message())
+        else:
+            fail(ValueError(describe_usage_error(error)), EXIT_USAGE)
+        raise SystemExit(EXIT_USAGE) from None
+    except click.Abort:
+        return EXIT_STOPPED
+    return int(code or 0)
+
+
+def console() -> int:
+    """Run the command `sft`: with the code of the checkout in which it is typed, if that has its own."""
+    os.environ.pop(AS_SFT, None)
+    own = Path("stages/__main__.py")
+    if own.is_file() and Path("dvc.yaml").is_file() and not own.samefile(__file__):
+        os.environ[AS_SFT] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "stages", *sys.argv[1:]])
+    heed_signals()
+    return start(through_dvc=True)
+
+
+def start(*, through_dvc: bool) -> int:
+    """Run the command line of this process, without secrets in what it and its libraries print."""
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
+    return stoppable(lambda: main(through_dvc=through_dvc))
+
+
+def run_command(
+    name: str, *, root: Path, assignments: tuple[str, ...], alone: bool | None = None, **options: Any
+) -> int:
+    """Run a stage or a tool.
+
+    Args:
+        name: Its name.
+        root: Folder of params.yaml.
+        assignments: Values of `--set`.
+        alone: Whether to run a stage without DVC.
+        options: Values of its other options; those that are None are left out.
+
+    Returns:
+        The exit code.
+    """
+    reduce_log_noise()
+    paths = Paths(root.resolve())
+    if "LOCAL_RANK" in os.environ:
+        return run_launched(name, root, paths)
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    options = {key: value for key, value in options.items() if value is not None}
+    module, entry = home(name), (TOOLS | STAGES)[name]
+    if name in STAGES and click.get_current_context().find_root().info_name == "sft" and not alone:
+        module, options = home("repro"), {"stages": [name], **options}
+    elif name in STAGES and "force" in options:
+        return fail(ValueError("--force: a stage alone runs always; leave out --force or --alone"), EXIT_USAGE)
+    try:
+        if module == home("repro"):  # it writes the values after it has checked them
+            return importlib.import_module(module).run(paths, assignments=assignments, **options) or 0
+        from stages.params.assignments import load_with_assignments, write_assignments
+
+        if assignments and entry.writes_params:
+            print("\n".join(write_assignments(paths.params, assignments)), flush=True)
+        params = load_with_assignments(root / "params.yaml", () if entry.writes_params else assignments)
+        return importlib.import_module(module).run(params, paths, **options) or 0
     except KeyboardInterrupt as stop:
         if isinstance(stop, SavedAndStopped):
             print(f"stopped: {stop}. Type the command again to go on from it.", file=sys.stderr, flush=True)
             return stop.exit_code
-        print(f"stopped: {args.name}. Type the command again to go on.", file=sys.stderr, flush=True)
+        print(f"stopped: {name}. Type the command again to go on.", file=sys.stderr, flush=True)
         if isinstance(stop, Stopped):
             stop.seen = True
             return 128 + stop.number
         return EXIT_STOPPED
-    except ParamsError as error:
-        return fail(error, EXIT_USAGE)
+    except BrokenPipeError:  # the reader, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
+        from stages.params.schema import ParamsError
+
+        if isinstance(error, ParamsError):
+            return fail(error, EXIT_USAGE)
         full = is_full_disk(error, paths.root)
         if os.environ.get("SFT_TRACEBACK") or not (full or isinstance(error, (ValueError, OSError))):
             raise
-        explained = explain_full_disk(error, args.name, paths.root) if full else error
+        explained = explain_full_disk(error, name, paths.root) if full else error
         return fail(explained, getattr(error, "exit_code", EXIT_FAILED))
-    return 0
 
 
-def read_command(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Parse the command line.
-
-    Returns:
-        The parsed arguments, and those among them that are passed to the tool.
-
-    Raises:
-        SystemExit: The command line is wrong (code 2) or asks for help (code 0).
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m stages",
-        description="Run one stage of the pipeline, or a tool. `make repro` runs all stages whose inputs have changed.",
-        epilog="\n\n".join([listing("stages, in order", STAGE_HELP), listing("tools", TOOL_HELP)]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("name", choices=(*STAGES, *TOOLS), metavar="NAME", help="a stage or a tool of the lists below")
-    parser.add_argument(
-        "runs", nargs="*", metavar="RUN", help="recorded run, by id, name or alias; compare takes two, reproduce one"
-    )
-    parser.add_argument("--root", type=Path, default=Path(), help="folder with params.yaml (default: this folder)")
-    preview = parser.add_argument_group("options of preview")
-    preview.add_argument("--rows", type=positive, metavar="N", help="number of packed rows to show (default: 3)")
-    preview.add_argument("--seed", type=int, metavar="N", help="seed of the choice of rows (default: 0)")
-    preview.add_argument(
-        "--split", choices=("train", "eval"), help="show training rows or held-out rows (default: train)"
-    )
-    chat = parser.add_argument_group("options of chat and serve")
-    chat.add_argument("--model", choices=MODELS, help="model to load (default: merged)")
-    chat.add_argument("--max-new-tokens", type=positive, metavar="N", help="chat: longest answer (default: 256 tokens)")
-    chat.add_argument("--system", metavar="TEXT", help="chat: system message (default: that of the training rows)")
-    chat.add_argument("--port", type=positive, metavar="N", help="serve: port on this machine (default: 8000)")
-    reproduce = parser.add_argument_group("options of reproduce")
-    reproduce.add_argument(
-        "--keep", action="store_true", default=None, help="keep the worktree that the run was repeated in"
-    )
-    reproduce.add_argument(
-        "--trust-patch",
-        nargs="?",
-        const="",
-        metavar="DIGEST",
-        help="run the uncommitted changes that were recorded; DIGEST, which is shown with them, names those that you "
-        "have read",
-    )
-    args = parser.parse_args(argv)
-    options: dict[str, Any] = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
-    foreign = [name for name in options if args.name not in OPTIONS[name]]
-    if foreign:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
-        owners = sorted({tool for name in foreign for tool in OPTIONS[name]})
-        parser.error(f"{args.name} does not take {flags}: only {' and '.join(owners)} do")
-    if len(args.runs) != NUM_RUNS.get(args.name, 0):
-        parser.error("compare takes two runs, reproduce one: their ids, names or aliases; the other names take none")
-    if args.runs:
-        options["runs"] = args.runs
-    return args, options
-
-
-def listing(title: str, entries: dict[str, str]) -> str:
-    """Return names with their descriptions, one line each, below a title."""
-    return "\n".join([f"{title}:", *(f"  {name:<11}{text}" for name, text in entries.items())])
-
-
-def positive(text: str) -> int:
-    """Parse an integer of at least 1.
-
-    Raises:
-        ArgumentTypeError: The text is not one.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a number of at least 1 is needed")
-    return int(text)
+def run_flow(name: str, arguments: tuple[str, ...]) -> int:
+    """Become the process of a flow (`flows/`), which reads its own arguments."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", f"flows.{name}", *arguments])
 
 
 def home(name: str) -> str:
     """Return the name of the module that runs a stage or a tool."""
-    return f"stages.tools.{name}" if name in TOOLS else f"stages.{name}"
+    return (TOOLS | STAGES)[name].home
 
 
 def run_launched(name: str, root: Path, paths: Paths) -> int:
@@ -193,6 +156,8 @@ def run_launched(name: str, root: Path, paths: Paths) -> int:
     Returns:
         Exit code 0; after an error the process ends without returning.
     """
+    from stages.params.schema import load_params
+
     launcher = importlib.import_module("stages.launch.processes")
     tie_to_parent(signal.SIGKILL)
     try:
@@ -214,6 +179,4 @@ def fail(error: Exception, code: int) -> int:
 
 
 if __name__ == "__main__":
-    # also for what libraries print, and for tracebacks
-    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
-    sys.exit(stoppable(main))
+    sys.exit(start(through_dvc=os.environ.pop(AS_SFT, "") == "1"))

@@ -7,7 +7,6 @@ once. Prefect converts them to a JSON schema and rejects an invalid value or an 
 from __future__ import annotations
 
 import copy
-import io
 import json
 from pathlib import Path
 from types import UnionType
@@ -28,7 +27,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from flows.runs.graph import Plan, RunRefused
-from stages.params.schema import Params, Section, check_params, describe_problem
+from stages.params.assignments import parse_assignments as parse_text_assignments
+from stages.params.schema import Params, ParamsError, Section, describe_problem
 
 
 class _StageChoice:
@@ -159,21 +159,10 @@ def parse_assignments(assignments: list[str]) -> Partial:
     Raises:
         RunRefused: A text has no `=`, an unknown key, or a value that is not valid; all problems are listed.
     """
-    values: dict[str, Any] = {}
-    for assignment in assignments:
-        name, separator, text = assignment.partition("=")
-        if not separator or not name:
-            raise RunRefused(f"--set {assignment}: expected section.key=value")
-        target = values
-        *parents, last = name.split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise RunRefused(f"--set {assignment}: {parent} was already set to a value")
-        try:
-            target[last] = YAML(typ="safe").load(text)
-        except YAMLError:
-            raise RunRefused(f"--set {assignment}: {text!r} is not a YAML value") from None
+    try:
+        values = parse_text_assignments(assignments)
+    except ParamsError as error:
+        raise RunRefused(str(error)) from None
     return typed_overrides(values)
 
 
@@ -204,42 +193,6 @@ def with_values(overrides: Partial, flat: dict[str, Any]) -> Partial:
             target = target.setdefault(parent, {})
         target[last] = value
     return typed_overrides(values)
-
-
-def apply_overrides(params_text: str, values: dict[str, Any]) -> str:
-    """Replace values in the text of params.yaml, keep its comments and order, and check the result.
-
-    Raises:
-        stages.params.schema.ParamsError: The resulting params.yaml is not valid.
-    """
-    yaml = _round_trip()
-    document = yaml.load(params_text)
-    _merge(document, values)
-    text = io.StringIO()
-    yaml.dump(document, text)
-    check_params(YAML(typ="safe", pure=True).load(text.getvalue()), source="params.yaml with overrides")
-    return text.getvalue()
-
-
-def _round_trip() -> YAML:
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.representer.add_representer(type(None), _represent_null)
-    return yaml
-
-
-def _represent_null(representer: Any, value: None) -> Any:
-    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
-
-
-def _merge(document: Any, values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(document.get(key), dict):
-            _merge(document[key], value)
-        else:
-            document[key] = value
 
 
 def refuse_overrides_without_effect(values: dict[str, Any], plan: Plan) -> None:

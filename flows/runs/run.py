@@ -18,7 +18,6 @@ from prefect.states import Completed, Failed
 from flows.runs.dvc_stage import Listener, Outcome, StageFailed, run_stage
 from flows.runs.forms import (
     Overrides,
-    apply_overrides,
     overridden,
     refuse_overrides_without_effect,
 )
@@ -26,6 +25,7 @@ from flows.runs.graph import Plan, read_plan
 from flows.runs.isolated_checkout import isolated_checkout, refuse_uncommitted
 from flows.runs.report import ProgressBar, Row, RunReport, read_headline
 from stages.checkout.worktree import prune
+from stages.params.assignments import apply_overrides
 
 NUM_RETRIES = 2
 RETRY_DELAY_S = 5

@@ -10,11 +10,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 from ruamel.yaml import YAML
 
-from flows.runs.forms import Overrides, apply_overrides, flatten, overridden, with_values
+from flows.runs.forms import Overrides, flatten, overridden, with_values
 from flows.runs.graph import RunRefused
 from flows.runs.run import prepare_run
 from flows.sweeps.search import PATTERN, Search, open_search, parse_dimension
 from sft.suggest import did_you_mean
+from stages.params.assignments import apply_overrides
 from stages.params.figures import lower_is_better, metric_names
 from stages.params.schema import check_params
 

@@ -1045,7 +1045,7 @@ def describe_problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
     """
     place = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        parent = _model_at(root, detail["loc"][:-1])
+        parent = model_at(root, detail["loc"][:-1])
         names = list(parent.model_fields) if parent else []
         otherwise = f"known keys: {', '.join(names)}"
         hint = did_you_mean(str(detail["loc"][-1]), names, otherwise=otherwise, cutoff=0.5)
@@ -1060,7 +1060,7 @@ def describe_problem(detail: ErrorDetails, root: type[BaseModel]) -> str:
     return f"{place}: {message}, found {redact(_clipped(repr(detail['input']), 200))}"
 
 
-def _model_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
+def model_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
     """Return the model class that a pydantic error location leads to; None if the path leaves the models."""
     current: type[BaseModel] = root
     for part in loc:
@@ -1075,3 +1075,14 @@ def _model_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseMod
             return None
         current = models[0]
     return current
+
+
+def leaf_fields(root: type[BaseModel] = Params, prefix: str = "") -> dict[str, str]:
+    """Return the keys of params.yaml that are not sections, such as `train.lora_r`, with their descriptions."""
+    found: dict[str, str] = {}
+    for name, field in root.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= leaf_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field.description or ""
+    return found

@@ -19,7 +19,7 @@ os.environ.setdefault("PREFECT_HOME", tempfile.mkdtemp(prefix="prefect-home-"))
 os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
 
 from flows.processes.environment import ROOT, child_environment
-from flows.runs.forms import apply_overrides
+from stages.params.assignments import apply_overrides
 
 DVC_YAML = """\
 stages:

@@ -9,13 +9,13 @@ from ruamel.yaml import YAML
 
 from flows.runs.forms import (
     Overrides,
-    apply_overrides,
     flatten,
     overridden,
     parse_assignments,
     refuse_overrides_without_effect,
 )
 from flows.runs.graph import RunRefused, read_plan
+from stages.params.assignments import apply_overrides
 from stages.params.schema import Params, ParamsError
 from tests.flows.conftest import known_params
 

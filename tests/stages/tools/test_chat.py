@@ -127,8 +127,8 @@ def test_quantization_that_was_skipped_is_the_reason_given(tmp_path: Path) -> No
     ("call", "words"),
     [
         (["preview", "--model", "base"], "preview does not take --model: only chat and serve do"),
-        (["chat", "--max-new-tokens", "0"], "0: a number of at least 1 is needed"),
-        (["chat", "--model", "best"], "invalid choice: 'best'"),
+        (["chat", "--max-new-tokens", "0"], "0 is not in the range x>=1"),
+        (["chat", "--model", "best"], "'best' is not one of 'base', 'tuned'"),
     ],
 )
 def test_a_wrong_call_ends_with_code_2(capsys: pytest.CaptureFixture[str], call: list[str], words: str) -> None:

@@ -173,7 +173,7 @@ def test_commit_that_is_not_here_is_named(tmp_path: Path) -> None:
 def test_command_line_takes_one_run(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["reproduce"])
-    assert "reproduce one" in capsys.readouterr().err
+    assert "reproduce takes one run: its id, name or alias; 0 given" in capsys.readouterr().err
 
 
 def repository(folder: Path, params: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.processes import supervise
+from stages.cli import supervise
 
 COMMAND = """
 import signal, sys, time

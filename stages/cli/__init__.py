@@ -1,0 +1,1 @@
+"""The command `sft`, which is also `python -m stages`: its commands with their options, and how it runs DVC."""

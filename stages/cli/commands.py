@@ -1,0 +1,286 @@
+"""The commands of `sft`: stages, tools and flows, with their options and examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class
+
+from stages.cli.group import Entry, Group, make_command
+from stages.params.figures import MODELS
+
+STAGE_HELP = {
+    "load": "read and check the sources, and set held-out rows apart",
+    "format": "render the rows as chats and mark what is trained",
+    "pack": "tokenize the chats and pack them into rows of at most pack.max_length tokens",
+    "train": "train an adapter or all weights",
+    "merge": "merge the adapter into the base model",
+    "quantize": "write a smaller copy of the merged model",
+    "evaluate": "measure every model on the held-out rows and check the gate",
+    "publish": "record the result in MLflow and register the model",
+}
+
+SHELLS = ("bash", "zsh", "fish")
+COMPLETE = "_SFT_COMPLETE"
+"""Environment variable by which a shell asks the command for completions."""
+
+EXIT_CODES = """\b
+Exit codes:
+  0    success
+  1    the work failed, for a reason that the message names
+  2    params.yaml or the command line is wrong
+  75   SIGTERM stopped a training that has saved a checkpoint
+  130  stopped by Ctrl-C; 143: by SIGTERM"""
+
+
+def _complete_assignment(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the keys of `--set`."""
+    if "=" in incomplete:
+        return []
+    from stages.params.schema import leaf_fields
+
+    return [
+        CompletionItem(f"{name}=", help=description)
+        for name, description in leaf_fields().items()
+        if name.startswith(incomplete)
+    ]
+
+
+def _option(*names: str, **attributes: Any) -> click.Option:
+    return click.Option(names, **attributes)
+
+
+def _runs(number: int) -> click.Argument:
+    """Return the argument for the names of recorded runs."""
+
+    def check(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(names) != number:
+            wanted = "one run: its id, name or alias" if number == 1 else "two runs: their ids, names or aliases"
+            raise click.UsageError(f"{context.info_name} takes {wanted}; {len(names)} given", context)
+        return names
+
+    return click.Argument(["runs"], nargs=-1, metavar=" ".join(["RUN"] * number), callback=check)
+
+
+ROOT = _option(
+    "--root",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path(),
+    metavar="FOLDER",
+    help="Folder with params.yaml; by default this folder.",
+)
+SET = _option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    shell_complete=_complete_assignment,
+    help="Replace a value of params.yaml, such as train.learning_rate=3e-4; repeatable. Commands that compute results "
+    "write it into the file, the others use it for this call only.",
+)
+JSON = _option("--json", "as_json", is_flag=True, default=None, help="Print one JSON value instead of text.")
+FORCE = _option("--force", is_flag=True, default=None, help="Run even if the result is in the cache.")
+MODEL = _option("--model", type=click.Choice(MODELS), help="Model to load (default: merged).")
+POSITIVE = click.IntRange(min=1)
+
+STAGES: dict[str, Entry] = {
+    name: Entry(
+        summary,
+        f"stages.{name}",
+        (
+            _option(
+                "--alone",
+                is_flag=True,
+                default=None,
+                help="Run this stage alone, without DVC, on what is in outs/ (as `python -m stages` does).",
+            ),
+            FORCE,
+        ),
+        (f"sft {name}",),
+        f"`sft {name}` brings the stage and all that it reads up to date, as `dvc repro {name}` does.",
+        writes_params=True,
+    )
+    for name, summary in STAGE_HELP.items()
+}
+
+TOOLS: dict[str, Entry] = {
+    "repro": Entry(
+        "check everything, then run what is not up to date",
+        "stages.cli.repro",
+        (
+            click.Argument(["stages"], nargs=-1, type=click.Choice(list(STAGE_HELP)), metavar="[STAGE]..."),
+            FORCE,
+            _option("--pull", is_flag=True, default=None, help="Fetch missing results from the DVC remote first."),
+        ),
+        ("sft repro", "sft repro --set train.learning_rate=3e-4 --set train.lora_r=8", "sft repro pack"),
+        "Runs `sft check`, restores results that the cache has, runs `dvc repro`, and prints the figures. With stages, "
+        "runs these and what they read.",
+        writes_params=True,
+    ),
+    "check": Entry(
+        "find mistakes in params.yaml, the data and this machine before a run",
+        "stages.tools.check",
+        (JSON,),
+        ("sft check", "sft check --set pack.max_length=4096 --json"),
+    ),
+    "preview": Entry(
+        "show packed rows token by token, with the trained tokens marked",
+        "stages.tools.preview",
+        (
+            _option("--rows", type=POSITIVE, metavar="N", help="Number of packed rows to show (default: 3)."),
+            _option("--seed", type=int, metavar="N", help="Seed of the choice of rows (default: 0)."),
+            _option(
+                "--split", type=click.Choice(("train", "eval")), help="Training or held-out rows (default: train)."
+            ),
+        ),
+        ("sft preview --rows 1", "sft preview --split eval | less -R"),
+    ),
+    "estimate": Entry(
+        "estimate time and memory of the training from a few steps",
+        "stages.tools.estimate",
+        (JSON,),
+        ("sft estimate", "sft estimate --set train.per_device_train_batch_size=4"),
+    ),
+    "summary": Entry(
+        "show the figures of the last run and where its files are",
+        "stages.tools.summary",
+        (JSON,),
+        ("sft summary", "sft summary --json | jq .models.tuned"),
+    ),
+    "chat": Entry(
+        "talk to a model in the terminal",
+        "stages.tools.chat",
+        (
+            MODEL,
+            _option("--max-new-tokens", type=POSITIVE, metavar="N", help="Longest answer (default: 256 tokens)."),
+            _option("--system", metavar="TEXT", help="System message (default: that of the training rows)."),
+        ),
+        ("sft chat --model quantized", "sft chat < questions.txt"),
+    ),
+    "serve": Entry(
+        "serve a model over HTTP with OpenAI's API",
+        "stages.tools.serve",
+        (MODEL, _option("--port", type=POSITIVE, metavar="N", help="Port on this machine (default: 8000).")),
+        ("sft serve --model merged --port 8000",),
+    ),
+    "compare": Entry(
+        "show how two recorded runs differ",
+        "stages.tools.compare",
+        (_runs(2),),
+        ("sft compare champion candidate",),
+        "A run is named by its id, name or alias.",
+    ),
+    "reproduce": Entry(
+        "repeat a recorded run and compare the results",
+        "stages.tools.reproduce",
+        (
+            _runs(1),
+            _option("--keep", is_flag=True, default=None, help="Keep the worktree that the run was repeated in."),
+            _option(
+                "--trust-patch",
+                is_flag=False,
+                flag_value="",
+                metavar="[DIGEST]",
+                help="Run the uncommitted changes that were recorded; DIGEST, which is shown with them, names those "
+                "that you have read.",
+            ),
+        ),
+        ("sft reproduce champion", "sft reproduce champion --trust-patch 0a1b2c3d"),
+        "A run is named by its id, name or alias.",
+    ),
+    "verify": Entry(
+        "check that the files in outs/ are those that dvc.lock records",
+        "stages.tools.verify",
+        (JSON,),
+        ("sft verify", "sft verify --json"),
+    ),
+    "schema": Entry(
+        "print the JSON Schema of params.yaml, for editors",
+        "stages.tools.schema",
+        (),
+        ("sft schema > .vscode/params.schema.json",),
+    ),
+}
+
+FLOWS = {
+    "pipeline": "run the pipeline as a Prefect flow in this terminal",
+    "ui": "serve the pages of Prefect and MLflow on this machine",
+    "sweep": "run the pipeline with several values of params",
+    "nightly": "run the pipeline if the data changed, and report",
+    "cleanup": "list and delete what nothing needs any more",
+}
+
+
+def command_line(
+    run: Callable[..., int], run_flow: Callable[[str, tuple[str, ...]], int], *, show_alone: bool = True
+) -> Group:
+    """Return the group of all commands.
+
+    Args:
+        run: Called with the name of a stage or tool, and the values of its options.
+        run_flow: Called with the name of a flow and its arguments.
+        show_alone: Whether stages run by DVC and have the options for it; else they run alone.
+    """
+    stages = STAGES if show_alone else {name: _without_dvc(entry) for name, entry in STAGES.items()}
+    return Group(
+        sections={
+            "Tools": tuple(make_command(name, entry, (SET, ROOT), run) for name, entry in TOOLS.items()),
+            "Stages, in order": tuple(make_command(name, entry, (SET, ROOT), run) for name, entry in stages.items()),
+            "Flows": tuple(_flow_command(name, text, run_flow) for name, text in FLOWS.items()),
+            "Shell": (_completion_command(),),
+        },
+        help="Fine-tune a language model: check, run and inspect the pipeline of this folder.\n\n"
+        "`sft COMMAND --help` shows the options and examples of a command.",
+        epilog=EXIT_CODES,
+        no_args_is_help=True,
+        context_settings={"max_content_width": 110},
+    )
+
+
+def _without_dvc(entry: Entry) -> Entry:
+    name = entry.home.rpartition(".")[2]
+    return Entry(
+        entry.summary,
+        entry.home,
+        (),
+        (f"python -m stages {name}",),
+        f"Runs this stage alone on what is in outs/. `sft {name}` also brings what it reads up to date.",
+        entry.writes_params,
+    )
+
+
+def _flow_command(name: str, summary: str, run_flow: Callable[[str, tuple[str, ...]], int]) -> click.Command:
+    """Return the command that passes its arguments to a flow, which has its own help."""
+    return click.Command(
+        name,
+        params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        callback=lambda arguments: run_flow(name, arguments),
+        short_help=summary,
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    )
+
+
+def _completion_command() -> click.Command:
+    return click.Command(
+        "completion",
+        params=[click.Argument(["shell"], type=click.Choice(SHELLS))],
+        callback=print_completion,
+        short_help="print the completion script of a shell",
+        help="Print the completion script of a shell.\n\n"
+        "\b\nbash  echo 'eval \"$(sft completion bash)\"' >> ~/.bashrc\n"
+        "zsh   echo 'eval \"$(sft completion zsh)\"' >> ~/.zshrc\n"
+        "fish  sft completion fish > ~/.config/fish/completions/sft.fish",
+    )
+
+
+@click.pass_context
+def print_completion(context: click.Context, shell: str) -> int:
+    """Print the completion script of a shell."""
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(context.find_root().command, {}, "sft", COMPLETE).source())
+    return 0

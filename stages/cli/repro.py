@@ -1,0 +1,116 @@
+"""`sft repro`: check, restore from the cache, run `dvc repro`, and print the figures."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from stages.checkout.paths import Paths
+from stages.cli import supervise
+from stages.cli.run_cache import prefer_cached_results
+from stages.launch.stopping import grace_s
+from stages.params.assignments import load_with_assignments, write_assignments
+
+
+def run(
+    paths: Paths,
+    *,
+    assignments: Sequence[str] = (),
+    stages: Sequence[str] = (),
+    force: bool = False,
+    pull: bool = False,
+) -> int:
+    """Bring stages up to date.
+
+    Args:
+        paths: Paths of the checkout.
+        assignments: Values to write into params.yaml, after they were checked.
+        stages: The stages to bring up to date with what they read; empty for all.
+        force: Whether to run stages whose results are in the cache.
+        pull: Whether to fetch results from the DVC remote.
+
+    Returns:
+        The exit code: 0, or 1 if a stage failed.
+
+    Raises:
+        ValueError: `check` found a mistake. Nothing was written or run.
+    """
+    from stages.tools import check, summary
+
+    params = load_with_assignments(paths.params, assignments)
+    check.run(params, paths)
+    if assignments:
+        print("\n".join(write_assignments(paths.params, assignments)), flush=True)
+    if not force:
+        for line in prefer_cached_results(paths.root):
+            print(line, flush=True)
+    options = [*(["--force"] if force else []), *(["--pull"] if pull else [])]
+    figures = read_metrics_files(paths.root)
+    code = 1
+    try:
+        code = run_dvc(paths.root, "repro", *options, *stages)
+    finally:
+        if code != 0:
+            restore(paths.root, figures)
+    if code != 0:
+        return 1
+    if not stages:
+        summary.run(params, paths)
+    return 0
+
+
+def run_dvc(root: Path, *arguments: str) -> int:
+    """Run a DVC command, and end it with all that it has started when this process is stopped.
+
+    Raises:
+        KeyboardInterrupt: This process was stopped; DVC and its stage have ended.
+    """
+    guard = [sys.executable, "-P", str(Path(supervise.__file__)), str(os.getpid()), str(grace_s())]
+    process = subprocess.Popen([*guard, *dvc_command(*arguments)], cwd=root, env=dvc_environment())
+    try:
+        return process.wait()
+    except KeyboardInterrupt as stop:
+        _wait_for_end(process, getattr(stop, "number", signal.SIGINT))
+        raise
+
+
+def _wait_for_end(process: subprocess.Popen[bytes], number: int) -> None:
+    """Wait for a supervised command to end after a signal, which Ctrl-C in a terminal has sent to it, too."""
+    if number == signal.SIGINT:
+        try:
+            process.wait(grace_s())
+            return
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            pass  # only this process got the signal, or the user insists
+    process.terminate()
+    process.wait()
+
+
+def restore(root: Path, figures: dict[Path, bytes]) -> None:
+    """Restore the outs and figures of stages that failed, which DVC removed before it started them."""
+    command = dvc_command("checkout", "--quiet", "--allow-missing")
+    subprocess.run(command, cwd=root, env=dvc_environment(), capture_output=True, check=False)
+    for path, content in figures.items():
+        if not path.exists():
+            path.write_bytes(content)
+
+
+def read_metrics_files(root: Path) -> dict[Path, bytes]:
+    """Return the contents of the metrics files, which DVC does not cache."""
+    return {path: path.read_bytes() for path in (root / "reports" / "metrics").glob("*.json")}
+
+
+def dvc_command(*arguments: str) -> list[str]:
+    """Return the command line of this interpreter's DVC."""
+    return [sys.executable, "-m", "dvc", *arguments]
+
+
+def dvc_environment() -> dict[str, str]:
+    """Return the environment of DVC: this interpreter is the `python` of the stages."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    # bash replaces itself with the command; other shells remain as a parent that does not pass signals on
+    return {**os.environ, "PATH": path, "SHELL": "/bin/bash", "DVC_NO_ANALYTICS": "1"}
