@@ -57,9 +57,9 @@ class Group(click.Group):
         sections: Titles of sections, each with its commands in the order in which they are listed.
     """
 
-    def __init__(self, *args: Any, sections: Mapping[str, tuple[click.Command, ...]], **kwargs: Any) -> None:
+    def __init__(self, *, sections: Mapping[str, tuple[click.Command, ...]], **kwargs: Any) -> None:
         commands = {str(command.name): command for found in sections.values() for command in found}
-        super().__init__(*args, commands=commands, **kwargs)
+        super().__init__(commands=commands, **kwargs)
         self._sections = sections
 
     def list_commands(self, ctx: click.Context) -> list[str]:
