@@ -16,7 +16,6 @@ from flows.processes.environment import prepare_prefect
 prepare_prefect()
 
 from prefect import flow
-from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import Field
@@ -25,6 +24,7 @@ from flows.cleaning.cache import clean_cache
 from flows.cleaning.leftovers import end_unfinished_runs, find_leftovers, find_unfinished_runs, remove_leftovers
 from flows.processes.terminal import run_in_terminal
 from flows.runs.graph import RunRefused
+from flows.runs.table import publish_table
 
 KEEP_DAYS = 14
 
@@ -60,7 +60,7 @@ def cleanup(
         remove_leftovers(root, leftovers)
     summary = summarize(rows, remove)
     shown = [{"what": what, "why": why, "MB": f"{num_bytes / 1e6:.1f}"} for what, why, num_bytes in rows]
-    create_table_artifact(shown, key="cleanup", description=summary)
+    publish_table(shown, "cleanup", summary)
     print("\n".join([*(f"{row['MB']:>10} MB  {row['what']}: {row['why']}" for row in shown), summary]), flush=True)
     return Completed(message=summary)
 

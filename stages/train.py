@@ -30,6 +30,7 @@ from stages.launch.processes import (
     needs_launcher,
 )
 from stages.launch.stopping import SavedAndStopped, delaying_sigterm, grace_s
+from stages.models.base import name_base
 from stages.params.schema import Params
 from stages.training.checkpoints import TrainingState, explaining_full_disk
 from stages.training.curve import MEMORY_TAG, ROUTER_COLUMNS, LiveCurve, ProgressLines, Throughput, curve_csv, live_run
@@ -255,5 +256,6 @@ def save_trained_model(trainer: SFTTrainer, paths: Paths) -> None:
     with replacing_folder(target) as folder:
         trainer.save_model(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
+        name_base(folder, paths.out("load", "base_model.json"))
         save_tokenizer(trainer.processing_class, folder)
         copy_processor_files(paths.out("format", "tokenizer"), folder)

@@ -9,17 +9,20 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flows.processes.environment import ROOT, child_environment, open_private
 from flows.processes.supervised import end_supervised, start_supervised
 from stages.access.guard import new_key
+from stages.checkout.redaction import redact
 
 HOST = "127.0.0.1"
 USER = "sft"
@@ -30,6 +33,8 @@ SIGN_IN = "/sign-in"
 
 START_TIMEOUT_S = 180.0
 POLL_S = 0.25
+LAST_LINES_S = 5.0
+"""Time to wait for the last lines of a process that has ended."""
 
 
 class ServerFailed(RuntimeError):
@@ -49,6 +54,7 @@ class Servers:
     root: Path
     environment: dict[str, str]
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _writers: dict[str, threading.Thread] = field(default_factory=dict)
 
     def log(self, name: str) -> Path:
         """Return the file with the output of a process."""
@@ -56,8 +62,13 @@ class Servers:
 
     def start(self, name: str, *command: str, **variables: str) -> None:
         """Start a long-running process, with further environment variables that the other processes do not get."""
-        with open_private(self.log(name), os.O_WRONLY | os.O_TRUNC) as log:
-            self.running[name] = start_supervised(_tool(*command), self.root, {**self.environment, **variables}, log)
+        environment = {**self.environment, **variables}
+        log = open_private(self.log(name), os.O_WRONLY | os.O_TRUNC)
+        process = start_supervised(_tool(*command), self.root, environment, subprocess.PIPE)
+        # the servers' libraries print addresses with passwords, and what they were asked
+        writer = threading.Thread(target=_write_log, args=(process, log, environment), daemon=True)
+        writer.start()
+        self.running[name], self._writers[name] = process, writer
 
     def run(self, name: str, *command: str) -> None:
         """Run a command to its end.
@@ -100,11 +111,23 @@ class Servers:
     def stop(self) -> None:
         """Stop all processes and their descendants."""
         while self.running:
-            end_supervised(self.running.popitem()[1])
+            name, process = self.running.popitem()
+            end_supervised(process)
+            self._writers[name].join(POLL_S)
 
     def _tail(self, name: str, num_lines: int = 15) -> str:
+        self._writers[name].join(LAST_LINES_S)
         lines = self.log(name).read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(["  " + line for line in lines[-num_lines:]] + [f"  (full log: {self.log(name)})"])
+
+
+def _write_log(process: subprocess.Popen[bytes], log: IO[bytes], environment: dict[str, str]) -> None:
+    """Write what a process prints to its log, without secrets, until its output is closed."""
+    assert process.stdout is not None
+    with log, process.stdout:
+        for line in process.stdout:
+            with suppress(OSError):  # a full disk must not block the server, which waits until its output is read
+                log.write(redact(line.decode(errors="replace"), environment).encode())
 
 
 def start_own_prefect_server(root: Path) -> tuple[str, str]:

@@ -13,13 +13,13 @@ from uuid import UUID
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
-    create_table_artifact,
     update_progress_artifact,
 )
 from prefect.logging import get_run_logger
 
 from flows.runs.dvc_stage import Outcome, Progress
 from flows.runs.forms import flatten, read_mapping
+from flows.runs.table import publish_table
 from stages.checkout.foreign_text import as_code, as_code_block, for_markdown
 from stages.checkout.redaction import redact
 
@@ -120,7 +120,7 @@ class RunReport:
     def publish(self, problem: str | None) -> None:
         """Publish the outcome as a table artifact and a markdown artifact."""
         table = [dict(zip(("stage", "outcome", "seconds", "figures"), _cells(row), strict=True)) for row in self.rows]
-        create_table_artifact(table, key="pipeline-stages", description=self.summary())
+        publish_table(table, "pipeline-stages", self.summary())
         create_markdown_artifact(self.markdown(problem), key="pipeline-report", description=self.summary())
 
     def markdown(self, problem: str | None) -> str:

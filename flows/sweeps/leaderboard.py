@@ -6,9 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefect.artifacts import create_table_artifact
-
 from flows.runs.dvc_stage import Outcome
+from flows.runs.table import publish_table
 
 KEY = "sweep-leaderboard"
 
@@ -111,7 +110,7 @@ class Leaderboard:
     def publish(self) -> None:
         """Publish the table as a Prefect artifact of the flow run."""
         rows = [{name: _cell(value) for name, value in row.items()} for row in self.rows()]
-        create_table_artifact(rows, key=KEY, description=self.summary())
+        publish_table(rows, KEY, self.summary())
 
 
 def _counted(outcomes: tuple[Outcome, ...]) -> str:

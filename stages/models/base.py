@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.checkout.artifacts import file_digest, read_json, write_json
+from stages.checkout.artifacts import file_digest, read_json, write_json, write_text
 from stages.checkout.paths import cache_folder, main_checkout
 
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_RECORD = ".sft-model.json"
+
+BASE_KEY = "base_model_name_or_path"
+"""Key of an adapter's config in which peft writes the folder of the base model."""
 
 WEIGHTS_PATTERN = "*.safetensors"
 
@@ -48,11 +51,36 @@ class BaseModel:
     digest: str
     path: str
 
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether it came from the hub; a folder is resolved to its own name."""
+        return not self.name_or_path.startswith(EMBEDDED_PREFIX) and self.resolved != self.name_or_path
+
     def record(self) -> dict[str, Any]:
         """Return the content of outs/load/base_model.json: all fields but the path, which differs between machines."""
         fields = asdict(self)
         del fields["path"]
         return fields
+
+
+def name_base(adapter: Path, record_file: Path) -> None:
+    """Name the base model in the files of a saved adapter as params.yaml does, instead of by its folder here.
+
+    Args:
+        adapter: Folder that peft saved the adapter to; nothing is done where it contains a full model.
+        record_file: Path of base_model.json.
+    """
+    config_file, card = adapter / "adapter_config.json", adapter / "README.md"
+    if not config_file.is_file():
+        return
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    base = BaseModel(**{**read_json(record_file), "path": config[BASE_KEY]})
+    config[BASE_KEY] = base.name_or_path
+    if base.is_on_hub:
+        config["revision"] = base.resolved
+    write_text(config_file, json.dumps(config, indent=2, sort_keys=True))
+    if card.is_file():
+        write_text(card, card.read_text(encoding="utf-8").replace(base.path, base.name_or_path))
 
 
 def embedded_folder(name: str) -> Path:

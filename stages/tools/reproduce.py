@@ -30,6 +30,7 @@ from ruamel.yaml.error import YAMLError
 from stages.checkout.foreign_text import for_terminal
 from stages.checkout.paths import Paths, main_checkout
 from stages.checkout.worktree import dvc_cache, locked_worktree, use_dvc_cache
+from stages.models.base import BASE_KEY
 from stages.params.schema import Params
 from stages.tools.compare import (
     VERSION,
@@ -52,8 +53,8 @@ LAST_STAGE = "evaluate"
 PARAMS, PATCH, LOCK = "params.yaml", "uncommitted.patch", "dvc.lock"
 """Names of the files that a run records of its lineage."""
 
-CONFIG, CARD, BASE_KEY = "adapter_config.json", "README.md", "base_model_name_or_path"
-"""Files of an adapter in which peft writes the folder of the base model, and the key of the config that has it."""
+CONFIG, CARD = "adapter_config.json", "README.md"
+"""Files of an adapter in which peft writes the folder of the base model; runs that are older still have it."""
 
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
 

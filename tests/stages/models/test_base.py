@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.checkout.artifacts import write_json
 from stages.models import embedded, resolve
-from stages.models.base import BaseModel, embedded_folder, folder_digest, read_base_model, verify
+from stages.models.base import BaseModel, embedded_folder, folder_digest, name_base, read_base_model, verify
 from stages.models.embedded import EMBEDDED_MODELS, EmbeddedModel, install_embedded
 from stages.models.resolve import resolve_base_model
 from stages.params.schema import ModelSection
@@ -465,3 +465,24 @@ def test_hub_that_cannot_be_reached_is_said_quickly(tmp_path: Path, reason: str)
 def test_constants_name_the_embedded_default() -> None:
     assert "embedded:smollm2-135m-instruct" in resolve.WAYS_OUT
     assert embedded_folder("embedded:smollm2-135m-instruct").name == "smollm2-135m-instruct"
+
+
+@pytest.mark.parametrize(
+    ("name", "resolved", "revision"),
+    [("embedded:tiny", "tiny-wheel==1.0", None), ("models/mine", "models/mine", None), (REPO, COMMIT, COMMIT)],
+)
+def test_saved_adapter_names_its_base_as_params_do(
+    tmp_path: Path, name: str, resolved: str, revision: str | None
+) -> None:
+    here = "/home/someone/models/abc"
+    record = {"name_or_path": name, "revision": None, "resolved": resolved, "digest": "d"}
+    write_json(tmp_path / "base_model.json", record)
+    write_json(tmp_path / "adapter" / "adapter_config.json", {"base_model_name_or_path": here, "revision": None})
+    (tmp_path / "adapter" / "README.md").write_text(f"base_model: {here}\ntags:\n- base_model:adapter:{here}\n")
+
+    name_base(tmp_path / "adapter", tmp_path / "base_model.json")
+
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config == {"base_model_name_or_path": name, "revision": revision}
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card == f"base_model: {name}\ntags:\n- base_model:adapter:{name}\n"
