@@ -35,7 +35,13 @@ CHANGES: dict[str, dict[str, Any]] = {
         "save_steps": 2,
     },
     "quantize": {"group_size": 32, "num_calibration_rows": 2, "calibration_length": 64},
-    "evaluate": {"num_rows": 3, "batch_size": 3, "max_new_tokens": 8, "gate": ["tuned.loss <= base.loss"]},
+    "evaluate": {
+        "num_rows": 3,
+        "batch_size": 3,
+        "max_new_tokens": 8,
+        "gate": ["tuned.loss < base.loss"],
+        "gate_needs": "value",
+    },
 }
 pytestmark = pytest.mark.timeout(280)
 
