@@ -14,7 +14,7 @@ from typing import Any
 
 from sft.data.contents import Content, contents, with_texts
 from sft.data.messages import Problem
-from sft.untrusted.patterns import PatternError, schema_problem
+from sft.untrusted.patterns import PatternError, schema_problem, schema_validator, validation_problem
 
 Finder = Callable[[Mapping[str, Any]], Problem | None]
 
@@ -31,6 +31,18 @@ _NAME_OF_SOMETHING = re.compile(r"[/._@=`*]")
 _CONTROL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\u202a-\u202e\u2066-\u2069\ufffe\uffff]"
     "|[\U000e0001\U000e0020-\U000e007f](?<![\U0001f3f4\U000e0020-\U000e007f].)[\U000e0020-\U000e007f]*"
+)
+
+_MAY_HOLD_PLACE = re.compile(r"[{<\[]")
+_CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+
+# `{{name}}` of Jinja and Mustache, but not `{{x}}` in a formula, which stands after a letter, a brace, _ or ^
+_PLACE = re.compile(
+    r"(?<![\w^{}\\])\{\{\s*[A-Za-z]\w+(?:\.\w+)*\s*\}\}(?!\})"
+    r"|<(?:your|insert|enter|put|add|type)[ _-][\w '_-]{1,40}>"
+    r"|\[(?:your|insert|enter) [\w ,'/-]{1,40}\](?!\()"
+    r"|<(?:placeholder|todo|tbd)>",
+    re.IGNORECASE,
 )
 
 LOST = "\ufffd"
@@ -130,6 +142,17 @@ def _changed(record: Mapping[str, Any], change: Callable[[Content], str]) -> dic
     return with_texts(record, texts)
 
 
+def placeholder(record: Mapping[str, Any]) -> Problem | None:
+    """Find a place of a template that was not filled in, such as `{{name}}` or `<your text>`; code is skipped."""
+    for content in contents(record):
+        if content.role == "tools" or not _MAY_HOLD_PLACE.search(content.text):
+            continue
+        match = _PLACE.search(_CODE_BLOCK.sub("", content.text))
+        if match:
+            return Problem("placeholder", f"{content.place} holds {match[0]!r:.60}, a place that was not filled in")
+    return None
+
+
 def tool_schema(record: Mapping[str, Any]) -> Problem | None:
     """Find a tool whose parameters are not valid JSON Schema, or two tools with the same name."""
     return _tools(record["tools"])[1] if record.get("tools") else None
@@ -165,7 +188,6 @@ def _calls(record: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def _tools(text: str) -> tuple[dict[str, Any], Problem | None]:
     """Return a validator for each tool by its name, and the first problem; cached, since rows share tools."""
     from jsonschema import Draft202012Validator, SchemaError
-    from referencing import Registry
 
     validators: dict[str, Any] = {}
     for tool in json.loads(text):
@@ -179,41 +201,32 @@ def _tools(text: str) -> tuple[dict[str, Any], Problem | None]:
         except SchemaError as error:
             place = "".join(f".{part}" for part in error.absolute_path)
             return {}, Problem("tool_schema", f"parameters{place} of {name!r:.80}: {error.message}"[:300])
-        # an empty registry, so that a reference in a row never makes this machine fetch a URL
-        validators[name] = Draft202012Validator(schema, registry=Registry())
+        validators[name] = schema_validator(schema)
     return validators, None
 
 
 def _misfit(validator: Any, arguments: str) -> str | None:
-    from jsonschema.exceptions import best_match
-    from referencing.exceptions import Unresolvable
-
-    schema = json.dumps(validator.schema)
-    if "pattern" in schema or "Ref" in schema or '"$ref"' in schema:
-        # an expression may backtrack, and references multiply, without end
-        try:
-            return schema_problem(validator.schema, json.loads(arguments))
-        except json.JSONDecodeError as problem:
-            return f"the arguments are not JSON ({problem})"
-        except (PatternError, RecursionError) as problem:
-            return f"its schema can't be checked: {problem}"
     try:
-        error = best_match(validator.iter_errors(json.loads(arguments)))
+        value = json.loads(arguments)
     except json.JSONDecodeError as problem:
         return f"the arguments are not JSON ({problem})"
-    except Unresolvable as problem:
-        return f"its schema refers to what is not in it ({problem})"
     except RecursionError:
-        return "its schema refers to itself without end"
-    except re.error as problem:
-        return f"a pattern of its schema is not a regular expression ({problem})"
-    return None if error is None else f"arguments{''.join(f'.{part}' for part in error.absolute_path)}: {error.message}"
+        return "the arguments lie too deep in one another"
+    schema = json.dumps(validator.schema)
+    if not ("pattern" in schema or "Ref" in schema or '"$ref"' in schema):
+        return validation_problem(validator, value)
+    # an expression may backtrack, and references multiply, without end
+    try:
+        return schema_problem(validator.schema, value)
+    except (PatternError, RecursionError) as problem:
+        return f"its schema can't be checked: {problem}"
 
 
 FINDERS: dict[str, Finder] = {
     "truncated_answer": truncated_answer,
     "mojibake": mojibake,
     "control_characters": control_characters,
+    "placeholder": placeholder,
 }
 
 REPAIRS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {

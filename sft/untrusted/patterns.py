@@ -88,14 +88,27 @@ def _fullmatches(pattern: str, texts: list[str]) -> list[bool]:
 
 
 def _schema_problem(schema: Any, value: Any) -> str | None:
-    """Validate in the child, with the messages of `sft.data.quality`."""
+    return validation_problem(schema_validator(schema), value)
+
+
+def schema_validator(schema: Any) -> Any:
+    """Return a validator of a JSON schema.
+
+    Its registry is empty, so that a reference in the schema never makes this machine fetch a URL.
+    """
     from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
     from referencing import Registry
+
+    return Draft202012Validator(schema, registry=Registry())
+
+
+def validation_problem(validator: Any, value: Any) -> str | None:
+    """Return what a validator of arguments finds wrong with a value; None if it is valid."""
+    from jsonschema.exceptions import best_match
     from referencing.exceptions import Unresolvable
 
     try:
-        error = best_match(Draft202012Validator(schema, registry=Registry()).iter_errors(value))
+        error = best_match(validator.iter_errors(value))
     except Unresolvable as problem:
         return f"its schema refers to what is not in it ({problem})"
     except RecursionError:

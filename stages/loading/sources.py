@@ -149,7 +149,7 @@ def data_size(section: SourceSection, paths: Paths, key: str) -> int:
     Raises:
         ValueError: The source does not exist, or lies outside data/.
     """
-    files = _local_files(section, paths, key)
+    files = local_files(section, paths, key)
     return sum(part.stat().st_size for file in files for part in _parts(file.path) if part.is_file())
 
 
@@ -180,7 +180,7 @@ def _hub_rows(section: SourceSection, key: str) -> Iterator[Row]:
 
 def _files(section: SourceSection, paths: Paths, key: str) -> tuple[DataFile, ...]:
     if not is_url(section.path):
-        return _local_files(section, paths, key)
+        return local_files(section, paths, key)
     _refuse_ignored(section, key, with_split=True)
     try:
         found = fetch_files(section.path, cache_folder() / "data")
@@ -193,7 +193,7 @@ def _name(file: Path, data: Path) -> str:
     return Path.cwd().joinpath(file).relative_to(data).as_posix()
 
 
-def _local_files(section: SourceSection, paths: Paths, key: str) -> tuple[DataFile, ...]:
+def local_files(section: SourceSection, paths: Paths, key: str) -> tuple[DataFile, ...]:
     """Find the files of a source in data/. Symbolic links in data/ may lead anywhere, since DVC follows them."""
     path = Path(os.path.normpath(paths.root / section.path))
     if not path.is_relative_to(paths.data):

@@ -79,6 +79,7 @@ REASONS = (
     "no_messages",
     "not_text",
     "number",
+    "placeholder",
     "rare_language",
     "system_of_text",
     "template",
@@ -347,6 +348,9 @@ class ChecksSection(Section):
     ]
     control_characters: Annotated[
         RepairAction, Field(description="Control characters, reversed text direction, invisible tags; also repair.")
+    ]
+    placeholder: Annotated[
+        CheckAction, Field(description="Place of a template that was not filled in: {{name}}, <your text>.")
     ]
     tool_schema: Annotated[CheckAction, Field(description="Tool whose parameters are not a valid JSON Schema.")]
     tool_call: Annotated[

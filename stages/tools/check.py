@@ -7,21 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sft.data.remote import check_url, is_url
 from sft.export.quantization import NOT_FOR_IMAGES, check_experts, check_layers_fit, pick_device
 from sft.models.checkpoint import empty_model, is_image_model, load_tokenizer
 from stages.checkout.paths import Paths, main_checkout
 from stages.evaluation.lm_eval import check_installed, load_harness
 from stages.evaluation.rows import read_prompts, read_records, render_records
-from stages.loading.sources import data_size, open_source
-from stages.models.base import local_folder, read_base_model
+from stages.loading.preflight import inspect_data
+from stages.models.base import EMBEDDED_PREFIX, embedded_folder, local_folder, read_base_model
 from stages.models.resolve import check_named
 from stages.params.schema import Params, PublishSection, QuantizeSection
 from stages.params.tasks import load_tasks
 from stages.tracking.address import absolute_uri, check_database, database
-
-LARGEST_READ_BYTES = 100_000_000
-"""Of larger sources, only the existence is checked, because reading them at every `make repro` would take too long."""
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -37,20 +33,10 @@ def run(params: Params, paths: Paths) -> None:
     read_records(params.evaluate.regression, paths.root)
     check_installed(params.evaluate.lm_eval)
     check_tracking(params.publish, main_checkout(paths.root))
-    sources = [(part, f"load.sources[{i}].path") for i, part in enumerate(params.load.sources)]
-    held_out = params.load.eval.source()
-    if held_out is not None:
-        sources.append((held_out, "load.eval.path"))
-    for section, key in sources:
-        if section.hub:
-            continue
-        if is_url(section.path):
-            try:
-                check_url(section.path)
-            except ValueError as error:
-                raise ValueError(f"params.yaml, {key}: {error}") from None
-        elif data_size(section, paths, key) <= LARGEST_READ_BYTES:
-            open_source(section, paths, key, with_damaged=params.load.checks.unreadable == "drop")
+    name = params.model.name_or_path
+    folder = embedded_folder(name) if name.startswith(EMBEDDED_PREFIX) else local_folder(name, paths.root)
+    for finding in inspect_data(params, paths, folder / "tokenizer.json"):
+        print(f"warning: params.yaml, {finding.key}: {finding.text}", flush=True)
 
 
 def check_tracking(section: PublishSection, home: Path) -> None:

@@ -29,6 +29,7 @@ FOUND: dict[str, list[dict[str, Any]]] = {
     "truncated_answer": [turn("Broken off?", '{"a": [1,')],
     "mojibake": [turn("Coffee?", BROKEN)],
     "control_characters": [turn("Bell?", "Ding\x07.")],
+    "placeholder": [turn("Write to {{name}}.", "Dear {{ name }}!")],
     "tool_schema": [{**turn("Tools?", "Yes."), "tools": [{"name": "x", "parameters": {"type": "str"}}]}],
     "tool_call": [
         {

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sft.data.quality import (
+    FINDERS,
     control_characters,
     mojibake,
     truncated_answer,
@@ -105,3 +106,24 @@ def test_invisible_characters_are_found_and_removed(text: str, name: str, clean:
 def test_line_ends_tabs_and_flags_are_not_control_characters() -> None:
     scotland = "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f"
     assert control_characters(answer(f"a\tb\r\nc {scotland}")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("Dear {{ user.name }},", "{{ user.name }}"),
+        ("Write <your text here>.", "<your text here>"),
+        ("I am [Your Name].", "[Your Name]"),
+        ("See <placeholder>.", "<placeholder>"),
+        ("In Jinja:\n```\n{{ name }}\n```", None),
+        (r"\frac{{ab}}{{cd}} and x^{{ab}}", None),
+        ("<b>your</b> [your page](https://a.b) {name}", None),
+    ],
+)
+def test_placeholders_that_were_not_filled_in(text: str, place: str | None) -> None:
+    problem = FINDERS["placeholder"]({"messages": [{"role": "assistant", "content": text}]})
+    assert problem == (
+        None
+        if place is None
+        else ("placeholder", f"message 0 (assistant) holds {place!r}, a place that was not filled in")
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.loading import preflight
 from stages.params.schema import Params
 from stages.tools import check
 from tests.stages.data_root import ROWS, DataRoot
@@ -43,10 +44,14 @@ def test_a_missing_file_is_named_with_its_key(root: DataRoot) -> None:
         check.run(root.params({"sources": [{"path": "data/nothing.jsonl"}]}), root.paths)
 
 
-def test_large_data_are_only_looked_for(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
-    (root.paths.data / "train.jsonl").write_text("broken\n")
-    monkeypatch.setattr(check, "LARGEST_READ_BYTES", 1)
+def test_large_data_are_read_at_their_beginning(root: DataRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = root.paths.data / "train.jsonl"
+    file.write_text(file.read_text() * 5 + "broken\n")
+    monkeypatch.setattr(preflight, "LARGEST_READ_BYTES", 1)
     check.run(root.params(), root.paths)
+    file.write_text("broken\n" + file.read_text())
+    with pytest.raises(ValueError, match=r"train\.jsonl:1"):
+        check.run(root.params(), root.paths)
 
 
 @pytest.mark.parametrize("method", ["gptq", "int8", "nf4"])
