@@ -73,13 +73,13 @@ def find_variant(paths: Paths, name: str) -> Variant:
     for needed in ("load", "format", stage):
         made = paths.out(*MADE_BY["base"]) if needed == "load" else paths.out(needed)
         if not made.exists():
-            raise ValueError(f"{made} is missing, so there is no {name} model yet: type `dvc repro {stage}` first")
+            raise ValueError(f"{made} is missing, so there is no {name} model yet: type `sft {stage}` first")
     if name == "base":
         return Variant("base", Path(read_base_model(paths.out(stage, file)).path))
     found = {variant.name: variant for variant in find_variants(paths)}
     if name not in found or not (found[name].checkpoint / "config.json").exists():
         reason = "quantize.method is none" if name == "quantized" else f"the stage {stage} wrote none"
-        raise ValueError(f"{paths.out(stage, file)} contains no model: {reason}; `dvc repro {stage}` makes it")
+        raise ValueError(f"{paths.out(stage, file)} contains no model: {reason}; `sft {stage}` makes it")
     return found[name]
 
 

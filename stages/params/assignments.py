@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +16,7 @@ from ruamel.yaml.comments import CommentedSeq
 from ruamel.yaml.error import YAMLError
 
 from sft.folders import partial_file
-from stages.params.places import find_lines
+from stages.params.places import find_lines, find_value, line_of
 from stages.params.schema import Params, ParamsError, check_params, load_params, model_at
 
 
@@ -84,10 +86,50 @@ def apply_overrides(params_text: str, values: dict[str, Any], source: str = "par
     yaml = round_trip()
     document = yaml.load(params_text)
     _merge(document, values, source, "")
-    text = io.StringIO()
-    yaml.dump(document, text)
-    check_params(YAML(typ="safe", pure=True).load(text.getvalue()), source=source)
-    return text.getvalue()
+    written = io.StringIO()
+    yaml.dump(document, written)
+    text = written.getvalue()
+    result = YAML(typ="safe", pure=True).load(text)
+    check_params(result, source=source)
+    edited = _edit_lines(params_text, values)
+    return edited if _means(edited, result) else text
+
+
+def _edit_lines(text: str, values: dict[str, Any]) -> str:
+    """Replace values in place, so that all other lines stay as they are, however the file is indented.
+
+    Only values of one line are replaced; the caller compares the result with the values that it wants.
+    """
+    ends = [0, *itertools.accumulate(len(line) + 1 for line in text.split("\n"))]
+    changes = []
+    for name, value in flat_values(values).items():
+        node = find_value(text, re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name))
+        if node is None or node[0][0] != node[1][0] or (isinstance(value, (dict, list)) and value):
+            continue
+        dumped = io.StringIO()
+        yaml = round_trip()
+        yaml.dump({"value": value}, dumped)
+        (line, start), (_, end) = node
+        new = dumped.getvalue().removeprefix("value:").strip()
+        if start == end:  # an empty value, which is null, follows the colon at once
+            new = f" {new}"
+        changes.append((ends[line] + start, ends[line] + end, new))
+    for start, end, new in sorted(changes, reverse=True):
+        rest, newline, after = text[end:].partition("\n")
+        # the comment stays in its column
+        comment = rest.lstrip(" ")
+        if comment.startswith("#"):
+            rest = " " * max(1, end - start + len(rest) - len(comment) - len(new)) + comment
+        text = text[:start] + new + rest + newline + after
+    return text
+
+
+def _means(text: str, values: Any) -> bool:
+    """Return whether a YAML text has these values."""
+    try:
+        return bool(YAML(typ="safe", pure=True).load(text) == values)
+    except (YAMLError, ValueError):
+        return False
 
 
 def load_with_assignments(path: Path, assignments: Iterable[str]) -> Params:
@@ -120,13 +162,33 @@ def write_assignments(path: Path, assignments: Iterable[str]) -> list[str]:
         return []
     with partial_file(path) as partial:
         partial.write_text(after, encoding="utf-8")
-    old, new = (_flat(YAML(typ="safe", pure=True).load(text)) for text in (before, after))
+    old, new = (YAML(typ="safe", pure=True).load(content) for content in (before, after))
     lines = find_lines(after)
+    keys = [re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name) for name in _assigned(values)]
+    changed = [(key, _value_at(old, key), _value_at(new, key)) for key in keys]
     return [
-        f"{path.name}:{lines.get(key, 1)}: {key}: {_shown(old.get(key))} -> {_shown(new.get(key))}"
-        for key in [*new, *(key for key in old if key not in new)]
-        if old.get(key) != new.get(key)
+        f"{path.name}:{line_of(key, lines)}: {key}: {_shown(was)} -> {_shown(now)}"
+        for key, was, now in changed
+        if was != now
     ]
+
+
+def _assigned(values: dict[str, Any], place: str = "") -> list[str]:
+    """Return the names of the keys that are set; a key set to a section or a list is one."""
+    names = []
+    for key, value in values.items():
+        name = f"{place}.{key}".lstrip(".")
+        names += _assigned(value, name) if type(value) is dict else [name]
+    return names
+
+
+def _value_at(values: Any, key: str) -> Any:
+    for part in re.findall(r"[^.\[\]]+", key):
+        try:
+            values = values[int(part) if isinstance(values, list) else part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return values
 
 
 _SOURCE = "params.yaml with --set"
@@ -165,7 +227,7 @@ def _merge(document: Any, values: dict[str, Any], source: str, place: str) -> No
             document[index] = value
 
 
-def _flat(values: Any, place: str = "") -> dict[str, Any]:
+def flat_values(values: Any, place: str = "") -> dict[str, Any]:
     """Return nested values by their names, such as `load.sources[0].path`."""
     if isinstance(values, dict) and values:
         items = [(f"{place}.{key}".lstrip("."), value) for key, value in values.items()]
@@ -173,8 +235,8 @@ def _flat(values: Any, place: str = "") -> dict[str, Any]:
         items = [(f"{place}[{number}]", value) for number, value in enumerate(values)]
     else:
         return {place: values}
-    return {name: leaf for key, value in items for name, leaf in _flat(value, key).items()}
+    return {name: leaf for key, value in items for name, leaf in flat_values(value, key).items()}
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value

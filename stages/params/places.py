@@ -15,25 +15,39 @@ def find_lines(text: str) -> dict[str, int]:
     Args:
         text: Content of params.yaml. A text that is not YAML has no keys.
     """
+    return {name: mark.line + 1 for name, (mark, _) in _find_nodes(text).items()}
+
+
+def find_value(text: str, key: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Return where the value of a key begins and ends, each as line and column from 0; None if there is no such key."""
+    found = _find_nodes(text).get(key)
+    if found is None:
+        return None
+    start, end = found[1].start_mark, found[1].end_mark
+    return (start.line, start.column), (end.line, end.column)
+
+
+def _find_nodes(text: str) -> dict[str, tuple[Any, Any]]:
+    """Return where each key or list entry stands, and its value, by name."""
     try:
         root = YAML(typ="safe", pure=True).compose(text)
     except (YAMLError, ValueError, RecursionError):
         return {}
-    lines: dict[str, int] = {}
+    found: dict[str, tuple[Any, Any]] = {}
     waiting: list[tuple[Any, str]] = [(root, "")]
     while waiting:
         node, place = waiting.pop()
         if isinstance(node, MappingNode):
-            entries = [(f"{place}.{key.value}".lstrip("."), key, value) for key, value in node.value]
+            entries = [(f"{place}.{key.value}".lstrip("."), key.start_mark, value) for key, value in node.value]
         elif isinstance(node, SequenceNode):
-            entries = [(f"{place}[{number}]", value, value) for number, value in enumerate(node.value)]
+            entries = [(f"{place}[{number}]", value.start_mark, value) for number, value in enumerate(node.value)]
         else:
             continue
         for name, mark, value in entries:
-            if name not in lines:  # an alias that contains itself ends here
-                lines[name] = mark.start_mark.line + 1
+            if name not in found:  # an alias that contains itself ends here
+                found[name] = (mark, value)
                 waiting.append((value, name))
-    return lines
+    return found
 
 
 def line_of(key: str, lines: dict[str, int]) -> int | None:

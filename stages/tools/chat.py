@@ -15,8 +15,9 @@ from sft.models.checkpoint import load_tokenizer
 from sft.untrusted.templates import chat_templates_in_child
 from stages.checkout.artifacts import read_json, read_jsonl
 from stages.checkout.paths import Paths
-from stages.models.variants import find_variant, load_variant
+from stages.models.variants import MADE_BY, find_variant, load_variant
 from stages.params.schema import Params
+from stages.tools.freshness import warn_if_stale
 
 NEW = "/new"
 Message = dict[str, str]
@@ -55,6 +56,7 @@ def run(
         ValueError: The model does not exist yet, or was not trained on conversations.
     """
     variant = find_variant(paths, model)
+    warn_if_stale(params, paths, MADE_BY[model][0])
     tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
     habits = training_habits(params, paths)
     if system is None:

@@ -80,7 +80,7 @@ def run(params: Params, paths: Paths) -> None:
         ValueError: `pack` has not run here yet.
     """
     if not paths.out("pack", "train").exists():
-        raise ValueError(f"{paths.out('pack', 'train')} is missing: type `dvc repro pack` first")
+        raise ValueError(f"{paths.out('pack', 'train')} is missing: type `sft pack` first")
     train, held_out = (load_from_disk(str(paths.out("pack", split))) for split in ("train", "eval"))
     work = count_work(train, held_out, params.train)
     print(f"training {NUM_STEPS} steps to measure them ...", flush=True)

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from sft.tokens.preview import preview_masks
 from stages.checkout.paths import Paths
 from stages.params.schema import Params
+from stages.tools.freshness import warn_if_stale
 
 
 def run(params: Params, paths: Paths, *, rows: int = 3, seed: int = 0, split: str = "train") -> None:
@@ -27,7 +28,8 @@ def run(params: Params, paths: Paths, *, rows: int = 3, seed: int = 0, split: st
     """
     folder = paths.out("pack", split)
     if not folder.exists():
-        raise ValueError(f"{folder} is missing: type `dvc repro pack` first")
+        raise ValueError(f"{folder} is missing: type `sft pack` first")
+    warn_if_stale(params, paths, "pack")
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
     packed = load_from_disk(str(folder))
     print(preview_masks(packed, tokenizer, num_rows=rows, seed=seed, colour=sys.stdout.isatty()), end="")

@@ -21,8 +21,9 @@ from sft.models.loading import training_device
 from sft.untrusted.templates import chat_templates_in_child
 from stages.access.guard import KeyRequired, OwnOriginOnly, new_key
 from stages.checkout.paths import Paths
-from stages.models.variants import Variant, find_variant
+from stages.models.variants import MADE_BY, Variant, find_variant
 from stages.params.schema import Params
+from stages.tools.freshness import warn_if_stale
 
 HOST = "127.0.0.1"
 KEY = "SFT_SERVE_API_KEY"
@@ -50,6 +51,7 @@ def run(params: Params, paths: Paths, *, model: str = "merged", port: int = 8000
     if not is_serve_available():
         raise ValueError(f"the server needs packages that are not installed; type: {INSTALL}")
     variant = find_variant(paths, model)
+    warn_if_stale(params, paths, MADE_BY[model][0])
     check_full_checkpoint(variant)
     check_port(port)
     key = api_key(os.environ.get(KEY))

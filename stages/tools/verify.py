@@ -15,6 +15,7 @@ from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
 from stages.checkout.worktree import dvc_cache
 from stages.params.schema import Params
+from stages.tools.freshness import folder_digest
 
 MAX_SHOWN = 10
 """Most files that are listed per out."""
@@ -98,8 +99,7 @@ def _verify_folder(root: Path, stage: str, name: str, digest: str) -> Verdict:
     """Compare a folder with its digest, which is that of the sorted list of its files and their digests."""
     path = root / name
     present = {file.relative_to(path).as_posix(): md5(file) for file in path.rglob("*") if file.is_file()}
-    entries = [{"md5": present[name], "relpath": name} for name in sorted(present)]
-    if hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() == digest.removesuffix(".dir"):
+    if folder_digest(present) == digest:
         return Verdict(stage, name, "same", [])
     listing = dvc_cache(root) / "files" / "md5" / digest[:2] / digest[2:]
     if not listing.is_file():

@@ -254,7 +254,7 @@ def test_what_a_document_says_cannot_break_out_of_the_page(paths: Paths) -> None
 
 
 def test_preview_prints_rows_in_the_terminal(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="dvc repro pack"):
+    with pytest.raises(ValueError, match="sft pack"):
         preview.run(params(), paths)
     pack.run(params(), paths)
     capsys.readouterr()

@@ -47,7 +47,7 @@ def test_peak_holds_all_that_is_listed(tiny: tuple[Params, Paths], capsys: pytes
 
 
 def test_without_packed_rows_the_message_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="type `dvc repro pack` first"):
+    with pytest.raises(ValueError, match="type `sft pack` first"):
         estimate.run(tiny_params(), Paths(tmp_path))
 
 
