@@ -16,6 +16,9 @@ from stages.checkout.redaction import redact
 MAX_GENERATIONS = 200
 """Number of prompts on the page."""
 
+PER_PAGE = 20
+"""Number of prompts per page of a group."""
+
 MIN_LIKENESS = 0.3
 """Smallest share of common words (`SequenceMatcher.ratio`) at which differences are marked."""
 
@@ -27,8 +30,8 @@ def read_answers(file: Path) -> dict[str, Any]:
         file: JSON lines with a prompt, its reference and the answers of the models per line.
 
     Returns:
-        The first `MAX_GENERATIONS` rows, mistakes of the tuned model first; their counts; the beginning that all
-        prompts share; and whether a score decides between right and wrong answers.
+        The first `MAX_GENERATIONS` rows in groups, mistakes of the tuned model first; their counts; the beginning that
+        all prompts share; and whether a score decides between right and wrong answers.
     """
     rows = [_without_secrets(row) for row in read_jsonl(file)]
     prompts = [row["prompt"] for row in rows]
@@ -39,11 +42,37 @@ def read_answers(file: Path) -> dict[str, Any]:
     return {
         "shared": start.strip(),
         "decided": metric is not None,
-        "rows": shown[:MAX_GENERATIONS],
+        "models": list(rows[0]["answers"]) if rows else [],
+        "groups": [group for group in answer_groups(shown, metric is not None) if group["pages"]],
+        "num_shown": min(len(shown), MAX_GENERATIONS),
         "num_rows": len(shown),
         "num_wrong": sum(not row["tuned_right"] for row in shown),
         "num_changed": sum(not row["quantized_same"] for row in shown),
     }
+
+
+def answer_groups(rows: Sequence[dict[str, Any]], is_decided: bool) -> list[dict[str, Any]]:
+    """Divide rows into groups, and each group into pages of `PER_PAGE` rows.
+
+    Args:
+        rows: The rows, mistakes first.
+        is_decided: Whether a score decides between right and wrong answers.
+    """
+    names = {
+        (False, False): "The tuned model is wrong, and the quantized one answers differently",
+        (False, True): "The tuned model is wrong",
+        (True, False): "The quantized model answers differently than the tuned one",
+        (True, True): "The tuned model is right" if is_decided else "Same answers of tuned and quantized model",
+    }
+    if not any("quantized" in (cell["model"] for cell in row["answers"]) for row in rows):
+        names[True, True] = "The tuned model is right" if is_decided else "Answers"
+    groups = []
+    for kind, name in names.items():
+        of_kind = [row for row in rows if (row["tuned_right"], row["quantized_same"]) == kind]
+        shown = [row for row in rows[:MAX_GENERATIONS] if (row["tuned_right"], row["quantized_same"]) == kind]
+        pages = [shown[start : start + PER_PAGE] for start in range(0, len(shown), PER_PAGE)]
+        groups.append({"name": name, "number": len(of_kind), "pages": pages, "is_right": kind == (True, True)})
+    return groups
 
 
 def _without_secrets(row: Mapping[str, Any]) -> dict[str, Any]:

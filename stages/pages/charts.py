@@ -17,6 +17,8 @@ WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 26
 MAX_TICKS = 5
 MAX_BARS = 24
+LOG_FROM = 10
+"""Factor that values must span for a logarithmic axis."""
 CELL = 11
 
 
@@ -35,8 +37,14 @@ class Series:
     css: str = "a"
 
 
-def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> Markup:
+def line_chart(title: str, series: Sequence[Series], x_label: str = "step", *, may_be_log: bool = False) -> Markup:
     """Draw lines over a common x axis, with the last value of each line in the legend.
+
+    Args:
+        title: Title of the figure.
+        series: The lines.
+        x_label: What the x axis counts.
+        may_be_log: Whether the y axis is logarithmic if the values are positive and span more than `LOG_FROM`.
 
     Returns:
         A `<figure>` element; one without a chart if there is nothing to draw.
@@ -46,19 +54,30 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> M
     if not drawn:
         return Markup('<figure class="chart"><figcaption>{}: nothing was recorded</figcaption></figure>').format(title)
     x_ticks = nice_ticks([x for s in drawn for x, _ in s.points])
-    y_ticks = nice_ticks([y for s in drawn for _, y in s.points])
+    ys = [y for s in drawn for _, y in s.points]
+    is_log = may_be_log and min(ys) > 0 and max(ys) > LOG_FROM * min(ys)
+    y_ticks = log_ticks(ys) if is_log else nice_ticks(ys)
     last_x = max(x for s in drawn for x, _ in s.points)
     x_ticks = [tick for tick in x_ticks if tick <= last_x] or x_ticks
-    frame = _Frame((x_ticks[0], max(last_x, x_ticks[-1])), (y_ticks[0], y_ticks[-1]))
+    frame = _Frame((x_ticks[0], max(last_x, x_ticks[-1])), (y_ticks[0], y_ticks[-1]), is_log)
     lines = Markup("").join(_line(s, frame) for s in drawn)
     legend = Markup(" ").join(
         Markup('<span class="key {}">{} <b>{}</b></span>').format(s.css, s.name, format_value(s.points[-1][1]))
         for s in drawn
     )
     return Markup(
-        '<figure class="chart"><figcaption><span class="title">{}</span> {}</figcaption>'
+        '<figure class="chart"><figcaption><span class="title">{}</span> {}{}</figcaption>'
         '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}{}</svg></figure>'
-    ).format(title, legend, WIDTH, HEIGHT, f"{title} over {x_label}s", _axes(frame, x_ticks, y_ticks), lines)
+    ).format(
+        title,
+        legend,
+        " (log)" if is_log else "",
+        WIDTH,
+        HEIGHT,
+        f"{title} over {x_label}s",
+        _axes(frame, x_ticks, y_ticks),
+        lines,
+    )
 
 
 def heat_strip(title: str, rows: Sequence[str], columns: Sequence[str], values: dict[tuple[str, str], float]) -> Markup:
@@ -148,6 +167,21 @@ def nice_ticks(values: Sequence[float], num_ticks: int = MAX_TICKS) -> list[floa
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
+def log_ticks(values: Sequence[float]) -> list[float]:
+    """Return round numbers that enclose positive values, about `MAX_TICKS` with equal steps on a logarithmic axis."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**power for power in range(low, high + 1) for digit in digits]
+        first = max(index for index, tick in enumerate(ticks) if tick <= min(values) * (1 + 1e-9))
+        last = min(index for index, tick in enumerate(ticks) if tick >= max(values) * (1 - 1e-9))
+        if last - first < MAX_TICKS + 1:
+            break
+    shown = ticks[first : last + 1]
+    step = math.ceil((len(shown) - 1) / MAX_TICKS) or 1
+    chosen = shown[::step] if (len(shown) - 1) % step == 0 else [*shown[::step], shown[-1]]
+    return [round(tick, 12) for tick in chosen]
+
+
 def format_tick(value: float) -> str:
     """Format the label of a tick, without trailing zeros."""
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
@@ -165,13 +199,15 @@ def format_value(value: float) -> str:
 class _Frame:
     x_range: tuple[float, float]
     y_range: tuple[float, float]
+    is_log: bool = False
 
     def x(self, value: float) -> float:
         share = (value - self.x_range[0]) / ((self.x_range[1] - self.x_range[0]) or 1)
         return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
 
     def y(self, value: float) -> float:
-        share = (value - self.y_range[0]) / (self.y_range[1] - self.y_range[0])
+        value, low, high = map(math.log10, (value, *self.y_range)) if self.is_log else (value, *self.y_range)
+        share = (value - low) / (high - low)
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
 

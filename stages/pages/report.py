@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from markupsafe import Markup
 
 from stages.checkout.artifacts import file_digest, read_json, read_jsonl, write_text
 from stages.checkout.paths import Paths
-from stages.pages.answers import read_answers
+from stages.pages.answers import PER_PAGE, read_answers
 from stages.pages.charts import Series, heat_strip, line_chart
 from stages.pages.page import (
     NBSP,
@@ -31,13 +30,18 @@ from stages.tracking import lineage
 
 TEMPLATE = "report.html.jinja"
 
+LOSS, GRADIENT_NORM = "Loss", "Gradient norm"
+
 CHARTS = (
-    ("Loss", [("train", "loss", "a"), ("held-out", "eval_loss", "b")]),
+    (LOSS, [("train", "loss", "a"), ("held-out", "eval_loss", "b")]),
     ("Token accuracy", [("train", "mean_token_accuracy", "a"), ("held-out", "eval_mean_token_accuracy", "b")]),
     ("Load-balancing loss of the experts", [("train", "aux_loss", "a"), ("held-out", "eval_aux_loss", "b")]),
     ("Learning rate", [("", "learning_rate", "a")]),
-    ("Gradient norm", [("", "grad_norm", "a")]),
+    (GRADIENT_NORM, [("", "grad_norm", "a")]),
 )
+
+LOGARITHMIC = (LOSS, GRADIENT_NORM)
+"""Charts whose y axis is logarithmic if the values span more than a factor of ten."""
 
 BY_CONSTRUCTION = ("kl",)
 """Figures that are not ranked: the merged model's divergence from the tuned one is 0 by construction."""
@@ -92,6 +96,7 @@ def answers_section(params: Params, paths: Paths) -> Section:
         "results": read_json(paths.out("evaluate", "results.json")),
         "generations": read_answers(paths.out("evaluate", "generations.jsonl")),
         "general": read_answers(general) if general.exists() else None,
+        "per_page": PER_PAGE,
     }
     return render_section("answers", "Answers", "report/answers.html.jinja", shown)
 
@@ -127,29 +132,41 @@ SECTIONS: tuple[Callable[[Params, Paths], Section | None], ...] = (
 
 def comparison(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of the before/after table: one per metric, with a cell per model."""
-    models = results["models"]
+    models, intervals = results["models"], results["intervals"]
     rows = []
     for metric in in_order({name for figures in models.values() for name in figures}):
         label, kind, direction = figure_of(metric)
-        values = {name: figures[metric] for name, figures in models.items() if metric in figures}
-        is_ranked = bool(direction) and metric.removeprefix(REGRESSION) not in BY_CONSTRUCTION
-        best = max(values.values(), key=lambda value: direction * value) if is_ranked else None
-        cells = [
-            comparison_cell(values.get(name), results["intervals"].get(name, {}).get(metric), kind, best)
-            for name in models
-        ]
+        if metric.removeprefix(REGRESSION) in BY_CONSTRUCTION:
+            direction = 0
+        base = _bounds(models.get("base", {}).get(metric), intervals.get("base", {}).get(metric))
+        cells = []
+        for name, figures in models.items():
+            value, interval = figures.get(metric), intervals.get(name, {}).get(metric)
+            mark = "" if name == "base" else compared_with_base(_bounds(value, interval), base, direction)
+            cells.append(comparison_cell(value, interval, kind, mark))
         rows.append({"label": label, "cells": cells, "better": {1: "more", -1: "less"}.get(direction, "")})
     return rows
 
 
-def comparison_cell(
-    value: float | None, interval: Sequence[float] | None, kind: str, best: float | None
-) -> dict[str, Any]:
-    """Return a cell: the value as text, its interval as text, and whether no other model is better."""
+def _bounds(value: float | None, interval: Sequence[float] | None) -> Sequence[float] | None:
+    """Return the interval of a value; that of an exact value is the value itself."""
+    return None if value is None else interval or (value, value)
+
+
+def compared_with_base(bounds: Sequence[float] | None, base: Sequence[float] | None, direction: int) -> str:
+    """Return `better` or `worse` if the interval of a figure lies apart from that of the base model, else ``."""
+    if bounds is None or base is None or not direction:
+        return ""
+    more, less = bounds[0] > base[1], bounds[1] < base[0]
+    return "better" if (more, less)[direction < 0] else "worse" if (less, more)[direction < 0] else ""
+
+
+def comparison_cell(value: float | None, interval: Sequence[float] | None, kind: str, mark: str) -> dict[str, str]:
+    """Return a cell: the value as text, its interval as text, and whether it is better or worse than the base's."""
     if value is None:
-        return {"text": "–", "interval": "", "best": False}
+        return {"text": "–", "interval": "", "mark": ""}
     small = f"{show(interval[0], kind).removesuffix(NBSP + '%')}–{show(interval[1], kind)}" if interval else ""
-    return {"text": show(value, kind), "interval": small, "best": best is not None and math.isclose(value, best)}
+    return {"text": show(value, kind), "interval": small, "mark": mark}
 
 
 def changes(pair: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +201,7 @@ def curves(paths: Paths) -> list[Markup]:
     for title, lines in CHARTS:
         series = [Series(name, points(rows, column), css) for name, column, css in lines]
         if any(s.points for s in series):
-            drawn.append(line_chart(title, series))
+            drawn.append(line_chart(title, series, may_be_log=title in LOGARITHMIC))
     speed = throughput(paths)
     return [*drawn, line_chart("Tokens per second", [Series("", speed, "a")])] if speed else drawn
 

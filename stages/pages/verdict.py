@@ -30,7 +30,8 @@ def verdict(results: Mapping[str, Any]) -> dict[str, Any]:
     else:
         number = len(results["gate"])
         headline = f"The gate is open: {'every' if number > 1 else 'its'} condition holds"
-    tone = CLOSED if not results["passed"] else UNSURE if unmet or weak or not results["gate"] else OPEN
+    has_failed = any(row["verdict"] == FAILED for row in results["gate"])
+    tone = CLOSED if has_failed else UNSURE if unmet or weak or not results["gate"] else OPEN
     return {
         "passed": results["passed"],
         "tone": tone,

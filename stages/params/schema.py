@@ -136,6 +136,15 @@ def _check_template(text: str) -> str:
     return text
 
 
+def _check_steps(value: float) -> float:
+    """Return steps as an integer, and a fraction of all steps as it is."""
+    if value < 1:
+        return value
+    if value != int(value):
+        raise ValueError(f"{value:g} is no number of steps; give an integer, or below 1 a fraction of all steps")
+    return int(value)
+
+
 def _known(fractions: dict[str, float]) -> dict[str, float]:
     for name in fractions:
         if name not in REASONS:
@@ -646,7 +655,14 @@ class TrainSection(Section):
         Field(description="Out of memory: fail, or halve (half the rows per pass, twice as many passes)."),
     ]
     logging_steps: Annotated[Positive, Field(description="Steps between points of the training curve.")]
-    eval_steps: Annotated[Positive, Field(description="Steps between evaluations on held-out rows.")]
+    eval_steps: Annotated[
+        float,
+        AfterValidator(_check_steps),
+        Field(
+            gt=0.0,
+            description="Steps between evaluations on held-out rows: a number, or below 1 a fraction of all steps.",
+        ),
+    ]
     save_steps: Annotated[Positive, Field(description="Steps between checkpoints in .state/.")]
     seed: Annotated[Seed, Field(description="Seed of the adapter's initial weights, the order of rows and dropout.")]
     arguments: Annotated[

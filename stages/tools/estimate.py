@@ -195,7 +195,8 @@ class Clock(TrainerCallback):
 
 def report(work: Work, found: Probe, section: TrainSection) -> list[str]:
     """Return the estimate as lines of text."""
-    evaluations = work.num_steps // section.eval_steps + (work.num_steps % section.eval_steps > 0)
+    between = section.eval_steps if section.eval_steps >= 1 else math.ceil(work.num_steps * section.eval_steps)
+    evaluations = math.ceil(work.num_steps / between)
     processes = section.launch.processes
     training = work.num_tokens * work.num_epochs / found.tokens_per_second / processes
     evaluation = evaluations * work.num_eval_tokens / found.eval_tokens_per_second / processes

@@ -64,7 +64,7 @@ def test_verdict_is_seen_first_and_nothing_overflows(paths: Any, tmp_path: Path,
         assert seen["width"] == width
         assert seen["scroll"] <= width
         assert seen["first"] == "H1"
-        assert seen["heading"] == "The gate is open: its condition holds"
+        assert seen["heading"] == "The gate is open: its condition holds; only 2 held-out rows"
         assert seen["bottom"] < 400
         assert seen["text"] >= 15
         assert (brightness(seen["paper"]) < brightness(seen["ink"])) is dark

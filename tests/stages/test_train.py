@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerState
 
 from sft.config import SFTConfig
 from stages.params.schema import Params, TrainSection, load_params
@@ -49,6 +50,21 @@ def test_every_key_of_the_section_is_an_option_of_the_library_or_read_elsewhere(
     } == NOT_SFT_OPTIONS
 
 
+@pytest.mark.parametrize(("value", "steps"), [(0.25, 8), (7, 7), (20.0, 20)])
+def test_evaluations_come_every_so_many_steps_or_at_a_fraction_of_them(
+    value: float, steps: int, tmp_path: Path
+) -> None:
+    state = TrainerState()
+    state.compute_steps(make_sft_config(params(eval_steps=value).train, tmp_path), max_steps=30)
+    assert state.eval_steps == steps
+
+
+@pytest.mark.parametrize("value", [1.5, 0, -0.1])
+def test_number_of_steps_that_is_none_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="eval_steps"):
+        params(eval_steps=value)
+
+
 def test_shipped_params_differ_from_the_defaults_of_the_library_in_these_options(tmp_path: Path) -> None:
     config = make_sft_config(params().train, tmp_path).to_dict()
     defaults = SFTConfig(output_dir=str(tmp_path)).to_dict()
@@ -57,7 +73,7 @@ def test_shipped_params_differ_from_the_defaults_of_the_library_in_these_options
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "disable_tqdm": True,
         "do_eval": True,
-        "eval_steps": 200,
+        "eval_steps": 0.1,
         "eval_strategy": "steps",
         "learning_rate": 0.0015,
         "logging_nan_inf_filter": False,

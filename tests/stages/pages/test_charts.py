@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from stages.pages.charts import Series, format_tick, heat_strip, histogram, line_chart, nice_ticks
+from stages.pages.charts import Series, format_tick, heat_strip, histogram, line_chart, log_ticks, nice_ticks
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,23 @@ def test_histogram_counts_every_value_once() -> None:
 
 def test_histogram_of_equal_values_has_a_bar() -> None:
     assert "tokens: 3</title>" in histogram("Lengths", [512, 512, 512], "tokens")
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ([0.009, 2.4], [0.001, 0.01, 0.1, 1.0, 10.0]),
+        ([0.06, 9.0], [0.03, 0.1, 0.3, 1.0, 3.0, 10.0]),
+        ([3.0, 40.0], [2.0, 5.0, 10.0, 20.0, 50.0]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_are_round_and_enclose_the_values(values: list[float], ticks: list[float]) -> None:
+    assert log_ticks(values) == ticks
+
+
+def test_axis_is_logarithmic_only_where_values_span_more_than_a_factor_of_ten() -> None:
+    falling = [Series("", [(0.0, 2.0), (1.0, 0.02)])]
+    assert "(log)" in line_chart("Loss", falling, may_be_log=True)
+    assert "(log)" not in line_chart("Loss", falling)
+    assert "(log)" not in line_chart("Loss", [Series("", [(0.0, 2.0), (1.0, 0.5)])], may_be_log=True)
+    assert "(log)" not in line_chart("Loss", [Series("", [(0.0, 2.0), (1.0, 0.0)])], may_be_log=True)

@@ -11,6 +11,7 @@ import pytest
 from stages.checkout.artifacts import file_digest, write_json, write_jsonl
 from stages.checkout.paths import Paths
 from stages.pages import report
+from stages.pages.verdict import verdict
 from tests.stages.tiny_run import tiny_params, write_tiny_run
 
 EVIL = "<script>alert(1)</script>\"'&"
@@ -136,12 +137,12 @@ def test_page_is_well_formed_loads_nothing_and_runs_nothing(page: str) -> None:
 
 def test_what_comes_from_data_and_params_is_escaped(page: str) -> None:
     assert EVIL not in page
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3  # condition, first line of the prompt, prompt
 
 
 def test_verdict_comes_first_with_its_figures(page: str) -> None:
     header = page[page.index("<h1>") : page.index("</header>")]
-    assert "The gate is open: its condition holds" in header
+    assert "The gate is open: its condition holds; only 2 held-out rows" in header
     assert "Exact match on 2 held-out rows: base 0 %, tuned 50 %, quantized 50 %." in header
     assert "21.3 % of the merged one&#39;s size" in header
 
@@ -156,19 +157,61 @@ def test_table_has_a_cell_a_model_an_interval_and_unknown_metrics_too() -> None:
             "label": "Loss (nats per token)",
             "better": "less",
             "cells": [
-                {"text": "2.000", "interval": "", "best": False},
-                {"text": "0.500", "interval": "0.400–0.600", "best": True},
+                {"text": "2.000", "interval": "", "mark": ""},
+                {"text": "0.500", "interval": "0.400–0.600", "mark": "better"},
             ],
         },
         {
             "label": "custom",
             "better": "",
             "cells": [
-                {"text": "–", "interval": "", "best": False},
-                {"text": "0.250", "interval": "", "best": False},
+                {"text": "–", "interval": "", "mark": ""},
+                {"text": "0.250", "interval": "", "mark": ""},
             ],
         },
     ]
+
+
+@pytest.mark.parametrize(
+    ("tuned", "mark"),
+    [([0.9, 0.97], "better"), ([0.7, 0.9], ""), ([0.1, 0.3], "worse")],
+    ids=["apart", "overlapping", "below"],
+)
+def test_figure_is_bold_only_if_its_interval_lies_above_the_one_of_the_base(tuned: list[float], mark: str) -> None:
+    models = {"base": {"exact_match": 0.6}, "tuned": {"exact_match": sum(tuned) / 2}}
+    intervals = {"base": {"exact_match": [0.5, 0.8]}, "tuned": {"exact_match": tuned}}
+    (row,) = report.comparison({"models": models, "intervals": intervals})
+    assert [cell["mark"] for cell in row["cells"]] == ["", mark]
+
+
+def test_answers_are_folded_in_pages_of_twenty(tmp_path: Path) -> None:
+    rows = [
+        {"id": str(n), "prompt": f"question {n}", "reference": "a", "answers": {"tuned": answer("a", 1.0)}}
+        for n in range(45)
+    ]
+    write_jsonl(tmp_path / "generations.jsonl", rows)
+    (group,) = report.read_answers(tmp_path / "generations.jsonl")["groups"]
+    assert (group["name"], group["number"]) == ("The tuned model is right", 45)
+    assert [len(page) for page in group["pages"]] == [20, 20, 5]
+
+
+def with_results(paths: Paths, **changes: object) -> dict[str, object]:
+    return {**report.read_json(paths.out("evaluate", "results.json")), **changes}
+
+
+def test_headline_says_that_the_evidence_is_weak(paths: Paths) -> None:
+    models = {"tuned": {"exact_match": 0.0}}
+    gate = [{"verdict": "not shown"}, {"verdict": "failed"}, {"verdict": "shown"}]
+    weak = verdict(with_results(paths, models=models, gate=gate[:1], passed=False, num_prompts=1))
+    assert weak["headline"].replace(report.NBSP, " ") == (
+        "The gate is closed: 1 of 1 conditions is not shown; only 1 held-out row; exact match is 0 %"
+    )
+    assert weak["tone"] == "unsure"
+    both = verdict(with_results(paths, gate=gate, passed=False, num_prompts=20))
+    assert both["headline"] == "The gate is closed: of 3 conditions, 1 does not hold and 1 is not shown"
+    assert both["tone"] == "closed"
+    lax = verdict(with_results(paths, gate=[gate[0], gate[2]], passed=True, num_prompts=20))
+    assert lax["headline"] == "The gate is open, but 1 of 2 conditions is not shown"
 
 
 def test_changes_have_a_sign_an_interval_and_a_p_value_and_are_marked_when_certain(paths: Paths) -> None:
@@ -186,10 +229,14 @@ def test_changes_have_a_sign_an_interval_and_a_p_value_and_are_marked_when_certa
 
 def test_mistakes_come_first_and_the_shared_beginning_is_shown_once(paths: Paths) -> None:
     shown = report.read_answers(paths.out("evaluate", "generations.jsonl"))
-    assert [row["id"] for row in shown["rows"]] == ["x:1", "x:0"]
+    groups = [(group["name"], [row["id"] for page in group["pages"] for row in page]) for group in shown["groups"]]
+    assert groups == [
+        ("The tuned model is wrong", ["x:1"]),
+        ("The quantized model answers differently than the tuned one", ["x:0"]),
+    ]
     assert (shown["num_rows"], shown["num_wrong"], shown["num_changed"]) == (2, 1, 1)
     assert shown["shared"] == "shared"
-    assert shown["rows"][0]["prompt"] == "other"
+    assert shown["groups"][0]["pages"][0][0]["prompt"] == "other"
 
 
 def test_data_section_has_sources_and_counts_of_rows(page: str) -> None:
@@ -252,7 +299,7 @@ def test_divergence_that_is_none_by_construction_is_no_best() -> None:
     models = {"base": {"kl": 3.0}, "tuned": {}, "merged": {"kl": 0.0}, "quantized": {"kl": 0.1, "regression_kl": 0.2}}
     rows = report.comparison({"models": models, "intervals": {}})
     assert next(row["label"] for row in rows) == "KL from the tuned model (nats per token)"
-    assert not any(cell["best"] for row in rows for cell in row["cells"])
+    assert not any(cell["mark"] for row in rows for cell in row["cells"])
 
 
 def test_page_describes_the_promotion(page: str) -> None:
