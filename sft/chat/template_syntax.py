@@ -11,9 +11,11 @@ import functools
 import re
 from collections.abc import Iterable
 
-from jinja2 import TemplateSyntaxError, meta, nodes
+from jinja2 import TemplateSyntaxError, nodes
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sft.untrusted.templates import undeclared_variables
 
 _TEXT = "content"
 _LIST, _MESSAGE = "list", "message"
@@ -42,8 +44,8 @@ def template_variables(source: str) -> tuple[str, ...]:
     """
     try:
         tree = _environment().parse(_GENERATION_TAGS.sub("", source))
-        names = meta.find_undeclared_variables(tree)
-    except (TemplateSyntaxError, RecursionError):
+        names = undeclared_variables(_GENERATION_TAGS.sub("", source))
+    except (TemplateSyntaxError, RecursionError, ValueError):
         return ()
     tested = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
     names -= {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"} - tested

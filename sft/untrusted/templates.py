@@ -20,13 +20,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
 from jinja2.exceptions import SecurityError
+from jinja2.ext import loopcontrols
 from jinja2.filters import do_round
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sft.untrusted.child import Child, ChildError, problem
+from sft.untrusted.child import Child, ChildError, RaisedError, problem
 
 MAX_BITS = 4096
 """Largest size of an integer in bits: more than any template needs, and fast to compute."""
@@ -158,6 +159,28 @@ def render_each_in_child(
     except ChildError:
         return [None] * len(chats)
     return [answer["texts"][0] if "texts" in answer else None for answer in done]
+
+
+def undeclared_variables(source: str) -> set[str]:
+    """Return the variables that a template reads and does not set itself; none if it is not valid.
+
+    Jinja computes constant expressions to find them out, such as `'a' * 10 ** 9`, so this is done in the child, too.
+
+    Raises:
+        ValueError: It takes too long or too much memory.
+    """
+    try:
+        return set(_child.call(_undeclared, source, seconds=FIRST_CHAT_S))
+    except RaisedError:
+        return set()
+    except ChildError as error:
+        raise ValueError(problem(error, "reading the template")) from None
+
+
+def _undeclared(source: str) -> list[str]:
+    """Find the variables in the child; see `undeclared_variables`."""
+    environment = BoundedSandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    return sorted(meta.find_undeclared_variables(environment.parse(source)))
 
 
 @contextlib.contextmanager

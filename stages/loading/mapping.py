@@ -6,12 +6,10 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jinja2 import Environment, meta
-
 from sft.data.messages import IMAGE_COLUMNS, ROLE_KEYS, RowError
 from sft.data.records import CONVERSATION_COLUMNS, OPTIONAL_COLUMNS, PARTS_COLUMN, Layout
 from sft.suggest import did_you_mean
-from sft.untrusted.templates import FillError, fill_in_child
+from sft.untrusted.templates import FillError, fill_in_child, undeclared_variables
 from stages.params.schema import MappedSection
 
 TEXT_OF_MESSAGES = (*CONVERSATION_COLUMNS, PARTS_COLUMN, "prompt", "completion")
@@ -32,8 +30,7 @@ class RowMapping:
         self._roles = {tag.strip().lower(): role for tag, role in section.roles.items()}
         self._keys = section.message_keys
         self._templates = section.template.model_dump(exclude_none=True) if section.template else {}
-        parsed = map(Environment().parse, self._templates.values())  # parsing runs nothing
-        self._fields = {name for tree in parsed for name in meta.find_undeclared_variables(tree)}
+        self._fields = set[str]().union(*map(undeclared_variables, self._templates.values()))
         self._seen_columns: dict[str, None] = {}
         self._seen_roles: set[str] = set()
         self._seen_keys: set[str] = set()

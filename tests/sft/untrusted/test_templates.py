@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, tokenization_utils_base
 from transformers.utils import chat_template_utils
 
 from sft import apply_chat_template
+from sft.chat.template_syntax import template_variables
 from sft.scripts.formatting import conversations_formatting_function
 from sft.untrusted import templates
 from sft.untrusted.templates import FillError, chat_templates_in_child, fill_in_child
@@ -108,3 +109,9 @@ def test_row_is_filled_in_as_here() -> None:
 def test_template_that_can_not_be_filled_in_says_why(text: str, found: str, short_limit: None) -> None:
     with pytest.raises(FillError, match=found):
         fill_in_child({"user": text}, {"thing": object()})
+
+
+def test_constants_that_would_fill_the_memory_are_computed_in_the_child() -> None:
+    source = "{{ 'a' | replace('', 'b' * 99999) | replace('', 'c' * 99999) }}{{ x }}"
+
+    assert template_variables(source) == ("x",)
