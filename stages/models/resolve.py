@@ -120,7 +120,7 @@ def _check_folder(model: ModelSection, folder: Path) -> None:
 
 def _resolve_hub(model: ModelSection) -> BaseModel:
     name, revision = model.name_or_path, model.revision
-    info = _look_up(name, revision)
+    info = look_up(name, revision)
     folder = _cached_snapshot(name, revision) if info is None else _download(model, info)
     check_listing([file.name for file in folder.iterdir()], name)
     check_config(folder, model.trust_remote_code)
@@ -128,7 +128,7 @@ def _resolve_hub(model: ModelSection) -> BaseModel:
     return BaseModel(name, revision, folder.name, folder_digest(folder), str(folder))
 
 
-def _look_up(name: str, revision: str | None) -> ModelInfo | None:
+def look_up(name: str, revision: str | None) -> ModelInfo | None:
     """Ask the hub for the commit and the files of a revision; return None if the hub can't be reached."""
     place = f"{KEY}: {name!r}" + (f" at revision {revision!r}" if revision else "")
     try:

@@ -1,56 +1,114 @@
-"""`python -m stages check`: check params.yaml, data, tasks, the base model's name and the record before a run.
+"""`sft check`: find mistakes in params.yaml, in the data, and of this machine and its services before a run.
 
 `check_later_stages` is called by `train`: it checks the values of the stages after it before the training starts.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sft.export.quantization import NOT_FOR_IMAGES, check_experts, check_layers_fit, pick_device
 from sft.models.checkpoint import empty_model, is_image_model, load_tokenizer
 from stages.checkout.paths import Paths, main_checkout
-from stages.evaluation.lm_eval import check_installed, load_harness
 from stages.evaluation.rows import read_prompts, read_records, render_records
 from stages.loading.preflight import inspect_data
-from stages.models.base import EMBEDDED_PREFIX, embedded_folder, local_folder, read_base_model
+from stages.models.base import read_base_model
 from stages.models.resolve import check_named
-from stages.params.schema import Params, PublishSection, QuantizeSection
+from stages.params.schema import LmEvalSection, Params, QuantizeSection
 from stages.params.tasks import load_tasks
-from stages.tracking.address import absolute_uri, check_database, database
+from stages.preflight.checkpoint import base_folder, read_outline
+from stages.preflight.findings import Located, Problem, from_error, locate
+from stages.preflight.machine import check_machine, this_machine
+from stages.preflight.model import check_model_values
+from stages.preflight.services import check_services, check_tracking
 
 
-def run(params: Params, paths: Paths) -> None:
-    """Check what `load` will read, except sources on the hub; of URLs, only whether they may be read at all.
-
-    Raises:
-        ValueError: A source is missing, damaged or empty, a task can't be used, there is no such base model, its
-            experts can't be quantized as params.yaml asks for, or the tracking store can't be reached.
-    """
-    check_named(params.model, paths.root)
-    check_experts_quantizable(params.quantize, local_folder(params.model.name_or_path, paths.root))
-    load_tasks(params.evaluate.task, paths.root)
-    read_records(params.evaluate.regression, paths.root)
-    check_installed(params.evaluate.lm_eval)
-    check_tracking(params.publish, main_checkout(paths.root))
-    name = params.model.name_or_path
-    folder = embedded_folder(name) if name.startswith(EMBEDDED_PREFIX) else local_folder(name, paths.root)
-    for finding in inspect_data(params, paths, folder / "tokenizer.json"):
-        print(f"warning: params.yaml, {finding.key}: {finding.text}", flush=True)
+class CheckFailed(ValueError):
+    """`check` found mistakes. Its message lists them."""
 
 
-def check_tracking(section: PublishSection, home: Path) -> None:
-    """Check that the tracking store can be reached and used.
+def run(params: Params, paths: Paths, *, as_json: bool = False) -> int:
+    """Print all that can be known without computing: warnings to standard error, or everything as JSON.
+
+    Args:
+        params: Values of params.yaml.
+        paths: Paths of the checkout.
+        as_json: Whether to print JSON to standard output.
+
+    Returns:
+        Exit code: 0, or 1 if JSON was asked for and there are errors.
 
     Raises:
-        ValueError: It can't be used, or does not answer within 25 s.
+        CheckFailed: There are errors.
     """
-    if (file := database(absolute_uri(section.tracking_uri, home))) is not None:
-        check_database(file)
-        return
-    from stages.tracking.store import check_store  # imports MLflow, which is slow, and most stores are files
+    text = paths.params.read_text(encoding="utf-8") if paths.params.is_file() else ""
+    found = list(locate(find_problems(params, paths), text))
+    errors = [one for one in found if one.problem.is_error]
+    warnings = [one for one in found if not one.problem.is_error]
+    if as_json:
+        lists = {"errors": errors, "warnings": warnings}
+        value = {name: [one.plain(paths.params) for one in entries] for name, entries in lists.items()}
+        print(json.dumps({"ok": not errors, **value}, indent=2, ensure_ascii=False))
+        return 1 if errors else 0
+    for one in warnings:
+        print(f"warning: {one}", file=sys.stderr, flush=True)
+    if errors:
+        raise CheckFailed(describe(errors))
+    return 0
 
-    check_store(section, home)
+
+def describe(errors: list[Located]) -> str:
+    """Return the message that lists errors; a single one takes a line of its own."""
+    if len(errors) == 1:
+        return str(errors[0])
+    return "\n".join([f"{len(errors)} problems", *(f"  {error}" for error in errors)])
+
+
+def find_problems(params: Params, paths: Paths) -> Iterator[Problem]:
+    """Yield all problems, those of the model first. A check that fails itself is one, and the others go on."""
+    folder = base_folder(params.model, paths.root)
+    outline = read_outline(folder) if folder is not None else None
+
+    def data() -> Iterator[Problem]:
+        tokenizer = None if folder is None else folder / "tokenizer.json"
+        for finding in inspect_data(params, paths, tokenizer):
+            yield Problem(finding.key, finding.text)
+
+    home = main_checkout(paths.root)
+    checks: list[tuple[str, Callable[[], Iterable[Problem] | object]]] = [
+        ("model.name_or_path", lambda: check_named(params.model, paths.root)),
+        ("model", lambda: check_model_values(params, paths, outline)),
+        ("train", lambda: check_machine(params, paths.root, outline, this_machine())),
+        ("quantize.method", lambda: folder and check_experts_quantizable(params.quantize, folder)),
+        ("load.sources", data),
+        ("evaluate.task", lambda: load_tasks(params.evaluate.task, paths.root)),
+        ("evaluate.regression", lambda: read_records(params.evaluate.regression, paths.root)),
+        ("evaluate.lm_eval", lambda: _check_lm_eval(params.evaluate.lm_eval)),
+        ("publish.tracking_uri", lambda: check_tracking(params.publish, home)),
+        ("publish", lambda: check_services(params, home, folder)),
+    ]
+    for key, check in checks:
+        try:
+            found = check()
+            if isinstance(found, Iterator):
+                yield from found
+        except (ValueError, OSError) as error:
+            yield from_error(error, key)
+
+
+def _check_lm_eval(section: LmEvalSection) -> None:
+    """Check that lm-eval is installed if tasks are named.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if section.tasks:
+        from stages.evaluation.lm_eval import check_installed  # imports torch
+
+        check_installed(section)
 
 
 def check_later_stages(params: Params, paths: Paths) -> None:
@@ -76,6 +134,8 @@ def check_later_stages(params: Params, paths: Paths) -> None:
         except ValueError as error:
             raise ValueError(f"quantize.export_gguf: {error}") from None
     read_prompts(params.evaluate, load_tasks(params.evaluate.task, paths.root), paths)
+    from stages.evaluation.lm_eval import load_harness  # imports torch, which `check` does without
+
     load_harness(params.evaluate.lm_eval, paths.root)
     general = params.evaluate.regression
     if general.path is not None:

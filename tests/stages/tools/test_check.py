@@ -61,7 +61,9 @@ def test_a_quantization_that_is_not_for_the_experts_of_the_base_model_is_refused
     tiny_tokenizer().save_pretrained(folder)
     params = with_model(root.params(), "models/moe")
     quantized = params.quantize.model_copy(update={"method": method})
-    with pytest.raises(ValueError, match=rf"^quantize\.method: {method}: 43 % of the weights of .* are experts"):
+    with pytest.raises(
+        ValueError, match=rf"^params\.yaml: quantize\.method: {method}: 43 % of the weights of .* are experts"
+    ):
         check.run(params.model_copy(update={"quantize": quantized}), root.paths)
     plain = params.quantize.model_copy(update={"method": "none"})
     check.run(params.model_copy(update={"quantize": plain}), root.paths)
@@ -84,6 +86,6 @@ def test_a_store_that_can_not_be_reached_is_named_with_its_key(root: DataRoot) -
 def test_a_url_that_leads_to_this_machine_is_named_with_its_key(root: DataRoot, key: str) -> None:
     url = "simplecache::file:///etc/rows.jsonl"
     load = {"sources": [{"path": url}]} if "sources" in key else {"eval": {"path": url, "fraction": None}}
-    said = re.escape(f"params.yaml, {key}: {url}: file:// is the innermost part")
+    said = re.escape(f"params.yaml: {key}: {url}: file:// is the innermost part")
     with pytest.raises(ValueError, match=said):
         check.run(root.params(load), root.paths)
