@@ -432,15 +432,15 @@ def make_seeds(folder: Path) -> None:
 
 
 KINDS: dict[str, tuple[Case, int]] = {
-    "rows": (rows, 30_000),
+    "rows": (rows, 36_000),
     "templates": (templates, 20_000),
     "params": (params, 12_000),
     "tables": (tables, 10_000),
-    "images": (images, 15_000),
-    "tokenizers": (tokenizers, 5_000),
-    "adapters": (adapters, 3_000),
-    "safetensors": (safetensors, 2_000),
-    "gguf": (gguf, 3_000),
+    "images": (images, 14_000),
+    "tokenizers": (tokenizers, 3_000),
+    "adapters": (adapters, 2_000),
+    "safetensors": (safetensors, 1_500),
+    "gguf": (gguf, 1_500),
 }
 """Kind of input -> the function that runs a case, and how many cases are run by default."""
 

@@ -69,7 +69,7 @@ def _tool_call(call: Mapping[str, Any], number: int, arguments_as_text: bool) ->
     if isinstance(function.get("arguments"), str) and not arguments_as_text:
         try:
             arguments = json.loads(function["arguments"])
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             arguments = None
         if isinstance(arguments, dict):
             function["arguments"] = arguments

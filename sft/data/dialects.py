@@ -75,7 +75,7 @@ def openai_messages(value: Any) -> Conversation:
     if isinstance(value, str):
         try:
             parsed = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return Conversation(value)
         messages, tools = openai_messages(parsed) if isinstance(parsed, list) else Conversation(parsed)
         return Conversation(json.dumps(messages, ensure_ascii=False), tools)
@@ -229,7 +229,7 @@ def _calls_of(part: Mapping[str, Any], kind: str, index: int) -> list[Any]:
         value = part["value"]
         try:
             value = json.loads(value) if isinstance(value, str) else value
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(
                 "bad_tool_call", f"the function call in message {index} is text, but not JSON ({error}): {value!r:.80}"
             ) from error
@@ -329,7 +329,7 @@ def openai_tools(value: Any) -> Any:
     if isinstance(value, str):
         try:
             parsed = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return value
         return json.dumps(openai_tools(parsed), ensure_ascii=False) if isinstance(parsed, (list, dict)) else value
     if isinstance(value, Mapping):
@@ -342,7 +342,7 @@ def _tools(tool: Any) -> list[Any]:
         converted = openai_tools(tool)
         try:
             return [json.dumps(each, ensure_ascii=False) for each in json.loads(converted)]
-        except (json.JSONDecodeError, RecursionError, TypeError):
+        except (ValueError, RecursionError, TypeError):
             return [tool]
     if not isinstance(tool, Mapping):
         return [tool]

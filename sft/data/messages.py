@@ -146,7 +146,9 @@ def role_of(message: Mapping[str, Any]) -> tuple[str | None, Any]:
 def _parse(text: str, reason: str, what: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except RecursionError:
+        raise RowError(reason, f"{what} is text, and its JSON is nested too deeply: {text!r:.80}") from None
+    except ValueError as error:  # also a number of thousands of digits
         raise RowError(reason, f"{what} is text, but not JSON ({error}): {text!r:.80}") from error
 
 

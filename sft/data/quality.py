@@ -82,7 +82,7 @@ def _is_begun_json(text: str) -> bool:
         json.loads(text)
     except json.JSONDecodeError as error:
         return error.pos >= len(text) or error.msg.startswith("Unterminated string")
-    except RecursionError:
+    except (RecursionError, ValueError):
         return False
     return False
 
@@ -208,10 +208,10 @@ def _tools(text: str) -> tuple[dict[str, Any], Problem | None]:
 def _misfit(validator: Any, arguments: str) -> str | None:
     try:
         value = json.loads(arguments)
-    except json.JSONDecodeError as problem:
-        return f"the arguments are not JSON ({problem})"
     except RecursionError:
-        return "the arguments lie too deep in one another"
+        return "the arguments are nested too deeply"
+    except ValueError as problem:  # also a number of thousands of digits
+        return f"the arguments are not JSON ({problem})"
     schema = json.dumps(validator.schema)
     if not ("pattern" in schema or "Ref" in schema or '"$ref"' in schema):
         return validation_problem(validator, value)

@@ -277,7 +277,7 @@ def _extras(row: Mapping[str, Any], kind: Kind, prune_nulls: bool) -> dict[str, 
 def _template_variables(value: Any) -> str:
     try:
         parsed = json.loads(value) if isinstance(value, str) else value
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         parsed = value
     if not isinstance(parsed, Mapping):
         raise RowError("bad_template_kwargs", f"chat_template_kwargs holds {described(value)}, an object is needed")

@@ -258,6 +258,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code, **kwargs
         )
+        tokenizer(PROBE)  # some values of other types than expected show only now
     except BaseException as error:  # damaged files raise errors of any class, even `Exception` itself
         if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from sft.models.values import check_values
 from sft.untrusted.gguf_files import check_gguf_file
+from sft.untrusted.tokenizer_files import PANIC
 
 GGUF_MAGIC = b"GGUF"
 
@@ -113,8 +114,17 @@ def load_gguf_tokenizer(gguf_file: Path, max_length: int) -> PreTrainedTokenizer
     Args:
         gguf_file: The file.
         max_length: Longest sequence of the model, in tokens.
+
+    Raises:
+        ValueError: The file has no tokenizer that can be read.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    except BaseException as error:  # as for other tokenizers, errors of any class
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the tokenizer in {gguf_file} can't be read: {type(error).__name__}: {reason}") from error
     if _pre_tokenizer_name(gguf_file) in SINGLE_DIGIT_PRE_TOKENIZERS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -77,6 +78,10 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
         return DTYPES[name]
     hint = did_you_mean(DTYPE_ALIASES.get(name, name), DTYPES, after=" ")
     raise ValueError(f"dtype {dtype!r} is not one that models are trained in: {hint}Use auto, {', '.join(DTYPES)}.")
+
+
+UNFIT = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, StrictDataclassError)
+"""Errors of transformers' code for values in config.json of another type or size than it expects."""
 
 
 def load_model(
@@ -146,6 +151,11 @@ def load_model(
     except SafetensorError as error:
         check_weight_files(Path(name_or_path))  # raises an error that names the file, if this is a folder
         raise CheckpointError(f"A weight file of {str(name_or_path)!r} is damaged: {error}. {WAY_OUT}") from error
+    except UNFIT as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise CheckpointError(
+            f"No model can be made of the config.json of {str(name_or_path)!r}: {reason}. {WAY_OUT}"
+        ) from error
     check_loading_info(name_or_path, info, sizes_may_differ=sizes_may_differ)
     if not sizes_may_differ:
         check_values(model, name_or_path)

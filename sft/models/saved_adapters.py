@@ -64,10 +64,13 @@ def check_adapter_folder(adapter: Path) -> None:
 def _config_of(adapter: Path) -> PeftConfig:
     read_adapter_config(adapter, ADAPTER_CONFIG)
     try:
-        return PeftConfig.from_pretrained(adapter)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        config = PeftConfig.from_pretrained(adapter)
+    except Exception as error:  # values of other types than peft expects raise errors of any class
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{adapter / ADAPTER_CONFIG} can't be read by peft: {reason}") from error
+    if not isinstance(config.peft_type, PeftType):
+        raise ValueError(f"{adapter / ADAPTER_CONFIG} states no peft_type that peft knows: {config.peft_type!r:.80}")
+    return config
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path, *, low_cpu_mem_usage: bool = False) -> PeftModel:
@@ -92,8 +95,8 @@ def load_adapter(model: PreTrainedModel, adapter: Path, *, low_cpu_mem_usage: bo
         ask_peft_to_wait()
         keep_own_names()
         peft_model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=low_cpu_mem_usage).eval()
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # see _config_of
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"The adapter in {adapter} does not fit {type(model).__name__}: {reason}") from error
     check_complete(peft_model, adapter, low_cpu_mem_usage=low_cpu_mem_usage)
     return peft_model

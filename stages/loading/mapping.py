@@ -129,7 +129,7 @@ def messages_in(column: str, value: Any) -> list[dict[str, Any]]:
     if isinstance(value, str) and column in TEXT_OF_MESSAGES and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             return []
     is_chat = isinstance(value, list) and all(isinstance(message, dict) for message in value)
     return value if is_chat else []

@@ -956,6 +956,9 @@ def load_params(path: Path) -> Params:
         raise ParamsError(f"{path}: values are nested far deeper than any value of params.yaml") from None
     except ValueError as error:  # a number of thousands of digits
         raise ParamsError(f"{path}: a value can't be read: {' '.join(str(error).split())}") from None
+    except (LookupError, TypeError, AttributeError) as error:  # such as !!float '' and %YAML 9.9
+        reason = f"{type(error).__name__}: {error}"
+        raise ParamsError(f"{path}: a tag (!!) or a line with % can't be read ({reason}); remove it") from None
     return check_params(values, source=str(path))
 
 
