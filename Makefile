@@ -31,11 +31,11 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv with the versions in requirements.lock (the other targets call this)
 
-$(READY): requirements.lock
+$(READY): requirements.lock requirements.hashes
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with venv found; install one, or: make PYTHON=/path/to/python $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(RUN)/python || { echo "making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
-	@echo "installing requirements.lock into $(VENV) (3 to 5 minutes the first time; log: $(VENV)/setup.log)"
-	@$(RUN)/python -m pip install --progress-bar off -r requirements.lock > $(VENV)/setup.log 2>&1 \
+	@echo "installing requirements.lock into $(VENV) (about a minute the first time; log: $(VENV)/setup.log)"
+	@$(RUN)/python .ci/install.py $(EXTRAS) > $(VENV)/setup.log 2>&1 \
 		|| { grep -i error $(VENV)/setup.log | tail -n 5; echo "error: set-up failed; see $(VENV)/setup.log, fix it and type the command again"; exit 1; }
 	@$(RUN)/python -m pip install --quiet --no-deps --editable . >> $(VENV)/setup.log 2>&1 \
 		|| echo "note: the command sft was not installed (see $(VENV)/setup.log); \`$(VENV)/bin/python -m stages\` is the same"
