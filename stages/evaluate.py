@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from sft.evaluate.gate import GateRow, check_gate, parse_gate
 from sft.evaluate.generation import BegunAnswers, generate_batch, generate_from_inputs
 from sft.evaluate.likelihood import DocumentScores, evaluate_model, split_documents
 from sft.models.checkpoint import load_tokenizer
-from stages.checkout.artifacts import progress, read_json, write_json, write_jsonl
+from stages.checkout.artifacts import read_json, write_json, write_jsonl
 from stages.checkout.paths import Paths
 from stages.evaluation.lm_eval import load_harness
 from stages.evaluation.results import ModelResult, comparisons
@@ -35,35 +37,60 @@ from stages.pages.report import write_report
 from stages.params.figures import ANSWERING, LIKELIHOOD, REFERENCE, VERDICTS
 from stages.params.schema import EvaluateSection, Params
 from stages.params.tasks import load_tasks, task_names
+from stages.progress import progress, stage_progress
 
 if TYPE_CHECKING:
     from sft.vision.collator import DataCollatorForImageRows
 
 TOKENS_PER_BATCH = 2048
 
+SCORED, ANSWERED, HARNESS = "documents evaluated", "prompts answered", "lm-eval"
+"""What is counted; the first two are the texts that the functions of `sft.evaluate` report."""
+
 
 class Meter:
-    """Progress over all models: documents scored and prompts answered.
+    """Progress over all models: documents scored and prompts answered, which take different times.
 
     Args:
-        total: Documents and prompts of all models.
+        amounts: Number of documents or prompts of all models, by what is done to them, such as `prompts answered`.
     """
 
-    def __init__(self, total: int) -> None:
-        self.total, self.offset, self.model = total, 0, ""
+    def __init__(self, amounts: Mapping[str, int]) -> None:
+        self.model = ""
+        self._left, self._total = dict(amounts), sum(amounts.values())
+        self._seconds = dict.fromkeys(amounts, 0.0)
+        self._num_timed = dict.fromkeys(amounts, 0)
+        self._done, self._time = 0, time.monotonic()
+
+    def start(self) -> None:
+        """Start the clock, so that what was done before, such as loading a model, is not counted."""
+        self._time = time.monotonic()
 
     def __call__(self, done: int, of: int, text: str) -> None:
-        """Print a progress line.
+        """Show the progress.
 
         Args:
             done: Documents or prompts of this part that are done.
             of: Documents or prompts of this part.
             text: What they are.
         """
-        progress(self.offset + done, self.total, f"{self.model}: {done}/{of} {text}")
-        self.offset += of if done == of else 0
+        now = time.monotonic()
+        self._seconds[text] += now - self._time
+        self._num_timed[text] += done - self._done
+        self._left[text] -= done - self._done
+        self._done, self._time = done if done < of else 0, now
+        num_left = sum(self._left.values())
+        what = f"{self.model}: {done} of {of} {text}"
+        progress(self._total - num_left, self._total, "documents and prompts", what, left_s=self.seconds_left())
+
+    def seconds_left(self) -> float:
+        """Estimate the seconds until the last prompt; NaN as long as no prompt was answered."""
+        if any(number and not self._num_timed[text] for text, number in self._left.items()):
+            return math.nan
+        return sum(n * self._seconds[text] / self._num_timed[text] for text, n in self._left.items() if n)
 
 
+@stage_progress("evaluate")
 def run(params: Params, paths: Paths) -> None:
     """Write outs/evaluate, reports/report.html and the figures; a failed gate is a result, not an error."""
     section = params.evaluate
@@ -73,8 +100,11 @@ def run(params: Params, paths: Paths) -> None:
     harness = load_harness(section.lm_eval, paths.root)
     variants = find_variants(paths)
     conditions = parse_gate(section.gate)  # the names in it were checked with params.yaml
-    total = sum(amount(rows, variant) for variant in variants for rows in (held_out, general) if rows)
-    meter = Meter(total + sum(harness.answers(variant.name) for variant in variants if harness is not None))
+    amounts: Counter[str] = Counter()
+    for variant in variants:
+        amounts += sum((amount(rows, variant) for rows in (held_out, general) if rows), Counter())
+        amounts[HARNESS] += harness is not None and harness.answers(variant.name)
+    meter = Meter(amounts)
     collator = image_collator(paths, tokenizer) if paths.has_images() else None
     measuring = Measuring(tokenizer, section.batch_size, meter, collator)
     new_token_ids = read_json(paths.out("format", "summary.json"))["new_token_ids"]
@@ -83,6 +113,7 @@ def run(params: Params, paths: Paths) -> None:
     for variant in sorted(variants, key=lambda variant: variant.name != REFERENCE):
         meter.model = variant.name
         model = load_variant(variant, params.model, len(tokenizer), new_token_ids)
+        meter.start()
         tuned = measured.get(REFERENCE)
         result = measuring.measure(model, variant, held_out, tuned)
         check_finite(variant, result)
@@ -91,7 +122,7 @@ def run(params: Params, paths: Paths) -> None:
             result.add_general(measuring.measure(model, variant, general, tuned.general if tuned else None))
         if harness is not None and harness.answers(variant.name):
             harness.measure(model, tokenizer, result)
-            meter(1, 1, "lm-eval")
+            meter(1, 1, HARNESS)
         measured[variant.name] = result
         del model
     measured = {variant.name: measured[variant.name] for variant in variants}
@@ -120,9 +151,9 @@ def read_general(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedTo
     return render_records(records, section.regression, tokenizer, paths.root) if records else None
 
 
-def amount(rows: EvalRows, variant: Variant) -> int:
+def amount(rows: EvalRows, variant: Variant) -> Counter[str]:
     """Return the number of documents that a model scores and of prompts that it answers."""
-    return rows.num_documents + len(rows.prompts) * (variant.name in ANSWERING)
+    return Counter({SCORED: rows.num_documents, ANSWERED: len(rows.prompts) * (variant.name in ANSWERING)})
 
 
 @dataclass(frozen=True)
@@ -198,7 +229,7 @@ class Measuring:
             assert self.collator is not None, "prompts have images, and `load` wrote none"
             inputs = self.collator.prompt(asked.prompts[number]["prompt"], asked.prompts[number]["images"])
             answers[number] = generate_from_inputs(model, self.tokenizer, inputs, asked.max_new_tokens)
-            self.meter(done, len(with_images), "prompts with images answered")
+            self.meter(done, len(with_images), ANSWERED)
         seconds = time.monotonic() - started
         num_tokens = sum(answer.num_tokens for answer in answers) - sum(map(len, given))
         result.seconds |= {"generation": round(seconds, 1), "tokens_per_second": round(max(0, num_tokens) / seconds, 1)}

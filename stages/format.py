@@ -33,17 +33,19 @@ from sft.models.checkpoint import (
 from sft.untrusted.templates import TemplateSourceError
 from sft.vision.chat import VisionTemplate
 from sft.vision.places import placeholder
-from stages.checkout.artifacts import JsonlWriter, progress, read_json, read_jsonl, write_json
+from stages.checkout.artifacts import JsonlWriter, read_json, read_jsonl, write_json
 from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
 from stages.params.schema import FormatSection, Params
+from stages.progress import progress, stage_progress
 from stages.shards.rendering import RenderingWork
 from stages.shards.shards import run_shards, shards_of
 
 SPLITS = ("train", "eval")
 
 
+@stage_progress("format")
 def run(params: Params, paths: Paths) -> None:
     """Render outs/load and write outs/format.
 
@@ -256,8 +258,8 @@ class Formatter:
             num_rows: Number of records in it.
         """
         work = replace(self._work, with_prompts=split == "eval")
+        progress(0, num_rows, f"{split} rows")
         for part in run_shards(work, shards_of(path), self._section.num_proc, self._section.workers):
-            progress(self._num_in[split], num_rows, f"{split} rows")
             self._num_in[split] += part.num_in
             self._num_characters[split] += part.num_characters
             self._num_trained[split] += part.num_trained
@@ -270,8 +272,8 @@ class Formatter:
             for row_id, detail, tokens in part.thinking_removed:
                 self._ledger.enter(row_id, "thinking_removed", detail, Action.REPAIR, tokens=tokens)
                 self._num_tokens_removed += tokens
+            progress(self._num_in[split], num_rows, f"{split} rows")
         assert self._num_in[split] == num_rows, f"load wrote {num_rows} {split} rows, {self._num_in[split]} are there"
-        progress(num_rows, num_rows, f"{split} rows")
 
     def close_accounts(self) -> dict[str, Any]:
         """Check that every row is accounted for and that something is trained; return the stage's figures.

@@ -11,7 +11,7 @@ from sft.data.messages import Problem, RowError, validate_record
 from sft.data.records import normalize, numbers_as_text, record_digest
 from sft.data.source_row import Row
 from sft.folders import replacing_folder
-from stages.checkout.artifacts import JsonlWriter, progress, write_json
+from stages.checkout.artifacts import JsonlWriter, write_json
 from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
 from stages.loading.accounts import Accounts
@@ -22,12 +22,14 @@ from stages.loading.sources import Source, open_source
 from stages.loading.suggestions import option_line, suggest_options
 from stages.models.resolve import resolve_base_model
 from stages.params.schema import LoadSection, Params
+from stages.progress import progress, stage_progress
 
-ROWS_BETWEEN_PROGRESS = 10_000
+ROWS_BETWEEN_PROGRESS = 500
 NOT_TEXT = ("not_text", "content_not_text")
 """Reasons of rows that may contain a number where text is needed."""
 
 
+@stage_progress("load")
 def run(params: Params, paths: Paths) -> None:
     """Read all sources, check every row, and write outs/load.
 

@@ -14,16 +14,18 @@ from sft.export.merge import MergeReport, merge_adapter
 from sft.export.proof import Row
 from sft.folders import replacing_folder
 from sft.models.checkpoint import load_tokenizer
-from stages.checkout.artifacts import progress, write_json
+from stages.checkout.artifacts import write_json
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
 from stages.models.images import image_collator
 from stages.params.schema import Params
+from stages.progress import progress, stage_progress
 
 ADAPTER_CONFIG = "adapter_config.json"
 NUM_STEPS = 2
 
 
+@stage_progress("merge")
 def run(params: Params, paths: Paths) -> None:
     """Write outs/merge/model, and the largest difference of its logits from those of base and adapter.
 
@@ -35,7 +37,7 @@ def run(params: Params, paths: Paths) -> None:
     has_adapter = (trained / ADAPTER_CONFIG).is_file()
     tokenizer = load_tokenizer(trained)
     base = read_base_model(paths.out("load", "base_model.json")).path if has_adapter else trained
-    progress(0, NUM_STEPS, "merging the adapter into its base" if has_adapter else "copying the weights")
+    progress(0, NUM_STEPS, "steps", "merging the adapter into its base" if has_adapter else "copying the weights")
     with replacing_folder(paths.out("merge", "model")) as folder:
         report = merge_adapter(
             base,
@@ -47,7 +49,7 @@ def run(params: Params, paths: Paths) -> None:
             tokenizer,
             params.model.trust_remote_code,
         )
-    progress(NUM_STEPS, NUM_STEPS, summary(report))
+    progress(NUM_STEPS, NUM_STEPS, "steps", summary(report))
     write_json(paths.metrics("merge"), {"merged": has_adapter, **report.to_dict(), "size_mb": size_mb(paths)})
     write_json(paths.timings("merge"), {"seconds": time.monotonic() - started})
 

@@ -22,12 +22,13 @@ from sft.labels import IGNORE_INDEX
 from sft.tokens.columns import Integers, Pieces, RowPlan, row_tables, write_rows
 from sft.tokens.packing import OverflowReport, plan_overflow, plan_rows
 from sft.tokens.preview import preview_masks
-from stages.checkout.artifacts import progress, write_json, write_jsonl, write_text
+from stages.checkout.artifacts import write_json, write_jsonl, write_text
 from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
 from stages.pages.data import SplitFacts, choose_previews, write_data_page
 from stages.params.schema import PackSection, Params
+from stages.progress import progress, stage_progress
 from stages.shards.encoding import DocumentImages, Documents, ImageFiles, Kept, encode_split
 
 SPLITS = ("train", "eval")
@@ -48,6 +49,7 @@ CROSSED = (
 )
 
 
+@stage_progress("pack")
 def run(params: Params, paths: Paths) -> None:
     """Write outs/pack, the figures and the data page.
 
@@ -61,8 +63,7 @@ def run(params: Params, paths: Paths) -> None:
     splits: dict[str, SplitFacts] = {}
     image_files = find_image_files(params.pack, paths)
     with replacing_folder(paths.out("pack")) as folder, Ledger(folder / "ledger.jsonl", "pack") as ledger:
-        for number, split in enumerate(SPLITS):
-            progress(number, len(SPLITS), f"packing {split}")
+        for split in SPLITS:
             rendered = paths.out("format", f"{split}.jsonl")
             scratch = folder / SCRATCH / split
             documents = encode_split(rendered, tokenizer_folder, scratch, params.pack, ledger, image_files)
@@ -78,7 +79,7 @@ def run(params: Params, paths: Paths) -> None:
     num_crossed = sum(facts.figures["border_in_token"] for facts in splits.values())
     if num_crossed:
         print(f"warning: {CROSSED.format(num_crossed)}", flush=True)
-    progress(len(SPLITS), len(SPLITS), summary(splits["train"].figures))
+    print(summary(splits["train"].figures), flush=True)
 
 
 def find_image_files(section: PackSection, paths: Paths) -> ImageFiles | None:
@@ -162,7 +163,7 @@ def pack_split(
         num_lost = {"tokens_lost": entry.tokens_lost, "trained_tokens_lost": entry.trained_tokens_lost}
         ledger.enter(entry.id, entry.reason, None, ACTIONS[entry.reason], **num_lost)
         entered += list(num_lost.values())
-    count = RowCount()
+    count = RowCount(f"packed {split} rows", len(plan.ends))
     tables = row_tables(documents.columns, plan)
     if section.strategy == "none":
         tables = without_lengths(tables)
@@ -263,10 +264,16 @@ def without_lengths(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 class RowCount:
-    """Counts tokens and trained tokens of rows while they are written."""
+    """Counts tokens and trained tokens of rows while they are written, and shows the progress.
 
-    def __init__(self) -> None:
+    Args:
+        part: What is written, for the progress.
+        num_rows: Number of rows.
+    """
+
+    def __init__(self, part: str, num_rows: int) -> None:
         self.num_trained = 0
+        self._part, self._num_rows, self._num_written = part, num_rows, 0
         self._filled: list[np.ndarray[Any, Any]] = [np.zeros(0, dtype=np.int64)]
 
     def through(self, tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -276,6 +283,8 @@ class RowCount:
                 self._filled.append(np.diff(chunk.offsets.to_numpy()).astype(np.int64))
                 self.num_trained += int((chunk.flatten().to_numpy() != IGNORE_INDEX).sum())
             yield table
+            self._num_written += len(table)
+            progress(self._num_written, self._num_rows, self._part)
 
     def filled(self) -> np.ndarray[Any, Any]:
         """Return the number of tokens in each row, `(num_rows,)`."""

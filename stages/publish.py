@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.evaluate.evidence import Measured
-from stages.checkout.artifacts import progress, read_json, write_json
+from stages.checkout.artifacts import read_json, write_json
 from stages.checkout.paths import Paths, main_checkout
 from stages.checkout.redaction import redact
 from stages.evaluation.row_scores import evidence_of, read_row_scores
@@ -23,6 +23,7 @@ from stages.pages.promotion import Decision, write_page
 from stages.pages.verdict import doubts
 from stages.params.figures import VERDICTS
 from stages.params.schema import Params
+from stages.progress import progress, stage_progress
 from stages.tracking import lineage
 from stages.tracking.champion import (
     CANDIDATE,
@@ -41,6 +42,7 @@ from stages.tracking.store import Tracking, open_tracking
 KEY = "publish.push_to_hub"
 
 
+@stage_progress("publish")
 def run(params: Params, paths: Paths) -> None:
     """Log the result, register the model, move the aliases, write the card, and push if params.yaml asks for it.
 
@@ -54,11 +56,11 @@ def run(params: Params, paths: Paths) -> None:
     results = read_json(paths.out("evaluate", "results.json"))
     result = Result(params, paths, results["passed"])
     tracking = open_tracking(params.publish, main_checkout(paths.root))
-    progress(1, 3, f"recording in {redact(tracking.uri)}")
+    progress(1, 3, "steps", f"recording in {redact(tracking.uri)}")
     with tracking.locked():
         tracking.end_interrupted()
         run_id = record_result(tracking, result)
-        progress(2, 3, f"registering {params.publish.registered_model}")
+        progress(2, 3, "steps", f"registering {params.publish.registered_model}")
         version = register(tracking, result, run_id, results)
         decision, publication = decide(tracking, result, run_id, version, results)
         move_aliases(tracking, publication, decision)
@@ -84,7 +86,8 @@ def run(params: Params, paths: Paths) -> None:
     publication.finish()
     for row in decision.promotion:
         print(f"  {VERDICTS[row.verdict]:<9}  {row.condition}  ({row.reason})", flush=True)
-    progress(3, 3, f"run {run_id}, model version {version}: {alias_text(results['passed'], decision.promoted)}")
+    outcome = f"run {run_id}, model version {version}: {alias_text(results['passed'], decision.promoted)}"
+    progress(3, 3, "steps", outcome)
 
 
 def register(tracking: Tracking, result: Result, run_id: str, results: dict[str, Any]) -> str:
@@ -196,7 +199,7 @@ def push_shipped(params: Params, paths: Paths, shipped: str, digest: str, promot
     if not promoted:
         print(f"note: the gate is closed, so nothing was pushed to {repo_id}", flush=True)
         return None
-    progress(2, 3, f"pushing the {shipped} model to {repo_id}")
+    progress(2, 3, "steps", f"pushing the {shipped} model to {repo_id}")
     folder = paths.out("quantize" if shipped == "quantized" else "merge", "model")
     return push(folder, paths.out("publish", "README.md"), repo_id, f"{params.publish.registered_model} {digest[:12]}")
 

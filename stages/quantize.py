@@ -12,15 +12,17 @@ from transformers import AutoConfig
 
 from sft.export.gptq import GPTQSettings, QuantizeReport, quantize_gptq
 from sft.export.quantization import MIN_ROW_TOKENS, select_calibration
-from stages.checkout.artifacts import fresh_folder, progress, write_json
+from stages.checkout.artifacts import fresh_folder, write_json
 from stages.checkout.paths import Paths
 from stages.params.schema import Params, QuantizeSection
+from stages.progress import progress, stage_progress
 
 SKIPPED = "quantize.method is none: the merged checkpoint is shipped as it is"
 KEPT = "kept in full precision, as half precision can't represent some of their values"
 NUM_COMPARED_ROWS = 4
 
 
+@stage_progress("quantize")
 def run(params: Params, paths: Paths) -> None:
     """Write outs/quantize (model, report.json and, if params.yaml asks for one, a GGUF file) and the figures.
 
@@ -34,7 +36,7 @@ def run(params: Params, paths: Paths) -> None:
         fresh_folder(paths.out("quantize", "model"))
         report: dict[str, Any] = {"method": "none", "reason": SKIPPED}
         measured: dict[str, float | int | str] = {"method": "none"}
-        progress(1, 1, SKIPPED)
+        progress(1, 1, "steps", SKIPPED)
     else:
         report, measured = quantize(section, paths, rows)
     shutil.rmtree(paths.out("quantize", "gguf"), ignore_errors=True)
@@ -64,7 +66,7 @@ def quantize(
     if section.method != "gptq":
         from sft.export.kbit import quantize_kbit  # imports bitsandbytes
 
-        kbit = quantize_kbit(merged, quantized, section.method, calibration[:NUM_COMPARED_ROWS], progress)
+        kbit = quantize_kbit(merged, quantized, section.method, calibration[:NUM_COMPARED_ROWS], show_step)
         return kbit.to_dict(), common_figures(kbit.to_dict())
     settings = GPTQSettings(
         bits=section.bits,
@@ -73,11 +75,22 @@ def quantize(
         desc_act=section.desc_act,
         damp_percent=section.damp_percent,
     )
-    gptq = quantize_gptq(merged, quantized, calibration, settings, on_progress=progress)
+    progress(0, 1, "steps", f"GPTQ on {len(calibration)} calibration rows")
+    gptq = quantize_gptq(merged, quantized, calibration, settings, on_progress=show_block)
     if gptq.kept_full_precision:
         print(f"note: {KEPT}: {', '.join(gptq.kept_full_precision)}", flush=True)
     report = {"method": "gptq", **gptq.to_dict()}
     return report, figures(report, gptq)
+
+
+def show_step(done: int, total: int, text: str) -> None:
+    """Show a step of the rounding."""
+    progress(done, total, "steps", text)
+
+
+def show_block(done: int, total: int, text: str) -> None:
+    """Show how many transformer blocks GPTQ has quantized."""
+    progress(done, total, "blocks", text)
 
 
 def export(precision: str, paths: Paths, rows: list[list[int]]) -> dict[str, float | int | str]:

@@ -32,8 +32,17 @@ from stages.launch.processes import (
 from stages.launch.stopping import SavedAndStopped, delaying_sigterm, grace_s
 from stages.models.base import name_base
 from stages.params.schema import Params
+from stages.progress import stage_progress
 from stages.training.checkpoints import TrainingState, explaining_full_disk
-from stages.training.curve import MEMORY_TAG, ROUTER_COLUMNS, LiveCurve, ProgressLines, Throughput, curve_csv, live_run
+from stages.training.curve import (
+    MEMORY_TAG,
+    ROUTER_COLUMNS,
+    LiveCurve,
+    Throughput,
+    TrainingProgress,
+    curve_csv,
+    live_run,
+)
 from stages.training.interruption import SaveAndStop
 from stages.training.out_of_memory import OutOfMemory, describe_events, make_smaller, memory_figures, section_that_fits
 from stages.training.setup import make_sft_config, make_trainer
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
     from stages.tracking.live_run import LiveRun
 
 
+@stage_progress("train")
 def run(params: Params, paths: Paths) -> None:
     """Write outs/train/model, the curve and the figures; an interrupted training is resumed from its last checkpoint.
 
@@ -115,7 +125,7 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
     config = make_sft_config(section, state.folder)
     checkpoint = agree_on_checkpoint(params, paths, config)
     throughput = Throughput(state.folder / "throughput.csv")
-    recorders = [throughput, ProgressLines(throughput), *([] if live is None else [LiveCurve(live, throughput)])]
+    recorders = [throughput, TrainingProgress(throughput), *([] if live is None else [LiveCurve(live, throughput)])]
     try:
         trainer = make_trainer(params, paths, config, recorders)
     except RuntimeError as error:

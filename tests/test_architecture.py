@@ -37,6 +37,7 @@ PLUMBING = {
     "stages.tools.check",
     "stages.params.schema",
     "stages.checkout.paths",
+    "stages.progress",
     "sft",
     "sft.log_noise",
     "sft.models.values",

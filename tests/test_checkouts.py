@@ -122,7 +122,7 @@ def test_signal_to_make_ends_the_stage_and_what_was_recorded_comes_back(
         ["make", "repro"], cwd=copy, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None
-    while not process.stdout.readline().startswith("PROGRESS 20/2000"):
+    while not process.stdout.readline().startswith("train: 20 of 2000 steps"):
         assert process.poll() is None
     tree = psutil.Process(process.pid).children(recursive=True)
     assert any("train" in one.cmdline() for one in tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -16,11 +17,11 @@ from flows.processes.supervised import run_supervised
 from flows.runs.recorded import discard_record, present_inputs, recorded_inputs
 from stages.checkout.redaction import redact
 from stages.launch.stopping import EXIT_SAVED
+from stages.progress import EVENT, VARIABLE, Report
 
 EXTERNAL_SIGNALS = (1, 9, 15)
 """SIGHUP, SIGKILL (out of memory, pre-emption) and SIGTERM come from outside; others are errors of the stage."""
 
-_PROGRESS = re.compile(r"^PROGRESS (\d+)/(\d+) ?(.*)$")
 _EXITED = re.compile(r", exited with (-?\d+)$")
 _NOISE = re.compile(
     r"^(\s*git add .*|To track the changes with git, run:|To enable auto staging, run:"
@@ -41,15 +42,6 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True)
-class Progress:
-    """One `PROGRESS i/n text` line of a stage."""
-
-    done: int
-    total: int
-    text: str
-
-
-@dataclass(frozen=True)
 class Listener:
     """Callbacks for the output of a running stage.
 
@@ -59,7 +51,7 @@ class Listener:
     """
 
     on_line: Callable[[str], None]
-    on_progress: Callable[[Progress], None]
+    on_progress: Callable[[Report], None]
 
 
 class StageFailed(RuntimeError):
@@ -91,9 +83,8 @@ class StageOutput:
         line = redact(line)
         if _NOISE.match(line):
             return
-        progress = _PROGRESS.match(line)
-        if progress:
-            self._listener.on_progress(Progress(int(progress[1]), int(progress[2]), progress[3]))
+        if line.startswith(EVENT):
+            self._listener.on_progress(Report(**json.loads(line.removeprefix(EVENT))))
             return
         self._listener.on_line(line)
         self._keep(line)
@@ -156,7 +147,7 @@ def run_stage(root: Path, stage: str, listener: Listener, force: bool = False, *
     started = time.time()
     output = StageOutput(listener)
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage, *(["--force"] if force else [])]
-    code = run_supervised(command, root, child_environment(**variables), output.feed)
+    code = run_supervised(command, root, child_environment(**{VARIABLE: "events"}, **variables), output.feed)
     if code != 0:
         restore(root, stage, figures)
         raise output.failure(stage, code)

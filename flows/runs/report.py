@@ -17,11 +17,12 @@ from prefect.artifacts import (
 )
 from prefect.logging import get_run_logger
 
-from flows.runs.dvc_stage import Outcome, Progress
+from flows.runs.dvc_stage import Outcome
 from flows.runs.forms import flatten, read_mapping
 from flows.runs.table import publish_table
 from stages.checkout.foreign_text import as_code, as_code_block, for_markdown
 from stages.checkout.redaction import redact
+from stages.progress import Report, describe_figures
 
 UPDATE_INTERVAL_S = 2.0
 NUM_HEADLINES = 4
@@ -44,16 +45,19 @@ class ProgressBar:
         self.text = ""
         self._stage = stage
         self._artifact: UUID | None = None
-        self._updated = 0.0
+        self._updated, self._is_complete = 0.0, False
 
-    def show(self, progress: Progress) -> None:
-        """Show one progress line; the first and the last are always shown."""
-        finished = progress.done >= progress.total
-        self.text = progress.text
-        if self._artifact is not None and not finished and time.monotonic() - self._updated < UPDATE_INTERVAL_S:
+    def show(self, report: Report) -> None:
+        """Show one report; the first and the last of a part and points of a curve are always shown."""
+        finished = report.done >= report.total
+        urgent = report.point or (finished and not self._is_complete)
+        self._is_complete = finished
+        if self._artifact is not None and not urgent and time.monotonic() - self._updated < UPDATE_INTERVAL_S:
             return
-        percent = 100.0 * min(progress.done, progress.total) / max(progress.total, 1)
-        text = f"{self._stage}: {progress.done} of {progress.total} {progress.text}".rstrip()
+        percent = 100.0 * min(report.done, report.total) / max(report.total, 1)
+        head = f"{self._stage}: {report.done} of {report.total} {report.part}".rstrip()
+        text = ", ".join(part for part in (head, report.detail(), describe_figures(report.figures)) if part)
+        self.text = report.text
         get_run_logger().info(text)
         self._updated = time.monotonic()
         if self._artifact is None:

@@ -134,7 +134,7 @@ def quantize_gptq(
         output_dir: Folder to write. An existing one is replaced when everything has succeeded.
         calibration: Token ids of the calibration rows, `(num_rows, length)`, ragged.
         settings: See `GPTQSettings`.
-        on_progress: Called with (done, total, text) after each transformer block.
+        on_progress: Called with (done, total, text) at the beginning and after each transformer block.
 
     Returns:
         Sizes, and one error record per quantized layer.
@@ -273,6 +273,8 @@ def _run_gptqmodel(
         dtype = torch.float32 if device == "cpu" else "auto"
         model = GPTQModel.load(str(model_dir), config, dtype=dtype)
         model.layer_callback = _LayerProgress(on_progress, model.model.config.num_hidden_layers)
+        if on_progress is not None:
+            on_progress(0, model.model.config.num_hidden_layers, f"{len(calibration)} calibration rows")
         rows = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in calibration]
         with _thread_failures_raised():
             log = model.quantize(rows, batch_size=max(1, TOKENS_PER_BATCH // max(map(len, calibration))))

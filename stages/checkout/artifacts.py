@@ -65,11 +65,6 @@ def fresh_folder(path: Path) -> Path:
     return path
 
 
-def progress(done: int, total: int, text: str) -> None:
-    """Print the progress of a stage. Flows read the line and show it as a progress artifact."""
-    print(f"PROGRESS {done}/{total} {text}", flush=True)
-
-
 class JsonlWriter:
     """Writer of JSON lines that counts rows and bytes, and can read and remove rows that it wrote.
 

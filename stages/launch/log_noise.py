@@ -1,27 +1,33 @@
-"""Telemetry and log lines of other packages, turned off for the processes of a stage."""
+"""What other packages print, turned off for the processes of a stage: telemetry, bars, advice, warnings."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-import warnings
 
 from sft.log_noise import hide_torchao_messages
 
+OWN = ("sft", "stages")
+"""Loggers whose warnings are shown; of all others only errors are."""
+
 
 def reduce_log_noise() -> None:
-    """Turn off telemetry, progress bars in logs, and messages of other packages that a user can't act on.
+    """Turn off telemetry, the bars of other packages, and what they log below the level ERROR.
 
-    Environment variables that the user has set are kept.
+    Python's warnings are dropped, too. Environment variables that the user has set are kept, so that
+    TRANSFORMERS_VERBOSITY=warning and TQDM_DISABLE=0 bring these packages' messages back.
     """
     hide_torchao_messages()
-    # deprecations that concern these packages, not the user
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional package is missing
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # in a file, each update of a bar would be one more line
+    root = logging.getLogger()
+    if not any(isinstance(handler, StderrHandler) for handler in root.handlers):
+        root.addHandler(StderrHandler())
+    logging.captureWarnings(True)
     for name, value in {
+        "TQDM_DISABLE": "1",  # `stages.progress` shows how far the stage is
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "HF_HUB_VERBOSITY": "error",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -31,3 +37,20 @@ def reduce_log_noise() -> None:
         "TOKENIZERS_PARALLELISM": "true",
     }.items():
         os.environ.setdefault(name, value)
+
+
+class StderrHandler(logging.Handler):
+    """Handler that prints our warnings and the errors of all packages to the present `sys.stderr`."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.addFilter(_is_shown)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record in one line: `warning: ...` for ours, with the package's name for others."""
+        source = "" if record.name.partition(".")[0] in OWN else f"{record.name}: "
+        print(f"{record.levelname.lower()}: {source}{record.getMessage()}", file=sys.stderr, flush=True)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or record.name.partition(".")[0] in OWN

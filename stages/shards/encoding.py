@@ -20,7 +20,8 @@ from sft.tokens.encoding import Encoder, TokenBatch
 from sft.tokens.store import FileColumn, TokenStore
 from stages.checkout.ledger import Action, Ledger
 from stages.params.schema import PackSection
-from stages.shards.shards import Shard, run_shards, shards_of
+from stages.progress import progress
+from stages.shards.shards import Shard, count_lines, run_shards, shards_of
 
 BATCH_SIZE = 1000
 
@@ -221,7 +222,8 @@ def encode_split(
     ids: list[str] = []
     turns: list[int] = []
     images: list[DocumentImages] = []
-    num_crossed = 0
+    num_crossed, num_rows = 0, count_lines(path)
+    progress(0, num_rows, f"{path.stem} rows tokenized")
     work = EncodingWork(tokenizer, image_files)
     for encoded in run_shards(work, shards_of(path), section.num_proc, section.workers):
         ids += encoded.ids
@@ -230,6 +232,7 @@ def encode_split(
         for batch in encoded.batches:
             store.append(batch)
         num_crossed += len(encoded.crossings)
+        progress(len(ids), num_rows, f"{path.stem} rows tokenized")
         for row_id, detail in encoded.crossings:
             ledger.enter(row_id, "border_in_token", detail, Action.WARN, tokens_lost=0, trained_tokens_lost=0)
     columns = store.columns()

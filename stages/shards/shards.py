@@ -56,6 +56,12 @@ def shards_of(path: Path) -> list[Shard]:
     return shards
 
 
+def count_lines(path: Path) -> int:
+    """Return the number of lines of a file."""
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(SHARD_BYTES), b""))
+
+
 class Work(Protocol[Result]):
     """What is done with every shard. Must be hashable and small, since each process gets a copy."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -15,11 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
-from stages.checkout.artifacts import progress, write_text
+from stages.checkout.artifacts import write_text
 from stages.checkout.paths import Paths, main_checkout
 from stages.params.schema import Params
+from stages.progress import FIGURES_SHOWN, progress
 from stages.tracking import lineage
 from stages.tracking.lineage import machine_tags
 from stages.training.checkpoints import TrainingState, fingerprint_params
@@ -63,7 +66,7 @@ def curve_csv(history: list[dict[str, Any]]) -> str:
 
 
 class Throughput(TrainerCallback):
-    """Clock of a training: tokens per second at each point of the curve, and the time left.
+    """Clock of a training: tokens per second at each point of the curve.
 
     Only optimizer steps are timed for the tokens per second, not the evaluations and checkpoints between them. Other
     callbacks read their times here, so this one must precede them in the trainer's list.
@@ -79,14 +82,12 @@ class Throughput(TrainerCallback):
         self._file = file
         self.points: list[tuple[int, float]] = []
         self._seconds, self._tokens, self._step_began = 0.0, 0, 0.0
-        self._began, self._first_step = time.monotonic(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read the points up to the step that the training starts from."""
         points = read_points(self._file.read_text(encoding="utf-8")) if self._file.exists() else []
         self.points = [point for point in points if point[0] <= state.global_step]
-        self._began, self._first_step = time.monotonic(), state.global_step
-        self._seconds, self._tokens, self._step_began = 0.0, state.num_input_tokens_seen, self._began
+        self._seconds, self._tokens, self._step_began = 0.0, state.num_input_tokens_seen, time.monotonic()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start timing the step."""
@@ -117,19 +118,14 @@ class Throughput(TrainerCallback):
         """Return the tokens per second of the newest point; None if it is not at this step."""
         return self.points[-1][1] if self.points and self.points[-1][0] == step else None
 
-    def seconds_left(self, state: Any) -> float:
-        """Estimate the seconds until the last step, evaluations included; NaN before the first step has ended."""
-        done = state.global_step - self._first_step
-        return (time.monotonic() - self._began) / done * (state.max_steps - state.global_step) if done else math.nan
-
 
 def read_points(text: str) -> list[tuple[int, float]]:
     """Parse the points of a CSV file written by `Throughput`."""
     return [(int(row["step"]), float(row[SPEED])) for row in csv.DictReader(io.StringIO(text))]
 
 
-class ProgressLines(TrainerCallback):
-    """Callback that prints a progress line for each point of the curve, with the loss and the time left.
+class TrainingProgress(TrainerCallback):
+    """Callback that shows the step, and from each point of the curve the losses, learning rate, speed and memory.
 
     Args:
         throughput: Clock of the training.
@@ -137,19 +133,51 @@ class ProgressLines(TrainerCallback):
 
     def __init__(self, throughput: Throughput) -> None:
         self._throughput = throughput
+        self._figures: dict[str, float] = {}
+        self._num_evaluated = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Print the step that the training starts from: not 0 if it is resumed."""
+        """Show the step that the training starts from: not 0 if it is resumed."""
         if state.is_world_process_zero:
-            progress(state.global_step, state.max_steps, "training")
+            self._show(state, "" if state.global_step == 0 else "resumed")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the step."""
+        if state.is_world_process_zero and not control.should_log:
+            self._show(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Print the step, the losses and the time left."""
+        """Show a point of the curve."""
         if not state.is_world_process_zero or not logs or not ({"loss", "eval_loss"} & set(logs)):
             return
-        figures = " ".join(f"{name} {logs[name]:.4f}" for name in ("loss", "eval_loss") if name in logs)
-        left = self._throughput.seconds_left(state)
-        progress(state.global_step, state.max_steps, f"{figures}, {left:.0f} s left")
+        self._figures |= {name: float(logs[name]) for name in FIGURES_SHOWN if name in logs}
+        speed = self._throughput.speed_at(state.global_step)
+        if speed is not None:
+            self._figures[SPEED] = speed
+        self._figures["memory_gb"] = peak_memory() / 1e9
+        self._show(state, point=True)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Show how far the evaluation is."""
+        self._num_evaluated += 1
+        if state.is_world_process_zero and has_length(eval_dataloader):
+            self._show(state, f"evaluating: {self._num_evaluated} of {len(eval_dataloader)} batches")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the batches of the next evaluation from 0."""
+        self._num_evaluated = 0
+
+    def _show(self, state: Any, text: str = "", point: bool = False) -> None:
+        progress(state.global_step, state.max_steps, "steps", text, figures=dict(self._figures), point=point)
+
+
+def peak_memory() -> int:
+    """Return the peak bytes that this process has allocated on its accelerator, or its present bytes of main memory."""
+    if torch.accelerator.is_available():
+        return int(torch.accelerator.max_memory_allocated())
+    return int(psutil.Process().memory_info().rss)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
         )
     except DocumentsMixError as error:
         raise ValueError(f"{error} In params.yaml: pack.strategy: none and train.padding_free: false") from None
-    trainer.remove_callback(PrinterCallback)  # `ProgressLines` replaces it
+    trainer.remove_callback(PrinterCallback)  # `TrainingProgress` replaces it
     return trainer
 
 

@@ -42,8 +42,8 @@ stages:
     outs: [outs/pack.txt]
 """
 PACK_SH = """\
-echo "PROGRESS 1/2 half"
-echo "PROGRESS 2/2 whole"
+echo 'PROGRESS {"stage": "s", "done": 1, "total": 2, "part": "parts", "text": "half"}'
+echo 'PROGRESS {"stage": "s", "done": 2, "total": 2, "part": "parts", "text": "whole"}'
 echo packed >> ran.log
 cp outs/load.txt outs/pack.txt
 """

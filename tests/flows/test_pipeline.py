@@ -54,7 +54,7 @@ def test_outcomes_progress_and_closing_table(ran_project: Path, capsys: pytest.C
     assert (first.type, first.message) == ("COMPLETED", "1 completed, 2 unchanged")
     assert outcomes(capsys.readouterr().out) == [("load", "Unchanged"), ("pack", "Completed"), ("train", "Unchanged")]
     found = artifacts(first)
-    assert (found["progress-pack"].data, found["progress-pack"].description) == (100.0, "pack: 2 of 2 whole")
+    assert (found["progress-pack"].data, found["progress-pack"].description) == (100.0, "pack: 2 of 2 parts, whole")
     table = json.loads(found["pipeline-stages"].data)
     assert [(row["stage"], row["outcome"], row["figures"]) for row in table] == [
         ("load", "Unchanged", ""),

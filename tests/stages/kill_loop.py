@@ -40,7 +40,7 @@ def main(root: Path, kills: int, seed: int) -> int:
         with os.fdopen(reading) as output:
             for line in output:
                 print(line, end="")
-                wait_for -= line.startswith("PROGRESS")
+                wait_for -= line.startswith("train: ")
                 if wait_for == 0 and number < kills:
                     time.sleep(delay_s)
                     os.kill(process, signal.SIGKILL)

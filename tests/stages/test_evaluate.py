@@ -112,9 +112,9 @@ def test_page_says_the_verdict_first_and_escapes_what_the_data_holds(finished: t
 
 def test_progress_ends_at_its_total(finished: tuple[Paths, str], capsys: pytest.CaptureFixture[str]) -> None:
     evaluate.run(tiny_params(evaluate={"num_rows": 2, "max_new_tokens": 2, "batch_size": 2, "gate": []}), finished[0])
-    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PROGRESS")][-1]
+    last = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluate: ")][-1]
     # 3 documents for each of 3 models, 2 prompts for base and tuned
-    assert last.startswith("PROGRESS 13/13 ")
+    assert last.startswith("evaluate: 13 of 13 documents and prompts (100 %)")
 
 
 def test_full_weights_are_evaluated_in_place_of_an_adapter(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from flows.runs.dvc_stage import Listener, Outcome, Progress, StageFailed, StageOutput, run_stage
+from flows.runs.dvc_stage import Listener, Outcome, StageFailed, StageOutput, run_stage
+from stages.progress import Report
 from tests.flows.conftest import run
 
 
@@ -21,7 +22,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.progress: list[Progress] = []
+        self.progress: list[Report] = []
         self.listener = Listener(self.lines.append, self.progress.append)
 
 
@@ -58,12 +59,13 @@ def test_force_runs_a_stage_whose_result_is_known(ran_project: Path) -> None:
 
 
 def test_progress_lines_become_progress_and_the_last_state_of_a_bar_a_line(ran_project: Path) -> None:
-    script = r"""printf ' 10%%\r 50%%\rdone\n'; echo "PROGRESS 3/4 loss 1.5"; echo x > outs/pack.txt"""
+    event = '{"stage": "pack", "done": 3, "total": 4, "part": "rows"}'
+    script = rf"""printf ' 10%%\r 50%%\rdone\n'; echo 'PROGRESS {event}'; echo x > outs/pack.txt"""
     (ran_project / "pack.sh").write_text(script)
     heard = Heard()
     run_stage(ran_project, "pack", heard.listener)
 
-    assert heard.progress == [Progress(3, 4, "loss 1.5")]
+    assert heard.progress == [Report("pack", 3, 4, "rows")]
     assert heard.lines[-1] == "done"
 
 

@@ -162,7 +162,7 @@ def test_second_run_writes_the_same_bytes_and_reports_progress(
     settings = GPTQSettings(bits=4, group_size=32)
     quantize_gptq(source, tmp_path / "again", ROWS, settings, on_progress=lambda *call: calls.append(call))
     assert digests(tmp_path / "again") == digests(quantized[0])
-    assert calls == [(1, 2, "block 0 quantized"), (2, 2, "block 1 quantized")]
+    assert calls == [(0, 2, f"{len(ROWS)} calibration rows"), (1, 2, "block 0 quantized"), (2, 2, "block 1 quantized")]
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
     assert capsys.readouterr().out == ""
 

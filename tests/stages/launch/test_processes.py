@@ -62,7 +62,7 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
     two = make_training_root(tmp_path / "two", per_device_train_batch_size=2, launch=TWO)
     output = run_stage(two)
     assert_same_training(two, one, "lora")
-    assert output.count("PROGRESS 8/8 eval_loss") == 1, output
+    assert output.count("train: 8 of 8 steps (100 %), loss") == 2, output
     assert "Warning" not in output
 
 
@@ -129,7 +129,7 @@ def workers(stage: subprocess.Popen[str], count: int = 2) -> list[psutil.Process
     """The stage's training processes, once they train."""
     assert stage.stdout is not None
     for line in stage.stdout:
-        if line.startswith("PROGRESS 2/"):
+        if line.startswith("train: 2 of "):
             break
     children = [child for child in psutil.Process(stage.pid).children() if "--root" in child.cmdline()]
     assert len(children) == count

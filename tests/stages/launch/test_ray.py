@@ -50,7 +50,7 @@ def start_training(paths: Paths, locks: Path) -> tuple[subprocess.Popen[str], li
     said = []
     for line in stage.stdout:
         said.append(line)
-        if line.startswith("PROGRESS 2/"):
+        if line.startswith("train: 2 of "):
             return stage, psutil.Process(stage.pid).children(recursive=True)
     raise AssertionError("".join(said))
 
@@ -65,7 +65,7 @@ def test_ray_train_and_accelerate_launch_write_the_same(tmp_path: Path, engine: 
         launch = {"processes": 2, "launcher": launcher, "engine": engine}
         roots.append(make_training_root(tmp_path / launcher, per_device_train_batch_size=2, launch=launch))
         output = run_stage(roots[-1], SFT_LOCK_DIR=str(tmp_path / "locks"))
-        assert output.count("\nPROGRESS 8/8 eval_loss") == 1, output
+        assert output.count("\ntrain: 8 of 8 steps (100 %), loss") == 2, output
     assert "workers of Ray Train" in output
     for name in ("model/adapter_model.safetensors", "curve.csv"):
         assert len({paths.out("train", name).read_bytes() for paths in roots}) == 1, name
@@ -149,9 +149,9 @@ def test_lines_of_workers_are_printed_as_they_were() -> None:
     stream = io.StringIO()
     lines = WorkerLines(stream, only_workers=True)
     for line in (
-        "(RayTrainWorker pid=7) PROGRESS 1/8 loss 1.0",
+        "(RayTrainWorker pid=7) train: 1 of 8 steps",
         "(TrainController pid=3) Requesting resources",
-        "(RayTrainWorker pid=7, ip=10.0.0.2) PROGRESS 2/8",
+        "(RayTrainWorker pid=7, ip=10.0.0.2) train: 2 of 8 steps",
     ):
         print(line, file=lines)
-    assert stream.getvalue() == "PROGRESS 1/8 loss 1.0\nPROGRESS 2/8\n"
+    assert stream.getvalue() == "train: 1 of 8 steps\ntrain: 2 of 8 steps\n"

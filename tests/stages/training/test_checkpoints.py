@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint_from_which_the_same_weight
 
     output = run_stage(paths, code=1, SFT_STATE_DIR=str(small_disk))
 
-    said = output.rpartition("PROGRESS")[2].splitlines()
+    said = output.rpartition("train: ")[2].splitlines()
     errors = [line for line in said if line.startswith("error: ")]
     assert len(errors) == 1, output
     assert "no space left for a checkpoint" in errors[0]

@@ -10,7 +10,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerCallback
 
-from stages.training.curve import LiveCurve, ProgressLines, Throughput, read_points
+from stages.progress import stage_progress
+from stages.training.curve import LiveCurve, Throughput, TrainingProgress, read_points
+
+CONTROL = SimpleNamespace(should_log=False)
+"""Control of a trainer whose other callbacks asked for nothing."""
 
 
 def run_steps(throughput: Throughput, first: int, last: int, *others: TrainerCallback) -> None:
@@ -22,10 +26,10 @@ def run_steps(throughput: Throughput, first: int, last: int, *others: TrainerCal
         callback.on_train_begin(None, state, None)
     for step in range(first + 1, last + 1):
         for callback in callbacks:
-            callback.on_step_begin(None, state, None)
+            callback.on_step_begin(None, state, CONTROL)
         state.global_step, state.num_input_tokens_seen = step, 100 * step
         for callback in callbacks:
-            callback.on_step_end(None, state, None)
+            callback.on_step_end(None, state, CONTROL)
         for logs in ({"loss": 1.0}, {"eval_loss": 1.0}) if step % 2 == 0 else ():
             for callback in callbacks:
                 callback.on_log(None, state, None, logs)
@@ -68,12 +72,19 @@ def test_file_and_mlflow_are_given_the_same_points(tmp_path: Path) -> None:
     ]
 
 
-def test_a_progress_line_has_the_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_progress_line_has_figures_and_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     throughput = Throughput(tmp_path / "throughput.csv")
-    run_steps(throughput, 2, 4, ProgressLines(throughput))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "PROGRESS 2/4 training"
-    assert [re.sub(r"\d+ s left", "N s left", line) for line in lines[1:]] == [
-        "PROGRESS 4/4 loss 1.0000, N s left",
-        "PROGRESS 4/4 eval_loss 1.0000, N s left",
+    with stage_progress("train"):
+        run_steps(throughput, 2, 6, TrainingProgress(throughput))
+    lines = [
+        re.sub(r"[\d.,]+ tokens/s, [\d.]+ GB", "N tokens/s, N GB", line)
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    assert [re.sub(r"[\d.,]+/s, \d+ s left", "N/s, N s left", line) for line in lines] == [
+        "train: 2 of 6 steps (33 %), resumed",
+        "train: 4 of 6 steps (66 %), N/s, N s left, loss 1.0000, N tokens/s, N GB",
+        "train: 4 of 6 steps (66 %), N/s, N s left, loss 1.0000, eval loss 1.0000, N tokens/s, N GB",
+        "train: 6 of 6 steps (100 %), loss 1.0000, eval loss 1.0000, N tokens/s, N GB",
+        "train: 6 of 6 steps (100 %), loss 1.0000, eval loss 1.0000, N tokens/s, N GB",
+        "train: 6 of 6 steps (100 %), loss 1.0000, eval loss 1.0000, N tokens/s, N GB",
     ]
