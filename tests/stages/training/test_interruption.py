@@ -28,7 +28,7 @@ def interrupted(paths: Paths, number: int = signal.SIGTERM, **variables: str) ->
     printed = []
     for line in stage.stdout:
         printed.append(line)
-        if line.startswith("PROGRESS 7/"):
+        if line.startswith("train: 7 of "):
             stage.send_signal(number)
             break
     rest, _ = stage.communicate(timeout=120)
