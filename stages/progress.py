@@ -223,8 +223,9 @@ class LiveLine:
         if part != self._part and self._task is not None:
             self._keep()
         if self._task is None:
-            fields = {"stage": report.stage, "detail": "", "figures": ""}
-            self._task = self._progress.add_task(report.part, total=report.total, **fields)
+            self._task = self._progress.add_task(
+                report.part, total=report.total, stage=report.stage, detail="", figures=""
+            )
         self._part = part
         figures = describe_figures(report.figures)
         self._progress.update(self._task, completed=report.done, detail=report.detail(), figures=figures)
