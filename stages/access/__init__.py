@@ -1,1 +1,1 @@
-"""Who may use a server on loopback: no other web page, and only with its key. Imports no other room."""
+"""Servers on loopback: who may use them, and OpenAI's conventions for one of them. Imports no other room."""

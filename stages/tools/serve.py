@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 from starlette.types import ASGIApp
@@ -22,7 +24,9 @@ from sft.untrusted.templates import chat_templates_in_child
 from stages.access.guard import KeyRequired, OwnOriginOnly, new_key
 from stages.checkout.paths import Paths
 from stages.models.variants import MADE_BY, Variant, find_variant
+from stages.pages.page import render_page
 from stages.params.schema import Params
+from stages.tools.chat import Habits, training_habits
 from stages.tools.freshness import warn_if_stale
 
 HOST = "127.0.0.1"
@@ -65,26 +69,60 @@ def run(params: Params, paths: Paths, *, model: str = "merged", port: int = 8000
 
     # The server lists the models of the hub's cache, and fails if that folder does not exist.
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
-    # Requests name the model by the path that the server got: short if relative to the checkout.
+    # Requests may name the model by the path that the server got: short if relative to the checkout.
     os.chdir(paths.root)
-    name = model_id(variant, paths.root)
+    folder, name = model_id(variant, paths.root), short_name(params, model)
+    habits = find_habits(params, paths)
     print(f"loading {model} ...", flush=True)
     served = Prepared(
-        name,
+        folder,
         host=HOST,
         port=port,
         # half precision is slow on a CPU
         dtype="float32" if training_device().type == "cpu" else "auto",
         trust_remote_code=params.model.trust_remote_code,
         non_blocking=True,
+        log_level="error",
     )
-    served.server.config.app = guarded(served.server.config.app, key)
-    print(f"serving {model} at http://{HOST}:{port}/v1; Ctrl-C stops.", flush=True)
+    from stages.access.openai_api import adapt  # imports the web server
+
+    context = {"name": name, "system": habits.system, "is_multi_turn": habits.is_multi_turn}
+    app = adapt(served, name, (folder, model), render_page("chat.html.jinja", context))
+    served.server.config.app = guarded(app, key)
+    hide_requests(served.server.config)
+    print(f"serving {model} as {name} at http://{HOST}:{port}/v1; Ctrl-C stops.", flush=True)
     shown = f"${KEY}" if KEY in os.environ else key
     # sys.stdout replaces secrets by ***, and this one is for the user, who has no other way to get it
-    print(f"The API key is {shown}. For example:\n{example(name, port, shown)}", file=sys.__stdout__, flush=True)
+    print(
+        f"Chat page: http://{HOST}:{port}/{shown}/\n"
+        f"The API key is {shown}. For example:\n{example(name, port, shown, habits.system)}",
+        file=sys.__stdout__,
+        flush=True,
+    )
     with chat_templates_in_child():
         served.server.run()
+
+
+def short_name(params: Params, model: str) -> str:
+    """Return the name of the model in requests: that of the registered model, with the variant if not `merged`."""
+    name = params.publish.registered_model
+    return name if model == "merged" else f"{name}-{model}"
+
+
+def find_habits(params: Params, paths: Paths) -> Habits:
+    """Return how conversations of the training rows begin; without system message if they can't be read or are text."""
+    try:
+        return training_habits(params, paths)
+    except (ValueError, OSError):
+        return Habits(None, 0, 0, True)
+
+
+def hide_requests(config: Any) -> None:
+    """Print warnings and errors only, and no line per request: the address of the chat page contains the key."""
+    config.access_log = False
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logger = logging.getLogger("uvicorn.access")
+    logger.handlers, logger.propagate = [], False
 
 
 def api_key(given: str | None) -> str:
@@ -106,7 +144,7 @@ def api_key(given: str | None) -> str:
 def guarded(app: ASGIApp, key: str) -> ASGIApp:
     """Put a server's application behind the API key, and refuse web pages, other hosts and bodies other than JSON."""
     way_out = f"send the header 'Authorization: Bearer KEY' with the key that the server printed ({KEY} sets it)"
-    return OwnOriginOnly(KeyRequired(app, key, way_out=way_out), json_only=True)
+    return OwnOriginOnly(KeyRequired(app, key, in_path=True, way_out=way_out), json_only=True)
 
 
 def check_full_checkpoint(variant: Variant) -> None:
@@ -137,19 +175,22 @@ def check_port(port: int) -> None:
 
 
 def model_id(variant: Variant, root: Path) -> str:
-    """Return the name of the model in requests: its folder, relative to the checkout if it is inside."""
+    """Return the folder of the model, relative to the checkout if it is inside; requests may name the model by it."""
     folder = variant.checkpoint.resolve()
     return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
 
 
-def example(name: str, port: int, key: str) -> str:
+def example(name: str, port: int, key: str, system: str | None = None) -> str:
     """Return a command that sends a request, to paste into another terminal.
 
     Args:
         name: The model's name in requests.
         port: The server's port.
         key: The API key, or `$` with the environment variable that has it.
+        system: System message of the training rows.
     """
-    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello!"}]})
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    messages = [*opening, {"role": "user", "content": "Hello!"}]
+    body = json.dumps({"model": name, "messages": messages}, ensure_ascii=False)
     headers = f"-H \"Authorization: Bearer {key}\" -H 'Content-Type: application/json'"
     return f"  curl http://{HOST}:{port}/v1/chat/completions {headers} -d {shlex.quote(body)}"

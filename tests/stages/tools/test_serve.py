@@ -121,6 +121,60 @@ def test_web_pages_and_programs_without_the_key_get_no_answer(server: tuple[subp
     assert ask(address, chat, body, Content_Type=kind, Authorization=key)[0] == 200
 
 
+def post(address: str, **fields: object) -> tuple[int, str]:
+    body = {"messages": [{"role": "user", "content": "London?"}], "temperature": 0, **fields}
+    asked = {"Content_Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    return ask(address, "/v1/chat/completions", json.dumps(body).encode(), **asked)
+
+
+def test_the_model_has_a_short_name_and_errors_have_the_shape_of_openai(
+    server: tuple[subprocess.Popen[str], str],
+) -> None:
+    process, address = server
+    wait_until_it_answers(process, address)
+    listed = json.loads(ask(address, "/v1/models", Authorization=f"Bearer {KEY}")[1])
+    assert [model["id"] for model in listed["data"]] == ["shop-extractor"]
+    assert json.loads(post(address, model="merged", max_tokens=1)[1])["model"] == "shop-extractor"
+    for fields, status, param, message in (
+        ({"model": "gpt-5"}, 404, "model", "the model 'gpt-5' is not served; this server has 'shop-extractor'"),
+        ({"messages": []}, 400, "messages", "`messages` must be a list of at least one message"),
+        ({"n": 2}, 400, "n", "`n` is not supported by this server: leave it out or send 1"),
+        ({"max_tokens": 0}, 400, "max_tokens", "`max_tokens` is 0; it must be an integer of at least 1"),
+    ):
+        found, text = post(address, **fields)
+        error = json.loads(text)["error"]
+        assert (found, error["param"], error["message"]) == (status, param, message)
+        assert error["type"] in ("invalid_request_error", "not_found_error")
+
+
+def test_an_answer_that_ends_with_a_stop_token_at_the_limit_is_not_cut_off(
+    paths: Paths, server: tuple[subprocess.Popen[str], str]
+) -> None:
+    process, address = server
+    wait_until_it_answers(process, address)
+    assert json.loads(post(address, max_tokens=1)[1])["choices"][0]["finish_reason"] == "length"
+    tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
+    model = load_variant(find_variant(paths, "merged"), tiny_params().model, len(tokenizer), [])
+    messages = [{"role": "user", "content": "London?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    first = int(model(input_ids=ids).logits[0, -1].argmax())
+    config = json.dumps({"eos_token_id": first, "max_new_tokens": 1})
+    assert json.loads(post(address, generation_config=config)[1])["choices"][0]["finish_reason"] == "stop"
+    events = post(address, generation_config=config, stream=True)[1].strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "stop"
+
+
+def test_the_chat_page_is_behind_the_key(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, address = server
+    wait_until_it_answers(process, address)
+    assert ask(address, "/")[0] == 401
+    status, page = ask(address, f"/{KEY}/")
+    assert (status, KEY in page) == (200, False)
+    assert "<title>Chat with shop-extractor</title>" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
 def test_a_chat_request_is_answered_by_the_model_and_an_interrupt_ends_the_server(
     paths: Paths, server: tuple[subprocess.Popen[str], str]
 ) -> None:
@@ -128,7 +182,7 @@ def test_a_chat_request_is_answered_by_the_model_and_an_interrupt_ends_the_serve
     wait_until_it_answers(process, address)
     assert ask(address, "/v1/models", Authorization=f"Bearer {KEY}")[0] == 200  # where nothing was ever downloaded
     messages = [{"role": "system", "content": "JSON!"}, {"role": "user", "content": "London?"}]
-    body = {"model": "outs/merge/model", "messages": messages, "max_tokens": 6, "temperature": 0}
+    body = {"model": "shop-extractor", "messages": messages, "max_tokens": 6, "temperature": 0}
     asked = {"Content_Type": "application/json", "Authorization": f"Bearer {KEY}"}
     choice = json.loads(ask(address, "/v1/chat/completions", json.dumps(body).encode(), **asked)[1])["choices"][0]
     tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
@@ -138,7 +192,8 @@ def test_a_chat_request_is_answered_by_the_model_and_an_interrupt_ends_the_serve
     process.send_signal(signal.SIGINT)
     log = process.communicate(timeout=30)[0]
     assert process.returncode in (0, 130)
-    assert f"serving merged at {address}/v1" in log
+    assert f"serving merged as shop-extractor at {address}/v1" in log
+    assert f"Chat page: {address}/$SFT_SERVE_API_KEY/" in log
     assert '-H "Authorization: Bearer $SFT_SERVE_API_KEY"' in log
     assert KEY not in log
     assert "Traceback" not in log
