@@ -15,6 +15,7 @@ from sft.options import (
     BAD_LOSS_POLICIES,
     LOSS_TYPES,
     NOT_PRINTED_POLICIES,
+    OVERFLOW_POLICIES,
     PACKING_STRATEGIES,
     THINKING_POLICIES,
     TRUNCATION_MODES,
@@ -203,6 +204,13 @@ class SFTConfig(TrainingArguments):
     truncation_mode: str = field(
         default="keep_start",
         metadata={"help": "Part of a too long sequence that is kept: keep_start or keep_end."},
+    )
+    overflow: str | None = field(
+        default=None,
+        metadata={
+            "help": "What becomes of documents longer than max_length: truncate, split, split_with_prompt (each part "
+            "of an answer keeps its prompt), drop or error. None = truncate, or what packing_strategy does."
+        },
     )
     shuffle_dataset: bool = field(
         default=False,
@@ -449,6 +457,7 @@ class SFTConfig(TrainingArguments):
         if unknown:
             raise ValueError(f"dataset_kwargs has unknown keys {sorted(unknown)}; known: {', '.join(DATASET_KWARGS)}")
         splits = self.packing_strategy != "bfd" or bool(self.constant_length)
+        self._check_overflow(splits=splits)
         if self.truncation_mode == "keep_end" and self.packing and self.eval_packing is not False and splits:
             what = (
                 f"packing_strategy={self.packing_strategy!r}" if self.packing_strategy != "bfd" else "num_of_sequences"
@@ -469,6 +478,25 @@ class SFTConfig(TrainingArguments):
                 raise ValueError(f"{name}={value} must be above 0: it sets the size of the buffer that packing fills")
             if value is not None and not (self.packing or self.eval_packing):
                 raise ValueError(f"{name}={value} sets how rows are packed, and would be ignored without packing=True")
+
+    def _check_overflow(self, *, splits: bool) -> None:
+        if self.overflow is None:
+            return
+        if self.overflow not in OVERFLOW_POLICIES:
+            raise ValueError(f"overflow={self.overflow!r}: use one of {', '.join(OVERFLOW_POLICIES)}")
+        if self.max_length is None:
+            raise ValueError(f"overflow={self.overflow!r} would be ignored, since max_length=None limits no sequence")
+        if splits and (self.packing or self.eval_packing):
+            raise ValueError(
+                f"overflow={self.overflow!r} would be ignored: packing by packing_strategy={self.packing_strategy!r}, "
+                "num_of_sequences or chars_per_token divides long documents itself; leave it out, or use "
+                "packing_strategy='bfd' alone"
+            )
+        if self.truncation_mode == "keep_end" and self.overflow != "truncate":
+            raise ValueError(
+                f"truncation_mode='keep_end' would be ignored with overflow={self.overflow!r}, which truncates "
+                "nothing; leave one of them out"
+            )
 
     def dataset_option(self, name: str) -> bool | None:
         """Return one entry of `dataset_kwargs`; None where it is not given."""

@@ -8,7 +8,7 @@ PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
 """How documents are put into rows, see `sft.tokens.packing.pack_dataset`."""
 PACKING_STRATEGIES: tuple[PackingStrategy, ...] = get_args(PackingStrategy)
 
-OverflowPolicy = Literal["truncate", "split", "drop", "error"]
+OverflowPolicy = Literal["truncate", "split", "split_with_prompt", "drop", "error"]
 """What happens to documents longer than the limit, see `sft.tokens.packing.apply_overflow`."""
 OVERFLOW_POLICIES: tuple[OverflowPolicy, ...] = get_args(OverflowPolicy)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,10 @@ from transformers import AutoTokenizer
 
 from sft.folders import replacing_folder
 from sft.labels import IGNORE_INDEX
-from sft.tokens.columns import Integers, Pieces, RowPlan, row_tables, write_rows
-from sft.tokens.packing import OverflowReport, plan_overflow, plan_rows
+from sft.tokens.columns import Columns, Integers, Pieces, RowPlan, count_trained, row_tables, write_rows
+from sft.tokens.packing import Limited, OverflowReport, cut_pieces, kept_by_length, plan_overflow, plan_rows
 from sft.tokens.preview import preview_masks
+from sft.tokens.prompts import PartColumn
 from stages.checkout.artifacts import write_json, write_jsonl, write_text
 from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
@@ -109,7 +111,7 @@ def check_images_kept(documents: Documents, section: PackSection) -> None:
     limit = section.max_length
     for number, images in enumerate(documents.images):
         length = int(documents.lengths[number])
-        if images.end > limit or (images.names and length > limit and section.overflow == "split"):
+        if images.end > limit or (images.names and length > limit and section.overflow.startswith("split")):
             raise ValueError(
                 f"params.yaml, pack.max_length: {documents.ids[number].as_py()} has {length} tokens, those of its "
                 f"images up to number {images.end}, and {section.overflow} at {limit} would separate images from "
@@ -153,26 +155,37 @@ def pack_split(
     Raises:
         ValueError: No trainable token is left, or more were cut than `max_lost_fraction` allows.
     """
-    pieces, report = plan_overflow(documents.columns, section.max_length, section.overflow, documents.ids)
-    plan = plan_split(pieces, section, documents.groups)
+    limited = plan_overflow(documents.columns, section.max_length, section.overflow, documents.ids)
+    pieces, report = limited.pieces, limited.report
+    divided = replace(
+        documents,
+        columns=dict(limited.columns),
+        ids=documents.ids.take(pa.array(limited.source)),
+        images=[documents.images[number] for number in limited.source.tolist()] if documents.images else [],
+        groups=None if documents.groups is None else documents.groups[limited.source],
+    )
+    plan = plan_split(pieces, section, divided.groups)
     before = np.array([documents.lengths.sum(), documents.trained.sum()])
     lost = np.array([report.num_tokens_lost, sum(report.trained_tokens_lost.values())])
-    check_lost_tokens(int(before[1]), int(lost[1]), section, lost_tokens(documents.ids, report, pieces, plan), split)
+    check_lost_tokens(documents, report, section, lost_tokens(documents.ids, limited, plan), split)
     entered = np.zeros(2, dtype=np.int64)
-    for entry in lost_tokens(documents.ids, report, pieces, plan):
+    for entry in lost_tokens(documents.ids, limited, plan):
         num_lost = {"tokens_lost": entry.tokens_lost, "trained_tokens_lost": entry.trained_tokens_lost}
         ledger.enter(entry.id, entry.reason, None, ACTIONS[entry.reason], **num_lost)
         entered += list(num_lost.values())
     count = RowCount(f"packed {split} rows", len(plan.ends))
-    tables = row_tables(documents.columns, plan)
+    tables = row_tables(limited.columns, plan)
     if section.strategy == "none":
         tables = without_lengths(tables)
-    if documents.images:
-        tables = with_images(tables, plan, documents.images)
+    if divided.images:
+        tables = with_images(tables, plan, divided.images)
     write_rows(count.through(tables), folder / split)
     written = np.array([count.filled().sum(), count.num_trained])
-    assert (before == written + entered).all(), f"{before} tokens (trained) in, {written} out, {entered} in the ledger"
-    write_jsonl(folder / f"{split}_index.jsonl", index_entries(documents.ids, plan))
+    repeated = np.array([report.num_repeated, 0])
+    assert (before + repeated == written + entered).all(), (
+        f"{before} tokens (trained) in, {repeated} repeated, {written} out, {entered} in the ledger"
+    )
+    write_jsonl(folder / f"{split}_index.jsonl", index_entries(divided.ids, plan, limited.columns))
     figures = {
         "documents": len(pieces),
         "rows": len(plan.ends),
@@ -185,8 +198,13 @@ def pack_split(
         "border_in_token": documents.num_crossed,
         "tokens_lost": int(lost[0]),
         "trained_tokens_lost": int(lost[1]),
+        "untrained_pieces": report.num_untrained_pieces,
+        "answers_cut": report.num_answers_cut,
+        "trained_tokens_cut": report.num_trained_cut,
+        "tokens_repeated": report.num_repeated,
     }
-    return SplitFacts(figures, documents.lengths, documents.trained, count.filled()), Kept(documents, pieces)
+    facts = SplitFacts(figures, documents.lengths, documents.trained, count.filled())
+    return facts, Kept(divided, pieces, documents.lengths[limited.source])
 
 
 def plan_split(pieces: Pieces, section: PackSection, groups: Integers | None = None) -> RowPlan:
@@ -213,49 +231,74 @@ class LostTokens(NamedTuple):
     trained_tokens_lost: int
 
 
-def lost_tokens(ids: pa.ChunkedArray, report: OverflowReport, pieces: Pieces, plan: RowPlan) -> Iterator[LostTokens]:
+def lost_tokens(ids: pa.ChunkedArray, limited: Limited, plan: RowPlan) -> Iterator[LostTokens]:
     """Yield an entry for every document that the length limit changed or the end of a row divided.
 
     Args:
         ids: `(num_documents,)` ids of the records.
-        report: What the limit did.
-        pieces: Pieces that the limit left.
-        plan: Rows that are made of the pieces.
+        limited: What the limit left.
+        plan: Rows that are made of it.
     """
+    report = limited.report
     for reason, rows in report.row_indices.items():
         for row in rows:
             yield LostTokens(ids[row].as_py(), reason, report.tokens_lost[row], report.trained_tokens_lost[row])
     size = report.num_rows
-    divided = np.bincount(plan.pieces.document, minlength=size) > np.bincount(pieces.document, minlength=size)
+    packed, kept = limited.source[plan.pieces.document], limited.source[limited.pieces.document]
+    divided = np.bincount(packed, minlength=size) > np.bincount(kept, minlength=size)
     for row in np.flatnonzero(divided).tolist():
         yield LostTokens(ids[row].as_py(), "divided", 0, 0)
 
 
-def check_lost_tokens(trained: int, lost: int, section: PackSection, entries: Iterator[LostTokens], split: str) -> None:
-    """Check that the length limit left enough trained tokens.
+def check_lost_tokens(
+    documents: Documents, report: OverflowReport, section: PackSection, entries: Iterator[LostTokens], split: str
+) -> None:
+    """Check that the length limit left enough trained tokens, with their prompts.
 
     Args:
-        trained: Number of trained tokens before the limit.
-        lost: How many of them are lost.
+        documents: Documents before the limit.
+        report: What the limit did.
         section: The section `pack` of params.yaml.
         entries: Documents that lost tokens; the message names the first ones.
         split: train or eval.
 
     Raises:
-        ValueError: All trained tokens are lost, or more than `max_lost_fraction` allows.
+        ValueError: All trained tokens are lost, or more of them are lost or cut from their prompts than
+            `max_lost_fraction` allows.
     """
+    trained, lost = int(documents.trained.sum()), sum(report.trained_tokens_lost.values())
     first = ", ".join(f"{entry.id} ({entry.reason})" for entry in itertools.islice(entries, 3))
     if lost == trained:
         raise ValueError(
             f"no trainable token is left in the {split} rows: all {trained} were lost at pack.max_length "
             f"{section.max_length}; first rows: {first}; raise pack.max_length"
         )
-    if lost / trained > section.max_lost_fraction:
-        raise ValueError(
-            f"{lost / trained:.1%} of the trained tokens of the {split} rows are lost at pack.max_length "
-            f"{section.max_length}, more than pack.max_lost_fraction {section.max_lost_fraction:.1%} allows; "
-            f"first rows: {first}; raise pack.max_length, set pack.overflow to split, or raise pack.max_lost_fraction"
-        )
+    share = (lost + report.num_trained_cut) / trained
+    if share <= section.max_lost_fraction:
+        return
+    found = [f"{lost / trained:.1%} are in no row"] if lost else []
+    if report.num_trained_cut:
+        found.append(f"{report.num_trained_cut / trained:.1%} are answers that are cut from their prompts")
+    policy = "set pack.overflow to split_with_prompt" if section.overflow != "split_with_prompt" else ""
+    ways = ["raise pack.max_length", policy, "raise pack.max_lost_fraction"]
+    higher = kept_by_length(
+        documents.lengths, lambda limit: kept_fraction(documents, limit, section.overflow), section.max_length
+    )
+    raise ValueError(
+        f"{share:.1%} of the trained tokens of the {split} rows are lost at pack.max_length {section.max_length}, more "
+        f"than pack.max_lost_fraction {section.max_lost_fraction:.1%} allows: {' and '.join(found)}; of other lengths, "
+        f"{higher}; first rows: {first}; {', '.join(filter(None, ways[:-1]))}, or {ways[-1]}"
+    )
+
+
+def kept_fraction(documents: Documents, limit: int, policy: str) -> float:
+    """Return the fraction of the trained tokens that a limit keeps; where it divides, those of whole documents."""
+    fits = documents.lengths <= limit
+    kept = int(documents.trained[fits].sum())
+    if policy == "truncate":
+        pieces = cut_pieces(documents.lengths, limit, policy)[~fits]
+        kept += int(count_trained(documents.columns["labels"], pieces)[0].sum())
+    return kept / int(documents.trained.sum())
 
 
 def without_lengths(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -291,25 +334,31 @@ class RowCount:
         return np.concatenate(self._filled)
 
 
-def index_entries(ids: pa.ChunkedArray, plan: RowPlan) -> Iterator[dict[str, Any]]:
+def index_entries(ids: pa.ChunkedArray, plan: RowPlan, columns: Columns) -> Iterator[dict[str, Any]]:
     """Yield for every packed row the documents in it, in order.
 
     Args:
         ids: `(num_documents,)` ids of the records.
         plan: The packed rows.
+        columns: Columns of the documents.
 
     Yields:
         Entries with `row`, `ids`, `ends` (for each document, the position after its last token in the row) and `starts`
         (for each document, which of its record's tokens is its first one in the row; not 0 for the later parts of a
-        divided document).
+        divided document). With `overflow: split_with_prompt` also `prompts` (number of tokens of the prompt that is
+        repeated before a later part) and `continues` (which of the record's tokens follows it).
     """
+    parts = column.parts if isinstance(column := columns["input_ids"], PartColumn) else None
     first = 0
     names = ids.take(pa.array(plan.pieces.document)) if len(plan.pieces) else ids
     for row, last in enumerate(plan.ends.tolist()):
-        yield {
-            "row": row,
-            "ids": names[first:last].to_pylist(),
-            "ends": np.cumsum(plan.pieces.length[first:last]).tolist(),
-            "starts": plan.pieces.start[first:last].tolist(),
-        }
+        pieces = plan.pieces[first:last]
+        entry = {"row": row, "ids": names[first:last].to_pylist(), "ends": np.cumsum(pieces.length).tolist()}
+        if parts is None:
+            yield {**entry, "starts": pieces.start.tolist()}
+        else:
+            own = parts[pieces.document]
+            starts = np.where(own.prompt_length > 0, own.prompt_start, own.start)
+            repeated = {"prompts": own.prompt_length.tolist(), "continues": own.start.tolist()}
+            yield {**entry, "starts": starts.tolist(), **repeated}
         first = last

@@ -77,8 +77,8 @@ def openai_messages(value: Any) -> Conversation:
             parsed = json.loads(value)
         except (ValueError, RecursionError):
             return Conversation(value)
-        messages, tools = openai_messages(parsed) if isinstance(parsed, list) else Conversation(parsed)
-        return Conversation(json.dumps(messages, ensure_ascii=False), tools)
+        read = openai_messages(parsed) if isinstance(parsed, list) else Conversation(parsed)
+        return Conversation(json.dumps(read.messages, ensure_ascii=False), read.tools)
     if not is_messages(value) or not all(isinstance(message, Mapping) for message in value):
         return Conversation(value)
     tools: list[Any] = []

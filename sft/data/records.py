@@ -223,16 +223,17 @@ def _question_answer(row: Mapping[str, Any], layout: Layout) -> list[dict[str, A
 
 
 def _with_system(messages: list[dict[str, Any]], row: Mapping[str, Any], layout: Layout) -> list[dict[str, Any]]:
-    system = plain_text(row.get(layout.system)) if layout.system else None
-    if not system:
+    column = layout.system
+    system = plain_text(row.get(column)) if column else None
+    if column is None or not system:
         return messages
     if messages[0]["role"] == "system":
         if messages[0]["content"] != system:
             raise RowError(
-                "two_system_messages", f"the conversation has one, and column {layout.system!r} holds {system!r:.80}"
+                "two_system_messages", f"the conversation has one, and column {column!r} holds {system!r:.80}"
             )
         return messages
-    return [{"role": "system", "content": _text({layout.system: system}, str(layout.system))}, *messages]
+    return [{"role": "system", "content": _text({column: system}, column)}, *messages]
 
 
 def _pair_record(row: Mapping[str, Any], layout: Layout, prune_nulls: bool) -> dict[str, Any]:

@@ -210,7 +210,9 @@ class RowPlan:
         return RowPlan(self.pieces[before : before + (int(ends[-1]) if len(ends) else 0)], ends)
 
 
-def materialize(dataset: Dataset, plan: RowPlan, carry: Dataset | None = None) -> Dataset:
+def materialize(
+    dataset: Dataset, plan: RowPlan, carry: Dataset | None = None, columns: Columns | None = None
+) -> Dataset:
     """Create the data set of a plan's rows.
 
     It is in memory if the source is, otherwise in a temporary file that is deleted when the process ends.
@@ -220,8 +222,9 @@ def materialize(dataset: Dataset, plan: RowPlan, carry: Dataset | None = None) -
         plan: The rows to create.
         carry: Further columns to keep, one row per output row. None if rows are packed; then `seq_lengths` (lengths of
             the row's pieces) is added, and `labels` if the source has none.
+        columns: Columns of the documents of the plan; None = those of the source.
     """
-    return _store(row_tables(token_columns(dataset), plan, carry), in_memory=not dataset.cache_files)
+    return _store(row_tables(columns or token_columns(dataset), plan, carry), in_memory=not dataset.cache_files)
 
 
 def row_tables(columns: Columns, plan: RowPlan, carry: Dataset | None = None) -> Iterator[pa.Table]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ from sft.tokens.columns import (
     token_columns,
     whole,
 )
+from sft.tokens.prompts import cut_from_prompts, divide_with_prompts
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class OverflowReport:
         tokens_lost: Number of tokens that are in no output row, for every row with an effect.
         trained_tokens_lost: Number of trained tokens among those, for every row with an effect.
         source_rows: `(num_output_rows,)` input row of each output row.
+        num_untrained_pieces: Parts of split rows that were dropped because nothing in them is trained.
+        num_answers_cut: Answers, or parts of answers, that are trained without their whole prompt.
+        num_trained_cut: Trained tokens in them.
+        num_repeated: Tokens of prompts that are in several output rows, without the first time.
     """
 
     policy: str
@@ -63,6 +68,10 @@ class OverflowReport:
     tokens_lost: dict[int, int] = field(default_factory=dict)
     trained_tokens_lost: dict[int, int] = field(default_factory=dict)
     source_rows: list[int] = field(default_factory=list)
+    num_untrained_pieces: int = 0
+    num_answers_cut: int = 0
+    num_trained_cut: int = 0
+    num_repeated: int = 0
 
     @property
     def num_tokens_lost(self) -> int:
@@ -104,7 +113,24 @@ class OverflowReport:
         parts = [f"{len(rows)} {name} (first: row {rows[0]})" for name, rows in self.row_indices.items() if rows]
         if not parts:
             return ""
-        return f"limit of {self.max_length} tokens: {', '.join(parts)}; {self.num_tokens_lost} tokens lost"
+        cut = f"; {self.num_answers_cut} answers without their whole prompt" if self.num_answers_cut else ""
+        return f"limit of {self.max_length} tokens: {', '.join(parts)}; {self.num_tokens_lost} tokens lost{cut}"
+
+
+class Limited(NamedTuple):
+    """Documents within a length limit.
+
+    Attributes:
+        columns: Token columns of the documents that `pieces` are parts of: those given, or parts with their prompts.
+        pieces: The parts of them to keep.
+        source: `(num_documents,)` the given document of each document in `columns`.
+        report: What the limit did.
+    """
+
+    columns: Columns
+    pieces: Pieces
+    source: Integers
+    report: OverflowReport
 
 
 def cut_pieces(lengths: Integers, max_length: int, policy: str, *, keep_end: bool = False) -> Pieces:
@@ -137,7 +163,8 @@ def apply_overflow(
     Args:
         dataset: Tokenized rows; columns other than the token columns are kept unchanged.
         max_length: Limit in tokens.
-        policy: `truncate`, `split` (into several documents), `drop` or `error`.
+        policy: `truncate`, `split` (into several documents), `split_with_prompt` (see `sft.tokens.prompts`), `drop` or
+            `error`.
         keep_end: Whether `truncate` keeps the end of a document instead of its beginning.
 
     Returns:
@@ -148,11 +175,13 @@ def apply_overflow(
     """
     columns = token_columns(dataset)
     ids = dataset["id"] if "id" in dataset.column_names else None
-    pieces, report = plan_overflow(columns, max_length, policy, ids, keep_end=keep_end)
+    limited = plan_overflow(columns, max_length, policy, ids, keep_end=keep_end)
+    pieces, report = limited.pieces, limited.report
     if len(pieces) == len(dataset) and not report.touched:
         return dataset, report
     others = dataset.remove_columns(list(columns)).select(report.source_rows)
-    return materialize(dataset, RowPlan(pieces, np.arange(1, len(pieces) + 1)), carry=others), report
+    plan = RowPlan(pieces, np.arange(1, len(pieces) + 1))
+    return materialize(dataset, plan, carry=others, columns=limited.columns), report
 
 
 def plan_overflow(
@@ -162,21 +191,18 @@ def plan_overflow(
     ids: Sequence[Any] | None = None,
     *,
     keep_end: bool = False,
-) -> tuple[Pieces, OverflowReport]:
+) -> Limited:
     """Plan a length limit as in `apply_overflow`, without moving tokens.
 
     Args:
         columns: `input_ids`, and `labels` unless all tokens are trained.
         max_length: Limit in tokens.
-        policy: `truncate`, `split`, `drop` or `error`.
+        policy: `truncate`, `split`, `split_with_prompt`, `drop` or `error`.
         ids: `(num_documents,)` names of the documents in messages.
         keep_end: Whether `truncate` keeps the end of a document instead of its beginning.
 
-    Returns:
-        The parts of documents to keep, and a report.
-
     Raises:
-        ValueError: The limit is below 1, or the policy is `error` and a document is too long.
+        ValueError: The limit is too small, or the policy is `error` and a document is too long.
     """
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, found {max_length}")
@@ -185,19 +211,59 @@ def plan_overflow(
     lengths = columns["input_ids"].lengths()
     if policy == "error":
         _refuse_long(lengths, max_length, ids)
+    if policy == "split_with_prompt":
+        return _plan_parts(columns, max_length)
     pieces = cut_pieces(lengths, max_length, policy, keep_end=keep_end)
+    trained, is_kept = _count_kept(columns, pieces)
+    kept = pieces[is_kept]
+    report = _report(policy, max_length, lengths, kept.document)
+    _count_losses(report, columns, kept, trained[is_kept])
+    is_split = np.isin(pieces.document, report.split)
+    report = replace(report, num_untrained_pieces=int((is_split & ~is_kept).sum()))
+    if "labels" in columns:
+        num_answers, num_tokens = cut_from_prompts(columns["labels"], lengths, kept)
+        report = replace(report, num_answers_cut=num_answers, num_trained_cut=num_tokens)
+    return Limited(columns, kept, np.arange(len(lengths)), report)
+
+
+def _plan_parts(columns: Columns, max_length: int) -> Limited:
+    """Plan a length limit whose parts keep their prompts."""
+    parts = divide_with_prompts(columns, max_length)
+    divided = parts.columns(columns)
+    pieces = whole(divided["input_ids"].lengths())
+    trained, is_kept = _count_kept(divided, pieces)
+    kept = parts[is_kept]
+    report = _report("split_with_prompt", max_length, columns["input_ids"].lengths(), kept.document)
+    _count_losses(report, columns, Pieces(kept.document, kept.start, kept.length), trained[is_kept])
+    is_split = np.isin(parts.document, report.split)
+    report = replace(
+        report,
+        num_untrained_pieces=int((is_split & ~is_kept).sum()),
+        num_answers_cut=int((kept.num_cut > 0).sum()),
+        num_trained_cut=int(kept.num_cut.sum()),
+        num_repeated=int(kept.prompt_length.sum()),
+    )
+    return Limited(divided, pieces[is_kept], parts.document, report)
+
+
+def _count_kept(columns: Columns, pieces: Pieces) -> tuple[Integers, np.ndarray[Any, Any]]:
+    """Return the number of trained tokens in each piece, and whether it has a target."""
     if "labels" in columns:
         trained, targets = count_trained(columns["labels"], pieces)
     else:
         trained = targets = pieces.length
-    kept = targets > 0
-    report = _report(policy, max_length, lengths, pieces[kept])
-    _count_losses(report, columns, pieces[kept], trained[kept])
-    return pieces[kept], report
+    return trained, targets > 0
 
 
 def _count_losses(report: OverflowReport, columns: Columns, kept: Pieces, trained: Integers) -> None:
-    """Add the number of tokens that each affected row lost to the report."""
+    """Add the number of tokens that each affected row lost to the report.
+
+    Args:
+        report: The report.
+        columns: Columns of the input.
+        kept: What is kept, without prompts that are repeated.
+        trained: `(num_pieces,)` trained tokens.
+    """
     lengths = columns["input_ids"].lengths()
     rows = np.array(report.touched, dtype=np.int64)
     touched = whole(lengths)[rows]
@@ -208,9 +274,10 @@ def _count_losses(report: OverflowReport, columns: Columns, kept: Pieces, traine
     report.trained_tokens_lost.update(zip(report.touched, (before - after_trained).tolist(), strict=True))
 
 
-def _report(policy: str, max_length: int, lengths: Integers, kept: Pieces) -> OverflowReport:
+def _report(policy: str, max_length: int, lengths: Integers, kept: Integers) -> OverflowReport:
+    """Return the report of a limit; `kept` are the documents of the pieces that are kept."""
     too_long = np.flatnonzero(lengths > max_length)
-    gone = np.setdiff1d(np.arange(len(lengths)), kept.document)
+    gone = np.setdiff1d(np.arange(len(lengths)), kept)
     long_and_kept = np.setdiff1d(too_long, gone)
     dropped = too_long if policy == "drop" else too_long[:0]
     return OverflowReport(
@@ -218,10 +285,10 @@ def _report(policy: str, max_length: int, lengths: Integers, kept: Pieces) -> Ov
         max_length=max_length,
         num_rows=len(lengths),
         truncated=long_and_kept.tolist() if policy == "truncate" else [],
-        split=long_and_kept.tolist() if policy == "split" else [],
+        split=long_and_kept.tolist() if policy in ("split", "split_with_prompt") else [],
         dropped=dropped.tolist(),
         masked=np.setdiff1d(gone, dropped).tolist(),
-        source_rows=kept.document.tolist(),
+        source_rows=kept.tolist(),
     )
 
 
@@ -233,8 +300,25 @@ def _refuse_long(lengths: Integers, max_length: int, ids: Sequence[Any] | None) 
     name = "" if ids is None else f" (id {str(ids[row])!r})"
     raise ValueError(
         f"{len(too_long)} rows are longer than {max_length} tokens; the first is row {row}{name} with {lengths[row]}, "
-        f"the longest has {lengths.max()}. Raise max_length, or choose overflow truncate, split or drop."
+        f"the longest has {lengths.max()}. Raise max_length (of the rows, "
+        f"{kept_by_length(lengths, lambda limit: float((lengths <= limit).mean()), max_length)}), or choose overflow "
+        "truncate, split, split_with_prompt or drop."
     )
+
+
+def kept_by_length(lengths: Integers, kept_at: Callable[[int], float], above: int) -> str:
+    """Describe what higher limits keep: 512, 1,024, 2,048, ... and the length that keeps all.
+
+    Args:
+        lengths: `(num_documents,)` number of tokens in each document.
+        kept_at: Function from a limit to the share that it keeps.
+        above: Limits up to this one are not listed.
+    """
+    longest = int(lengths.max())
+    limits = [1 << power for power in range(9, 31) if above < 1 << power < longest]
+    # a share that rounds to all, and is not, is shown as less
+    shares = [f"{limit:,} keeps {min(kept_at(limit), 0.999):.1%}" for limit in limits]
+    return ", ".join([*shares, f"{longest:,} keeps all"])
 
 
 def truncate_dataset(dataset: Dataset | IterableDataset, max_length: int) -> Dataset | IterableDataset:
@@ -360,6 +444,7 @@ def limit_and_pack(
     *,
     keep_end: bool = False,
     groups: Integers | None = None,
+    overflow: str | None = None,
 ) -> tuple[Dataset, OverflowReport]:
     """Apply the length limit, drop documents in which nothing is trained, and pack; every token is moved once.
 
@@ -370,6 +455,7 @@ def limit_and_pack(
         strategy: As in `pack_dataset`.
         keep_end: Whether `bfd` keeps the end of a document that it truncates instead of its beginning.
         groups: See `plan_rows`; one number per document.
+        overflow: What `bfd` does with longer documents, see `apply_overflow`; None = truncate them.
 
     Returns:
         The packed data set, and a report on the limit.
@@ -379,9 +465,11 @@ def limit_and_pack(
     # `wrapped` splits documents wherever a row is full, so the limit does not apply to them
     longest = int(columns["input_ids"].lengths().max(initial=1))
     limit = max(longest, max_length) if strategy == "wrapped" else max_length
-    policy = "split" if strategy == "bfd_split" else "truncate"
-    pieces, report = plan_overflow(columns, limit, policy, keep_end=keep_end)
-    return materialize(dataset, plan_rows(pieces, max_length, strategy, groups)), report
+    policy = "split" if strategy == "bfd_split" else overflow or "truncate"
+    ids = dataset["id"] if "id" in dataset.column_names else None
+    limited = plan_overflow(columns, limit, policy, ids, keep_end=keep_end)
+    plan = plan_rows(limited.pieces, max_length, strategy, None if groups is None else groups[limited.source])
+    return materialize(dataset, plan, columns=limited.columns), limited.report
 
 
 def plan_rows(pieces: Pieces, seq_length: int, strategy: str = "bfd", groups: Integers | None = None) -> RowPlan:

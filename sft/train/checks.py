@@ -134,6 +134,8 @@ def _warn_of_lengths(dataset: Any, config: SFTConfig, collator: Callable | None,
         logger.warning("max_length=%d has no effect: %s; truncate its rows yourself", config.max_length, why)
     if config.truncation_mode != "keep_start":
         logger.warning("truncation_mode=%r has no effect: %s", config.truncation_mode, why)
+    if config.overflow is not None:
+        logger.warning("overflow=%r has no effect: %s", config.overflow, why)
 
 
 def _name(collator: Callable) -> str:

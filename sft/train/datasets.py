@@ -682,6 +682,11 @@ def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bo
     """
     keep_end = config.truncation_mode == "keep_end"
     if isinstance(dataset, IterableDataset):
+        if config.overflow not in (None, "truncate"):
+            raise ValueError(
+                f"overflow={config.overflow!r} looks at all rows, and {name} rows are a stream, whose long documents "
+                "can only be truncated; leave it out, or load the data set without streaming"
+            )
         divided = packing and config.packing_strategy in ("bfd_split", "wrapped")
         limit = StreamLimit(NO_LIMIT if divided else max_length, name, keep_end=keep_end)
         kept = dataset.map(limit, batched=True, batch_size=config.dataset_batch_size)
@@ -691,9 +696,16 @@ def fit_lengths(dataset: Any, max_length: int, config: SFTConfig, *, packing: bo
         groups = np.array(dataset[GROUP_COLUMN], dtype=np.int64)
         dataset = dataset.remove_columns(GROUP_COLUMN)
     if packing:
-        fitted, report = limit_and_pack(dataset, max_length, config.packing_strategy, keep_end=keep_end, groups=groups)
+        fitted, report = limit_and_pack(
+            dataset,
+            max_length,
+            config.packing_strategy,
+            keep_end=keep_end,
+            groups=groups,
+            overflow=config.overflow,
+        )
     else:
-        fitted, report = apply_overflow(dataset, max_length, keep_end=keep_end)
+        fitted, report = apply_overflow(dataset, max_length, config.overflow or "truncate", keep_end=keep_end)
     if report.summary():
         logger.warning("%s data: %s", name, report.summary())
     if not report.source_rows:

@@ -72,6 +72,11 @@ def choose_vision_collator(
             f"truncation_mode={config.truncation_mode!r} would cut off the images of rows with images ({where}); "
             "leave it out"
         )
+    if config.overflow is not None:
+        raise ValueError(
+            f"overflow={config.overflow!r} would separate images from their text in rows with images ({where}); leave "
+            "it out"
+        )
     if config.chat_template_path is not None or config.chat_template_kwargs:
         processing_class.chat_template = processing_class.tokenizer.chat_template
     config.remove_unused_columns = False

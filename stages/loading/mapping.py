@@ -112,7 +112,9 @@ class RowMapping:
         return [self._with_role(self._renamed(message)) for message in value]
 
     def _renamed(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        given = {self._keys[key]: item for key, item in message.items() if key in self._keys and item is not None}
+        given: dict[str, Any] = {
+            self._keys[key]: item for key, item in message.items() if key in self._keys and item is not None
+        }
         return {**{key: item for key, item in message.items() if key not in self._keys}, **given}
 
     def _with_role(self, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def _guess_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         return {longest[0]: "text"}
     first, second = sorted(longest, key=names.index)
     is_turned = bool(_ANSWER.search(first.lower())) and not _ANSWER.search(second.lower())
-    is_turned = is_turned or (_QUESTION.search(second.lower()) and not _QUESTION.search(first.lower()))
+    is_turned = is_turned or bool(_QUESTION.search(second.lower()) and not _QUESTION.search(first.lower()))
     question, answer = (second, first) if is_turned else (first, second)
     renamed = {question: "question", answer: "answer"}
     return {name: other for name, other in renamed.items() if name != other}

@@ -58,6 +58,7 @@ def write_data_page(paths: Paths, splits: Mapping[str, SplitFacts], previews: li
         "charts": charts(splits["train"]),
         "roles": role_table(paths),
         "num_rows_for_roles": MAX_ROWS_FOR_ROLES,
+        "limits": [limit_sentence(name, split.figures) for name, split in splits.items()],
         "previews": previews,
         "percent": percent,
     }
@@ -71,6 +72,30 @@ def summary(card: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         f"{rows_sentence(card)} {figures['tokens']:,} tokens go into training, {percent(share)} of them "
         f"are trained; they fill {figures['rows']:,} packed rows to {percent(figures['fill'])}."
     )
+
+
+def limit_sentence(name: str, figures: Mapping[str, Any]) -> str:
+    """Return what the length limit did to the documents of a split."""
+    found = []
+    if figures["truncated"]:
+        found.append(f"{figures['truncated']:,} documents are cut off")
+    if figures["dropped"]:
+        found.append(f"{figures['dropped']:,} are dropped")
+    if figures["split"]:
+        found.append(f"{figures['split']:,} are divided")
+    if figures["untrained_pieces"]:
+        found.append(f"{figures['untrained_pieces']:,} of their parts have no trained token and are dropped")
+    if figures["answers_cut"]:
+        share = percent(figures["trained_tokens_cut"] / figures["trained_tokens"])
+        found.append(
+            f"{figures['answers_cut']:,} answers are trained without their whole prompt ({share} of all tokens "
+            "that are trained)"
+        )
+    if figures["tokens_repeated"]:
+        found.append(f"prompts that are repeated have {figures['tokens_repeated']:,} tokens")
+    if figures["tokens_lost"]:
+        found.append(f"{figures['tokens_lost']:,} tokens are lost, {figures['trained_tokens_lost']:,} of them trained")
+    return f"Length limit, {name}: {'; '.join(found) or 'all documents fit, nothing is lost'}."
 
 
 def charts(split: SplitFacts) -> list[Any]:

@@ -27,7 +27,7 @@ ACTIONS = {
     "repair": "repaired",
     "warn": "stays",
     "cut": "cut off at the limit",
-    "split": "divided, nothing lost",
+    "split": "divided",
 }
 
 MARKS = {"shown": ("yes", "✓"), "not shown": ("unsure", "?"), "failed": ("no", "✗")}

@@ -66,6 +66,7 @@ KEYS = {
     "max_length": "pack.max_length",
     "max_seq_length": "pack.max_length",
     "truncation_mode": "pack.overflow",
+    "overflow": "pack.overflow",
     "packing": "pack.strategy",
     "packing_strategy": "pack.strategy",
     "eval_packing": "pack.strategy",

@@ -491,10 +491,14 @@ class PackSection(Section):
     ]
     overflow: Annotated[
         OverflowPolicy,
-        Field(description="Documents longer than max_length: truncate, drop, error or split."),
+        Field(
+            description="Documents longer than max_length: truncate, drop, error, split, or split_with_prompt (each "
+            "part of an answer keeps its prompt)."
+        ),
     ]
     max_lost_fraction: Annotated[
-        Fraction, Field(description="Stop if more than this fraction of the trained tokens is cut away.")
+        Fraction,
+        Field(description="Stop if more than this fraction of the trained tokens is lost or cut from its prompt."),
     ]
     num_proc: Annotated[
         Positive, Field(description="Processes that tokenize tens of thousands of rows; the result is the same.")
@@ -513,6 +517,11 @@ class PackSection(Section):
             raise ValueError(
                 f"strategy bfd_split divides longer documents, and overflow {self.overflow} would not; state overflow: "
                 "split, or strategy: bfd"
+            )
+        if self.strategy == "wrapped" and self.overflow == "split_with_prompt":
+            raise ValueError(
+                "strategy wrapped divides documents wherever a row is full, so that overflow: split_with_prompt could "
+                "not keep their prompts; state strategy: bfd"
             )
         return self
 

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sft.chat.render import Rendered, Span, TrainOn
 from sft.labels import IGNORE_INDEX
 from sft.models.checkpoint import load_image_processor
-from sft.tokens.columns import Integers, Pieces
+from sft.tokens.columns import Columns, Integers, Pieces
 from sft.tokens.encoding import Encoder, TokenBatch
-from sft.tokens.store import FileColumn, TokenStore
+from sft.tokens.store import TokenStore
 from stages.checkout.ledger import Action, Ledger
 from stages.params.schema import PackSection
 from stages.progress import progress
@@ -191,7 +191,7 @@ class Documents:
     """
 
     ids: pa.ChunkedArray
-    columns: dict[str, FileColumn]
+    columns: Columns
     lengths: Integers
     trained: Integers
     num_crossed: int
@@ -270,11 +270,13 @@ class Kept:
     Args:
         documents: The documents.
         pieces: The pieces that are left of them.
+        whole: `(num_documents,)` number of tokens before the limit in the document of each.
     """
 
-    def __init__(self, documents: Documents, pieces: Pieces) -> None:
+    def __init__(self, documents: Documents, pieces: Pieces, whole: Integers) -> None:
         self._documents = documents
         self._pieces = pieces
+        self._whole = whole
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -283,5 +285,5 @@ class Kept:
         piece = self._pieces[number : number + 1]
         tokens = {name: column.gather(piece, np.int32).tolist() for name, column in self._documents.columns.items()}
         document = int(piece.document[0])
-        place = {"start": int(piece.start[0]), "num_in_document": int(self._documents.lengths[document])}
+        place = {"start": int(piece.start[0]), "num_in_document": int(self._whole[document])}
         return {"id": self._documents.ids[document].as_py(), **place, **tokens}

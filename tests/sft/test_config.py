@@ -169,3 +169,17 @@ def test_layout_of_rows_stays_as_given_where_another_library_turns_it_off(monkey
     monkeypatch.setattr(TrainingArguments, "__post_init__", patched)
     config = SFTConfig(output_dir="out", use_cpu=True, packing=True)
     assert (config.packing, config.eval_packing, config.padding_free) == (True, None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overflow": "cut"}, "overflow='cut': use one of truncate, split, split_with_prompt, drop, error"),
+        ({"overflow": "drop", "max_length": None}, "limits no sequence"),
+        ({"overflow": "drop", "packing": True, "packing_strategy": "wrapped"}, "divides long documents itself"),
+        ({"overflow": "split", "truncation_mode": "keep_end"}, "which truncates nothing"),
+    ],
+)
+def test_an_overflow_that_would_have_no_effect_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SFTConfig(output_dir="unused", **options)

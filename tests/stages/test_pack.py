@@ -188,6 +188,65 @@ def test_every_packed_token_leads_back_to_its_record_and_its_place_there(paths: 
     assert len(set(origins)) == len(origins) == read_json(paths.metrics("pack"))["train"]["tokens"]
 
 
+def test_parts_with_their_prompts_lead_back_to_their_records(paths: Paths) -> None:
+    pack.run(params(max_length=100, overflow="split_with_prompt", max_lost_fraction=0.0501), paths)
+    tokenizer = tiny_tokenizer()
+    ids = {row["id"]: tokenizer(row["text"])["input_ids"] for row in read_jsonl(paths.out("format", "train.jsonl"))}
+    figures = read_json(paths.metrics("pack"))["train"]
+    assert (figures["answers_cut"], figures["tokens_lost"]) == (0, 0)
+    num_repeated = num_continued = 0
+    for row, entry in zip(
+        load_from_disk(str(paths.out("pack", "train"))), read_jsonl(paths.out("pack", "train_index.jsonl")), strict=True
+    ):
+        begin = 0
+        for name, end, start, prompt, following in zip(
+            *(entry[key] for key in ("ids", "ends", "starts", "prompts", "continues")), strict=True
+        ):
+            rest = end - begin - prompt
+            assert row["input_ids"][begin:end] == [
+                *ids[name][start : start + prompt],
+                *ids[name][following : following + rest],
+            ]
+            assert row["labels"][begin : begin + prompt + bool(prompt)] == [IGNORE_INDEX] * (prompt + bool(prompt))
+            num_repeated, num_continued = num_repeated + prompt, num_continued + bool(prompt)
+            begin = end
+    assert (figures["tokens_repeated"], figures["trained_tokens_lost"]) == (num_repeated, num_continued)
+    assert num_continued > 0
+    page = paths.data_page.read_text(encoding="utf-8")
+    assert f"Length limit, train: {figures['split']} are divided; prompts that are repeated have {num_repeated}" in page
+
+
+def test_split_says_which_answers_it_cuts_from_their_prompts(paths: Paths) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"allows: \d+\.\d% are answers that are cut from their prompts; of other lengths, \d+ keeps all; "
+        r"first rows: rows\.jsonl:\d+ \(split\).*set pack\.overflow to split_with_prompt, or raise pack\.max_lost",
+    ):
+        pack.run(params(max_length=100, overflow="split", max_lost_fraction=0.0), paths)
+    pack.run(params(max_length=100, overflow="split", max_lost_fraction=0.9), paths)
+    figures = read_json(paths.metrics("pack"))["train"]
+    assert figures["answers_cut"] > 0
+    page = paths.data_page.read_text(encoding="utf-8")
+    assert f"{figures['answers_cut']} answers are trained without their whole prompt" in page
+    assert "nothing lost" not in page
+
+
+def test_other_lengths_are_named_with_what_they_keep(paths: Paths) -> None:
+    write_jsonl(paths.out("format", "train.jsonl"), (rendered(number, 3 + 30 * number) for number in range(3)))
+    with pytest.raises(
+        ValueError,
+        match=r"are in no row; of other lengths, 512 keeps 4\d\.\d%, 1,024 keeps 8\d\.\d%, 1,\d+ keeps all;",
+    ):
+        pack.run(params(max_length=100), paths)
+    with pytest.raises(ValueError, match=r"Raise max_length \(of the rows, 512 keeps 33\.3%, .* keeps all\)"):
+        pack.run(params(max_length=100, overflow="error"), paths)
+
+
+def test_a_strategy_that_divides_anywhere_keeps_no_prompts() -> None:
+    with pytest.raises(ValueError, match="could not keep their prompts; state strategy: bfd"):
+        params(strategy="wrapped", overflow="split_with_prompt")
+
+
 def test_the_same_bytes_whatever_the_number_of_processes(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     pack.run(params(max_length=100, max_lost_fraction=0.9, num_proc=1), paths)
     first = {path: path.read_bytes() for path in paths.out("pack").rglob("*") if path.is_file()}

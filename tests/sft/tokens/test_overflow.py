@@ -77,7 +77,9 @@ def test_rows_that_all_vanish_leave_an_empty_data_set_with_its_columns() -> None
 
 
 def test_unknown_policy_and_bad_limit_are_refused() -> None:
-    with pytest.raises(ValueError, match="'cut' is unknown; use one of truncate, split, drop, error"):
+    with pytest.raises(
+        ValueError, match="'cut' is unknown; use one of truncate, split, split_with_prompt, drop, error"
+    ):
         apply_overflow(source(), 3, "cut")
     with pytest.raises(ValueError, match="max_length must be at least 1, found 0"):
         apply_overflow(source(), 0)

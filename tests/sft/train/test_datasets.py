@@ -327,6 +327,21 @@ def test_a_long_document_is_cut_by_bfd_and_divided_by_the_other_strategies(strea
     assert sorted(token for row in prepared for token in row["input_ids"]) == [*kept, 30, 31]
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_long_answer_is_divided_with_its_prompt(packing: bool) -> None:
+    rows = [{"prompt": "One?", "completion": " fox" * 20}]
+    options = {"max_length": 16, "packing": packing, "overflow": "split_with_prompt"}
+    prepared = list(prepare(rows, **options))
+    whole = prepare(rows)[0]
+    prompt = [token for token, label in zip(whole["input_ids"], whole["labels"], strict=True) if label < 0]
+    assert len(prepared) > 1
+    assert [row["input_ids"][: len(prompt)] for row in prepared] == [prompt] * len(prepared)
+    num_trained = sum(label >= 0 for row in prepared for label in row["labels"])
+    assert num_trained == sum(label >= 0 for label in whole["labels"]) - (len(prepared) - 1)
+    with pytest.raises(ValueError, match="overflow='split_with_prompt' looks at all rows, and train rows are a stream"):
+        prepare(Dataset.from_list(rows).to_iterable_dataset(), **options)
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_nothing_left_to_train_is_an_error(streamed: bool) -> None:
     rows: Any = Dataset.from_list(answers(50, 60))

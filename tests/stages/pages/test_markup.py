@@ -96,9 +96,13 @@ def test_the_report(hostile: Paths) -> None:
 
 
 def test_the_data_page(hostile: Paths) -> None:
-    figures = {"tokens": 10, "trained_tokens": 5, "rows": 1, "fill": 0.5, "documents": 1, "tokens_lost": 0}
+    figures = {
+        "tokens": 10, "trained_tokens": 5, "rows": 1, "fill": 0.5, "documents": 1, "tokens_lost": 0,
+        "trained_tokens_lost": 0, "untrained_pieces": 0, "answers_cut": 0, "trained_tokens_cut": 0,
+        "tokens_repeated": 0,
+    }  # fmt: skip
     known = read_json(hostile.metrics("pack")) if hostile.metrics("pack").exists() else {}
-    figures = {**figures, **known.get("train", known), "truncated": 0, "split": 0, "dropped": EVIL}
+    figures = {**figures, **known.get("train", known), "truncated": 0, "split": 0, "dropped": 0}
     facts = SplitFacts(figures, *(np.array([3, 4]) for _ in range(3)))
     preview = {
         "id": EVIL, "pieces": [{"text": EVIL, "is_trained": True}], "num_tokens": 3, "start": 0, "num_in_document": 3,
