@@ -67,7 +67,9 @@ def run(params: Params, paths: Paths) -> None:
         conditions = [*params.evaluate.gate, *params.publish.gate]
         write_page(paths.out("publish", "promotion.html"), decision, conditions, results)
     shipped = shipped_model(results)
-    write_card(paths.out("publish", "README.md"), params, paths, shipped, result.digest)
+    card = paths.out("publish", "README.md")
+    write_card(card, params, paths, shipped, result.digest)
+    tracking.describe(params.publish.registered_model, version, card.read_text(encoding="utf-8"), decision.promoted)
     pushed = push_shipped(params, paths, shipped, result.digest, decision.promoted)
     write_json(
         paths.out("publish", "run.json"),

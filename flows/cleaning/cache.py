@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlflow.exceptions import MlflowException
 from ruamel.yaml import YAML
 
 from flows.processes.environment import child_environment
@@ -19,9 +21,11 @@ from stages.checkout import worktree
 from stages.checkout.paths import main_checkout
 from stages.params.schema import load_params
 from stages.tracking.address import absolute_uri, database
-from stages.tracking.store import open_tracking
+from stages.tracking.store import HASHES, HASHES_TAG, open_tracking
 
 HASH_TAG = "dvc."
+"""Prefix of the tags with hashes that runs have which were recorded before `HASHES`."""
+
 _HASH = re.compile(r"^[0-9a-f]{32}(\.dir)?$")
 _REMOVING = re.compile(r"^Removing (.+)$")
 
@@ -80,9 +84,26 @@ def recorded_hashes(root: Path) -> set[str]:
         for run in page:
             tags = run.data.tags.items()
             hashes |= {value for name, value in tags if name.startswith(HASH_TAG) and _HASH.match(value)}
+            if HASHES_TAG in run.data.tags:
+                hashes |= hashes_in_artifact(client, run.info.run_id)
         token = page.token
         if not token:
             return hashes
+
+
+def hashes_in_artifact(client: Any, run_id: str) -> set[str]:
+    """Return the DVC hashes that a run has as an artifact.
+
+    Raises:
+        RunRefused: The artifact can't be read, so that it is unknown what the run refers to.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = Path(client.download_artifacts(run_id, HASHES, folder))
+            found = json.loads(file.read_text(encoding="utf-8")).values()
+        except (MlflowException, OSError, ValueError) as error:
+            raise RunRefused(f"run {run_id} in MLflow: its artifact {HASHES} can't be read: {error}") from error
+    return {value for value in found if _HASH.match(value)}
 
 
 def write_references(folder: Path, hashes: set[str], cache: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,9 +17,12 @@ from stages.params.schema import Params
 from stages.tracking import lineage
 from stages.tracking.champion import HELD_OUT_TAG, held_out_digest
 from stages.tracking.lineage import machine_tags
-from stages.tracking.store import PROGRESS_TAG, PUBLISHED, TRAINING_TAG, Tracking
+from stages.tracking.run_text import main_figures, run_name, run_note
+from stages.tracking.store import HASHES, HASHES_TAG, PROGRESS_TAG, PUBLISHED, TRAINING_TAG, Tracking
 
 DIGEST_TAG = "sft.result_digest"
+
+NOTE_TAG = "mlflow.note.content"
 
 PATCH_TAG = "git.patch_redacted"
 """Tag of a run whose recorded patch lacks the secrets that the uncommitted changes contained."""
@@ -105,18 +109,23 @@ def _log_run(tracking: Tracking, result: Result, begun: str | None) -> str:
         **lineage.circumstances(paths),
         **machine_tags(),
         **({PATCH_TAG: "true"} if redact(patch) != patch else {}),
-        **{f"dvc.{path}": value for path, value in lineage.dvc_data_hashes(paths.root).items()},
+        HASHES_TAG: HASHES,
         **result.tags,
     }
-    with tracking.whole_run(f"{lineage.model_name(paths)}-{result.digest[:8]}", tags, begun) as run:
-        run.log_params(lineage.result_params(params))
-        run.log_metrics(figures(paths))
+    stated, measured = lineage.result_params(params), figures(paths)
+    main = main_figures(measured, "quantized" if params.quantize.method != "none" else "merged")
+    name = run_name(stated, tracking.newest_params(DIGEST_TAG), measured, lineage.model_name(paths))
+    tags[NOTE_TAG] = run_note(name, main, result.passed, [paths.report.relative_to(paths.root).as_posix()])
+    with tracking.whole_run(name, tags, begun) as run:
+        run.log_params(stated)
+        run.log_metrics({**main, **measured})
         run.log_curve(paths.out("train", "curve.csv"))
         run.log_data(lineage.data_digests(paths))
         details = [paths.out("evaluate", name) for name in ("documents.jsonl", "general.jsonl")]
         details = [path for path in details if path.exists()]  # older results lack the first one
         for path in [paths.report, *result_files(paths), paths.out("quantize", "report.json"), *details]:
             run.log_file(path, folder=path.parent.relative_to(paths.root).as_posix())
+        log_text(run, Path(HASHES).name, json.dumps(lineage.dvc_data_hashes(paths.root), indent=2))
         for file in ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock"):
             if (paths.root / file).exists():
                 log_text(run, file, (paths.root / file).read_text(encoding="utf-8"))

@@ -57,8 +57,14 @@ PROCESS_TAG = "sft.process"
 TRAINED = "trained, not published"
 """Value of `PROGRESS_TAG` of a run that waits for `publish`, without a process."""
 
+MAX_DESCRIPTION = 5000
+"""Characters of a description that every store of MLflow accepts."""
+
 LONG_VALUES = "long_values"
 """Folder of a run's artifacts with the values that are longer than MLflow allows, in files named by their SHA-256."""
+
+HASHES, HASHES_TAG = "lineage/dvc_hashes.json", "sft.dvc_hashes"
+"""Artifact of a run with the DVC hashes of its data and results by path, and the tag of a run that has it."""
 
 _LONG = re.compile(r"^sha256:([0-9a-f]{64}) \(\d+ characters, in artifact \S+\)$")
 
@@ -148,6 +154,17 @@ class Tracking:
             order_by=["attributes.end_time ASC"],
         )
         return runs[0].info.run_id if runs else None
+
+    def newest_params(self, tag: str) -> dict[str, str] | None:
+        """Return the params of the finished run with this tag that ended last; None if there is none."""
+        runs = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.`{tag}` != '' and attributes.status = 'FINISHED'",
+            run_view_type=ViewType.ACTIVE_ONLY,
+            order_by=["attributes.end_time DESC"],
+            max_results=1,
+        )
+        return dict(runs[0].data.params) if runs else None
 
     def find_unfinished(self, tag: str, value: str) -> list[str]:
         """Return the ids of the runs with this tag that are running, failed or killed; the newest first."""
@@ -260,6 +277,13 @@ class Tracking:
         found = self.client.search_model_versions(f"run_id = '{run_id}'")
         numbers = [int(each.version) for each in found if each.name == name and each.tags.get(key) == value]
         return [str(number) for number in sorted(numbers)]
+
+    def describe(self, name: str, version: str, card: str, is_champion: bool) -> None:
+        """Show a model card as the description of a version and, if it is the champion, of its registered model."""
+        text = redact(card)[:MAX_DESCRIPTION]
+        self.client.update_model_version(name, version, description=text)
+        if is_champion:
+            self.client.update_registered_model(name, description=text)
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
         """Point an alias of a registered model at a version."""

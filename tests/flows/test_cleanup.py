@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cleaning.cache import clean_cache
+from flows.cleaning.cache import clean_cache, recorded_hashes
 from flows.cleaning.leftovers import DAY_S, find_leftovers
 from flows.cleanup import cleanup, main
 from flows.runs.graph import RunRefused, read_plan
@@ -18,7 +19,8 @@ from stages.launch.lock import FOLDER_VARIABLE, sole_training
 from stages.params.schema import load_params
 from stages.tracking.lineage import dvc_hashes
 from stages.tracking.live_run import KEY_FILE, KEY_TAG
-from stages.tracking.store import PROGRESS_TAG, Tracking, open_tracking
+from stages.tracking.result import log_text
+from stages.tracking.store import HASHES, HASHES_TAG, PROGRESS_TAG, Tracking, open_tracking
 from tests.flows.conftest import replace_param, run
 
 
@@ -39,10 +41,26 @@ def trained(project: Path, rate: str) -> str:
 
 
 def record(project: Path) -> None:
-    """A run in MLflow as `publish` writes it: with DVC's hashes of everything as tags."""
+    """A run in MLflow as `publish` writes it: with DVC's hashes of everything as an artifact."""
+    tracking = open_tracking(load_params(project / "params.yaml").publish, project)
+    with tracking.whole_run("recorded", {HASHES_TAG: HASHES}) as run:
+        log_text(run, Path(HASHES).name, json.dumps(dvc_hashes(project)))
+
+
+def record_by_tags(project: Path) -> None:
+    """A run in MLflow as earlier versions of `publish` wrote it: with DVC's hashes of everything as tags."""
     tracking = open_tracking(load_params(project / "params.yaml").publish, project)
     with tracking.whole_run("recorded", {f"dvc.{name}": value for name, value in dvc_hashes(project).items()}):
         pass
+
+
+def test_recorded_hashes_are_those_of_artifacts_and_of_older_tags(ran_project: Path) -> None:
+    record(ran_project)
+    in_artifact = recorded_hashes(ran_project)
+    assert dvc_hashes(ran_project)["outs/train.txt"] in in_artifact
+    (ran_project / "mlflow.db").unlink()
+    record_by_tags(ran_project)
+    assert recorded_hashes(ran_project) == in_artifact
 
 
 @pytest.mark.usefixtures("prefect_server")

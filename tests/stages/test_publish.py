@@ -125,6 +125,21 @@ def test_same_result_is_the_same_run_and_the_same_version(checkout: Paths) -> No
     assert len(store(checkout.root).search_model_versions("name = 'shop-extractor'")) == 1
 
 
+def test_a_name_says_what_differs_and_the_note_has_the_main_figures(checkout: Paths) -> None:
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    publish.run(tiny_params(evaluate={"gate": OPEN}, train={"learning_rate": 3e-4, "lora_r": 4}), checkout)
+    newest, first = sorted(runs(checkout.root), key=lambda run: -run.info.start_time)
+    assert first.info.run_name.startswith("base, lr ")
+    assert newest.info.run_name.startswith("lr 0.0003, r 4 · exact ")
+    assert newest.data.metrics["eval/loss"] == newest.data.metrics["evaluate.tuned.loss"]
+    note = newest.data.tags["mlflow.note.content"]
+    assert "gate passed" in note
+    assert "`reports/report.html` in the tab Artifacts" in note
+    assert not [name for name in newest.data.tags if name.startswith("dvc.")]
+    (version, _) = store(checkout.root).search_model_versions("name = 'shop-extractor'")
+    assert version.description == checkout.out("publish", "README.md").read_text(encoding="utf-8")[:5000]
+
+
 def begin_run(checkout: Paths, folder: Path, losses: list[tuple[int, float]]) -> str:
     """What a training of this very result leaves in the store."""
     tracking = open_tracking(tiny_params().publish, checkout.root)
@@ -141,8 +156,7 @@ def test_run_that_the_training_has_begun_is_completed(checkout: Paths, tmp_path:
     publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
     (run,) = runs(checkout.root)
     assert (run.info.run_id, run.info.status) == (begun, "FINISHED")
-    assert run.info.run_name.startswith("base-")
-    assert run.info.run_name != "base-unfinished"
+    assert run.info.run_name.startswith("base, lr ")
     assert run.data.tags["sft.progress"] == "published"
     history = store(checkout.root).get_metric_history(begun, "curve.loss")
     assert sorted((point.step, point.value) for point in history) == [(1, 2.5), (2, 1.25), (2, 1.5), (3, 0.5)]
