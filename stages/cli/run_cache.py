@@ -7,6 +7,7 @@ would be repeated although its result on this processor is in the cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ def prefer_cached_results(root: Path) -> list[str]:
                 name = getattr(stage, "name", None)
                 if name not in names or stage.changed_stage() or stage.outs_cached():
                     continue
-                # what DVC's own `restore` does for a stage that has changed
-                entry = repo.stage_cache._load(stage)
-                if entry and repo.stage_cache._create_stage(entry, wdir=stage.wdir).outs_cached():
-                    found[name] = entry
-    except DvcException:
+                for entry in _entries(repo.stage_cache, stage):
+                    if repo.stage_cache._create_stage(entry, wdir=stage.wdir).outs_cached():
+                        found[name] = entry
+                        break
+    except (DvcException, OSError):
         return []  # `dvc repro`, which follows, says what is wrong
     if not found:
         return []
@@ -55,6 +56,27 @@ def prefer_cached_results(root: Path) -> list[str]:
     with partial_file(file) as partial:
         dump_yaml(str(partial), lock)
     return [f"{name}: dvc.lock names a result that is not in the cache; this machine's result is" for name in found]
+
+
+def _entries(cache: Any, stage: Any) -> Iterator[Any]:
+    """Yield the results in the run cache for the command, params and inputs of a stage, newest first.
+
+    DVC's own look-up hashes the inputs that are present. Here they are those in dvc.lock, as inputs that earlier
+    stages write may not have been restored yet.
+
+    Args:
+        cache: DVC's run cache.
+        stage: A stage as dvc.lock states it.
+    """
+    from dvc.stage.cache import _get_cache_hash
+    from dvc.stage.serialize import to_single_stage_lockfile
+
+    key = _get_cache_hash(to_single_stage_lockfile(stage), key=True)
+    folder = Path(cache._get_cache_dir(key))
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        if (entry := cache._load_cache(key, file.name)) is not None:
+            yield entry
 
 
 def stages_without_outs(root: Path, lock: Path) -> set[str]:

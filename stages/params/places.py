@@ -15,7 +15,7 @@ def find_lines(text: str) -> dict[str, int]:
     Args:
         text: Content of params.yaml. A text that is not YAML has no keys.
     """
-    return {name: mark.line + 1 for name, (mark, _) in _find_nodes(text).items()}
+    return {name: mark.line + 1 for name, (mark, *_) in _find_nodes(text).items()}
 
 
 def find_value(text: str, key: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
@@ -23,29 +23,33 @@ def find_value(text: str, key: str) -> tuple[tuple[int, int], tuple[int, int]] |
     found = _find_nodes(text).get(key)
     if found is None:
         return None
-    start, end = found[1].start_mark, found[1].end_mark
+    key_end, start, end = found[1], found[2].start_mark, found[2].end_mark
+    if start.index == end.index and key_end is not None:  # an empty value, which is null, follows the colon
+        return (key_end.line, key_end.column + 1), (key_end.line, key_end.column + 1)
     return (start.line, start.column), (end.line, end.column)
 
 
-def _find_nodes(text: str) -> dict[str, tuple[Any, Any]]:
-    """Return where each key or list entry stands, and its value, by name."""
+def _find_nodes(text: str) -> dict[str, tuple[Any, Any, Any]]:
+    """Return where each key or list entry begins, where the key ends, and its value, by name."""
     try:
         root = YAML(typ="safe", pure=True).compose(text)
     except (YAMLError, ValueError, RecursionError):
         return {}
-    found: dict[str, tuple[Any, Any]] = {}
+    found: dict[str, tuple[Any, Any, Any]] = {}
     waiting: list[tuple[Any, str]] = [(root, "")]
     while waiting:
         node, place = waiting.pop()
         if isinstance(node, MappingNode):
-            entries = [(f"{place}.{key.value}".lstrip("."), key.start_mark, value) for key, value in node.value]
+            entries = [
+                (f"{place}.{key.value}".lstrip("."), key.start_mark, key.end_mark, value) for key, value in node.value
+            ]
         elif isinstance(node, SequenceNode):
-            entries = [(f"{place}[{number}]", value.start_mark, value) for number, value in enumerate(node.value)]
+            entries = [(f"{place}[{number}]", value.start_mark, None, value) for number, value in enumerate(node.value)]
         else:
             continue
-        for name, mark, value in entries:
+        for name, mark, key_end, value in entries:
             if name not in found:  # an alias that contains itself ends here
-                found[name] = (mark, value)
+                found[name] = (mark, key_end, value)
                 waiting.append((value, name))
     return found
 

@@ -1,4 +1,4 @@
-"""`python -m stages chat`: chat with one of the four models in the terminal, in the form of its training rows."""
+"""`sft chat`: chat with one of the four models in the terminal, in the form of its training rows."""
 
 from __future__ import annotations
 

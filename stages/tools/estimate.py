@@ -1,13 +1,16 @@
-"""`python -m stages estimate`: estimate steps, memory and time of the training from a few of its steps."""
+"""`sft estimate`: estimate steps, memory and time of the training from a few of its steps."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import random
 import resource
+import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from sft.models.adapters import ParameterCount, count_parameters, get_peft_confi
 from sft.train.trainer import SFTTrainer
 from stages.checkout.paths import Paths
 from stages.params.schema import Params, TrainSection
+from stages.tools.freshness import warn_if_stale
 from stages.training.setup import load_base, make_model_config, make_sft_config
 
 NUM_STEPS = 10
@@ -73,8 +77,13 @@ class Probe:
     peak: int
 
 
-def run(params: Params, paths: Paths) -> None:
+def run(params: Params, paths: Paths, *, as_json: bool = False) -> None:
     """Print the estimate, from the outs of `load`, `format` and `pack`; nothing is written.
+
+    Args:
+        params: Values of params.yaml.
+        paths: Paths of the checkout.
+        as_json: Whether to print JSON.
 
     Raises:
         ValueError: `pack` has not run here yet.
@@ -83,8 +92,15 @@ def run(params: Params, paths: Paths) -> None:
         raise ValueError(f"{paths.out('pack', 'train')} is missing: type `sft pack` first")
     train, held_out = (load_from_disk(str(paths.out("pack", split))) for split in ("train", "eval"))
     work = count_work(train, held_out, params.train)
-    print(f"training {NUM_STEPS} steps to measure them ...", flush=True)
-    print("\n".join(report(work, measure(params, paths, train, held_out), params.train)))
+    warn_if_stale(params, paths, "pack")
+    print(f"training {NUM_STEPS} steps to measure them ...", file=sys.stderr if as_json else sys.stdout, flush=True)
+    # the trainer prints to standard output, too
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        found = measure(params, paths, train, held_out)
+    if as_json:
+        print(json.dumps(as_values(work, found, params.train), indent=2))
+    else:
+        print("\n".join(report(work, found, params.train)))
 
 
 def count_work(train: Dataset, held_out: Dataset, section: TrainSection) -> Work:
@@ -193,28 +209,75 @@ class Clock(TrainerCallback):
         return tokens / (self.times[-1] - self.times[NUM_WARMUP_STEPS])
 
 
-def report(work: Work, found: Probe, section: TrainSection) -> list[str]:
-    """Return the estimate as lines of text."""
+@dataclass(frozen=True)
+class Times:
+    """Predicted times of the training.
+
+    Args:
+        evaluations: Number of evaluations on the held-out rows.
+        training: Seconds of training.
+        evaluation: Seconds of evaluation.
+    """
+
+    evaluations: int
+    training: float
+    evaluation: float
+
+
+def predict_times(work: Work, found: Probe, section: TrainSection) -> Times:
+    """Return the times that the whole work takes at the measured speeds."""
     between = section.eval_steps if section.eval_steps >= 1 else math.ceil(work.num_steps * section.eval_steps)
     evaluations = math.ceil(work.num_steps / between)
     processes = section.launch.processes
-    training = work.num_tokens * work.num_epochs / found.tokens_per_second / processes
-    evaluation = evaluations * work.num_eval_tokens / found.eval_tokens_per_second / processes
-    shared = f" if {processes} processes share it evenly; memory is for one process, unsharded" * (processes > 1)
+    return Times(
+        evaluations,
+        training=work.num_tokens * work.num_epochs / found.tokens_per_second / processes,
+        evaluation=evaluations * work.num_eval_tokens / found.eval_tokens_per_second / processes,
+    )
+
+
+def memory_parts(found: Probe) -> dict[str, float]:
+    """Return the bytes in use at the peak, by what they are for."""
     # float32 gradients; Adam's two moments are twice that
     trained = 4 * found.parameters.num_trainable
-    rest = found.peak - found.before - found.weights - 3 * trained
-    parts = [("weights", found.weights), ("gradients", trained), ("optimizer", 2 * trained)]
-    parts += [("activations and logits", rest), ("Python and its libraries", found.before)]
+    return {
+        "weights": found.weights,
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        "activations and logits": found.peak - found.before - found.weights - 3 * trained,
+        "Python and its libraries": found.before,
+    }
+
+
+def as_values(work: Work, found: Probe, section: TrainSection) -> dict[str, Any]:
+    """Return the estimate for JSON: bytes, seconds and counts."""
+    parts = {name.replace(" ", "_").lower(): size for name, size in memory_parts(found).items()}
+    times = predict_times(work, found, section)
+    return {
+        "work": asdict(work),
+        "parameters": {"trained": found.parameters.num_trainable, "total": found.parameters.num_total},
+        "memory_bytes": {"peak": found.peak, **parts},
+        "tokens_per_second": {"training": found.tokens_per_second, "evaluation": found.eval_tokens_per_second},
+        "seconds": {"training": times.training, "evaluation": times.evaluation},
+        "evaluations": times.evaluations,
+        "processes": section.launch.processes,
+    }
+
+
+def report(work: Work, found: Probe, section: TrainSection) -> list[str]:
+    """Return the estimate as lines of text."""
+    times, processes = predict_times(work, found, section), section.launch.processes
+    evaluations = f"{times.evaluations} evaluation{'s' * (times.evaluations != 1)}"
+    shared = f" if {processes} processes share it evenly; memory is for one process, unsharded" * (processes > 1)
     return [
         f"rows        {work.num_rows:,} packed rows, {work.num_tokens:,} tokens, {work.num_trained:,} of them trained",
         f"steps       {work.num_steps:,} updates, {work.num_epochs:.2f} epochs, "
         f"{round(work.num_tokens * work.num_epochs):,} tokens",
         f"parameters  {found.parameters.num_trainable:,} trained of {found.parameters.num_total:,}",
         f"memory      {found.peak / GB:.2f} GB at its peak: "
-        + ", ".join(f"{name} {size / GB:.2f}" for name, size in parts if size > 0),
-        f"time        {duration(training + evaluation)} at {found.tokens_per_second:.0f} tokens/s, "
-        f"of it {duration(evaluation)} for {evaluations} evaluation{'s' * (evaluations != 1)}{shared}",
+        + ", ".join(f"{name} {size / GB:.2f}" for name, size in memory_parts(found).items() if size > 0),
+        f"time        {duration(times.training + times.evaluation)} at {found.tokens_per_second:.0f} tokens/s, "
+        f"of it {duration(times.evaluation)} for {evaluations}{shared}",
     ]
 
 

@@ -1,4 +1,4 @@
-"""`python -m stages preview`: print packed rows token by token, with the trained tokens marked."""
+"""`sft preview`: print packed rows token by token, with the trained tokens marked."""
 
 from __future__ import annotations
 

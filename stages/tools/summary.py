@@ -1,17 +1,25 @@
-"""`python -m stages summary`: print the figures of the last run and where its results are."""
+"""`sft summary`: print the figures of the last run and where its results are."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
 from stages.params.figures import VERDICTS
 from stages.params.schema import Params
+from stages.tools.freshness import find_stale, warn_if_stale
 
 
-def run(params: Params, paths: Paths) -> None:
+def run(params: Params, paths: Paths, *, as_json: bool = False) -> None:
     """Print the figures of every model, the outcome of the gate, and the places of report, metrics and pages.
+
+    Args:
+        params: Values of params.yaml.
+        paths: Paths of the checkout.
+        as_json: Whether to print JSON.
 
     Raises:
         ValueError: The pipeline has not run in this checkout yet.
@@ -20,6 +28,10 @@ def run(params: Params, paths: Paths) -> None:
     if not file.exists():
         raise ValueError(f"{file} is missing: the pipeline has not run here yet; type `make repro`")
     results = read_json(file)
+    if as_json:
+        print(json.dumps(as_values(results, params, paths), indent=2, ensure_ascii=False))
+        return
+    warn_if_stale(params, paths, "evaluate")
     print(
         "\n".join(
             [
@@ -33,6 +45,29 @@ def run(params: Params, paths: Paths) -> None:
             ]
         )
     )
+
+
+def as_values(results: dict[str, Any], params: Params, paths: Paths) -> dict[str, Any]:
+    """Return the values for JSON.
+
+    `stale` lists why the result is older than params.yaml or than its inputs; it is empty for a present one.
+    """
+    promotion = paths.out("publish", "promotion.json")
+    return {
+        "passed": results["passed"],
+        "gate": results["gate"],
+        "models": results["models"],
+        "figures": results["figures"],
+        "promotion": read_json(promotion) if promotion.exists() else None,
+        "report": str(paths.report),
+        "model": str(shipped_model(params, paths)),
+        "stale": list(find_stale(params, paths, "evaluate")),
+    }
+
+
+def shipped_model(params: Params, paths: Paths) -> Path:
+    """Return the folder of the model that is shipped: the quantized one, if there is one."""
+    return paths.out("quantize" if params.quantize.method != "none" else "merge", "model")
 
 
 def table(models: dict[str, dict[str, float]], columns: list[str]) -> list[str]:
@@ -63,6 +98,6 @@ def places(params: Params, paths: Paths) -> list[str]:
     return [
         f"  report    {paths.report}",
         "  metrics   dvc metrics show",
-        f"  model     {paths.out('quantize' if params.quantize.method != 'none' else 'merge', 'model')}",
+        f"  model     {shipped_model(params, paths)}",
         "  pages     make ui    (Prefect and MLflow)",
     ]

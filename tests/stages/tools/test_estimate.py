@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -44,6 +45,17 @@ def test_peak_holds_all_that_is_listed(tiny: tuple[Params, Paths], capsys: pytes
     sizes = [float(part.rpartition(" ")[2]) for part in parts.split(", ")]
     assert len(sizes) >= 3
     assert math.isclose(float(peak), sum(sizes), abs_tol=0.05)
+
+
+def test_json_has_bytes_and_seconds_on_a_clean_output(
+    tiny: tuple[Params, Paths], capsys: pytest.CaptureFixture[str]
+) -> None:
+    estimate.run(*tiny, as_json=True)
+    value = json.loads(capsys.readouterr().out)
+    parts = value["memory_bytes"]
+    assert parts.pop("peak") == sum(parts.values())
+    assert value["seconds"]["training"] > 0
+    assert value["evaluations"] == 2
 
 
 def test_without_packed_rows_the_message_names_the_command(tmp_path: Path) -> None:
