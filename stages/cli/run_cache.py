@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from sft.folders import partial_file
+from stages.checkout.artifacts import read_json
 
 
 def prefer_cached_results(root: Path) -> list[str]:
@@ -43,8 +44,9 @@ def prefer_cached_results(root: Path) -> list[str]:
                 name = getattr(stage, "name", None)
                 if name not in names or stage.changed_stage() or stage.outs_cached():
                     continue
+                cache = Path(repo.cache.local.path)
                 for entry in _entries(repo.stage_cache, stage):
-                    if repo.stage_cache._create_stage(entry, wdir=stage.wdir).outs_cached():
+                    if all(is_cached(cache, str(out["md5"])) for out in entry["outs"]):
                         found[name] = entry
                         break
     except (DvcException, OSError):
@@ -56,6 +58,19 @@ def prefer_cached_results(root: Path) -> list[str]:
     with partial_file(file) as partial:
         dump_yaml(str(partial), lock)
     return [f"{name}: dvc.lock names a result that is not in the cache; this machine's result is" for name in found]
+
+
+def is_cached(cache: Path, digest: str) -> bool:
+    """Return whether DVC's cache has a file, or a folder with all its files.
+
+    Args:
+        cache: The folder `files/md5` of the cache.
+        digest: Digest of the file or folder.
+    """
+    file = cache / digest[:2] / digest[2:]
+    if not file.is_file():
+        return False
+    return not digest.endswith(".dir") or all(is_cached(cache, str(entry["md5"])) for entry in read_json(file))
 
 
 def _entries(cache: Any, stage: Any) -> Iterator[Any]:
