@@ -7,7 +7,7 @@
 | LLaMA-Factory v1 | parts with a `value`: `text`, `reasoning`, `tool_call`, `tools`, images |
 | OpenAI Responses | items `function_call`, `function_call_output`, `reasoning`; parts `input_text`, `output_text` |
 | Vercel AI SDK | parts `tool-call`, `tool-result`, `reasoning` |
-| pairs | `{"human": ..., "assistant": ...}`, and turns such as `{"user": ...}` |
+| pairs | `{"human": ..., "assistant": ...}`, turns such as `{"user": ...}` or `["user", ...]`, texts by turns |
 
 Sources: the API references of Anthropic (Messages), Google (Content of the Gemini API) and OpenAI (Responses), and the
 data documentation of LLaMA-Factory, ms-swift and the Vercel AI SDK.
@@ -79,6 +79,7 @@ def openai_messages(value: Any) -> Conversation:
             return Conversation(value)
         read = openai_messages(parsed) if isinstance(parsed, list) else Conversation(parsed)
         return Conversation(json.dumps(read.messages, ensure_ascii=False), read.tools)
+    value = _from_lists(value)
     if not is_messages(value) or not all(isinstance(message, Mapping) for message in value):
         return Conversation(value)
     tools: list[Any] = []
@@ -97,11 +98,27 @@ def openai_messages(value: Any) -> Conversation:
     return Conversation(result, tools[0] if len(tools) == 1 else tools or None)
 
 
+def _from_lists(value: Any) -> Any:
+    """Return turns that are texts by turns, or pairs of role and text, as messages; any other value as it is."""
+    if not is_messages(value) or not value:
+        return value
+    if len(value) % 2 == 0 and all(isinstance(turn, str) for turn in value):
+        return [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(value)]
+    are_pairs = all(
+        is_messages(turn) and len(turn) == 2 and all(isinstance(part, str) for part in turn) for turn in value
+    )
+    if are_pairs and all(role.strip().lower() in ROLES for role, _ in value):
+        return [{"role": role, "content": text} for role, text in value]
+    return value
+
+
 def _converted(message: Mapping[str, Any], index: int, tools: list[Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the messages of OpenAI that a message is converted to; append tools that it offers to `tools`."""
     key, role = role_of(message)
     if message.get("type") == "message":  # an item of OpenAI's Responses
         message = {other: item for other, item in message.items() if other not in ("type", "status")}
+    if role is None and message.get("parts") is not None:
+        role = "user"  # as Gemini reads contents without a role
     if role is None:
         yield from _without_role(message)
         return
@@ -113,6 +130,8 @@ def _converted(message: Mapping[str, Any], index: int, tools: list[Any]) -> Iter
         yield {**{key: item for key, item in message.items() if key != "refusal"}, "content": message["refusal"]}
         return
     parts = [content] if name == "parts" and isinstance(content, Mapping) else content
+    if name == "parts" and is_messages(parts):
+        parts = [{"text": part} if isinstance(part, str) else part for part in parts]
     if not _has_parts(parts, role):
         yield message
         return
@@ -258,6 +277,8 @@ def _result(part: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 def _result_text(content: Any) -> Any:
     """Return the content of a tool's result as text, or as parts if it has images."""
+    if isinstance(content, Mapping) and content.keys() == {"type", "value"}:  # of the Vercel AI SDK
+        content = content["value"]
     if content is None or isinstance(content, str):
         return content or ""
     if _has_parts(content, "tool"):
@@ -331,6 +352,8 @@ def openai_tools(value: Any) -> Any:
             parsed = json.loads(value)
         except (ValueError, RecursionError):
             return value
+        if parsed is None:
+            return []
         return json.dumps(openai_tools(parsed), ensure_ascii=False) if isinstance(parsed, (list, dict)) else value
     if isinstance(value, Mapping):
         value = [value]

@@ -165,6 +165,15 @@ def _message(message: Mapping[str, Any], index: int, prune_nulls: bool) -> dict[
         role, calls, content = "assistant", _calls_of_text(content, index), None
     if not calls:
         _check_text_key(message, role, content, index)
+        if content is None and any(REASONING_KEY.search(key) and item for key, item in message.items()):
+            content = ""
+    spans = next((key for key in _SPAN_KEYS if message.get(key)), None)
+    if spans is not None:
+        raise RowError(
+            "bad_flag",
+            f"message {index}: {spans} trains a part of a message, and messages are trained as a whole; divide it, or "
+            "remove the key",
+        )
     result: dict[str, Any] = {"role": role, "content": _content(content, role, index, has_calls=bool(calls))}
     known = (role_key, text_key, "tool_calls", "function_call", *_MAIN_KEYS, *TRAIN_KEYS, *WEIGHT_KEYS)
     result.update({key: item for key, item in message.items() if key not in known and item is not None})
@@ -179,6 +188,8 @@ def _message(message: Mapping[str, Any], index: int, prune_nulls: bool) -> dict[
 
 
 _MAIN_KEYS = ("role", "from", "content", "value")
+_SPAN_KEYS = ("training_detail", "train_detail")
+"""Keys of Axolotl that say which characters of a message are trained."""
 _NOT_TEXT = frozenset({"id", "name", "type", "tool_call_id", "timestamp", "date", "time", "index", "lang", "language"})
 """Keys of a message whose values are about it, besides those that are known."""
 
@@ -377,7 +388,7 @@ def validate_messages(
     if not any(message["role"] == "assistant" for message in messages):
         problems.append(Problem("no_answer", f"{len(messages)} messages, none by the assistant"))
     elif require_alternation:
-        problems += _order_problems([(message["role"], bool(message.get("tool_calls"))) for message in messages])
+        problems += _order_problems([(message["role"], _calls_tools(message)) for message in messages])
     return problems
 
 
@@ -420,7 +431,9 @@ def _message_problems(message: Mapping[str, Any], index: int) -> list[Problem]:
     if not (content.strip() if isinstance(content, str) else content) and not message.get("tool_calls"):
         reason = "empty_answer" if role == "assistant" else "empty_content"
         if role != "tool":
-            problems.append(Problem(reason, f"message {index} ({role}) is empty"))
+            has_reasoning = any(REASONING_KEY.search(key) and item for key, item in message.items())
+            found = "has reasoning, but no answer" if has_reasoning else "is empty"
+            problems.append(Problem(reason, f"message {index} ({role}) {found}"))
     if not isinstance(message.get("train", True), bool):
         problems.append(Problem("bad_flag", f"message {index}: train is {message['train']!r}, true or false is needed"))
     weight = message.get("weight", 1.0)
@@ -436,8 +449,16 @@ _AFTER = {
     ("user", False): ("assistant",),
     ("assistant", False): ("user",),
     ("assistant", True): ("tool",),
-    ("tool", False): ("tool", "assistant"),
+    ("tool", False): ("tool", "assistant", "user"),
 }
+
+
+def _calls_tools(message: Mapping[str, Any]) -> bool:
+    """Return whether a message calls tools, by a key or, as in data of Hermes, in its text."""
+    content = message["content"]
+    return bool(message.get("tool_calls")) or (
+        message["role"] == "assistant" and isinstance(content, str) and "<tool_call>" in content
+    )
 
 
 def _order_problems(turns: list[tuple[str, bool]]) -> list[Problem]:

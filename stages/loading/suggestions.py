@@ -180,6 +180,8 @@ def _guess_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     small = {name: name.strip().lower() for name in names}
     if len(set(small.values())) == len(names) and _is_known(small.values()):
         return {name: other for name, other in small.items() if name != other}
+    if "chosen" in names:  # of pairs of a better and a worse answer
+        return {"chosen": "completion" if "prompt" in names else "messages"}
     for name in names:
         values = [row[name] for row in rows if row.get(name) is not None]
         if values and all(messages_in("messages", value) for value in values):

@@ -14,6 +14,7 @@ SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": SCHEMA}}
 USER = {"role": "user", "content": "Weather in Lima?"}
 FINAL = {"role": "assistant", "content": "Grey."}
+LAYOUT = detect_layout(["messages"])
 ARGUMENTS = '{"city": "Lima"}'
 
 
@@ -210,6 +211,9 @@ def test_calls_and_results_in_turns_of_their_own_are_joined() -> None:
         [{"human": "Weather in Lima?", "assistant": "Grey."}],
         [{"assistant": "Grey.", "human": "Weather in Lima?"}],
         [{"user": "Weather in Lima?"}, {"gpt": "Grey."}],
+        ["Weather in Lima?", "Grey."],
+        [["human", "Weather in Lima?"], ["gpt", "Grey."]],
+        [{"parts": ["Weather ", "in Lima?"]}, {"role": "model", "parts": {"text": "Grey."}}],
         [{"role": "prompter", "text": "Weather in Lima?"}, {"role": "bard", "text": "Grey."}],
         [{"author": "user", "content": "Weather in Lima?"}, {"author": "Chatbot", "content": "Grey."}],
         [
@@ -218,7 +222,7 @@ def test_calls_and_results_in_turns_of_their_own_are_joined() -> None:
         ],
     ],
 )
-def test_turns_under_other_keys(turns: list[dict[str, Any]]) -> None:
+def test_turns_under_other_keys(turns: list[Any]) -> None:
     assert record_of({"conversation": turns}) == {"messages": [USER, FINAL]}
 
 
@@ -321,3 +325,31 @@ def test_tools_in_a_column_and_others_in_a_message_are_refused() -> None:
         record_of(row)
     row["tools"] = [TOOL]
     assert record_of(row)["messages"] == [USER, FINAL]
+
+
+def test_a_user_may_speak_after_a_result_as_in_anthropics_form() -> None:
+    result = [{"type": "tool_result", "tool_use_id": "c1", "content": "grey"}, {"type": "text", "text": "And now?"}]
+    record = record_of({"messages": [USER, asked(id="c1"), {"role": "user", "content": result}, FINAL]})
+    assert [message["role"] for message in record["messages"]] == ["user", "assistant", "tool", "user", "assistant"]
+
+
+def test_calls_in_the_text_are_followed_by_results() -> None:
+    called = {"role": "assistant", "content": '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'}
+    assert record_of({"messages": [USER, called, {"role": "tool", "content": "grey"}, FINAL]})["messages"][1] == called
+
+
+def test_reasoning_without_an_answer_is_not_called_empty() -> None:
+    for content in ("", None):
+        record = normalize({"messages": [USER, {**FINAL, "content": content, "reasoning": "Hm."}]}, LAYOUT)
+        assert validate_record(record) == [("empty_answer", "message 1 (assistant) has reasoning, but no answer")]
+
+
+def test_spans_of_a_message_are_not_ignored() -> None:
+    spans = [{"begin_offset": 0, "end_offset": 1, "train": False}]
+    with pytest.raises(RowError, match="message 1: training_detail trains a part of a message"):
+        normalize({"messages": [USER, {**FINAL, "training_detail": spans}]}, LAYOUT)
+
+
+@pytest.mark.parametrize("tools", ["null", "[]", "", None, []])
+def test_no_tools(tools: Any) -> None:
+    assert record_of({"messages": [USER, FINAL], "tools": tools}) == {"messages": [USER, FINAL]}

@@ -49,6 +49,9 @@ CASES = {
     "json_text": [{"messages": json.dumps(row["messages"])} for row in under("speaker", "utterance")],
     "columns": [{"topic": "x", "title": f"Question {i}?", "body": f"Answer {i}."} for i in range(20)],
     "turned": [{"reply": f"Answer {i}.", "ask": f"Question {i}?"} for i in range(20)],
+    "chosen": [
+        {"chosen": chat, "rejected": chat[:1]} for chat in (row["messages"] for row in under("role", "content"))
+    ],
     "capitals": [{" Question": f"Question {i}?", "Answer": f"Answer {i}."} for i in range(20)],
 }
 
