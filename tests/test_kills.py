@@ -215,6 +215,7 @@ def test_cancelled_run_ends_within_five_seconds_and_the_next_one_resumes_trainin
     # the worker asks every second or two who is to be cancelled
     assert time.monotonic() - started < 5
     wait_until(lambda: operator.state(first)["type"] == "CANCELLED", 60)
+    assert "Crash" not in operator.printed(first)
     second = operator.start(to_stage="train")
     wait_until(lambda: operator.state(second)["type"] in ("COMPLETED", "FAILED", "CRASHED"), 400)
     assert operator.state(second)["type"] == "COMPLETED"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from prefect.artifacts import (
     create_progress_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.logging import get_run_logger
 
 from flows.runs.dvc_stage import Outcome
@@ -22,9 +26,10 @@ from flows.runs.forms import flatten, read_mapping
 from flows.runs.table import publish_table
 from stages.checkout.foreign_text import as_code, as_code_block, for_markdown
 from stages.checkout.redaction import redact
-from stages.progress import Report, describe_figures
+from stages.progress import FIGURES_SHOWN, Report, describe_figures
 
-UPDATE_INTERVAL_S = 2.0
+UPDATE_INTERVAL_S, CURVE_INTERVAL_S = 2.0, 10.0
+BARS, NUM_BARS, NUM_POINTS = "▁▂▃▄▅▆▇█", 40, 12
 NUM_HEADLINES = 4
 
 
@@ -66,6 +71,71 @@ class ProgressBar:
             self._artifact = created
         else:
             update_progress_artifact(self._artifact, percent, description=text)
+
+
+class CurvePage:
+    """Artifact with the curve of a training while it trains: a line of bars, and the last points as a table.
+
+    It is created at the first point, and updated at most every ten seconds and after the last step.
+
+    Args:
+        stage: The stage, whose points are shown if it has any.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._points: dict[int, dict[str, float]] = {}
+        self._artifact: UUID | None = None
+        self._updated = 0.0
+
+    def show(self, report: Report) -> None:
+        """Add a report to the curve if it is a point."""
+        if not report.point:
+            return
+        self._points[report.done] = dict(report.figures)
+        is_last = report.done >= report.total
+        if self._artifact is not None and not is_last and time.monotonic() - self._updated < CURVE_INTERVAL_S:
+            return
+        self._updated = time.monotonic()
+        text, title = curve_markdown(self._points), f"{self._stage}: step {report.done} of {report.total}"
+        if self._artifact is None:
+            created = create_markdown_artifact(text, key=f"curve-{self._stage}", description=title)
+            assert isinstance(created, UUID)
+            self._artifact = created
+        else:
+            with get_client(sync_client=True) as client:
+                client.update_artifact(self._artifact, ArtifactUpdate(data=text, description=title))
+
+
+def curve_markdown(points: Mapping[int, Mapping[str, float]]) -> str:
+    """Return the losses as bars, and the last points as a table.
+
+    Args:
+        points: Step -> figures.
+    """
+    lines = []
+    for name in ("loss", "eval_loss"):
+        values = [figures[name] for figures in points.values() if name in figures]
+        if values:
+            lines += [f"{FIGURES_SHOWN[name][0]}: `{bars(values)}` {values[0]:.4f} to {values[-1]:.4f}", ""]
+    names = [name for name in FIGURES_SHOWN if any(name in figures for figures in points.values())]
+    lines += [f"| step | {' | '.join(FIGURES_SHOWN[name][0] for name in names)} |", "|---:" * (len(names) + 1) + "|"]
+    for step, figures in list(points.items())[-NUM_POINTS:]:
+        cells = [format(figures[name], FIGURES_SHOWN[name][1]) if name in figures else "" for name in names]
+        lines.append(f"| {step} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def bars(values: Sequence[float]) -> str:
+    """Return values as at most 40 bars, the lowest and the highest at the ends of the scale."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    step = max(1, math.ceil(len(finite) / NUM_BARS))
+    chosen = [*finite[::step], *([finite[-1]] if (len(finite) - 1) % step else [])]
+    low, high = min(chosen), max(chosen)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((value - low) * scale)] for value in chosen)
 
 
 def read_figures(root: Path, stages: list[str]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ from typing import Any
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from flows.runs.dvc_stage import Listener, Outcome, StageFailed, run_stage
 from flows.runs.forms import (
@@ -23,9 +25,10 @@ from flows.runs.forms import (
 )
 from flows.runs.graph import Plan, read_plan
 from flows.runs.isolated_checkout import isolated_checkout, refuse_uncommitted
-from flows.runs.report import ProgressBar, Row, RunReport, read_headline
+from flows.runs.report import CurvePage, ProgressBar, Row, RunReport, read_headline
 from stages.checkout.worktree import prune
 from stages.params.assignments import apply_overrides
+from stages.progress import Report
 
 NUM_RETRIES = 2
 RETRY_DELAY_S = 5
@@ -46,12 +49,19 @@ def was_killed(task: Any, task_run: Any, state: State[Any]) -> bool:
 )
 def stage_task(root: Path, stage: str, force: bool, variables: dict[str, str]) -> State[Any]:
     """Run one stage of dvc.yaml; the name of the state is its `Outcome`."""
-    bar = ProgressBar(stage)
-    listener = Listener(on_line=get_run_logger().info, on_progress=bar.show)
+    bar, curve = ProgressBar(stage), CurvePage(stage)
+
+    def show(report: Report) -> None:
+        bar.show(report)
+        curve.show(report)
+
+    listener = Listener(on_line=get_run_logger().info, on_progress=show)
     try:
         outcome = run_stage(root, stage, listener, force, **variables, **flow_run_variables())
     except StageFailed as failure:
         return Failed(message=str(failure), name=Outcome.KILLED if failure.killed else Outcome.FAILED)
+    except TerminationSignal:  # Prefect would call it a crash of the task; `run_plan` raises it again for the flow
+        return Cancelled(message=f"{stage} was ended with its flow run; what is in the cache and checkpoints is kept")
     return Completed(name=outcome, message=read_headline(root, stage) or bar.text)
 
 
@@ -121,7 +131,11 @@ def workplace(prepared: PreparedRun) -> Iterator[tuple[Path, dict[str, str]]]:
 
 
 def run_plan(root: Path, plan: Plan, force: bool, report: RunReport, variables: dict[str, str]) -> str | None:
-    """Run stages in order up to the first that fails; return why it failed, or None if none did."""
+    """Run stages in order up to the first that fails; return why it failed, or None if none did.
+
+    Raises:
+        TerminationSignal: The flow run was cancelled, or its process got SIGTERM.
+    """
     problem: str | None = None
     for name in plan.names:
         if problem is not None:
@@ -129,6 +143,8 @@ def run_plan(root: Path, plan: Plan, force: bool, report: RunReport, variables: 
             continue
         started = time.monotonic()
         state: State[Any] = stage_task(root, name, force, variables, return_state=True)
+        if state.is_cancelled():
+            raise TerminationSignal(signal.SIGTERM)
         outcome = next((known for known in Outcome if known == state.name), Outcome.FAILED)
         problem = None if state.is_completed() else state.message or "no reason given"
         figures = (state.message or "") if problem is None else ""

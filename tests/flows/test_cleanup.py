@@ -47,20 +47,20 @@ def record(project: Path) -> None:
         log_text(run, Path(HASHES).name, json.dumps(dvc_hashes(project)))
 
 
-def record_by_tags(project: Path) -> None:
-    """A run in MLflow as earlier versions of `publish` wrote it: with DVC's hashes of everything as tags."""
-    tracking = open_tracking(load_params(project / "params.yaml").publish, project)
-    with tracking.whole_run("recorded", {f"dvc.{name}": value for name, value in dvc_hashes(project).items()}):
-        pass
-
-
 def test_recorded_hashes_are_those_of_artifacts_and_of_older_tags(ran_project: Path) -> None:
     record(ran_project)
-    in_artifact = recorded_hashes(ran_project)
-    assert dvc_hashes(ran_project)["outs/train.txt"] in in_artifact
-    (ran_project / "mlflow.db").unlink()
-    record_by_tags(ran_project)
-    assert recorded_hashes(ran_project) == in_artifact
+    tracking = open_tracking(load_params(ran_project / "params.yaml").publish, ran_project)
+    with tracking.whole_run("of an earlier version", {"dvc.outs/train.txt": "5e" * 16}):
+        pass
+    assert {dvc_hashes(ran_project)["outs/train.txt"], "5e" * 16} <= recorded_hashes(ran_project)
+
+
+def test_a_run_whose_hashes_can_not_be_read_stops_the_cleaning(ran_project: Path) -> None:
+    tracking = open_tracking(load_params(ran_project / "params.yaml").publish, ran_project)
+    with tracking.whole_run("recorded", {HASHES_TAG: HASHES}) as run:
+        pass
+    with pytest.raises(RunRefused, match=f"run {run.run_id} in MLflow: its artifact {HASHES} can't be read"):
+        recorded_hashes(ran_project)
 
 
 @pytest.mark.usefixtures("prefect_server")

@@ -15,13 +15,15 @@ from prefect import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import State
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.exceptions import ObjectAlreadyExists, PrefectHTTPStatusError
+from prefect.exceptions import ObjectAlreadyExists, PrefectHTTPStatusError, TerminationSignal
 
 from flows.pipeline import main, pipeline
 from flows.processes.environment import ROOT, child_environment
 from flows.runs import run as module
 from flows.runs.dvc_stage import Listener, Outcome, run_stage
 from flows.runs.forms import parse_assignments
+from flows.runs.graph import read_plan
+from flows.runs.report import RunReport
 from stages.checkout.worktree import prune
 from tests.flows.conftest import commit, replace_param, run
 
@@ -45,6 +47,41 @@ def all_artifacts(state: State[Any]) -> list[Any]:
 
 def artifacts(state: State[Any]) -> dict[str, Any]:
     return {artifact.key: artifact for artifact in all_artifacts(state)}
+
+
+def test_a_training_has_its_curve_as_an_artifact_while_it_trains(ran_project: Path) -> None:
+    points = [(1, 2.5), (2, 1.5)]
+    events = [
+        {"stage": "train", "done": step, "total": 2, "part": "steps", "figures": {"loss": loss}, "point": True}
+        for step, loss in points
+    ]
+    said = "".join(f"echo 'PROGRESS {json.dumps(event)}'\n" for event in events)
+    script = ran_project / "train.sh"
+    script.write_text(said + script.read_text())
+    curve = artifacts(pipeline(return_state=True))["curve-train"]
+    assert curve.description == "train: step 2 of 2"
+    assert curve.data.splitlines() == [
+        "loss: `█▁` 2.5000 to 1.5000",
+        "",
+        "| step | loss |",
+        "|---:|---:|",
+        "| 1 | 2.5000 |",
+        "| 2 | 1.5000 |",
+    ]
+
+
+def test_a_stage_of_a_cancelled_run_is_cancelled_and_did_not_crash(
+    ran_project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ended(*arguments: Any, **variables: str) -> Outcome:
+        raise TerminationSignal(signal.SIGTERM)
+
+    monkeypatch.setattr(module, "run_stage", ended)
+    state = module.stage_task(ran_project, "pack", False, {}, return_state=True)
+    assert state.type == "CANCELLED"
+    assert "Crash" not in caplog.text
+    with pytest.raises(TerminationSignal):
+        module.run_plan(ran_project, read_plan(ran_project), False, RunReport({}), {})
 
 
 def test_outcomes_progress_and_closing_table(ran_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
