@@ -220,8 +220,9 @@ class LiveLine:
     def show(self, report: Report, important: bool) -> None:
         """Redraw the line. The finished line of a part stays above what is printed after it."""
         part = (report.part, report.total)
-        if part != self._part and self._task is not None:
-            self._keep()
+        if part != self._part and self._task is not None:  # of a part that was not finished
+            self._progress.remove_task(self._task)
+            self._task = None
         if self._task is None:
             self._task = self._progress.add_task(
                 report.part, total=report.total, stage=report.stage, detail="", figures=""
