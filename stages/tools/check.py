@@ -57,6 +57,8 @@ def run(params: Params, paths: Paths, *, as_json: bool = False) -> int:
         print(f"warning: {one}", file=sys.stderr, flush=True)
     if errors:
         raise CheckFailed(describe(errors))
+    more = {0: "", 1: ", 1 warning"}.get(len(warnings), f", {len(warnings)} warnings")
+    print(f"check: no errors{more}", flush=True)
     return 0
 
 
