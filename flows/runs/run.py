@@ -27,6 +27,7 @@ from flows.runs.graph import Plan, read_plan
 from flows.runs.isolated_checkout import isolated_checkout, refuse_uncommitted
 from flows.runs.report import CurvePage, ProgressBar, Row, RunReport, read_headline
 from stages.checkout.worktree import prune
+from stages.cli.run_cache import prefer_cached_results
 from stages.params.assignments import apply_overrides
 from stages.progress import Report
 
@@ -137,6 +138,9 @@ def run_plan(root: Path, plan: Plan, force: bool, report: RunReport, variables: 
         TerminationSignal: The flow run was cancelled, or its process got SIGTERM.
     """
     problem: str | None = None
+    if not force:
+        for line in prefer_cached_results(root):
+            print(line, flush=True)
     for name in plan.names:
         if problem is not None:
             report.rows.append(Row(name, Outcome.NOT_RUN))
