@@ -79,12 +79,16 @@ def find_problems(params: Params, paths: Paths) -> Iterator[Problem]:
         for finding in inspect_data(params, paths, tokenizer):
             yield Problem(finding.key, finding.text)
 
+    def experts() -> None:
+        if folder is not None:
+            check_experts_quantizable(params.quantize, folder)
+
     home = main_checkout(paths.root)
     checks: list[tuple[str, Callable[[], Iterable[Problem] | object]]] = [
         ("model.name_or_path", lambda: check_named(params.model, paths.root)),
         ("model", lambda: check_model_values(params, paths, outline)),
         ("train", lambda: check_machine(params, paths.root, outline, this_machine())),
-        ("quantize.method", lambda: folder and check_experts_quantizable(params.quantize, folder)),
+        ("quantize.method", experts),
         ("load.sources", data),
         ("evaluate.task", lambda: load_tasks(params.evaluate.task, paths.root)),
         ("evaluate.regression", lambda: read_records(params.evaluate.regression, paths.root)),
