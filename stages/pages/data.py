@@ -80,9 +80,9 @@ def limit_sentence(name: str, figures: Mapping[str, Any]) -> str:
     if figures["truncated"]:
         found.append(f"{figures['truncated']:,} documents are cut off")
     if figures["dropped"]:
-        found.append(f"{figures['dropped']:,} are dropped")
+        found.append(f"{figures['dropped']:,} documents are dropped")
     if figures["split"]:
-        found.append(f"{figures['split']:,} are divided")
+        found.append(f"{figures['split']:,} documents are divided")
     if figures["untrained_pieces"]:
         found.append(f"{figures['untrained_pieces']:,} of their parts have no trained token and are dropped")
     if figures["answers_cut"]:

@@ -213,7 +213,10 @@ def test_parts_with_their_prompts_lead_back_to_their_records(paths: Paths) -> No
     assert (figures["tokens_repeated"], figures["trained_tokens_lost"]) == (num_repeated, num_continued)
     assert num_continued > 0
     page = paths.data_page.read_text(encoding="utf-8")
-    assert f"Length limit, train: {figures['split']} are divided; prompts that are repeated have {num_repeated}" in page
+    assert (
+        f"Length limit, train: {figures['split']} documents are divided; prompts that are repeated have {num_repeated}"
+        in page
+    )
 
 
 def test_split_says_which_answers_it_cuts_from_their_prompts(paths: Paths) -> None:
