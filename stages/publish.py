@@ -17,7 +17,8 @@ from sft.evaluate.evidence import Measured
 from stages.checkout.artifacts import read_json, write_json
 from stages.checkout.paths import Paths, main_checkout
 from stages.checkout.redaction import redact
-from stages.evaluation.row_scores import evidence_of, read_row_scores
+from stages.evaluation.row_scores import compare_rows, evidence_of, read_row_scores, rows_warning
+from stages.pages.comparison import Side, write_comparison
 from stages.pages.model_card import write_card
 from stages.pages.promotion import Decision, write_page
 from stages.pages.verdict import doubts
@@ -28,6 +29,7 @@ from stages.tracking import lineage
 from stages.tracking.champion import (
     CANDIDATE,
     CHAMPION,
+    RESULTS_FOLDER,
     Champion,
     Publication,
     begin_publication,
@@ -36,17 +38,22 @@ from stages.tracking.champion import (
     find_champion,
     held_out_digest,
 )
+from stages.tracking.recorded import Difference, differing_rows, fetch_files, find_causes, recorded_run
 from stages.tracking.result import DIGEST_TAG, Result, record_result
 from stages.tracking.store import Tracking, open_tracking
 
 KEY = "publish.push_to_hub"
+
+SINCE_CHAMPION = "since_champion.html"
+"""Page in outs/publish that compares the result with the champion before it."""
 
 
 @stage_progress("publish")
 def run(params: Params, paths: Paths) -> None:
     """Log the result, register the model, move the aliases, write the card, and push if params.yaml asks for it.
 
-    outs/publish/promotion.html shows whether the result became the champion. outs/publish/run.json is written last.
+    outs/publish/promotion.html shows whether the result became the champion, and what changed since the last one.
+    outs/publish/run.json is written last.
     The store is locked from the first look at the aliases until the page is written.
 
     Raises:
@@ -65,7 +72,8 @@ def run(params: Params, paths: Paths) -> None:
         decision, publication = decide(tracking, result, run_id, version, results)
         move_aliases(tracking, publication, decision)
         conditions = [*params.evaluate.gate, *params.publish.gate]
-        write_page(paths.out("publish", "promotion.html"), decision, conditions, results)
+        changes = compare_with_champion(tracking, params, paths, run_id, decision.champion)
+        write_page(paths.out("publish", "promotion.html"), decision, conditions, results, changes)
     shipped = shipped_model(results)
     card = paths.out("publish", "README.md")
     write_card(card, params, paths, shipped, result.digest)
@@ -168,6 +176,32 @@ def read_evidence(
             rows = read_row_scores(folder)
             found |= evidence_of(then["intervals"], rows, then["num_prompts"], f"{CHAMPION}.")
     return found
+
+
+def compare_with_champion(
+    tracking: Tracking, params: Params, paths: Paths, run_id: str, champion: Champion | None
+) -> dict[str, list[Difference]]:
+    """Write the page that compares this result with the champion before it, and log it to this result's run.
+
+    Returns:
+        Kind -> what differs between their inputs; empty if there was no champion, or it was this result. Then an
+        earlier page is deleted.
+    """
+    page = paths.out("publish", SINCE_CHAMPION)
+    page.unlink(missing_ok=True)
+    if champion is None or champion.run_id == run_id:
+        return {}
+    before = recorded_run(tracking.client.get_run(champion.run_id))
+    after = recorded_run(tracking.client.get_run(run_id))
+    causes = find_causes(before, after, tracking.client)
+    with tempfile.TemporaryDirectory() as work:
+        folders = [fetch_files(before, tracking, paths, Path(work)), paths.root]
+        rows = [read_row_scores(folder / RESULTS_FOLDER) for folder in folders]
+        sides = [Side(r, f, row.answers) for r, f, row in zip((before, after), folders, rows, strict=True)]
+        warning = rows_warning(rows) if differing_rows(before, after) else ""
+        write_comparison(page, (sides[0], sides[1]), causes, compare_rows(*rows), warning)
+    tracking.client.log_artifact(run_id, str(page), "reports")
+    return causes
 
 
 def move_aliases(tracking: Tracking, publication: Publication, decision: Decision) -> None:

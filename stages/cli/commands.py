@@ -167,11 +167,20 @@ TOOLS: dict[str, Entry] = {
         ("sft serve --model merged --port 8000",),
     ),
     "compare": Entry(
-        "show how two recorded runs differ",
+        "show how two results differ",
         "stages.tools.compare",
-        (_runs(2),),
-        ("sft compare champion candidate",),
-        "A run is named by its id, name or alias.",
+        (
+            _runs(2),
+            _option(
+                "--html",
+                is_flag=False,
+                flag_value="",
+                metavar="[FILE]",
+                help="Also write a page with curves, paired tests and answers (default: reports/comparison.html).",
+            ),
+        ),
+        ("sft compare champion candidate", "sft compare champion . --html"),
+        "A run is named by its id, name or alias; `.` is the result in this checkout.",
     ),
     "reproduce": Entry(
         "repeat a recorded run and compare the results",

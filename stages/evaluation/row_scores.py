@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,3 +123,14 @@ def compare_rows(first: RowScores, second: RowScores) -> dict[str, tuple[Paired,
                     len(common),
                 )
     return tests
+
+
+def rows_warning(rows: Sequence[RowScores]) -> str:
+    """Return a sentence on how many held-out rows two results have in common, as far as their rows are known."""
+    if len(rows) == 2 and all(side.answers for side in rows):
+        first, second = (set(side.answers) for side in rows)
+        return (
+            f"A was measured on {len(first)} held-out rows and B on {len(second)}, {len(first & second)} of them the "
+            "same: figures differ by the rows too; the p-values are of the rows that both have"
+        )
+    return "A and B were measured on different held-out rows, so their figures can't be compared"

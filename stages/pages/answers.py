@@ -33,7 +33,7 @@ def read_answers(file: Path) -> dict[str, Any]:
         The first `MAX_GENERATIONS` rows in groups, mistakes of the tuned model first; their counts; the beginning that
         all prompts share; and whether a score decides between right and wrong answers.
     """
-    rows = [_without_secrets(row) for row in read_jsonl(file)]
+    rows = [without_secrets_in_row(row) for row in read_jsonl(file)]
     prompts = [row["prompt"] for row in rows]
     metric = deciding_score(rows)
     start, end = shared_beginning(prompts), shared_ending(prompts)
@@ -43,7 +43,7 @@ def read_answers(file: Path) -> dict[str, Any]:
         "shared": start.strip(),
         "decided": metric is not None,
         "models": list(rows[0]["answers"]) if rows else [],
-        "groups": [group for group in answer_groups(shown, metric is not None) if group["pages"]],
+        "groups": answer_groups(shown, metric is not None),
         "num_shown": min(len(shown), MAX_GENERATIONS),
         "num_rows": len(shown),
         "num_wrong": sum(not row["tuned_right"] for row in shown),
@@ -66,16 +66,32 @@ def answer_groups(rows: Sequence[dict[str, Any]], is_decided: bool) -> list[dict
     }
     if not any("quantized" in (cell["model"] for cell in row["answers"]) for row in rows):
         names[True, True] = "The tuned model is right" if is_decided else "Answers"
-    groups = []
-    for kind, name in names.items():
-        of_kind = [row for row in rows if (row["tuned_right"], row["quantized_same"]) == kind]
-        shown = [row for row in rows[:MAX_GENERATIONS] if (row["tuned_right"], row["quantized_same"]) == kind]
+    kinds = [names[row["tuned_right"], row["quantized_same"]] for row in rows]
+    return make_groups(rows, kinds, list(names.values()), names[True, True])
+
+
+def make_groups(
+    rows: Sequence[dict[str, Any]], kinds: Sequence[str], order: Sequence[str], folded: str
+) -> list[dict[str, Any]]:
+    """Divide rows into groups of one kind, and the first `MAX_GENERATIONS` rows of all groups into pages.
+
+    Args:
+        rows: The rows.
+        kinds: The kind of each row, which is the name of its group.
+        order: The groups in their order.
+        folded: The group that is folded at first.
+    """
+    groups, left = [], MAX_GENERATIONS
+    for name in order:
+        of_kind = [row for row, kind in zip(rows, kinds, strict=True) if kind == name]
+        shown = of_kind[:left]
+        left -= len(shown)
         pages = [shown[start : start + PER_PAGE] for start in range(0, len(shown), PER_PAGE)]
-        groups.append({"name": name, "number": len(of_kind), "pages": pages, "is_right": kind == (True, True)})
-    return groups
+        groups.append({"name": name, "number": len(of_kind), "pages": pages, "folded": name == folded})
+    return [group for group in groups if group["pages"]]
 
 
-def _without_secrets(row: Mapping[str, Any]) -> dict[str, Any]:
+def without_secrets_in_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row with the secrets in its texts replaced, as long as these are whole."""
     answers = {name: {**answer, "text": redact(answer["text"])} for name, answer in row["answers"].items()}
     return {**row, "prompt": redact(row["prompt"]), "reference": redact(row["reference"]), "answers": answers}
@@ -97,24 +113,34 @@ def prompt_with_answers(row: Mapping[str, Any], own: slice, metric: str | None) 
         metric: The score that decides whether an answer is right; None if no score does.
     """
     answers = row["answers"]
-    cells = [
-        {
-            "model": name,
-            "right": metric is None or answer["scores"][metric] == 1.0,
-            "stopped": answer["stopped"],
-            "text": mark_differences(answer["text"], row["reference"]),
-        }
-        for name, answer in answers.items()
-    ]
     quantized = answers.get("quantized", answers["tuned"])
     return {
         "id": row["id"],
         "prompt": row["prompt"][own].strip(),
         "reference": row["reference"],
-        "answers": cells,
+        "answers": answer_cells(answers, row["reference"], metric),
         "tuned_right": metric is None or answers["tuned"]["scores"][metric] == 1.0,
         "quantized_same": quantized["text"] == answers["tuned"]["text"],
     }
+
+
+def answer_cells(answers: Mapping[str, Any], reference: str, metric: str | None) -> list[dict[str, Any]]:
+    """Return what the page shows of answers to one prompt.
+
+    Args:
+        answers: Name of a model -> its answer.
+        reference: The expected answer.
+        metric: The score that decides whether an answer is right; None if no score does.
+    """
+    return [
+        {
+            "model": name,
+            "right": metric is None or answer["scores"][metric] == 1.0,
+            "stopped": answer["stopped"],
+            "text": mark_differences(answer["text"], reference),
+        }
+        for name, answer in answers.items()
+    ]
 
 
 def mark_differences(answer: str, reference: str) -> Markup:

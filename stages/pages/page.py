@@ -92,6 +92,14 @@ def show_change(value: float, kind: str) -> str:
     return f"{100 * value:+.1f}{NBSP}points" if kind == "percent" else f"{value:+.3f}"
 
 
+def show_interval(low: float, high: float, kind: str) -> str:
+    """Format the interval of a difference, with its unit once; an empty text if it is 0 throughout."""
+    if low == high == 0:
+        return ""
+    first, last = show_change(low, kind), show_change(high, kind)
+    return f"{first.partition(NBSP)[0]} to {last}"
+
+
 def show(value: float, kind: str) -> str:
     """Format a figure.
 

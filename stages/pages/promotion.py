@@ -9,10 +9,12 @@ from typing import Any
 
 from sft.evaluate.gate import GateRow, parse_gate
 from stages.checkout.artifacts import write_json, write_text
+from stages.pages.comparison import cause_rows
 from stages.pages.page import render_page, show, show_change
 from stages.pages.verdict import CLOSED, OPEN, UNSURE, count_unmet
 from stages.params.figures import figure_of
 from stages.tracking.champion import CANDIDATE, CHAMPION, Champion
+from stages.tracking.recorded import Difference
 
 TEMPLATE = "promotion.html.jinja"
 
@@ -100,7 +102,13 @@ def _version(number: str | None) -> str:
     return "none" if number is None else f"version {number}"
 
 
-def write_page(file: Path, decision: Decision, conditions: Sequence[str], results: Mapping[str, Any]) -> None:
+def write_page(
+    file: Path,
+    decision: Decision,
+    conditions: Sequence[str],
+    results: Mapping[str, Any],
+    changes: Mapping[str, Sequence[Difference]] | None = None,
+) -> None:
     """Write the page, and next to it a JSON file with the parts that other tools show.
 
     Args:
@@ -108,6 +116,8 @@ def write_page(file: Path, decision: Decision, conditions: Sequence[str], result
         decision: The decision on this result.
         conditions: Conditions of both gates, as in params.yaml.
         results: Results of `evaluate`.
+        changes: Kind -> what differs between the inputs of the champion before (A) and of this result (B); empty or
+            None if there was none, or if it was this result.
     """
     conditions_shown = [
         *({"key": "evaluate.gate", **row} for row in decision.gate),
@@ -117,6 +127,7 @@ def write_page(file: Path, decision: Decision, conditions: Sequence[str], result
         "decision": decision,
         "conditions": conditions_shown,
         "figures": figure_rows(decision, conditions, results),
+        "causes": cause_rows(changes) if changes else None,
     }
     write_text(file, render_page(TEMPLATE, context))
     short = {"verdict": decision.headline, "reason": decision.reason, "aliases_before": dict(decision.before)}

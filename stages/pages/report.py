@@ -22,6 +22,7 @@ from stages.pages.page import (
     rows_sentence,
     show,
     show_change,
+    show_interval,
 )
 from stages.pages.verdict import verdict
 from stages.params.figures import REGRESSION, figure_of, in_order
@@ -178,13 +179,13 @@ def changes(pair: Mapping[str, Any]) -> dict[str, Any]:
     for metric in in_order(set(pair["figures"])):
         label, kind, direction = figure_of(metric)
         test = pair["figures"][metric]
-        difference, (low, high) = test["difference"], test["interval"]
+        difference = test["difference"]
         certain = test["p_value"] < 0.05
         rows.append(
             {
                 "label": label,
                 "difference": show_change(difference, kind),
-                "interval": f"{show_change(low, kind)} to {show_change(high, kind)}",
+                "interval": show_interval(*test["interval"], kind),
                 "p_value": "< 0.001" if test["p_value"] < 0.001 else f"{test['p_value']:.3f}",
                 "test": test["test"],
                 "mark": ("yes" if difference * direction > 0 else "no") if certain and direction else "",

@@ -1,28 +1,43 @@
-"""`python -m stages compare A B`: print what differs between two recorded runs, and how their figures differ."""
+"""`sft compare A B`: what differs between two results, and how their figures differ, as text and as a page."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from sft.common_prefix import common_prefix_length
+from sft.evaluate.intervals import Paired
 from stages.checkout.foreign_text import for_terminal
 from stages.checkout.paths import Paths, main_checkout
+from stages.evaluation.row_scores import RowScores, compare_rows, read_row_scores, rows_warning
+from stages.pages.comparison import Side, write_comparison
 from stages.params.figures import lower_is_better
 from stages.params.schema import Params
+from stages.tools.freshness import warn_if_stale
 from stages.tracking.address import absolute_uri, database
-from stages.tracking.lineage import MACHINE, PARENT_TAG
+from stages.tracking.champion import RESULTS_FOLDER
+from stages.tracking.lineage import PARENT_TAG
+from stages.tracking.recorded import (
+    COMMIT,
+    DIRTY,
+    GATE_TAG,
+    Difference,
+    Recorded,
+    differences,
+    differing_rows,
+    fetch_files,
+    find_causes,
+    present_result,
+    recorded_run,
+)
 from stages.tracking.result import DIGEST_TAG, MEASURED_STAGES
-from stages.tracking.store import KIND_TAG, SWEEP, Tracking, open_tracking, whole_value
+from stages.tracking.store import KIND_TAG, SWEEP, Tracking, open_tracking
 
-VERSION, COMMIT, DIRTY, CODE, BASE = "version.", "git.commit", "git.dirty", "git.changed_code", "sft.base_model"
 MAX_VALUE = 60
 """Longest text of a value, in characters."""
 
@@ -33,35 +48,47 @@ NOISE = 1e-9
 """Differences of figures below this are treated as rounding errors."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A value that differs between two runs.
+HERE = "."
+"""Name of the result in the checkout, in the place of a run."""
 
-    Args:
-        name: Its name.
-        before: Its value in the first run; None if that run lacks it.
-        after: The same for the second run.
-    """
-
-    name: str
-    before: Any
-    after: Any
+PAGE = "comparison.html"
+"""Name of the page in the folder `reports/`, unless another file is given."""
 
 
-def run(params: Params, paths: Paths, *, runs: list[str]) -> None:
-    """Print the comparison of two recorded runs.
+def run(params: Params, paths: Paths, *, runs: Sequence[str], html: str | None = None) -> None:
+    """Print the comparison of two results, and write it as a page if a file is given.
 
     Args:
         params: Values of params.yaml; `publish` has the store of the runs.
         paths: Paths of the checkout.
-        runs: Two runs: ids or their beginnings, names, or aliases of the registered model such as `champion`.
+        runs: Two results: ids of runs or their beginnings, names, aliases of the registered model such as `champion`,
+            or `.` for the result in the checkout.
+        html: File of the page; an empty text = reports/comparison.html; None = no page.
 
     Raises:
-        ValueError: No run, or more than one, has such an id, name or alias.
+        ValueError: No run, or more than one, has such an id, name or alias, or the checkout has no result.
     """
     tracking = open_recorded(params, main_checkout(paths.root))
-    first, second = (find_result(tracking, name, params.publish.registered_model) for name in runs)
-    print("\n".join(report(first, second, tracking.client)), flush=True)
+    results = []
+    for name in runs:
+        if name == HERE:
+            warn_if_stale(params, paths, "evaluate")
+            results.append(present_result(params, paths))
+        else:
+            results.append(recorded_run(find_result(tracking, name, params.publish.registered_model)))
+    first, second = results
+    with tempfile.TemporaryDirectory() as work:
+        folders = [fetch_files(r, tracking, paths, Path(work) / side) for r, side in zip(results, "ab", strict=True)]
+        rows = [read_row_scores(folder / RESULTS_FOLDER) for folder in folders]
+        tests = compare_rows(*rows)
+        print("\n".join(report(first, second, tracking.client, tests, rows)), flush=True)
+        if html is not None:
+            causes = find_causes(first, second, tracking.client)
+            sides = [Side(r, folder, row.answers) for r, folder, row in zip(results, folders, rows, strict=True)]
+            file = Path(html) if html else paths.root / "reports" / PAGE
+            warning = rows_warning(rows) if differing_rows(first, second) else ""
+            write_comparison(file, (sides[0], sides[1]), causes, tests, warning)
+            print(f"page: {file}", flush=True)
 
 
 def open_recorded(params: Params, home: Path) -> Tracking:
@@ -113,31 +140,32 @@ def find_result(tracking: Tracking, name: str, model: str) -> Run:
     )
 
 
-def report(first: Run, second: Run, client: MlflowClient | None = None) -> list[str]:
+def report(
+    first: Recorded,
+    second: Recorded,
+    client: MlflowClient | None = None,
+    tests: Mapping[str, tuple[Paired, int]] | None = None,
+    rows: Sequence[RowScores] = (),
+) -> list[str]:
     """Return the comparison as lines of text: the two runs, their inputs that differ, their figures that differ.
 
     Args:
-        first: A run.
-        second: Another run.
+        first: A result.
+        second: Another result.
         client: Client of the store, by which long params are read from the artifacts; None = show their digests.
+        tests: `model.metric` -> paired test on the rows that both have, and their number.
+        rows: Scores of the rows of both.
     """
     lines = [f"A  {describe_run(first)}", f"B  {describe_run(second)}", ""]
-    if first.info.run_id == second.info.run_id:
+    if first.run_id == second.run_id:
         return [*lines, "These are the same run."]
-    causes = {
-        "params": sorted(differences(first.data.params, second.data.params), key=lambda difference: difference.name),
-        "data": differences(data_of(first), data_of(second)),
-        "base model": tagged(first, second, lambda name: name.startswith(BASE)),
-        "code": tagged(first, second, lambda name: name in code_tags(first, second)),
-        "versions": tagged(first, second, lambda name: name.startswith(VERSION)),
-        "machine": tagged(first, second, lambda name: name.startswith(MACHINE)),
-    }
-    if client is not None:
-        causes["params"] = [read_whole(client, first, second, difference) for difference in causes["params"]]
+    causes = find_causes(first, second, client)
     for cause, found in causes.items():
         lines += [heading(cause, found), *map(describe_difference, found)]
     effects = differences(metrics_of(first), metrics_of(second))
-    lines += ["", heading("figures", effects), *map(describe_effect, effects)]
+    lines += ["", heading("figures", effects), *(describe_effect(effect, tests or {}) for effect in effects)]
+    if differing_rows(first, second):
+        lines += ["", f"warning: {rows_warning(rows)}"]
     return [*lines, "", verdict(first, second, {name for name, found in causes.items() if found}, effects)]
 
 
@@ -146,58 +174,18 @@ def heading(what: str, found: list[Difference]) -> str:
     return f"{what}: {len(found) or 'no'} difference{'s' if len(found) != 1 else ''}"
 
 
-def describe_run(run: Run) -> str:
-    """Describe a run in one line: name, id, commit, gate."""
-    tags = run.data.tags
+def describe_run(result: Recorded) -> str:
+    """Describe a result in one line: name, id, commit, gate."""
+    tags = result.tags
     commit = tags.get(COMMIT, "none")[:10] + (" with uncommitted changes" if tags.get(DIRTY) == "true" else "")
-    return for_terminal(
-        f"{run.info.run_name} (run {run.info.run_id[:12]}, commit {commit}, gate {tags.get('sft.gate', 'unknown')})"
-    )
+    run = f"run {result.run_id[:12]}, " if result.run_id else ""
+    return for_terminal(f"{result.name} ({run}commit {commit}, gate {tags.get(GATE_TAG, 'unknown')})")
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
-    """Return the entries that differ between two mappings, including those that only one has."""
-    names = [*before, *(name for name in after if name not in before)]
-    return [
-        Difference(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)
-    ]
-
-
-def read_whole(client: MlflowClient, first: Run, second: Run, difference: Difference) -> Difference:
-    """Return a difference of params with the whole values, if they were too long for MLflow."""
-    before, after = (
-        None if value is None else whole_value(client, run.info.run_id, value)
-        for run, value in ((first, difference.before), (second, difference.after))
-    )
-    return Difference(difference.name, before, after)
-
-
-def data_of(run: Run) -> dict[str, str]:
-    """Return the SHA-256 of every data file of a run, by the file's name."""
-    inputs = run.inputs.dataset_inputs if run.inputs else []
-    return {item.dataset.name: json.loads(item.dataset.source)["sha256"] for item in inputs}
-
-
-def code_tags(*runs: Run) -> tuple[str, ...]:
-    """Return the names of the tags that identify the code: the commit, and a digest of the uncommitted changes.
-
-    Older runs have no digest, only a tag for whether anything was uncommitted.
-    """
-    return (COMMIT, CODE) if all(CODE in run.data.tags for run in runs) else (COMMIT, DIRTY)
-
-
-def metrics_of(run: Run) -> dict[str, float]:
+def metrics_of(result: Recorded) -> dict[str, float]:
     """Return the figures of the stages, those of `evaluate` first; curves and other metrics are left out."""
-    figures = {name: value for name, value in run.data.metrics.items() if name.partition(".")[0] in MEASURED_STAGES}
-    return {name: figures[name] for name in sorted(figures, key=lambda name: (not name.startswith("evaluate."), name))}
-
-
-def tagged(first: Run, second: Run, wanted: Callable[[str], bool]) -> list[Difference]:
-    """Return the tags of one kind that differ between two runs."""
-    before, after = (
-        {name: value for name, value in sorted(run.data.tags.items()) if wanted(name)} for run in (first, second)
-    )
-    return differences(before, after)
+    found = {name: value for name, value in result.metrics.items() if name.partition(".")[0] in MEASURED_STAGES}
+    return {name: found[name] for name in sorted(found, key=lambda name: (not name.startswith("evaluate."), name))}
 
 
 def describe_difference(difference: Difference) -> str:
@@ -220,12 +208,14 @@ def shorten(text: str, start: int = 0) -> str:
     return ("..." if start else "") + text[start : start + MAX_VALUE] + ("..." if start + MAX_VALUE < len(text) else "")
 
 
-def describe_effect(effect: Difference) -> str:
-    """Describe a figure that differs in one line, with the change and whether it is better or worse."""
+def describe_effect(effect: Difference, tests: Mapping[str, tuple[Paired, int]]) -> str:
+    """Describe a figure that differs in one line, with the change, whether it is better or worse, and its p-value."""
     if effect.before is None or effect.after is None:
         return describe_difference(effect)
     name, change = for_terminal(effect.name), effect.after - effect.before
-    return f"  {name}: {effect.before:.6g} -> {effect.after:.6g} ({change:+.3g}{rating(effect.name, change)})"
+    test = tests.get(effect.name.removeprefix("evaluate."))
+    tested = f"; p {test[0].p_value:.3f} on {test[1]} rows" if test else ""
+    return f"  {name}: {effect.before:.6g} -> {effect.after:.6g} ({change:+.3g}{rating(effect.name, change)}{tested})"
 
 
 def rating(name: str, change: float) -> str:
@@ -235,9 +225,9 @@ def rating(name: str, change: float) -> str:
     return ", better" if (change < 0) == lower_is_better(name) else ", worse"
 
 
-def verdict(first: Run, second: Run, causes: set[str], effects: list[Difference]) -> str:
+def verdict(first: Recorded, second: Recorded, causes: set[str], effects: list[Difference]) -> str:
     """Summarize the comparison in a sentence or two."""
-    digests = [run.data.tags.get(DIGEST_TAG) for run in (first, second)]
+    digests = [result.tags.get(DIGEST_TAG) for result in (first, second)]
     if digests[0] is not None and digests[0] == digests[1]:
         return "Same params, same result to the last digit."
     if all(effect.before is None or effect.after is None for effect in effects):

@@ -42,6 +42,11 @@ def result_files(paths: Paths) -> list[Path]:
     return [*outs, *(path for stage in MEASURED_STAGES if (path := paths.metrics(stage)).exists())]
 
 
+def result_digest_of(params: Params, paths: Paths) -> str:
+    """Return the digest of the result in a checkout, by which its run is found."""
+    return lineage.result_digest(params, paths, result_files(paths))
+
+
 @dataclass(frozen=True)
 class Result:
     """A result to be recorded.
@@ -61,7 +66,7 @@ class Result:
     @cached_property
     def digest(self) -> str:
         """The digest of params and files, by which its run is found."""
-        return lineage.result_digest(self.params, self.paths, result_files(self.paths))
+        return result_digest_of(self.params, self.paths)
 
 
 def record_result(tracking: Tracking, result: Result) -> str:

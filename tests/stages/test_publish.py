@@ -19,7 +19,7 @@ from stages.checkout.artifacts import read_json, read_jsonl, write_json, write_j
 from stages.checkout.paths import Paths
 from stages.pages.page import NBSP
 from stages.params.schema import Params
-from stages.tools import summary
+from stages.tools import compare, summary
 from stages.tracking import lineage
 from stages.tracking.live_run import LiveRun
 from stages.tracking.store import PROGRESS_TAG, TRAINING_TAG, open_tracking
@@ -310,6 +310,40 @@ def test_result_worse_than_the_champion_is_recorded_but_not_promoted(
     worsen(checkout, -1.0)
     assert [passed for passed, _ in promotion(checkout)] == [True]
     assert champion(checkout) == "3"
+
+
+def test_page_says_what_changed_since_the_champion_and_leads_to_a_comparison(checkout: Paths) -> None:
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    assert "What changed since the champion" not in page(checkout)
+    assert not checkout.out("publish", publish.SINCE_CHAMPION).exists()
+    publish.run(tiny_params(evaluate={"gate": OPEN}, train={"seed": 7}), checkout)
+    changed = page(checkout).split("What changed since the champion")[1]
+    assert re.search(r'train\.seed</th><td class="mono">0</td><td class="mono">7</td>', changed)
+    compared = checkout.out("publish", publish.SINCE_CHAMPION).read_text(encoding="utf-8")
+    assert "All figures of A and B are the same" in compared
+    assert "3 prompts that both results have" in compared
+    run_id = read_json(checkout.out("publish", "run.json"))["run_id"]
+    names = {item.path for item in store(checkout.root).list_artifacts(run_id, "reports")}
+    assert "reports/since_champion.html" in names
+
+
+def test_result_of_the_checkout_is_compared_with_a_run(checkout: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+    params = tiny_params(evaluate={"gate": OPEN})
+    publish.run(params, checkout)
+    compare.run(params, checkout, runs=["champion", "."])
+    assert "Same params, same result to the last digit." in capsys.readouterr().out
+    worsen(checkout, 0.5)
+    rows = list(read_jsonl(checkout.out("evaluate", "generations.jsonl")))
+    write_jsonl(checkout.out("evaluate", "generations.jsonl"), rows[1:])
+    compare.run(tiny_params(evaluate={"gate": OPEN}, train={"seed": 7}), checkout, runs=["champion", "."], html="")
+    printed = capsys.readouterr().out
+    assert "params: 1 difference\n  train.seed: 0 -> 7" in printed
+    assert "(+0.5, worse; p 1.000 on 3 rows)" in printed
+    assert "warning: A was measured on 3 held-out rows and B on 2, 2 of them the same" in printed
+    assert f"page: {checkout.root / 'reports' / 'comparison.html'}" in printed
+    shown = (checkout.root / "reports" / "comparison.html").read_text(encoding="utf-8")
+    assert "the result in this checkout" in shown
+    assert "not recorded yet" in shown
 
 
 def test_gate_that_the_base_model_would_pass_makes_no_champion(checkout: Paths) -> None:

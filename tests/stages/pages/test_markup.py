@@ -18,12 +18,15 @@ from flows.runs.report import Row, RunReport
 from sft.evaluate.gate import GateRow
 from stages.checkout.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from stages.checkout.paths import Paths
+from stages.evaluation.row_scores import compare_rows, read_row_scores
 from stages.pages import report
+from stages.pages.comparison import Side, write_comparison
 from stages.pages.data import SplitFacts, write_data_page
 from stages.pages.model_card import write_card
 from stages.pages.promotion import Decision, write_page
 from stages.tools import compare
 from stages.tracking.champion import Champion
+from stages.tracking.recorded import Recorded, find_causes, recorded_run
 from tests.stages.pages.test_report import paths as paths
 from tests.stages.tiny_run import tiny_params
 
@@ -171,9 +174,27 @@ def test_the_comparison_and_its_runs_in_mlflow() -> None:
         )
         return Run(info, data, RunInputs([]))
 
-    lines = compare.report(run(1), run(2))
+    lines = compare.report(recorded_run(run(1)), recorded_run(run(2)))
     assert not any("\x1b" in line or "\n" in line for line in lines)
     assert sum(EVIL[:20] in line for line in lines) == 5
+
+
+def test_the_page_of_a_comparison(hostile: Paths, tmp_path: Path) -> None:
+    rows = read_row_scores(hostile.out("evaluate"))
+    assert rows.answers
+    sides = [
+        Side(
+            Recorded(EVIL, EVIL, {"git.commit": EVIL, "sft.gate": EVIL}, {EVIL: name}, {EVIL: name}, {}),
+            folder,
+            answers,
+        )
+        for name, folder, answers in (("a", hostile.root, rows.answers), (EVIL, hostile.root, rows.answers))
+    ]
+    causes = find_causes(sides[0].result, sides[1].result)
+    write_comparison(tmp_path / "page.html", (sides[0], sides[1]), causes, compare_rows(rows, rows), EVIL)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert dangers(page) == []
+    assert page.count("&lt;img src=x") > 10
 
 
 def test_json_beside_the_pages_stays_json(hostile: Paths) -> None:

@@ -219,7 +219,7 @@ def test_changes_have_a_sign_an_interval_and_a_p_value_and_are_marked_when_certa
     rows = report.changes(results["comparisons"][0])["rows"]
     texts = [tuple(row[key].replace(report.NBSP, " ") for key in ("label", "difference", "interval")) for row in rows]
     assert texts == [
-        ("Exact match", "+50.0 points", "-10.0 points to +90.0 points"),
+        ("Exact match", "+50.0 points", "-10.0 to +90.0 points"),
         ("Loss (nats per token)", "-0.900", "-1.000 to -0.800"),
         ("custom", "+0.250", "+0.100 to +0.400"),
     ]
@@ -305,7 +305,7 @@ def test_divergence_that_is_none_by_construction_is_no_best() -> None:
 def test_page_describes_the_promotion(page: str) -> None:
     section = page.split('id="promotion"')[1].split("</section>")[0]
     assert "The gate is open." in section
-    assert "<code>champion</code> moves too, unless a condition of <code>publish.gate</code> fails" in section
+    assert "<code>champion</code> moves too, unless a condition of <code>publish.gate</code> is not met" in section
     assert "outs/publish/promotion.html" in section
 
 

@@ -10,6 +10,7 @@ from stages.__main__ import main
 from stages.params.schema import load_params
 from stages.tools.compare import find_result, find_run, report
 from stages.tracking.lineage import PARENT_TAG
+from stages.tracking.recorded import recorded_run
 from stages.tracking.result import DIGEST_TAG
 from stages.tracking.store import KIND_TAG, SWEEP, Tracking, open_tracking
 
@@ -61,7 +62,7 @@ def add(
 
 
 def compared(tracking: Tracking, first: str, second: str) -> str:
-    return "\n".join(report(find_run(tracking, first, MODEL), find_run(tracking, second, MODEL)))
+    return "\n".join(report(*(recorded_run(find_run(tracking, name, MODEL)) for name in (first, second))))
 
 
 def test_one_cause_is_the_reason_for_every_effect(tracking: Tracking) -> None:
