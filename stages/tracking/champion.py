@@ -227,9 +227,11 @@ def fetch_results(tracking: Tracking, run_id: str, folder: Path) -> Path:
         The folder with the files, which may be empty.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    place = folder / RESULTS_FOLDER
+    place.mkdir(parents=True, exist_ok=True)
     for item in tracking.client.list_artifacts(run_id, RESULTS_FOLDER):
-        tracking.client.download_artifacts(run_id, item.path, str(folder))
-    return folder / RESULTS_FOLDER
+        tracking.client.download_artifacts(run_id, item.path, str(place))
+    return place
 
 
 def champion_figures(champion: Run) -> dict[str, dict[str, float]]:

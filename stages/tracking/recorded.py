@@ -112,7 +112,8 @@ def fetch_files(result: Recorded, tracking: Tracking, paths: Paths, folder: Path
         return folder
     fetch_results(tracking, result.run_id, folder)
     if any(item.path == CURVE for item in tracking.client.list_artifacts(result.run_id, "outs/train")):
-        tracking.client.download_artifacts(result.run_id, CURVE, str(folder))
+        (folder / CURVE).parent.mkdir(parents=True, exist_ok=True)
+        tracking.client.download_artifacts(result.run_id, CURVE, str((folder / CURVE).parent))
     return folder
 
 

@@ -322,6 +322,7 @@ def test_page_says_what_changed_since_the_champion_and_leads_to_a_comparison(che
     compared = checkout.out("publish", publish.SINCE_CHAMPION).read_text(encoding="utf-8")
     assert "All figures of A and B are the same" in compared
     assert "3 prompts that both results have" in compared
+    assert compared.count("<figure") == 5  # the curves of both
     run_id = read_json(checkout.out("publish", "run.json"))["run_id"]
     names = {item.path for item in store(checkout.root).list_artifacts(run_id, "reports")}
     assert "reports/since_champion.html" in names
