@@ -117,11 +117,9 @@ def compare_rows(first: RowScores, second: RowScores) -> dict[str, tuple[Paired,
             if weights is not None:  # another tokenizer gives a document another number of tokens
                 common = [key for key in common if second.weights[key] == weights[key]]
             if common:
-                pair = ([rows[name][key] for key in common] for rows in (before, after))
-                tests[name] = (
-                    compare_paired(*pair, [weights[key] for key in common] if weights else None),
-                    len(common),
-                )
+                one, other = ([rows[name][key] for key in common] for rows in (before, after))
+                lengths = [weights[key] for key in common] if weights is not None else None
+                tests[name] = (compare_paired(one, other, lengths), len(common))
     return tests
 
 

@@ -179,13 +179,13 @@ def changes(pair: Mapping[str, Any]) -> dict[str, Any]:
     for metric in in_order(set(pair["figures"])):
         label, kind, direction = figure_of(metric)
         test = pair["figures"][metric]
-        difference = test["difference"]
+        difference, (low, high) = test["difference"], test["interval"]
         certain = test["p_value"] < 0.05
         rows.append(
             {
                 "label": label,
                 "difference": show_change(difference, kind),
-                "interval": show_interval(*test["interval"], kind),
+                "interval": show_interval(low, high, kind),
                 "p_value": "< 0.001" if test["p_value"] < 0.001 else f"{test['p_value']:.3f}",
                 "test": test["test"],
                 "mark": ("yes" if difference * direction > 0 else "no") if certain and direction else "",
