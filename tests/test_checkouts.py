@@ -27,11 +27,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = make_project(folder / "pro jekt")
     shutil.copyfile(ROOT / "Makefile", project / "Makefile")
     shutil.copytree(ROOT / "flows", project / "flows", ignore=shutil.ignore_patterns("__pycache__"))
-    (project / "requirements.lock").touch()
+    for name in ("requirements.lock", "requirements.hashes"):
+        (project / name).touch()
     (project / ".venv").mkdir()
     for name in ("bin", "lib", "pyvenv.cfg"):
         (project / ".venv" / name).symlink_to(Path(sys.prefix) / name)
-    (project / ".venv" / ".ready").touch()  # newer than requirements.lock, so that make installs nothing
+    (project / ".venv" / ".ready").touch()  # newer than the requirements, so that make installs nothing
     (project / ".gitignore").write_text((project / ".gitignore").read_text() + "/base/\n.venv\n")
     call(project, "git", "rm", "-rq", "--cached", "base")
     commit(project)

@@ -34,15 +34,17 @@ def run(
         pull: Whether to fetch results from the DVC remote.
 
     Returns:
-        The exit code: 0, or 1 if a stage failed.
+        The exit code: 0, or 1 if a stage failed or `check` found a mistake; then nothing was written or run.
 
     Raises:
-        ValueError: `check` found a mistake. Nothing was written or run.
+        ParamsError: params.yaml or an assignment is not valid.
     """
-    from stages.tools import check, summary
-
     params = load_with_assignments(paths.params, assignments)
-    check.run(params, paths)
+    values = [word for assignment in assignments for word in ("--set", assignment)]
+    # a process of its own, as it may load torch, and this one lives as long as the training
+    checked = subprocess.run([sys.executable, "-m", "stages", "check", "--root", str(paths.root), *values], check=False)
+    if checked.returncode != 0:
+        return checked.returncode
     if assignments:
         print("\n".join(write_assignments(paths.params, assignments)), flush=True)
     if not force:
@@ -59,6 +61,8 @@ def run(
     if code != 0:
         return 1
     if not stages:
+        from stages.tools import summary
+
         summary.run(params, paths)
     return 0
 
