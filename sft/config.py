@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from sft.optimizers.names import IN_BACKWARD, LAYERWISE, OWN_OPTIMIZERS, check_optim_args, parse_optim_args
+from sft.optimizers.rules import parameter_rules
 from sft.option_types import check_option_types, suggest_option_names
 from sft.options import (
     BAD_LOSS_POLICIES,
@@ -83,6 +85,15 @@ class SFTConfig(TrainingArguments):
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = field(default=None, metadata=CHECKPOINTING_KWARGS)
     activation_checkpointing: bool | None = field(default=None, metadata=CHECKPOINTING_FLAG)
     activation_checkpointing_kwargs: dict[str, Any] | str | None = field(default=None, metadata=CHECKPOINTING_KWARGS)
+
+    # an option of TrainingArguments with more values
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata={
+            "help": "Optimizer: muon (Muon for matrices, AdamW for embeddings, head and vectors), or a name of "
+            "transformers.training_args.OptimizerNames."
+        },
+    )
 
     # options of TrainingArguments with another default
     warmup_steps: float = field(
@@ -284,6 +295,27 @@ class SFTConfig(TrainingArguments):
         metadata={"help": "Keep activations in the host's memory between the forward and the backward pass."},
     )
 
+    # learning rates of parts of the model
+    embedding_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of embeddings and head, where they are trained; None = learning_rate."},
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of LoRA's second matrices, divided by learning_rate (LoRA+, arXiv:2402.12354), e.g. "
+            "16. None = 1."
+        },
+    )
+    parameter_groups: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters with a learning_rate or weight_decay of their own, or frozen: a list of dicts such as "
+            '{"pattern": "layers\\.0\\.", "frozen": true}. The pattern is a regular expression that is searched in '
+            "parameter names, and the first one that matches holds."
+        },
+    )
+
     # loss
     completion_only_loss: bool | None = field(
         default=None,
@@ -344,7 +376,11 @@ class SFTConfig(TrainingArguments):
         self._set_checkpointing()
         self._replace_former_names()
         layout = {name: getattr(self, name) for name in ("packing", "eval_packing", "padding_free")}
+        optim = str(getattr(self.optim, "value", self.optim))
+        if optim in OWN_OPTIMIZERS:
+            self.optim = "adamw_torch"  # transformers knows its own names only
         super().__post_init__()
+        self.optim = optim if optim in OWN_OPTIMIZERS else self.optim
         # unsloth turns these off in all TrainingArguments on CPUs, where its own attention mixes documents of a row
         for name, value in layout.items():
             setattr(self, name, value)
@@ -448,6 +484,7 @@ class SFTConfig(TrainingArguments):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
         check_policy(self.on_bad_loss, self.bad_loss_factor, self.fp16)
+        self._check_optimizer()
         if isinstance(self.dataset_kwargs, str):
             raise ValueError(f'dataset_kwargs={self.dataset_kwargs!r} is not a JSON object such as {{"name": true}}')
         if isinstance(self.chat_template_kwargs, str):
@@ -496,6 +533,42 @@ class SFTConfig(TrainingArguments):
             raise ValueError(
                 f"truncation_mode='keep_end' would be ignored with overflow={self.overflow!r}, which truncates "
                 "nothing; leave one of them out"
+            )
+
+    def _check_optimizer(self) -> None:
+        optim = str(getattr(self.optim, "value", self.optim))
+        check_optim_args(optim, parse_optim_args(self.optim_args))
+        for name in ("embedding_learning_rate", "loraplus_lr_ratio"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be above 0; freeze parameters by parameter_groups")
+        parameter_rules(self.parameter_groups)
+        own_rates = [
+            name for name in ("embedding_learning_rate", "loraplus_lr_ratio", "parameter_groups") if getattr(self, name)
+        ]
+        if own_rates and (optim in IN_BACKWARD or optim.endswith(LAYERWISE)):
+            raise ValueError(
+                f"{own_rates[0]} can't be used with optim={optim!r}, which updates each weight in the backward pass "
+                "with one rate; use another optimizer"
+            )
+        if optim in IN_BACKWARD:
+            self._check_updates_in_backward(optim)
+
+    def _check_updates_in_backward(self, optim: str) -> None:
+        why = f"optim={optim!r} updates each weight in the backward pass"
+        if self.max_grad_norm:
+            raise ValueError(
+                f"{why}, before the gradient's norm is known: max_grad_norm={self.max_grad_norm} would have no effect; "
+                "set max_grad_norm=0"
+            )
+        if self.on_bad_loss is not None:
+            raise ValueError(
+                f"{why}, so that on_bad_loss={self.on_bad_loss!r} can't keep it from doing so; set it to None"
+            )
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"{why}, so that gradient_accumulation_steps={self.gradient_accumulation_steps} would take as many "
+                "steps; set it to 1"
             )
 
     def dataset_option(self, name: str) -> bool | None:

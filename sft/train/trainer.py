@@ -50,6 +50,10 @@ from sft.models.adapters import count_parameters, wrap_adapter
 from sft.models.loading import check_causal, configs_read_as, load_converted_weights
 from sft.models.saved_adapters import check_resumed
 from sft.models.saving import check_disk, check_saving, mend_generation_config, sort_adapter_lists
+from sft.optimizers.groups import check_rates, freeze, regroup
+from sft.optimizers.muon import MuonWithAdamW, muon_groups
+from sft.optimizers.names import MUON, check_device, check_package, parse_optim_args
+from sft.optimizers.rules import parameter_rules
 from sft.train.arguments import (
     align_special_tokens,
     apply_chat_template,
@@ -178,6 +182,8 @@ class SFTTrainer(Trainer):
             former["quantization_config"] = quantization_config
         config = resolve_config(args, model, former)
         check_parallelism(config)
+        if optimizers[0] is None and optimizer_cls_and_kwargs is None:
+            check_optimizer(config)
         processing_class = resolve_processor(processing_class, model, config)
         tokenizer = tokenizer_of(processing_class)
 
@@ -193,6 +199,8 @@ class SFTTrainer(Trainer):
         align_special_tokens(model, tokenizer, config)
         check_kbit_arguments(model, config)
         model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))
+        freeze(model, parameter_rules(config.parameter_groups))
+        check_rates(model, config.embedding_learning_rate, config.loraplus_lr_ratio)
         own_loss = compute_loss_func is not None
         self.router_aux_loss_coef, self.aux_loss_enabled = choose_router_loss(model, config, own_loss=own_loss)
         if train_dataset is not None:
@@ -297,7 +305,27 @@ class SFTTrainer(Trainer):
             embedding_noise(self.model, self.args.neftune_noise_alpha),
             replaced_by_fused(self.model, **fused, left_out=left_out),
         ):
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()  # schedule-free optimizers train other weights than those that they return
+        return output
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the optimizer that the options name, with learning rates of their own for parts of the model."""
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        config, trained = self.args, self.model if model is None else model
+        if config.optim == MUON and self.optimizer_cls_and_kwargs is None:
+            groups = muon_groups(trained, self.get_decay_parameter_names(trained), config.weight_decay)
+            self.optimizer = MuonWithAdamW(groups, config.learning_rate, **muon_arguments(config))
+        else:
+            with warmup_by_schedule(config):
+                super().create_optimizer(model)
+        rules = parameter_rules(config.parameter_groups)
+        rates = (config.embedding_learning_rate, config.loraplus_lr_ratio)
+        if rules or rates != (None, None):
+            regroup(self.optimizer, trained, config.learning_rate, rules, *rates)
+        return self.optimizer
 
     def _activate_neftune(self, model: Any) -> Any:
         """Add NEFTune's noise to a model until `neftune_hook_handle.remove()`, as `transformers.Trainer` did before 5.
@@ -642,6 +670,50 @@ def returns_loss(compute_loss_func: Callable) -> Callable:
         return loss
 
     return checked
+
+
+def check_optimizer(config: SFTConfig) -> None:
+    """Check that the optimizer's package is installed, and that it runs on this device and with these processes.
+
+    Raises:
+        ValueError: It does not.
+    """
+    optim = str(getattr(config.optim, "value", config.optim))
+    check_package(optim)
+    check_device(optim, config.device.type)
+    sharded = [name for name in ("fsdp", "deepspeed") if getattr(config, name)]
+    if optim == MUON and sharded:
+        raise ValueError(
+            f"optim={optim!r} needs complete matrices, and {sharded[0]} divides them among processes; use another "
+            "optimizer, or DDP"
+        )
+
+
+def muon_arguments(config: SFTConfig) -> dict[str, Any]:
+    """Return the arguments of `MuonWithAdamW` that the options state."""
+    given = parse_optim_args(config.optim_args)
+    arguments: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    if "momentum" in given:
+        arguments["momentum"] = float(given["momentum"])
+    if "nesterov" in given:
+        arguments["nesterov"] = given["nesterov"].lower() in ("true", "1", "yes")
+    if "ns_steps" in given:
+        arguments["ns_steps"] = int(given["ns_steps"])
+    return arguments
+
+
+@contextmanager
+def warmup_by_schedule(config: SFTConfig) -> Iterator[None]:
+    """Leave the warm-up to the schedule inside the block.
+
+    `transformers.Trainer` also gives `warmup_steps` to schedule-free optimizers, which would warm up a second time, and
+    read a share of all steps as a number of steps.
+    """
+    given, config.warmup_steps = config.warmup_steps, 0
+    try:
+        yield
+    finally:
+        config.warmup_steps = given
 
 
 def checkpointing_arguments(config: SFTConfig) -> dict[str, Any]:

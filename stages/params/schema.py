@@ -7,12 +7,22 @@ Prefect's form shows these texts, and the comments of params.yaml repeat them wo
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
@@ -21,10 +31,14 @@ from ruamel.yaml.reader import ReaderError
 
 from sft.evaluate.gate import check_ranges, parse_gate
 from sft.export.quantization import GROUP_SIZES
+from sft.optimizers.names import LAYERWISE, OWN_OPTIMIZERS, check_optim_args
+from sft.optimizers.rules import parameter_rules
+from sft.optimizers.schedules import SCHEDULES, check_schedule
 from sft.options import BadLossPolicy, LossType, NotPrintedPolicy, OverflowPolicy, PackingStrategy, ThinkingPolicy
 from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
-from stages.params.arguments import check_arguments
+from stages.params.adapters import check_adapter
+from stages.params.arguments import check_arguments, training_options
 from stages.params.figures import metric_names, open_ended_names, range_of
 from stages.params.names import (
     check_experiment_folder,
@@ -38,6 +52,7 @@ from stages.params.tasks import FOLDER, figure_names
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -581,6 +596,53 @@ class LaunchSection(Section):
             )
 
 
+LORA_STARTS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")
+CHANGES_BASE = ("pissa", "olora", "loftq")
+
+
+def _check_lora_start(value: bool | str) -> bool | str:
+    if isinstance(value, str) and value not in LORA_STARTS and not re.fullmatch(r"pissa_niter_\d+", value):
+        known = ", ".join(["true", "false", *LORA_STARTS])
+        raise ValueError(did_you_mean(value, LORA_STARTS, otherwise=f"use one of {known}"))
+    return value
+
+
+def _check_adapter(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if value is None else check_adapter(value)
+
+
+def _check_schedule_name(value: str) -> str:
+    if value not in SCHEDULES:
+        raise ValueError(did_you_mean(value, SCHEDULES, otherwise=f"use one of {', '.join(SCHEDULES)}"))
+    return value
+
+
+def _check_optim(value: str) -> str:
+    known = (*OWN_OPTIMIZERS, *training_options()["optim"].choices)
+    if value not in known:
+        raise ValueError(did_you_mean(value, known, otherwise=f"use one of {', '.join(known)}"))
+    if value.endswith(LAYERWISE):
+        raise ValueError("the state of layerwise optimizers is not in checkpoints, so that it can't be resumed")
+    return value
+
+
+def _no_as_text(value: Any) -> Any:
+    return "no" if value is False else value  # YAML 1.1 reads `no` as false
+
+
+class ParameterGroup(Section):
+    """Parameters that are trained otherwise than the rest."""
+
+    pattern: Annotated[str, Field(min_length=1, description="Regular expression, searched in names of parameters.")]
+    learning_rate: Annotated[
+        float | None, Field(ge=0.0, le=1.0, description="Their peak learning rate; null = that of the others.")
+    ] = None
+    weight_decay: Annotated[
+        float | None, Field(ge=0.0, description="Their weight decay; null = that of the others.")
+    ] = None
+    frozen: Annotated[bool, Field(description="Whether they are not trained.")] = False
+
+
 class TrainSection(Section):
     """From packed rows to an adapter or full weights."""
 
@@ -603,7 +665,60 @@ class TrainSection(Section):
             "under all-linear, those of the experts; [] = none."
         ),
     ]
+    use_rslora: Annotated[
+        bool, Field(description="Scale LoRA updates by lora_alpha / sqrt(lora_r) instead (arXiv:2312.03732).")
+    ]
+    use_dora: Annotated[bool, Field(description="Learn magnitude and direction apart (DoRA, arXiv:2402.09353).")]
+    init_lora_weights: Annotated[
+        bool | str,
+        AfterValidator(_check_lora_start),
+        Field(
+            description="Start of the LoRA matrices: true (no change at first), gaussian, orthogonal, pissa, olora, "
+            "loftq, or eva (by activations on the first rows)."
+        ),
+    ]
+    rank_pattern: Annotated[
+        dict[str, Positive],
+        Field(description="Other ranks by regular expression of module names, e.g. {down_proj: 32}."),
+    ]
+    alpha_pattern: Annotated[dict[str, Positive], Field(description="The same for lora_alpha.")]
+    layers_to_transform: Annotated[
+        list[Index] | None, Field(description="Numbers of the layers with LoRA matrices, from 0; null = all.")
+    ]
+    exclude_modules: Annotated[
+        list[str] | None, Field(description="Names of modules without LoRA matrices; null = none.")
+    ]
+    modules_to_save: Annotated[
+        list[str] | None,
+        Field(description="Modules trained in full beside LoRA, e.g. [embed_tokens, lm_head]; null = none."),
+    ]
+    trainable_token_indices: Annotated[
+        list[Index] | None,
+        Field(description="Ids of tokens whose embeddings are trained beside LoRA; null = those of new tokens."),
+    ]
+    adapter: Annotated[
+        dict[str, Any] | None,
+        AfterValidator(_check_adapter),
+        Field(
+            description="Another adapter of peft instead of LoRA, with its own options, e.g. {type: VERA, r: 64}; see "
+            "docs/training.md."
+        ),
+    ]
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0, description="Peak learning rate.")]
+    embedding_learning_rate: Annotated[
+        float | None, Field(gt=0.0, le=1.0, description="The same for embeddings and head; null = learning_rate.")
+    ]
+    loraplus_lr_ratio: Annotated[
+        float | None,
+        Field(gt=0.0, description="Rate of LoRA's second matrices over learning_rate (arXiv:2402.12354); null = 1."),
+    ]
+    parameter_groups: Annotated[
+        list[ParameterGroup],
+        Field(
+            description="Parameters with their own rate or decay, or frozen; the first pattern found in a name holds, "
+            'e.g. [{pattern: "layers[.]0[.]", frozen: true}].'
+        ),
+    ]
     num_train_epochs: Annotated[float, Field(gt=0.0, description="Passes over the data.")]
     max_steps: Annotated[int, Field(ge=-1, description="Number of steps, if positive; overrides num_train_epochs.")]
     per_device_train_batch_size: Annotated[Positive, Field(description="Packed rows per forward pass.")]
@@ -616,23 +731,57 @@ class TrainSection(Section):
     ]
     gradient_accumulation_steps: Annotated[Positive, Field(description="Forward passes per step.")]
     lr_scheduler_type: Annotated[
-        Literal["linear", "cosine", "constant", "constant_with_warmup"],
-        Field(description="linear, cosine, constant or constant_with_warmup."),
+        str,
+        AfterValidator(_check_schedule_name),
+        Field(
+            description="linear, cosine, constant, constant_with_warmup, cosine_with_restarts, cosine_with_min_lr, "
+            "cosine_warmup_with_min_lr, polynomial, inverse_sqrt, warmup_stable_decay, reduce_lr_on_plateau or greedy."
+        ),
+    ]
+    lr_scheduler_kwargs: Annotated[
+        dict[str, Any], Field(description="Arguments of the schedule, e.g. {min_lr_rate: 0.1} of cosine_with_min_lr.")
     ]
     warmup_ratio: Annotated[
         Fraction, Field(description="Fraction of the steps in which the learning rate rises from 0.")
     ]
+    warmup_steps: Annotated[
+        int | None, Field(ge=0, description="The same in steps, in place of warmup_ratio; null = by warmup_ratio.")
+    ]
+    optim: Annotated[
+        str,
+        AfterValidator(_check_optim),
+        Field(
+            description="Optimizer: adamw_torch_fused, muon, sgd, adafactor, lion_32bit, adamw_bnb_8bit, "
+            "paged_adamw_8bit, schedule_free_adamw, ...; see docs/training.md."
+        ),
+    ]
+    optim_args: Annotated[
+        dict[str, float | bool | str],
+        Field(description="Further arguments of the optimizer, e.g. {momentum: 0.9} of sgd."),
+    ]
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0, description="Decay rate of AdamW's gradients.")]
     adam_beta2: Annotated[
         float, Field(ge=0.0, lt=1.0, description="Decay rate of AdamW's squared gradients; 0.999 for long trainings.")
     ]
+    adam_epsilon: Annotated[float, Field(gt=0.0, description="Added to the root of AdamW's squared gradients.")]
     weight_decay: Annotated[float, Field(ge=0.0, description="Decoupled weight decay, as in AdamW.")]
-    max_grad_norm: Annotated[float, Field(gt=0.0, description="Gradients are scaled down to this norm.")]
+    max_grad_norm: Annotated[
+        float, Field(ge=0.0, description="Gradients are scaled down to this norm; 0 = they are not.")
+    ]
+    mixed_precision: Annotated[
+        Literal["no", "bf16", "fp16"],
+        BeforeValidator(_no_as_text),
+        Field(description="Precision of matrix products: no (that of model.dtype), bf16, or fp16 (GPUs only)."),
+    ]
     neftune_noise_alpha: Annotated[
         float | None, Field(gt=0.0, description="Noise on embeddings (NEFTune, arXiv:2310.05914), e.g. 5; null = none.")
     ]
     loss_type: Annotated[
         LossType,
         Field(description="Loss on trained tokens: nll (cross entropy) or dft (arXiv:2508.05629)."),
+    ]
+    label_smoothing_factor: Annotated[
+        float, Field(ge=0.0, lt=1.0, description="Share of the target that is spread over all tokens; loss_type nll.")
     ]
     router_aux_loss_coef: Annotated[
         float | None,
@@ -643,16 +792,27 @@ class TrainSection(Section):
         ),
     ]
     gradient_checkpointing: Annotated[
-        bool, Field(description="Compute activations twice: less memory for about a third more time.")
+        bool | Literal["full", "selective"],
+        Field(
+            description="Compute activations twice, to save memory: false, true or full (about a third more time), or "
+            "selective (all but matrix products and attention)."
+        ),
+    ]
+    activation_offloading: Annotated[
+        bool, Field(description="Keep activations in the host's memory until the backward pass; for GPUs.")
+    ]
+    torch_compile: Annotated[bool, Field(description="Compile the model with torch.compile; needs a C++ compiler.")]
+    use_kernels: Annotated[
+        bool, Field(description="Use layers of the package `kernels`, which loads them from the hub.")
     ]
     use_liger_kernel: Annotated[
         bool, Field(description="Whether to use Liger's kernels; needs a device that Triton supports.")
     ]
     on_bad_loss: Annotated[
-        BadLossPolicy,
+        BadLossPolicy | None,
         Field(
             description="Policy for updates with a non-finite or spiking loss: stop, skip (and record), or rollback "
-            "(to the last checkpoint)."
+            "(to the last checkpoint); null = apply them (needed by fp16 and lomo)."
         ),
     ]
     bad_loss_factor: Annotated[
@@ -673,6 +833,10 @@ class TrainSection(Section):
         ),
     ]
     save_steps: Annotated[Positive, Field(description="Steps between checkpoints in .state/.")]
+    order: Annotated[
+        Literal["shuffled", "sequential"],
+        Field(description="Order of the packed rows: shuffled (anew in each epoch), or sequential."),
+    ]
     seed: Annotated[Seed, Field(description="Seed of the adapter's initial weights, the order of rows and dropout.")]
     arguments: Annotated[
         dict[str, Any],
@@ -688,13 +852,71 @@ class TrainSection(Section):
     ]
 
     @model_validator(mode="after")
-    def _check_target_parameters(self) -> Self:
-        if self.method != "full" and self.lora_target_parameters and self.lora_dropout:
-            raise ValueError(
-                f"lora_dropout {self.lora_dropout} can't be used with lora_target_parameters, whose matrices are added "
-                "to the parameters and not applied to an input; set lora_dropout to 0"
-            )
+    def _check_together(self) -> Self:
+        for problem in filter(None, (check(self) for check in TRAIN_CHECKS)):
+            raise ValueError(problem)
         return self
+
+
+NO_LORA_OPTIONS = {
+    "use_rslora": False,
+    "use_dora": False,
+    "init_lora_weights": True,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "exclude_modules": None,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "loraplus_lr_ratio": None,
+}
+"""Keys of kinds of LoRA, with the values that ask for nothing."""
+
+
+def _check_adapter_keys(section: TrainSection) -> str | None:
+    given = [key for key, value in NO_LORA_OPTIONS.items() if getattr(section, key) != value]
+    if section.method == "full" and section.adapter is not None:
+        return "adapter would be ignored under method: full, which trains all weights; state method: lora"
+    if section.method == "full" and given:
+        return f"{given[0]} would be ignored under method: full, which has no adapter; state method: lora, or leave it"
+    if section.adapter is not None and given:
+        return f"{given[0]} is an option of LoRA, and adapter states another type; state it there, if that type has it"
+    if section.method == "qlora" and section.init_lora_weights in CHANGES_BASE:
+        return (
+            f"init_lora_weights: {section.init_lora_weights} changes the weights of the base, which method: qlora "
+            "quantizes; state method: lora"
+        )
+    return None
+
+
+def _check_lora_targets(section: TrainSection) -> str | None:
+    if section.method != "full" and section.lora_target_parameters and section.lora_dropout:
+        return (
+            f"lora_dropout {section.lora_dropout} can't be used with lora_target_parameters, whose matrices are added "
+            "to the parameters and not applied to an input; set lora_dropout to 0"
+        )
+    return None
+
+
+def _check_optimizer_keys(section: TrainSection) -> str | None:
+    try:
+        check_schedule(section.lr_scheduler_type, section.lr_scheduler_kwargs)
+        check_optim_args(section.optim, section.optim_args)
+        parameter_rules([group.model_dump() for group in section.parameter_groups])
+    except ValueError as error:
+        return str(error)
+    if section.mixed_precision == "fp16" and section.on_bad_loss is not None:
+        return (
+            f"on_bad_loss: {section.on_bad_loss} can't be used with mixed_precision: fp16, whose loss scaling skips "
+            "such updates itself; set on_bad_loss: null, or mixed_precision: bf16"
+        )
+    if section.label_smoothing_factor and section.loss_type != "nll":
+        return f"label_smoothing_factor can't be used with loss_type: {section.loss_type}; set it to 0"
+    return None
+
+
+TRAIN_CHECKS = (_check_adapter_keys, _check_lora_targets, _check_optimizer_keys)
+"""Checks of values of the section `train` that belong together; each returns a problem, or None."""
 
 
 class MergeSection(Section):

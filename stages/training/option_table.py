@@ -10,14 +10,18 @@ import enum
 import json
 import sys
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from sft.config import SFTConfig
 from sft.option_types import simple_types
 from sft.suggest import did_you_mean
 from stages.checkout.artifacts import write_text
+from stages.params import adapters
 from stages.params.arguments import KEYS, REFUSED, TABLE, TrainingOption, training_options
 
 PAGE = Path("docs/training_options.md")
@@ -72,9 +76,20 @@ def _default(field: Field[Any]) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def as_json(table: dict[str, dict[str, Any]]) -> str:
-    """Return training_options.json, one option per line."""
+def as_json(table: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table as JSON, one entry per line."""
     return "{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in table.items()) + "\n}\n"
+
+
+def current_adapter_types() -> dict[str, dict[str, list[str]]]:
+    """Return the options of each type of adapter of peft, with the types that they take."""
+    types = {}
+    for kind, config in sorted(PEFT_TYPE_TO_CONFIG_MAPPING.items(), key=lambda item: item[0].value):
+        kinds = simple_types(config)
+        types[kind.value] = {
+            field.name: [each.__name__ for each in kinds.get(field.name, ())] for field in fields(config) if field.init
+        }
+    return types
 
 
 def page(options: dict[str, TrainingOption]) -> str:
@@ -117,6 +132,7 @@ def main() -> None:
     if wrong := problems(table):
         sys.exit("\n".join(wrong))
     write_text(TABLE, as_json(table))
+    write_text(adapters.TABLE, as_json(current_adapter_types()))
     training_options.cache_clear()
     write_text(PAGE, page(training_options()))
 

@@ -1,0 +1,1 @@
+"""Optimizers: their names and packages, groups of parameters with their own rate, Muon."""
