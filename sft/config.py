@@ -45,7 +45,8 @@ CHECKPOINTING_FLAG = {
 }
 
 CHECKPOINTING_KWARGS = {
-    "help": "Arguments of torch.utils.checkpoint, as JSON on a command line; use_reentrant is false unless given here."
+    "help": "Arguments of torch.utils.checkpoint, as JSON on a command line; use_reentrant is false unless given here. "
+    "selective: true keeps the results of matrix products and attention; every_n_layers: N leaves out layers."
 }
 
 FORMER_VALUES = {
@@ -502,12 +503,6 @@ class SFTConfig(TrainingArguments):
             raise ValueError(
                 f"truncation_mode='keep_end' would be ignored: packing with {what} splits long documents and truncates "
                 "none; leave it out, or use packing_strategy='bfd' alone"
-            )
-        checkpointing = self.activation_checkpointing_kwargs
-        if isinstance(checkpointing, dict) and checkpointing.get("selective"):
-            raise ValueError(
-                "gradient_checkpointing_kwargs has selective=True, which this trainer does not have; leave it out to "
-                "compute all activations again, or give gradient_checkpointing_kwargs={'every_n_layers': N}"
             )
         for name in ("num_of_sequences", "chars_per_token"):
             value = getattr(self, name)

@@ -8,10 +8,12 @@ from the base. This works if the start needs nothing but the weight and takes no
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora.eva import initialize_lora_eva_weights
 
 logger = logging.getLogger(__name__)
 
@@ -28,19 +30,64 @@ REASONS = {
 }
 """Starts that change the base and cannot be repeated, with the reason."""
 
+BY_ACTIVATIONS = "eva"
+"""Start that needs the activations of some batches and leaves the base as it is (EVA, arXiv:2410.07170)."""
+
+MAX_PASSES = 1000
+"""Forward passes within which the directions of the activations must have been found."""
+
 WAY_OUT = (
     "Use init_lora_weights='pissa' or 'olora', which are repeated exactly, or True. A PeftModel of your own may have "
     "this start, if it is saved with save_pretrained(..., path_initial_model_for_weight_conversion=...)."
 )
 
 
-def start_of(config: PeftConfig) -> str:
+def start_of(config: PeftConfig | None) -> str:
     """Return the name of a LoRA adapter's start, as in `init_lora_weights`; `True` for other types of adapters."""
     if not isinstance(config, LoraConfig):
         return "True"
     if getattr(config, "kasa_config", None) is not None:
         return "kasa_config"
     return str(config.init_lora_weights)
+
+
+def start_by_activations(
+    model: PeftModel, batches: Sequence[dict[str, Any]], forward: Callable[[Any, dict[str, Any]], Any]
+) -> None:
+    """Set the first LoRA matrices to the main directions of the layers' inputs, and divide the ranks among layers.
+
+    Args:
+        model: Its adapter has `init_lora_weights="eva"`.
+        batches: Batches of a collator, with `labels`; trained tokens count. They are passed again until the directions
+            are found.
+        forward: Runs the model on a batch.
+
+    Raises:
+        ValueError: The batches are too short, or their directions do not settle.
+    """
+    passes = 0
+
+    def counted(each: Any, inputs: dict[str, Any]) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes > MAX_PASSES:
+            raise ValueError(
+                f"init_lora_weights='eva': the activations of {len(batches)} batches have no settled directions after "
+                f"{MAX_PASSES} passes; use a smaller rank, or larger batches"
+            )
+        with torch.no_grad():
+            return forward(each, inputs)
+
+    config = model.active_peft_config
+    largest = max([config.r, *config.rank_pattern.values()])
+    wanted = round(largest * config.eva_config.rho)
+    longest = max(int((batch["labels"] != config.eva_config.label_mask_value).sum()) for batch in batches)
+    if longest < wanted:
+        raise ValueError(
+            f"init_lora_weights='eva' with rank {largest} looks for {wanted} directions, and the largest batch has "
+            f"{longest} trained tokens; use a smaller rank, or larger batches"
+        )
+    initialize_lora_eva_weights(model, list(batches), forward_fn=counted, show_progress_bar=False)
 
 
 def changes_base(config: PeftConfig) -> bool:

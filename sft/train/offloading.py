@@ -1,4 +1,4 @@
-"""Activation offloading: tensors saved for the backward pass are kept in the host's memory until it needs them."""
+"""Less memory for activations: kept in the host's memory, or computed again but for matrix products and attention."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 logger = logging.getLogger(__name__)
+
+SELECTIVE = "selective"
+"""Key of `activation_checkpointing_kwargs`: whether results of matrix products and attention are kept."""
+
+KEPT_OPERATIONS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_grouped_mm", "_scaled_mm")
+"""Operations whose results selective checkpointing keeps, with those of attention: they take the most time."""
 
 ACCELERATORS = ("cuda", "xpu", "mps", "npu", "hpu")
 MIN_BYTES = 1024
@@ -95,3 +103,45 @@ def check_offloading(device: torch.device) -> None:
             "gradient_checkpointing=True makes them fewer",
             device.type,
         )
+
+
+def keeps_result(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Return whether selective checkpointing keeps the result of an operation: of matrix products and attention."""
+    name = getattr(getattr(operation, "overloadpacket", operation), "__name__", "")
+    kept = name in KEPT_OPERATIONS or "scaled_dot_product" in name or "flash_attn" in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selective_contexts() -> tuple[Any, Any]:
+    """Return the two contexts of a checkpointed block that `torch.utils.checkpoint` takes as `context_fn`."""
+    return create_selective_checkpoint_contexts(keeps_result)
+
+
+@contextmanager
+def selective_checkpointing(model: Any) -> Iterator[None]:
+    """Have a model understand `selective` among the arguments of checkpointing inside the block.
+
+    The options can't hold the function that torch takes, since they are saved as JSON.
+
+    Args:
+        model: Its method `activation_checkpointing_enable` is called when training begins.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        yield
+        return
+
+    def enable_selectively(*args: Any, **kwargs: Any) -> Any:
+        arguments = kwargs.get("activation_checkpointing_kwargs")
+        if isinstance(arguments, dict) and SELECTIVE in arguments:
+            arguments = dict(arguments)
+            if arguments.pop(SELECTIVE):
+                arguments["context_fn"] = selective_contexts
+            kwargs["activation_checkpointing_kwargs"] = arguments or None
+        return enable(*args, **kwargs)
+
+    model.activation_checkpointing_enable = enable_selectively
+    try:
+        yield
+    finally:
+        del model.activation_checkpointing_enable

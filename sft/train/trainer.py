@@ -46,6 +46,7 @@ from sft.labels import TOKEN_MASKS
 from sft.loss.cross_entropy import LossOptions
 from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
+from sft.models.adapter_starts import BY_ACTIVATIONS, start_by_activations, start_of
 from sft.models.adapters import count_parameters, wrap_adapter
 from sft.models.loading import check_causal, configs_read_as, load_converted_weights
 from sft.models.saved_adapters import check_resumed
@@ -81,7 +82,7 @@ from sft.train.datasets import FormattingFunc, chats_of, prepare_all, prepare_la
 from sft.train.images import check_image_turn_ends, check_image_types, choose_vision_collator
 from sft.train.model_card import card_facts, write_model_card
 from sft.train.neftune import embedding_noise
-from sft.train.offloading import check_offloading, offloaded_activations
+from sft.train.offloading import SELECTIVE, check_offloading, offloaded_activations, selective_checkpointing
 from sft.train.processes import (
     EvenCollator,
     EvenOrder,
@@ -100,6 +101,9 @@ Callback = TypeVar("Callback", bound=TrainerCallback)
 
 OWN_INPUTS = ("seq_lengths", "loss_weights", SKIP_LOGITS, FILLER)
 """Keys of a batch that this library reads and a model's forward does not take."""
+
+ROWS_OF_START = 16
+"""Rows whose activations start an adapter, see `start_by_activations`."""
 
 COLLATED_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", *TOKEN_MASKS, FILLER)
 """Columns of prepared rows that collators and loss read."""
@@ -198,6 +202,7 @@ class SFTTrainer(Trainer):
         model = apply_chat_template(model, tokenizer, config, chats)
         align_special_tokens(model, tokenizer, config)
         check_kbit_arguments(model, config)
+        self._adapter_is_new = peft_config is not None
         model = wrap_adapter(model, peft_config, tokenizer, **checkpointing_arguments(config))
         freeze(model, parameter_rules(config.parameter_groups))
         check_rates(model, config.embedding_learning_rate, config.loraplus_lr_ratio)
@@ -298,17 +303,42 @@ class SFTTrainer(Trainer):
         if self.args.should_save:
             resumes = bool(args[0] if args else kwargs.get("resume_from_checkpoint"))
             check_disk(self.model, self.args, self._num_steps(), resumes=resumes)
+        if start_of(getattr(self.model, "active_peft_config", None)) == BY_ACTIVATIONS and self._adapter_is_new:
+            self._start_by_activations()
         fused = {"lora": self.args.fused_lora, "layers": self.args.fused_layers}
         with self.accelerator.autocast(), self._attention_context({}):
             left_out = find_unproven(self.model, **fused)
         with (
             embedding_noise(self.model, self.args.neftune_noise_alpha),
             replaced_by_fused(self.model, **fused, left_out=left_out),
+            selective_checkpointing(self.model),
         ):
             output = super().train(*args, **kwargs)
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()  # schedule-free optimizers train other weights than those that they return
         return output
+
+    def _start_by_activations(self) -> None:
+        """Start the adapter by the activations on the first rows, the same ones whether training is resumed or not."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "init_lora_weights='eva' runs the model before its weights are divided among processes by FSDP or "
+                "DeepSpeed; use DDP, or another start"
+            )
+        rows = self._remove_unused_columns(self.train_dataset, "training")
+        size = self.args.train_batch_size
+        count = min(len(rows), max(size, ROWS_OF_START))
+        batches = [
+            self._prepare_inputs(without_sharing(self.data_collator([rows[index] for index in range(first, last)])))
+            for first in range(0, count, size)
+            for last in (min(first + size, count),)
+        ]
+        with self.accelerator.autocast():
+            with torch.no_grad():  # the first pass checks the head on other tokens, which must not be measured
+                self.compute_loss(self.model, batches[0])
+            start_by_activations(self.model, batches, lambda model, inputs: self.compute_loss(model, inputs))
+        self._totals = {"train": TokenTotals(), "eval": TokenTotals()}
+        self._adapter_is_new = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the optimizer that the options name, with learning rates of their own for parts of the model."""
@@ -722,6 +752,13 @@ def checkpointing_arguments(config: SFTConfig) -> dict[str, Any]:
     return {
         "gradient_checkpointing": given.get("use_gradient_checkpointing", bool(config.activation_checkpointing)),
         "gradient_checkpointing_kwargs": given.get(
-            "gradient_checkpointing_kwargs", config.activation_checkpointing_kwargs
+            "gradient_checkpointing_kwargs", _without_selective(config.activation_checkpointing_kwargs)
         ),
     }
+
+
+def _without_selective(arguments: Any) -> Any:
+    """Return arguments of checkpointing without the choice of operations, which is made when training begins."""
+    if not isinstance(arguments, dict):
+        return arguments
+    return {name: value for name, value in arguments.items() if name != SELECTIVE}

@@ -22,12 +22,13 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from sft.models.adapters import ParameterCount, count_parameters, get_peft_config
+from sft.models.adapters import ParameterCount, count_parameters
 from sft.train.trainer import SFTTrainer
 from stages.checkout.paths import Paths
 from stages.params.schema import Params, TrainSection
 from stages.tools.freshness import warn_if_stale
-from stages.training.setup import load_base, make_model_config, make_sft_config
+from stages.training.adapter import make_peft_config
+from stages.training.setup import load_base, make_sft_config
 
 NUM_STEPS = 10
 NUM_WARMUP_STEPS = 2
@@ -133,16 +134,16 @@ def measure(params: Params, paths: Paths, train: Dataset, held_out: Dataset) -> 
     """Train a few steps as `train` would, first on the longest rows and then on a random sample, and measure them."""
     before = psutil.Process().memory_info().rss
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
-    model_config = make_model_config(params)
     clock = Clock()
+    model = load_base(params, tokenizer, paths)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
-            load_base(params.model, model_config, tokenizer, paths),
+            model,
             args=probe_config(params.train, Path(folder)),
             train_dataset=train.select(probe_rows(train, params.train)),
             eval_dataset=held_out.select(range(min(NUM_EVAL_ROWS, len(held_out)))),
             processing_class=tokenizer,
-            peft_config=get_peft_config(model_config),
+            peft_config=make_peft_config(params, model),
             callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)

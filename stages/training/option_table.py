@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import TrainingArguments
 
 from sft.config import SFTConfig
 from sft.option_types import simple_types
@@ -45,7 +46,9 @@ train:
 
 def current_table() -> dict[str, dict[str, Any]]:
     """Return types, choices and default of each option, read from the dataclass."""
-    kinds, hints = simple_types(SFTConfig), typing.get_type_hints(SFTConfig)
+    kinds = simple_types(SFTConfig)
+    # `optim` takes more values here than in transformers, and is text in this library's class
+    hints = typing.get_type_hints(SFTConfig) | typing.get_type_hints(TrainingArguments)
     return {
         field.name: {
             "types": [kind.__name__ for kind in kinds.get(field.name, ())],

@@ -4,42 +4,46 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Collection, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import load_from_disk
-from peft import LoraConfig
+from peft import PeftConfig
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from sft.attention.isolation import DocumentsMixError
 from sft.chat.formats import resize_embeddings
-from sft.config import ModelConfig, SFTConfig
+from sft.config import SFTConfig
 from sft.inner_model import outside_language_model
-from sft.models.adapters import ALL_LINEAR, get_peft_config
+from sft.models.adapters import ALL_LINEAR
 from sft.models.kbit import get_quantization_config
 from sft.models.loading import load_model
-from sft.train.trainer import SFTTrainer
+from sft.optimizers.schedules import FOLLOWS_THE_LOSS
+from sft.train.offloading import SELECTIVE
+from sft.train.trainer import SFTTrainer, check_optimizer
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
 from stages.models.images import image_collator
-from stages.params.schema import ModelSection, Params, TrainSection
+from stages.params.schema import NO_LORA_OPTIONS, Params, TrainSection
+from stages.training.adapter import make_model_config, make_peft_config
 from stages.training.checkpoints import SealCheckpoints
 
 NOT_SFT_OPTIONS = {
-    *(
-        "method",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_target_modules",
-        "lora_target_parameters",
-    ),  # see `make_model_config`
-    "warmup_ratio",  # `SFTConfig` keeps it as `warmup_steps`
+    *("method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
+    *NO_LORA_OPTIONS.keys() - {"loraplus_lr_ratio"},
+    *("adapter", "use_kernels"),  # see `make_peft_config` and `load_base`
+    *("warmup_ratio", "warmup_steps", "optim_args", "lr_scheduler_kwargs", "parameter_groups"),
+    *("mixed_precision", "gradient_checkpointing", "order", "arguments"),  # see `make_sft_config`
     *("launch", "on_oom"),  # see `stages.train.run`
-    "arguments",  # a dict of options, see `make_sft_config`
 }
 """Keys of the section `train` that are not passed to `SFTConfig` under their own name."""
+
+
+CHECKPOINTING_ARGUMENTS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 
 def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: list[TrainerCallback]) -> SFTTrainer:
@@ -55,8 +59,9 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
         ValueError: The model can't train on rows of several documents.
     """
     tokenizer = AutoTokenizer.from_pretrained(paths.out("format", "tokenizer"))
-    model_config = make_model_config(params)
-    model, peft_config = load_base(params.model, model_config, tokenizer, paths), get_peft_config(model_config)
+    check_optimizer(config)
+    model = load_base(params, tokenizer, paths)
+    peft_config = make_peft_config(params, model)
     collator = None
     if paths.has_images():
         collator = image_collator(paths, tokenizer, model.dtype)
@@ -80,7 +85,7 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
     return trainer
 
 
-def leave_out_images(model: PreTrainedModel, peft_config: LoraConfig | None) -> None:
+def leave_out_images(model: PreTrainedModel, peft_config: PeftConfig | None) -> None:
     """Leave the parts of a model that only images pass as they are, since rows of text would not train them.
 
     Args:
@@ -93,43 +98,40 @@ def leave_out_images(model: PreTrainedModel, peft_config: LoraConfig | None) -> 
     if peft_config is None:
         for part in parts:
             model.get_submodule(part).requires_grad_(False)
-    elif peft_config.target_modules == ALL_LINEAR:
-        peft_config.exclude_modules = rf"({'|'.join(map(re.escape, parts))})(\..*)?"
+    elif getattr(peft_config, "target_modules", None) == ALL_LINEAR:
+        peft_config.exclude_modules = _excluding(parts, peft_config.exclude_modules)
     else:
         return
     print(f"note: the rows have no images, so {', '.join(parts)} of the model stay as they are", flush=True)
 
 
-def make_model_config(params: Params) -> ModelConfig:
-    """Return the params of base model and adapter as `ModelConfig`."""
-    section = params.train
-    return ModelConfig(
-        model_name_or_path=params.model.name_or_path,
-        dtype=params.model.dtype,
-        attn_implementation=params.model.attn_implementation,
-        trust_remote_code=params.model.trust_remote_code,
-        use_peft=section.method != "full",
-        lora_r=section.lora_r,
-        lora_alpha=section.lora_alpha,
-        lora_dropout=section.lora_dropout,
-        lora_target_modules=section.lora_target_modules,
-        lora_target_parameters=section.lora_target_parameters,
-        load_in_4bit=section.method == "qlora",
-        use_bnb_nested_quant=section.method == "qlora",
-    )
+def _excluding(parts: Iterable[str], named: Collection[str] | str | None) -> str:
+    """Return a regular expression of modules: some parts of a model, and those that were excluded by name before."""
+    inside = rf"({'|'.join(map(re.escape, parts))})(\..*)?"
+    if isinstance(named, str):
+        return rf"{inside}|{named}"
+    return "|".join([inside, *(rf"(.*\.)?{re.escape(name)}" for name in named or ())])
 
 
-def load_base(
-    section: ModelSection, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, paths: Paths
-) -> PreTrainedModel:
-    """Load the base model that `load` recorded, with an embedding for each token of the tokenizer."""
+def load_base(params: Params, tokenizer: PreTrainedTokenizerBase, paths: Paths) -> PreTrainedModel:
+    """Load the base model that `load` recorded, with an embedding for each token of the tokenizer.
+
+    Raises:
+        ValueError: The package of `use_kernels` is missing.
+    """
+    section, kernels = params.model, {}
+    if params.train.use_kernels:
+        if find_spec("kernels") is None:
+            raise ValueError("params.yaml, train.use_kernels: it needs the package kernels: pip install kernels")
+        kernels["use_kernels"] = True
     base = read_base_model(paths.out("load", "base_model.json"))
     model = load_model(
         base.path,
         dtype=section.dtype,
         attn_implementation=section.attn_implementation,
-        quantization_config=get_quantization_config(config),
+        quantization_config=get_quantization_config(make_model_config(params)),
         trust_remote_code=section.trust_remote_code,
+        **kernels,
     )
     new_token_ids = read_json(paths.out("format", "summary.json"))["new_token_ids"]
     resize_embeddings(model, len(tokenizer), new_token_ids)
@@ -146,7 +148,6 @@ def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
     options = {
         "output_dir": str(folder),
         "per_device_eval_batch_size": section.per_device_train_batch_size,
-        "warmup_ratio": section.warmup_ratio,
         "logging_nan_inf_filter": False,
         "eval_strategy": "steps",
         "save_strategy": "steps",
@@ -155,6 +156,10 @@ def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
         "report_to": [],
         "disable_tqdm": True,
         **section.model_dump(exclude=NOT_SFT_OPTIONS),
+        **optimizer_options(section),
+        **checkpointing_options(section),
+        **precision_options(section),
+        "train_sampling_strategy": {"shuffled": "random", "sequential": "sequential"}[section.order],
     }
     try:
         return SFTConfig(**options | copy.deepcopy(section.arguments))
@@ -162,6 +167,54 @@ def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
         if not section.arguments:
             raise
         raise ValueError(f"params.yaml, train: {error} (options by name: {section.arguments})") from None
+
+
+def precision_options(section: TrainSection) -> dict[str, Any]:
+    """Return the options of `mixed_precision`.
+
+    Raises:
+        ValueError: fp16 is stated without an accelerator, where it would have no effect.
+    """
+    options: dict[str, Any] = {name: section.mixed_precision == name for name in ("bf16", "fp16")}
+    if section.mixed_precision != "no" and not torch.accelerator.is_available():
+        if options["fp16"]:
+            raise ValueError("params.yaml, train.mixed_precision: fp16 has no effect on CPUs; state bf16 or no")
+        options["use_cpu"] = True  # transformers takes a missing accelerator for a mistake
+    return options
+
+
+def optimizer_options(section: TrainSection) -> dict[str, Any]:
+    """Return the options of optimizer and schedule that `SFTConfig` has in another form."""
+    options: dict[str, Any] = {
+        "lr_scheduler_kwargs": dict(section.lr_scheduler_kwargs) or None,
+        "optim_args": ",".join(f"{name}={str(value).lower()}" for name, value in section.optim_args.items()) or None,
+        "parameter_groups": [group.model_dump() for group in section.parameter_groups] or None,
+    }
+    if section.warmup_steps is None:
+        options["warmup_ratio"] = section.warmup_ratio
+    else:
+        options["warmup_steps"] = section.warmup_steps
+    if section.lr_scheduler_type in FOLLOWS_THE_LOSS:
+        options["metric_for_best_model"] = "loss"
+    return options
+
+
+def checkpointing_options(section: TrainSection) -> dict[str, Any]:
+    """Return the options that say which activations are computed again; those stated by name stay.
+
+    Raises:
+        ValueError: Arguments of checkpointing are stated by name, and it is off.
+    """
+    by_name = {name: section.arguments[name] for name in CHECKPOINTING_ARGUMENTS if name in section.arguments}
+    if by_name and not section.gradient_checkpointing:
+        raise ValueError(
+            f"params.yaml, train.arguments: {next(iter(by_name))} would be ignored with gradient_checkpointing: false; "
+            "state true"
+        )
+    options: dict[str, Any] = {"gradient_checkpointing": bool(section.gradient_checkpointing)}
+    if section.gradient_checkpointing == SELECTIVE and not by_name:
+        options["gradient_checkpointing_kwargs"] = {SELECTIVE: True}
+    return options
 
 
 class LogLastStep(TrainerCallback):
