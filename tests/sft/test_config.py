@@ -148,10 +148,6 @@ def test_padding_to_a_multiple_is_a_number_or_auto(given: Any, multiple: int | N
             {"truncation_mode": "keep_end", "packing": True, "packing_strategy": "wrapped"},
             "truncation_mode='keep_end' would be ignored: packing with packing_strategy='wrapped'",
         ),
-        (
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}},
-            "gradient_checkpointing_kwargs has selective=True, which this trainer does not have",
-        ),
     ],
 )
 def test_values_that_could_have_no_effect_are_refused(options: dict[str, Any], problem: str) -> None:

@@ -14,6 +14,9 @@ from stages.params.schema import Params, ParamsError, Section, check_params, loa
 
 SHIPPED = Path(__file__).resolve().parents[3] / "params.yaml"
 
+OPTIONAL = {("load", "sources"), ("load", "eval"), ("train", "parameter_groups")}
+"""Keys whose entries are written where they are needed."""
+
 
 @pytest.fixture
 def values() -> dict[str, Any]:
@@ -52,7 +55,7 @@ def test_the_comment_of_a_key_is_its_description() -> None:
     assert {path: " ".join(comment.split()) for path, comment in comments.items()} == {
         path: text for path, text in described.items() if path in comments
     }
-    optional = {path for path in described if path[:2] in {("load", "sources"), ("load", "eval")}}
+    optional = {path for path in described if path[:2] in OPTIONAL}
     assert described.keys() - comments.keys() <= optional
 
 
