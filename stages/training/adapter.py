@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from sft.config import ModelConfig
 from sft.models.adapters import get_peft_config
-from stages.params.adapters import adapter_types
 from stages.params.schema import Params, TrainSection
 
 LAYER = re.compile(r"(?:[^.\d][^.]*\.)+?(\d+)(?:\.|$)")
@@ -120,11 +119,11 @@ def _with_kind_of_lora(config: LoraConfig, section: TrainSection) -> LoraConfig:
 def _other_adapter(adapter: dict[str, Any], section: TrainSection) -> PeftConfig:
     options = dict(adapter)
     kind = options.pop("type")
-    known = adapter_types()[kind]
-    if "target_modules" in known and kind not in OWN_TARGETS:
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
+    if "target_modules" in config_class.__dataclass_fields__ and kind not in OWN_TARGETS:
         targets = section.lora_target_modules
         options.setdefault("target_modules", list(targets) if isinstance(targets, list) else targets)
     try:
-        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](task_type="CAUSAL_LM", **options)
+        return config_class(task_type="CAUSAL_LM", **options)
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"params.yaml, train.adapter: peft refuses {kind} with these options: {error}") from None
