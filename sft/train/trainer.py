@@ -342,6 +342,7 @@ class SFTTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the optimizer that the options name, with learning rates of their own for parts of the model."""
+        self.optimizer: torch.optim.Optimizer
         if self.optimizer is not None:
             return super().create_optimizer(model)
         config, trained = self.args, self.model if model is None else model

@@ -208,12 +208,12 @@ def shorten(text: str, start: int = 0) -> str:
     return ("..." if start else "") + text[start : start + MAX_VALUE] + ("..." if start + MAX_VALUE < len(text) else "")
 
 
-def describe_effect(effect: Difference, tests: Mapping[str, tuple[Paired, int]]) -> str:
+def describe_effect(effect: Difference, tests: Mapping[str, tuple[Paired, int]] | None = None) -> str:
     """Describe a figure that differs in one line, with the change, whether it is better or worse, and its p-value."""
     if effect.before is None or effect.after is None:
         return describe_difference(effect)
     name, change = for_terminal(effect.name), effect.after - effect.before
-    test = tests.get(effect.name.removeprefix("evaluate."))
+    test = (tests or {}).get(effect.name.removeprefix("evaluate."))
     tested = f"; p {test[0].p_value:.3f} on {test[1]} rows" if test else ""
     return f"  {name}: {effect.before:.6g} -> {effect.after:.6g} ({change:+.3g}{rating(effect.name, change)}{tested})"
 

@@ -33,18 +33,16 @@ from stages.checkout.worktree import dvc_cache, locked_worktree, use_dvc_cache
 from stages.models.base import BASE_KEY
 from stages.params.schema import Params
 from stages.tools.compare import (
-    VERSION,
-    Difference,
     describe_difference,
     describe_effect,
     describe_run,
-    differences,
     find_run,
     metrics_of,
     open_recorded,
 )
 from stages.tracking import lineage
 from stages.tracking.lineage import MACHINE, machine_tags
+from stages.tracking.recorded import VERSION, Difference, differences, recorded_run
 from stages.tracking.result import PATCH_TAG, figures
 from stages.tracking.store import Tracking
 
@@ -159,7 +157,7 @@ def run(params: Params, paths: Paths, *, runs: list[str], keep: bool = False, tr
     home = main_checkout(paths.root)
     tracking = open_recorded(params, home)
     recorded = find_run(tracking, runs[0], params.publish.registered_model)
-    print(f"repeating {describe_run(recorded)}", flush=True)
+    print(f"repeating {describe_run(recorded_run(recorded))}", flush=True)
     with fetched_record(tracking, recorded) as record:
         print("\n".join(circumstances(recorded, record)), flush=True)
         check_trusted(addition(home, record), trust_patch, runs[0])
@@ -357,7 +355,7 @@ def compare(recorded: Run, record: Record, folder: Path, caches: list[Path]) -> 
     changed = {difference.name: changed_files(difference, caches) for difference in other_outs}
     lines += [f"{name}: {changed.get(name, SAME)}" for name in outs]
     fresh = figures(Paths(folder))
-    measured = {name: value for name, value in metrics_of(recorded).items() if name in fresh}
+    measured = {name: value for name, value in metrics_of(recorded_run(recorded)).items() if name in fresh}
     effects = differences(measured, {name: fresh[name] for name in measured})
     lines += (
         [f"figures: {len(effects)} of {len(measured)} differ", *map(describe_effect, effects)]

@@ -119,7 +119,8 @@ def load_base(params: Params, tokenizer: PreTrainedTokenizerBase, paths: Paths) 
     Raises:
         ValueError: The package of `use_kernels` is missing.
     """
-    section, kernels = params.model, {}
+    section = params.model
+    kernels: dict[str, Any] = {}
     if params.train.use_kernels:
         if find_spec("kernels") is None:
             raise ValueError("params.yaml, train.use_kernels: it needs the package kernels: pip install kernels")
