@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sft import trl_paths
-from sft.log_noise import hide_torchao_messages
+from sft.log_noise import hide_import_messages
 
 if TYPE_CHECKING:
     from sft.attention.isolation import probe_isolation as probe_isolation
@@ -113,7 +113,7 @@ __version__ = "0.1.0"
 __all__ = sorted(_HOMES)
 
 trl_paths.install()
-hide_torchao_messages()
+hide_import_messages()
 
 
 def __getattr__(name: str) -> Any:

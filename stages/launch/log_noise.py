@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 
-from sft.log_noise import hide_torchao_messages
+from sft.log_noise import hide_import_messages
 
 OWN = ("sft", "stages")
 """Loggers whose warnings are shown; of all others only errors are."""
@@ -18,7 +18,7 @@ def reduce_log_noise() -> None:
     Python's warnings are dropped, too. Environment variables that the user has set are kept, so that
     TRANSFORMERS_VERBOSITY=warning and TQDM_DISABLE=0 bring these packages' messages back.
     """
-    hide_torchao_messages()
+    hide_import_messages()
     root = logging.getLogger()
     if not any(isinstance(handler, StderrHandler) for handler in root.handlers):
         root.addHandler(StderrHandler())
