@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +37,7 @@ from stages.launch.stopping import SavedAndStopped, delaying_sigterm, grace_s
 from stages.models.base import name_base
 from stages.params.schema import Params
 from stages.progress import stage_progress
-from stages.training.checkpoints import TrainingState, explaining_full_disk
+from stages.training.checkpoints import SEAL, TrainingState, explaining_full_disk, what_is_wrong
 from stages.training.curve import (
     MEMORY_TAG,
     ROUTER_COLUMNS,
@@ -42,9 +46,12 @@ from stages.training.curve import (
     TrainingProgress,
     curve_csv,
     live_run,
+    sample_columns,
 )
 from stages.training.interruption import SaveAndStop
 from stages.training.out_of_memory import OutOfMemory, describe_events, make_smaller, memory_figures, section_that_fits
+from stages.training.samples import SamplePrompts, Samples, samples_by_prompt
+from stages.training.selection import KeepBest, best_folder, is_exhausted, missing_best, selection_record
 from stages.training.setup import make_sft_config, make_trainer
 
 if TYPE_CHECKING:
@@ -138,12 +145,18 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
     if trainer.is_world_process_zero():
         print(f"{trainer.attention}; {trainer.sharing}", flush=True)
     started = time.monotonic()
+    prompts = SamplePrompts.read(section.samples, paths, trainer.processing_class)
+    samples = Samples(trainer, section, prompts) if prompts.rows else None
+    save_best = partial(save_trained_model, trainer, paths)
+    for callback in (samples, KeepBest(section.select, save_best)):  # answers may decide which step is the best
+        if callback is not None:
+            trainer.add_callback(callback)
     try:
         with delaying_sigterm(grace_s()) as is_asked, explaining_full_disk(state):
             stop = SaveAndStop(is_asked)
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=checkpoint)
-        if stop.stopped:
+        if stop.stopped and not is_exhausted(trainer.state.log_history, section.select):
             if trainer.is_world_process_zero():
                 state.mark_stopped(trainer.state.global_step)
             raise SavedAndStopped(trainer.state.global_step)
@@ -158,9 +171,11 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
         if config.world_size > 1:
             raise OutOfMemory(problem) from None
         return problem
-    save_results(trainer, paths, memory_figures(params.train, state))
+    save_results(trainer, params, paths, memory_figures(params.train, state))
     if trainer.is_world_process_zero():
-        write_timings(paths, time.monotonic() - started, trainer.state.num_input_tokens_seen, throughput)
+        write_jsonl(paths.out("train", "samples.jsonl"), samples_by_prompt(prompts, state.folder))
+        seconds = time.monotonic() - started
+        write_timings(paths, seconds, trainer.state.num_input_tokens_seen, throughput, samples)
     return None
 
 
@@ -181,7 +196,7 @@ def agree_on_checkpoint(params: Params, paths: Paths, config: SFTConfig) -> str 
     if config.process_index == 0:
         state = TrainingState.open(params, paths)
         state.mark_stopped(None)
-        checkpoint = state.last_checkpoint()
+        checkpoint = state.last_checkpoint(lambda path: missing_best(path, params.train.select))
         if checkpoint is not None:
             print(f"resuming from {checkpoint.name}", flush=True)
             found = [str(checkpoint)]
@@ -189,25 +204,28 @@ def agree_on_checkpoint(params: Params, paths: Paths, config: SFTConfig) -> str 
     return found[0]
 
 
-def save_results(trainer: SFTTrainer, paths: Paths, more: dict[str, Any]) -> None:
-    """Write the model, the curve, and the figures that are equal for every run of this training.
+def save_results(trainer: SFTTrainer, params: Params, paths: Paths, more: dict[str, Any]) -> None:
+    """Write the shipped model, the curve, and the figures that are equal for every run of this training.
 
     Args:
         trainer: After its last step.
+        params: Values of params.yaml.
         paths: The checkout.
         more: Figures to add to those of the trainer.
 
     Raises:
         ValueError: The last loss is not finite.
     """
-    log = trainer.state.log_history
+    log, state = trainer.state.log_history, trainer.state
     losses = [entry["loss"] for entry in log if "loss" in entry]
     if not losses or not math.isfinite(losses[-1]):
         last = losses[-1] if losses else "nothing"
         raise ValueError(f"training ended with loss {last}; lower train.learning_rate, or look at the data")
-    save_trained_model(trainer, paths)
+    shipped = selection_record(log, params.train.select, state.global_step, state.max_steps)
+    ship(trainer, paths, shipped["step"])
     if not trainer.is_world_process_zero():
         return
+    write_json(paths.out("train", "selection.json"), shipped)
     write_text(paths.out("train", "curve.csv"), curve_csv(log))
     bad_updates = [entry for entry in log if BAD_UPDATE in entry]
     write_jsonl(paths.out("train", "bad_updates.jsonl"), bad_updates)
@@ -216,7 +234,9 @@ def save_results(trainer: SFTTrainer, paths: Paths, more: dict[str, Any]) -> Non
     counts = count_parameters(trainer.model)
     metrics = {
         "loss": losses[-1],
-        "eval_loss": last_logged(log, "eval_loss"),
+        "eval_loss": logged_at(log, "eval_loss", shipped["step"]),
+        "last_eval_loss": last_logged(log, "eval_loss"),
+        "shipped_step": shipped["step"],
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "tokens_seen": trainer.state.num_input_tokens_seen,
@@ -224,6 +244,7 @@ def save_results(trainer: SFTTrainer, paths: Paths, more: dict[str, Any]) -> Non
         "parameters": counts.num_total,
         "bad_updates": len(bad_updates),
         **{name: last_logged(log, name) for name in ROUTER_COLUMNS if any(name in entry for entry in log)},
+        **{name: logged_at(log, name, shipped["step"]) for name in sample_columns(log)},
         **more,
     }
     write_json(paths.metrics("train"), metrics)
@@ -235,7 +256,14 @@ def last_logged(log: list[dict[str, Any]], name: str) -> float:
     return value
 
 
-def write_timings(paths: Paths, seconds: float, num_tokens: int, throughput: Throughput) -> None:
+def logged_at(log: list[dict[str, Any]], name: str, step: int) -> float:
+    """Return the value of a figure at a step, or the one before it if it was not logged there."""
+    return last_logged([entry for entry in log if entry["step"] <= step], name)
+
+
+def write_timings(
+    paths: Paths, seconds: float, num_tokens: int, throughput: Throughput, samples: Samples | None
+) -> None:
     """Write the training's times to reports/timings, with the digest of the curve that they belong to.
 
     DVC does not track this file. The digest shows readers when DVC has restored the outs of another training.
@@ -245,6 +273,7 @@ def write_timings(paths: Paths, seconds: float, num_tokens: int, throughput: Thr
         seconds: Duration of the training in this process, evaluations included.
         num_tokens: Tokens of the training, without padding.
         throughput: Clock of the training.
+        samples: The answers during training, None if there were none.
     """
     timings = {
         "seconds": seconds,
@@ -252,20 +281,61 @@ def write_timings(paths: Paths, seconds: float, num_tokens: int, throughput: Thr
         "curve_sha256": file_digest(paths.out("train", "curve.csv")),
         "throughput": throughput.points,
     }
+    if samples is not None:
+        share = samples.seconds / seconds
+        timings["samples"] = {"seconds": samples.seconds, "share": share, "skipped": samples.num_skipped}
+        skipped = f", {samples.num_skipped} evaluations without answers" if samples.num_skipped else ""
+        print(f"answers during training took {samples.seconds:.1f} s, {share:.1%} of the time{skipped}", flush=True)
     write_json(paths.timings("train"), timings)
 
 
-def save_trained_model(trainer: SFTTrainer, paths: Paths) -> None:
-    """Write the model or adapter, gathered from all processes by the first one, with tokenizer and processor."""
+def ship(trainer: SFTTrainer, paths: Paths, step: int) -> None:
+    """Write the model of a step to outs/train/model: a copy of the best weights, or the trainer's own at its end."""
     target = paths.out("train", "model")
-    if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    if not trainer.is_world_process_zero():
-        trainer.save_model(str(target))
+    if step == trainer.state.global_step:
+        save_trained_model(trainer, paths, target)
+    elif trainer.is_world_process_zero():
+        kept = best_folder(Path(trainer.args.output_dir or "."), step)
+        problem = what_is_wrong(kept)
+        if problem is not None:
+            raise ValueError(
+                f"the weights of step {step}, the best one, can't be used: {problem}; delete {kept.parent}"
+            )
+        print(f"shipping step {step} of {trainer.state.global_step}, the best one evaluated", flush=True)
+        with replacing_folder(target) as folder:
+            shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SEAL))
+
+
+def save_trained_model(trainer: SFTTrainer, paths: Paths, target: Path) -> None:
+    """Write the model or adapter, gathered from all processes by the first one, with tokenizer and processor.
+
+    Args:
+        trainer: The trainer.
+        paths: The checkout.
+        target: Folder to write.
+    """
+    with whole_state_dict(trainer):
+        if not trainer.is_world_process_zero():
+            trainer.save_model(str(target))
+            return
+        with replacing_folder(target) as folder:
+            trainer.save_model(str(folder))
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
+            name_base(folder, paths.out("load", "base_model.json"))
+            save_tokenizer(trainer.processing_class, folder)
+            copy_processor_files(paths.out("format", "tokenizer"), folder)
+
+
+@contextmanager
+def whole_state_dict(trainer: SFTTrainer) -> Iterator[None]:
+    """Make FSDP gather all weights for what is saved within the block; checkpoints have a file per process."""
+    if not trainer.is_fsdp_enabled:
+        yield
         return
-    with replacing_folder(target) as folder:
-        trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths of this machine
-        name_base(folder, paths.out("load", "base_model.json"))
-        save_tokenizer(trainer.processing_class, folder)
-        copy_processor_files(paths.out("format", "tokenizer"), folder)
+    plugin = trainer.accelerator.state.fsdp_plugin
+    before = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        plugin.set_state_dict_type(before)

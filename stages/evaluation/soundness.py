@@ -79,22 +79,24 @@ def _check_merged(figures: Mapping[str, Mapping[str, float]], params: Params, pa
 
 def _check_tuned(figures: Mapping[str, Mapping[str, float]], params: Params, paths: Paths) -> Iterator[GateRow]:
     """Skip trainings whose held-out loss is another figure: those on a 4-bit base or with another loss."""
-    trained = _last_eval_loss(paths)
+    trained = _shipped_eval_loss(paths)
     if params.train.method == "qlora" or params.train.loss_type != "nll" or trained is None:
         return
     found = figures["tuned"]["loss"]
     relative, absolute = MARGIN if params.model.dtype == "float32" else MARGIN_HALF
     margin = relative * trained + absolute
     reason = (
-        f"the tuned model has a loss of {found:.4g} on the rows on which training measured {trained:.4g} at its end: "
+        f"the tuned model has a loss of {found:.4g} on the rows on which training measured {trained:.4g} for them: "
         "its folder or its base was changed after the stage `train`; `dvc repro train` writes it again"
     )
     is_close = abs(found - trained) <= margin
     yield _row(f"tuned.loss within {margin:.2g} of {trained:.4g}", found, trained, is_close, reason)
 
 
-def _last_eval_loss(paths: Paths) -> float | None:
-    """Return the last held-out loss of the training, None if its curve has none."""
+def _shipped_eval_loss(paths: Paths) -> float | None:
+    """Return the held-out loss of the step that was shipped, None if the training's curve has none."""
     with paths.out("train", "curve.csv").open(encoding="utf-8", newline="") as file:
-        losses = [row["eval_loss"] for row in csv.DictReader(file) if row.get("eval_loss")]
-    return float(losses[-1]) if losses else None
+        losses = {int(row["step"]): float(row["eval_loss"]) for row in csv.DictReader(file) if row.get("eval_loss")}
+    selection = paths.out("train", "selection.json")
+    step = read_json(selection)["step"] if selection.exists() else max(losses, default=None)
+    return losses.get(step)

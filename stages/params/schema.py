@@ -39,7 +39,7 @@ from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
 from stages.params.adapters import check_adapter
 from stages.params.arguments import check_arguments, training_options
-from stages.params.figures import metric_names, open_ended_names, range_of
+from stages.params.figures import STOP_RATE, figure_of, metric_names, open_ended_names, range_of
 from stages.params.names import (
     check_experiment_folder,
     check_experiment_name,
@@ -48,7 +48,7 @@ from stages.params.names import (
     check_repository,
     check_revision,
 )
-from stages.params.tasks import FOLDER, figure_names
+from stages.params.tasks import FOLDER, figure_names, task_names
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -64,6 +64,9 @@ RepairAction = Literal["off", "warn", "repair", "drop", "fail"]
 
 Engine = Literal["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+EVAL_FIGURES = ("eval_loss", "eval_mean_token_accuracy")
+"""Figures that every evaluation of a training has."""
 
 REASONS = (
     "bad_flag",
@@ -643,6 +646,79 @@ class ParameterGroup(Section):
     frozen: Annotated[bool, Field(description="Whether they are not trained.")] = False
 
 
+def _check_tasks(value: str | list[str]) -> str | list[str]:
+    figure_names(value)
+    return value
+
+
+Tasks = Annotated[str | list[str], AfterValidator(_check_tasks)]
+
+
+def _check_no_own_task(value: str | list[str] | None) -> str | list[str] | None:
+    own = [name for name in task_names(value or []) if name.startswith(f"{FOLDER}.")]
+    if own:
+        raise ValueError(
+            f"{own[0]} can't score answers during training: a change in {FOLDER}/ would repeat the training. Use a "
+            "task by name here; evaluate.task scores the final answers with it"
+        )
+    return value
+
+
+class SelectSection(Section):
+    """Which step of the training is shipped, and when training stops early."""
+
+    metric: Annotated[
+        str | None,
+        Field(
+            description="eval_loss, eval_mean_token_accuracy, or a figure of `samples` such as exact_match; null = "
+            "ship the last step."
+        ),
+    ]
+    mode: Annotated[
+        Literal["min", "max"] | None,
+        Field(description="min or max: which value is best; null = known from the figure."),
+    ]
+    patience: Annotated[
+        int | None,
+        Field(ge=1, description="Stop after this many evaluations without an improvement; null = train to the end."),
+    ]
+    min_delta: Annotated[float, Field(ge=0.0, description="Smallest change that patience counts as an improvement.")]
+
+    @model_validator(mode="after")
+    def _check_metric_is_stated(self) -> Self:
+        if self.metric is None and (self.mode is not None or self.patience is not None):
+            raise ValueError("mode and patience would be ignored without a metric; state one, or set them to null")
+        return self
+
+    def higher_is_better(self) -> bool:
+        """Return whether the largest value is the best one; the mode of an unknown figure was checked to be given."""
+        if self.mode is not None:
+            return self.mode == "max"
+        return self.metric != "eval_loss"
+
+
+class SamplesSection(Section):
+    """Held-out prompts that are answered at each evaluation, to see what the model learns."""
+
+    count: Annotated[int, Field(ge=0, description="Held-out prompts answered at each evaluation; 0 = none.")]
+    max_new_tokens: Annotated[Positive, Field(description="Tokens of the longest answer.")]
+    task: Annotated[
+        Tasks | None,
+        AfterValidator(_check_no_own_task),
+        Field(description="How answers are scored, as evaluate.task, without functions of tasks/; null = not at all."),
+    ]
+    max_share: Annotated[
+        float | None,
+        Field(
+            gt=0.0,
+            le=1.0,
+            description="Largest share of the training time (10 s are always allowed); an evaluation beyond it has no "
+            "answers. null = no limit. No limit applies where they decide `select`.",
+        ),
+    ]
+    seed: Annotated[Seed, Field(description="Seed for choosing the prompts.")]
+
+
 class TrainSection(Section):
     """From packed rows to an adapter or full weights."""
 
@@ -846,6 +922,10 @@ class TrainSection(Section):
             "{dataloader_num_workers: 2}; see docs/training_options.md."
         ),
     ]
+    select: Annotated[SelectSection, Field(description="Which evaluated step is shipped (docs/operations.md).")]
+    samples: Annotated[
+        SamplesSection, Field(description="A look at the answers while the model trains (docs/operations.md).")
+    ]
     launch: Annotated[
         LaunchSection,
         Field(description="Processes of the training: one, or one per GPU (docs/many_machines.md)."),
@@ -856,6 +936,33 @@ class TrainSection(Section):
         for problem in filter(None, (check(self) for check in TRAIN_CHECKS)):
             raise ValueError(problem)
         return self
+
+    @model_validator(mode="after")
+    def _check_select(self) -> Self:
+        metric = self.select.metric
+        figures = self.sample_figures()
+        if metric is None or metric in EVAL_FIGURES:
+            return self
+        if metric not in figures:
+            known = [*EVAL_FIGURES, *figures]
+            hint = did_you_mean(metric, known, otherwise=f"there are {', '.join(known)}")
+            more = "" if figures else "; with train.samples.count and task, there are figures of answers"
+            raise ValueError(f"select.metric {metric!r} is not a figure of the training; {hint}{more}")
+        if self.select.mode is None and figure_of(metric).direction <= 0:
+            raise ValueError(
+                f"select.metric {metric!r}: state select.mode, min or max, as it is not known from the name"
+            )
+        return self
+
+    def sample_figures(self) -> tuple[str, ...]:
+        """Return the names of the figures of answers that are measured during training."""
+        if not self.samples.count:
+            return ()
+        return (*(figure_names(self.samples.task) if self.samples.task else ()), STOP_RATE)
+
+    def samples_decide(self) -> bool:
+        """Return whether the step that is shipped is chosen by answers."""
+        return self.select.metric is not None and self.select.metric not in EVAL_FIGURES
 
 
 NO_LORA_OPTIONS = {
@@ -970,11 +1077,6 @@ class QuantizeSection(Section):
         return self
 
 
-def _check_tasks(value: str | list[str]) -> str | list[str]:
-    figure_names(value)
-    return value
-
-
 def _check_in_folder(value: str) -> str:
     if not value.startswith(f"{FOLDER}/") or ".." in value.split("/"):
         raise ValueError(
@@ -990,7 +1092,6 @@ def _check_distinct(names: list[str]) -> list[str]:
     return names
 
 
-Tasks = Annotated[str | list[str], AfterValidator(_check_tasks)]
 OwnFile = Annotated[str, AfterValidator(_check_in_folder)]
 LmEvalTask = Annotated[str, Field(min_length=1)]
 

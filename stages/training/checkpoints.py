@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,11 +65,15 @@ class TrainingState:
         state.folder.mkdir(parents=True, exist_ok=True)
         return state
 
-    def last_checkpoint(self) -> Path | None:
-        """Return the newest valid checkpoint, None if there is none, and delete invalid ones that are newer."""
+    def last_checkpoint(self, what_else: Callable[[Path], str | None] = lambda path: None) -> Path | None:
+        """Return the newest valid checkpoint, None if there is none, and delete invalid ones that are newer.
+
+        Args:
+            what_else: Returns what else is wrong with a checkpoint whose files are valid, None if nothing is.
+        """
         numbered = [path for path in self.folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
         for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-            problem = what_is_wrong(path)
+            problem = what_is_wrong(path) or what_else(path)
             if problem is None:
                 return path
             print(f"removing {path.name}: {problem}", flush=True)
@@ -179,6 +183,9 @@ def explaining_full_disk(state: TrainingState) -> Iterator[None]:
 def fingerprint_files(paths: Paths) -> Iterator[Path]:
     """Yield the files that decide a training besides its params: packed rows, tokenizer, base model, code."""
     yield paths.out("load", "base_model.json")
+    prompts = paths.out("format", "prompts.jsonl")
+    if prompts.exists():  # answered during training
+        yield prompts
     for folder in (paths.out("pack", "train"), paths.out("pack", "eval"), paths.out("format", "tokenizer")):
         yield from sorted(path for path in folder.rglob("*") if path.is_file())
     library, training = Path(sft.__file__).resolve().parent, Path(stages.__file__).resolve().parent

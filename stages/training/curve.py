@@ -27,6 +27,7 @@ from stages.tracking import lineage
 from stages.tracking.lineage import machine_tags
 from stages.training.checkpoints import TrainingState, fingerprint_params
 from stages.training.out_of_memory import describe_events
+from stages.training.selection import SAMPLE_PREFIX
 
 if TYPE_CHECKING:
     from stages.tracking.live_run import LiveRun
@@ -59,10 +60,16 @@ def curve_csv(history: list[dict[str, Any]]) -> str:
         steps.setdefault(entry["step"], {}).update(entry)
     file = io.StringIO()
     more = [column for column in ROUTER_COLUMNS if any(column in entry for entry in history)]
+    more += sample_columns(history)
     writer = csv.DictWriter(file, [*CURVE_COLUMNS, *more], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(steps[step] for step in sorted(steps) if {"loss", "eval_loss"} & set(steps[step]))
     return file.getvalue()
+
+
+def sample_columns(history: list[dict[str, Any]]) -> list[str]:
+    """Return the sorted names of the figures of answers in the trainer's log; checkpoints do not keep their order."""
+    return sorted({name for entry in history for name in entry if name.startswith(SAMPLE_PREFIX)})
 
 
 class Throughput(TrainerCallback):
@@ -256,12 +263,12 @@ class LiveCurve(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Send what has just been logged."""
-        if not logs or not ({"loss", "eval_loss"} & set(logs)):
+        if not logs or not ({"loss", "eval_loss"} & set(logs) or sample_columns([logs])):
             return
         speed = self._throughput.speed_at(state.global_step) if "loss" in logs else None
         self._send(logs if speed is None else {**logs, SPEED: speed}, state.global_step)
 
     def _send(self, entry: Mapping[str, Any], step: int) -> None:
-        names = (*CURVE_COLUMNS, *ROUTER_COLUMNS, SPEED)
+        names = (*CURVE_COLUMNS, *ROUTER_COLUMNS, *sample_columns([dict(entry)]), SPEED)
         figures = {name: float(entry[name]) for name in names if name != "step" and name in entry}
         self._run.log(figures, step, int(time.time() * 1000))

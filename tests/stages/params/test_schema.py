@@ -195,7 +195,7 @@ def test_a_few_aliases_are_read(tmp_path: Path) -> None:
     first, *others = re.findall(r"^  seed: \d+", text, re.MULTILINE)
     assert set(others) == {first}
     number = first.removeprefix("  seed: ")
-    seeds = text.replace(first, f"  seed: &seed {number}", 1).replace(first, "  seed: *seed")
+    seeds = re.sub(r"(?m)^  seed: \d+", "  seed: *seed", text).replace("*seed", f"&seed {number}", 1)
     file = tmp_path / "params.yaml"
     file.write_text(seeds, encoding="utf-8")
     assert seeds.count("*seed") == len(others)
