@@ -99,4 +99,4 @@ def _shipped_eval_loss(paths: Paths) -> float | None:
         losses = {int(row["step"]): float(row["eval_loss"]) for row in csv.DictReader(file) if row.get("eval_loss")}
     selection = paths.out("train", "selection.json")
     step = read_json(selection)["step"] if selection.exists() else max(losses, default=None)
-    return losses.get(step)
+    return None if step is None else losses.get(int(step))
