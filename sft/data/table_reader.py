@@ -34,6 +34,8 @@ def parquet_rows(path: Path, name: str) -> Iterator[Row]:
             yield from _table_rows(file.iter_batches(batch_size=num_rows), name)
     except NotUtf8Error as error:
         raise _not_utf8(error, name) from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: the name of a column is not UTF-8 ({error}); rename it") from error
     except (pa.ArrowException, TableError, OSError) as error:
         raise _damage(path, "Parquet", error) from error
 
@@ -45,6 +47,8 @@ def arrow_rows(path: Path, name: str) -> Iterator[Row]:
         yield from _table_rows(arrow_batches(path), name)
     except NotUtf8Error as error:
         raise _not_utf8(error, name) from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: the name of a column is not UTF-8 ({error}); rename it") from error
     except (pa.ArrowException, TableError, OSError) as error:
         raise _damage(path, "Arrow", error) from error
 

@@ -7,6 +7,7 @@ Prefect's form shows these texts, and the comments of params.yaml repeat them wo
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -158,8 +159,8 @@ def _check_steps(value: float) -> float:
     """Return steps as an integer, and a fraction of all steps as it is."""
     if value < 1:
         return value
-    if value != int(value):
-        raise ValueError(f"{value:g} is no number of steps; give an integer, or below 1 a fraction of all steps")
+    if not math.isfinite(value) or value != int(value):
+        raise ValueError(f"{value:g} is not a number of steps; give an integer, or below 1 a fraction of all steps")
     return int(value)
 
 

@@ -383,6 +383,11 @@ def test_damage_inside_of_tables_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match=r"a\.parquet:2: a text is not UTF-8 \(bytes ff fe\)"):
         rows_of(tmp_path / "a.parquet")
+    with pa.ipc.new_file(tmp_path / "c.arrow", (table := pa.table({"text": [{"qqqq": "x"}]})).schema) as file:
+        file.write_table(table)
+    damaged = (tmp_path / "c.arrow").read_bytes().replace(b"qqqq", b"q\xf4qq")
+    with pytest.raises(SourceError, match=r"c\.arrow: the name of a column is not UTF-8"):
+        rows_of(written(tmp_path / "c.arrow", damaged))
     pq.write_table(pa.table({"text": ["x" * 1000] * 1000}), tmp_path / "b.parquet")
     content = bytearray((tmp_path / "b.parquet").read_bytes())
     content[10:60] = bytes(50)

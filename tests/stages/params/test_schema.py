@@ -104,6 +104,13 @@ def test_true_is_not_a_count(values: dict[str, Any]) -> None:
         check_params(values)
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), 1.5])
+def test_a_number_of_steps_is_finite_and_whole(values: dict[str, Any], number: float) -> None:
+    values["train"]["eval_steps"] = number
+    with pytest.raises(ParamsError, match=r"train\.eval_steps: "):
+        check_params(values)
+
+
 def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
     text = SHIPPED.read_text(encoding="utf-8").replace("learning_rate: 1.5e-3", "learning_rate: 2e-4")
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
