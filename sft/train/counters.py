@@ -96,10 +96,22 @@ class TokenTotals:
         """
         if not self._sums:
             return {}
+        return dict(zip(self._sums, self._rows(gather).sum(0).tolist(), strict=True))
+
+    def by_process(self, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> list[dict[str, float]]:
+        """Return the sums by name of each process.
+
+        Args:
+            gather: As of `sums`.
+        """
+        if not self._sums:
+            return []
+        return [dict(zip(self._sums, row, strict=True)) for row in self._rows(gather).tolist()]
+
+    def _rows(self, gather: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
+        """Return the sums as `(processes, figures)`."""
         sums = torch.stack(list(self._sums.values()))
-        if gather is not None:
-            sums = gather(sums).reshape(-1, len(self._sums)).sum(0)
-        return dict(zip(self._sums, sums.tolist(), strict=True))
+        return (sums if gather is None else gather(sums)).reshape(-1, len(self._sums))
 
     def means(self, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, float]:
         """Return means over tokens: `loss`, `mean_token_accuracy` and, if they were added, `entropy` and `aux_loss`.
@@ -124,15 +136,23 @@ class TokenTotals:
 class UnloggedFigures(TrainerCallback, ExportableState):
     """Callback that saves the sums since the last log line in checkpoints.
 
-    With them, the first log line after a resume equals that of an uninterrupted training.
+    With them, the first log line after a resume equals that of an uninterrupted training, bit for bit if the number
+    of processes is the same: each process goes on from its own sums, so all are added in the same order.
 
     Args:
-        sums: Name of a figure -> its sum over all processes since the last log line.
+        sums: For each process, name of a figure -> its sum since the last log line.
     """
 
-    def __init__(self, sums: dict[str, float] | None = None) -> None:
-        self.sums = sums or {}
+    def __init__(self, sums: list[dict[str, float]] | None = None) -> None:
+        self.sums = sums or []
 
-    def state(self) -> dict[str, dict[str, dict[str, float]]]:
+    def of_process(self, index: int, count: int) -> dict[str, float]:
+        """Return the sums that one of `count` processes goes on from; the first has all if their number has changed."""
+        if len(self.sums) == count:
+            return self.sums[index]
+        names = self.sums[0] if self.sums and index == 0 else ()
+        return {name: sum(sums[name] for sums in self.sums) for name in names}
+
+    def state(self) -> dict[str, dict[str, list[dict[str, float]]]]:
         """Return what `transformers.Trainer` writes into a checkpoint and constructs the callback from again."""
         return {"args": {"sums": self.sums}, "attributes": {}}

@@ -537,7 +537,7 @@ class SFTTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint, with the tokens seen and the sums since the last log line."""
         self._count_tokens()
-        self._callback(UnloggedFigures).sums = self._totals["train"].sums(self.accelerator.gather)
+        self._callback(UnloggedFigures).sums = self._totals["train"].by_process(self.accelerator.gather)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -579,8 +579,9 @@ class SFTTrainer(Trainer):
         for kind in (UnloggedFigures, LossWatch):
             stored = self.state.stateful_callbacks.setdefault(kind.__name__, {})
             vars(self._callback(kind)).update((stored[0] if isinstance(stored, list) else stored).get("args", {}))
-        sums = self._callback(UnloggedFigures).sums
-        self._totals["train"] = TokenTotals(sums if self.is_world_process_zero() else None)
+        processes = self.accelerator
+        sums = self._callback(UnloggedFigures).of_process(processes.process_index, processes.num_processes)
+        self._totals["train"] = TokenTotals(sums)
         watch = self._callback(LossWatch)
         watch.policy, watch.factor = self.args.on_bad_loss, self.args.bad_loss_factor  # options of this run
 
