@@ -53,7 +53,7 @@ def prepare(root: Path, name: str) -> Paths:
 
 def interrupt(paths: Paths, rng: random.Random) -> tuple[str, bool]:
     """Start a training, interrupt it at a random moment, and return what it printed, and whether it was interrupted."""
-    process = start_stage(paths)
+    process = start_stage(paths, SFT_PROGRESS="events")
     assert process.stdout is not None
     lines: list[str] = []
     wait_for, delay_s = rng.randint(1, 5), rng.uniform(0, 0.4)
