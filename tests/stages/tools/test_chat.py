@@ -102,8 +102,8 @@ def test_a_model_trained_on_plain_text_is_not_talked_to(
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("base", "outs/load/base_model.json is missing, so there is no base model yet: type `dvc repro load` first"),
-        ("quantized", "so there is no quantized model yet: type `dvc repro quantize` first"),
+        ("base", "outs/load/base_model.json is missing, so there is no base model yet: type `sft load` first"),
+        ("quantized", "so there is no quantized model yet: type `sft quantize` first"),
     ],
 )
 def test_a_model_that_is_not_there_is_one_message(

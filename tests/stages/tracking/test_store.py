@@ -14,6 +14,7 @@ import pytest
 
 from stages.tools.compare import report
 from stages.tracking.lineage import PARENT_TAG
+from stages.tracking.recorded import recorded_run
 from stages.tracking.store import (
     KIND_TAG,
     PROCESS_TAG,
@@ -65,13 +66,13 @@ def test_values_longer_than_mlflow_allows_are_whole_and_compared_whole(tracking:
     assert whole_value(tracking.client, one.info.run_id, "0") == "0"
     assert whole_value(tracking.client, one.info.run_id, one.data.tags["note"]) == "n" * 8001
     assert one.data.tags["dvc.data/a _1_.jsonl"] == "5e"
-    lines = report(one, two, tracking.client)
+    lines = report(recorded_run(one), recorded_run(two), tracking.client)
     before, after = (
         '....0}, {"path": "data/part-0199.jsonl", "weight": 1.0}]',
         '....0}, {"path": "data/other.jsonl", "weight": 1.0}]',
     )
     assert f"  load.sources: {before} -> {after}" in lines
-    assert "params: no differences" in report(one, three, tracking.client)
+    assert "params: no differences" in report(recorded_run(one), recorded_run(three), tracking.client)
 
 
 def test_long_names_of_data_are_told_apart(tracking: Tracking) -> None:
