@@ -181,7 +181,8 @@ def test_ending_the_stage_ends_all_its_processes(tmp_path: Path, number: signal.
     processes = workers(stage)
     stage.send_signal(number)
     stage.communicate(timeout=60)
-    assert stage.returncode in (-signal.SIGKILL, 128 + signal.SIGTERM)
+    # 75: the training has saved a checkpoint within its grace
+    assert stage.returncode in (-signal.SIGKILL, 75, 128 + signal.SIGTERM)
     assert_gone(processes)
 
 
