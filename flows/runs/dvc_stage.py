@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from flows.processes.environment import child_environment
 from flows.processes.supervised import run_supervised
 from flows.runs.recorded import discard_record, present_inputs, recorded_inputs
 from stages.checkout.redaction import redact
+from stages.cli.repro import read_metrics_files, restore
 from stages.launch.stopping import EXIT_SAVED
 from stages.progress import EVENT, VARIABLE, Report
 
@@ -149,7 +149,7 @@ def run_stage(root: Path, stage: str, listener: Listener, force: bool = False, *
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage, *(["--force"] if force else [])]
     code = run_supervised(command, root, child_environment(**{VARIABLE: "events"}, **variables), output.feed)
     if code != 0:
-        restore(root, stage, figures)
+        restore(root, figures, stage, environment=child_environment())
         raise output.failure(stage, code)
     if output.outcome is Outcome.COMPLETED:
         recorded = recorded_inputs(root, stage)
@@ -160,20 +160,6 @@ def run_stage(root: Path, stage: str, listener: Listener, force: bool = False, *
                 f"{stage}: {', '.join(edited)} changed while it ran, so nothing was recorded; run it again"
             )
     return output.outcome
-
-
-def read_metrics_files(root: Path) -> dict[Path, bytes]:
-    """Return the contents of the metrics files, which DVC does not cache."""
-    return {path: path.read_bytes() for path in (root / "reports" / "metrics").glob("*.json")}
-
-
-def restore(root: Path, stage: str, figures: dict[Path, bytes]) -> None:
-    """Restore the previous outs of a failed stage, which DVC removed before it ran."""
-    command = [sys.executable, "-m", "dvc", "checkout", "--quiet", "--allow-missing", stage]
-    subprocess.run(command, cwd=root, env=child_environment(), capture_output=True, check=False)
-    for path, content in figures.items():
-        if not path.exists():
-            path.write_bytes(content)
 
 
 def _signal_number(code: int) -> int | None:

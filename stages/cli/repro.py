@@ -94,10 +94,17 @@ def _wait_for_end(process: subprocess.Popen[bytes], number: int) -> None:
     process.wait()
 
 
-def restore(root: Path, figures: dict[Path, bytes]) -> None:
-    """Restore the outs and figures of stages that failed, which DVC removed before it started them."""
-    command = dvc_command("checkout", "--quiet", "--allow-missing")
-    subprocess.run(command, cwd=root, env=dvc_environment(), capture_output=True, check=False)
+def restore(root: Path, figures: dict[Path, bytes], *stages: str, environment: dict[str, str] | None = None) -> None:
+    """Restore the outs and figures of stages that failed, which DVC removed before it started them.
+
+    Args:
+        root: The checkout.
+        figures: What `read_metrics_files` returned before the stages ran.
+        stages: The stages; all if there are none.
+        environment: Environment of DVC; None = `dvc_environment`.
+    """
+    command = dvc_command("checkout", "--quiet", "--allow-missing", *stages)
+    subprocess.run(command, cwd=root, env=environment or dvc_environment(), capture_output=True, check=False)
     for path, content in figures.items():
         if not path.exists():
             path.write_bytes(content)
