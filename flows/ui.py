@@ -35,6 +35,7 @@ from flows.processes.servers import (
 from stages.access.guard import new_key
 from stages.checkout.redaction import redact
 from stages.params.schema import ParamsError, load_params
+from stages.tracking.address import VIEW, VIEW_TAG
 
 WORK_POOL = "local"
 
@@ -157,8 +158,10 @@ def _runs_page(mlflow_link: str, experiment: str) -> str:
     found = get(f"{mlflow_link}api/2.0/mlflow/experiments/get-by-name?{query}")
     if found is None:
         return mlflow_link
-    number = json.loads(found)["experiment"]["experiment_id"]
-    return f"{mlflow_link}#/experiments/{number}/runs?workflowType=machine_learning"
+    experiment_facts = json.loads(found)["experiment"]
+    page = f"{mlflow_link}#/experiments/{experiment_facts['experiment_id']}/runs?workflowType=machine_learning"
+    tags = {tag["key"] for tag in experiment_facts.get("tags", [])}
+    return f"{page}&viewStateShareKey={VIEW}" if VIEW_TAG in tags else page
 
 
 def variables(root: Path) -> dict[str, str]:

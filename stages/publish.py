@@ -21,7 +21,7 @@ from stages.evaluation.row_scores import compare_rows, evidence_of, read_row_sco
 from stages.pages.comparison import Side, write_comparison
 from stages.pages.model_card import write_card
 from stages.pages.promotion import Decision, write_page
-from stages.pages.verdict import doubts
+from stages.pages.verdict import doubts, read_results
 from stages.params.figures import VERDICTS
 from stages.params.schema import Params
 from stages.progress import progress, stage_progress
@@ -60,7 +60,7 @@ def run(params: Params, paths: Paths) -> None:
         ValueError: The tracking store can't be used, or the hub refuses the push.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    results = read_json(paths.out("evaluate", "results.json"))
+    results = read_results(paths)
     result = Result(params, paths, results["passed"])
     tracking = open_tracking(params.publish, main_checkout(paths.root))
     progress(1, 3, "steps", f"recording in {redact(tracking.uri)}")
@@ -201,6 +201,8 @@ def compare_with_champion(
         warning = rows_warning(rows) if differing_rows(before, after) else ""
         write_comparison(page, (sides[0], sides[1]), causes, compare_rows(*rows), warning)
     tracking.client.log_artifact(run_id, str(page), "reports")
+    link = tracking.page(run_id, f"reports/{SINCE_CHAMPION}")
+    tracking.add_to_note(run_id, f"- [what changed since the champion, version {champion.version}]({link})")
     return causes
 
 

@@ -44,9 +44,9 @@ def test_run_of_the_pipeline_is_the_one_that_its_training_began(project: Path) -
     (run,) = runs(project)
     assert (run.info.status, run.data.tags["sft.progress"]) == ("FINISHED", "published")
     # what only a training knows: its speed
-    assert run.data.metrics["curve.tokens_per_second"] > 0
+    assert run.data.metrics["train/tokens_per_second"] > 0
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
-    steps = [point.step for point in client.get_metric_history(run.info.run_id, "curve.loss")]
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps == [2, 4, 6, 8, 10, 12]
 
 
@@ -71,7 +71,7 @@ def test_best_trial_of_a_sweep_becomes_champion_without_a_second_run_for_its_res
     }
     assert sorted(children) == ["0.001", "0.01"]
     assert champion(project) == children["0.01"].info.run_id != first
-    assert all(run.data.metrics["curve.tokens_per_second"] > 0 for run in children.values())
+    assert all(run.data.metrics["train/tokens_per_second"] > 0 for run in children.values())
     assert all(
         run.data.tags["prefect.flow_run_id"] in run.data.tags["prefect.flow_run_url"] for run in children.values()
     )

@@ -24,7 +24,7 @@ from stages.pages.page import (
     show_change,
     show_interval,
 )
-from stages.pages.verdict import verdict
+from stages.pages.verdict import read_results, verdict
 from stages.params.figures import REGRESSION, figure_of, in_order
 from stages.params.schema import Params
 from stages.tracking import lineage
@@ -57,7 +57,7 @@ def write_report(params: Params, paths: Paths) -> None:
 
 def context(params: Params, paths: Paths) -> dict[str, Any]:
     """Return the values that the template shows."""
-    results = read_json(paths.out("evaluate", "results.json"))
+    results = read_results(paths)
     return {
         "title": str(lineage.base_model(paths)["name_or_path"]).removeprefix("embedded:"),
         "method": params.train.method,

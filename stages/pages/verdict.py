@@ -7,11 +7,34 @@ from typing import Any
 
 from sft.evaluate.evidence import MIN_ROWS
 from sft.evaluate.gate import FAILED, NOT_SHOWN
+from stages.checkout.artifacts import read_json
+from stages.checkout.paths import Paths
 from stages.pages.page import percent, show
 from stages.params.figures import figure_of
 
+NEEDED = ("models", "intervals", "figures", "gate", "passed", "num_prompts")
+"""Entries of results.json that pages and `publish` read."""
+
 OPEN, UNSURE, CLOSED = "open", "unsure", "closed"
 """How the headline is coloured."""
+
+
+def read_results(paths: Paths) -> dict[str, Any]:
+    """Read outs/evaluate/results.json.
+
+    Raises:
+        ValueError: An earlier version wrote it, with less in it.
+    """
+    file = paths.out("evaluate", "results.json")
+    results = read_json(file)
+    lacking = [name for name in NEEDED if name not in results]
+    lacking += ["gate[].verdict"] if any("verdict" not in row for row in results.get("gate", [])) else []
+    if lacking:
+        raise ValueError(
+            f"{file} is of an earlier version of the pipeline: it lacks {', '.join(lacking)}; "
+            "`sft evaluate` measures the models again"
+        )
+    return dict(results)
 
 
 def verdict(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
+from stages.pages.verdict import read_results
 from stages.params.figures import VERDICTS
 from stages.params.schema import Params
 from stages.tools.freshness import find_stale, warn_if_stale
@@ -27,7 +28,7 @@ def run(params: Params, paths: Paths, *, as_json: bool = False) -> None:
     file = paths.out("evaluate", "results.json")
     if not file.exists():
         raise ValueError(f"{file} is missing: the pipeline has not run here yet; type `make repro`")
-    results = read_json(file)
+    results = read_results(paths)
     if as_json:
         print(json.dumps(as_values(results, params, paths), indent=2, ensure_ascii=False))
         return

@@ -28,6 +28,11 @@ SQLITE_HEADER = b"SQLite format 3\0"
 
 KEY = "publish.tracking_uri"
 
+VIEW_TAG = "mlflow.sharedViewState.sft"
+"""Tag of the experiment with the view `VIEW` of its table of runs, which shows the main figures."""
+
+VIEW = VIEW_TAG.rpartition(".")[2]
+
 HTTP_LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
 """Environment variables of MLflow: one more attempt, and seconds per attempt. By default it tries for minutes."""
 

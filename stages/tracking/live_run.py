@@ -20,7 +20,16 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from stages.checkout.artifacts import read_json, write_json
 from stages.checkout.redaction import redact
 from stages.tracking.address import this_process
-from stages.tracking.store import CURVE, PROCESS_TAG, PROGRESS_TAG, TRAINED, TRAINING_TAG, RunWriter, Tracking
+from stages.tracking.store import (
+    CURVE,
+    PROCESS_TAG,
+    PROGRESS_TAG,
+    TRAINED,
+    TRAINING_TAG,
+    RunWriter,
+    Tracking,
+    curve_metric,
+)
 
 KEY_FILE, KEY_TAG = "live_run.json", "sft.live_key"
 """File with the checkpoints, and tag of the run: both contain the key by which a resumed training finds its run."""
@@ -76,7 +85,7 @@ class LiveRun:
             time_ms: Milliseconds since 1970.
         """
         with self._lock:
-            self._points += [Metric(f"{CURVE}{name}", value, time_ms, step) for name, value in figures.items()]
+            self._points += [Metric(curve_metric(name), value, time_ms, step) for name, value in figures.items()]
         self._wake.set()
 
     def tag(self, name: str, value: str) -> None:

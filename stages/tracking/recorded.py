@@ -20,10 +20,9 @@ from stages.tracking import lineage
 from stages.tracking.champion import HELD_OUT_TAG, RESULTS_FOLDER, fetch_results, held_out_digest
 from stages.tracking.lineage import MACHINE
 from stages.tracking.result import DIGEST_TAG, figures, result_digest_of
-from stages.tracking.store import Tracking, whole_value
+from stages.tracking.store import GATE_TAG, Tracking, whole_value
 
 VERSION, COMMIT, DIRTY, CODE, BASE = "version.", "git.commit", "git.dirty", "git.changed_code", "sft.base_model"
-GATE_TAG = "sft.gate"
 CURVE = "outs/train/curve.csv"
 PRESENT = "the result in this checkout"
 

@@ -18,11 +18,18 @@ from stages.tracking import lineage
 from stages.tracking.champion import HELD_OUT_TAG, held_out_digest
 from stages.tracking.lineage import machine_tags
 from stages.tracking.run_text import main_figures, run_name, run_note
-from stages.tracking.store import HASHES, HASHES_TAG, PROGRESS_TAG, PUBLISHED, TRAINING_TAG, Tracking
+from stages.tracking.store import (
+    GATE_TAG,
+    HASHES,
+    HASHES_TAG,
+    NOTE_TAG,
+    PROGRESS_TAG,
+    PUBLISHED,
+    TRAINING_TAG,
+    Tracking,
+)
 
 DIGEST_TAG = "sft.result_digest"
-
-NOTE_TAG = "mlflow.note.content"
 
 PATCH_TAG = "git.patch_redacted"
 """Tag of a run whose recorded patch lacks the secrets that the uncommitted changes contained."""
@@ -109,7 +116,7 @@ def _log_run(tracking: Tracking, result: Result, begun: str | None) -> str:
     patch = lineage.git_diff(paths.root) if git and git.dirty else ""
     tags = {
         "mlflow.source.name": "python -m stages publish",
-        "sft.gate": "passed" if result.passed else "failed",
+        GATE_TAG: "passed" if result.passed else "failed",
         HELD_OUT_TAG: held_out_digest(paths),
         **lineage.circumstances(paths),
         **machine_tags(),
@@ -118,9 +125,9 @@ def _log_run(tracking: Tracking, result: Result, begun: str | None) -> str:
         **result.tags,
     }
     stated, measured = lineage.result_params(params), figures(paths)
-    main = main_figures(measured, "quantized" if params.quantize.method != "none" else "merged")
+    shipped = "quantized" if params.quantize.method != "none" else "merged"
+    main = main_figures(measured, read_json(paths.out("evaluate", "results.json"))["figures"][0], shipped)
     name = run_name(stated, tracking.newest_params(DIGEST_TAG), measured, lineage.model_name(paths))
-    tags[NOTE_TAG] = run_note(name, main, result.passed, [paths.report.relative_to(paths.root).as_posix()])
     with tracking.whole_run(name, tags, begun) as run:
         run.log_params(stated)
         run.log_metrics({**main, **measured})
@@ -130,6 +137,8 @@ def _log_run(tracking: Tracking, result: Result, begun: str | None) -> str:
         details = [path for path in details if path.exists()]  # older results lack the first one
         for path in [paths.report, *result_files(paths), paths.out("quantize", "report.json"), *details]:
             run.log_file(path, folder=path.parent.relative_to(paths.root).as_posix())
+        report = tracking.page(run.run_id, paths.report.relative_to(paths.root).as_posix())
+        run.set_tag(NOTE_TAG, run_note(name, main, result.passed, report))
         log_text(run, Path(HASHES).name, json.dumps(lineage.dvc_data_hashes(paths.root), indent=2))
         for file in ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock"):
             if (paths.root / file).exists():
@@ -139,6 +148,7 @@ def _log_run(tracking: Tracking, result: Result, begun: str | None) -> str:
         run.set_tag(PROGRESS_TAG, PUBLISHED)
         # set last, as runs are found by it: an interrupted one must not be found
         run.set_tag(DIGEST_TAG, result.digest)
+    tracking.show_columns([*main, "train/loss"])
     return run.run_id
 
 

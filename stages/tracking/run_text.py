@@ -90,36 +90,36 @@ def headline(figures: Mapping[str, float]) -> str:
     return ""
 
 
-def main_figures(figures: Mapping[str, float], shipped: str) -> dict[str, float]:
-    """Return the figures to look at first, under names that MLflow's pages group: `eval/...` and `train/...`.
+def main_figures(figures: Mapping[str, float], metric: str, shipped: str) -> dict[str, float]:
+    """Return the figures to look at first, under names by which MLflow's pages sort them before all others.
 
     Args:
         figures: `<stage>.<metric>` -> value.
+        metric: The first figure of the task.
         shipped: Name of the model that is shipped.
     """
     places = {
-        "eval/exact_match": "evaluate.tuned.exact_match",
-        "eval/loss": "evaluate.tuned.loss",
-        "eval/loss_of_base": "evaluate.base.loss",
-        "eval/shipped_exact_match": f"evaluate.{shipped}.exact_match",
+        f"eval/{metric}": f"evaluate.tuned.{metric}",
+        f"eval/shipped_{metric}": f"evaluate.{shipped}.{metric}",
         "eval/shipped_mb": f"evaluate.{shipped}.size_mb",
-        "train/loss": "train.loss",
+        "eval/tuned_loss": "evaluate.tuned.loss",
+        "eval/base_loss": "evaluate.base.loss",
     }
     return {name: figures[place] for name, place in places.items() if place in figures}
 
 
-def run_note(name: str, main: Mapping[str, float], passed: bool, files: list[str]) -> str:
-    """Return the note of a run in Markdown: the gate, its main figures, and where its pages are.
+def run_note(name: str, main: Mapping[str, float], passed: bool, report: str) -> str:
+    """Return the note of a run in Markdown: the gate, its main figures, and links to its pages.
 
     Args:
         name: Name of the run.
         main: The main figures.
         passed: Whether the gate is passed.
-        files: Artifacts of the run that are pages.
+        report: Link to the report.
     """
     lines = [f"**{for_markdown(name)}**: gate {'passed' if passed else 'failed'}", ""]
     lines += ["| figure | value |", "|---|---:|", *(f"| {key} | {value:.4g} |" for key, value in main.items()), ""]
-    lines += [f"- `{file}` in the tab Artifacts" for file in files]
+    lines += [f"- [report: figures, curves, answers, lineage]({report})"]
     url = os.environ.get("SFT_FLOW_RUN_URL", "")
     if re.fullmatch(r"https?://[^\s()<>]+", url):
         lines.append(f"- [run of the flow in Prefect]({redact(url)})")

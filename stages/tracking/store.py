@@ -26,6 +26,7 @@ from stages.params.schema import PublishSection
 from stages.tracking.address import (
     ANSWER_S,
     KEY,
+    VIEW_TAG,
     absolute_uri,
     answered_in_time,
     check_database,
@@ -40,8 +41,8 @@ from stages.tracking.lineage import PARENT_TAG
 BATCH = 100
 """Params, metrics or tags per request; MLflow accepts at most 100 params or tags."""
 
-CURVE = "curve."
-"""Prefix of the metrics that have one value per logged step."""
+CURVE = ("train/", "eval/", "sample/")
+"""Prefixes of the metrics that have one value per logged step, by which MLflow's pages group their charts."""
 
 TRAINING_TAG = "sft.training_digest"
 """Tag by which `publish` finds the run that a training started; set when the training has ended."""
@@ -57,6 +58,10 @@ PROCESS_TAG = "sft.process"
 TRAINED = "trained, not published"
 """Value of `PROGRESS_TAG` of a run that waits for `publish`, without a process."""
 
+NOTE_TAG = "mlflow.note.content"
+
+GATE_TAG = "sft.gate"
+
 MAX_DESCRIPTION = 5000
 """Characters of a description that every store of MLflow accepts."""
 
@@ -65,6 +70,13 @@ LONG_VALUES = "long_values"
 
 HASHES, HASHES_TAG = "lineage/dvc_hashes.json", "sft.dvc_hashes"
 """Artifact of a run with the DVC hashes of its data and results by path, and the tag of a run that has it."""
+
+
+def curve_metric(column: str) -> str:
+    """Return the metric of a column of the curve: `train/loss` of `loss`, `eval/loss` of `eval_loss`."""
+    kind, _, name = column.partition("_")
+    return f"{kind}/{name}" if f"{kind}/" in CURVE and name else f"train/{column}"
+
 
 _LONG = re.compile(r"^sha256:([0-9a-f]{64}) \(\d+ characters, in artifact \S+\)$")
 
@@ -285,6 +297,24 @@ class Tracking:
         if is_champion:
             self.client.update_registered_model(name, description=text)
 
+    def show_columns(self, metrics: Sequence[str]) -> None:
+        """Let the view `VIEW` of the table of runs show the gate and some metrics; `make ui` links to that view."""
+        columns = ["attributes.`Created`", f"tags.`{GATE_TAG}`", *(f"metrics.`{name}`" for name in metrics)]
+        view = json.dumps({"selectedColumns": columns})
+        if self.client.get_experiment(self.experiment_id).tags.get(VIEW_TAG) != view:
+            self.client.set_experiment_tag(self.experiment_id, VIEW_TAG, view)
+
+    def page(self, run_id: str, file: str) -> str:
+        """Return the link to an artifact of a run, relative to any of MLflow's pages."""
+        place = f"#/experiments/{self.experiment_id}/runs/{run_id}/artifacts/{file}"
+        return f"{place}?workflowType=machine_learning"
+
+    def add_to_note(self, run_id: str, line: str) -> None:
+        """Add a line to the note of a run, if the note does not have it yet."""
+        note = self.client.get_run(run_id).data.tags.get(NOTE_TAG, "")
+        if line not in note.splitlines():
+            self.client.set_tag(run_id, NOTE_TAG, f"{note}{line}\n")
+
     def set_alias(self, name: str, alias: str, version: str) -> None:
         """Point an alias of a registered model at a version."""
         self.client.set_registered_model_alias(name, alias, version)
@@ -329,11 +359,11 @@ class RunWriter:
             self.client.log_batch(self.run_id, metrics=values[start : start + BATCH])
 
     def log_curve(self, path: Path) -> None:
-        """Log the columns of a CSV file as metrics `curve.<column>` over `step`, without the points the run has."""
+        """Log the columns of a CSV file as metrics (see `curve_metric`) over `step`, without the points the run has."""
         now = int(time.time() * 1000)
         with path.open(encoding="utf-8", newline="") as file:
             values = [
-                Metric(f"{CURVE}{name}", float(value), now, int(row["step"]))
+                Metric(curve_metric(name), float(value), now, int(row["step"]))
                 for row in csv.DictReader(file)
                 for name, value in row.items()
                 if name != "step" and value
@@ -346,9 +376,9 @@ class RunWriter:
         for start in range(0, len(points), 10 * BATCH):
             self.client.log_batch(self.run_id, metrics=points[start : start + 10 * BATCH])
 
-    def points(self, prefix: str) -> list[Metric]:
-        """Return all points of the metrics whose names start with a prefix."""
-        names = [name for name in self.client.get_run(self.run_id).data.metrics if name.startswith(prefix)]
+    def points(self, prefixes: tuple[str, ...]) -> list[Metric]:
+        """Return all points of the metrics whose names start with one of several prefixes."""
+        names = [name for name in self.client.get_run(self.run_id).data.metrics if name.startswith(prefixes)]
         return [point for name in names for point in self.client.get_metric_history(self.run_id, name)]
 
     def log_data(self, digests: Mapping[str, str]) -> None:

@@ -104,7 +104,7 @@ def test_run_alone_tells_params_metrics_curve_data_and_lineage(checkout: Paths) 
     assert {"train.loss", "evaluate.tuned.loss", "evaluate.base.exact_match", "pack.train.fill"} <= set(
         run.data.metrics
     )
-    curve = store(checkout.root).get_metric_history(run.info.run_id, "curve.loss")
+    curve = store(checkout.root).get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in curve] == [(1, 2.5), (2, 1.5), (3, 0.5)]
     assert run.data.tags["git.commit"] == git(checkout.root, "rev-parse", "HEAD").strip()
     assert run.data.tags["git.dirty"] == "false"
@@ -131,10 +131,16 @@ def test_a_name_says_what_differs_and_the_note_has_the_main_figures(checkout: Pa
     newest, first = sorted(runs(checkout.root), key=lambda run: -run.info.start_time)
     assert first.info.run_name.startswith("base, lr ")
     assert newest.info.run_name.startswith("lr 0.0003, r 4 · exact ")
-    assert newest.data.metrics["eval/loss"] == newest.data.metrics["evaluate.tuned.loss"]
+    assert newest.data.metrics["eval/tuned_loss"] == newest.data.metrics["evaluate.tuned.loss"]
     note = newest.data.tags["mlflow.note.content"]
     assert "gate passed" in note
-    assert "`reports/report.html` in the tab Artifacts" in note
+    place = f"#/experiments/{newest.info.experiment_id}/runs/{newest.info.run_id}/artifacts/reports"
+    assert f"({place}/report.html?workflowType=machine_learning)" in note
+    assert f"version 1]({place}/since_champion.html?workflowType=machine_learning)" in note
+    view = store(checkout.root).get_experiment(newest.info.experiment_id).tags["mlflow.sharedViewState.sft"]
+    shown = json.loads(view)["selectedColumns"]
+    assert shown[:3] == ["attributes.`Created`", "tags.`sft.gate`", "metrics.`eval/exact_match`"]
+    assert {name.split("`")[1] for name in shown[2:]} <= newest.data.metrics.keys()
     assert not [name for name in newest.data.tags if name.startswith("dvc.")]
     (version, _) = store(checkout.root).search_model_versions("name = 'shop-extractor'")
     assert version.description == checkout.out("publish", "README.md").read_text(encoding="utf-8")[:5000]
@@ -158,11 +164,19 @@ def test_run_that_the_training_has_begun_is_completed(checkout: Paths, tmp_path:
     assert (run.info.run_id, run.info.status) == (begun, "FINISHED")
     assert run.info.run_name.startswith("base, lr ")
     assert run.data.tags["sft.progress"] == "published"
-    history = store(checkout.root).get_metric_history(begun, "curve.loss")
+    history = store(checkout.root).get_metric_history(begun, "train/loss")
     assert sorted((point.step, point.value) for point in history) == [(1, 2.5), (2, 1.25), (2, 1.5), (3, 0.5)]
-    assert run.data.metrics["curve.loss"] == 0.5
-    assert run.data.metrics["curve.tokens_per_second"] == 20.0
+    assert run.data.metrics["train/loss"] == 0.5
+    assert run.data.metrics["train/tokens_per_second"] == 20.0
     assert {"train.seed", "pack.max_length"} <= set(run.data.params)
+
+
+def test_results_of_an_earlier_version_are_one_message(checkout: Paths) -> None:
+    file = checkout.out("evaluate", "results.json")
+    results = read_json(file)
+    write_json(file, results | {"gate": [{"condition": "a < b", "passed": True}]})
+    with pytest.raises(ValueError, match=r"it lacks gate\[\].verdict; `sft evaluate` measures the models again"):
+        publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
 
 
 def test_training_that_came_to_a_known_result_leaves_no_second_run(checkout: Paths, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def all_runs(root: Path) -> list[Run]:
 def curve(root: Path, name: str) -> list[tuple[int, float]]:
     (run,) = all_runs(root)
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
-    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, f"curve.{name}")]
+    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, f"train/{name}")]
 
 
 def machine_points(root: Path) -> int:
@@ -105,9 +105,9 @@ def test_curve_grows_while_it_trains_and_goes_on_after_a_kill(tmp_path: Path, em
     steps = [step for step, _ in curve(paths.root, "loss")]
     assert steps == list(range(1, 401))
     assert reached < 400
-    assert {"grad_norm", "learning_rate", "eval_loss", "tokens_per_second"} <= {
-        name.removeprefix("curve.") for name in all_runs(paths.root)[0].data.metrics
-    }
+    assert {"train/grad_norm", "train/learning_rate", "eval/loss", "train/tokens_per_second"} <= set(
+        all_runs(paths.root)[0].data.metrics
+    )
     assert all_runs(paths.root)[0].info.run_id == run.info.run_id
     assert all_runs(paths.root)[0].data.tags[TRAINING_TAG] == lineage.training_digest(
         load_params(paths.root / "params.yaml"), paths

@@ -31,13 +31,20 @@ def test_a_run_without_answers_is_named_by_its_loss() -> None:
     assert run_name(PARAMS, RECORDED, {"evaluate.tuned.loss": 0.1}, "smol") == "same params · loss 0.100"
 
 
-def test_main_figures_are_grouped_by_evaluation_and_training() -> None:
-    assert main_figures(FIGURES, "merged") == {"eval/exact_match": 0.934, "eval/loss": 0.1, "train/loss": 0.2}
+def test_main_figures_are_those_of_the_tuned_and_the_shipped_model() -> None:
+    measured = FIGURES | {"evaluate.merged.exact_match": 0.93, "evaluate.merged.size_mb": 538.1}
+    assert main_figures(measured, "exact_match", "merged") == {
+        "eval/exact_match": 0.934,
+        "eval/shipped_exact_match": 0.93,
+        "eval/shipped_mb": 538.1,
+        "eval/tuned_loss": 0.1,
+    }
 
 
 def test_the_note_has_the_gate_the_figures_and_the_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFT_FLOW_RUN_URL", "http://127.0.0.1:4200/runs/flow-run/1")
-    note = run_note("lr 1", {"eval/loss": 0.5}, False, ["reports/report.html"])
+    note = run_note("lr 1", {"eval/loss": 0.5}, False, "#/experiments/1/report")
     assert "gate failed" in note
     assert "| eval/loss | 0.5 |" in note
+    assert "- [report: figures, curves, answers, lineage](#/experiments/1/report)" in note
     assert "[run of the flow in Prefect](http://127.0.0.1:4200/runs/flow-run/1)" in note
