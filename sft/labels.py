@@ -5,3 +5,6 @@ IGNORE_INDEX = -100
 
 TOKEN_MASKS = ("completion_mask", "assistant_masks")
 """Columns of zeros and ones per token; a token is trained only where each mask that the row has is 1."""
+
+TEACHER_ROWS = "teacher_rows"
+"""Column of token rows with the number of each token's recorded distribution, -1 = none (`sft.loss.teacher`)."""

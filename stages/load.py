@@ -17,6 +17,8 @@ from stages.checkout.paths import Paths
 from stages.loading.accounts import Accounts
 from stages.loading.checks import Note, RowChecks, SetChecks
 from stages.loading.images import IMAGE_REASONS, Home, ImageStore
+from stages.loading.rehearsal import card, read_asked, rehearse
+from stages.loading.rehearsed import SOURCE, write_summary
 from stages.loading.selection import Selection
 from stages.loading.sources import Source, open_source
 from stages.loading.suggestions import option_line, suggest_options
@@ -50,6 +52,12 @@ def run(params: Params, paths: Paths) -> None:
             intake.take(held_out, "eval")
             intake.take(train, "train")
             intake.check_training_rows()
+            if section.rehearsal is None:
+                write_summary(folder / SOURCE, None)
+            else:
+                described = card(section.rehearsal, read_asked(section.rehearsal, paths))
+                rows = rehearse(section.rehearsal, params.model, base_model, paths, folder / SOURCE)
+                intake.take_rehearsal(rows, described)
             figures = intake.close_accounts()
         write_json(folder / "card.json", {"sources": intake.accounts.cards, **figures})
         write_json(folder / "base_model.json", base_model.record())
@@ -252,6 +260,27 @@ class Intake(ExitStack):
                 self.accounts.num_repeated -= rows.copies[row] - 1
         if removed:
             self._writers["train"].remove(removed)
+
+    def take_rehearsal(self, rows: list[dict[str, Any]], described: dict[str, Any]) -> None:
+        """Write the rows that the base model answered to `train`, after all checks of the other rows.
+
+        Args:
+            rows: Rows of the rehearsal.
+            described: What the data card states of their source.
+        """
+        self.accounts.open_source(described, SOURCE)
+        number = len(self.accounts.cards) - 1
+        for row in rows:
+            self.accounts.num_rows[SOURCE] += 1
+            answer = row["completion"][0]["content"]
+            if row["unfinished"] is not None or not answer:
+                action = Action.WARN if answer else Action.OMIT
+                reason = "unfinished" if row["unfinished"] else "empty_answer"
+                detail = f"{row['unfinished']}, {'ends after its last sentence' if answer else 'without a sentence'}"
+                problem = Problem(reason, detail if row["unfinished"] else "the base model's answer is empty")
+                self.accounts.enter(row["id"], Note(action, problem), number, SOURCE)
+            if answer:
+                self._writers["train"].write({name: row[name] for name in ("id", "prompt", "completion")})
 
     def close_accounts(self) -> dict[str, Any]:
         """Check that every row is accounted for and that enough are left; return the stage's figures.

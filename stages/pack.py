@@ -27,6 +27,7 @@ from sft.tokens.prompts import PartColumn
 from stages.checkout.artifacts import write_json, write_jsonl, write_text
 from stages.checkout.ledger import Action, Ledger
 from stages.checkout.paths import Paths
+from stages.loading.rehearsed import SOURCE, is_rehearsed, read_summary
 from stages.models.base import read_base_model
 from stages.pages.data import SplitFacts, choose_previews, write_data_page
 from stages.params.schema import PackSection, Params
@@ -64,13 +65,14 @@ def run(params: Params, paths: Paths) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     splits: dict[str, SplitFacts] = {}
     image_files = find_image_files(params.pack, paths)
+    share = read_summary(paths.out("load", SOURCE))["share"]
     with replacing_folder(paths.out("pack")) as folder, Ledger(folder / "ledger.jsonl", "pack") as ledger:
         for split in SPLITS:
             rendered = paths.out("format", f"{split}.jsonl")
             scratch = folder / SCRATCH / split
             documents = encode_split(rendered, tokenizer_folder, scratch, params.pack, ledger, image_files)
             check_images_kept(documents, params.pack)
-            splits[split], kept = pack_split(documents, params.pack, split, folder, ledger)
+            splits[split], kept = pack_split(documents, params.pack, split, folder, ledger, share)
             if split == "train":
                 packed = load_from_disk(str(folder / split))
                 write_text(folder / "preview.txt", preview_masks(packed, tokenizer, num_rows=3, seed=0))
@@ -138,7 +140,7 @@ def summary(figures: Mapping[str, Any]) -> str:
 
 
 def pack_split(
-    documents: Documents, section: PackSection, split: str, folder: Path, ledger: Ledger
+    documents: Documents, section: PackSection, split: str, folder: Path, ledger: Ledger, share: float = 0.0
 ) -> tuple[SplitFacts, Kept]:
     """Apply the length limit to the documents of a split, pack them, and write rows, index and ledger entries.
 
@@ -147,7 +149,8 @@ def pack_split(
         section: The section `pack` of params.yaml.
         split: train or eval.
         folder: Output folder.
-        ledger: Gets an entry for every document that is cut, split or dropped.
+        ledger: Gets an entry for every document that is cut, split, dropped or not needed.
+        share: Share of the trained tokens that rehearsed documents get.
 
     Returns:
         The figures and lengths of the split, and the documents as the limit left them.
@@ -156,7 +159,10 @@ def pack_split(
         ValueError: No trainable token is left, or more were cut than `max_lost_fraction` allows.
     """
     limited = plan_overflow(documents.columns, section.max_length, section.overflow, documents.ids)
-    pieces, report = limited.pieces, limited.report
+    report = limited.report
+    mixture = mix_rehearsal(documents.ids.take(pa.array(limited.source)), limited, share)
+    limited = limited._replace(pieces=limited.pieces[mixture.kept])
+    pieces = limited.pieces
     divided = replace(
         documents,
         columns=dict(limited.columns),
@@ -172,6 +178,10 @@ def pack_split(
     for entry in lost_tokens(documents.ids, limited, plan):
         num_lost = {"tokens_lost": entry.tokens_lost, "trained_tokens_lost": entry.trained_tokens_lost}
         ledger.enter(entry.id, entry.reason, None, ACTIONS[entry.reason], **num_lost)
+        entered += list(num_lost.values())
+    for name, num_tokens, num_trained in mixture.omitted:
+        num_lost = {"tokens_lost": num_tokens, "trained_tokens_lost": num_trained}
+        ledger.enter(name, "not_needed", f"rehearsal has its share of {share} without it", Action.OMIT, **num_lost)
         entered += list(num_lost.values())
     count = RowCount(f"packed {split} rows", len(plan.ends))
     tables = row_tables(limited.columns, plan)
@@ -202,9 +212,57 @@ def pack_split(
         "answers_cut": report.num_answers_cut,
         "trained_tokens_cut": report.num_trained_cut,
         "tokens_repeated": report.num_repeated,
+        **mixture.figures,
     }
     facts = SplitFacts(figures, documents.lengths, documents.trained, count.filled())
     return facts, Kept(divided, pieces, documents.lengths[limited.source])
+
+
+class Mixture(NamedTuple):
+    """Which pieces of documents are packed, so that rehearsed ones have their share of the trained tokens.
+
+    Args:
+        kept: `(num_pieces,)` bool.
+        omitted: Record id, tokens and trained tokens of each piece that is not needed.
+        figures: Documents and trained tokens of the rehearsal, and its share; empty without one.
+    """
+
+    kept: np.ndarray[Any, Any]
+    omitted: list[tuple[str, int, int]]
+    figures: dict[str, float]
+
+
+def mix_rehearsal(ids: pa.ChunkedArray, limited: Limited, share: float) -> Mixture:
+    """Take rehearsed documents in their order until they have their share of the trained tokens, or all if too few.
+
+    Args:
+        ids: `(num_documents,)` record id of each document that the length limit left.
+        limited: What the limit left.
+        share: Share of the trained tokens that rehearsed documents get; 0 = there are none.
+    """
+    pieces = limited.pieces
+    kept = np.ones(len(pieces), dtype=bool)
+    if not share:
+        return Mixture(kept, [], {})
+    names = ids.take(pa.array(pieces.document)).to_pylist() if len(pieces) else []
+    rehearsed = np.array([is_rehearsed(name) for name in names], dtype=bool)
+    if not rehearsed.any():
+        return Mixture(kept, [], {})
+    trained = count_trained(limited.columns["labels"], pieces)[0]
+    wanted = int(trained[~rehearsed].sum()) * share / (1 - share)
+    before = np.cumsum(np.where(rehearsed, trained, 0)) - trained  # of earlier rehearsed pieces
+    kept[rehearsed] = before[rehearsed] + trained[rehearsed] / 2 <= wanted  # the piece on the limit: if half fits
+    omitted = [(names[i], int(pieces.length[i]), int(trained[i])) for i in np.flatnonzero(~kept)]
+    found = int(trained[kept & rehearsed].sum())
+    reached = found / max(1, found + int(trained[~rehearsed].sum()))
+    if reached < 0.95 * share:
+        print(
+            f"note: the rehearsal has {reached:.1%} of the trained tokens, load.rehearsal.share asks for {share:.1%}: "
+            "give more prompts, or raise load.rehearsal.max_new_tokens",
+            flush=True,
+        )
+    figures = {"documents": int((kept & rehearsed).sum()), "trained_tokens": found, "share": round(reached, 6)}
+    return Mixture(kept, omitted, {f"{SOURCE}_{name}": value for name, value in figures.items()})
 
 
 def plan_split(pieces: Pieces, section: PackSection, groups: Integers | None = None) -> RowPlan:

@@ -23,7 +23,7 @@ STAGES = list(STAGE_COMMANDS)
 
 ROOT = Path(__file__).resolve().parent.parent
 CHANGES: dict[str, dict[str, Any]] = {
-    "load": {"max_dropped_fraction": 0.5},
+    "load": {"max_dropped_fraction": 0.5, "rehearsal": None},
     "pack": {"max_length": 1024},
     # all that golden losses hang on, whatever the shipped values become
     "train": {

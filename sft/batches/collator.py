@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from sft.batches.shared_tokens import share_tokens
-from sft.labels import IGNORE_INDEX, TOKEN_MASKS
+from sft.labels import IGNORE_INDEX, TEACHER_ROWS, TOKEN_MASKS
 
 Array = np.ndarray[Any, Any]
 Row = Mapping[str, Any]
@@ -29,7 +29,8 @@ class DataCollatorForSFT:
     It has no attention mask, since the lengths define which tokens are visible. The first label of each document is
     ignored: it would be predicted from the last token of the document before it.
 
-    `loss_weights` (float32, shaped like the labels) are in the batch if any row has them.
+    `loss_weights` (float32, shaped like the labels) are in the batch if any row has them. So are `teacher_rows`
+    (int64), which are -1 in rows without them.
 
     Attributes:
         pad_token_id: Padding of `input_ids`; never trained and never attended to.
@@ -52,8 +53,8 @@ class DataCollatorForSFT:
         """Collate rows.
 
         Args:
-            features: Rows with `input_ids`, and optionally `labels`, `seq_lengths`, `loss_weights`, `attention_mask`
-                and token masks.
+            features: Rows with `input_ids`, and optionally `labels`, `seq_lengths`, `loss_weights`, `teacher_rows`,
+                `attention_mask` and token masks.
             return_tensors: `pt`.
 
         Raises:
@@ -71,11 +72,15 @@ class DataCollatorForSFT:
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One row as arrays `(length,)`; `weights` is None if every token weighs 1."""
+    """One row as arrays `(length,)`.
+
+    `weights` is None if every token weighs 1, `recorded` if no token has a distribution of a teacher.
+    """
 
     input_ids: Array
     labels: Array
     weights: Array | None
+    recorded: Array | None = None
 
 
 def read_row(row: Row, place: int) -> TokenRow:
@@ -102,7 +107,10 @@ def read_row(row: Row, place: int) -> TokenRow:
     weights = row.get("loss_weights")
     if weights is not None:
         weights = _aligned(weights, np.float32, len(input_ids), f"'loss_weights' of row {place}")
-    return _without_padding(TokenRow(input_ids, labels, weights), row, place)
+    recorded = row.get(TEACHER_ROWS)
+    if recorded is not None:
+        recorded = _aligned(recorded, np.int64, len(input_ids), f"{TEACHER_ROWS!r} of row {place}")
+    return _without_padding(TokenRow(input_ids, labels, weights, recorded), row, place)
 
 
 def _without_padding(tokens: TokenRow, row: Row, place: int) -> TokenRow:
@@ -117,9 +125,10 @@ def _without_padding(tokens: TokenRow, row: Row, place: int) -> TokenRow:
     if kept.all() or not kept.any():
         return tokens
     if row.get("seq_lengths") is not None:
-        return TokenRow(tokens.input_ids, np.where(kept, tokens.labels, IGNORE_INDEX), tokens.weights)
+        return replace(tokens, labels=np.where(kept, tokens.labels, IGNORE_INDEX))
     weights = None if tokens.weights is None else tokens.weights[kept]
-    return TokenRow(tokens.input_ids[kept], tokens.labels[kept], weights)
+    recorded = None if tokens.recorded is None else tokens.recorded[kept]
+    return TokenRow(tokens.input_ids[kept], tokens.labels[kept], weights, recorded)
 
 
 def _array(values: Any, dtype: type) -> Array:
@@ -182,7 +191,9 @@ def join_rows(
     labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX
     weighted = any(row.weights is not None for row in rows)
     weights = np.concatenate([_weights(row) for row in rows]) if weighted else None
-    return FlatRow(TokenRow(np.concatenate([row.input_ids for row in rows]), labels, weights), lengths)
+    with_teacher = any(row.recorded is not None for row in rows)
+    recorded = np.concatenate([_recorded(row) for row in rows]) if with_teacher else None
+    return FlatRow(TokenRow(np.concatenate([row.input_ids for row in rows]), labels, weights, recorded), lengths)
 
 
 def flat_batch(flat: FlatRow, *, shared: bool = False) -> dict[str, torch.Tensor]:
@@ -201,6 +212,8 @@ def flat_batch(flat: FlatRow, *, shared: bool = False) -> dict[str, torch.Tensor
     }
     if tokens.weights is not None:
         arrays["loss_weights"] = tokens.weights
+    if tokens.recorded is not None:
+        arrays[TEACHER_ROWS] = tokens.recorded
     batch = {name: torch.from_numpy(values)[None] for name, values in arrays.items()}
     batch["seq_lengths"] = torch.from_numpy(lengths)
     plan = share_tokens(tokens.input_ids, tokens.labels, lengths, tokens.weights) if shared else None
@@ -209,6 +222,10 @@ def flat_batch(flat: FlatRow, *, shared: bool = False) -> dict[str, torch.Tensor
 
 def _weights(row: TokenRow) -> Array:
     return np.ones(len(row.input_ids), dtype=np.float32) if row.weights is None else row.weights
+
+
+def _recorded(row: TokenRow) -> Array:
+    return np.full(len(row.input_ids), -1) if row.recorded is None else row.recorded
 
 
 def padded_batch(rows: Sequence[TokenRow], settings: DataCollatorForSFT) -> dict[str, torch.Tensor]:
@@ -226,6 +243,8 @@ def padded_batch(rows: Sequence[TokenRow], settings: DataCollatorForSFT) -> dict
         arrays["labels"][np.flatnonzero(starts), starts[starts > 0]] = IGNORE_INDEX
     if any(row.weights is not None for row in rows):
         arrays["loss_weights"] = _padded([_weights(row) for row in rows], width, 0, np.float32, left=left)
+    if any(row.recorded is not None for row in rows):
+        arrays[TEACHER_ROWS] = _padded([_recorded(row) for row in rows], width, -1, np.int64, left=left)
     if settings.return_position_ids:
         arrays["position_ids"] = (
             np.maximum(arrays["attention_mask"].cumsum(axis=1) - 1, 0)

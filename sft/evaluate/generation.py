@@ -1,4 +1,4 @@
-"""Batched greedy generation, with a flag for answers that end with a stop token.
+"""Batched generation, greedy or sampled, with a flag for answers that end with a stop token.
 
 `BegunAnswers` saves part of the generation. Scoring a reference yields the most likely token at each of its positions.
 As long as these tokens equal the reference, they are the greedy answer, and so is the first one that differs. This is
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,32 @@ class Generation:
     num_tokens: int
 
 
+Choose = Callable[[torch.Tensor], torch.Tensor]
+"""Chooses the next token of each row, `(rows,)`, from logits `(rows, vocabulary)`."""
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """Choose the most likely token of each row."""
+    return logits.argmax(-1)
+
+
+def sampled(temperature: float, seed: int) -> Choose:
+    """Return a choice that samples by the probabilities at a temperature, the same for one seed on one machine.
+
+    Raises:
+        ValueError: The temperature is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"a temperature must be above 0, found {temperature}; greedy answers need no sampling")
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        probabilities = (logits.float() / temperature).softmax(-1).cpu()
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+
+    return choose
+
+
 @torch.inference_mode()
 def generate_batch(
     model: Any,
@@ -53,8 +79,9 @@ def generate_batch(
     batch_size: int = 32,
     on_progress: Progress | None = None,
     begun: Sequence[Sequence[int]] | None = None,
+    choose: Choose = greedy,
 ) -> list[Generation]:
-    """Generate greedy answers to prompts.
+    """Generate answers to prompts.
 
     Prompts of similar length share a batch, padded on the left. Rows that have stopped are removed from the batch, so
     that one long answer does not keep the others computing. Models with recurrent states (Mamba, linear attention,
@@ -69,6 +96,7 @@ def generate_batch(
         on_progress: Called with (prompts done, number of prompts, text).
         begun: Known first tokens of each answer, `(num_prompts, length)`, ragged (see `BegunAnswers`); only the rest is
             generated.
+        choose: Chooses the tokens: `greedy`, or `sampled` ones, which depend on the batch size.
 
     Returns:
         One generation per prompt, in the order of the prompts.
@@ -97,7 +125,9 @@ def generate_batch(
             longest = max_new_tokens - min(len(answers[index]) for index in chosen)
             rests = [texts[index][prefix.length :] for index in chosen]
             if may_pad:
-                continued = _continue(model, rests, prefix, stop_ids, longest)
+                continued = _continue(model, rests, prefix, stop_ids, longest, choose)
+            elif choose is not greedy:
+                continued = [_continue_by_full_passes(model, row, stop_ids, longest, choose) for row in rests]
             else:
                 continued = _continue_same_length(model, rests, stop_ids, longest)
             for index, tokens in zip(chosen, continued, strict=True):
@@ -164,9 +194,14 @@ def _stopped(answer: Sequence[int], stop_ids: list[int]) -> bool:
 
 
 def _continue(
-    model: nn.Module, rests: Sequence[Sequence[int]], prefix: SharedPrefix, stop_ids: list[int], max_new_tokens: int
+    model: nn.Module,
+    rests: Sequence[Sequence[int]],
+    prefix: SharedPrefix,
+    stop_ids: list[int],
+    max_new_tokens: int,
+    choose: Choose = greedy,
 ) -> list[list[int]]:
-    """Continue sequences greedily, each up to and including its first stop token.
+    """Continue sequences, each up to and including its first stop token.
 
     Args:
         model: Causal language model.
@@ -174,6 +209,7 @@ def _continue(
         prefix: Shared prefix of the sequences.
         stop_ids: Token ids that end an answer.
         max_new_tokens: Largest number of tokens per answer.
+        choose: Chooses the tokens.
     """
     input_ids, mask = _left_pad(rests, next(model.parameters()).device)
     mask, cache = prefix.mask(mask), prefix.rows(len(rests))
@@ -184,7 +220,7 @@ def _continue(
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
         output = _step(model, input_ids, mask, positions, cache)
         cache = output.past_key_values
-        chosen = output.logits[:, -1].argmax(-1)
+        chosen = choose(output.logits[:, -1])
         for row, token in zip(active, chosen.tolist(), strict=True):
             answers[row].append(token)
         going = ~torch.isin(chosen, stops)
@@ -266,14 +302,14 @@ def _is_greedy(model: nn.Module, row: Sequence[int], answer: Sequence[int]) -> b
 
 
 def _continue_by_full_passes(
-    model: nn.Module, row: Sequence[int], stop_ids: list[int], max_new_tokens: int
+    model: nn.Module, row: Sequence[int], stop_ids: list[int], max_new_tokens: int, choose: Choose = greedy
 ) -> list[int]:
-    """Continue a sequence greedily without a cache: right for every family, in time quadratic in the length."""
+    """Continue a sequence without a cache: right for every family, in time quadratic in the length."""
     device = next(model.parameters()).device
     answer: list[int] = []
     while len(answer) < max_new_tokens and not _stopped(answer, stop_ids):
         logits = model(input_ids=torch.tensor([[*row, *answer]], device=device), use_cache=False).logits
-        answer.append(int(logits[0, -1].argmax()))
+        answer.append(int(choose(logits[:, -1])))
     return answer
 
 

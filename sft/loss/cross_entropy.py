@@ -25,6 +25,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sft.kernels.products import back_through_linear, linear
+from sft.loss.teacher import SoftTargets
 from sft.options import LOSS_TYPES
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24}
@@ -107,7 +108,11 @@ def row_chunks(num_rows: int, vocab_size: int, device_type: str) -> Iterator[sli
 
 
 def score_chunk(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, options: LossOptions
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    options: LossOptions,
+    soft: SoftTargets | None = None,
 ) -> ChunkScores:
     """Score a chunk and overwrite its logits with `exp(logits - row maximum)`.
 
@@ -117,13 +122,16 @@ def score_chunk(
     2. `dft` multiplies it by the target's probability `exp(-loss)`, which counts as a constant.
     3. Label smoothing mixes in the mean loss over the vocabulary, `log(S) + m - mean(logits)`.
     4. `entropy = log(S) - sum(exp(logits - m) * (logits - m)) / S`.
+    5. Rows with a recorded distribution replace a share of their target by it, see `SoftTargets`.
 
     Args:
         logits: `(rows, vocab)` in the precision of the sums; overwritten.
         targets: `(rows,)` int64.
         weights: `(rows,)` factor of each token's loss, in the same precision.
         options: What is minimized.
+        soft: Recorded distributions of some of the rows.
     """
+    recorded = None if soft is None else logits[soft.rows].gather(-1, soft.tokens)
     largest, places = logits.max(dim=-1, keepdim=True)
     target_logits = logits.gather(-1, targets[:, None])
     spread = logits.mean(dim=-1, keepdim=True) if options.label_smoothing else None
@@ -137,6 +145,10 @@ def score_chunk(
     if spread is not None:
         smoothing = options.label_smoothing
         losses = (1 - smoothing) * losses + smoothing * (log_normalizers - spread).squeeze(-1)
+    if soft is not None and recorded is not None:
+        rows = soft.rows
+        mixed = soft.losses(recorded - largest[rows], normalizers[rows])
+        losses = losses.index_copy(0, rows, torch.lerp(losses[rows], mixed, soft.share))
     return ChunkScores(
         losses=losses * coefficients,
         coefficients=coefficients,
@@ -148,7 +160,11 @@ def score_chunk(
 
 
 def gradient_of_chunk(
-    exponentials: torch.Tensor, targets: torch.Tensor, scores: ChunkScores, options: LossOptions
+    exponentials: torch.Tensor,
+    targets: torch.Tensor,
+    scores: ChunkScores,
+    options: LossOptions,
+    soft: SoftTargets | None = None,
 ) -> torch.Tensor:
     """Turn `exp(logits - maximum)`, which `score_chunk` leaves, into the gradient of the chunk's loss, in place.
 
@@ -160,15 +176,21 @@ def gradient_of_chunk(
         targets: `(rows,)` int64.
         scores: Of the same chunk.
         options: What is minimized.
+        soft: Recorded distributions of some of the rows, which take the place of a share of their targets.
 
     Returns:
         The gradient `(rows, vocab)` with respect to the logits, in the memory of `exponentials`.
     """
     smoothing = options.label_smoothing
+    if soft is not None:
+        exponentials[soft.rows] = soft.reweighted(exponentials[soft.rows], scores.normalizers[soft.rows])
     gradient = exponentials.mul_(scores.coefficients[:, None] / scores.normalizers)
     if smoothing:
         gradient.sub_(scores.coefficients[:, None] * (smoothing / gradient.shape[-1]))
-    gradient.scatter_add_(-1, targets[:, None], -(1 - smoothing) * scores.coefficients[:, None])
+    hard = (1 - smoothing) * scores.coefficients
+    if soft is not None:
+        hard = hard.index_copy(0, soft.rows, (1 - soft.share) * hard[soft.rows])
+    gradient.scatter_add_(-1, targets[:, None], -hard[:, None])
     return gradient
 
 
@@ -205,19 +227,24 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, options: LossOptions
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        options: LossOptions,
+        soft: SoftTargets | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dtype = sum_dtype(logits)
         sums, weights = SumOfScores(logits.device, dtype), weights.to(dtype)
         log_normalizers, coefficients = [weights.new_empty(0)], [weights.new_empty(0)]
         for rows in row_chunks(logits.shape[0], logits.shape[1], logits.device.type):
             scratch = logits[rows].to(dtype, copy=True)
-            scores = score_chunk(scratch, targets[rows], weights[rows], options)
+            scores = score_chunk(scratch, targets[rows], weights[rows], options, within(soft, rows))
             sums.add(scores)
             log_normalizers.append(scores.log_normalizers.squeeze(-1))
             coefficients.append(scores.coefficients)
         ctx.save_for_backward(logits, targets, torch.cat(log_normalizers), torch.cat(coefficients))
-        ctx.options = options
+        ctx.options, ctx.soft = options, soft
         outputs = sums.as_tuple()
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -233,12 +260,21 @@ class _CrossEntropy(torch.autograd.Function):
             scratch = logits[rows].to(log_normalizers.dtype, copy=True).sub_(log_normalizers[rows, None]).exp_()
             one = torch.ones_like(coefficients[rows, None])
             scores = ChunkScores(coefficients, coefficients[rows], one, one, one, None)
-            gradient[rows] = gradient_of_chunk(scratch, targets[rows], scores, ctx.options)
-        return gradient, None, None, None
+            gradient[rows] = gradient_of_chunk(scratch, targets[rows], scores, ctx.options, within(ctx.soft, rows))
+        return gradient, None, None, None, None
+
+
+def within(soft: SoftTargets | None, rows: slice) -> SoftTargets | None:
+    """Return the recorded distributions of a chunk of rows; None if there are none."""
+    return None if soft is None else soft.within(rows)
 
 
 def cross_entropy_sums(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, options: LossOptions
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    options: LossOptions,
+    soft: SoftTargets | None = None,
 ) -> TokenSums:
     """Return the sums of weighted losses, hits and entropies of tokens from their logits.
 
@@ -247,8 +283,9 @@ def cross_entropy_sums(
         targets: `(num_targets,)` int64, none ignored.
         weights: `(num_targets,)` float32 factor of each token's loss.
         options: What is minimized.
+        soft: Recorded distributions of some of the targets.
     """
-    return TokenSums(*_CrossEntropy.apply(logits, targets, weights, options))
+    return TokenSums(*_CrossEntropy.apply(logits, targets, weights, options, soft))
 
 
 @dataclass(frozen=True)
@@ -322,6 +359,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights: torch.Tensor,
         head: Head,
         options: LossOptions,
+        soft: SoftTargets | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         head = Head(weight.detach(), None if bias is None else bias.detach(), head.scale, head.softcap)
         gradients = _Gradients(hidden, head, ctx.needs_input_grad[:3])
@@ -329,10 +367,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in row_chunks(hidden.shape[0], weight.shape[0], hidden.device.type):
             logits = head.logits(hidden[rows])
             kept = logits.clone() if head.softcap is not None else None
-            scores = score_chunk(logits, targets[rows], weights[rows], options)
+            chosen = within(soft, rows)
+            scores = score_chunk(logits, targets[rows], weights[rows], options, chosen)
             sums.add(scores)
             if any(ctx.needs_input_grad[:3]):
-                gradient = gradient_of_chunk(logits, targets[rows], scores, options)
+                gradient = gradient_of_chunk(logits, targets[rows], scores, options, chosen)
                 gradients.add(rows, hidden, _through_head(gradient, kept, head), head)
         ctx.gradients = gradients
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -354,7 +393,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ]
         weight = None if scaled[1] is None else scaled[1].to(ctx.dtypes[0])
         bias = None if scaled[2] is None else scaled[2].to(ctx.dtypes[1])
-        return scaled[0], weight, bias, None, None, None, None
+        return scaled[0], weight, bias, None, None, None, None, None
 
 
 def _through_head(gradient: torch.Tensor, logits: torch.Tensor | None, head: Head) -> torch.Tensor:
@@ -373,7 +412,12 @@ def _through_head(gradient: torch.Tensor, logits: torch.Tensor | None, head: Hea
 
 
 def linear_cross_entropy_sums(
-    hidden: torch.Tensor, head: Head, targets: torch.Tensor, weights: torch.Tensor, options: LossOptions
+    hidden: torch.Tensor,
+    head: Head,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    options: LossOptions,
+    soft: SoftTargets | None = None,
 ) -> TokenSums:
     """Return the sums of weighted losses, hits and entropies of tokens from the hidden states before the head.
 
@@ -383,10 +427,11 @@ def linear_cross_entropy_sums(
         targets: `(num_targets,)` int64, none ignored.
         weights: `(num_targets,)` float32 factor of each token's loss.
         options: What is minimized.
+        soft: Recorded distributions of some of the targets.
     """
     weight, bias = head.weight, head.bias
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return TokenSums(*_LinearCrossEntropy.apply(hidden, weight, bias, targets, weights, head, options))
+    return TokenSums(*_LinearCrossEntropy.apply(hidden, weight, bias, targets, weights, head, options, soft))

@@ -19,6 +19,7 @@ from sft.labels import IGNORE_INDEX
 from sft.loss.cross_entropy import LossOptions, cross_entropy_sums, linear_cross_entropy_sums
 from sft.loss.head import plain_head, states_before_head, takes_logits_to_keep
 from sft.loss.targets import Batch, Targets, find_targets, model_arguments
+from sft.loss.teacher import SoftTargets, Teacher
 
 ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 """Names that configurations have for the weight of the load-balancing loss."""
@@ -65,6 +66,7 @@ def supervised_loss(
     num_items: torch.Tensor | int | None = None,
     options: LossOptions | None = None,
     keep_logits: bool = False,
+    teacher: Teacher | None = None,
 ) -> SupervisedLoss:
     """Run a model on a batch and compute its loss in the fastest way that is exact for this model.
 
@@ -80,6 +82,7 @@ def supervised_loss(
             If None, the sum of this batch's own weights.
         options: What is minimized.
         keep_logits: Whether to return all logits as well, which costs a full run of the head.
+        teacher: Recorded distributions that the batch's `teacher_rows` refer to.
     """
     options = options or LossOptions()
     logits = None
@@ -88,16 +91,16 @@ def supervised_loss(
         targets = find_targets(inputs)
         hidden, outputs = states_before_head(model, inputs)
         states = _pick_targets(hidden, targets, targets.position)
-        sums = linear_cross_entropy_sums(states, head, targets.token, targets.weight, options)
+        sums = linear_cross_entropy_sums(states, head, targets.token, targets.weight, options, _soft(targets, teacher))
     elif keep_logits:
         targets, outputs = find_targets(inputs), model(**model_arguments(model, inputs))
         logits = outputs.logits
         picked = _pick_target_logits(logits, inputs, targets)
-        sums = cross_entropy_sums(picked, targets.token, targets.weight, options)
+        sums = cross_entropy_sums(picked, targets.token, targets.weight, options, _soft(targets, teacher))
     else:
         supervised = supervised_logits(model, inputs)
         targets, outputs = supervised.targets, supervised.outputs
-        sums = cross_entropy_sums(supervised.logits, targets.token, targets.weight, options)
+        sums = cross_entropy_sums(supervised.logits, targets.token, targets.weight, options, _soft(targets, teacher))
     router_loss = _router_loss(model, outputs)
     weight = targets.weight.sum()
     divisor = weight if num_items is None else torch.as_tensor(num_items, device=weight.device).to(weight.dtype)
@@ -115,6 +118,11 @@ def supervised_loss(
         router_loss=None if router_loss is None else router_loss.detach(),
         logits=logits,
     )
+
+
+def _soft(targets: Targets, teacher: Teacher | None) -> SoftTargets | None:
+    """Return the recorded distributions of a batch's targets; None if there are none."""
+    return None if teacher is None or targets.recorded is None else teacher.targets(targets.recorded)
 
 
 def supervised_logits(model: nn.Module, inputs: Batch) -> SupervisedLogits:

@@ -12,7 +12,7 @@ from torch import nn
 from sft.batches.layout import FILLER, SKIP_LOGITS
 from sft.batches.shared_tokens import SHARED_KEYS
 from sft.inner_model import takes_position_ids
-from sft.labels import IGNORE_INDEX, TOKEN_MASKS
+from sft.labels import IGNORE_INDEX, TEACHER_ROWS, TOKEN_MASKS
 
 Batch = Mapping[str, Any]
 
@@ -21,6 +21,7 @@ NOT_FOR_THE_MODEL = (
     "shift_labels",
     "seq_lengths",
     "loss_weights",
+    TEACHER_ROWS,
     *TOKEN_MASKS,
     "num_items_in_batch",
     *SHARED_KEYS,
@@ -40,6 +41,8 @@ class Targets:
         token: `(num_targets,)` token id to predict.
         weight: `(num_targets,)` float32, above 0.
         in_order: Whether positions ascend and no two targets share one.
+        recorded: `(num_targets,)` number of each target's recorded distribution (see `Teacher`), -1 = none; None if the
+            batch has no `teacher_rows`.
     """
 
     row: torch.Tensor
@@ -47,6 +50,7 @@ class Targets:
     token: torch.Tensor
     weight: torch.Tensor
     in_order: bool = True
+    recorded: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.token.shape[0]
@@ -64,7 +68,7 @@ def find_targets(batch: Batch) -> Targets:
 
     Args:
         batch: With `labels` `(batch, length)`, and optionally `shift_labels` `(batch, length)`, `seq_lengths`
-            `(num_documents,)`, `loss_weights` `(batch, length)` and `places` `(length,)`.
+            `(num_documents,)`, `loss_weights` and `teacher_rows` `(batch, length)`, and `places` `(length,)`.
     """
     following = batch.get("shift_labels")
     if following is None:
@@ -80,9 +84,10 @@ def find_targets(batch: Batch) -> Targets:
     row, position = supervised.nonzero(as_tuple=True)
     token = following[row, position]
     weight = torch.ones_like(token, dtype=torch.float32) if weights is None else weights[row, position].float()
+    recorded = None if batch.get(TEACHER_ROWS) is None else _from_next(batch[TEACHER_ROWS], -1)[row, position]
     if "places" not in batch:
-        return Targets(row, position, token, weight)
-    return Targets(row, batch["places"][position], token, weight, in_order=False)
+        return Targets(row, position, token, weight, recorded=recorded)
+    return Targets(row, batch["places"][position], token, weight, in_order=False, recorded=recorded)
 
 
 def _from_next(values: torch.Tensor, last: float) -> torch.Tensor:

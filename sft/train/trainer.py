@@ -42,10 +42,11 @@ from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
 from sft.inner_model import causal_lm, takes_position_ids
 from sft.kernels.proven import find_unproven, replaced_by_fused
-from sft.labels import TOKEN_MASKS
+from sft.labels import TEACHER_ROWS, TOKEN_MASKS
 from sft.loss.cross_entropy import LossOptions
 from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
+from sft.loss.teacher import Teacher
 from sft.models.adapter_starts import BY_ACTIVATIONS, start_by_activations, start_of
 from sft.models.adapters import count_parameters, wrap_adapter
 from sft.models.loading import check_causal, configs_read_as, load_converted_weights
@@ -99,13 +100,13 @@ logger = logging.getLogger(__name__)
 Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 Callback = TypeVar("Callback", bound=TrainerCallback)
 
-OWN_INPUTS = ("seq_lengths", "loss_weights", SKIP_LOGITS, FILLER)
+OWN_INPUTS = ("seq_lengths", "loss_weights", TEACHER_ROWS, SKIP_LOGITS, FILLER)
 """Keys of a batch that this library reads and a model's forward does not take."""
 
 ROWS_OF_START = 16
 """Rows whose activations start an adapter, see `start_by_activations`."""
 
-COLLATED_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", *TOKEN_MASKS, FILLER)
+COLLATED_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", TEACHER_ROWS, *TOKEN_MASKS, FILLER)
 """Columns of prepared rows that collators and loss read."""
 
 
@@ -139,6 +140,8 @@ class SFTTrainer(Trainer):
         peft_config: Adapter to put on the model; None = train the model itself, or the adapter it has.
         formatting_func: Returns the text of an example, or a list of texts for a batch of examples.
         quantization_config: Quantization to load a model in that is given by name, such as a `BitsAndBytesConfig`.
+        teacher: Recorded distributions of another model, which tokens of the training rows are trained towards: those
+            with a number in the column `teacher_rows`.
         former: Arguments of older scripts: `tokenizer` (now `processing_class`), options that now belong to `args`, and
             arguments of `from_pretrained`.
 
@@ -175,6 +178,7 @@ class SFTTrainer(Trainer):
         peft_config: Any = None,
         formatting_func: FormattingFunc | None = None,
         quantization_config: Any = None,
+        teacher: Teacher | None = None,
         **former: Any,
     ) -> None:
         # 1. The kind of model, options, and the tokenizer with its special tokens.
@@ -237,6 +241,7 @@ class SFTTrainer(Trainer):
 
         # 5. transformers.Trainer: optimizer, schedule, devices, checkpoints. It moves the model to its device.
         self._start_counting(config)
+        self._teacher = teacher
         super().__init__(
             model=model,
             args=config,
@@ -444,7 +449,9 @@ class SFTTrainer(Trainer):
             inputs = without_sharing(inputs)
         inside = current_layout() is not None  # as in `training_step`; a script may call this by itself
         with nullcontext() if inside else self._attention_context(inputs):
-            result = supervised_loss(model, inputs, num_items_in_batch, self._loss_options, keep_logits=keep_logits)
+            result = supervised_loss(
+                model, inputs, num_items_in_batch, self._loss_options, keep_logits=keep_logits, teacher=self._teacher
+            )
         skip_broken = model.training and self.args.logging_nan_inf_filter
         self._totals["train" if model.training else "eval"].add(result, skip_broken=skip_broken)
         loss = result.loss

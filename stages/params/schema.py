@@ -402,6 +402,44 @@ class ImagesSection(Section):
     urls: Annotated[bool, Field(description="Whether to download images that rows name by http(s) URL.")]
 
 
+def _check_prompts(value: str) -> str:
+    if value != "builtin" and (not value.startswith("data/") or ".." in value.split("/")):
+        raise ValueError("prompts must be builtin, or a file or folder in data/, whose changes DVC sees")
+    return value
+
+
+class RehearsalSection(Section):
+    """General prompts that the base model answers before training, so that it does not forget what it can."""
+
+    prompts: Annotated[
+        str,
+        AfterValidator(_check_prompts),
+        Field(description="File or folder of prompts in data/, or builtin: general ones that come with the project."),
+    ]
+    share: Annotated[float, Field(gt=0.0, lt=1.0, description="Share of the trained tokens that are of these answers.")]
+    max_new_tokens: Annotated[Positive, Field(description="Tokens of the longest answer.")]
+    temperature: Annotated[
+        float, Field(ge=0.0, description="Temperature of the answers; 0 = the most likely token each time.")
+    ]
+    kl: Annotated[
+        float,
+        Field(
+            ge=0.0,
+            le=1.0,
+            description="Share of these tokens' loss that is the KL divergence from the base model, as recorded with "
+            "its answers; 0 = train on the answers alone.",
+        ),
+    ]
+    top_k: Annotated[int, Field(ge=0, description="Most likely tokens that are recorded for it; 0 = none.")]
+    seed: Annotated[Seed, Field(description="Seed for the order of the prompts, and for sampling.")]
+
+    @model_validator(mode="after")
+    def _check_recorded(self) -> Self:
+        if self.kl and not self.top_k:
+            raise ValueError(f"kl {self.kl} needs recorded tokens; state top_k: 32, or kl: 0")
+        return self
+
+
 class LoadSection(Section):
     """From data sources to validated records."""
 
@@ -417,6 +455,13 @@ class LoadSection(Section):
     ]
     images: Annotated[
         ImagesSection, Field(description="Images of rows, for a base model that reads images (docs/data.md).")
+    ]
+    rehearsal: Annotated[
+        RehearsalSection | None,
+        Field(
+            description="Rows in which the base model answers general prompts, mixed into training against forgetting; "
+            "null = none (docs/training.md)."
+        ),
     ]
     max_dropped_fraction: Annotated[
         Fraction, Field(description="Stop if more than this fraction of the training or held-out rows is dropped.")

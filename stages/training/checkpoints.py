@@ -186,7 +186,8 @@ def fingerprint_files(paths: Paths) -> Iterator[Path]:
     prompts = paths.out("format", "prompts.jsonl")
     if prompts.exists():  # answered during training
         yield prompts
-    for folder in (paths.out("pack", "train"), paths.out("pack", "eval"), paths.out("format", "tokenizer")):
+    folders = [paths.out("pack", "train"), paths.out("pack", "eval"), paths.out("format", "tokenizer")]
+    for folder in (*folders, paths.out("load", "rehearsal")):
         yield from sorted(path for path in folder.rglob("*") if path.is_file())
     library, training = Path(sft.__file__).resolve().parent, Path(stages.__file__).resolve().parent
     yield from sorted(library.rglob("*.py"))

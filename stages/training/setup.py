@@ -31,6 +31,7 @@ from stages.models.images import image_collator
 from stages.params.schema import NO_LORA_OPTIONS, Params, TrainSection
 from stages.training.adapter import make_model_config, make_peft_config
 from stages.training.checkpoints import SealCheckpoints
+from stages.training.teacher import with_teacher
 
 NOT_SFT_OPTIONS = {
     *("method", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
@@ -69,16 +70,18 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
         config.remove_unused_columns = False  # the collator reads their texts and the names of their images
     else:
         leave_out_images(model, peft_config)
+    rows, teacher = with_teacher(load_from_disk(str(paths.out("pack", "train"))), paths.out("load", "rehearsal"))
     try:
         trainer = SFTTrainer(
             model,
             args=config,
             data_collator=collator,
-            train_dataset=load_from_disk(str(paths.out("pack", "train"))),
+            train_dataset=rows,
             eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
             processing_class=tokenizer,
             peft_config=peft_config,
             callbacks=[LogLastStep(), *recorders, SealCheckpoints()],
+            teacher=teacher,
         )
     except DocumentsMixError as error:
         raise ValueError(f"{error} In params.yaml: pack.strategy: none and train.padding_free: false") from None

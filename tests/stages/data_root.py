@@ -46,6 +46,7 @@ class DataRoot:
         values["evaluate"]["regression"]["path"] = None
         values["model"]["name_or_path"] = str(self.model)
         checks = values["load"]["checks"] | (load or {}).get("checks", {})
+        values["load"]["rehearsal"] = None
         values["load"] |= {"sources": [{"path": "data/train.jsonl"}], "eval": {"path": None, "fraction": 0.3}} | (
             load or {}
         )

@@ -42,6 +42,7 @@ def make_params(root: Path, **changes: dict[str, Any]) -> Params:
     values = load_params(REPO / "params.yaml").model_dump()
     values["model"]["name_or_path"] = str(root / "base")
     values["load"] |= {"sources": [{"path": "data/train.jsonl"}], "eval": {"path": None, "fraction": 0.3}}
+    values["load"]["rehearsal"] = None
     values["load"]["checks"] |= {"near_duplicate": "off", "near_eval": "off"}
     values["pack"] |= {"max_length": 128}
     values["train"] |= {"max_steps": 3, "learning_rate": 1e-2, "lora_r": 4, "logging_steps": 1}
