@@ -21,7 +21,8 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.processes.terminal import refuse, run_in_terminal
-from flows.runs.forms import Overrides, StageName, flatten, overridden, parse_assignments
+from flows.runs.basics import Basics, read_forms
+from flows.runs.forms import Chosen, StageName, flatten, overridden, parse_assignments
 from flows.runs.graph import RunRefused
 from flows.runs.report import RunReport
 from flows.runs.run import execute_run, prepare_run, prune_worktrees
@@ -33,8 +34,10 @@ def describe_run() -> str:
     parameters = runtime.flow_run.parameters
     stages = [parameters.get("from_stage"), parameters.get("to_stage")]
     span = f"{stages[0] or 'start'} to {stages[1] or 'end'}" if any(stages) else "all stages"
-    overrides = parameters.get("overrides") or {}
-    values = overrides if isinstance(overrides, dict) else overridden(overrides)
+    try:
+        values = overridden(read_forms(parameters.get("overrides"), parameters.get("basics")))
+    except RunRefused:  # the run itself will say so
+        values = {}
     changes = ", ".join(f"{name}={json.dumps(value)}" for name, value in flatten(values).items())
     return " ".join(part for part in (span, changes, "forced" if parameters.get("force") else "") if part)[:200]
 
@@ -47,23 +50,28 @@ def describe_run() -> str:
     on_cancellation=[prune_worktrees],
 )
 def pipeline(
+    basics: Basics = Basics(),  # noqa: B008  (frozen)
+    overrides: Chosen = None,
     from_stage: StageName = None,
     to_stage: StageName = None,
-    overrides: Overrides = Overrides(),  # noqa: B008  (frozen)
     force: bool = False,
 ) -> State[Any]:
     """Bring the pipeline of dvc.yaml up to date, stage by stage.
 
     Args:
+        basics: The values that are changed most often, as params.yaml had them when the form was made. What is not
+            changed here stays as it is in params.yaml.
+        overrides: Advanced, any value of params.yaml for this run only; choose `Overrides`, then a section. The
+            checkout does not change: the run works on a copy of the last commit and shares the cache.
         from_stage: Run this stage and those that depend on it; earlier results are used as they are. Empty: from the
             first stage.
         to_stage: Run this stage and those that it depends on. Empty: to the last stage.
-        overrides: Values that replace those of params.yaml for this run only. The checkout does not change: the run
-            works on a copy of the last commit and shares the cache.
         force: Run every stage, even if its result is in the cache.
     """
-    report = RunReport(flatten(overridden(overrides)))
+    report = RunReport({})
     try:
+        overrides = read_forms(overrides, basics)
+        report = RunReport(flatten(overridden(overrides)))
         prepared = prepare_run(Path.cwd().resolve(), from_stage, to_stage, overrides)
         problem = execute_run(prepared, force, report)
     except (RunRefused, ParamsError) as refusal:
@@ -92,7 +100,15 @@ def main(argv: list[str] | None = None) -> int:
         prepare_run(Path.cwd().resolve(), args.from_stage, args.to_stage, overrides)
     except (RunRefused, ParamsError) as refusal:
         return refuse(refusal)
-    return run_in_terminal(lambda: pipeline(args.from_stage, args.to_stage, overrides, args.force, return_state=True))
+    return run_in_terminal(
+        lambda: pipeline(
+            overrides=overrides,
+            from_stage=args.from_stage,
+            to_stage=args.to_stage,
+            force=args.force,
+            return_state=True,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pydantic import (
     ValidationError,
     create_model,
     model_serializer,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
@@ -68,6 +69,17 @@ class Partial(BaseModel):
         return {name: value for name, value in values.items() if value or not isinstance(getattr(self, name), Partial)}
 
 
+class Sections(Partial):
+    """Base of the model of all sections: one that is not chosen in the form, which sends null for it, is left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unchosen(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+
 def partial_model(
     model: type[BaseModel], current: dict[str, Any] | None, suffix: str = "Overrides", keep_required: bool = False
 ) -> type[Partial]:
@@ -88,6 +100,27 @@ def partial_model(
         fields[name] = (field.annotation, field) if required else _optional(name, field, current, suffix)
     name = model.__name__.removesuffix("Section") + suffix
     return create_model(name, __base__=Partial, __doc__=model.__doc__, __module__=__name__, **fields)
+
+
+def all_sections(current: dict[str, Any]) -> type[Sections]:
+    """Derive the model of all sections of params.yaml. The form shows the values of a section once it is chosen.
+
+    Args:
+        current: The values in params.yaml.
+    """
+    fields: dict[str, Any] = {}
+    for name, field in Params.model_fields.items():
+        annotation, changed = _optional(name, field, current, "Overrides")
+        changed.json_schema_extra = _shape_for_choice
+        fields[name] = (annotation, changed)
+    return create_model("Overrides", __base__=Sections, __doc__=Params.__doc__, __module__=__name__, **fields)
+
+
+def _shape_for_choice(schema: dict[str, Any]) -> None:
+    """Let the form ask for a section first; it would send an empty object for a section that is always shown."""
+    schema.pop("default", None)
+    chosen = schema.pop("allOf", None) or [{"$ref": schema.pop("$ref")}]
+    schema["anyOf"] = [{"type": "null"}, *chosen]
 
 
 def _optional(name: str, field: FieldInfo, section: dict[str, Any] | None, suffix: str) -> tuple[Any, FieldInfo]:
@@ -136,7 +169,18 @@ def _shape_for_form(schema: dict[str, Any]) -> None:
 if TYPE_CHECKING:
     Overrides = Partial
 else:
-    Overrides = partial_model(Params, read_mapping(Path.cwd() / "params.yaml"))
+    Overrides = all_sections(read_mapping(Path.cwd() / "params.yaml"))
+
+
+class _NoneFirst:
+    """JSON schema of a choice that is empty at first."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        shown = handler(schema)
+        return {**shown, "anyOf": sorted(shown["anyOf"], key=lambda member: member.get("type") != "null")}
+
+
+Chosen = Annotated[Overrides | None, _NoneFirst()]
 
 
 def overridden(overrides: Partial) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -41,6 +42,8 @@ FEWEST_HELD_OUT = 20
 _WHOLE = (".json", ".parquet", ".arrow")
 """Formats of which a beginning can't be read without reading or validating the whole file."""
 
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+
 _Z = 1.959964
 _AT_LEAST = re.compile(r"\s*(\w+\.\w+)\s*(>=|>)\s*(\d*\.?\d+)\s*")
 
@@ -51,10 +54,12 @@ class Finding(NamedTuple):
     Args:
         key: Place in params.yaml.
         text: What was found, and what to do.
+        is_error: Whether the pipeline would stop.
     """
 
     key: str
     text: str
+    is_error: bool = False
 
 
 class _Looked(NamedTuple):
@@ -91,6 +96,7 @@ def inspect_data(params: Params, paths: Paths, tokenizer: Path | None = None) ->
     num_held_out = _count_held_out(params, train, held_out)
     if num_held_out is not None:
         findings += _too_few(params, num_held_out)
+    findings += _without_template(params, tokenizer, (*train, held_out))
     answers = [record for looked in ([held_out] if held_out else train) for _, record in looked.records]
     return findings + _long_answers(params.evaluate.max_new_tokens, tokenizer, answers)
 
@@ -157,6 +163,32 @@ def _placeholders(looked: _Looked, params: Params) -> list[Finding]:
     row_id, problem = found[0]
     share = f"{len(found)} of the first {len(looked.records)} rows"
     return [Finding(looked.key, f"{share} may have a place that was not filled in; {row_id}: {problem.detail}")]
+
+
+def _without_template(params: Params, tokenizer: Path | None, sources: Iterable[_Looked | None]) -> list[Finding]:
+    """Find conversations where neither params.yaml nor the base model has a chat template to render them with."""
+    if params.format.chat_template is not None or tokenizer is None:
+        return []
+    settings = tokenizer.with_name("tokenizer_config.json")
+    if not settings.is_file() or any(tokenizer.with_name(name).exists() for name in _TEMPLATE_FILES):
+        return []
+    try:
+        if json.loads(settings.read_text(encoding="utf-8")).get("chat_template"):
+            return []
+    except (ValueError, AttributeError):  # `load` says more
+        return []
+    records = [entry for looked in sources if looked for entry in looked.records]
+    chats = [row_id for row_id, record in records if "messages" in record or isinstance(record.get("prompt"), list)]
+    if not chats:
+        return []
+    return [
+        Finding(
+            "format.chat_template",
+            f"the base model has no chat template, which {chats[0]} and other conversations need; name one, such as "
+            "chatml, or the instruction-tuned version of the model",
+            is_error=True,
+        )
+    ]
 
 
 def _count_held_out(params: Params, train: Sequence[_Looked], held_out: _Looked | None) -> int | None:

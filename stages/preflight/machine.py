@@ -14,9 +14,11 @@ from pathlib import Path
 
 import psutil
 
+from sft.optimizers.names import check_device, check_package
 from stages.params.schema import LaunchSection, Params, TrainSection
 from stages.preflight.checkpoint import Outline
-from stages.preflight.findings import Problem
+from stages.preflight.engines import check_engine
+from stages.preflight.findings import Problem, from_error
 
 GPU_FILES = (Path("/dev/nvidia0"), Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
 """Files of the drivers of NVIDIA and AMD, also under WSL; without any, torch need not be asked, which takes seconds."""
@@ -30,6 +32,9 @@ BYTES_4BIT = 0.56
 MOMENTS_BYTES = 8
 """Bytes of AdamW's two moments per trained weight, in float32."""
 
+BF16_FROM = (8, 0)
+"""CUDA compute capability from which GPUs multiply in bfloat16."""
+
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -42,12 +47,14 @@ class Machine:
         memory: Bytes of memory, within the limit of the container.
         gpus: Bytes of memory of each GPU.
         device: Kind of device that a training uses: cpu, cuda, ...
+        capability: Lowest CUDA compute capability of the GPUs; (0, 0) without any, or if they are AMD's.
     """
 
     num_cores: int
     memory: int
     gpus: tuple[int, ...] = ()
     device: str = "cpu"
+    capability: tuple[int, int] = (0, 0)
 
 
 def this_machine() -> Machine:
@@ -62,7 +69,8 @@ def this_machine() -> Machine:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = tuple(torch.cuda.get_device_properties(number).total_memory for number in range(count))
-    return Machine(cores, memory, gpus, "cuda" if gpus else "cpu")
+    capabilities = [] if torch.version.hip else [torch.cuda.get_device_capability(number) for number in range(count)]
+    return Machine(cores, memory, gpus, "cuda" if gpus else "cpu", min(capabilities, default=(0, 0)))
 
 
 def check_machine(params: Params, root: Path, outline: Outline | None, machine: Machine) -> Iterator[Problem]:
@@ -75,7 +83,13 @@ def check_machine(params: Params, root: Path, outline: Outline | None, machine: 
         machine: See `this_machine`.
     """
     yield from _check_attention(params, machine)
+    yield from _check_precision(params, machine)
     yield from _check_packages(params, machine)
+    yield from _check_optimizer(params.train, machine)
+    try:
+        check_engine(params.train.launch, root)
+    except ValueError as error:
+        yield from_error(error, "train.launch.engine")
     yield from _check_processes(params, machine)
     if outline is not None and outline.num_weights:
         yield from _check_memory(params, outline, machine)
@@ -98,17 +112,39 @@ def _check_attention(params: Params, machine: Machine) -> Iterator[Problem]:
         yield Problem("model.attn_implementation", str(error), is_error=True)
 
 
+def _check_precision(params: Params, machine: Machine) -> Iterator[Problem]:
+    """Check that the device computes in the precision that is asked for."""
+    if params.train.mixed_precision == "fp16" and machine.device == "cpu":
+        yield Problem("train.mixed_precision", "fp16 needs a GPU, and this machine has none; use bf16", is_error=True)
+    if not (0, 0) < machine.capability < BF16_FROM:
+        return
+    found = ".".join(map(str, machine.capability))
+    for key, value, way_out in (
+        ("model.dtype", params.model.dtype, "float32 with train.mixed_precision: fp16"),
+        ("train.mixed_precision", params.train.mixed_precision, "fp16"),
+    ):
+        if value in ("bfloat16", "bf16"):
+            yield Problem(
+                key,
+                f"a GPU of this machine has compute capability {found}; products in {value}, which GPUs have from "
+                f"{'.'.join(map(str, BF16_FROM))} on, are emulated there and several times slower; use {way_out}",
+            )
+
+
+def _check_optimizer(section: TrainSection, machine: Machine) -> Iterator[Problem]:
+    """Check that the optimizer's package is installed, and that it runs on the device."""
+    for check in (lambda: check_package(section.optim), lambda: check_device(section.optim, machine.device)):
+        try:
+            check()
+        except ValueError as error:
+            yield Problem("train.optim", str(error), is_error=True)
+
+
 def _check_packages(params: Params, machine: Machine) -> Iterator[Problem]:
     """Check that packages and programs that values need are installed."""
     launch = params.train.launch
     needs = [
         (launch.launcher == "ray", "ray", "train.launch.launcher", "pip install '.[ray]', or use accelerate"),
-        (
-            launch.engine.startswith("deepspeed"),
-            "deepspeed",
-            "train.launch.engine",
-            "pip install deepspeed, or use fsdp2, which shards the model, too",
-        ),
         (params.format.workers == "ray", "ray", "format.workers", "pip install '.[ray]', or use processes"),
         (params.pack.workers == "ray", "ray", "pack.workers", "pip install '.[ray]', or use processes"),
         (params.train.method == "qlora", "bitsandbytes", "train.method", "pip install bitsandbytes"),

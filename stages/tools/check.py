@@ -77,7 +77,7 @@ def find_problems(params: Params, paths: Paths) -> Iterator[Problem]:
     def data() -> Iterator[Problem]:
         tokenizer = None if folder is None else folder / "tokenizer.json"
         for finding in inspect_data(params, paths, tokenizer):
-            yield Problem(finding.key, finding.text)
+            yield Problem(finding.key, finding.text, finding.is_error)
 
     def experts() -> None:
         if folder is not None:

@@ -11,7 +11,8 @@ from stages.loading import preflight
 from stages.params.schema import Params
 from stages.tools import check
 from tests.stages.data_root import ROWS, DataRoot
-from tests.tiny import tiny_tokenizer
+from tests.stages.tiny_run import WIDE
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.tiny_moe import tiny_moe
 
 
@@ -89,3 +90,19 @@ def test_a_url_that_leads_to_this_machine_is_named_with_its_key(root: DataRoot, 
     said = re.escape(f"params.yaml: {key}: {url}: file:// is the innermost part")
     with pytest.raises(ValueError, match=said):
         check.run(root.params(load), root.paths)
+
+
+def test_conversations_without_any_chat_template_are_named_before_a_run(root: DataRoot) -> None:
+    folder = root.paths.root / "models" / "plain"
+    tiny_model(**WIDE).save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    params = with_model(root.params(), "models/plain")
+    check.run(params, root.paths)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"format\.chat_template: the base model has no chat template, which train"):
+        check.run(params, root.paths)
+    named = params.model_copy(update={"format": params.format.model_copy(update={"chat_template": "chatml"})})
+    check.run(named, root.paths)
