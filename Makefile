@@ -24,7 +24,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup repro test test-long test-numerics audit lint ui pipeline bench bench-prepare bench-failures clean
+.PHONY: help setup repro test test-long test-numerics test-gpu audit lint ui pipeline bench bench-prepare bench-failures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ test-long: $(READY) ## the slow tests too
 
 test-numerics: $(READY) ## the tests of computations once more, rounded as another processor does
 	@$(OTHER_ROUNDING) $(PYTEST) -m "numerics and not slow"
+
+test-gpu: ## each way to compute on this machine's GPU against the CPU's float32, by PYTHON3 (default: python3), without set-up
+	@$(or $(PYTHON3),python3) -m benchmarks.gpu numerics
 
 audit: $(READY) ## known vulnerabilities of the locked versions, where pip-audit's database can be reached
 	@$(RUN)/python .ci/audit.py

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
+from compare import record
 from contenders import ABLATIONS, CONTENDERS, DTYPE, METHODS, ON_GPU, now
 
 HERE = Path(__file__).resolve().parent
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512, help="for contenders without their own max_length")
     parser.add_argument("--only", nargs="*", choices={**CONTENDERS, **ABLATIONS}, default=list(CONTENDERS))
     parser.add_argument("--ablate", action="store_true", help="also run with one speed-up off at a time")
+    parser.add_argument("--record", action="store_true", help="append the ratios to record.jsonl, for compare.py")
     args = parser.parse_args()
     names = [*args.only, *(name for name in ABLATIONS if args.ablate)]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -126,7 +128,19 @@ def main() -> None:
             latest = results[name][-1]
             print(f"{name}: {latest['tokens'] / latest['seconds']:.0f} tokens/s", file=sys.stderr, flush=True)
     supervised = statistics.mean(run["supervised"] for runs in results.values() for run in runs)
-    print(table(results, matrix_bound(args.model, args.method, 1024, supervised)))
+    bound = matrix_bound(args.model, args.method, 1024, supervised)
+    print(table(results, bound))
+    if args.record:
+        benchmark = f"train {args.model.name} {args.method} {args.data.name} {args.max_length}"
+        record(benchmark, ratios_of(results, bound))
+
+
+def ratios_of(results: dict[str, list[dict[str, Any]]], bound: float) -> dict[str, float]:
+    """Return sft's speed over that of each other contender, and over the bound."""
+    speed = {name: statistics.median(r["tokens"] / r["seconds"] for r in runs) for name, runs in results.items()}
+    own = {name: value for name, value in speed.items() if name.startswith("sft")}
+    ratios = {f"{name} / {other}": own[name] / speed[other] for name in own for other in speed if other not in own}
+    return ratios | {f"{name} / matrix bound": value / bound for name, value in own.items()}
 
 
 if __name__ == "__main__":

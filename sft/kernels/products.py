@@ -44,6 +44,9 @@ def onednn_for_float32() -> bool:
 
 def uses_onednn(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return whether oneDNN computes the product of rows `(num_rows, in)` with a weight."""
+    # inductor has no code for this operator's arguments, and chooses its own products
+    if torch.compiler.is_compiling():
+        return False
     plain = rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32 and rows.dim() == 2
     return plain and rows.shape[0] >= MIN_ROWS and torch.backends.mkldnn.enabled and onednn_for_float32()
 
