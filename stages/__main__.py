@@ -76,7 +76,7 @@ def start(*, through_dvc: bool) -> int:
 
 
 def run_command(
-    name: str, *, root: Path, assignments: tuple[str, ...], alone: bool | None = None, **options: Any
+    name: str, *, root: Path, assignments: tuple[str, ...] = (), alone: bool | None = None, **options: Any
 ) -> int:
     """Run a stage or a tool.
 
@@ -102,6 +102,8 @@ def run_command(
     elif name in STAGES and "force" in options:
         return fail(ValueError("--force: a stage alone runs always; leave out --force or --alone"), EXIT_USAGE)
     try:
+        if not entry.reads_params:
+            return importlib.import_module(module).run(paths, **options) or 0
         if module == home("repro"):  # it writes the values after it has checked them
             return importlib.import_module(module).run(paths, assignments=assignments, **options) or 0
         from stages.params.assignments import load_with_assignments, write_assignments

@@ -214,6 +214,28 @@ TOOLS: dict[str, Entry] = {
     ),
 }
 
+TOOLS["import"] = Entry(
+    "make params.yaml of a configuration for Axolotl, LLaMA-Factory, trl or unsloth",
+    "stages.importing.command",
+    (
+        click.Argument(["peer"], type=click.Choice(("axolotl", "llamafactory", "trl", "unsloth"))),
+        click.Argument(["source"], nargs=-1, required=True, metavar="FILE"),
+        _option("--dataset-info", metavar="FILE", help="LLaMA-Factory's dataset_info.json (default: in dataset_dir)."),
+        _option("--processes", type=POSITIVE, metavar="N", help="Number of GPUs that train together (default: 1)."),
+        _option("--force", is_flag=True, default=None, help="Replace an existing params.yaml."),
+        JSON,
+    ),
+    (
+        "sft import axolotl config.yml",
+        "sft import llamafactory train.yaml --dataset-info data/dataset_info.json",
+        "sft import trl 'accelerate launch sft.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name org/chats'",
+        "sft import unsloth notebook.ipynb --json",
+    ),
+    "Prints what became of each key of the source: the same effect, the nearest value with the difference, not "
+    "supported with the reason, or irrelevant. Keys that the file does not state get the other project's default.",
+    reads_params=False,
+)
+
 FLOWS = {
     "pipeline": "run the pipeline as a Prefect flow in this terminal",
     "ui": "serve the pages of Prefect and MLflow on this machine",
@@ -236,7 +258,7 @@ def command_line(
     stages = STAGES if show_alone else {name: _without_dvc(entry) for name, entry in STAGES.items()}
     return Group(
         sections={
-            "Tools": tuple(make_command(name, entry, (SET, ROOT), run) for name, entry in TOOLS.items()),
+            "Tools": tuple(make_command(name, entry, _common(entry), run) for name, entry in TOOLS.items()),
             "Stages, in order": tuple(make_command(name, entry, (SET, ROOT), run) for name, entry in stages.items()),
             "Flows": tuple(_flow_command(name, text, run_flow) for name, text in FLOWS.items()),
             "Shell": (_completion_command(),),
@@ -247,6 +269,11 @@ def command_line(
         no_args_is_help=True,
         context_settings={"max_content_width": 110},
     )
+
+
+def _common(entry: Entry) -> tuple[click.Parameter, ...]:
+    """Return the options that a command has besides its own."""
+    return (SET, ROOT) if entry.reads_params else (ROOT,)
 
 
 def _without_dvc(entry: Entry) -> Entry:

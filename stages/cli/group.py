@@ -26,6 +26,7 @@ class Entry:
         examples: Command lines to show in its help.
         details: More text for its help.
         writes_params: Whether `--set` writes params.yaml, because the results must belong to that file.
+        reads_params: Whether it needs a params.yaml, and so takes `--set`.
     """
 
     summary: str
@@ -34,6 +35,7 @@ class Entry:
     examples: tuple[str, ...] = ()
     details: str = ""
     writes_params: bool = False
+    reads_params: bool = True
 
 
 class Command(click.Command):

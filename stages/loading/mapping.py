@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from stages.params.schema import MappedSection
 
 TEXT_OF_MESSAGES = (*CONVERSATION_COLUMNS, PARTS_COLUMN, "prompt", "completion")
 """Columns that may hold the JSON text of messages."""
+
+OPTIONAL_NAME = re.compile(r"\b(\w+) is defined\b")
+"""A column that rows may lack, in a template that says so."""
 
 
 class RowMapping:
@@ -31,6 +35,7 @@ class RowMapping:
         self._keys = section.message_keys
         self._templates = section.template.model_dump(exclude_none=True) if section.template else {}
         self._fields = set[str]().union(*map(undeclared_variables, self._templates.values()))
+        self._optional = set(OPTIONAL_NAME.findall(" ".join(self._templates.values())))
         self._seen_columns: dict[str, None] = {}
         self._seen_roles: set[str] = set()
         self._seen_keys: set[str] = set()
@@ -56,11 +61,11 @@ class RowMapping:
         """
         seen = tuple(self._seen_columns)
         self._check_named("columns", self._columns, seen, "column")
-        self._check_named("template", self._fields, seen, "column")
+        self._check_named("template", self._fields - self._optional, seen, "column")
         self._check_named("message_keys", self._keys, tuple(self._seen_keys), "key of messages")
         self._check_named("roles", self._roles, tuple(self._seen_roles), "role")
         if self._templates:
-            return ("messages",)
+            return ("prompt", "completion") if "prompt" in self._templates else ("messages",)
         renamed: dict[str, str] = {}
         for name in seen:
             target = self._columns.get(name, name)
@@ -97,6 +102,8 @@ class RowMapping:
                 texts = fill_in_child(self._templates, row)
             except FillError as error:
                 raise RowError("template", str(error)) from error
+            if "prompt" in texts:
+                return {name: texts[name] for name in ("prompt", "completion")}
             return {"messages": [{"role": role, "content": texts[role]} for role in self._templates]}
         renamed = {self._columns.get(name, name): value for name, value in row.items()}
         if not (self._roles or self._keys):

@@ -177,11 +177,28 @@ Fractions = Annotated[dict[str, Fraction], AfterValidator(_known)]
 
 
 class TemplateSection(Section):
-    """A conversation made of a row's columns, each text a Jinja template such as `{{ title }}: {{ body }}`."""
+    """What a row says, made of its columns, each text a Jinja template such as `{{ title }}: {{ body }}`.
+
+    Either a conversation (`user`, `assistant`), or text that no chat template prints (`prompt`, `completion`).
+    """
 
     system: Annotated[Template | None, Field(description="System message.")] = None
-    user: Annotated[Template, Field(description="User message.")]
-    assistant: Annotated[Template, Field(description="Answer of the assistant.")]
+    user: Annotated[Template | None, Field(description="User message.")] = None
+    assistant: Annotated[Template | None, Field(description="Answer of the assistant.")] = None
+    prompt: Annotated[
+        Template | None, Field(description="Text before the trained one, in place of a conversation.")
+    ] = None
+    completion: Annotated[Template | None, Field(description="Text that is trained, after `prompt`.")] = None
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        given = {name for name in TemplateSection.model_fields if getattr(self, name) is not None}
+        if given - {"system"} != {"user", "assistant"} and given != {"prompt", "completion"}:
+            stated = ", ".join(sorted(given)) or "nothing"
+            raise ValueError(
+                f"state user and assistant (and system, if there is one), or prompt and completion; {stated} given"
+            )
+        return self
 
 
 NAMES_ELSEWHERE = {
@@ -228,7 +245,8 @@ class MappedSection(Section):
         ),
     ] = {}
     template: Annotated[
-        TemplateSection | None, Field(description="Jinja templates that make a conversation of any columns.")
+        TemplateSection | None,
+        Field(description="Jinja templates that make a conversation, or prompt and completion, of any columns."),
     ] = None
 
     @model_validator(mode="after")
@@ -954,7 +972,14 @@ class TrainSection(Section):
             description="Steps between evaluations on held-out rows: a number, or below 1 a fraction of all steps.",
         ),
     ]
-    save_steps: Annotated[Positive, Field(description="Steps between checkpoints in .state/.")]
+    save_steps: Annotated[
+        float,
+        AfterValidator(_check_steps),
+        Field(
+            gt=0.0,
+            description="Steps between checkpoints in .state/: a number, or below 1 a fraction of all steps.",
+        ),
+    ]
     order: Annotated[
         Literal["shuffled", "sequential"],
         Field(description="Order of the packed rows: shuffled (anew in each epoch), or sequential."),
