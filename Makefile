@@ -10,6 +10,8 @@ VENV := .venv
 # Relative, as the path of the checkout may have spaces, quotes and parentheses.
 RUN := ./$(VENV)/bin
 READY := $(VENV)/.ready
+# What builds the documentation, in an environment of its own.
+DOCS := mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8" mkdocstrings-python==2.0.11
 # Torch processes that share cores slow each other many times over unless each keeps to one thread.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # What another processor rounds: AVX2 where this one has AVX-512, else loops without vector instructions.
@@ -24,7 +26,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup repro test test-long test-numerics test-gpu audit lint ui pipeline bench bench-prepare bench-failures clean
+.PHONY: help setup repro test test-long test-numerics test-gpu audit lint docs ui pipeline bench bench-prepare bench-failures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -66,6 +68,14 @@ audit: $(READY) ## known vulnerabilities of the locked versions, where pip-audit
 lint: $(READY) ## fix what ruff can fix
 	@$(RUN)/ruff check --fix .
 	@$(RUN)/ruff format .
+
+docs: $(READY) .venv-docs/bin/mkdocs ## the documentation site, in site/index.html
+	@$(RUN)/python .ci/docs.py .docs
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+	@echo "site/index.html"
+
+.venv-docs/bin/mkdocs:
+	@"$(PYTHON)" -m venv .venv-docs && .venv-docs/bin/pip install --quiet $(DOCS)
 
 pipeline: $(READY) ## the same pipeline as a Prefect flow, in this terminal
 	@$(RUN)/python -m flows.pipeline
