@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Generic, TypeVar
 
-from data import held_out_phrasings, phrasings, vocabulary
+from data import blind_phrasings, held_out_phrasings, phrasings, vocabulary
 
 T = TypeVar("T")
 
@@ -205,14 +205,18 @@ def make_row(side: Side) -> tuple[str, dict[str, object]]:
     items = [(pick_product(side), pick_quantity(rng)) for _ in range(pick((1, 1, 1, 2), rng))]
     slots = {"name": name, "city": city, "items": say_items(items, rng)}
     message = join_sentences([vary(template, rng).format(**slots) for template in arrange(side, intent, urgency)])
-    record: dict[str, object] = {
+    return roughen(message, rng), make_record(intent, name, city, items, urgency)
+
+
+def make_record(intent: str, name: str, city: str, items: Sequence[tuple[str, int]], urgency: str) -> dict[str, object]:
+    """Return the record that a message describes."""
+    return {
         "intent": intent,
         "customer": name,
         "city": city,
         "items": [f"{quantity} x {product if quantity == 1 else plural(product)}" for product, quantity in items],
         "urgency": urgency,
     }
-    return roughen(message, rng), record
 
 
 def as_line(message: str, record: dict[str, object]) -> str:
@@ -231,16 +235,31 @@ def write_rows(path: Path, make: Callable[[int], Side], num_rows: int, seed: int
     path.write_text("\n".join(rows.values()) + "\n", encoding="utf-8", newline="\n")
 
 
+def blind_rows(seed: int) -> list[str]:
+    """Return one row for each blind phrasing, with words of the held-out side."""
+    side, rows = held_out_side(seed), []
+    for intent, urgency, template in blind_phrasings.BLIND:
+        rng = side.rng
+        name, city = f"{side.first_names.deal()} {side.last_names.deal()}", side.cities.deal()
+        items = [(pick_product(side), pick_quantity(rng)) for _ in range(pick((1, 1, 1, 2), rng))]
+        message = template.format(name=name, city=city, items=say_items(items, rng))
+        rows.append(as_line(message[:1].upper() + message[1:], make_record(intent, name, city, items, urgency)))
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write shop_train.jsonl and shop_eval.jsonl."""
+    """Write shop_train.jsonl and shop_eval.jsonl, and shop_test.jsonl to tasks/, which no training reads."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--test-dir", type=Path, default=Path(__file__).parent.parent / "tasks")
     parser.add_argument("--num-train", type=int, default=860)
     parser.add_argument("--num-eval", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     write_rows(options.output_dir / "shop_train.jsonl", train_side, options.num_train, options.seed)
     write_rows(options.output_dir / "shop_eval.jsonl", held_out_side, options.num_eval, options.seed)
+    lines = "\n".join(blind_rows(options.seed + 1)) + "\n"
+    (options.test_dir / "shop_test.jsonl").write_text(lines, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

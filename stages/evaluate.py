@@ -25,16 +25,17 @@ from stages.evaluation.row_scores import (
     ANSWERS,
     DOCUMENTS,
     GENERAL_ANSWERS,
+    TEST_ANSWERS,
     evidence_of,
     read_row_scores,
     row_keys,
 )
-from stages.evaluation.rows import EvalRows, read_prompts, read_records, render_records
+from stages.evaluation.rows import KEYS, EvalRows, read_prompts, read_records, render_records, test_rows
 from stages.evaluation.soundness import check_finite, failed_checks
 from stages.models.images import image_collator
 from stages.models.variants import Variant, find_variants, load_variant, size_mb
 from stages.pages.report import write_report
-from stages.params.figures import ANSWERING, LIKELIHOOD, REFERENCE, VERDICTS
+from stages.params.figures import ANSWERING, LIKELIHOOD, REFERENCE, REGRESSION, TEST, VERDICTS
 from stages.params.schema import EvaluateSection, Params
 from stages.params.tasks import load_tasks, task_names
 from stages.progress import progress, stage_progress
@@ -96,13 +97,13 @@ def run(params: Params, paths: Paths) -> None:
     section = params.evaluate
     tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
     held_out = read_held_out(section, paths, tokenizer)
-    general = read_general(section, paths, tokenizer)
+    others = read_others(section, paths, tokenizer)
     harness = load_harness(section.lm_eval, paths.root)
     variants = find_variants(paths)
     conditions = parse_gate(section.gate)  # the names in it were checked with params.yaml
     amounts: Counter[str] = Counter()
     for variant in variants:
-        amounts += sum((amount(rows, variant) for rows in (held_out, general) if rows), Counter())
+        amounts += sum((amount(rows, variant) for rows in (held_out, *others.values())), Counter())
         amounts[HARNESS] += harness is not None and harness.answers(variant.name)
     meter = Meter(amounts)
     collator = image_collator(paths, tokenizer) if paths.has_images() else None
@@ -118,8 +119,9 @@ def run(params: Params, paths: Paths) -> None:
         result = measuring.measure(model, variant, held_out, tuned)
         check_finite(variant, result)
         result.figures["size_mb"] = size_mb(variant)
-        if general is not None:
-            result.add_general(measuring.measure(model, variant, general, tuned.general if tuned else None))
+        for prefix, rows in others.items():
+            reference = tuned.others[prefix] if tuned else None
+            result.add_others(prefix, measuring.measure(model, variant, rows, reference))
         if harness is not None and harness.answers(variant.name):
             harness.measure(model, tokenizer, result)
             meter(1, 1, HARNESS)
@@ -127,11 +129,13 @@ def run(params: Params, paths: Paths) -> None:
         del model
     measured = {variant.name: measured[variant.name] for variant in variants}
     figures = {name: result.with_errors() for name, result in measured.items()}
-    write_rows(paths, held_out, general, measured)
+    write_rows(paths, held_out, others, measured)
     evidence = read_evidence(paths, held_out, measured)
     checked = check_gate(conditions, figures, evidence, section.gate_needs)
     gate = [*failed_checks(figures, params, paths), *checked]
-    sizes = {"num_general": general.num_documents if general else 0, "lm_eval": harness.notes() if harness else {}}
+    sizes: dict[str, Any] = {"num_general": 0, "num_test": 0, "lm_eval": harness.notes() if harness else {}}
+    for name, prefix in (("num_general", REGRESSION), ("num_test", TEST)):
+        sizes[name] = others[prefix].num_documents if prefix in others else 0
     write_outputs(paths, section, held_out, sizes, measured, gate)
     write_report(params, paths)
     print(summary(measured, gate, paths), flush=True)
@@ -145,10 +149,13 @@ def read_held_out(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedT
     return EvalRows.of(rows, prompts, tokenizer, task, section.max_new_tokens)
 
 
-def read_general(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> EvalRows | None:
-    """Read the general prompts; None if params.yaml names no file."""
-    records = read_records(section.regression, paths.root)
-    return render_records(records, section.regression, tokenizer, paths.root) if records else None
+def read_others(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> dict[str, EvalRows]:
+    """Read the rows besides the held-out ones that params.yaml names, by the prefix of their figures."""
+    found = {}
+    for prefix, rows in ((TEST, test_rows(section)), (REGRESSION, section.regression)):
+        if records := read_records(rows, paths.root, KEYS[prefix]):
+            found[prefix] = render_records(records, rows, tokenizer, paths.root, KEYS[prefix])
+    return found
 
 
 def amount(rows: EvalRows, variant: Variant) -> Counter[str]:
@@ -275,20 +282,23 @@ def write_outputs(
     write_json(paths.timings("evaluate"), {name: result.seconds for name, result in measured.items()})
 
 
-def write_rows(paths: Paths, held_out: EvalRows, general: EvalRows | None, measured: dict[str, ModelResult]) -> None:
-    """Write the answers to generations.jsonl and general.jsonl, and the sums over each document to documents.jsonl.
+def write_rows(
+    paths: Paths, held_out: EvalRows, others: Mapping[str, EvalRows], measured: dict[str, ModelResult]
+) -> None:
+    """Write the answers to generations.jsonl, general.jsonl and test.jsonl, and the sums over each document.
 
-    An earlier general.jsonl is deleted if there are no general prompts.
+    An earlier general.jsonl or test.jsonl is deleted if there are no such rows.
     """
     folder = paths.out("evaluate")
     write_jsonl(folder / ANSWERS, generation_rows(held_out, measured))
-    documents = document_rows(held_out, measured, is_general=False)
-    (folder / GENERAL_ANSWERS).unlink(missing_ok=True)
-    if general is not None:
-        results = {name: result.general for name, result in measured.items() if result.general is not None}
-        documents += document_rows(general, results, is_general=True)
-        if general.prompts:
-            write_jsonl(folder / GENERAL_ANSWERS, generation_rows(general, results))
+    documents = document_rows(held_out, measured)
+    for prefix, file in ((REGRESSION, GENERAL_ANSWERS), (TEST, TEST_ANSWERS)):
+        (folder / file).unlink(missing_ok=True)
+        if prefix in others:
+            results = {name: result.others[prefix] for name, result in measured.items()}
+            documents += document_rows(others[prefix], results, prefix)
+            if others[prefix].prompts:
+                write_jsonl(folder / file, generation_rows(others[prefix], results))
     write_jsonl(folder / DOCUMENTS, documents)
 
 
@@ -319,11 +329,13 @@ def generation_rows(asked: EvalRows, measured: dict[str, ModelResult]) -> list[d
     return rows
 
 
-def document_rows(asked: EvalRows, measured: Mapping[str, ModelResult], *, is_general: bool) -> list[dict[str, Any]]:
+def document_rows(asked: EvalRows, measured: Mapping[str, ModelResult], prefix: str = "") -> list[dict[str, Any]]:
     """Return one row per document: its key, its number of tokens, and the sums of each model over these tokens."""
     documents = list(split_documents(asked.rows))
-    keys = row_keys((is_general, document.input_ids, document.labels) for document in documents)
-    rows: list[dict[str, Any]] = [{"document": key, "general": is_general, "models": {}} for key in keys]
+    kind = prefix if prefix == TEST else prefix == REGRESSION  # keys of earlier results have a bool
+    keys = row_keys((kind, document.input_ids, document.labels) for document in documents)
+    marks = {"general": prefix == REGRESSION, **({"test": True} if prefix == TEST else {})}
+    rows: list[dict[str, Any]] = [{"document": key, **marks, "models": {}} for key in keys]
     for name, result in measured.items():
         scores = result.documents
         columns = {metric: scores.column(metric) for metric in result.summed}

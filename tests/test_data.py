@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data import generate, held_out_phrasings, phrasings, vocabulary
+from data import blind_phrasings, generate, held_out_phrasings, phrasings, vocabulary
 
 DATA = Path(generate.__file__).parent
 SIDES = {"shop_train.jsonl": generate.train_side, "shop_eval.jsonl": generate.held_out_side}
@@ -50,12 +50,13 @@ def training_text() -> str:
 
 @pytest.mark.parametrize("name", SIDES)
 def test_generator_writes_the_committed_file_byte_for_byte(name: str, tmp_path: Path) -> None:
-    generate.main(["--output-dir", str(tmp_path)])
+    generate.main(["--output-dir", str(tmp_path), "--test-dir", str(tmp_path)])
     assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
 
 def test_another_seed_writes_other_rows(tmp_path: Path) -> None:
-    generate.main(["--output-dir", str(tmp_path), "--seed", "1", "--num-train", "20", "--num-eval", "20"])
+    folders = ["--output-dir", str(tmp_path), "--test-dir", str(tmp_path)]
+    generate.main([*folders, "--seed", "1", "--num-train", "20", "--num-eval", "20"])
     for name in SIDES:
         fresh = (tmp_path / name).read_text(encoding="utf-8").splitlines()
         assert len(fresh) == 20
@@ -148,3 +149,17 @@ def test_plurals_are_english() -> None:
     singular = ["mug", "brush", "box", "diary", "toy", "dress", "pocket knife"]
     plural = ["mugs", "brushes", "boxes", "diaries", "toys", "dresses", "pocket knives"]
     assert [generate.plural(product) for product in singular] == plural
+
+
+def test_each_blind_phrasing_makes_one_test_row_with_held_out_words_that_no_training_row_has(tmp_path: Path) -> None:
+    generate.main(["--output-dir", str(tmp_path), "--test-dir", str(tmp_path)])
+    committed = DATA.parent / "tasks" / "shop_test.jsonl"
+    assert (tmp_path / "shop_test.jsonl").read_bytes() == committed.read_bytes()
+    rows = [json.loads(line)["messages"] for line in committed.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == len(blind_phrasings.BLIND) == 100
+    for (intent, urgency, _), (system, user, assistant) in zip(blind_phrasings.BLIND, rows, strict=True):
+        answer = json.loads(assistant["content"])
+        assert (system["content"], answer["intent"], answer["urgency"]) == (generate.SYSTEM_PROMPT, intent, urgency)
+        assert answer["customer"] in user["content"]
+        assert answer["city"] in user["content"]
+        assert not words(f"{answer['customer']} {answer['city']}") & words(training_text())

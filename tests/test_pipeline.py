@@ -43,6 +43,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "max_new_tokens": 8,
         "gate": ["tuned.loss < base.loss"],
         "gate_needs": "value",
+        "test": None,
     },
 }
 pytestmark = pytest.mark.timeout(280)

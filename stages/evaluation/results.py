@@ -11,7 +11,7 @@ from sft.evaluate.generation import Generation
 from sft.evaluate.intervals import Interval, compare_paired, mean_interval, ratio_interval
 from sft.evaluate.likelihood import DocumentScores
 from sft.evaluate.tasks import Task, mean_scores
-from stages.params.figures import REGRESSION, range_of
+from stages.params.figures import REGRESSION, TEST, range_of
 
 SECONDS = ("likelihood", "generation")
 COMPARED = (("base", "tuned"), ("tuned", "quantized"))
@@ -21,8 +21,8 @@ NORMAL_95 = 1.96
 
 PER_TOKEN = ("loss", "token_accuracy")
 
-NOT_OF_GENERAL = ("perplexity", "token_accuracy")
-"""Figures that are not reported for general prompts, as they follow from the loss."""
+NOT_OF_OTHERS = ("perplexity", "token_accuracy")
+"""Figures that are not reported for test rows and general prompts, as they follow from the loss."""
 
 
 @dataclass
@@ -36,7 +36,7 @@ class ModelResult:
         answers: Generated answers, one for each prompt.
         scores: Name -> score, one dict for each answer.
         seconds: Name -> wall time in seconds, or speed.
-        general: Results on the general prompts, if there are any.
+        others: Prefix of figures -> results on other rows: general prompts, test rows.
         errors: Name of a figure -> standard error as lm-eval reports it.
     """
 
@@ -46,7 +46,7 @@ class ModelResult:
     answers: list[Generation] = field(default_factory=list)
     scores: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    general: ModelResult | None = None
+    others: dict[str, ModelResult] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -82,12 +82,13 @@ class ModelResult:
         self.intervals |= {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
         self.intervals |= {name: figure.interval for name, figure in whole.items() if figure.interval is not None}
 
-    def add_general(self, general: ModelResult) -> None:
-        """Add the results on general prompts, with their figures under prefixed names."""
-        self.general = general
-        self.figures |= _of_general(general.figures)
-        self.intervals |= _of_general(general.intervals)
-        self.seconds["general"] = round(sum(general.seconds[name] for name in SECONDS if name in general.seconds), 1)
+    def add_others(self, prefix: str, others: ModelResult) -> None:
+        """Add the results on other rows, with their figures under prefixed names."""
+        self.others[prefix] = others
+        self.figures |= _prefixed(prefix, others.figures)
+        self.intervals |= _prefixed(prefix, others.intervals)
+        seconds = round(sum(others.seconds[name] for name in SECONDS if name in others.seconds), 1)
+        self.seconds[{REGRESSION: "general", TEST: "test"}[prefix]] = seconds
 
     def add_tasks(self, figures: Mapping[str, float], errors: Mapping[str, float]) -> None:
         """Add the figures of lm-eval, with 95 % intervals from its standard errors.
@@ -113,8 +114,8 @@ class ModelResult:
         return [{**scores, "stop_rate": float(answer.stopped)} for answer, scores in pairs]
 
 
-def _of_general(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{REGRESSION}{name}": value for name, value in values.items() if name not in NOT_OF_GENERAL}
+def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{name}": value for name, value in values.items() if name not in NOT_OF_OTHERS}
 
 
 def comparisons(measured: Mapping[str, ModelResult]) -> list[dict[str, Any]]:
@@ -148,6 +149,6 @@ def compare(first: ModelResult, second: ModelResult) -> dict[str, dict[str, Any]
     for name in before[0] if before and after else ():
         tests[name] = compare_paired([row[name] for row in before], [row[name] for row in after])
     found = {name: asdict(test) for name, test in tests.items()}
-    if first.general is not None and second.general is not None:
-        found |= _of_general(compare(first.general, second.general))
+    for prefix in first.others.keys() & second.others.keys():
+        found |= _prefixed(prefix, compare(first.others[prefix], second.others[prefix]))
     return found

@@ -12,10 +12,13 @@ from typing import Any
 from sft.evaluate.evidence import Measured, mean_parts
 from sft.evaluate.intervals import Paired, compare_paired
 from stages.checkout.artifacts import read_jsonl
-from stages.params.figures import REGRESSION, STOP_RATE
+from stages.params.figures import PREFIXES, REGRESSION, STOP_RATE, TEST
 
 ANSWERS, GENERAL_ANSWERS, DOCUMENTS = "generations.jsonl", "general.jsonl", "documents.jsonl"
 """Files in outs/evaluate: answers to held-out prompts, to general prompts, and sums over the tokens of documents."""
+
+TEST_ANSWERS = "test.jsonl"
+"""File in outs/evaluate with the answers to test rows, which no page shows."""
 
 ByRow = dict[str, float]
 """Key of a row -> value. A key identifies the content of a row, so that the rows of two results can be matched."""
@@ -41,7 +44,7 @@ class RowScores:
 def read_row_scores(folder: Path) -> RowScores:
     """Read the scores from a folder like outs/evaluate; files that an older result lacks give no scores."""
     found = RowScores()
-    for name, prefix in ((ANSWERS, ""), (GENERAL_ANSWERS, REGRESSION)):
+    for name, prefix in ((ANSWERS, ""), (GENERAL_ANSWERS, REGRESSION), (TEST_ANSWERS, TEST)):
         rows = list(read_jsonl(folder / name)) if (folder / name).exists() else []
         for key, row in zip(row_keys((row["prompt"], row["reference"]) for row in rows), rows, strict=True):
             if not prefix:
@@ -54,7 +57,8 @@ def read_row_scores(folder: Path) -> RowScores:
         found.weights[row["document"]] = row["num_tokens"]
         for model, sums in row["models"].items():
             for metric, value in sums.items():
-                name = f"{model}.{REGRESSION if row['general'] else ''}{metric}"
+                prefix = TEST if row.get("test") else REGRESSION if row["general"] else ""
+                name = f"{model}.{prefix}{metric}"
                 found.sums.setdefault(name, {})[row["document"]] = value
     return found
 
@@ -95,7 +99,7 @@ def evidence_of(
             elif summed in rows.sums:
                 sums = rows.sums[summed]
                 parts = mean_parts(sums, {key: rows.weights[key] for key in sums})
-            elif "." not in metric and not metric.startswith(REGRESSION):
+            elif "." not in metric and not metric.startswith(PREFIXES):
                 num_rows = num_prompts  # a figure of all answers together, such as BLEU
             if parts is not None:
                 num_rows = len(parts)

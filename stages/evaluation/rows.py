@@ -16,6 +16,7 @@ from sft.data.sources import data_files, read_rows
 from sft.evaluate.tasks import Task
 from stages.checkout.artifacts import read_jsonl
 from stages.checkout.paths import Paths
+from stages.params.figures import REGRESSION, TEST
 from stages.params.schema import EvaluateSection, RegressionSection
 from stages.params.tasks import load_tasks, task_names
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-KEY = "evaluate.regression"
+KEYS = {REGRESSION: "evaluate.regression.path", TEST: "evaluate.test"}
+"""Prefix of the figures of other rows -> the key of params.yaml that names their file."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,18 @@ def check_references(prompts: Sequence[dict[str, Any]], task: Task, asked: str, 
             raise ValueError(f"{asked}, {what} {prompt['id']}: {error}") from None
 
 
-def read_records(section: RegressionSection, root: Path) -> list[dict[str, Any]]:
-    """Read the file of general prompts as records with ids; return none if params.yaml names no file.
+def test_rows(section: EvaluateSection) -> RegressionSection:
+    """Return the file of test rows as a section like that of general prompts, with the task of the held-out rows."""
+    return RegressionSection(path=section.test, task=section.task, max_new_tokens=section.max_new_tokens)
+
+
+def read_records(section: RegressionSection, root: Path, key: str = KEYS[REGRESSION]) -> list[dict[str, Any]]:
+    """Read a file of general prompts or test rows as records with ids; return none if params.yaml names no file.
 
     Args:
-        section: Section `evaluate.regression` of params.yaml.
+        section: Section `evaluate.regression` of params.yaml, or `test_rows`.
         root: The checkout.
+        key: Its key in params.yaml, for messages.
 
     Raises:
         ValueError: The file is missing or empty, or a row is invalid; names the row.
@@ -138,36 +146,43 @@ def read_records(section: RegressionSection, root: Path) -> list[dict[str, Any]]
         rows = [row for file in data_files(root / section.path) for row in read_rows(file)]
         layout = detect_layout({name for row in rows for name in row.columns})
     except ValueError as error:
-        raise ValueError(f"params.yaml, {KEY}.path: {error}") from error
+        raise ValueError(f"params.yaml, {key}: {error}") from error
     records = []
     for row in rows:
         images = [name for name in IMAGE_COLUMNS if row.columns.get(name)]
         if images:
             raise ValueError(
-                f"params.yaml, {KEY}.path: {row.id}: the column {images[0]} holds images, and general prompts are text "
-                "alone; remove it"
+                f"params.yaml, {key}: {row.id}: the column {images[0]} holds images, and these rows are text alone; "
+                "remove it"
             )
         try:
             record = normalize(row.columns, layout, prune_nulls=row.has_added_nulls)
         except RowError as error:
-            raise ValueError(f"params.yaml, {KEY}.path: {row.id}: {error}") from error
+            raise ValueError(f"params.yaml, {key}: {row.id}: {error}") from error
         problems = validate_record(record)
         if problems:
-            raise ValueError(f"params.yaml, {KEY}.path: {row.id}: {'; '.join(p.detail for p in problems)}")
+            raise ValueError(f"params.yaml, {key}: {row.id}: {'; '.join(p.detail for p in problems)}")
         records.append({"id": row.id, **record})
+    if len(records) == 1:
+        raise ValueError(f"params.yaml, {key}: {section.path} has one row, and intervals need at least two")
     return records
 
 
 def render_records(
-    records: list[dict[str, Any]], section: RegressionSection, tokenizer: PreTrainedTokenizerBase, root: Path
+    records: list[dict[str, Any]],
+    section: RegressionSection,
+    tokenizer: PreTrainedTokenizerBase,
+    root: Path,
+    key: str = KEYS[REGRESSION],
 ) -> EvalRows:
-    """Render and tokenize general prompts, without adding the system message of the training rows.
+    """Render and tokenize general prompts or test rows, without adding the system message of the training rows.
 
     Args:
         records: The rows, as `read_records` returns them; at least one.
         section: Section `evaluate.regression` of params.yaml. Without a task, the result has rows but no prompts.
         tokenizer: The run's tokenizer with its chat template.
         root: The checkout, for the user's tasks.
+        key: Its key in params.yaml, for messages.
 
     Raises:
         ValueError: The template refuses a row, or the task can't score against an answer; names the row.
@@ -183,5 +198,5 @@ def render_records(
     task = load_tasks(section.task, root)
     turns = [(record["id"], renderer.last_turn(record)) for record in records]
     prompts = [{"id": name, **turn._asdict()} for name, turn in turns if turn is not None]
-    check_references(prompts, task, f"{KEY}.task", "row")
+    check_references(prompts, task, f"{key.removesuffix('.path')}.task", "row")
     return EvalRows.of(rows, prompts, tokenizer, task, section.max_new_tokens)

@@ -12,6 +12,7 @@ from stages.checkout.artifacts import file_digest, read_json, read_jsonl, write_
 from stages.checkout.paths import Paths
 from stages.pages.answers import PER_PAGE, read_answers
 from stages.pages.charts import Series, heat_strip, line_chart
+from stages.pages.forgotten import forgotten
 from stages.pages.page import (
     NBSP,
     Section,
@@ -102,6 +103,17 @@ def answers_section(params: Params, paths: Paths) -> Section:
     return render_section("answers", "Answers", "report/answers.html.jinja", shown)
 
 
+def forgotten_section(params: Params, paths: Paths) -> Section | None:
+    """Return the section with the general prompts that the tuned model answers worse than the base model."""
+    file = paths.out("evaluate", "general.jsonl")
+    found = forgotten(read_jsonl(file)) if file.exists() else None
+    if found is None:
+        return None
+    results = read_json(paths.out("evaluate", "results.json"))
+    losses = {name: figures.get(f"{REGRESSION}loss") for name, figures in results["models"].items()}
+    return render_section("forgotten", "What it forgot", "report/forgotten.html.jinja", {**found, "losses": losses})
+
+
 def quantization_section(params: Params, paths: Paths) -> Section:
     """Return the section with the error of every quantized layer."""
     quantization = layer_errors(read_json(paths.out("quantize", "report.json")))
@@ -124,6 +136,7 @@ SECTIONS: tuple[Callable[[Params, Paths], Section | None], ...] = (
     promotion_section,
     training_section,
     answers_section,
+    forgotten_section,
     quantization_section,
     data_section,
     lineage_section,

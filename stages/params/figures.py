@@ -28,6 +28,12 @@ STOP_RATE = "stop_rate"
 REGRESSION = "regression_"
 """Prefix of the figures of general prompts."""
 
+TEST = "test_"
+"""Prefix of the figures of the test rows, which no one looks at while developing."""
+
+PREFIXES = (REGRESSION, TEST)
+"""Prefixes of the figures of rows other than the held-out ones."""
+
 
 VERDICTS = {"shown": "holds", "not shown": "not shown", "failed": "FAILS"}
 """Verdict on a condition of the gate -> its word in a terminal."""
@@ -109,11 +115,12 @@ LOWER = (*(name for name, figure in FIGURES.items() if figure.direction < 0), *L
 
 def figure_of(name: str) -> Figure:
     """Return how a figure is shown and compared. A figure of an unknown name is labelled with that name."""
-    if name.startswith(REGRESSION):
-        label, kind, direction = figure_of(name.removeprefix(REGRESSION))
-        return Figure(
-            f"General prompts: {label[0].lower() if label[1:2].islower() else label[0]}{label[1:]}", kind, direction
-        )
+    for prefix, rows in ((REGRESSION, "General prompts"), (TEST, "Test rows")):
+        if name.startswith(prefix):
+            label, kind, direction = figure_of(name.removeprefix(prefix))
+            return Figure(
+                f"{rows}: {label[0].lower() if label[1:2].islower() else label[0]}{label[1:]}", kind, direction
+            )
     task, dot, metric = name.partition(".")
     if dot:
         return _lm_eval_figure(task, metric)
@@ -130,7 +137,7 @@ def _lm_eval_figure(task: str, metric: str) -> Figure:
 
 def range_of(name: str) -> tuple[float, float]:
     """Return the smallest and the largest value that a figure can have, by the last part of its name."""
-    figure = name.rpartition(".")[2].removeprefix(REGRESSION)
+    figure = name.rpartition(".")[2].removeprefix(REGRESSION).removeprefix(TEST)
     if figure.startswith("acc"):
         return 0.0, 1.0
     if figure in FIGURES and FIGURES[figure].kind == "percent":
@@ -139,8 +146,8 @@ def range_of(name: str) -> tuple[float, float]:
 
 
 def in_order(names: set[str]) -> list[str]:
-    """Sort names of figures as in the report's table: known figures, those of general prompts, others."""
-    known = [*FIGURES, *(f"{REGRESSION}{name}" for name in FIGURES)]
+    """Sort names of figures as in the report's table: known figures, those of test rows and general prompts, others."""
+    known = [*FIGURES, *(f"{prefix}{name}" for prefix in (TEST, REGRESSION) for name in FIGURES)]
     return [name for name in known if name in names] + sorted(names.difference(known))
 
 
@@ -175,6 +182,9 @@ def _names_of_model(section: EvaluateSection, model: str) -> list[str]:
     names = [*LIKELIHOOD, *kl, "size_mb"]
     if model in ANSWERING:
         names += [*figure_names(section.task), STOP_RATE]
+    if section.test is not None:
+        names += [f"{TEST}{name}" for name in ("loss", *kl)]
+        names += [f"{TEST}{name}" for name in (*figure_names(section.task), STOP_RATE) if model in ANSWERING]
     general = section.regression
     if general.path is not None:
         names += [f"{REGRESSION}{name}" for name in ("loss", *kl)]

@@ -1209,6 +1209,13 @@ class EvaluateSection(Section):
     max_new_tokens: Annotated[
         Positive, Field(description="Tokens of the longest answer; more than the longest reference has.")
     ]
+    test: Annotated[
+        OwnFile | None,
+        Field(
+            description="File of rows in tasks/ that no one looks at while developing, scored like the held-out rows; "
+            "null = none."
+        ),
+    ]
     regression: Annotated[
         RegressionSection,
         Field(description="General prompts, on which the training must not make the model worse."),

@@ -13,16 +13,18 @@ from pathlib import Path
 from sft.export.quantization import NOT_FOR_IMAGES, check_experts, check_layers_fit, pick_device
 from sft.models.checkpoint import empty_model, is_image_model, load_tokenizer
 from stages.checkout.paths import Paths, main_checkout
-from stages.evaluation.rows import read_prompts, read_records, render_records
+from stages.evaluation.rows import KEYS, read_prompts, read_records, render_records, test_rows
 from stages.loading.preflight import inspect_data
 from stages.models.base import read_base_model
 from stages.models.resolve import check_named
+from stages.params.figures import REGRESSION, TEST
 from stages.params.schema import LmEvalSection, Params, QuantizeSection
 from stages.params.tasks import load_tasks
 from stages.preflight.checkpoint import base_folder, read_outline
 from stages.preflight.findings import Located, Problem, from_error, locate
 from stages.preflight.machine import check_machine, this_machine
 from stages.preflight.model import check_model_values
+from stages.preflight.recipe import check_recipe
 from stages.preflight.services import check_services, check_tracking
 
 
@@ -88,10 +90,12 @@ def find_problems(params: Params, paths: Paths) -> Iterator[Problem]:
         ("model.name_or_path", lambda: check_named(params.model, paths.root)),
         ("model", lambda: check_model_values(params, paths, outline)),
         ("train", lambda: check_machine(params, paths.root, outline, this_machine())),
+        ("train.learning_rate", lambda: check_recipe(params.train, outline.config if outline else {})),
         ("quantize.method", experts),
         ("load.sources", data),
         ("evaluate.task", lambda: load_tasks(params.evaluate.task, paths.root)),
         ("evaluate.regression", lambda: read_records(params.evaluate.regression, paths.root)),
+        ("evaluate.test", lambda: read_records(test_rows(params.evaluate), paths.root, KEYS[TEST])),
         ("evaluate.lm_eval", lambda: _check_lm_eval(params.evaluate.lm_eval)),
         ("publish.tracking_uri", lambda: check_tracking(params.publish, home)),
         ("publish", lambda: check_services(params, home, folder)),
@@ -143,10 +147,11 @@ def check_later_stages(params: Params, paths: Paths) -> None:
     from stages.evaluation.lm_eval import load_harness  # imports torch, which `check` does without
 
     load_harness(params.evaluate.lm_eval, paths.root)
-    general = params.evaluate.regression
-    if general.path is not None:
-        tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
-        render_records(read_records(general, paths.root), general, tokenizer, paths.root)
+    for prefix, rows in ((REGRESSION, params.evaluate.regression), (TEST, test_rows(params.evaluate))):
+        if rows.path is not None:
+            tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
+            records = read_records(rows, paths.root, KEYS[prefix])
+            render_records(records, rows, tokenizer, paths.root, KEYS[prefix])
 
 
 def check_experts_quantizable(section: QuantizeSection, folder: Path) -> None:

@@ -25,7 +25,9 @@ from transformers.trainer_callback import PrinterCallback
 from sft.models.adapters import ParameterCount, count_parameters
 from sft.train.trainer import SFTTrainer
 from stages.checkout.paths import Paths
+from stages.models.base import read_base_model
 from stages.params.schema import Params, TrainSection
+from stages.preflight.recipe import check_recipe
 from stages.tools.freshness import warn_if_stale
 from stages.training.adapter import make_peft_config
 from stages.training.setup import load_base, make_sft_config
@@ -98,10 +100,13 @@ def run(params: Params, paths: Paths, *, as_json: bool = False) -> None:
     # the trainer prints to standard output, too
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         found = measure(params, paths, train, held_out)
+    folder = Path(read_base_model(paths.out("load", "base_model.json")).path)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    advice = [f"{one.key}: {one.text}" for one in check_recipe(params.train, config)]
     if as_json:
-        print(json.dumps(as_values(work, found, params.train), indent=2))
+        print(json.dumps({**as_values(work, found, params.train), "advice": advice}, indent=2))
     else:
-        print("\n".join(report(work, found, params.train)))
+        print("\n".join([*report(work, found, params.train), *(f"advice: {text}" for text in advice)]))
 
 
 def count_work(train: Dataset, held_out: Dataset, section: TrainSection) -> Work:

@@ -43,7 +43,7 @@ class DataRoot:
     def params(self, load: dict[str, Any] | None = None, format: dict[str, Any] | None = None) -> Params:
         """The shipped parameters with other values for load and format; eval rows are a fraction unless given."""
         values = load_params(ROOT / "params.yaml").model_dump()
-        values["evaluate"]["regression"]["path"] = None
+        values["evaluate"]["test"] = values["evaluate"]["regression"]["path"] = None
         values["model"]["name_or_path"] = str(self.model)
         checks = values["load"]["checks"] | (load or {}).get("checks", {})
         values["load"]["rehearsal"] = None

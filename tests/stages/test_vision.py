@@ -49,6 +49,7 @@ def make_params(root: Path, **changes: dict[str, Any]) -> Params:
     values["train"] |= {"eval_steps": 3, "save_steps": 3, "per_device_train_batch_size": 2}
     values["quantize"] |= {"method": "int8", "num_calibration_rows": 2, "calibration_length": 64}
     values["evaluate"] |= {"task": "text", "num_rows": 3, "max_new_tokens": 4, "gate": ["tuned.loss <= base.loss"]}
+    values["evaluate"] |= {"test": None}
     values["evaluate"]["regression"]["path"] = None
     for section, change in changes.items():
         values[section] |= change

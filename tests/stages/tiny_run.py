@@ -53,6 +53,7 @@ def tiny_params(**overrides: dict[str, Any]) -> Params:
     values["model"] |= {"name_or_path": "models/base"}
     values["quantize"] |= {"group_size": 32, "num_calibration_rows": 4, "calibration_length": 32}
     values["evaluate"] |= {"max_new_tokens": 4, "batch_size": 2, "gate": GATE, "gate_needs": "value"}
+    values["evaluate"] |= {"test": None}
     values["evaluate"]["regression"] |= {"path": None}
     for section, changes in overrides.items():
         values[section] |= changes

@@ -84,7 +84,7 @@ def set_params(root: Path, launch: dict[str, Any] | None = None, **train: Any) -
     values["train"] |= {**SHORT, **train}
     values["train"]["launch"] |= launch or {}
     values["evaluate"]["gate"] = ["tuned.loss <= base.loss"]
-    values["evaluate"]["regression"]["path"] = None
+    values["evaluate"]["test"] = values["evaluate"]["regression"]["path"] = None
     values["quantize"]["method"] = "none"
     with (root / "params.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(values, file)

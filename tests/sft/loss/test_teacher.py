@@ -6,9 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sft.batches.collator import DataCollatorForSFT
+from sft.batches.layout import batch_layout, document_layout
+from sft.labels import TEACHER_ROWS
 from sft.loss import cross_entropy
 from sft.loss.cross_entropy import Head, LossOptions, cross_entropy_sums, linear_cross_entropy_sums
+from sft.loss.supervised import supervised_loss
 from sft.loss.teacher import SoftTargets, Teacher
+from tests.tiny import tiny_model
 
 ROWS, VOCAB, WIDTH, KEPT = 23, 57, 8, 5
 SOFT_ROWS = torch.tensor([2, 3, 11, 22])
@@ -82,3 +87,34 @@ def test_only_targets_with_a_number_have_a_distribution() -> None:
 def test_a_teacher_has_no_more_than_the_complete_loss() -> None:
     with pytest.raises(ValueError, match=r"from 0 to 1, found 1\.5"):
         Teacher(torch.zeros(1, 1), torch.ones(1, 1), 1.5)
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("share_tokens", [False, True])
+def test_a_model_that_is_drawn_towards_itself_gets_no_gradient(*, share_tokens: bool) -> None:
+    model = tiny_model()
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9, 5, 6, 7, 30, 31, 32], "seq_lengths": [5, 6], TEACHER_ROWS: [-1] * 11},
+        {"input_ids": [5, 6, 7, 40, 41], "seq_lengths": [5], TEACHER_ROWS: [-1] * 5},
+    ]
+    tokens, probabilities = [], []
+    for row in rows:
+        start = 0
+        for length in row["seq_lengths"]:
+            document = torch.tensor([row["input_ids"][start : start + length]])
+            likeliest = model(document).logits[0].softmax(-1).topk(20)
+            for position in range(1, length):
+                row[TEACHER_ROWS][start + position] = len(tokens)
+                tokens.append(likeliest.indices[position - 1])
+                probabilities.append(likeliest.values[position - 1].detach())
+            start += length
+    teacher = Teacher(torch.stack(tokens).int(), torch.stack(probabilities), 1.0)
+    batch = DataCollatorForSFT(pad_token_id=3, share_tokens=share_tokens)(rows)
+    assert ("computed" in batch) == share_tokens
+    norms = {}
+    for name, given in (("towards itself", teacher), ("its tokens", None)):
+        model.zero_grad()
+        with document_layout(batch_layout(batch)):
+            supervised_loss(model, batch, teacher=given).loss.backward()
+        norms[name] = float(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None) ** 0.5)
+    assert norms["towards itself"] < 1e-3 * norms["its tokens"]

@@ -12,12 +12,14 @@ from stages import evaluate
 from stages.checkout.artifacts import read_json, read_jsonl
 from stages.checkout.paths import Paths
 from stages.evaluation.rows import read_records
+from stages.pages.forgotten import forgotten
 from stages.params.figures import metric_names
 from stages.params.schema import RegressionSection, load_params
 from stages.tools.check import check_later_stages
 from tests.stages.tiny_run import REPO, tiny_params, write_tiny_run
 
 ROWS = [{"question": "What is the capital of France?", "answer": "Paris"}, {"question": "2?", "answer": "two"}]
+TEST_ROWS = [{"question": "Never seen?", "answer": "{}"}, {"question": "Nor this?", "answer": "[1]"}]
 GENERAL = {"path": "tasks/general.jsonl", "task": "text", "max_new_tokens": 3}
 GATE = ["tuned.regression_loss <= 10 * base.regression_loss", "tuned.regression_exact_match >= 0.5"]
 
@@ -32,14 +34,15 @@ def write_rows(root: Path, rows: list[dict[str, Any]], name: str = "general.json
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Paths, str]:
     paths = write_tiny_run(tmp_path_factory.mktemp("regression"))
     write_rows(paths.root, ROWS)
-    evaluate.run(tiny_params(evaluate={"regression": GENERAL, "gate": GATE}), paths)
+    write_rows(paths.root, TEST_ROWS, "test.jsonl")
+    evaluate.run(tiny_params(evaluate={"regression": GENERAL, "gate": GATE, "test": "tasks/test.jsonl"}), paths)
     return paths, paths.report.read_text(encoding="utf-8")
 
 
 def test_every_model_has_figures_on_general_prompts_and_on_held_out_rows(finished: tuple[Paths, str]) -> None:
     results = read_json(finished[0].out("evaluate", "results.json"))
     found = {f"{m}.{name}" for m, figures in results["models"].items() for name in figures}
-    section = tiny_params(evaluate={"regression": GENERAL}).evaluate
+    section = tiny_params(evaluate={"regression": GENERAL, "test": "tasks/test.jsonl"}).evaluate
     assert found == metric_names(section, with_quantized=False)
     assert {name for name in found if "regression_" in name and name.startswith("tuned")} == {
         "tuned.regression_loss",
@@ -63,6 +66,40 @@ def test_general_prompts_have_intervals_paired_tests_and_conditions(finished: tu
     difference = models["tuned"]["regression_loss"] - models["base"]["regression_loss"]
     assert test["difference"] == pytest.approx(difference, abs=1e-5)
     assert [row["passed"] for row in results["gate"]] == [True, False]
+
+
+def test_test_rows_have_the_figures_of_the_held_out_rows_and_no_page_shows_their_answers(
+    finished: tuple[Paths, str],
+) -> None:
+    paths, page = finished
+    results = read_json(paths.out("evaluate", "results.json"))
+    tuned, names = results["models"]["tuned"], ["exact_match", "json_valid", "field_f1", "loss", "stop_rate"]
+    assert results["num_test"] == 2
+    assert {f"test_{name}" for name in names} <= tuned.keys()
+    assert tuned["test_loss"] not in (tuned["loss"], tuned["regression_loss"])
+    assert "test_exact_match" in results["comparisons"][0]["figures"]
+    assert [row["id"] for row in read_jsonl(paths.out("evaluate", "test.jsonl"))] == ["test.jsonl:1", "test.jsonl:2"]
+    documents = list(read_jsonl(paths.out("evaluate", "documents.jsonl")))
+    assert sum(row.get("test", False) for row in documents) == 2
+    assert "Test rows: exact match" in page
+    assert "Never seen?" not in page
+
+
+def test_what_was_forgotten_is_shown_worst_first() -> None:
+    def row(prompt: str, before: float, after: float) -> dict[str, Any]:
+        answers = {
+            name: {"text": f"{name} to {prompt}", "scores": {"exact_match": 0.0, "word_f1": score}}
+            for name, score in (("base", before), ("tuned", after))
+        }
+        return {"prompt": f"<user>\n{prompt}\n</user>", "reference": "Yes.", "answers": answers}
+
+    found = forgotten([row("kept", 0.5, 0.5), row("lost", 1.0, 0.0), row("gained", 0.0, 0.5), row("worse", 0.5, 0.25)])
+    assert found is not None
+    assert [shown["prompt"] for shown in found["rows"]] == ["lost", "worse", "kept", "gained"]
+    assert found["rows"][0]["before"] == "base to lost"
+    assert found["label"] == "Word F1"
+    assert (found["num_worse"], found["num_same"], found["num_better"]) == (2, 1, 1)
+    assert forgotten([]) is None
 
 
 def test_answers_to_general_prompts_are_kept_and_shown(finished: tuple[Paths, str]) -> None:

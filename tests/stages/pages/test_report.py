@@ -30,6 +30,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
         "figures": ["exact_match"],
         "num_prompts": 2,
         "num_general": 0,
+        "num_test": 0,
         "lm_eval": {},
         "max_new_tokens": 8,
         "models": {
