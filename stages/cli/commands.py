@@ -141,8 +141,21 @@ TOOLS: dict[str, Entry] = {
     "estimate": Entry(
         "estimate time and memory of the training from a few steps",
         "stages.tools.estimate",
-        (JSON,),
-        ("sft estimate", "sft estimate --set train.per_device_train_batch_size=4"),
+        (
+            _option(
+                "--offline",
+                is_flag=True,
+                default=None,
+                help="Compute it from the shape of the base model alone: no weights, no data, no GPU.",
+            ),
+            _option("--gpu", metavar="NAME", help="With --offline: l4, rtx4090, a100, h100 (default) or h200."),
+            JSON,
+        ),
+        (
+            "sft estimate",
+            "sft estimate --set train.per_device_train_batch_size=4",
+            "sft estimate --offline --gpu a100",
+        ),
     ),
     "summary": Entry(
         "show the figures of the last run and where its files are",
@@ -233,6 +246,14 @@ TOOLS["import"] = Entry(
     ),
     "Prints what became of each key of the source: the same effect, the nearest value with the difference, not "
     "supported with the reason, or irrelevant. Keys that the file does not state get the other project's default.",
+    reads_params=False,
+)
+
+TOOLS["recipes"] = Entry(
+    "list the recipes for named models, or show one as a params.yaml",
+    "stages.recipes.listing",
+    (click.Argument(["recipe"], required=False, metavar="[NAME]"), JSON),
+    ("sft recipes", "sft recipes qwen3.5-4b-tools > params.yaml"),
     reads_params=False,
 )
 

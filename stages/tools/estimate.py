@@ -28,6 +28,8 @@ from stages.checkout.paths import Paths
 from stages.models.base import read_base_model
 from stages.params.schema import Params, TrainSection
 from stages.preflight.recipe import check_recipe
+from stages.recipes.offline import GPUS, estimate, gpu_of, shape_of
+from stages.recipes.offline import report as offline_report
 from stages.tools.freshness import warn_if_stale
 from stages.training.adapter import make_peft_config
 from stages.training.setup import load_base, make_sft_config
@@ -80,17 +82,24 @@ class Probe:
     peak: int
 
 
-def run(params: Params, paths: Paths, *, as_json: bool = False) -> None:
+def run(params: Params, paths: Paths, *, as_json: bool = False, offline: bool = False, gpu: str | None = None) -> None:
     """Print the estimate, from the outs of `load`, `format` and `pack`; nothing is written.
 
     Args:
         params: Values of params.yaml.
         paths: Paths of the checkout.
         as_json: Whether to print JSON.
+        offline: Whether to compute it from the shape of the base model alone.
+        gpu: Name of the GPU for that.
 
     Raises:
-        ValueError: `pack` has not run here yet.
+        ValueError: `pack` has not run here yet; or offline, the base model's shape or the GPU is not known.
     """
+    if offline:
+        print_offline(params, paths, gpu_of(gpu or "h100"), as_json=as_json)
+        return
+    if gpu is not None:
+        raise ValueError("--gpu is for --offline; otherwise steps are measured on this machine")
     if not paths.out("pack", "train").exists():
         raise ValueError(f"{paths.out('pack', 'train')} is missing: type `sft pack` first")
     train, held_out = (load_from_disk(str(paths.out("pack", split))) for split in ("train", "eval"))
@@ -107,6 +116,21 @@ def run(params: Params, paths: Paths, *, as_json: bool = False) -> None:
         print(json.dumps({**as_values(work, found, params.train), "advice": advice}, indent=2))
     else:
         print("\n".join([*report(work, found, params.train), *(f"advice: {text}" for text in advice)]))
+
+
+def print_offline(params: Params, paths: Paths, gpu: str, *, as_json: bool) -> None:
+    """Print the estimate by the shape of the base model."""
+    found = estimate(params.model_dump(), shape_of(params.model.name_or_path, paths.root))
+    if as_json:
+        values = {
+            "memory_gb": {"peak": found.peak, **found.memory},
+            "trained_parameters": found.trained,
+            "tokens_per_step": found.tokens_per_step,
+            "seconds_per_million_tokens": {name: found.seconds(1e6, name) for name in GPUS},
+        }
+        print(json.dumps(values, indent=2))
+    else:
+        print("\n".join(offline_report(params.model.name_or_path, found, gpu)))
 
 
 def count_work(train: Dataset, held_out: Dataset, section: TrainSection) -> Work:

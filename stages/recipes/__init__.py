@@ -1,0 +1,1 @@
+"""Recipes: small overlays of params.yaml for named models and tasks, and what a training of them needs."""
