@@ -140,7 +140,7 @@ def rows_sentence(card: Mapping[str, Any]) -> str:
         f"{card['num_dropped']:,} left out",
     ]
     if card["num_omitted"]:
-        parts.append(f"{card['num_omitted']:,} not taken, as max_rows and weight say")
+        parts.append(f"{card['num_omitted']:,} not taken (max_rows, weight, or an unfinished answer of the rehearsal)")
     if card["num_repeated"]:
         parts.append(f"{card['num_repeated']:,} of the training rows are repetitions by weight")
     return f"{card['num_rows_in']:,} rows were read: {', '.join(parts)}."

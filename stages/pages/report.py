@@ -267,11 +267,19 @@ def data_facts(paths: Paths) -> dict[str, Any]:
         "summary": (
             f"{rows_sentence(card)} "
             f"The training rows are {documents} documents of {tokens} tokens, {trained} of them trained, "
-            f"packed into {rows} rows that are {percent(packed['fill'])} full."
+            f"packed into {rows} rows that are {percent(packed['fill'])} full.{rehearsal_sentence(packed)}"
         ),
         "sources": card["sources"],
         "ledger": ledger_summary(paths),
     }
+
+
+def rehearsal_sentence(packed: Mapping[str, Any]) -> str:
+    """Return a sentence on the answers of the base model among the training rows; empty if there are none."""
+    if "rehearsal_documents" not in packed:
+        return ""
+    documents, share = packed["rehearsal_documents"], percent(packed["rehearsal_share"])
+    return f" In {documents:,} of the documents the base model answers general prompts: {share} of the trained tokens."
 
 
 def as_text(value: Any) -> str:

@@ -15,6 +15,7 @@ from sft.models.checkpoint import empty_model, is_image_model, load_tokenizer
 from stages.checkout.paths import Paths, main_checkout
 from stages.evaluation.rows import KEYS, read_prompts, read_records, render_records, test_rows
 from stages.loading.preflight import inspect_data
+from stages.loading.rehearsal import read_asked
 from stages.models.base import read_base_model
 from stages.models.resolve import check_named
 from stages.params.figures import REGRESSION, TEST
@@ -93,6 +94,7 @@ def find_problems(params: Params, paths: Paths) -> Iterator[Problem]:
         ("train.learning_rate", lambda: check_recipe(params.train, outline.config if outline else {})),
         ("quantize.method", experts),
         ("load.sources", data),
+        ("load.rehearsal", lambda: params.load.rehearsal and read_asked(params.load.rehearsal, paths)),
         ("evaluate.task", lambda: load_tasks(params.evaluate.task, paths.root)),
         ("evaluate.regression", lambda: read_records(params.evaluate.regression, paths.root)),
         ("evaluate.test", lambda: read_records(test_rows(params.evaluate), paths.root, KEYS[TEST])),

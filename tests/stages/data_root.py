@@ -44,6 +44,7 @@ class DataRoot:
         """The shipped parameters with other values for load and format; eval rows are a fraction unless given."""
         values = load_params(ROOT / "params.yaml").model_dump()
         values["evaluate"]["test"] = values["evaluate"]["regression"]["path"] = None
+        values["evaluate"]["gate"] = ["tuned.exact_match >= 0.8"]
         values["model"]["name_or_path"] = str(self.model)
         checks = values["load"]["checks"] | (load or {}).get("checks", {})
         values["load"]["rehearsal"] = None
