@@ -49,7 +49,7 @@ def basics_model(current: Mapping[str, Any]) -> type[Partial]:
                 continue
             annotation, value = str, value[0].get("path")
             description = "File, folder or pattern with the training rows. `load.sources[0].path`"
-        limits = Field(default=None, title=name, description=description, json_schema_extra={"default": value})
+        limits: Any = Field(default=None, title=name, description=description, json_schema_extra={"default": value})
         fields[name] = (annotation, limits.merge_field_infos(field, limits) if place != SOURCES else limits)
     return create_model("Basics", __base__=Partial, __doc__="The values that are changed most often.", **fields)
 
