@@ -83,6 +83,9 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 UNFIT = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, StrictDataclassError)
 """Errors of transformers' code for values in config.json of another type or size than it expects."""
 
+UNFIT_SIZE = re.compile("negative dimension|non-negative")
+"""What torch's RuntimeError says of sizes in config.json that no tensor can have."""
+
 
 def load_model(
     name_or_path: str | Path,
@@ -151,7 +154,9 @@ def load_model(
     except SafetensorError as error:
         check_weight_files(Path(name_or_path))  # raises an error that names the file, if this is a folder
         raise CheckpointError(f"A weight file of {str(name_or_path)!r} is damaged: {error}. {WAY_OUT}") from error
-    except UNFIT as error:
+    except (*UNFIT, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not UNFIT_SIZE.search(str(error)):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise CheckpointError(
             f"No model can be made of the config.json of {str(name_or_path)!r}: {reason}. {WAY_OUT}"

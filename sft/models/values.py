@@ -97,7 +97,8 @@ def check_adapter_config(folder: Path, config: Any, module_names: Iterable[str],
         shapes: Shapes of the weights in the adapter's file.
 
     Raises:
-        CheckpointError: An expression takes too long, or can't be compiled; or a rank is larger than any weight.
+        CheckpointError: An expression takes too long, or can't be compiled; a pattern option is not a map; or a rank is
+            larger than any weight.
     """
     names = list(module_names)
     patterns: dict[str, tuple[str, str]] = {}
@@ -105,7 +106,13 @@ def check_adapter_config(folder: Path, config: Any, module_names: Iterable[str],
         if isinstance(value := getattr(config, option, None), str):
             patterns[option] = (value, value)
     for option in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, option, None) or {}:
+        values = getattr(config, option, None) or {}
+        if not isinstance(values, dict):
+            raise CheckpointError(
+                f"The adapter in {folder} can't be used: {option} is {values!r:.80} in its adapter_config.json, and "
+                "must map patterns of module names to numbers. Copy the adapter again."
+            )
+        for key in values:
             patterns[f"{option} {key!r:.60}"] = (str(key), rf"(.*\.)?({key})$")  # as peft matches it
     for option, (shown, pattern) in patterns.items():
         try:

@@ -212,6 +212,11 @@ def changed_config(folder: Path, target: Path, **values: Any) -> Path:
     return target
 
 
+def test_a_size_that_no_tensor_can_have_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"No model can be made of the config\.json.*negative dimension"):
+        load_model(changed_config(folder, tmp_path, head_dim=-4))
+
+
 def test_layers_that_the_checkpoint_lacks_are_refused(folder: Path, tmp_path: Path) -> None:
     place = changed_config(folder, tmp_path, num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"lacks 9 weights .*random: model\.layers\.2\..*save_pretrained") as caught:

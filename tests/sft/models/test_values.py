@@ -110,6 +110,13 @@ def test_a_rank_that_would_fill_the_memory_is_refused(adapter: Path) -> None:
         load_adapter(tiny_model(), adapter)
 
 
+@pytest.mark.parametrize("value", [1.5, "q_proj"])
+def test_a_pattern_option_that_is_no_map_is_refused(adapter: Path, value: object) -> None:
+    change_config(adapter, rank_pattern=value)
+    with pytest.raises(CheckpointError, match=f"rank_pattern is {value!r} in its adapter_config.json, and must map"):
+        load_adapter(tiny_model(), adapter)
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]", '"x"'], ids=["deep", "open", "list", "text"])
 def test_a_damaged_configuration_of_an_adapter_is_a_message(adapter: Path, text: str) -> None:
     (adapter / "adapter_config.json").write_text(text, encoding="utf-8")
