@@ -26,7 +26,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup repro test test-long test-numerics test-gpu audit lint docs ui pipeline bench bench-prepare bench-failures clean
+.PHONY: help setup repro test test-long test-numerics test-gpu audit lint docs ui pipeline dist bench bench-prepare bench-failures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,8 +39,9 @@ $(READY): requirements.lock requirements.hashes
 	@echo "installing requirements.lock into $(VENV) (about a minute the first time; log: $(VENV)/setup.log)"
 	@$(RUN)/python .ci/install.py $(EXTRAS) > $(VENV)/setup.log 2>&1 \
 		|| { grep -i error $(VENV)/setup.log | tail -n 5; echo "error: set-up failed; see $(VENV)/setup.log, fix it and type the command again"; exit 1; }
-	@$(RUN)/python -m pip install --quiet --no-deps --editable . >> $(VENV)/setup.log 2>&1 \
+	@$(RUN)/python -m pip install --quiet --no-deps --no-build-isolation --editable . >> $(VENV)/setup.log 2>&1 \
 		|| echo "note: the command sft was not installed (see $(VENV)/setup.log); \`$(VENV)/bin/python -m stages\` is the same"
+	@$(RUN)/python -m stages schema > params.schema.json || true
 	@touch $@
 
 repro: $(READY) ## run the pipeline: what is up to date is not run again; SET="train.lora_r=8 ..." writes values first
@@ -82,6 +83,11 @@ pipeline: $(READY) ## the same pipeline as a Prefect flow, in this terminal
 
 ui: $(READY) ## Prefect and MLflow pages on loopback, with the pipeline ready to start
 	@$(RUN)/python -m flows.ui
+
+dist: $(READY) ## the wheel and the source archive in dist/, checked by twine
+	@rm -rf dist && $(RUN)/python -m pip install --quiet build twine
+	@$(RUN)/python -m build --no-isolation --outdir dist .
+	@$(RUN)/twine check --strict dist/*
 
 bench: $(READY) benchmarks/.venv-trl/bin/python ## training speed and memory side by side with trl (some 20 minutes)
 	@$(RUN)/python benchmarks/train_speed.py

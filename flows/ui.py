@@ -165,14 +165,14 @@ def _runs_page(mlflow_link: str, experiment: str) -> str:
 
 
 def variables(root: Path) -> dict[str, str]:
-    """Return the environment variables by which the commands `prefect` and `mlflow` use the servers of `make ui`.
+    """Return the environment variables by which the commands `prefect` and `mlflow` use the servers of `sft ui`.
 
     Raises:
         ServerFailed: The pages of this checkout are not being served.
     """
     pages = UiLock(root).holder()
     if "api_url" not in pages:
-        raise ServerFailed("the pages of this checkout are not being served; type `make ui` in another terminal first")
+        raise ServerFailed("the pages of this checkout are not being served; type `sft ui` in another terminal first")
     found = {"PREFECT_API_URL": pages["api_url"], "PREFECT_API_AUTH_STRING": pages["credential"]}
     if pages["mlflow"]:
         address, key = pages["mlflow"].rstrip("/").rsplit("/", 1)

@@ -19,7 +19,7 @@ import click
 from stages.checkout.full_disk import explain_full_disk, is_full_disk
 from stages.checkout.paths import Paths
 from stages.checkout.redaction import RedactedStream, redact
-from stages.cli.commands import STAGES, TOOLS, command_line
+from stages.cli.commands import PROJECT, STAGES, TOOLS, command_line
 from stages.cli.group import describe_usage_error
 from stages.launch.log_noise import reduce_log_noise
 from stages.launch.stopping import SavedAndStopped, Stopped, heed_signals, stoppable, tie_to_parent
@@ -76,9 +76,9 @@ def start(*, through_dvc: bool) -> int:
 
 
 def run_command(
-    name: str, *, root: Path, assignments: tuple[str, ...] = (), alone: bool | None = None, **options: Any
+    name: str, *, root: Path = Path(), assignments: tuple[str, ...] = (), alone: bool | None = None, **options: Any
 ) -> int:
-    """Run a stage or a tool.
+    """Run a stage, a tool or a command of projects.
 
     Args:
         name: Its name.
@@ -96,14 +96,15 @@ def run_command(
         return run_launched(name, root, paths)
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     options = {key: value for key, value in options.items() if value is not None}
-    module, entry = home(name), (TOOLS | STAGES)[name]
+    module, entry = home(name), (TOOLS | STAGES | PROJECT)[name]
     if name in STAGES and click.get_current_context().find_root().info_name == "sft" and not alone:
         module, options = home("repro"), {"stages": [name], **options}
     elif name in STAGES and "force" in options:
         return fail(ValueError("--force: a stage alone runs always; leave out --force or --alone"), EXIT_USAGE)
     try:
         if not entry.reads_params:
-            return importlib.import_module(module).run(paths, **options) or 0
+            values = {"assignments": assignments} if assignments else {}
+            return importlib.import_module(module).run(paths, **values, **options) or 0
         if module == home("repro"):  # it writes the values after it has checked them
             return importlib.import_module(module).run(paths, assignments=assignments, **options) or 0
         from stages.params.assignments import load_with_assignments, write_assignments
@@ -143,8 +144,8 @@ def run_flow(name: str, arguments: tuple[str, ...]) -> int:
 
 
 def home(name: str) -> str:
-    """Return the name of the module that runs a stage or a tool."""
-    return (TOOLS | STAGES)[name].home
+    """Return the name of the module that runs a stage, a tool or a command of projects."""
+    return (TOOLS | STAGES | PROJECT)[name].home
 
 
 def run_launched(name: str, root: Path, paths: Paths) -> int:

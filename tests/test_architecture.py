@@ -35,6 +35,7 @@ PLUMBING = {
     "stages",
     "stages.__main__",
     "stages.tools.check",
+    "stages.checkout.code",
     "stages.params.schema",
     "stages.checkout.paths",
     "stages.progress",

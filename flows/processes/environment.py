@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-import flows
+from stages.checkout.code import CODE
 
-ROOT = Path(flows.__file__).resolve().parent.parent
+ROOT = Path.cwd().resolve() if Path("prefect.yaml").is_file() and Path("params.yaml").is_file() else CODE
+"""The project in which this process was started, else the checkout with this code."""
 
 QUIET = {
     "DO_NOT_TRACK": "1",

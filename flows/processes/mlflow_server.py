@@ -16,7 +16,7 @@ from flows.processes.servers import HOST
 from stages.access.guard import KeyRequired, OwnOriginOnly
 
 KEY, STORE = "SFT_MLFLOW_API_KEY", "SFT_MLFLOW_STORE"
-WAY_OUT = "open the link that `make ui` printed when it was last started"
+WAY_OUT = "open the link that `sft ui` printed when it was last started"
 
 
 def main(argv: list[str]) -> int:

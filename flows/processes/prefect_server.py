@@ -35,7 +35,7 @@ fetch("api/admin/version", {headers: {Authorization: "Basic " + credential}}).th
   location.replace(page);
 }).catch(() => {
   document.getElementById("said").textContent =
-    "This link is not valid (any more). Open the link that `make ui` printed when it was last started.";
+    "This link is not valid (any more). Open the link that `sft ui` printed when it was last started.";
 });
 </script>"""
 

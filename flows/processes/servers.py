@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from flows.processes.environment import ROOT, child_environment, open_private
+from flows.processes.environment import child_environment, open_private
 from flows.processes.supervised import end_supervised, start_supervised
 from stages.access.guard import new_key
+from stages.checkout.code import CODE
 from stages.checkout.redaction import redact
 
 HOST = "127.0.0.1"
@@ -165,9 +166,18 @@ def prefect_variables(url: str, credential: str) -> dict[str, str]:
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": url,
         # of the same origin also where a tunnel leads to the page
         "PREFECT_UI_API_URL": "/api",
-        # the server is a module of this package, and a flow's entrypoint is a file that imports it
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        **_python_path(),
     }
+
+
+def _python_path() -> dict[str, str]:
+    """Return the variable by which children find a checkout's code: a flow's entrypoint is a file that imports it.
+
+    An installed package is found without it; in front of Python's own modules, its neighbours could hide them.
+    """
+    if CODE.name in ("site-packages", "dist-packages"):
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))}
 
 
 def prefect_server_command(port: int) -> list[str]:

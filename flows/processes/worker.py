@@ -66,7 +66,7 @@ def find_entrypoint(root: Path, asked: DeploymentResponse | None, run: FlowRun) 
     entrypoints = read_entrypoints(root).get(asked.name)
     if entrypoints is None:
         raise RunRefusedByWorker(
-            f"{root / 'prefect.yaml'} has no deployment {asked.name!r}; add it there and start `make ui` again"
+            f"{root / 'prefect.yaml'} has no deployment {asked.name!r}; add it there and start `sft ui` again"
         )
     differing = {
         "entrypoint": asked.entrypoint if asked.entrypoint not in entrypoints else None,
@@ -78,7 +78,7 @@ def find_entrypoint(root: Path, asked: DeploymentResponse | None, run: FlowRun) 
     if more:
         raise RunRefusedByWorker(
             f"the deployment {asked.name!r} or the run asks for {more}, which {root / 'prefect.yaml'} does not; "
-            "start `make ui` again, which deploys it anew, and leave the run's job variables empty"
+            "start `sft ui` again, which deploys it anew, and leave the run's job variables empty"
         )
     return str(asked.entrypoint)
 

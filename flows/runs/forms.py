@@ -45,7 +45,8 @@ StageName = Annotated[str | None, _StageChoice()]
 
 def stage_names(root: Path) -> list[str]:
     """Return the names of the stages in dvc.yaml; none if it can't be read."""
-    return list(read_mapping(root / "dvc.yaml").get("stages", {}))
+    found = read_mapping(root / "dvc.yaml").get("stages", {})
+    return [name for name, stage in found.items() if not stage.get("always_changed")]
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -97,14 +97,19 @@ def read_plan(root: Path) -> Plan:
     try:
         with Repo(str(root)) as repo:
             graph = repo.index.graph
-            stages = [stage for stage in plan_repro(graph) if isinstance(stage, PipelineStage)]
+            stages = [stage for stage in plan_repro(graph) if _is_planned(stage)]
             return Plan(tuple(_planned(stage, list(graph.successors(stage)), root) for stage in stages))
     except DvcException as error:
         raise RunRefused(f"{root}: {' '.join(str(error).split())}") from error
 
 
+def _is_planned(stage: Stage) -> bool:
+    """Return whether a run has the stage; it has not the one that writes digests, which `prepare_run` does itself."""
+    return isinstance(stage, PipelineStage) and not stage.always_changed
+
+
 def _planned(stage: PipelineStage, upstream: list[Stage], root: Path) -> PlannedStage:
-    made = [Path(out.fs_path) for other in upstream if isinstance(other, PipelineStage) for out in other.outs]
+    made = [Path(out.fs_path) for other in upstream if _is_planned(other) for out in other.outs]
     params: list[str] = []
     sources: list[str] = []
     for dependency in stage.deps:
@@ -114,5 +119,5 @@ def _planned(stage: PipelineStage, upstream: list[Stage], root: Path) -> Planned
             params.extend(dependency.params or [stage.name])
         elif not any(path == out or out in path.parents for out in made):
             sources.append(str(path.relative_to(root)) if path.is_relative_to(root) else str(path))
-    names = frozenset(other.name for other in upstream if isinstance(other, PipelineStage))
+    names = frozenset(other.name for other in upstream if isinstance(other, PipelineStage) and _is_planned(other))
     return PlannedStage(stage.name, names, tuple(params), tuple(sources))

@@ -18,6 +18,7 @@ from flows.processes.environment import child_environment
 from flows.processes.supervised import run_supervised
 from flows.runs.graph import Plan, RunRefused
 from flows.runs.recorded import present_inputs
+from stages.checkout.code import write_code_digests
 from stages.checkout.worktree import WorktreeError, dvc_cache, git, locked_worktree, use_dvc_cache
 
 
@@ -45,6 +46,7 @@ def isolated_checkout(root: Path, name: str, params_text: str, plan: Plan, given
             lock = root / "dvc.lock"
             if lock.exists():
                 shutil.copyfile(lock, path / "dvc.lock")
+            write_code_digests(path)
             _check_out_data(path, given)
             _refuse_other_sources(root, path, plan)
             yield path

@@ -26,6 +26,7 @@ from flows.runs.forms import (
 from flows.runs.graph import Plan, read_plan
 from flows.runs.isolated_checkout import isolated_checkout, refuse_uncommitted
 from flows.runs.report import CurvePage, ProgressBar, Row, RunReport, read_headline
+from stages.checkout.code import write_code_digests
 from stages.checkout.worktree import prune
 from stages.cli.run_cache import prefer_cached_results
 from stages.params.assignments import apply_overrides
@@ -100,6 +101,7 @@ def prepare_run(root: Path, from_stage: str | None, to_stage: str | None, overri
         RunRefused: A stage is unknown, an override has no effect, or code for an isolated run is not committed.
         ParamsError: params.yaml with the overrides is not valid.
     """
+    write_code_digests(root)
     full = read_plan(root)
     plan = full.between(from_stage, to_stage)
     given = plan.inputs_from_outside(full)

@@ -1,1 +1,1 @@
-"""Files of a checkout: paths, artifacts, ledger, secrets, full disks, git worktrees. Imports no other room."""
+"""Files of a checkout: paths, artifacts, ledger, secrets, full disks, worktrees, code. Imports no other room."""

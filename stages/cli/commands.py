@@ -49,6 +49,13 @@ def _complete_assignment(context: click.Context, parameter: click.Parameter, inc
     ]
 
 
+def _complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the name of a recipe."""
+    from stages.recipes.catalog import recipe_names
+
+    return [CompletionItem(name) for name in recipe_names() if name.startswith(incomplete)]
+
+
 def _option(*names: str, **attributes: Any) -> click.Option:
     return click.Option(names, **attributes)
 
@@ -191,8 +198,9 @@ TOOLS: dict[str, Entry] = {
                 metavar="[FILE]",
                 help="Also write a page with curves, paired tests and answers (default: reports/comparison.html).",
             ),
+            JSON,
         ),
-        ("sft compare champion candidate", "sft compare champion . --html"),
+        ("sft compare champion candidate", "sft compare champion . --html", "sft compare A B --json | jq .verdict"),
         "A run is named by its id, name or alias; `.` is the result in this checkout.",
     ),
     "reproduce": Entry(
@@ -223,7 +231,42 @@ TOOLS: dict[str, Entry] = {
         "print the JSON Schema of params.yaml, for editors",
         "stages.tools.schema",
         (),
-        ("sft schema > .vscode/params.schema.json",),
+        ("sft schema > params.schema.json",),
+        "Editors with a YAML language server complete params.yaml by this file, which its first line names.",
+        reads_params=False,
+    ),
+}
+
+PROJECT: dict[str, Entry] = {
+    "init": Entry(
+        "write the files of a project of your own",
+        "stages.project.init",
+        (
+            click.Argument(
+                ["folder"],
+                type=click.Path(path_type=Path, file_okay=False),
+                default=Path(),
+                metavar="[FOLDER]",
+            ),
+            _option(
+                "--recipe", metavar="NAME", shell_complete=_complete_recipe, help="Start from the values of a recipe."
+            ),
+            _option("--keep", is_flag=True, default=None, help="Leave files that exist already as they are."),
+            _option("--git/--no-git", default=None, help="Make a git repository if FOLDER is in none (default: do)."),
+        ),
+        ("sft init my-project", "sft init . --keep --set model.name_or_path=Qwen/Qwen3-0.6B"),
+        "Writes params.yaml, dvc.yaml, prefect.yaml, data/, tasks/, .gitignore and .dvc/ into FOLDER (by default this "
+        "folder), whose results the installed package then computes. Nothing is overwritten.",
+        reads_params=False,
+    ),
+    "code": Entry(
+        "write digests of the code that each stage uses",
+        "stages.project.digests",
+        (),
+        ("sft code",),
+        "A project's dvc.yaml runs this command, so that DVC notices a new version of the package. "
+        "`dvc repro` runs it each time.",
+        reads_params=False,
     ),
 }
 
@@ -281,6 +324,10 @@ def command_line(
         sections={
             "Tools": tuple(make_command(name, entry, _common(entry), run) for name, entry in TOOLS.items()),
             "Stages, in order": tuple(make_command(name, entry, (SET, ROOT), run) for name, entry in stages.items()),
+            "Project": (
+                make_command("init", PROJECT["init"], (SET,), run),
+                make_command("code", PROJECT["code"], (ROOT,), run),
+            ),
             "Flows": tuple(_flow_command(name, text, run_flow) for name, text in FLOWS.items()),
             "Shell": (_completion_command(),),
         },

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stages.checkout.code import write_code_digests
 from stages.checkout.paths import Paths
 from stages.cli import supervise
 from stages.cli.run_cache import prefer_cached_results
@@ -47,6 +48,7 @@ def run(
         return checked.returncode
     if assignments:
         print("\n".join(write_assignments(paths.params, assignments)), flush=True)
+    write_code_digests(paths.root)
     if not force:
         for line in prefer_cached_results(paths.root):
             print(line, flush=True)

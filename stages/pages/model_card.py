@@ -48,7 +48,7 @@ def write_card(file: Path, params: Params, paths: Paths, shipped: str, digest: s
         card=read_json(paths.out("load", "card.json")),
         digest=digest,
         commit=f"{git.commit}{' with uncommitted changes' if git.dirty else ''}" if git else "not in git",
-        versions=lineage.versions(),
+        versions=lineage.versions(paths.root),
         verdicts=VERDICTS,
         text=for_markdown,
         code=as_code,

@@ -343,6 +343,6 @@ def lineage_facts(params: Params, paths: Paths) -> dict[str, Any]:
         "trusted": params.model.trust_remote_code,
         "base": [(key.replace("_", " "), as_text(value)) for key, value in lineage.base_model(paths).items()],
         "hashes": list(lineage.dvc_data_hashes(paths.root).items()),
-        "versions": list(lineage.versions().items()),
+        "versions": list(lineage.versions(paths.root).items()),
         "params": [(name, as_text(value)) for name, value in lineage.result_params(params).items()],
     }

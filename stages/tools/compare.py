@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -55,7 +59,7 @@ PAGE = "comparison.html"
 """Name of the page in the folder `reports/`, unless another file is given."""
 
 
-def run(params: Params, paths: Paths, *, runs: Sequence[str], html: str | None = None) -> None:
+def run(params: Params, paths: Paths, *, runs: Sequence[str], html: str | None = None, as_json: bool = False) -> None:
     """Print the comparison of two results, and write it as a page if a file is given.
 
     Args:
@@ -64,6 +68,7 @@ def run(params: Params, paths: Paths, *, runs: Sequence[str], html: str | None =
         runs: Two results: ids of runs or their beginnings, names, aliases of the registered model such as `champion`,
             or `.` for the result in the checkout.
         html: File of the page; an empty text = reports/comparison.html; None = no page.
+        as_json: Whether to print JSON.
 
     Raises:
         ValueError: No run, or more than one, has such an id, name or alias, or the checkout has no result.
@@ -81,14 +86,60 @@ def run(params: Params, paths: Paths, *, runs: Sequence[str], html: str | None =
         folders = [fetch_files(r, tracking, paths, Path(work) / side) for r, side in zip(results, "ab", strict=True)]
         rows = [read_row_scores(folder / RESULTS_FOLDER) for folder in folders]
         tests = compare_rows(*rows)
-        print("\n".join(report(first, second, tracking.client, tests, rows)), flush=True)
+        if as_json:
+            value = as_values(first, second, tracking.client, tests)
+            print(json.dumps(value, indent=2, ensure_ascii=False, default=str), flush=True)
+        else:
+            print("\n".join(report(first, second, tracking.client, tests, rows)), flush=True)
         if html is not None:
             causes = find_causes(first, second, tracking.client)
             sides = [Side(r, folder, row.answers) for r, folder, row in zip(results, folders, rows, strict=True)]
             file = Path(html) if html else paths.root / "reports" / PAGE
             warning = rows_warning(rows) if differing_rows(first, second) else ""
             write_comparison(file, (sides[0], sides[1]), causes, tests, warning)
-            print(f"page: {file}", flush=True)
+            print(f"page: {file}", file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def as_values(
+    first: Recorded,
+    second: Recorded,
+    client: MlflowClient | None = None,
+    tests: Mapping[str, tuple[Paired, int]] | None = None,
+) -> dict[str, Any]:
+    """Return the comparison as values for JSON: both results, inputs and figures that differ, and the verdict.
+
+    Args:
+        first: A result.
+        second: Another result.
+        client: Client of the store, by which long params are read from the artifacts; None = show their digests.
+        tests: `model.metric` -> paired test on the rows that both have, and their number.
+    """
+    causes = find_causes(first, second, client)
+    effects = differences(metrics_of(first), metrics_of(second))
+    figures = []
+    for effect in effects:
+        numbers = effect.before is not None and effect.after is not None
+        change = effect.after - effect.before if numbers else None
+        test, num_rows = (tests or {}).get(effect.name.removeprefix("evaluate."), (None, None))
+        better = {", better": True, ", worse": False}.get(rating(effect.name, change)) if change is not None else None
+        paired = {**asdict(test), "rows": num_rows} if test is not None else None
+        figures.append({**asdict(effect), "change": change, "better": better, "paired": paired})
+    return {
+        **{
+            side: {
+                "run_id": result.run_id,
+                "name": result.name,
+                "commit": result.tags.get(COMMIT),
+                "uncommitted_changes": result.tags.get(DIRTY) == "true",
+                "gate": result.tags.get(GATE_TAG),
+            }
+            for side, result in (("a", first), ("b", second))
+        },
+        "inputs": {cause: [asdict(found) for found in differing] for cause, differing in causes.items()},
+        "figures": figures,
+        "same_rows": not differing_rows(first, second),
+        "verdict": verdict(first, second, {name for name, found in causes.items() if found}, effects),
+    }
 
 
 def open_recorded(params: Params, home: Path) -> Tracking:
@@ -99,7 +150,7 @@ def open_recorded(params: Params, home: Path) -> Tracking:
     """
     uri = absolute_uri(params.publish.tracking_uri, home)
     if (file := database(uri)) is not None and not file.exists():
-        raise ValueError(f"nothing is recorded yet at {uri}: `make repro` ends with a recorded run")
+        raise ValueError(f"nothing is recorded yet at {uri}: `sft repro` ends with a recorded run")
     return open_tracking(params.publish, home)
 
 

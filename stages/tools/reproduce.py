@@ -27,6 +27,7 @@ from mlflow.entities import Run
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from stages.checkout.code import STAGE as CODE_STAGE
 from stages.checkout.foreign_text import for_terminal
 from stages.checkout.paths import Paths, main_checkout
 from stages.checkout.worktree import dvc_cache, locked_worktree, use_dvc_cache
@@ -159,7 +160,7 @@ def run(params: Params, paths: Paths, *, runs: list[str], keep: bool = False, tr
     recorded = find_run(tracking, runs[0], params.publish.registered_model)
     print(f"repeating {describe_run(recorded_run(recorded))}", flush=True)
     with fetched_record(tracking, recorded) as record:
-        print("\n".join(circumstances(recorded, record)), flush=True)
+        print("\n".join(circumstances(recorded, record, home)), flush=True)
         check_trusted(addition(home, record), trust_patch, runs[0])
         name = re.sub(r"[^\w-]", "_", recorded.info.run_id[:12])
         with recorded_checkout(home, record, f"reproduce-{name}", keep) as folder:
@@ -193,7 +194,7 @@ def fetched_record(tracking: Tracking, run: Run) -> Iterator[Record]:
         yield Record(Path(folder), commit, run.data.tags.get("git.dirty") == "true")
 
 
-def circumstances(recorded: Run, record: Record) -> list[str]:
+def circumstances(recorded: Run, record: Record, home: Path) -> list[str]:
     """Describe what is known before anything is computed: uncommitted changes, versions and machine then and now."""
     lines = []
     if record.patch is not None:
@@ -201,7 +202,7 @@ def circumstances(recorded: Run, record: Record) -> list[str]:
         names = [line.partition(" b/")[2] for line in patch.splitlines() if line.startswith("diff --git a/")]
         without = ", without the secrets in them" if recorded.data.tags.get(PATCH_TAG) == "true" else ""
         lines.append(for_terminal(f"uncommitted changes: {', '.join(names)} (applied{without})"))
-    now = {f"{VERSION}{name}": value for name, value in lineage.versions().items()}
+    now = {f"{VERSION}{name}": value for name, value in lineage.versions(home).items()}
     lines += _describe_kind("versions", _tag_differences(recorded, VERSION, now))
     return lines + _describe_kind("machine", _tag_differences(recorded, MACHINE, machine_tags()))
 
@@ -377,7 +378,8 @@ def read_lock(path: Path) -> Lock:
     try:
         stages = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))["stages"]
         known = {name: entry for name, entry in stages.items() if name != "publish"}
-        made = {out["path"]: str(out["md5"]) for entry in known.values() for out in entry.get("outs", [])}
+        written = [entry for name, entry in known.items() if name != CODE_STAGE]  # digests of code count as sources
+        made = {out["path"]: str(out["md5"]) for entry in written for out in entry.get("outs", [])}
         read = {dep["path"]: str(dep["md5"]) for entry in known.values() for dep in entry.get("deps", [])}
     except (YAMLError, RecursionError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path.name} can't be read: it is not a lock file of DVC ({error!r:.100})") from None

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from stages.checkout.paths import Paths
-from stages.params.schema import Params
+from stages.params.json_schema import schema_text
 
 
-def run(params: Params, paths: Paths) -> None:
-    """Print the schema."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Params.model_json_schema()}
-    print(json.dumps({**schema, "title": "params.yaml"}, indent=2, ensure_ascii=False))
+def run(paths: Paths) -> None:
+    """Print the schema; a params.yaml is not needed."""
+    print(schema_text(), end="")

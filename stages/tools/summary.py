@@ -27,7 +27,7 @@ def run(params: Params, paths: Paths, *, as_json: bool = False) -> None:
     """
     file = paths.out("evaluate", "results.json")
     if not file.exists():
-        raise ValueError(f"{file} is missing: the pipeline has not run here yet; type `make repro`")
+        raise ValueError(f"{file} is missing: the pipeline has not run here yet; type `sft repro`")
     results = read_results(paths)
     if as_json:
         print(json.dumps(as_values(results, params, paths), indent=2, ensure_ascii=False))
@@ -100,5 +100,5 @@ def places(params: Params, paths: Paths) -> list[str]:
         f"  report    {paths.report}",
         "  metrics   dvc metrics show",
         f"  model     {shipped_model(params, paths)}",
-        "  pages     make ui    (Prefect and MLflow)",
+        "  pages     sft ui     (Prefect and MLflow)",
     ]

@@ -16,6 +16,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from stages.checkout.artifacts import file_digest, read_json
+from stages.checkout.code import DIGESTS, PACKAGE, code_version
 from stages.checkout.paths import Paths
 from stages.params.schema import Params
 
@@ -43,7 +44,7 @@ PARENT_VARIABLE, PARENT_TAG = "SFT_PARENT_RUN", "mlflow.parentRunId"
 WRITTEN_BY_RUNS = ("dvc.lock", "reports/")
 """Tracked files that a run of the pipeline changes itself."""
 
-CODE = ("sft/", "stages/")
+CODE = ("sft/", "stages/", f"{DIGESTS}/")
 
 RECORDED_APART = ("params.yaml", "data/")
 """Tracked files whose content is recorded by params and digests."""
@@ -100,9 +101,15 @@ def changed_code(root: Path) -> str:
     return hashlib.sha256(patch.encode()).hexdigest()[:16] if patch else "none"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that a result depends on."""
+def versions(root: Path | None = None) -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that a result depends on.
+
+    Args:
+        root: The checkout or project. For a project, the package with the code is one of them.
+    """
     found = {"python": platform.python_version()}
+    if root is not None and (code := code_version(root)) is not None:
+        found[PACKAGE] = code
     for name in PACKAGES:
         try:
             found[name] = version(name)
@@ -203,7 +210,7 @@ def circumstances(paths: Paths) -> dict[str, str]:
         "git.commit": git.commit if git else "none",
         "git.dirty": str(bool(git and git.dirty)).lower(),
         "git.changed_code": changed_code(paths.root),
-        **{f"version.{name}": value for name, value in versions().items()},
+        **{f"version.{name}": value for name, value in versions(paths.root).items()},
         **{tag: os.environ[name] for name, tag in variables.items() if os.environ.get(name)},
     }
 

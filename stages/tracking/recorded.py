@@ -78,7 +78,7 @@ def present_result(params: Params, paths: Paths) -> Recorded:
     """
     file = paths.out("evaluate", "results.json")
     if not file.exists():
-        raise ValueError(f"{file} is missing: this checkout has no result yet; `make repro` computes one")
+        raise ValueError(f"{file} is missing: this checkout has no result yet; `sft repro` computes one")
     values = lineage.result_params(params)
     texts = {name: redact(v if isinstance(v, str) else json.dumps(v)) for name, v in values.items()}
     tags = {

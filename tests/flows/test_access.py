@@ -172,7 +172,7 @@ def test_no_page_can_use_mlflow(served: tuple[Path, Pages]) -> None:
     for path in (f"/{search}", "/", "/graphql", "/static-files/x", "/api/2.0/mlflow-artifacts/artifacts", "/version"):
         assert ask(pages.mlflow, path=path) == ask(pages.mlflow, path="/x")
         assert ask(pages.mlflow, path=path)[0] == 401
-    assert "open the link that `make ui` printed when it was last started" in ask(pages.mlflow, path="/")[1]
+    assert "open the link that `sft ui` printed when it was last started" in ask(pages.mlflow, path="/")[1]
     # with the key, as if it had leaked
     for origin in (EVIL, "null", "http://127.0.0.1:1", "http://localhost:5000"):
         sent = {"Origin": origin, "Access_Control_Request_Method": "POST"}
@@ -210,10 +210,10 @@ def test_the_worker_refuses_what_prefect_yaml_does_not_deploy(served: tuple[Path
     place = project / "prefect.yaml"
     assert run({"name": "evil", "pull_steps": [step]}, {}) == (
         "FAILED",
-        f"refused: {place} has no deployment 'evil'; add it there and start `make ui` again",
+        f"refused: {place} has no deployment 'evil'; add it there and start `sft ui` again",
     )
     advice = (
-        f"which {place} does not; start `make ui` again, which deploys it anew, and leave the run's job variables empty"
+        f"which {place} does not; start `sft ui` again, which deploys it anew, and leave the run's job variables empty"
     )
     asks = "refused: the deployment 'pipeline' or the run asks for "
     command = {"command": f"touch {owned}"}
@@ -355,7 +355,7 @@ def test_one_click_opens_each_page_and_a_run_is_started_there(served: tuple[Path
 
     stale = browser.new_context().new_page()
     stale.goto(f"{pages.prefect}/sign-in#of-an-earlier-start/deployments")
-    stale.get_by_text("Open the link that `make ui` printed when it was last started.").wait_for()
+    stale.get_by_text("Open the link that `sft ui` printed when it was last started.").wait_for()
     assert stale.evaluate("localStorage.length") == 0
     stale.goto(f"{pages.prefect}/sign-in#{form.partition('#')[2].partition('/')[0]}//evil.example/")
     stale.get_by_text("This link is not valid").wait_for()

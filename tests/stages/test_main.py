@@ -105,7 +105,7 @@ def test_data_without_a_trainable_token(root: DataRoot, capsys: pytest.CaptureFi
 def test_summary_before_the_first_run_says_what_to_type(root: DataRoot, capsys: pytest.CaptureFixture[str]) -> None:
     code, message = run(root, capsys, "summary")
     assert code == 1
-    assert "make repro" in message
+    assert "sft repro" in message
 
 
 def test_an_unknown_stage_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

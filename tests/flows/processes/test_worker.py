@@ -74,14 +74,14 @@ def test_a_run_that_asks_for_more_is_refused(root: Path, changes: dict[str, Any]
     place = root / "prefect.yaml"
     assert refusal(root, **changes) == (
         f"the deployment 'pipeline' or the run asks for {shown}, which {place} does not; "
-        "start `make ui` again, which deploys it anew, and leave the run's job variables empty"
+        "start `sft ui` again, which deploys it anew, and leave the run's job variables empty"
     )
 
 
 @pytest.mark.usefixtures("prefect_server")
 def test_a_run_of_an_unknown_deployment_or_of_none_is_refused(root: Path) -> None:
     place = root / "prefect.yaml"
-    assert refusal(root, name="evil") == (f"{place} has no deployment 'evil'; add it there and start `make ui` again")
+    assert refusal(root, name="evil") == (f"{place} has no deployment 'evil'; add it there and start `sft ui` again")
     with get_client(sync_client=True) as client:
         run = client.create_flow_run_from_deployment(
             client.create_deployment(client.create_flow_from_name("f"), "pipeline")

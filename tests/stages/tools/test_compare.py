@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,31 @@ def test_from_the_command_line(home: Path, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         main(["compare", "champion", "--root", str(home)])
     assert "compare takes two runs" in capsys.readouterr().err
+
+
+def test_json_has_the_runs_what_differs_and_the_verdict(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    assert main(["compare", "one-11111111", "two-22222222", "--json", "--root", str(home)]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert (value["a"]["name"], value["b"]["name"], value["a"]["gate"]) == ("one-11111111", "two-22222222", "passed")
+    assert value["inputs"]["params"] == [{"name": "train.learning_rate", "before": "0.001", "after": "0.002"}]
+    assert {kind: len(found) for kind, found in value["inputs"].items() if kind != "params"} == {
+        "data": 0,
+        "base model": 0,
+        "code": 0,
+        "versions": 0,
+        "machine": 0,
+    }
+    (match, loss) = value["figures"]
+    assert (match["name"], match["before"], match["after"], match["better"], match["paired"]) == (
+        "evaluate.tuned.exact_match",
+        0.9,
+        0.8,
+        False,
+        None,
+    )
+    assert (loss["name"], loss["better"], value["same_rows"]) == ("evaluate.tuned.loss", False, True)
+    assert value["verdict"].startswith("B differs from A in params; ")
 
 
 def test_nothing_recorded_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
