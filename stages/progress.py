@@ -21,6 +21,9 @@ VARIABLE = "SFT_PROGRESS"
 EVENT = "PROGRESS "
 """Start of a line with one `Report` as JSON."""
 
+PAGE = "PAGE "
+"""Start of a line with the name and the Markdown of a page as JSON."""
+
 EVENT_INTERVAL_S = 0.5
 
 LINE_INTERVAL_S, MAX_LINE_INTERVAL_S, LINE_INTERVAL_GROWTH = 5.0, 60.0, 0.05
@@ -315,6 +318,11 @@ class StageProgress:
         self._is_complete = done >= total
         self._display.show(report, (is_new and done == 0) or is_last or point)
 
+    def page(self, name: str, text: str) -> None:
+        """Show a page of Markdown, or replace the one with this name; only flows have a place for it."""
+        if self._form == "events":
+            print(f"{PAGE}{json.dumps([name, text], ensure_ascii=False)}", file=self._stream, flush=True)
+
     def close(self) -> None:
         """End the output of the display."""
         if self._display is not None:
@@ -340,6 +348,12 @@ def stage_progress(stage: str) -> Iterator[StageProgress]:
     finally:
         _open.remove(opened)
         opened.close()
+
+
+def show_page(name: str, text: str) -> None:
+    """Show a page of the stage that is open, see `StageProgress.page`; outside of a stage nothing is shown."""
+    if _open:
+        _open[-1].page(name, text)
 
 
 def progress(done: int, total: int, part: str, text: str = "", **details: Any) -> None:

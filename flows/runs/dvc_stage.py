@@ -17,7 +17,7 @@ from flows.runs.recorded import discard_record, present_inputs, recorded_inputs
 from stages.checkout.redaction import redact
 from stages.cli.repro import read_metrics_files, restore
 from stages.launch.stopping import EXIT_SAVED
-from stages.progress import EVENT, VARIABLE, Report
+from stages.progress import EVENT, PAGE, VARIABLE, Report
 
 EXTERNAL_SIGNALS = (1, 9, 15)
 """SIGHUP, SIGKILL (out of memory, pre-emption) and SIGTERM come from outside; others are errors of the stage."""
@@ -48,10 +48,12 @@ class Listener:
     Args:
         on_line: Called with each line, except progress lines.
         on_progress: Called with each progress line.
+        on_page: Called with the name and the Markdown of each page.
     """
 
     on_line: Callable[[str], None]
     on_progress: Callable[[Report], None]
+    on_page: Callable[[str, str], None] = lambda name, text: None
 
 
 class StageFailed(RuntimeError):
@@ -85,6 +87,9 @@ class StageOutput:
             return
         if line.startswith(EVENT):
             self._listener.on_progress(Report(**json.loads(line.removeprefix(EVENT))))
+            return
+        if line.startswith(PAGE):
+            self._listener.on_page(*json.loads(line.removeprefix(PAGE)))
             return
         self._listener.on_line(line)
         self._keep(line)

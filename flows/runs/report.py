@@ -98,13 +98,35 @@ class CurvePage:
             return
         self._updated = time.monotonic()
         text, title = curve_markdown(self._points), f"{self._stage}: step {report.done} of {report.total}"
-        if self._artifact is None:
-            created = create_markdown_artifact(text, key=f"curve-{self._stage}", description=title)
-            assert isinstance(created, UUID)
-            self._artifact = created
-        else:
-            with get_client(sync_client=True) as client:
-                client.update_artifact(self._artifact, ArtifactUpdate(data=text, description=title))
+        self._artifact = put_page(self._artifact, f"curve-{self._stage}", text, title)
+
+
+class Pages:
+    """Artifacts with the pages that a stage shows while it runs, such as the answers of a training.
+
+    Args:
+        stage: The stage.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._artifacts: dict[str, UUID] = {}
+
+    def show(self, name: str, text: str) -> None:
+        """Show a page, or replace the one with this name."""
+        title = f"{self._stage}: {name}"
+        self._artifacts[name] = put_page(self._artifacts.get(name), f"{name}-{self._stage}", text, title)
+
+
+def put_page(artifact: UUID | None, key: str, text: str, title: str) -> UUID:
+    """Create an artifact of Markdown, or update one; return its id."""
+    if artifact is not None:
+        with get_client(sync_client=True) as client:
+            client.update_artifact(artifact, ArtifactUpdate(data=text, description=title))
+        return artifact
+    created = create_markdown_artifact(text, key=key, description=title)
+    assert isinstance(created, UUID)
+    return created
 
 
 def curve_markdown(points: Mapping[int, Mapping[str, float]]) -> str:

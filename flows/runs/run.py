@@ -25,7 +25,7 @@ from flows.runs.forms import (
 )
 from flows.runs.graph import Plan, read_plan
 from flows.runs.isolated_checkout import isolated_checkout, refuse_uncommitted
-from flows.runs.report import CurvePage, ProgressBar, Row, RunReport, read_headline
+from flows.runs.report import CurvePage, Pages, ProgressBar, Row, RunReport, read_headline
 from stages.checkout.code import write_code_digests
 from stages.checkout.worktree import prune
 from stages.cli.run_cache import prefer_cached_results
@@ -57,7 +57,7 @@ def stage_task(root: Path, stage: str, force: bool, variables: dict[str, str]) -
         bar.show(report)
         curve.show(report)
 
-    listener = Listener(on_line=get_run_logger().info, on_progress=show)
+    listener = Listener(on_line=get_run_logger().info, on_progress=show, on_page=Pages(stage).show)
     try:
         outcome = run_stage(root, stage, listener, force, **variables, **flow_run_variables())
     except StageFailed as failure:

@@ -25,10 +25,12 @@ from sft.evaluate.generation import Generation, generate_batch, reference_text
 from sft.evaluate.tasks import Task
 from sft.train.trainer import SFTTrainer
 from stages.checkout.artifacts import read_jsonl, write_jsonl
+from stages.checkout.foreign_text import as_code_block, for_markdown
 from stages.checkout.paths import Paths
 from stages.params.figures import STOP_RATE
 from stages.params.schema import SamplesSection, TrainSection
 from stages.params.tasks import load_tasks, task_names
+from stages.progress import show_page
 from stages.training.selection import SAMPLE_PREFIX
 
 FILE = "samples.jsonl"
@@ -150,6 +152,7 @@ class Samples(TrainerCallback):
             ]
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, "answers": rows}, ensure_ascii=False) + "\n")
+            show_page("samples", samples_markdown(self._prompts.rows, rows, state.global_step))
         self._last = time.monotonic() - started
         self.seconds += self._last
         return self._prompts.figures(answers, scores)
@@ -188,6 +191,23 @@ def unchanged_random_state() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if gpus:
             torch.cuda.set_rng_state_all(gpus)
+
+
+def samples_markdown(prompts: Sequence[Mapping[str, Any]], answers: Sequence[Mapping[str, Any]], step: int) -> str:
+    """Return the answers of one look at the model as Markdown.
+
+    Args:
+        prompts: Prompts with `id` and `reference`.
+        answers: Their answers with `text` and `scores`.
+        step: Step of the training.
+    """
+    lines = [f"Answers after step {step}", ""]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in answer["scores"].items())
+        lines += [f"**{for_markdown(str(prompt['id']))}** {for_markdown(scores)}".rstrip(), ""]
+        lines += ["expected:", "", as_code_block(prompt["reference"]), "", "answered:", ""]
+        lines += [as_code_block(answer["text"] or " "), ""]
+    return "\n".join(lines)
 
 
 def samples_by_prompt(prompts: SamplePrompts, folder: Path) -> list[dict[str, Any]]:

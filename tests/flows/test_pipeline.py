@@ -49,16 +49,19 @@ def artifacts(state: State[Any]) -> dict[str, Any]:
     return {artifact.key: artifact for artifact in all_artifacts(state)}
 
 
-def test_a_training_has_its_curve_as_an_artifact_while_it_trains(ran_project: Path) -> None:
+def test_a_training_has_its_curve_and_answers_as_artifacts_while_it_trains(ran_project: Path) -> None:
     points = [(1, 2.5), (2, 1.5)]
     events = [
         {"stage": "train", "done": step, "total": 2, "part": "steps", "figures": {"loss": loss}, "point": True}
         for step, loss in points
     ]
     said = "".join(f"echo 'PROGRESS {json.dumps(event)}'\n" for event in events)
+    said += "".join(f"echo 'PAGE {json.dumps(['samples', text])}'\n" for text in ("before", "after"))
     script = ran_project / "train.sh"
     script.write_text(said + script.read_text())
-    curve = artifacts(pipeline(return_state=True))["curve-train"]
+    found = artifacts(pipeline(return_state=True))
+    assert (found["samples-train"].data, found["samples-train"].description) == ("after", "train: samples")
+    curve = found["curve-train"]
     assert curve.description == "train: step 2 of 2"
     assert curve.data.splitlines() == [
         "loss: `█▁` 2.5000 to 1.5000",

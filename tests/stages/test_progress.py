@@ -63,6 +63,15 @@ def test_output_that_is_redirected_within_a_stage_does_not_hide_the_progress(
     assert captured.getvalue() == "of a library\n"
 
 
+def test_pages_are_shown_by_flows_alone() -> None:
+    shown = {}
+    for form in ("events", "lines"):
+        stream = io.StringIO()
+        StageProgress("train", stream, form).page("samples", "**é**\n")
+        shown[form] = stream.getvalue()
+    assert shown == {"events": 'PAGE ["samples", "**é**\\n"]\n', "lines": ""}
+
+
 def test_a_stage_may_report_without_display() -> None:
     progress(1, 2, "rows")
 

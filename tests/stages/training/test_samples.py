@@ -10,6 +10,7 @@ import pytest
 from stages.checkout.artifacts import read_json, read_jsonl
 from stages.checkout.paths import Paths
 from stages.params.schema import load_params
+from stages.training.samples import samples_markdown
 from tests.stages.training_root import REPO, make_training_root, train_here
 
 DROPOUT = {"lora_dropout": 0.1}
@@ -34,6 +35,19 @@ def test_answers_of_each_evaluation_lie_side_by_side_and_their_figures_join_the_
     timings = read_json(sampled.timings("train"))["samples"]
     assert timings["seconds"] > 0
     assert timings["skipped"] == 0
+
+
+def test_a_page_of_answers_shows_texts_as_they_are() -> None:
+    prompts = [{"id": "faq.csv:2", "reference": "At nine."}]
+    answers = [{"text": "At <b>ten</b>.", "scores": {"exact_match": 0.0}}]
+    assert samples_markdown(prompts, answers, 4).split("\n\n") == [
+        "Answers after step 4",
+        "**faq.csv:2** exact_match 0",
+        "expected:",
+        "```\nAt nine.\n```",
+        "answered:",
+        "```\nAt <b>ten</b>.\n```\n",
+    ]
 
 
 def test_weights_are_the_same_bits_with_and_without_answers(sampled: Paths, tmp_path: Path) -> None:
