@@ -75,7 +75,7 @@ def test_commands_are_those_of_the_command_line(page: str) -> None:
         try:
             with group.commands[name].make_context(name, words[1:]) as context:
                 parse_assignments(list(context.params.get("assignments") or ()))
-        except click.exceptions.Exit:  # --help
+        except (click.exceptions.Exit, click.MissingParameter):  # --help, or a command that prose names
             continue
 
 
@@ -95,7 +95,7 @@ def test_yaml_snippets_are_values_of_params_yaml() -> None:
         if isinstance(values, dict) and set(values) <= set(Params.model_fields):
             apply_overrides(text, values)
             checked += 1
-    assert checked == 4
+    assert checked >= 4
 
 
 def test_keys_that_pages_name_exist() -> None:
@@ -151,4 +151,4 @@ def test_site_has_every_page_key_name_and_message(tmp_path: Path) -> None:
         assert f"| `{key}` |" in params
     assert "::: sft.train.trainer.SFTTrainer" in (tmp_path / "pages" / "api.md").read_text(encoding="utf-8")
     messages = (tmp_path / "pages" / "messages.md").read_text(encoding="utf-8")
-    assert "is missing: the pipeline has not run here yet; type \\`make repro\\`" in messages
+    assert "no such file, and not one of the engines" in messages
