@@ -111,7 +111,9 @@ def run_command(
 
         if assignments and entry.writes_params:
             print("\n".join(write_assignments(paths.params, assignments)), flush=True)
-        params = load_with_assignments(root / "params.yaml", () if entry.writes_params else assignments)
+        params = None
+        if not names_folder(options.get(entry.folder)):
+            params = load_with_assignments(root / "params.yaml", () if entry.writes_params else assignments)
         return importlib.import_module(module).run(params, paths, **options) or 0
     except KeyboardInterrupt as stop:
         if isinstance(stop, SavedAndStopped):
@@ -135,6 +137,13 @@ def run_command(
             raise
         explained = explain_full_disk(error, name, paths.root) if full else error
         return fail(explained, getattr(error, "exit_code", EXIT_FAILED))
+
+
+def names_folder(named: Any) -> bool:
+    """Return whether an argument names a shipped folder instead of a run or nothing."""
+    if isinstance(named, list):
+        named = named[0]
+    return isinstance(named, str) and ("/" in named or Path(named).is_dir())
 
 
 def run_flow(name: str, arguments: tuple[str, ...]) -> int:

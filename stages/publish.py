@@ -25,6 +25,8 @@ from stages.pages.verdict import doubts, read_results
 from stages.params.figures import VERDICTS
 from stages.params.schema import Params
 from stages.progress import progress, stage_progress
+from stages.shipping.folder import write_shipped_folder
+from stages.shipping.signature import signing_key
 from stages.tracking import lineage
 from stages.tracking.champion import (
     CANDIDATE,
@@ -44,6 +46,9 @@ from stages.tracking.store import Tracking, open_tracking
 
 KEY = "publish.push_to_hub"
 
+MANIFEST_TAG = "sft.manifest_sha256"
+"""Tag of a model version with the digest of the shipped folder's manifest."""
+
 SINCE_CHAMPION = "since_champion.html"
 """Page in outs/publish that compares the result with the champion before it."""
 
@@ -52,6 +57,7 @@ SINCE_CHAMPION = "since_champion.html"
 def run(params: Params, paths: Paths) -> None:
     """Log the result, register the model, move the aliases, write the card, and push if params.yaml asks for it.
 
+    outs/publish/model is the folder that is shipped (`stages/shipping/`).
     outs/publish/promotion.html shows whether the result became the champion, and what changed since the last one.
     outs/publish/run.json is written last.
     The store is locked from the first look at the aliases until the page is written.
@@ -60,6 +66,7 @@ def run(params: Params, paths: Paths) -> None:
         ValueError: The tracking store can't be used, or the hub refuses the push.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    key = signing_key()
     results = read_results(paths)
     result = Result(params, paths, results["passed"])
     tracking = open_tracking(params.publish, main_checkout(paths.root))
@@ -77,8 +84,21 @@ def run(params: Params, paths: Paths) -> None:
     shipped = shipped_model(results)
     card = paths.out("publish", "README.md")
     write_card(card, params, paths, shipped, result.digest)
+    folder = paths.out("publish", "model")
+    manifest = write_shipped_folder(
+        folder,
+        model_folder(paths, shipped),
+        card,
+        params,
+        paths,
+        shipped=shipped,
+        digest=result.digest,
+        results=results,
+        key=key,
+    )
     tracking.describe(params.publish.registered_model, version, card.read_text(encoding="utf-8"), decision.promoted)
-    pushed = push_shipped(params, paths, shipped, result.digest, decision.promoted)
+    tracking.client.set_model_version_tag(params.publish.registered_model, version, MANIFEST_TAG, manifest)
+    pushed = push_shipped(params, folder, shipped, result.digest, decision.promoted)
     write_json(
         paths.out("publish", "run.json"),
         {
@@ -87,6 +107,7 @@ def run(params: Params, paths: Paths) -> None:
             "result_digest": result.digest,
             "registered_model": params.publish.registered_model,
             "version": version,
+            "manifest_sha256": manifest,
             "gate_passed": results["passed"],
             "promotion": [asdict(row) for row in decision.promotion],
             "promoted": decision.promoted,
@@ -218,12 +239,17 @@ def shipped_model(results: dict[str, Any]) -> str:
     return "quantized" if "quantized" in results["models"] else "merged"
 
 
-def push_shipped(params: Params, paths: Paths, shipped: str, digest: str, promoted: bool) -> str | None:
-    """Push the shipped model and its card, if params.yaml names a repository and the gate is open.
+def model_folder(paths: Paths, shipped: str) -> Path:
+    """Return the folder of the checkpoint that is shipped."""
+    return paths.out("quantize" if shipped == "quantized" else "merge", "model")
+
+
+def push_shipped(params: Params, folder: Path, shipped: str, digest: str, promoted: bool) -> str | None:
+    """Push the shipped folder, if params.yaml names a repository and the gate is open.
 
     Args:
         params: Values of params.yaml.
-        paths: The checkout.
+        folder: The shipped folder.
         shipped: Name of the model to ship.
         digest: Digest of the result, for the message of the commit.
         promoted: Whether the gate is open.
@@ -238,16 +264,14 @@ def push_shipped(params: Params, paths: Paths, shipped: str, digest: str, promot
         print(f"note: the gate is closed, so nothing was pushed to {repo_id}", flush=True)
         return None
     progress(2, 3, "steps", f"pushing the {shipped} model to {repo_id}")
-    folder = paths.out("quantize" if shipped == "quantized" else "merge", "model")
-    return push(folder, paths.out("publish", "README.md"), repo_id, f"{params.publish.registered_model} {digest[:12]}")
+    return push(folder, repo_id, f"{params.publish.registered_model} {digest[:12]}")
 
 
-def push(folder: Path, card: Path, repo_id: str, message: str) -> str:
-    """Replace the content of a hub repository by a model folder and its card, in one commit.
+def push(folder: Path, repo_id: str, message: str) -> str:
+    """Replace the content of a hub repository by the shipped folder, in one commit.
 
     Args:
-        folder: Plain checkpoint.
-        card: Model card, pushed under its own file name (README.md).
+        folder: The shipped folder.
         repo_id: `owner/name`; a repository that does not exist is created as a private one.
         message: Message of the commit.
 
@@ -263,11 +287,8 @@ def push(folder: Path, card: Path, repo_id: str, message: str) -> str:
 
     api = HfApi()
     try:
-        with tempfile.TemporaryDirectory() as work:
-            for file in [*folder.iterdir(), card]:
-                (Path(work) / file.name).symlink_to(file.resolve())
-            api.create_repo(repo_id, private=True, exist_ok=True)
-            commit = api.upload_folder(repo_id=repo_id, folder_path=work, commit_message=message, delete_patterns="*")
+        api.create_repo(repo_id, private=True, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns="*")
     except LocalTokenNotFoundError:
         raise ValueError(f"{KEY} {repo_id!r}: no one is logged in; type `hf auth login`, or set HF_TOKEN") from None
     except OfflineModeIsEnabled:

@@ -13,8 +13,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,9 @@ class GPTQSettings:
         true_sequential: Whether to calibrate the parts of a block one after another, each with the errors of the
             earlier ones. It takes two and a half times as many forward passes; at 4 bits the errors were the same
             without it (0.134 either way).
+        mse: Exponent of the error that a search for the best scale of each group minimizes, such as 2.4; 0 = no search:
+            the scale covers the largest weight.
+        more: Further options of `QuantizeConfig`, such as `{"gptaq": GPTAQConfig()}`.
         device: "auto" (a GPU if there is one), "cpu", "cuda:0", ...
     """
 
@@ -81,6 +84,8 @@ class GPTQSettings:
     damp_percent: float = 0.05
     damp_auto_increment: float = 0.01
     true_sequential: bool = False
+    mse: float = 0.0
+    more: Mapping[str, Any] = field(default_factory=dict)
     device: str = "auto"
 
 
@@ -257,6 +262,7 @@ def _run_gptqmodel(
             damp_percent=settings.damp_percent,
             damp_auto_increment=settings.damp_auto_increment,
             true_sequential=settings.true_sequential,
+            mse=settings.mse,
             device=device,
             # "-:" leaves a layer as it is
             dynamic={f"-:^{re.escape(name)}$": {} for name in small} or None,
@@ -269,6 +275,7 @@ def _run_gptqmodel(
             # Packs the same bytes as the default, but without compiling a C++ extension at first use.
             pack_impl="original",
             offload_to_disk=False,
+            **settings.more,
         )
         dtype = torch.float32 if device == "cpu" else "auto"
         model = GPTQModel.load(str(model_dir), config, dtype=dtype)

@@ -217,15 +217,29 @@ TOOLS: dict[str, Entry] = {
                 help="Run the uncommitted changes that were recorded; DIGEST, which is shown with them, names those "
                 "that you have read.",
             ),
+            _option("--data", metavar="FOLDER", help="Data of the run of a shipped folder (default: that here)."),
         ),
-        ("sft reproduce champion", "sft reproduce champion --trust-patch 0a1b2c3d"),
-        "A run is named by its id, name or alias.",
+        (
+            "sft reproduce champion",
+            "sft reproduce champion --trust-patch 0a1b2c3d",
+            "sft reproduce outs/publish/model --data data",
+        ),
+        "A run is named by its id, name or alias, or by the path of a shipped folder, for which neither a checkout nor "
+        "MLflow is needed.",
+        folder="runs",
     ),
     "verify": Entry(
-        "check that the files in outs/ are those that dvc.lock records",
+        "check that the files in outs/, or of a shipped folder, are those that were recorded",
         "stages.tools.verify",
-        (JSON,),
-        ("sft verify", "sft verify --json"),
+        (
+            click.Argument(["folder"], required=False, metavar="[FOLDER]"),
+            _option("--key", metavar="FILE", help="Public key (PEM) that FOLDER must be signed with."),
+            JSON,
+        ),
+        ("sft verify", "sft verify outs/publish/model", "sft verify FOLDER --key signer.pub --json"),
+        "Without FOLDER, compares outs/ with dvc.lock. FOLDER is one that `sft publish` wrote; neither a checkout nor "
+        "MLflow is needed, and it also says what the model was trained on, and whether that can be repeated.",
+        folder="folder",
     ),
     "schema": Entry(
         "print the JSON Schema of params.yaml, for editors",

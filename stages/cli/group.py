@@ -27,6 +27,7 @@ class Entry:
         details: More text for its help.
         writes_params: Whether `--set` writes params.yaml, because the results must belong to that file.
         reads_params: Whether it needs a params.yaml, and so takes `--set`.
+        folder: Name of the argument that may name a shipped folder, which needs no params.yaml; empty if there is none.
     """
 
     summary: str
@@ -36,6 +37,7 @@ class Entry:
     details: str = ""
     writes_params: bool = False
     reads_params: bool = True
+    folder: str = ""
 
 
 class Command(click.Command):

@@ -1251,10 +1251,16 @@ class PublishSection(Section):
         str | None,
         Field(
             min_length=1,
-            description="owner/name of a hub repository for the shipped model and its card; private if new; null = "
-            "none.",
+            description="owner/name of a hub repository for the shipped folder; private if new; null = none.",
         ),
         AfterValidator(lambda name: name if name is None else check_repository(name)),
+    ]
+    ship_code: Annotated[
+        bool,
+        Field(
+            description="Whether the shipped folder holds the code, without data/, so that it can be repeated without "
+            "this repository."
+        ),
     ]
     gate: Annotated[
         list[str],

@@ -1,10 +1,12 @@
 """`python -m stages reproduce RUN`: repeat a recorded run from its record alone and compare the results.
 
 The run's commit, uncommitted changes, params and data are checked out into a git worktree, everything up to the
-evaluation is computed again, and outputs and figures are compared with the recorded ones.
+evaluation is computed again, and outputs and figures are compared with the recorded ones. The record is that of a run
+in MLflow, or that of a shipped folder (`stages/shipping/`), which may also bring the code.
 
-Whoever writes to the store must not be able to run code here. What a record adds to the commit (uncommitted changes,
-and params that start programs) is shown, and is run only if the user trusts it by its digest (`--trust-patch`).
+Whoever writes to the store, or made the folder, must not be able to run code here. What a record adds to the commit
+(uncommitted changes, params that start programs, or the whole code) is shown, and is run only if the user trusts it by
+its digest (`--trust-patch`).
 """
 
 from __future__ import annotations
@@ -27,12 +29,18 @@ from mlflow.entities import Run
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from stages.checkout.artifacts import file_digest
 from stages.checkout.code import STAGE as CODE_STAGE
 from stages.checkout.foreign_text import for_terminal
 from stages.checkout.paths import Paths, main_checkout
 from stages.checkout.worktree import dvc_cache, locked_worktree, use_dvc_cache
 from stages.models.base import BASE_KEY
 from stages.params.schema import Params
+from stages.shipping.code_archive import ARCHIVE
+from stages.shipping.inspection import inspect_folder
+from stages.shipping.record import FOLDER
+from stages.shipping.record import Record as ShippedRecord
+from stages.shipping.replay import place_data, unpacked_checkout
 from stages.tools.compare import (
     describe_difference,
     describe_effect,
@@ -141,36 +149,131 @@ class Addition:
         return for_terminal("\n".join(lines), line_breaks=True).strip("\n")
 
 
-def run(params: Params, paths: Paths, *, runs: list[str], keep: bool = False, trust_patch: str | None = None) -> None:
+def run(
+    params: Params | None,
+    paths: Paths,
+    *,
+    runs: list[str],
+    keep: bool = False,
+    trust_patch: str | None = None,
+    data: str | None = None,
+) -> None:
     """Repeat a recorded run in a worktree, up to the evaluation, and print how the results compare.
 
     Args:
-        params: Values of params.yaml; `publish` has the store of the runs.
+        params: Values of params.yaml; `publish` has the store of the runs. None if a folder is named.
         paths: Paths of the checkout.
-        runs: One run: its id or the beginning of it, its name, or an alias of the registered model.
+        runs: One run: its id or the beginning of it, its name, an alias of the registered model, or a shipped folder.
         keep: Don't remove the worktree with the results.
         trust_patch: Digest of the uncommitted changes that may be run, or its beginning; an empty text trusts those
             that the run has; None trusts none.
+        data: Folder with the data of a shipped folder's run; None = that of the checkout.
 
     Raises:
         ValueError: There is no such run, it can't be repeated, its changes are not trusted, or a result differs.
     """
+    if params is None:
+        folder = Path(runs[0])
+        repeat_shipped(folder, paths, keep=keep, trust_patch=trust_patch, data=None if data is None else Path(data))
+        return
+    if data is not None:
+        raise ValueError("--data gives the data of a shipped folder; a run in MLflow has that of its commit")
     home = main_checkout(paths.root)
     tracking = open_recorded(params, home)
     recorded = find_run(tracking, runs[0], params.publish.registered_model)
     print(f"repeating {describe_run(recorded_run(recorded))}", flush=True)
     with fetched_record(tracking, recorded) as record:
-        print("\n".join(circumstances(recorded, record, home)), flush=True)
+        print("\n".join(circumstances(recorded.data.tags, record, home)), flush=True)
         check_trusted(addition(home, record), trust_patch, runs[0])
         name = re.sub(r"[^\w-]", "_", recorded.info.run_id[:12])
         with recorded_checkout(home, record, f"reproduce-{name}", keep) as folder:
             repeat(folder)
-            outcome = compare(recorded, record, folder, [folder / ".dvc" / "cache", dvc_cache(home)])
+            metrics = metrics_of(recorded_run(recorded))
+            outcome = compare(metrics, record, folder, [folder / ".dvc" / "cache", dvc_cache(home)])
             if keep:
                 outcome.lines.append(f"kept: {folder}")
+    report(outcome, f"run {recorded.info.run_id[:12]}")
+
+
+def report(outcome: Outcome, what: str) -> None:
+    """Print the comparison of a repeated run.
+
+    Raises:
+        ValueError: A result differs.
+    """
     print("\n".join(outcome.lines), flush=True)
     if not outcome.same:
-        raise ValueError(f"run {recorded.info.run_id[:12]} was not reproduced: {outcome.reason}")
+        raise ValueError(f"{what} was not reproduced: {outcome.reason}")
+
+
+def repeat_shipped(
+    shipped: Path, paths: Paths, *, keep: bool = False, trust_patch: str | None = None, data: Path | None = None
+) -> None:
+    """Repeat the run of a shipped folder: with the commit if this repository has it, else with the folder's own code.
+
+    Args:
+        shipped: The folder.
+        paths: Paths of the present folder, which need not be a checkout.
+        keep: Don't remove the checkout with the results.
+        trust_patch: As that of `run`; the folder's own code must be trusted, too.
+        data: Folder with the data of the run; None = that of the commit, or data/ of the present folder.
+
+    Raises:
+        ValueError: The folder is not as it was written, it can't be repeated or is not trusted, or a result differs.
+    """
+    found = inspect_folder(shipped)
+    if found.record is None or found.wrong:
+        names = ", ".join(f"{verdict.path} ({verdict.state})" for verdict in found.wrong[:NUM_FILES_NAMED])
+        raise ValueError(found.problem or f"{shipped} is not as it was written: {for_terminal(names)}")
+    if found.lacking or found.record.code is None:
+        raise ValueError(f"{shipped} can't be repeated: it was recorded without {', '.join(found.lacking)}")
+    home, code = main_checkout(paths.root), found.record.code
+    record = Record(shipped / FOLDER, code.commit, dirty=bool(code.changed))
+    has_commit = not _failure(["git", "cat-file", "-e", f"{code.commit}^{{commit}}"], home) if _is_git(home) else False
+    if not has_commit and not found.has_code:
+        raise ValueError(
+            f"commit {code.commit} is not in this repository, and {shipped} was published without its code"
+        )
+    print(
+        for_terminal(f"repeating {found.record.name}, result {found.record.result_digest[:12]} of {shipped}"),
+        flush=True,
+    )
+    print("\n".join(circumstances(_tags_of(found.record), record, home)), flush=True)
+    added = addition(home, record) if has_commit else whole_code(shipped)
+    check_trusted(added, trust_patch, str(shipped), "made this folder")
+    name = f"reproduce-{found.record.result_digest[:12]}"
+    if has_commit:
+        checkout = recorded_checkout(home, record, re.sub(r"[^\w-]", "_", name), keep)
+    else:
+        data = data or paths.data
+        checkout = unpacked_checkout(shipped, found.record, paths.root, keep)
+    with checkout as folder:
+        place_data(found.record.local_files(), data, folder)
+        repeat(folder)
+        caches = [folder / ".dvc" / "cache", *([dvc_cache(home)] if has_commit else [])]
+        outcome = compare(found.record.figures, record, folder, caches)
+        if keep:
+            outcome.lines.append(f"kept: {folder}")
+    report(outcome, str(shipped))
+
+
+def whole_code(shipped: Path) -> Addition:
+    """Return what a shipped folder would run if its commit is not here: all of its code, by its digest."""
+    archive = shipped / FOLDER / ARCHIVE
+    starting = _starting_code((shipped / FOLDER / PARAMS).read_text(encoding="utf-8"))
+    lines = [f"all of the code in {FOLDER}/{ARCHIVE}: SHA-256 {file_digest(archive)}"]
+    return Addition(b"", (*lines, *(f"{name}: {value}" for name, value in starting.items())))
+
+
+def _tags_of(record: ShippedRecord) -> dict[str, str]:
+    """Return versions and machine of a shipped folder as the tags of a run."""
+    versions = {f"{VERSION}{name}": value for name, value in record.versions.items()}
+    redacted = {PATCH_TAG: "true"} if record.code is not None and record.code.patch_redacted else {}
+    return versions | {f"{MACHINE}{name}": value for name, value in record.machine.items()} | redacted
+
+
+def _is_git(folder: Path) -> bool:
+    return shutil.which("git") is not None and not _failure(["git", "rev-parse", "--git-dir"], folder)
 
 
 @contextmanager
@@ -194,17 +297,23 @@ def fetched_record(tracking: Tracking, run: Run) -> Iterator[Record]:
         yield Record(Path(folder), commit, run.data.tags.get("git.dirty") == "true")
 
 
-def circumstances(recorded: Run, record: Record, home: Path) -> list[str]:
-    """Describe what is known before anything is computed: uncommitted changes, versions and machine then and now."""
+def circumstances(tags: Mapping[str, str], record: Record, home: Path) -> list[str]:
+    """Describe what is known before anything is computed: uncommitted changes, versions and machine then and now.
+
+    Args:
+        tags: Tags of the recorded run.
+        record: Its lineage.
+        home: The checkout.
+    """
     lines = []
     if record.patch is not None:
         patch = record.patch.read_text(encoding="utf-8", errors="replace")
         names = [line.partition(" b/")[2] for line in patch.splitlines() if line.startswith("diff --git a/")]
-        without = ", without the secrets in them" if recorded.data.tags.get(PATCH_TAG) == "true" else ""
+        without = ", without the secrets in them" if tags.get(PATCH_TAG) == "true" else ""
         lines.append(for_terminal(f"uncommitted changes: {', '.join(names)} (applied{without})"))
     now = {f"{VERSION}{name}": value for name, value in lineage.versions(home).items()}
-    lines += _describe_kind("versions", _tag_differences(recorded, VERSION, now))
-    return lines + _describe_kind("machine", _tag_differences(recorded, MACHINE, machine_tags()))
+    lines += _describe_kind("versions", _tag_differences(tags, VERSION, now))
+    return lines + _describe_kind("machine", _tag_differences(tags, MACHINE, machine_tags()))
 
 
 def addition(home: Path, record: Record) -> Addition:
@@ -237,13 +346,14 @@ def _starting_code(text: str) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if name.startswith((*trusting, "train.launch."))}
 
 
-def check_trusted(found: Addition, trusted: str | None, run: str) -> None:
+def check_trusted(found: Addition, trusted: str | None, run: str, who: str = "can write to the store") -> None:
     """Print what a record would run in addition to its commit, and check that the user trusts it.
 
     Args:
         found: The addition.
         trusted: As `trust_patch` of `run`.
         run: Name of the run on the command line.
+        who: Who could have written it, after "whoever".
 
     Raises:
         ValueError: The user does not trust it, or trusts another one.
@@ -254,7 +364,7 @@ def check_trusted(found: Addition, trusted: str | None, run: str) -> None:
     print(f"{found.text()}\n", flush=True)
     if trusted is None:
         raise ValueError(
-            "whoever can write to the store could have written the changes above, and they would be run here. Read "
+            f"whoever {who} could have written the changes above, and they would be run here. Read "
             f"them; if you trust them: python -m stages reproduce {run} --trust-patch {found.digest}"
         )
     if trusted and (len(trusted) < SHORTEST_DIGEST or not found.digest.startswith(trusted)):
@@ -263,9 +373,9 @@ def check_trusted(found: Addition, trusted: str | None, run: str) -> None:
         )
 
 
-def _tag_differences(recorded: Run, prefix: str, now: Mapping[str, str]) -> list[Difference]:
+def _tag_differences(tags: Mapping[str, str], prefix: str, now: Mapping[str, str]) -> list[Difference]:
     """Compare the tags that a run has of one kind with their present values; tags that it lacks are ignored."""
-    then = {name: value for name, value in recorded.data.tags.items() if name.startswith(prefix)}
+    then = {name: value for name, value in tags.items() if name.startswith(prefix)}
     return differences(then, {name: now.get(name) for name in then})
 
 
@@ -339,11 +449,11 @@ def _stage_environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "PATH": search, "SFT_STATE_DIR": str(folder / ".state"), "SFT_LIVE_RUN": "off"}
 
 
-def compare(recorded: Run, record: Record, folder: Path, caches: list[Path]) -> Outcome:
+def compare(metrics: Mapping[str, float], record: Record, folder: Path, caches: list[Path]) -> Outcome:
     """Compare inputs, outputs and figures of a repeated run with the recorded ones.
 
     Args:
-        recorded: The recorded run.
+        metrics: The recorded figures, `<stage>.<metric>` -> value.
         record: Its lineage.
         folder: The checkout in which it was repeated.
         caches: DVC caches that may have the file lists of folders.
@@ -356,7 +466,7 @@ def compare(recorded: Run, record: Record, folder: Path, caches: list[Path]) -> 
     changed = {difference.name: changed_files(difference, caches) for difference in other_outs}
     lines += [f"{name}: {changed.get(name, SAME)}" for name in outs]
     fresh = figures(Paths(folder))
-    measured = {name: value for name, value in metrics_of(recorded_run(recorded)).items() if name in fresh}
+    measured = {name: value for name, value in metrics.items() if name in fresh}
     effects = differences(measured, {name: fresh[name] for name in measured})
     lines += (
         [f"figures: {len(effects)} of {len(measured)} differ", *map(describe_effect, effects)]

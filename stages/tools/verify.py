@@ -1,4 +1,4 @@
-"""`sft verify`: check that the files in outs/ and reports/ are those that dvc.lock records."""
+"""`sft verify`: check that files are those that were recorded: outs/ and reports/, or a shipped folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
 from stages.checkout.worktree import dvc_cache
 from stages.params.schema import Params
+from stages.shipping.inspection import inspect_folder
 from stages.tools.freshness import folder_digest
 
 MAX_SHOWN = 10
@@ -38,20 +39,45 @@ class Verdict:
     files: list[str]
 
 
-def run(params: Params, paths: Paths, *, as_json: bool = False) -> int:
-    """Print a line per out.
+def run(
+    params: Params | None,
+    paths: Paths,
+    *,
+    folder: str | None = None,
+    key: str | None = None,
+    as_json: bool = False,
+) -> int:
+    """Print a line per out, or what a shipped folder is and which of its files differ.
 
     Args:
-        params: Values of params.yaml.
+        params: Values of params.yaml; not read.
         paths: Paths of the checkout.
+        folder: A shipped folder; None = the outs of the checkout.
+        key: Public key that the folder must be signed with.
         as_json: Whether to print JSON.
 
     Returns:
         Exit code: 0 if all files are as recorded, else 1.
 
     Raises:
-        ValueError: There is no readable dvc.lock.
+        ValueError: There is no readable dvc.lock, or no readable manifest in the folder.
     """
+    if folder is not None:
+        return verify_shipped(Path(folder), None if key is None else Path(key), as_json=as_json)
+    if key is not None:
+        raise ValueError("--key checks the signature of a shipped folder; name the folder, too")
+    return verify_checkout(paths, as_json=as_json)
+
+
+def verify_shipped(folder: Path, key: Path | None, *, as_json: bool = False) -> int:
+    """Print what a shipped folder was made of, and every file that differs from its manifest; return the exit code."""
+    found = inspect_folder(folder, key)
+    print(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(found.lines()), flush=True)
+    return 0 if found.is_sound else 1
+
+
+def verify_checkout(paths: Paths, *, as_json: bool = False) -> int:
+    """Print a line per out of dvc.lock; return the exit code."""
     verdicts = list(verify(paths.root))
     is_sound = all(verdict.state == "same" for verdict in verdicts)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from mlflow.entities import Run
 
 from stages.__main__ import main
-from stages.checkout.artifacts import write_json, write_text
+from stages.checkout.artifacts import file_digest, write_json, write_text
 from stages.params.schema import load_params
-from stages.tools.compare import Difference
+from stages.shipping.replay import place_data
+from stages.tools.compare import Difference, metrics_of
 from stages.tools.reproduce import (
     Addition,
     Record,
@@ -26,8 +28,10 @@ from stages.tools.reproduce import (
     recorded_checkout,
 )
 from stages.tracking.lineage import versions
+from stages.tracking.recorded import recorded_run
 from stages.tracking.result import DIGEST_TAG
 from stages.tracking.store import Tracking, open_tracking
+from tests.stages.shipping.test_folder import make_checkout, ship
 
 ROOT = Path(__file__).resolve().parents[3]
 PUBLISH = load_params(ROOT / "params.yaml").publish
@@ -90,7 +94,9 @@ def test_what_differs_is_named_to_the_file_and_the_figure(tracking: Tracking, tm
     write_listing(folder / ".dvc" / "cache", "t2.dir", {"model/adapter.safetensors": "z", "curve.csv": "y"})
     write_json(folder / "reports" / "metrics" / "train.json", {"loss": 0.75, "steps": 3})
 
-    outcome = compare(run, Record(record, "c", dirty=False), folder, [folder / ".dvc" / "cache"])
+    outcome = compare(
+        metrics_of(recorded_run(run)), Record(record, "c", dirty=False), folder, [folder / ".dvc" / "cache"]
+    )
 
     text = "\n".join(outcome.lines)
     assert "code and data: 1 differ\n  stages/train.py: c1 -> c2\n" in text
@@ -104,7 +110,7 @@ def test_same_outs_and_figures_are_a_reproduction(tracking: Tracking, tmp_path: 
     run = recorded(tracking, {}, {})
     write_text(tmp_path / "dvc.lock", LOCK.format(code="c1", train="t1"))
     write_json(tmp_path / "reports" / "metrics" / "train.json", {"loss": 0.5, "steps": 3})
-    outcome = compare(run, Record(tmp_path, "c", dirty=False), tmp_path, [])
+    outcome = compare(metrics_of(recorded_run(run)), Record(tmp_path, "c", dirty=False), tmp_path, [])
     assert outcome.same
     assert "figures: every figure is the same (2 of them)" in outcome.lines
     assert outcome.lines[-1] == "reproduced: every result is the same, bit for bit"
@@ -113,7 +119,7 @@ def test_same_outs_and_figures_are_a_reproduction(tracking: Tracking, tmp_path: 
 def test_versions_machine_and_uncommitted_changes_are_printed_first(tracking: Tracking, tmp_path: Path) -> None:
     tags = {"version.torch": "1.0", "version.python": versions()["python"], "machine.cores": "many"}
     write_text(tmp_path / "uncommitted.patch", "diff --git a/stages/x.py b/stages/x.py\n--- a/stages/x.py\n")
-    lines = circumstances(recorded(tracking, tags, {}), Record(tmp_path, "c", dirty=True), ROOT)
+    lines = circumstances(recorded(tracking, tags, {}).data.tags, Record(tmp_path, "c", dirty=True), tmp_path)
     assert lines[0] == "uncommitted changes: stages/x.py (applied)"
     assert lines[1:3] == ["versions: 1 differ", f"  version.torch: 1.0 -> {versions()['torch']}"]
     assert lines[3] == "machine: 1 differ"
@@ -285,3 +291,40 @@ def test_a_hash_of_the_store_leads_out_of_no_cache(tmp_path: Path) -> None:
     write_text(tmp_path / "cache" / "files" / "md5" / "aa" / "x", "[]")
     difference = Difference("outs/train", "aa/../../../../secret.dir", "..x.dir")
     assert changed_files(difference, [tmp_path / "cache"]) == "differs"
+
+
+def test_a_shipped_folder_runs_no_code_that_the_user_did_not_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a checkout nor its commit is here, so all of the code comes with the folder."""
+    shipped = Path(shutil.move(ship(make_checkout(tmp_path / "checkout")), tmp_path / "downloaded"))
+    digest = file_digest(shipped / "provenance" / "code.tar.gz")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    assert main(["reproduce", str(shipped)]) == 1
+
+    captured = capsys.readouterr()
+    assert f"all of the code in provenance/code.tar.gz: SHA-256 {digest}\n" in captured.out
+    assert "whoever made this folder could have written the changes above" in captured.err
+    trusted = captured.err.rpartition("--trust-patch ")[2].strip()
+    assert main(["reproduce", str(shipped), "--trust-patch", "0" * 16]) == 1
+    assert f"the changes above are {trusted}; read them" in capsys.readouterr().err
+    assert main(["reproduce", str(shipped), "--trust-patch", trusted]) == 1
+    assert "data/tiny.jsonl is missing: the run read it (SHA-256 5e5e5e5e5e5e)" in capsys.readouterr().err
+    (shipped / "config.json").write_text("{}")
+    assert main(["reproduce", str(shipped), "--trust-patch", trusted]) == 1
+    assert "is not as it was written: config.json (changed)" in capsys.readouterr().err
+
+
+def test_data_of_a_shipped_folder_is_checked_before_it_is_used(tmp_path: Path) -> None:
+    checkout, data = tmp_path / "checkout", tmp_path / "data"
+    write_text(checkout / "data" / "a.jsonl", "old")
+    write_text(data / "a.jsonl", "rows")
+    digest = file_digest(data / "a.jsonl")
+    with pytest.raises(ValueError, match=r"a\.jsonl is another file than the run read: SHA-256 \w{12} instead of"):
+        place_data({"a.jsonl": digest}, None, checkout)
+    with pytest.raises(ValueError, match=r"names a file outside of data/: \.\./data/a\.jsonl"):
+        place_data({"../data/a.jsonl": digest}, data, checkout)
+    place_data({"a.jsonl": digest}, data, checkout)
+    assert (checkout / "data" / "a.jsonl").read_text() == "rows"
