@@ -48,6 +48,7 @@ PLUMBING = {
 OWN_PARTS = {"train": (ROOT / "stages/training/setup.py",)}
 # Names of MLflow tags and Prefect events, which look like modules.
 TAGS = {
+    "sft.manifest_sha256",
     "sft.nightly.promoted",
     "sft.out_of_memory",
     "sft.progress",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sft.data.remote import is_url
 from stages.checkout.artifacts import read_json, read_jsonl, write_json, write_text
 from stages.checkout.paths import Paths
 from stages.checkout.redaction import redact
@@ -208,7 +208,8 @@ def count_ledgers(paths: Paths) -> dict[str, int]:
 
 
 def _source(card: dict[str, Any], paths: Paths) -> Source:
-    is_local = not card.get("hub") and not is_url(card["path"])
+    place = Path(os.path.normpath(paths.root / card["path"]))
+    is_local = not card.get("hub") and place.is_relative_to(paths.data)
     places = {name: paths.data / name for name in card["sha256"]} if is_local else {}
     return Source(
         purpose=card["purpose"],

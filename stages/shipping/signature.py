@@ -93,7 +93,6 @@ def _hashing() -> Any:
 
 
 def _check_installed(what: str) -> None:
-    if find_spec("model_signing") is None:
-        raise ValueError(
-            f"{what} needs the package model-signing; type `pip install model-signing`, or leave {what} out"
-        )
+    # model-signing 1.1 imports OpenSSL without naming it among its requirements
+    if any(find_spec(name) is None for name in ("model_signing", "OpenSSL")):
+        raise ValueError(f"{what} needs packages; type `pip install model-signing pyopenssl`, or leave {what} out")

@@ -1,8 +1,9 @@
-"""The model card states figures and origin of the model; a push replaces the hub repository by that folder and it."""
+"""The model card states figures and origin of the model; a push replaces the hub repository by the shipped folder."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ RESULTS = {
     "passed": True,
 }
 PUSH = "import sys; from pathlib import Path; from stages.publish import push; " + (
-    "print(push(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], 'a message'))"
+    "print(push(Path(sys.argv[1]), sys.argv[2], 'a message'))"
 )
 
 
@@ -38,6 +39,10 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     paths = write_tiny_run(tmp_path_factory.mktemp("card"))
     write_json(paths.out("evaluate", "results.json"), RESULTS)
     write_card(paths.out("publish", "README.md"), tiny_params(), paths, "merged", "d16e57" * 8)
+    shutil.copytree(paths.out("merge", "model"), paths.out("publish", "model"))
+    shutil.copyfile(paths.out("publish", "README.md"), paths.out("publish", "model", "README.md"))
+    (paths.out("publish", "model") / "provenance").mkdir()
+    (paths.out("publish", "model") / "provenance" / "record.json").write_text("{}")
     return paths
 
 
@@ -52,7 +57,7 @@ def hub() -> Iterator[str]:
 def push_apart(paths: Paths, repo_id: str, **environment: str) -> tuple[int, str]:
     """Push in a new process, as the hub client reads its environment only once."""
     done = subprocess.run(
-        [sys.executable, "-c", PUSH, str(paths.out("merge", "model")), str(paths.out("publish", "README.md")), repo_id],
+        [sys.executable, "-c", PUSH, str(paths.out("publish", "model")), repo_id],
         cwd=CHECKOUT,
         env={**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", **environment},
         capture_output=True,
@@ -107,15 +112,15 @@ def test_card_says_in_which_form_the_weights_are(quantize: dict[str, Any], shipp
     assert form(tiny_params(quantize=quantize), shipped) == words
 
 
-def test_push_leaves_the_folder_and_its_card_on_the_hub_and_nothing_else(paths: Paths, hub: str) -> None:
+def test_push_leaves_the_folder_on_the_hub_and_nothing_else(paths: Paths, hub: str) -> None:
     code, output = push_apart(paths, REPO, HF_ENDPOINT=hub, HF_TOKEN="hf_test")
     assert code == 0, output
     assert f"{REPO}/commit/{COMMIT}" in output
     assert UploadHandler.created[0]["visibility"] == "private"
     assert UploadHandler.messages == ["a message"]
-    folder = paths.out("merge", "model")
-    expected = {file.name: file.read_bytes() for file in folder.iterdir()}
-    assert UploadHandler.files == {**expected, "README.md": paths.out("publish", "README.md").read_bytes()}
+    folder = paths.out("publish", "model")
+    files = (file for file in folder.rglob("*") if file.is_file())
+    assert UploadHandler.files == {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,8 @@ def test_what_the_hub_refuses_names_the_key(
 def test_nothing_is_pushed_unless_asked_for_or_if_the_gate_is_closed(
     paths: Paths, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert publish.push_shipped(tiny_params(), paths, "merged", "0" * 64, promoted=True) is None
+    folder = paths.out("publish", "model")
+    assert publish.push_shipped(tiny_params(), folder, "merged", "0" * 64, promoted=True) is None
     asked = tiny_params(publish={"push_to_hub": REPO})
-    assert publish.push_shipped(asked, paths, "merged", "0" * 64, promoted=False) is None
+    assert publish.push_shipped(asked, folder, "merged", "0" * 64, promoted=False) is None
     assert f"the gate is closed, so nothing was pushed to {REPO}" in capsys.readouterr().out

@@ -67,7 +67,7 @@ def test_every_good_name_is_registered_and_found_again(tmp_path: Path) -> None:
     for name in GOOD:
         section = PublishSection(
             tracking_uri="sqlite:///mlflow.db", experiment=f"{name}/{name}", registered_model=name,
-            push_to_hub=None, gate=[],
+            push_to_hub=None, ship_code=True, gate=[],
         )  # fmt: skip
         tracking = open_tracking(section, tmp_path)
         with tracking.whole_run("run", {}) as run:

@@ -18,7 +18,7 @@ from stages.checkout.paths import Paths
 from stages.shipping.folder import write_shipped_folder
 from stages.shipping.manifest import FileVerdict, compare_with_manifest
 from stages.shipping.record import make_record
-from tests.stages.tiny_run import CARD, tiny_params
+from tests.stages.tiny_run import CARD, SOURCE, tiny_params
 
 FIGURES = {"loss": 0.5, "exact_match": 0.75, "size_mb": 1.25}
 RESULTS: dict[str, Any] = {
@@ -39,7 +39,8 @@ def make_checkout(root: Path) -> Paths:
     )
     (paths.out("merge", "model") / "model.safetensors").write_bytes(bytes(range(256)))
     write_json(paths.out("load", "base_model.json"), BASE)
-    write_json(paths.out("load", "card.json"), CARD)
+    sources = [{**SOURCE, "path": "data/tiny.jsonl", "columns": ["messages"]}]
+    write_json(paths.out("load", "card.json"), {**CARD, "sources": sources})
     write_text(
         paths.out("load", "ledger.jsonl"), json.dumps({"stage": "load", "action": "drop", "reason": "duplicate"})
     )
@@ -211,6 +212,10 @@ def test_the_data_card_names_files_digests_and_what_was_done_to_rows(made: Path)
     (file,) = card["distribution"]
     assert (file["@id"], file["contentUrl"], file["sha256"]) == ("tiny.jsonl", "data/tiny.jsonl", "5e" * 32)
     assert file["encodingFormat"] == "application/jsonlines"
+    assert card["recordSet"][0]["field"][0]["source"] == {
+        "fileObject": {"@id": "tiny.jsonl"},
+        "extract": {"column": "messages"},
+    }
     assert card["datePublished"] == DAY[:10]
     assert card["rai:dataPreprocessingProtocol"][-1] == "load: drop duplicate: 1 rows"
     croissant = pytest.importorskip("mlcroissant")
