@@ -57,9 +57,7 @@ def make_data_card(record: Record, params: Params) -> dict[str, Any]:
         record: Its record.
         params: Values of params.yaml: how rows were checked and formatted.
     """
-    objects = {
-        name: _object(name, digest, source) for source in record.sources for name, digest in source.files.items()
-    }
+    files = [(name, digest, source) for source in record.sources for name, digest in source.files.items()]
     stamp = {} if record.code is None else {"datePublished": record.code.date[:10]}
     return {
         "@context": CONTEXT,
@@ -70,9 +68,11 @@ def make_data_card(record: Record, params: Params) -> dict[str, Any]:
         f"({record.num_eval:,}). The files are not part of this folder; their digests identify them.",
         "version": f"1.0.0+{record.result_digest[:12]}",
         **stamp,
-        "distribution": list(objects.values()),
+        "distribution": [_object(number, *file) for number, file in enumerate(files)],
         "recordSet": [
-            _record_set(source, name) for source in record.sources for name in source.files if source.columns
+            _record_set(number, name, source.columns)
+            for number, (name, _, source) in enumerate(files)
+            if source.columns
         ],
         "rai:dataPreprocessingProtocol": _protocol(record, params),
         "rai:dataUseCases": [
@@ -85,12 +85,12 @@ def _purpose(source: Source) -> str:
     return "training" if source.purpose == "train" else "evaluation"
 
 
-def _object(name: str, digest: str, source: Source) -> dict[str, Any]:
+def _object(number: int, name: str, digest: str, source: Source) -> dict[str, Any]:
     suffix = PurePosixPath(name).suffix
     size = {"contentSize": f"{source.sizes[name]} B"} if name in source.sizes else {}
     return {
         "@type": "cr:FileObject",
-        "@id": name,
+        "@id": f"file-{number}",
         "name": name,
         "description": f"{_purpose(source)} rows",
         "contentUrl": f"data/{name}" if source.is_local else name,
@@ -100,20 +100,21 @@ def _object(name: str, digest: str, source: Source) -> dict[str, Any]:
     }
 
 
-def _record_set(source: Source, name: str) -> dict[str, Any]:
+def _record_set(number: int, name: str, columns: list[str]) -> dict[str, Any]:
+    """Return the columns of a file. Ids hold no names, as readers of the format accept no spaces in them."""
     return {
         "@type": "cr:RecordSet",
-        "@id": f"rows of {name}",
+        "@id": f"rows-{number}",
         "name": f"rows of {name}",
         "field": [
             {
                 "@type": "cr:Field",
-                "@id": f"rows of {name}/{column}",
-                "name": f"rows of {name}/{column}",
+                "@id": f"rows-{number}/column-{place}",
+                "name": column,
                 "dataType": "sc:Text",
-                "source": {"fileObject": {"@id": name}, "extract": {"column": column}},
+                "source": {"fileObject": {"@id": f"file-{number}"}, "extract": {"column": column}},
             }
-            for column in source.columns
+            for place, column in enumerate(columns)
         ],
     }
 

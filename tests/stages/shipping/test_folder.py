@@ -210,10 +210,10 @@ def test_the_bill_of_materials_follows_the_schema_and_names_model_data_and_packa
 def test_the_data_card_names_files_digests_and_what_was_done_to_rows(made: Path) -> None:
     card = read_json(made / "data_card.json")
     (file,) = card["distribution"]
-    assert (file["@id"], file["contentUrl"], file["sha256"]) == ("tiny.jsonl", "data/tiny.jsonl", "5e" * 32)
+    assert (file["name"], file["contentUrl"], file["sha256"]) == ("tiny.jsonl", "data/tiny.jsonl", "5e" * 32)
     assert file["encodingFormat"] == "application/jsonlines"
     assert card["recordSet"][0]["field"][0]["source"] == {
-        "fileObject": {"@id": "tiny.jsonl"},
+        "fileObject": {"@id": "file-0"},
         "extract": {"column": "messages"},
     }
     assert card["datePublished"] == DAY[:10]
