@@ -139,11 +139,11 @@ def run_command(
         return fail(explained, getattr(error, "exit_code", EXIT_FAILED))
 
 
-def names_folder(named: Any) -> bool:
-    """Return whether an argument names a shipped folder instead of a run or nothing."""
+def names_folder(named: list[str] | str | None) -> bool:
+    """Return whether an argument names a shipped folder: it takes nothing else, or a run whose name is no path."""
     if isinstance(named, list):
-        named = named[0]
-    return isinstance(named, str) and ("/" in named or Path(named).is_dir())
+        return "/" in named[0] or (Path(named[0]) / "manifest.json").is_file()
+    return named is not None
 
 
 def run_flow(name: str, arguments: tuple[str, ...]) -> int:

@@ -54,11 +54,6 @@ class FileVerdict:
     detail: str
 
 
-def is_shipped_folder(folder: Path) -> bool:
-    """Return whether a folder has a manifest."""
-    return (folder / MANIFEST).is_file()
-
-
 def write_manifest(folder: Path) -> str:
     """Write the manifest of a folder and return its SHA-256."""
     entries = {
