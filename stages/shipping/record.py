@@ -142,7 +142,7 @@ def make_record(params: Params, paths: Paths, shipped: str, digest: str) -> Reco
         num_eval=card["num_eval"],
         ledger=count_ledgers(paths),
         code=_code(paths.root),
-        versions=lineage.versions(),
+        versions=lineage.versions(paths.root),
         machine=lineage.machine_facts(),
         gate_passed=read_json(paths.out("evaluate", "results.json"))["passed"],
         figures=figures(paths),

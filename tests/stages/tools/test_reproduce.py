@@ -119,7 +119,7 @@ def test_same_outs_and_figures_are_a_reproduction(tracking: Tracking, tmp_path: 
 def test_versions_machine_and_uncommitted_changes_are_printed_first(tracking: Tracking, tmp_path: Path) -> None:
     tags = {"version.torch": "1.0", "version.python": versions()["python"], "machine.cores": "many"}
     write_text(tmp_path / "uncommitted.patch", "diff --git a/stages/x.py b/stages/x.py\n--- a/stages/x.py\n")
-    lines = circumstances(recorded(tracking, tags, {}).data.tags, Record(tmp_path, "c", dirty=True), tmp_path)
+    lines = circumstances(recorded(tracking, tags, {}).data.tags, Record(tmp_path, "c", dirty=True), ROOT)
     assert lines[0] == "uncommitted changes: stages/x.py (applied)"
     assert lines[1:3] == ["versions: 1 differ", f"  version.torch: 1.0 -> {versions()['torch']}"]
     assert lines[3] == "machine: 1 differ"
