@@ -94,7 +94,8 @@ def dataset_names(draft: Draft, key: str, value: Any, infos: Mapping[str, Any]) 
         draft.same(key, value, "none")
         return
     limit = draft.get("max_samples")
-    sources, missing = [], []
+    sources: list[dict[str, Any]] = []
+    missing = []
     for name in names:
         info = infos.get(name)
         if not isinstance(info, Mapping):
@@ -126,12 +127,14 @@ def eval_names(draft: Draft, key: str, value: Any, infos: Mapping[str, Any]) -> 
     apart = Draft(draft.peer, draft.source)
     source = _source(apart, key, infos.get(first) or {"file_name": f"{first}.json"})
     if source.get("hub"):
-        held = {"path": None, "fraction": 0.05, "count": None}
+        part = {"path": None, "fraction": 0.05, "count": None}
         note = "download it to a file in data/ and state load.eval.path; until then, 5 % of the rows"
-        draft.nearest(key, value, note, load__eval=held)
+        draft.nearest(key, value, note, load__eval=part)
         return
-    kept = {name: source[name] for name in ("columns", "roles", "message_keys", "template") if name in source}
-    held = {"path": source["path"], "fraction": None, "count": None, **kept}
+    kept: dict[str, Any] = {
+        name: source[name] for name in ("columns", "roles", "message_keys", "template") if name in source
+    }
+    held: dict[str, Any] = {"path": source["path"], "fraction": None, "count": None, **kept}
     if others:
         draft.nearest(key, value, f"held-out rows are one file; join {', '.join(others)} to it", load__eval=held)
     else:

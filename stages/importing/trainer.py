@@ -95,7 +95,7 @@ def steps_of(target: str, strategy: str) -> Rule:
         if draft.source.get(strategy) in ("epoch", "no", False):
             draft.irrelevant(key, value, f"{strategy}: {draft.source[strategy]} decides")
         else:
-            draft.same(key, value, **{target.replace(".", "__"): _below_one(fraction_or_steps(value))})
+            draft.same(key, value, "", **{target.replace(".", "__"): _below_one(fraction_or_steps(value))})
 
     return rule
 
