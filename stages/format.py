@@ -33,9 +33,9 @@ from sft.models.checkpoint import (
 from sft.untrusted.templates import TemplateSourceError
 from sft.vision.chat import VisionTemplate
 from sft.vision.places import placeholder
-from stages.checkout.artifacts import JsonlWriter, read_json, read_jsonl, write_json
+from stages.checkout.artifacts import JsonlWriter, code_digest, read_json, read_jsonl, write_json
 from stages.checkout.ledger import Action, Ledger
-from stages.checkout.paths import Paths
+from stages.checkout.paths import STREAM, Paths
 from stages.models.base import read_base_model
 from stages.params.schema import FormatSection, Params
 from stages.progress import progress, stage_progress
@@ -95,6 +95,14 @@ def run(params: Params, paths: Paths) -> None:
             "chat_template_sha256": _template_digest(tokenizer),
         }
         write_json(folder / "summary.json", facts)
+        if read_json(paths.out("load", "card.json")).get("streaming"):
+            recipe = {
+                "format": section.model_dump(),
+                "stop_token_ids": list(stop_token_ids),
+                "reads_images": image_model is not None,
+                "code": code_digest("sft/chat", "stages/shards"),
+            }
+            write_json(folder / STREAM, recipe)
     write_json(paths.metrics("format"), {**figures, "num_new_tokens": len(new_token_ids)})
 
 

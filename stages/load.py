@@ -7,28 +7,26 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sft.data.messages import Problem, RowError, validate_record
-from sft.data.records import normalize, numbers_as_text, record_digest
+from sft.data.messages import Problem, RowError
+from sft.data.records import record_digest
 from sft.data.source_row import Row
 from sft.folders import replacing_folder
-from stages.checkout.artifacts import JsonlWriter, write_json
+from stages.checkout.artifacts import JsonlWriter, code_digest, write_json
 from stages.checkout.ledger import Action, Ledger
-from stages.checkout.paths import Paths
+from stages.checkout.paths import STREAM, Paths
 from stages.loading.accounts import Accounts
-from stages.loading.checks import Note, RowChecks, SetChecks
-from stages.loading.images import IMAGE_REASONS, Home, ImageStore
+from stages.loading.checks import Note, SetChecks
+from stages.loading.images import ImageStore
 from stages.loading.rehearsal import card, read_asked, rehearse
 from stages.loading.rehearsed import SOURCE, write_summary
 from stages.loading.selection import Selection
-from stages.loading.sources import Source, open_source
-from stages.loading.suggestions import option_line, suggest_options
+from stages.loading.sources import RecordReader, Source, open_source
+from stages.loading.streams import Interleaved, describe_stream, pinned
 from stages.models.resolve import resolve_base_model
 from stages.params.schema import LoadSection, Params
 from stages.progress import progress, stage_progress
 
 ROWS_BETWEEN_PROGRESS = 500
-NOT_TEXT = ("not_text", "content_not_text")
-"""Reasons of rows that may contain a number where text is needed."""
 
 
 @stage_progress("load")
@@ -41,16 +39,23 @@ def run(params: Params, paths: Paths) -> None:
     """
     section = params.load
     with_damaged = section.checks.unreadable == "drop"
-    sources = [(part, f"load.sources[{i}].path") for i, part in enumerate(section.sources)]
-    train = [open_source(part, paths, key, with_damaged=with_damaged) for part, key in sources]
+    parts = [pinned(part) for part in section.sources] if section.streaming else section.sources
+    keys = [f"load.sources[{i}].path" for i in range(len(parts))]
+    train = [
+        open_source(part, paths, key, with_damaged=with_damaged, begin_only=section.streaming and part.hub)
+        for part, key in zip(parts, keys, strict=True)
+    ]
     file = section.eval.source()
     held_out = [open_source(file, paths, "load.eval.path", with_damaged=with_damaged)] if file else []
     base_model = resolve_base_model(params.model, paths.root)
     with replacing_folder(paths.out("load")) as folder:
-        images = ImageStore(folder / paths.images.name, section.images, Path(base_model.path))
+        images = ImageStore(folder / paths.images.name, section, Path(base_model.path))
         with Intake(folder, section, images, paths.data) as intake:
             intake.take(held_out, "eval")
-            intake.take(train, "train")
+            if section.streaming:
+                intake.take_first(train, section.streaming_window)
+            else:
+                intake.take(train, "train")
             intake.check_training_rows()
             if section.rehearsal is None:
                 write_summary(folder / SOURCE, None)
@@ -59,8 +64,13 @@ def run(params: Params, paths: Paths) -> None:
                 rows = rehearse(section.rehearsal, params.model, base_model, paths, folder / SOURCE)
                 intake.take_rehearsal(rows, described)
             figures = intake.close_accounts()
-        write_json(folder / "card.json", {"sources": intake.accounts.cards, **figures})
+        streaming = {"streaming": True} if section.streaming else {}
+        write_json(folder / "card.json", {"sources": intake.accounts.cards, **figures, **streaming})
         write_json(folder / "base_model.json", base_model.record())
+        if section.streaming:
+            code = code_digest("sft/data", "stages/loading")
+            stream = {**describe_stream(section, train, intake.held_out()), "code": code}
+            write_json(folder / STREAM, stream)
     write_json(paths.metrics("load"), figures)
 
 
@@ -82,15 +92,13 @@ class Intake(ExitStack):
         super().__init__()
         self._section = section
         self._images = images
-        self._data = data
+        self._reader = RecordReader(section, images, data)
         self.accounts = Accounts(section, self.enter_context(Ledger(folder / "ledger.jsonl", "load")))
         self._writers = {name: self.enter_context(JsonlWriter(folder / f"{name}.jsonl")) for name in ("train", "eval")}
         self._selection = Selection(section.seed)
-        self._row_checks = RowChecks(section.checks)
         self._set_checks = SetChecks(section.checks, self._writers)
         self._seen: dict[str, dict[bytes, str]] = {"train": {}, "eval": {}}
         self._held_out: frozenset[bytes] = frozenset()
-        self._hints: dict[tuple[str, str], str] = {}
 
     def take(self, sources: list[Source], purpose: str) -> None:
         """Check and write all rows of sources.
@@ -99,7 +107,7 @@ class Intake(ExitStack):
             sources: The sources.
             purpose: `train` or `eval`. A part of the rows of `train` may be held out, and is written to `eval`.
         """
-        total, num_rows = sum(source.num_rows for source in sources), self.accounts.num_rows
+        total, num_rows = sum(source.num_rows or 0 for source in sources), self.accounts.num_rows
         chosen = [self._choose(source) for source in sources]
         if purpose == "train" and self._section.eval.count is not None:
             strata = self._strata(sources, chosen)
@@ -110,18 +118,50 @@ class Intake(ExitStack):
                 if num_rows[purpose] % ROWS_BETWEEN_PROGRESS == 0:
                     progress(num_rows[purpose], total, f"{purpose} rows")
                 num_rows[purpose] += 1
-                self._take_row(row, source, keys, purpose)
+                self._take_row(row, source, len(self.accounts.cards) - 1, keys, purpose)
         if sources:
             progress(total, total, f"{purpose} rows")
 
-    def _take_row(self, row: Row, source: Source, chosen: frozenset[bytes] | None, purpose: str) -> None:
-        number = len(self.accounts.cards) - 1
+    def take_first(self, sources: list[Source], num_rows: int) -> None:
+        """Check and write the first rows of a stream, and every row that `load.eval.fraction` holds out.
+
+        The other rows are not counted: `train` checks them when it reads them.
+
+        Args:
+            sources: The sources, which are read in turn.
+            num_rows: Number of rows to take besides those that are held out.
+        """
+        first = len(self.accounts.cards)
+        for source in sources:
+            self.accounts.open_source(source.card(), "train")
+        for number, row in Interleaved(sources):
+            is_first = self.accounts.num_rows["train"] < num_rows
+            if not is_first and self._section.eval.fraction is None:
+                break
+            if is_first or self._is_held_out(row, sources[number]):
+                self.accounts.num_rows["train"] += 1
+                self._take_row(row, sources[number], first + number, None, "train")
+                progress(min(self.accounts.num_rows["train"], num_rows), num_rows, "first rows of the stream")
+
+    def _is_held_out(self, row: Row, source: Source) -> bool:
+        """Return whether `load.eval.fraction` holds out a row, which may be invalid."""
         try:
-            record, notes = self._record(row, source)
+            key = bytes.fromhex(record_digest(self._reader.read(row, source)[0]))
+        except RowError:
+            return False
+        return self._selection.position(key) < (self._section.eval.fraction or 0)
+
+    def held_out(self) -> dict[str, str]:
+        """Return the digests of the held-out rows, each with the row's id."""
+        return {key.hex(): row_id for key, row_id in self._seen["eval"].items()}
+
+    def _take_row(self, row: Row, source: Source, number: int, chosen: frozenset[bytes] | None, purpose: str) -> None:
+        try:
+            record, notes = self._reader.read(row, source)
             target, copies = self._place(record, notes, row.id, source, chosen, purpose)
         except RowError as error:
             action = Action.OMIT if isinstance(error, OmittedRow) else Action.DROP
-            detail = f"{error}{self._hint(error, row, source)}"
+            detail = f"{error}{self._reader.hint(error, row, source)}"
             self.accounts.enter(row.id, Note(action, Problem(error.reason, detail)), number, purpose)
             return
         for note in notes:
@@ -130,65 +170,6 @@ class Intake(ExitStack):
         for copy in range(copies):
             self._writers[target].write({"id": f"{row.id}+{copy}" if copy else row.id, **record})
         self.accounts.num_repeated += copies - 1
-
-    def _hint(self, error: RowError, row: Row, source: Source) -> str:
-        """Return the options of the source with which a row could be read; empty if there are none."""
-        if not error.mapping:
-            return ""
-        found = (source.section.path, str(error.mapping))
-        if found not in self._hints:
-            options = suggest_options(source.section, [row])
-            lines = ", ".join(option_line(name, names) for name, names in options.items())
-            self._hints[found] = f"; an option of the source in params.yaml reads it: {lines}" if lines else ""
-        return self._hints[found]
-
-    def _record(self, row: Row, source: Source) -> tuple[dict[str, Any], list[Note]]:
-        """Return the row as a record that is valid for training, and what was found in it."""
-        record, of_numbers = self._normalized(row, source)
-        record, notes = self._row_checks.inspect(record)
-        return record, [*of_numbers, *notes, *self._validated(record)]
-
-    def _validated(self, record: dict[str, Any]) -> list[Note]:
-        """Check that a record is valid for training; return a note of empty answers if they are allowed."""
-        problems = validate_record(record, require_alternation=self._section.require_alternation)
-        wanted = self._section.checks.empty_answer
-        invalid = [problem for problem in problems if problem.reason != "empty_answer" or wanted == "drop"]
-        if invalid:
-            raise RowError(invalid[0].reason, "; ".join(problem.detail for problem in invalid))
-        return [Note(Action(wanted), problem) for problem in problems[:1] if wanted != "off"]
-
-    def _normalized(self, row: Row, source: Source) -> tuple[dict[str, Any], list[Note]]:
-        """Return the row as a record, and a note if numbers in it were changed to text."""
-        if row.damage is not None:
-            raise RowError("unreadable", str(row.damage))
-        columns = source.mapping.apply(row.columns)
-        try:
-            record = normalize(columns, source.layout, prune_nulls=row.has_added_nulls)
-            return self._with_images(record, columns, row, source), []
-        except RowError as error:
-            columns, found = numbers_as_text(columns, source.layout)
-            if error.reason not in NOT_TEXT or not found:
-                raise
-        wanted, problem = self._section.checks.number, Problem("number", "; ".join(found)[:300])
-        if wanted == "drop":
-            raise RowError("number", f"{problem.detail}, where text is needed; load.checks.number: repair writes it so")
-        record = normalize(columns, source.layout, prune_nulls=row.has_added_nulls)
-        return self._with_images(record, columns, row, source), [Note(Action(wanted), problem)]
-
-    def _with_images(self, record: dict[str, Any], columns: dict[str, Any], row: Row, source: Source) -> dict[str, Any]:
-        """Return a record with the names of its images' files, see `ImageStore.placed`.
-
-        Raises:
-            RowError: An image can't be used.
-            ValueError: The same, and `load.checks.image` is `fail`.
-        """
-        home = Home(source.folder_of(row, self._data), self._data)
-        try:
-            return self._images.placed(record, columns, source.layout.content, home)
-        except RowError as error:
-            if error.reason in IMAGE_REASONS and self._section.checks.image == "fail":
-                raise ValueError(f"params.yaml, load.checks.image: {row.id}: {error}") from None
-            raise
 
     def _place(
         self,
@@ -232,7 +213,7 @@ class Intake(ExitStack):
         """Yield the digests of a source's valid rows. The others get their ledger entries in `take`."""
         for row in source.rows():
             try:
-                yield bytes.fromhex(record_digest(self._record(row, source)[0]))
+                yield bytes.fromhex(record_digest(self._reader.read(row, source)[0]))
             except RowError:
                 continue
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,31 +19,34 @@ from transformers import AutoTokenizer
 
 from sft.folders import replacing_folder
 from sft.labels import IGNORE_INDEX
-from sft.tokens.columns import Columns, Integers, Pieces, RowPlan, count_trained, row_tables, write_rows
-from sft.tokens.packing import Limited, OverflowReport, cut_pieces, kept_by_length, plan_overflow, plan_rows
+from sft.tokens.columns import Columns, RowPlan, count_trained, row_tables, write_rows
+from sft.tokens.packing import Limited, OverflowReport, cut_pieces, kept_by_length, plan_overflow
 from sft.tokens.preview import preview_masks
 from sft.tokens.prompts import PartColumn
-from stages.checkout.artifacts import write_json, write_jsonl, write_text
+from stages.checkout.artifacts import code_digest, read_json, write_json, write_jsonl, write_text
 from stages.checkout.ledger import Action, Ledger
-from stages.checkout.paths import Paths
+from stages.checkout.paths import STREAM, Paths
 from stages.loading.rehearsed import SOURCE, is_rehearsed, read_summary
 from stages.models.base import read_base_model
 from stages.pages.data import SplitFacts, choose_previews, write_data_page
 from stages.params.schema import PackSection, Params
 from stages.progress import progress, stage_progress
-from stages.shards.encoding import DocumentImages, Documents, ImageFiles, Kept, encode_split
+from stages.shards.encoding import (
+    DocumentImages,
+    Documents,
+    ImageFiles,
+    Kept,
+    LostTokens,
+    divided_documents,
+    encode_split,
+    enter_lost_tokens,
+    lost_tokens,
+    plan_split,
+    without_lengths,
+)
 
 SPLITS = ("train", "eval")
 SCRATCH = "scratch"
-
-ACTIONS = {
-    "truncated": Action.CUT,
-    "split": Action.SPLIT,
-    "divided": Action.SPLIT,
-    "dropped": Action.DROP,
-    "masked": Action.DROP,
-}
-"""Reason of a ledger entry -> what was done to the document."""
 
 CROSSED = (
     "in {} documents a token lies across the border between untrained and trained text, so that their prompts end in "
@@ -78,6 +80,11 @@ def run(params: Params, paths: Paths) -> None:
                 write_text(folder / "preview.txt", preview_masks(packed, tokenizer, num_rows=3, seed=0))
                 previews = choose_previews(kept, tokenizer)
         shutil.rmtree(folder / SCRATCH)
+        if read_json(paths.out("load", "card.json")).get("streaming"):
+            stream = read_json(paths.out("load", STREAM))
+            code = code_digest("sft/tokens", "stages/shards")
+            recipe = {"stream": stream, "pack": params.pack.model_dump(), "code": code}
+            write_json(folder / STREAM, recipe)
     write_json(paths.metrics("pack"), {split: facts.figures for split, facts in splits.items()})
     write_data_page(paths, splits, previews)
     num_crossed = sum(facts.figures["border_in_token"] for facts in splits.values())
@@ -163,22 +170,12 @@ def pack_split(
     mixture = mix_rehearsal(documents.ids.take(pa.array(limited.source)), limited, share)
     limited = limited._replace(pieces=limited.pieces[mixture.kept])
     pieces = limited.pieces
-    divided = replace(
-        documents,
-        columns=dict(limited.columns),
-        ids=documents.ids.take(pa.array(limited.source)),
-        images=[documents.images[number] for number in limited.source.tolist()] if documents.images else [],
-        groups=None if documents.groups is None else documents.groups[limited.source],
-    )
+    divided = divided_documents(documents, limited)
     plan = plan_split(pieces, section, divided.groups)
     before = np.array([documents.lengths.sum(), documents.trained.sum()])
     lost = np.array([report.num_tokens_lost, sum(report.trained_tokens_lost.values())])
     check_lost_tokens(documents, report, section, lost_tokens(documents.ids, limited, plan), split)
-    entered = np.zeros(2, dtype=np.int64)
-    for entry in lost_tokens(documents.ids, limited, plan):
-        num_lost = {"tokens_lost": entry.tokens_lost, "trained_tokens_lost": entry.trained_tokens_lost}
-        ledger.enter(entry.id, entry.reason, None, ACTIONS[entry.reason], **num_lost)
-        entered += list(num_lost.values())
+    entered = np.array(enter_lost_tokens(lost_tokens(documents.ids, limited, plan), ledger))
     for name, num_tokens, num_trained in mixture.omitted:
         num_lost = {"tokens_lost": num_tokens, "trained_tokens_lost": num_trained}
         ledger.enter(name, "not_needed", f"rehearsal has its share of {share} without it", Action.OMIT, **num_lost)
@@ -265,49 +262,6 @@ def mix_rehearsal(ids: pa.ChunkedArray, limited: Limited, share: float) -> Mixtu
     return Mixture(kept, omitted, {f"{SOURCE}_{name}": value for name, value in figures.items()})
 
 
-def plan_split(pieces: Pieces, section: PackSection, groups: Integers | None = None) -> RowPlan:
-    """Choose which pieces share a row; with strategy `none` each piece is a row. `groups` is that of `plan_rows`."""
-    if section.strategy == "none":
-        return RowPlan(pieces, np.arange(1, len(pieces) + 1))
-    return plan_rows(pieces, section.max_length, section.strategy, groups)
-
-
-class LostTokens(NamedTuple):
-    """A document that was cut, divided or dropped.
-
-    Args:
-        id: Id of its record.
-        reason: `truncated`, `split` (at the length limit), `dropped` (too long), `masked` (nothing in it is trained) or
-            `divided` (where a row was full; no token is lost).
-        tokens_lost: Number of its tokens that are in no row.
-        trained_tokens_lost: How many of those are trained.
-    """
-
-    id: str
-    reason: str
-    tokens_lost: int
-    trained_tokens_lost: int
-
-
-def lost_tokens(ids: pa.ChunkedArray, limited: Limited, plan: RowPlan) -> Iterator[LostTokens]:
-    """Yield an entry for every document that the length limit changed or the end of a row divided.
-
-    Args:
-        ids: `(num_documents,)` ids of the records.
-        limited: What the limit left.
-        plan: Rows that are made of it.
-    """
-    report = limited.report
-    for reason, rows in report.row_indices.items():
-        for row in rows:
-            yield LostTokens(ids[row].as_py(), reason, report.tokens_lost[row], report.trained_tokens_lost[row])
-    size = report.num_rows
-    packed, kept = limited.source[plan.pieces.document], limited.source[limited.pieces.document]
-    divided = np.bincount(packed, minlength=size) > np.bincount(kept, minlength=size)
-    for row in np.flatnonzero(divided).tolist():
-        yield LostTokens(ids[row].as_py(), "divided", 0, 0)
-
-
 def check_lost_tokens(
     documents: Documents, report: OverflowReport, section: PackSection, entries: Iterator[LostTokens], split: str
 ) -> None:
@@ -357,11 +311,6 @@ def kept_fraction(documents: Documents, limit: int, policy: str) -> float:
         pieces = cut_pieces(documents.lengths, limit, policy)[~fits]
         kept += int(count_trained(documents.columns["labels"], pieces)[0].sum())
     return kept / int(documents.trained.sum())
-
-
-def without_lengths(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Drop the column `seq_lengths`, which rows of one document each do not need."""
-    return (table.drop_columns(["seq_lengths"]) for table in tables)
 
 
 class RowCount:

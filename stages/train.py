@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from datasets import load_from_disk
 
 from sft.config import SFTConfig
 from sft.folders import replacing_folder
@@ -37,6 +38,8 @@ from stages.launch.stopping import SavedAndStopped, delaying_sigterm, grace_s
 from stages.models.base import name_base
 from stages.params.schema import Params
 from stages.progress import stage_progress
+from stages.streaming.dataset import KeepPlace, StreamedRows, beginning_at_place
+from stages.streaming.recipe import Recipe
 from stages.training.checkpoints import SEAL, TrainingState, explaining_full_disk, what_is_wrong
 from stages.training.curve import (
     MEMORY_TAG,
@@ -133,8 +136,12 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
     checkpoint = agree_on_checkpoint(params, paths, config)
     throughput = Throughput(state.folder / "throughput.csv")
     recorders = [throughput, TrainingProgress(throughput), *([] if live is None else [LiveCurve(live, throughput)])]
+    streamed = open_stream(params, paths, config, checkpoint)
+    rows_per_update = config.train_batch_size * config.gradient_accumulation_steps
+    if streamed is not None:
+        recorders.append(KeepPlace(streamed, rows_per_update))
     try:
-        trainer = make_trainer(params, paths, config, recorders)
+        trainer = make_trainer(params, paths, config, recorders, streamed)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -155,7 +162,8 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
         with delaying_sigterm(grace_s()) as is_asked, explaining_full_disk(state):
             stop = SaveAndStop(is_asked)
             trainer.add_callback(stop)
-            trainer.train(resume_from_checkpoint=checkpoint)
+            with nullcontext() if streamed is None else beginning_at_place():
+                trainer.train(resume_from_checkpoint=checkpoint)
         if stop.stopped and not is_exhausted(trainer.state.log_history, section.select):
             if trainer.is_world_process_zero():
                 state.mark_stopped(trainer.state.global_step)
@@ -171,12 +179,34 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
         if config.world_size > 1:
             raise OutOfMemory(problem) from None
         return problem
-    save_results(trainer, params, paths, memory_figures(params.train, state))
+    figures: dict[str, Any] = {**memory_figures(params.train, state)}
+    if streamed is not None:
+        num_trained = trainer.state.global_step * rows_per_update
+        figures["stream"] = streamed.write_accounts(paths.out("train", "stream"), num_trained)
+    save_results(trainer, params, paths, figures)
     if trainer.is_world_process_zero():
         write_jsonl(paths.out("train", "samples.jsonl"), samples_by_prompt(prompts, state.folder))
         seconds = time.monotonic() - started
         write_timings(paths, seconds, trainer.state.num_input_tokens_seen, throughput, samples)
     return None
+
+
+def open_stream(params: Params, paths: Paths, config: SFTConfig, checkpoint: str | None) -> StreamedRows | None:
+    """Return the training rows as a stream that begins at a checkpoint's place; None if `pack` wrote them all."""
+    recipe = Recipe.read(paths, trust_remote_code=params.model.trust_remote_code)
+    if recipe is None:
+        return None
+    rows_per_update = config.train_batch_size * config.gradient_accumulation_steps
+    num_steps = 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
+    return StreamedRows(
+        recipe,
+        paths,
+        Path(str(config.output_dir)) / "stream",
+        seed=params.train.seed if params.train.order == "shuffled" else None,
+        with_weights="loss_weights" in load_from_disk(str(paths.out("pack", "train"))).column_names,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        num_trained=num_steps * rows_per_update,
+    )
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

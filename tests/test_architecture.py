@@ -44,6 +44,8 @@ PLUMBING = {
     "sft.models.values",
     "sft.web",
 }
+# `train` prepares the rows of a stream by the code of earlier stages, which write a digest of it into their outs.
+STREAMING = "stages.streaming."
 # Where else a stage reads its params; other modules read only what decides nothing of the result.
 OWN_PARTS = {"train": (ROOT / "stages/training/setup.py",)}
 # Names of MLflow tags and Prefect events, which look like modules.
@@ -105,7 +107,9 @@ def reachable(name: str) -> set[str]:
             seen.add(current)
             if current in PLUMBING:
                 continue
-            queue.extend(first_party(modules(*FLOORS)[current]))
+            needed = first_party(modules(*FLOORS)[current])
+            is_streaming = current.startswith(STREAMING)
+            queue.extend(name for name in needed if not is_streaming or name.startswith(STREAMING))
     return seen
 
 

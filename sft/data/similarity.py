@@ -44,7 +44,8 @@ RARE = 0.01
 MIN_LETTERS, MAX_CHARACTERS = 60, 1000
 """Letters that a text needs for its language to be identified, and the length of the beginning that is looked at."""
 
-_SHINGLES_AT_ONCE = 4096
+_SHINGLES_AT_ONCE = 512
+"""Triples whose permutations fit into a processor's cache."""
 
 _MAX_REMEMBERED = 500_000
 
@@ -52,6 +53,9 @@ _MAX_REMEMBERED = 500_000
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
+
+_ASCII_WORD = re.compile(r"\w+|[^\w\s]", re.ASCII)
+"""The same for a text of ASCII characters, in two thirds of the time."""
 
 _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 
@@ -75,8 +79,13 @@ def triples(text: str) -> Triples:
 
     Punctuation marks count as words.
     """
-    words = _WORD.findall(text.casefold())
+    words = _words(text)
     return set(zip(words, words[1:], words[2:], strict=False)) if len(words) >= 3 else {tuple(words)}
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a text in lower case."""
+    return _ASCII_WORD.findall(text.lower()) if text.isascii() else _WORD.findall(text.casefold())
 
 
 def similarity(one: Triples, other: Triples) -> float:
@@ -109,7 +118,10 @@ class NearDuplicateIndex:
         from datasketch import MinHash
 
         self._num_bands, self._band_size = banding(threshold)
-        self._minhash = MinHash(NUM_VALUES, seed=1, hashfunc=int, scheme="affine32")
+        used = self._num_bands * self._band_size
+        factors, terms = MinHash(NUM_VALUES, seed=1, hashfunc=int, scheme="affine32").permutations
+        self._factors, self._terms = (np.asarray(part, dtype=np.uint32)[:used] for part in (factors, terms))
+        self._scratch = np.empty((_SHINGLES_AT_ONCE, used), dtype=np.uint32)
         self._mixer = np.random.default_rng(1).integers(1, 2**64, self._band_size, dtype=np.uint64) | np.uint64(1)
         self._bands = array("Q")
 
@@ -118,13 +130,21 @@ class NearDuplicateIndex:
 
     def add(self, text: str) -> None:
         """Add one text; the first one has number 0."""
-        hashes = _hashes(text)
-        self._minhash.clear()
-        for start in range(0, len(hashes), _SHINGLES_AT_ONCE):
-            self._minhash.update_batch(hashes[start : start + _SHINGLES_AT_ONCE].tolist())
-        values = self._minhash.hashvalues[: self._num_bands * self._band_size].astype(np.uint64)
+        values = self._values(_hashes(text)).astype(np.uint64)
         bands = (values.reshape(self._num_bands, self._band_size) * self._mixer).sum(axis=1, dtype=np.uint64)
         self._bands.frombytes(bands.tobytes())
+
+    def _values(self, hashes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return the MinHash values that the bands need; they equal those of `datasketch` (scheme affine32)."""
+        mixed = _mixed(hashes)[:, None]
+        values = np.full(len(self._factors), 0xFFFFFFFF, dtype=np.uint32)
+        for start in range(0, len(mixed), _SHINGLES_AT_ONCE):
+            part = mixed[start : start + _SHINGLES_AT_ONCE]
+            permuted = self._scratch[: len(part)]
+            np.multiply(part, self._factors, out=permuted)
+            permuted += self._terms
+            np.minimum(values, permuted.min(axis=0), out=values)
+        return values
 
     def pairs(self, order: np.ndarray[Any, Any]) -> Iterator[Pair]:
         """Yield pairs of rows that may be near duplicates, grouped by their later row.
@@ -157,11 +177,18 @@ _CODES = _WordCodes()
 
 def _hashes(text: str) -> np.ndarray[Any, Any]:
     """Hash the word triples of a text to 32-bit numbers, `(num_triples,)`."""
-    words = _WORD.findall(text.casefold())
+    words = _words(text)
     words += [""] * (3 - len(words))
     codes = np.fromiter(map(_CODES.__getitem__, words), np.uint64, len(words))
     mixed = codes[:-2] * _FIRST + codes[1:-1] * _SECOND + codes[2:]
     return (mixed >> np.uint64(32)).astype(np.uint32)
+
+
+def _mixed(hashes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Apply the finalizer of MurmurHash3 to 32-bit numbers, so that similar ones differ in all bits."""
+    hashes = (hashes ^ (hashes >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    hashes = (hashes ^ (hashes >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return hashes ^ (hashes >> np.uint32(16))
 
 
 def _band_pairs(keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

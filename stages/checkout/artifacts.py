@@ -58,6 +58,14 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def code_digest(*rooms: str) -> str:
+    """Return the SHA-256 of the modules in some rooms, such as `sft/data`."""
+    digest, root = hashlib.sha256(), Path(__file__).resolve().parents[2]
+    for path in sorted(path for room in rooms for path in (root / room).rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def fresh_folder(path: Path) -> Path:
     """Replace whatever is at `path` by an empty folder and return it."""
     shutil.rmtree(path, ignore_errors=True)
@@ -70,13 +78,18 @@ class JsonlWriter:
 
     Args:
         path: File to write; an existing file is replaced.
+        kept: Bytes of an existing file that are kept, to be appended to.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kept: int = 0) -> None:
         self.path = path
         self.num_rows = 0
-        self.num_bytes = 0
-        self._file: IO[bytes] = path.open("w+b")
+        self.num_bytes = kept
+        if kept:
+            if not path.is_file() or path.stat().st_size < kept:
+                raise ValueError(f"{path}: {kept} bytes of it are needed and not there; delete {path.parent.parent}")
+            os.truncate(path, kept)
+        self._file: IO[bytes] = path.open("a+b" if kept else "w+b")
 
     def __enter__(self) -> Self:
         return self
@@ -87,6 +100,10 @@ class JsonlWriter:
     def close(self) -> None:
         """Flush and close the file."""
         self._file.close()
+
+    def flush(self) -> None:
+        """Write what is buffered to the file."""
+        self._file.flush()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from stages.checkout.artifacts import JsonlWriter
 
@@ -34,13 +36,27 @@ class Ledger(JsonlWriter):
     Args:
         path: JSON lines file.
         stage: Name of the stage that writes it.
+        state: Where to go on, as `state` returned it; None = from the beginning.
     """
 
-    def __init__(self, path: Path, stage: str) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, stage: str, state: Mapping[str, Any] | None = None) -> None:
+        super().__init__(path, 0 if state is None else state["num_bytes"])
         self._stage = stage
         self.counts: defaultdict[Action, Counter[str]] = defaultdict(Counter)
         self._examples: defaultdict[tuple[Action, str], list[str]] = defaultdict(list)
+        for action, reason, count, examples in () if state is None else state["counts"]:
+            self.counts[Action(action)][reason] = count
+            self._examples[Action(action), reason] = list(examples)
+
+    def state(self) -> dict[str, Any]:
+        """Return how far the ledger is, as plain values."""
+        self.flush()
+        counts = [
+            [action.value, reason, count, list(self._examples[action, reason])]
+            for action, reasons in self.counts.items()
+            for reason, count in reasons.items()
+        ]
+        return {"num_bytes": self.num_bytes, "counts": counts}
 
     def enter(self, row_id: str, reason: str, detail: str | None, action: Action = Action.DROP, **columns: int) -> None:
         """Write an entry for one row. A row may have several entries, at most one of them with `drop` or `omit`.

@@ -10,6 +10,9 @@ from pathlib import Path
 IMAGE_INDEX = "index.jsonl"
 """File in the folder of images that lists them; the folder always has it."""
 
+STREAM = "stream.json"
+"""File of `load`, `format` and `pack` that tells `train` how to read and prepare a stream, if there is one."""
+
 EXPERIMENTS = (".dvc", "tmp", "exps")
 """Folder of a checkout in which DVC makes the temporary folders of `dvc exp run --temp` and of its queue."""
 

@@ -66,15 +66,32 @@ class Accounts:
         num_in = self.num_rows.total()
         accounted = sum(num_out.values()) - self.num_repeated + self._ledger.num_removed
         assert num_in == accounted, f"of {num_in} rows {accounted} are written or in the ledger"
-        self._check_failed()
-        self._check_dropped()
-        self._check_fractions()
+        self.check()
         for name, count in num_out.items():
             if count == 0:
                 raise ValueError(self._nothing_left(name))
         for card in self.cards:
             card["dropped"] = dict(sorted(card["dropped"].items()))
         return self._figures(num_out)
+
+    def check(self) -> None:
+        """Check the numbers of rows so far against the limits.
+
+        Raises:
+            ValueError: As in `close`, except that rows may be missing.
+        """
+        self._check_failed()
+        self._check_dropped()
+        self._check_fractions()
+
+    def state(self) -> dict[str, Any]:
+        """Return the counts as plain values, for `restore`."""
+        return {"num_dropped": dict(self._num_dropped), "num_rows": dict(self.num_rows), "repeated": self.num_repeated}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from counts that `state` returned."""
+        self._num_dropped, self.num_rows = Counter(state["num_dropped"]), Counter(state["num_rows"])
+        self.num_repeated = state["repeated"]
 
     def _figures(self, num_out: Mapping[str, int]) -> dict[str, Any]:
         num_in = self.num_rows.total()

@@ -14,7 +14,7 @@ from sft.data.messages import IMAGE_COLUMNS, IMAGE_PARTS, RowError, is_messages,
 from sft.untrusted.images import FORMATS, ImageError, check_image, open_image
 from stages.checkout.artifacts import JsonlWriter, read_jsonl
 from stages.checkout.paths import IMAGE_INDEX
-from stages.params.schema import ImagesSection
+from stages.params.schema import LoadSection
 
 IMAGE_REASONS = ("image_places", "image_too_large", "image_unreadable")
 """Reasons of rows whose images can't be used."""
@@ -40,14 +40,15 @@ class ImageStore:
 
     Args:
         folder: Folder to write to, which is created.
-        section: The section `load.images` of params.yaml.
+        section: The section `load` of params.yaml.
         model: Folder of the base model.
     """
 
-    def __init__(self, folder: Path, section: ImagesSection, model: Path) -> None:
+    def __init__(self, folder: Path, section: LoadSection, model: Path) -> None:
         folder.mkdir()
         self._folder = folder
-        self._section = section
+        self._section = section.images
+        self._is_streaming = section.streaming
         self._model = model
         self._placeholder: str | None = None
         self._refusal: str | None = None
@@ -97,7 +98,15 @@ class ImageStore:
         return {**record, "images": images}
 
     def _check_model(self, where: str) -> None:
-        """Load the base model's processor once, to know its placeholder; refuse the row if there is none."""
+        """Load the base model's processor once, to know its placeholder; refuse the row if there is none.
+
+        Raises:
+            ValueError: Rows are streamed, so that no image is written to the disk.
+        """
+        if self._is_streaming:
+            raise ValueError(
+                f"params.yaml, load.streaming: {where}, and rows with images can't be streamed; state false"
+            )
         if self._placeholder is None and self._refusal is None:
             from sft.models.checkpoint import CheckpointError, load_image_processor
             from sft.vision.places import placeholder

@@ -53,6 +53,10 @@ class RowMapping:
                     str(renamed[key]).strip().lower() for key in ROLE_KEYS if renamed.get(key) is not None
                 )
 
+    def seen_columns(self) -> tuple[str, ...]:
+        """Return the columns of all observed rows before the mapping."""
+        return tuple(self._seen_columns)
+
     def columns(self) -> tuple[str, ...]:
         """Return the columns of all observed rows after the mapping.
 

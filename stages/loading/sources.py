@@ -1,4 +1,4 @@
-"""The sources of params.yaml: their files, how their rows are mapped, and how they are read.
+"""The sources of params.yaml: their files, how their rows are mapped, and how they are read as valid records.
 
 A source is read once when it is opened, to find its columns and its damaged rows, and then row by row.
 """
@@ -16,15 +16,25 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import is_offline_mode
 
-from sft.data.records import Kind, Layout, detect_layout
+from sft.data.messages import Problem, RowError, validate_record
+from sft.data.records import Kind, Layout, detect_layout, normalize, numbers_as_text
 from sft.data.remote import fetch_files, is_url
 from sft.data.source_row import Row, SourceError
 from sft.data.sources import data_files, hub_rows, is_saved_dataset, read_rows
+from stages.checkout.ledger import Action
 from stages.checkout.paths import Paths, cache_folder
-from stages.loading.images import digestible
+from stages.loading.checks import Note, RowChecks
+from stages.loading.images import IMAGE_REASONS, Home, ImageStore, digestible
 from stages.loading.mapping import RowMapping
-from stages.loading.suggestions import SAMPLE, check_readable, with_lines
-from stages.params.schema import SourceSection
+from stages.loading.suggestions import SAMPLE, check_readable, option_line, suggest_options, with_lines
+from stages.params.schema import LoadSection, SourceSection
+
+SAMPLE_OF_STREAM = 1000
+"""Rows of a stream that are read to learn its columns."""
+
+
+NOT_TEXT = ("not_text", "content_not_text")
+"""Reasons of rows that may contain a number where text is needed."""
 
 
 class DataFile(NamedTuple):
@@ -51,7 +61,8 @@ class Source:
         mapping: Mapping of its rows.
         layout: How rows become records, chosen from the columns of all rows.
         unused: Columns that are not used in records.
-        num_rows: Number of rows.
+        seen: All columns of the data.
+        num_rows: Number of rows; None = only the beginning of a stream was looked at.
         digests: SHA-256 of every file by its name, or of the rows of a hub data set.
         with_damaged: Whether single rows that can't be read are yielded with the error, instead of raising it.
     """
@@ -61,7 +72,8 @@ class Source:
     mapping: RowMapping
     layout: Layout
     unused: tuple[str, ...]
-    num_rows: int
+    seen: tuple[str, ...]
+    num_rows: int | None
     digests: dict[str, str]
     with_damaged: bool
 
@@ -87,7 +99,9 @@ class Source:
         return {**self.section.model_dump(), **layout, **found}
 
 
-def open_source(section: SourceSection, paths: Paths, key: str, *, with_damaged: bool = False) -> Source:
+def open_source(
+    section: SourceSection, paths: Paths, key: str, *, with_damaged: bool = False, begin_only: bool = False
+) -> Source:
     """Find a source and read it once, so that `load` writes nothing unless every row of every source can be read.
 
     Args:
@@ -95,18 +109,20 @@ def open_source(section: SourceSection, paths: Paths, key: str, *, with_damaged:
         paths: Paths of the checkout.
         key: Its key in params.yaml, for messages.
         with_damaged: Whether single rows that can't be read count as rows, for the ledger, instead of raising an error.
+        begin_only: Read only the first `SAMPLE_OF_STREAM` rows.
 
     Raises:
         ValueError: The source does not exist, lies outside data/, is damaged or empty, or its columns have no known
             layout.
     """
-    files = () if section.hub else _files(section, paths, key)
+    files = () if section.hub else source_files(section, paths, key)
     mapping = RowMapping(section)
     digest = hashlib.sha256()
     num_rows = num_damaged = 0
     first_damage: SourceError | None = None
     sample: list[Row] = []
-    for row in _hub_rows(section, key) if section.hub else _rows(section, files, with_damaged=with_damaged):
+    rows = _hub_rows(section, key) if section.hub else _rows(section, files, with_damaged=with_damaged)
+    for row in itertools.islice(rows, SAMPLE_OF_STREAM if begin_only else None):
         num_rows += 1
         num_damaged += row.damage is not None
         first_damage = first_damage or row.damage
@@ -135,7 +151,8 @@ def open_source(section: SourceSection, paths: Paths, key: str, *, with_damaged:
         )
     digests = {section.path: digest.hexdigest()} if section.hub else _digests(files)
     unused = mapping.unused(layout)
-    return Source(section, files, mapping, layout, unused, num_rows, digests, with_damaged)
+    known = None if begin_only else num_rows
+    return Source(section, files, mapping, layout, unused, mapping.seen_columns(), known, digests, with_damaged)
 
 
 def data_size(section: SourceSection, paths: Paths, key: str) -> int:
@@ -178,7 +195,8 @@ def _hub_rows(section: SourceSection, key: str) -> Iterator[Row]:
         ) from error
 
 
-def _files(section: SourceSection, paths: Paths, key: str) -> tuple[DataFile, ...]:
+def source_files(section: SourceSection, paths: Paths, key: str) -> tuple[DataFile, ...]:
+    """Find the files of a source in data/, or download those of a URL."""
     if not is_url(section.path):
         return local_files(section, paths, key)
     _refuse_ignored(section, key, with_split=True)
@@ -229,3 +247,83 @@ def _digests(files: tuple[DataFile, ...]) -> dict[str, str]:
 
 def _parts(file: Path) -> list[Path]:
     return sorted(file.rglob("*")) if file.is_dir() else [file]
+
+
+class RecordReader:
+    """Normalization and checks of single rows.
+
+    Args:
+        section: The section `load` of params.yaml.
+        images: Folder of the rows' images.
+        data: The folder that paths of images may not lead out of.
+    """
+
+    def __init__(self, section: LoadSection, images: ImageStore, data: Path) -> None:
+        self._section = section
+        self._images = images
+        self._data = data
+        self._row_checks = RowChecks(section.checks)
+        self._hints: dict[tuple[str, str], str] = {}
+
+    def read(self, row: Row, source: Source) -> tuple[dict[str, Any], list[Note]]:
+        """Return the row as a record that is valid for training, and what was found in it.
+
+        Raises:
+            RowError: The row is not valid.
+        """
+        record, of_numbers = self._normalized(row, source)
+        record, notes = self._row_checks.inspect(record)
+        return record, [*of_numbers, *notes, *self._validated(record)]
+
+    def _validated(self, record: dict[str, Any]) -> list[Note]:
+        """Check that a record is valid for training; return a note of empty answers if they are allowed."""
+        problems = validate_record(record, require_alternation=self._section.require_alternation)
+        wanted = self._section.checks.empty_answer
+        invalid = [problem for problem in problems if problem.reason != "empty_answer" or wanted == "drop"]
+        if invalid:
+            raise RowError(invalid[0].reason, "; ".join(problem.detail for problem in invalid))
+        return [Note(Action(wanted), problem) for problem in problems[:1] if wanted != "off"]
+
+    def _normalized(self, row: Row, source: Source) -> tuple[dict[str, Any], list[Note]]:
+        """Return the row as a record, and a note if numbers in it were changed to text."""
+        if row.damage is not None:
+            raise RowError("unreadable", str(row.damage))
+        columns = source.mapping.apply(row.columns)
+        try:
+            record = normalize(columns, source.layout, prune_nulls=row.has_added_nulls)
+            return self._with_images(record, columns, row, source), []
+        except RowError as error:
+            columns, found = numbers_as_text(columns, source.layout)
+            if error.reason not in NOT_TEXT or not found:
+                raise
+        wanted, problem = self._section.checks.number, Problem("number", "; ".join(found)[:300])
+        if wanted == "drop":
+            raise RowError("number", f"{problem.detail}, where text is needed; load.checks.number: repair writes it so")
+        record = normalize(columns, source.layout, prune_nulls=row.has_added_nulls)
+        return self._with_images(record, columns, row, source), [Note(Action(wanted), problem)]
+
+    def _with_images(self, record: dict[str, Any], columns: dict[str, Any], row: Row, source: Source) -> dict[str, Any]:
+        """Return a record with the names of its images' files, see `ImageStore.placed`.
+
+        Raises:
+            RowError: An image can't be used.
+            ValueError: The same, and `load.checks.image` is `fail`.
+        """
+        home = Home(source.folder_of(row, self._data), self._data)
+        try:
+            return self._images.placed(record, columns, source.layout.content, home)
+        except RowError as error:
+            if error.reason in IMAGE_REASONS and self._section.checks.image == "fail":
+                raise ValueError(f"params.yaml, load.checks.image: {row.id}: {error}") from None
+            raise
+
+    def hint(self, error: RowError, row: Row, source: Source) -> str:
+        """Return the options of the source with which a row could be read; empty if there are none."""
+        if not error.mapping:
+            return ""
+        found = (source.section.path, str(error.mapping))
+        if found not in self._hints:
+            options = suggest_options(source.section, [row])
+            lines = ", ".join(option_line(name, names) for name, names in options.items())
+            self._hints[found] = f"; an option of the source in params.yaml reads it: {lines}" if lines else ""
+        return self._hints[found]

@@ -143,7 +143,10 @@ def rows_sentence(card: Mapping[str, Any]) -> str:
         parts.append(f"{card['num_omitted']:,} not taken (max_rows, weight, or an unfinished answer of the rehearsal)")
     if card["num_repeated"]:
         parts.append(f"{card['num_repeated']:,} of the training rows are repetitions by weight")
-    return f"{card['num_rows_in']:,} rows were read: {', '.join(parts)}."
+    of = "rows were read"
+    if card.get("streaming"):
+        of = "rows were read, the first ones of a stream and those held out; train read on (outs/train/stream)"
+    return f"{card['num_rows_in']:,} {of}: {', '.join(parts)}."
 
 
 def soft_breaks(text: str) -> Markup:

@@ -49,6 +49,7 @@ from stages.params.names import (
     check_repository,
     check_revision,
 )
+from stages.params.streaming import against_streaming
 from stages.params.tasks import FOLDER, figure_names, task_names
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -466,6 +467,16 @@ class LoadSection(Section):
         Field(min_length=1, description="Where training rows come from. docs/data.md lists the options of a source."),
     ]
     eval: Annotated[EvalSection, Field(description="Held-out rows: a file of their own, or a part of the sources.")]
+    streaming: Annotated[
+        bool,
+        Field(
+            description="Whether `train` reads the training rows as a stream, without writing them to the disk; needs "
+            "train.max_steps (docs/streaming.md)."
+        ),
+    ]
+    streaming_window: Annotated[
+        int, Field(ge=100, description="Rows of a stream that are checked, packed and shuffled together.")
+    ]
     require_alternation: Annotated[bool, Field(description="Whether user and assistant must take turns.")]
     checks: Annotated[
         ChecksSection,
@@ -1297,6 +1308,13 @@ class Params(Section):
                 f"train.padding_free: false would be ignored: with pack.strategy {self.pack.strategy}, a row holds "
                 "several documents and no padding; set pack.strategy: none, or train.padding_free: null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> Params:
+        problems = against_streaming(self) if self.load.streaming else []
+        if problems:
+            raise ValueError(f"load.streaming: true can't be used with these values: {'; '.join(problems)}")
         return self
 
     @model_validator(mode="after")

@@ -1,10 +1,10 @@
-"""Tokenization of the rendered chats of a split into documents whose tokens are stored in files."""
+"""Tokenization of rendered chats into documents, and the rows that documents are packed into."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +15,25 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sft.chat.render import Rendered, Span, TrainOn
 from sft.labels import IGNORE_INDEX
 from sft.models.checkpoint import load_image_processor
-from sft.tokens.columns import Columns, Integers, Pieces
+from sft.tokens.columns import Columns, Integers, Pieces, RowPlan
 from sft.tokens.encoding import Encoder, TokenBatch
+from sft.tokens.packing import Limited, plan_overflow, plan_rows
 from sft.tokens.store import TokenStore
 from stages.checkout.ledger import Action, Ledger
 from stages.params.schema import PackSection
 from stages.progress import progress
-from stages.shards.shards import Shard, count_lines, run_shards, shards_of
+from stages.shards.shards import Rows, count_lines, run_shards, shards_of
 
 BATCH_SIZE = 1000
+
+ACTIONS = {
+    "truncated": Action.CUT,
+    "split": Action.SPLIT,
+    "divided": Action.SPLIT,
+    "dropped": Action.DROP,
+    "masked": Action.DROP,
+}
+"""Reason of a ledger entry -> what was done to the document."""
 
 
 class EncodedShard(NamedTuple):
@@ -95,7 +105,7 @@ class ShardEncoder:
         self._encoder = Encoder(tokenizer)
         self._images = ImageEncoder(tokenizer, image_files) if image_files is not None else None
 
-    def __call__(self, shard: Shard) -> EncodedShard:
+    def __call__(self, shard: Rows) -> EncodedShard:
         """Tokenize and mask all rows of a shard."""
         encoded = EncodedShard([], [], [], [], [])
         rows = shard.rows()
@@ -287,3 +297,102 @@ class Kept:
         document = int(piece.document[0])
         place = {"start": int(piece.start[0]), "num_in_document": int(self._whole[document])}
         return {"id": self._documents.ids[document].as_py(), **place, **tokens}
+
+
+class Packed(NamedTuple):
+    """Documents within the length limit, and the rows that they are packed into.
+
+    Args:
+        limited: What the limit left.
+        divided: The documents that the rows are made of: those given, or parts with their prompts.
+        plan: The rows.
+    """
+
+    limited: Limited
+    divided: Documents
+    plan: RowPlan
+
+
+def plan_packing(documents: Documents, section: PackSection) -> Packed:
+    """Apply the length limit to documents and plan the rows, without moving tokens.
+
+    Args:
+        documents: Tokenized documents.
+        section: The section `pack` of params.yaml.
+
+    Raises:
+        ValueError: A document is too long, and `pack.overflow` is `error`.
+    """
+    limited = plan_overflow(documents.columns, section.max_length, section.overflow, documents.ids)
+    divided = divided_documents(documents, limited)
+    return Packed(limited, divided, plan_split(limited.pieces, section, divided.groups))
+
+
+def divided_documents(documents: Documents, limited: Limited) -> Documents:
+    """Return the documents that rows are made of: those given, or their parts with their prompts."""
+    return replace(
+        documents,
+        columns=dict(limited.columns),
+        ids=documents.ids.take(pa.array(limited.source)),
+        images=[documents.images[number] for number in limited.source.tolist()] if documents.images else [],
+        groups=None if documents.groups is None else documents.groups[limited.source],
+    )
+
+
+def plan_split(pieces: Pieces, section: PackSection, groups: Integers | None = None) -> RowPlan:
+    """Choose which pieces share a row; with strategy `none` each piece is a row. `groups` is that of `plan_rows`."""
+    if section.strategy == "none":
+        return RowPlan(pieces, np.arange(1, len(pieces) + 1))
+    return plan_rows(pieces, section.max_length, section.strategy, groups)
+
+
+class LostTokens(NamedTuple):
+    """A document that was cut, divided or dropped.
+
+    Args:
+        id: Id of its record.
+        reason: `truncated`, `split` (at the length limit), `dropped` (too long), `masked` (nothing in it is trained) or
+            `divided` (where a row was full; no token is lost).
+        tokens_lost: Number of its tokens that are in no row.
+        trained_tokens_lost: How many of those are trained.
+    """
+
+    id: str
+    reason: str
+    tokens_lost: int
+    trained_tokens_lost: int
+
+
+def lost_tokens(ids: pa.ChunkedArray, limited: Limited, plan: RowPlan) -> Iterator[LostTokens]:
+    """Yield an entry for every document that the length limit changed or the end of a row divided.
+
+    Args:
+        ids: `(num_documents,)` ids of the records.
+        limited: What the limit left.
+        plan: Rows that are made of it.
+    """
+    report = limited.report
+    for reason, rows in report.row_indices.items():
+        for row in rows:
+            yield LostTokens(ids[row].as_py(), reason, report.tokens_lost[row], report.trained_tokens_lost[row])
+    size = report.num_rows
+    packed, kept = limited.source[plan.pieces.document], limited.source[limited.pieces.document]
+    divided = np.bincount(packed, minlength=size) > np.bincount(kept, minlength=size)
+    for row in np.flatnonzero(divided).tolist():
+        yield LostTokens(ids[row].as_py(), "divided", 0, 0)
+
+
+def enter_lost_tokens(entries: Iterable[LostTokens], ledger: Ledger) -> tuple[int, int]:
+    """Write ledger entries of documents that lost tokens; return the numbers of tokens and trained tokens in them."""
+    num_tokens = num_trained = 0
+    for entry in entries:
+        num_lost = {"tokens_lost": entry.tokens_lost, "trained_tokens_lost": entry.trained_tokens_lost}
+        ledger.enter(entry.id, entry.reason, None, ACTIONS[entry.reason], **num_lost)
+        num_tokens += entry.tokens_lost
+        num_trained += entry.trained_tokens_lost
+    return num_tokens, num_trained
+
+
+def without_lengths(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Drop the column `seq_lengths`, which rows of one document each do not need."""
+    return (table.drop_columns(["seq_lengths"]) for table in tables)

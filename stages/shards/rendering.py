@@ -17,7 +17,7 @@ from sft.chat.thinking import REASONING_TAGS, with_reasoning_apart
 from sft.models.checkpoint import load_image_processor
 from sft.options import NotPrintedPolicy, ThinkingPolicy
 from stages.checkout.ledger import Action
-from stages.shards.shards import Shard
+from stages.shards.shards import Rows
 
 RENDERED_AT_ONCE = 64
 """Records whose chats the child process renders in one call."""
@@ -107,7 +107,7 @@ class ShardRenderer:
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._has_special_tags = not special.isdisjoint(REASONING_TAGS)
 
-    def __call__(self, shard: Shard) -> RenderedShard:
+    def __call__(self, shard: Rows) -> RenderedShard:
         """Render all records of a shard.
 
         Raises:

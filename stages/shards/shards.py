@@ -29,6 +29,13 @@ WAITING_PER_WORKER = 2
 """Shards that are submitted at a time, per process or actor: this bounds the results in memory."""
 
 
+class Rows(Protocol):
+    """Rows that work is done on, in a file or in memory."""
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows."""
+
+
 class Shard(NamedTuple):
     """Whole lines of a file: bytes `start` to `end`."""
 

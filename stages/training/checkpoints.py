@@ -22,7 +22,7 @@ import sft
 import stages
 from stages.checkout.artifacts import read_json, write_json
 from stages.checkout.full_disk import is_full_disk
-from stages.checkout.paths import Paths
+from stages.checkout.paths import STREAM, Paths
 from stages.params.schema import Params, TrainSection
 
 FINISHED, STOPPED = "finished", "stopped.json"
@@ -189,10 +189,15 @@ def fingerprint_files(paths: Paths) -> Iterator[Path]:
     folders = [paths.out("pack", "train"), paths.out("pack", "eval"), paths.out("format", "tokenizer")]
     for folder in (*folders, paths.out("load", "rehearsal")):
         yield from sorted(path for path in folder.rglob("*") if path.is_file())
+    streams = [paths.out(stage, STREAM) for stage in ("format", "pack")]
+    is_streaming = streams[-1].exists()
+    if is_streaming:
+        yield from streams
     library, training = Path(sft.__file__).resolve().parent, Path(stages.__file__).resolve().parent
     yield from sorted(library.rglob("*.py"))
     yield training / "train.py"
-    yield from sorted((training / "training").glob("*.py"))
+    for room in ("training", *(("loading", "shards", "streaming") if is_streaming else ())):
+        yield from sorted((training / room).glob("*.py"))
 
 
 def name_in_digest(path: Path, paths: Paths) -> str:

@@ -48,7 +48,9 @@ NOT_SFT_OPTIONS = {
 CHECKPOINTING_ARGUMENTS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 
-def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: list[TrainerCallback]) -> SFTTrainer:
+def make_trainer(
+    params: Params, paths: Paths, config: SFTConfig, recorders: list[TrainerCallback], streamed: Any = None
+) -> SFTTrainer:
     """Create the trainer.
 
     Args:
@@ -56,6 +58,7 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
         paths: The checkout, with the outs of `load`, `format` and `pack`.
         config: The options, made by `make_sft_config`.
         recorders: Callbacks that record the training.
+        streamed: Training rows as a stream; None = those that `pack` wrote.
 
     Raises:
         ValueError: The model can't train on rows of several documents.
@@ -70,7 +73,9 @@ def make_trainer(params: Params, paths: Paths, config: SFTConfig, recorders: lis
         config.remove_unused_columns = False  # the collator reads their texts and the names of their images
     else:
         leave_out_images(model, peft_config)
-    rows, teacher = with_teacher(load_from_disk(str(paths.out("pack", "train"))), paths.out("load", "rehearsal"))
+    rows, teacher = streamed, None
+    if streamed is None:
+        rows, teacher = with_teacher(load_from_disk(str(paths.out("pack", "train"))), paths.out("load", "rehearsal"))
     try:
         trainer = SFTTrainer(
             model,

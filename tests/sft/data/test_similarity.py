@@ -7,8 +7,18 @@ import random
 
 import numpy as np
 import pytest
+from datasketch import MinHash
 
-from sft.data.similarity import NUM_NEIGHBOURS, NearDuplicateIndex, banding, compared_text, similarity, triples
+from sft.data.similarity import (
+    NUM_NEIGHBOURS,
+    NUM_VALUES,
+    NearDuplicateIndex,
+    _hashes,
+    banding,
+    compared_text,
+    similarity,
+    triples,
+)
 
 WORDS = [f"w{number}" for number in range(500)]
 
@@ -20,6 +30,17 @@ def pairs_of(texts: list[str], threshold: float, order: list[int] | None = None)
     return [
         tuple(pair) for pair in index.pairs(np.array(order if order is not None else range(len(texts)), dtype=np.int64))
     ]
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.8])
+def test_values_are_those_of_datasketch(threshold: float) -> None:
+    index = NearDuplicateIndex(threshold)
+    text = " ".join(random.Random(0).choices(WORDS, k=1500))
+    for hashes in (_hashes(text), _hashes("a b"), _hashes("")):
+        expected = MinHash(NUM_VALUES, seed=1, hashfunc=int, scheme="affine32")
+        expected.update_batch(hashes.tolist())
+        num, size = banding(threshold)
+        assert index._values(hashes).tolist() == expected.hashvalues[: num * size].tolist()
 
 
 def test_similarity_is_shared_triples_of_all_triples() -> None:
