@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-from sft.optimizers.names import IN_BACKWARD, LAYERWISE, OWN_OPTIMIZERS, check_optim_args, parse_optim_args
+from sft.optimizers.names import IN_BACKWARD, OWN_OPTIMIZERS, check_optim_args, parse_optim_args, updates_in_backward
 from sft.optimizers.rules import parameter_rules
 from sft.option_types import check_option_types, suggest_option_names
 from sft.options import (
@@ -21,6 +21,7 @@ from sft.options import (
     PACKING_STRATEGIES,
     THINKING_POLICIES,
     TRUNCATION_MODES,
+    UNTRAINED_POLICIES,
 )
 
 logger = logging.getLogger(__name__)
@@ -352,6 +353,13 @@ class SFTConfig(TrainingArguments):
             "last 50 updates; above 1. None = accept any finite loss."
         },
     )
+    on_untrained: str | None = field(
+        default="warn",
+        metadata={
+            "help": "What to do if parameters that require a gradient have none, or one of exactly zero, or do not "
+            "change in the first 5 updates: warn (and record it) or fail. None = do not check."
+        },
+    )
 
     # former names
     use_liger: bool | None = field(
@@ -485,6 +493,9 @@ class SFTConfig(TrainingArguments):
             if value not in choices:
                 raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
         check_policy(self.on_bad_loss, self.bad_loss_factor, self.fp16)
+        if self.on_untrained not in (None, *UNTRAINED_POLICIES):
+            known = ", ".join(UNTRAINED_POLICIES)
+            raise ValueError(f"on_untrained={self.on_untrained!r}: use one of {known}, or None to check nothing")
         self._check_optimizer()
         if isinstance(self.dataset_kwargs, str):
             raise ValueError(f'dataset_kwargs={self.dataset_kwargs!r} is not a JSON object such as {{"name": true}}')
@@ -541,7 +552,7 @@ class SFTConfig(TrainingArguments):
         own_rates = [
             name for name in ("embedding_learning_rate", "loraplus_lr_ratio", "parameter_groups") if getattr(self, name)
         ]
-        if own_rates and (optim in IN_BACKWARD or optim.endswith(LAYERWISE)):
+        if own_rates and updates_in_backward(optim):
             raise ValueError(
                 f"{own_rates[0]} can't be used with optim={optim!r}, which updates each weight in the backward pass "
                 "with one rate; use another optimizer"

@@ -31,3 +31,14 @@ LOSS_TYPES: tuple[LossType, ...] = get_args(LossType)
 BadLossPolicy = Literal["stop", "skip", "rollback"]
 """What happens to an update with a non-finite or spiking loss, see `SFTConfig.on_bad_loss`."""
 BAD_LOSS_POLICIES: tuple[BadLossPolicy, ...] = get_args(BadLossPolicy)
+
+UntrainedPolicy = Literal["warn", "fail"]
+"""What happens if parameters that are to be trained are not, see `SFTConfig.on_untrained`."""
+UNTRAINED_POLICIES: tuple[UntrainedPolicy, ...] = get_args(UntrainedPolicy)
+
+UNREPEATABLE_STARTS = {
+    "pissa_niter": "its decomposition of the weights starts from random numbers, which differ at each loading",
+    "corda": "it needs activations that were measured before training, which are not saved with the adapter",
+    "lora_ga": "it needs gradients that were measured before training, which are not saved with the adapter",
+}
+"""Starts of LoRA that change the base and cannot be repeated when a saved adapter is loaded, with the reason."""

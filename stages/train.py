@@ -40,6 +40,7 @@ from stages.params.schema import Params
 from stages.progress import stage_progress
 from stages.streaming.dataset import KeepPlace, StreamedRows, beginning_at_place
 from stages.streaming.recipe import Recipe
+from stages.tracking.trackers import check_trackers
 from stages.training.checkpoints import SEAL, TrainingState, explaining_full_disk, what_is_wrong
 from stages.training.curve import (
     MEMORY_TAG,
@@ -49,8 +50,10 @@ from stages.training.curve import (
     TrainingProgress,
     curve_csv,
     live_run,
+    open_trackers,
     sample_columns,
 )
+from stages.training.effect import effect_record
 from stages.training.interruption import SaveAndStop
 from stages.training.out_of_memory import OutOfMemory, describe_events, make_smaller, memory_figures, section_that_fits
 from stages.training.samples import SamplePrompts, Samples, samples_by_prompt
@@ -59,6 +62,7 @@ from stages.training.setup import make_sft_config, make_trainer
 
 if TYPE_CHECKING:
     from stages.tracking.live_run import LiveRun
+    from stages.tracking.trackers import Trackers
 
 
 @stage_progress("train")
@@ -70,8 +74,10 @@ def run(params: Params, paths: Paths) -> None:
     torchrun, locks the devices.
 
     Raises:
-        ValueError: A later stage would refuse its params, a device is taken by another training, or this one failed.
+        ValueError: A later stage would refuse its params, a package of `train.report_to` is missing, a device is taken
+            by another training, or this one failed.
     """
+    check_trackers(params.train.report_to)
     if in_launched_process():
         check_num_processes(params.train.launch)
         with nullcontext() if is_launched_by_stage() else sole_training(paths.root):
@@ -109,8 +115,16 @@ def train(params: Params, paths: Paths) -> None:
     """Train in this process, which may be one of several; only the first one writes."""
     state = TrainingState.of(params, paths)
     first_process = make_sft_config(params.train, state.folder).process_index == 0  # connects to the other processes
-    with live_run(params, paths, state, first_process) as live:
-        while (problem := attempt(params, paths, state, live)) is not None:
+    with (
+        live_run(params, paths, state, first_process) as live,
+        open_trackers(params, paths, state, first_process) as trackers,
+    ):
+        runs: list[LiveRun | Trackers] = []
+        if live is not None:
+            runs.append(live)
+        if trackers is not None:
+            runs.append(trackers)
+        while (problem := attempt(params, paths, state, runs)) is not None:
             make_smaller(params.train, state, problem)
             clear_device_cache(garbage_collection=True)
             if live is not None:
@@ -120,8 +134,14 @@ def train(params: Params, paths: Paths) -> None:
     PartialState().destroy_process_group()
 
 
-def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | None) -> str | None:
+def attempt(params: Params, paths: Paths, state: TrainingState, runs: list[LiveRun | Trackers]) -> str | None:
     """Train to the last step and write the results, unless memory runs out.
+
+    Args:
+        params: Values of params.yaml.
+        paths: The checkout.
+        state: Folder of the training's checkpoints.
+        runs: What gets the curve while the model trains.
 
     Returns:
         None if the training is complete; otherwise in which step it ran out of memory, and with how many rows.
@@ -135,7 +155,7 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
     config = make_sft_config(section, state.folder)
     checkpoint = agree_on_checkpoint(params, paths, config)
     throughput = Throughput(state.folder / "throughput.csv")
-    recorders = [throughput, TrainingProgress(throughput), *([] if live is None else [LiveCurve(live, throughput)])]
+    recorders = [throughput, TrainingProgress(throughput), *(LiveCurve(run, throughput) for run in runs)]
     streamed = open_stream(params, paths, config, checkpoint)
     rows_per_update = config.train_batch_size * config.gradient_accumulation_steps
     if streamed is not None:
@@ -152,6 +172,7 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
     if trainer.is_world_process_zero():
         print(f"{trainer.attention}; {trainer.sharing}", flush=True)
     started = time.monotonic()
+    trainer.weight_copies = int(section.select.metric is not None)  # those of the best step until then
     prompts = SamplePrompts.read(section.samples, paths, trainer.processing_class)
     samples = Samples(trainer, section, prompts) if prompts.rows else None
     save_best = partial(save_trained_model, trainer, paths)
@@ -168,6 +189,7 @@ def attempt(params: Params, paths: Paths, state: TrainingState, live: LiveRun | 
             if trainer.is_world_process_zero():
                 state.mark_stopped(trainer.state.global_step)
             raise SavedAndStopped(trainer.state.global_step)
+        trainer.check_trained()  # a training that stopped early has not done so
         last = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
         if not any("eval_loss" in entry for entry in last):
             trainer.evaluate()  # the last step is not a multiple of eval_steps
@@ -257,6 +279,10 @@ def save_results(trainer: SFTTrainer, params: Params, paths: Paths, more: dict[s
         return
     write_json(paths.out("train", "selection.json"), shipped)
     write_text(paths.out("train", "curve.csv"), curve_csv(log))
+    effect = effect_record(log)
+    write_json(paths.out("train", "effect.json"), effect)
+    if effect["flat_loss"] is not None:
+        print(f"warning: training has changed little. {effect['flat_loss']['sentence']}", flush=True)
     bad_updates = [entry for entry in log if BAD_UPDATE in entry]
     write_jsonl(paths.out("train", "bad_updates.jsonl"), bad_updates)
     shares = {share.kind: share.to_dict() for share in weight_shares(trainer.model)}
@@ -273,6 +299,7 @@ def save_results(trainer: SFTTrainer, params: Params, paths: Paths, more: dict[s
         "trainable_parameters": counts.num_trainable,
         "parameters": counts.num_total,
         "bad_updates": len(bad_updates),
+        "untrained_modules": sum(row["count"] for row in effect["untrained"]),
         **{name: last_logged(log, name) for name in ROUTER_COLUMNS if any(name in entry for entry in log)},
         **{name: logged_at(log, name, shipped["step"]) for name in sample_columns(log)},
         **more,

@@ -15,6 +15,8 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 
+from sft.options import UNREPEATABLE_STARTS
+
 logger = logging.getLogger(__name__)
 
 REPRODUCIBLE = ("pissa", "olora", "loftq", "kasa_config")
@@ -22,13 +24,6 @@ REPRODUCIBLE = ("pissa", "olora", "loftq", "kasa_config")
 
 LEAVE_THE_BASE = ("True", "False", "gaussian", "eva", "orthogonal", "mica")
 """Starts that do not change the base."""
-
-REASONS = {
-    "pissa_niter": "its decomposition of the weights starts from random numbers, which differ at each loading",
-    "corda": "it needs activations that were measured before training, which are not saved with the adapter",
-    "lora_ga": "it needs gradients that were measured before training, which are not saved with the adapter",
-}
-"""Starts that change the base and cannot be repeated, with the reason."""
 
 BY_ACTIVATIONS = "eva"
 """Start that needs the activations of some batches and leaves the base as it is (EVA, arXiv:2410.07170)."""
@@ -98,7 +93,7 @@ def changes_base(config: PeftConfig) -> bool:
 def why_not_reloadable(config: PeftConfig) -> str | None:
     """Return why a saved adapter with this start computes something else when it is loaded; None if it does not."""
     start = start_of(config)
-    return next((reason for name, reason in REASONS.items() if start.lower().startswith(name)), None)
+    return next((reason for name, reason in UNREPEATABLE_STARTS.items() if start.lower().startswith(name)), None)
 
 
 def check_reloadable(config: PeftConfig) -> None:

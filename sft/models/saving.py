@@ -231,7 +231,9 @@ def _difference(before: Any, after: Any, *, is_processor: bool) -> str | None:
     return None
 
 
-def check_disk(model: nn.Module, args: TrainingArguments, num_steps: int, *, resumes: bool = False) -> None:
+def check_disk(
+    model: nn.Module, args: TrainingArguments, num_steps: int, *, resumes: bool = False, copies: int = 0
+) -> None:
     """Check that the disk has space for the checkpoints that a training keeps at a time.
 
     Sizes are counted from below: weights that are saved, and what the optimizer keeps for each trained parameter.
@@ -241,6 +243,7 @@ def check_disk(model: nn.Module, args: TrainingArguments, num_steps: int, *, res
         args: How often checkpoints are saved, how many are kept, and where.
         num_steps: Optimizer steps of the training.
         resumes: Whether it continues from a checkpoint, so that fewer are still to be written.
+        copies: Copies of the weights that callbacks keep beside the checkpoints.
 
     Raises:
         ValueError: The space is not enough. The message names the sizes and ways out.
@@ -269,15 +272,20 @@ def check_disk(model: nn.Module, args: TrainingArguments, num_steps: int, *, res
         free += sum(file.stat().st_size for path in there for file in path.rglob("*") if file.is_file())
     else:
         kept = max(1, num_saves - len(there)) if resumes else num_saves
-    if kept * size <= free:
+    needed = kept * size + copies * weights
+    if needed <= free:
         return
-    possible = free // size - 1 if size else 0
+    possible = (free - copies * weights) // size - 1 if size else 0
     ways = [f"save_total_limit={possible}"] if possible >= 1 and (limit is None or possible < limit) else []
-    ways += ["save_only_model=True"] if states and not args.save_only_model and kept * weights <= free else []
+    ways += (
+        ["save_only_model=True"] if states and not args.save_only_model and (kept + copies) * weights <= free else []
+    )
+    beside = f" and {copies} more of the weights" if copies else ""
     raise ValueError(
         f"this training keeps {kept} checkpoint{'s' if kept > 1 else ''} of {_gb(size)} at a time (weights "
-        f"{_gb(weights)}, optimizer {_gb(states)}), {_gb(kept * size)} together, and the disk of output_dir {folder} "
-        f"has {_gb(free)} left. Free some space, give another output_dir{''.join(f', or set {way}' for way in ways)}"
+        f"{_gb(weights)}, optimizer {_gb(states)}){beside}, {_gb(needed)} together, and the disk of output_dir "
+        f"{folder} has {_gb(free)} left. Free some space, give another "
+        f"output_dir{''.join(f', or set {way}' for way in ways)}"
     )
 
 

@@ -81,6 +81,11 @@ ARGUMENTS = {
 """Beginning of an optimizer's name -> the arguments in `optim_args` that it reads."""
 
 
+def updates_in_backward(optim: str) -> bool:
+    """Return whether an optimizer updates each weight in the backward pass, and keeps no gradient."""
+    return optim in IN_BACKWARD or optim.endswith(LAYERWISE)
+
+
 def check_package(optim: str) -> None:
     """Check that the package of an optimizer is installed, without importing it.
 

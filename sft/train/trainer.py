@@ -54,8 +54,9 @@ from sft.models.saved_adapters import check_resumed
 from sft.models.saving import check_disk, check_saving, mend_generation_config, sort_adapter_lists
 from sft.optimizers.groups import check_rates, freeze, regroup
 from sft.optimizers.muon import MuonWithAdamW, muon_groups
-from sft.optimizers.names import MUON, check_device, check_package, parse_optim_args
+from sft.optimizers.names import MUON, check_device, check_package, parse_optim_args, updates_in_backward
 from sft.optimizers.rules import parameter_rules
+from sft.optimizers.untrained import UntrainedWatch, report
 from sft.train.arguments import (
     align_special_tokens,
     apply_chat_template,
@@ -150,6 +151,7 @@ class SFTTrainer(Trainer):
         router_aux_loss_coef: Its weight; 0 if the model has none.
         attention: The attention that was chosen, and why, in one line.
         sharing: Whether common beginnings of documents are computed once (`share_tokens`), and why, in one line.
+        weight_copies: Copies of the weights that callbacks keep beside the checkpoints; the disk is checked for them.
 
     Raises:
         ValueError: Arguments contradict each other, the data or the model. The message names the place and a way out.
@@ -159,6 +161,7 @@ class SFTTrainer(Trainer):
     _signature_columns: list[str] | None
     data_collator: Any
     is_fsdp_enabled: bool
+    weight_copies: int = 0
     _loaded_from: str
 
     def __init__(
@@ -251,7 +254,12 @@ class SFTTrainer(Trainer):
             processing_class=processing_class,
             compute_loss_func=None if compute_loss_func is None else returns_loss(compute_loss_func),
             compute_metrics=compute_metrics,
-            callbacks=[UnloggedFigures(), LossWatch(config.on_bad_loss, config.bad_loss_factor), *(callbacks or [])],
+            callbacks=[
+                UnloggedFigures(),
+                LossWatch(config.on_bad_loss, config.bad_loss_factor),
+                UntrainedWatch(config.on_untrained),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -307,7 +315,7 @@ class SFTTrainer(Trainer):
         """
         if self.args.should_save:
             resumes = bool(args[0] if args else kwargs.get("resume_from_checkpoint"))
-            check_disk(self.model, self.args, self._num_steps(), resumes=resumes)
+            check_disk(self.model, self.args, self._num_steps(), resumes=resumes, copies=self.weight_copies)
         if start_of(getattr(self.model, "active_peft_config", None)) == BY_ACTIVATIONS and self._adapter_is_new:
             self._start_by_activations()
         fused = {"lora": self.args.fused_lora, "layers": self.args.fused_layers}
@@ -319,9 +327,34 @@ class SFTTrainer(Trainer):
             selective_checkpointing(self.model),
         ):
             output = super().train(*args, **kwargs)
+        if self.state.global_step >= self.state.max_steps:
+            self.check_trained()
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()  # schedule-free optimizers train other weights than those that they return
         return output
+
+    def check_trained(self) -> None:
+        """Apply `on_untrained` to all parameters that training has not changed; `train` does so after the last step."""
+        if not self.is_deepspeed_enabled:
+            self._callback(UntrainedWatch).settle(was_skipped=self._was_skipped())
+            self._report_untrained(self.model_wrapped, at_end=True)
+
+    def _look_for_untrained(self, model: nn.Module) -> None:
+        """Look at the gradients of an update that is about to be applied; DeepSpeed does not show them."""
+        if self.is_deepspeed_enabled:
+            return
+        watch = self._callback(UntrainedWatch)
+        watch.settle(was_skipped=self._was_skipped())
+        if watch.is_due:
+            self._report_untrained(model, at_end=False)
+        watch.look(model, self.args.device, in_backward=updates_in_backward(optimizer_name(self.args)))
+
+    def _report_untrained(self, model: nn.Module, *, at_end: bool) -> None:
+        watch = self._callback(UntrainedWatch)
+        report(self, watch.decide(model, self.args.device, self.accelerator.gather, at_end=at_end), watch.policy)
+
+    def _was_skipped(self) -> bool:
+        return bool(self.accelerator.optimizer_step_was_skipped)
 
     def _start_by_activations(self) -> None:
         """Start the adapter by the activations on the first rows, the same ones whether training is resumed or not."""
@@ -417,6 +450,8 @@ class SFTTrainer(Trainer):
         if problem is not None and before is not None:
             self._totals["train"] = before
             act_on(self, watch, problem)
+        else:
+            self._look_for_untrained(model)
         return grad_norm
 
     def compute_loss(
@@ -545,6 +580,9 @@ class SFTTrainer(Trainer):
         """Save a checkpoint, with the tokens seen and the sums since the last log line."""
         self._count_tokens()
         self._callback(UnloggedFigures).sums = self._totals["train"].by_process(self.accelerator.gather)
+        watch = self._callback(UntrainedWatch)
+        watch.settle(was_skipped=self._was_skipped())
+        watch.write_down(self.accelerator.gather)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -583,7 +621,7 @@ class SFTTrainer(Trainer):
         `transformers.Trainer` restores callbacks only with `restore_callback_states_from_checkpoint`.
         """
         super()._load_callback_state()
-        for kind in (UnloggedFigures, LossWatch):
+        for kind in (UnloggedFigures, LossWatch, UntrainedWatch):
             stored = self.state.stateful_callbacks.setdefault(kind.__name__, {})
             vars(self._callback(kind)).update((stored[0] if isinstance(stored, list) else stored).get("args", {}))
         processes = self.accelerator
@@ -591,6 +629,7 @@ class SFTTrainer(Trainer):
         self._totals["train"] = TokenTotals(sums)
         watch = self._callback(LossWatch)
         watch.policy, watch.factor = self.args.on_bad_loss, self.args.bad_loss_factor  # options of this run
+        self._callback(UntrainedWatch).policy = self.args.on_untrained
 
     def _callback(self, kind: type[Callback]) -> Callback:
         """Return this library's callback of a class; `transformers.Trainer` replaces the objects at a resume."""
@@ -711,13 +750,18 @@ def returns_loss(compute_loss_func: Callable) -> Callable:
     return checked
 
 
+def optimizer_name(config: SFTConfig) -> str:
+    """Return the name of the optimizer, which transformers keeps as a member of an enum."""
+    return str(getattr(config.optim, "value", config.optim))
+
+
 def check_optimizer(config: SFTConfig) -> None:
     """Check that the optimizer's package is installed, and that it runs on this device and with these processes.
 
     Raises:
         ValueError: It does not.
     """
-    optim = str(getattr(config.optim, "value", config.optim))
+    optim = optimizer_name(config)
     check_package(optim)
     check_device(optim, config.device.type)
     sharded = [name for name in ("fsdp", "deepspeed") if getattr(config, name)]

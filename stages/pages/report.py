@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from stages.checkout.artifacts import file_digest, read_json, read_jsonl, write_text
 from stages.checkout.paths import Paths
+from stages.checkout.redaction import redact
 from stages.pages.answers import PER_PAGE, read_answers
 from stages.pages.charts import Series, heat_strip, line_chart
 from stages.pages.forgotten import forgotten
@@ -50,6 +51,9 @@ BY_CONSTRUCTION = ("kl",)
 
 MAX_BAD_UPDATES = 50
 
+SAMPLE = "sample_"
+"""Beginning of the columns of the curve that are about answers while the model trained."""
+
 
 def write_report(params: Params, paths: Paths) -> None:
     """Build the page from the outs of all stages and write it to `paths.report`."""
@@ -86,9 +90,28 @@ def promotion_section(params: Params, paths: Paths) -> Section:
 
 
 def training_section(params: Params, paths: Paths) -> Section:
-    """Return the section with the curves, the share of changed weights, and the bad updates."""
-    shown = {"curves": curves(paths), "weights": weights(paths), "bad_updates": bad_updates(paths)}
+    """Return the section with the curves, what was trained, the shipped step, the samples, and the bad updates."""
+    shown = {
+        "curves": curves(paths),
+        "selection": selection(paths),
+        "effect": effect(paths),
+        "weights": weights(paths),
+        "bad_updates": bad_updates(paths),
+    }
     return render_section("training", "Training", "report/training.html.jinja", shown)
+
+
+def samples_section(params: Params, paths: Paths) -> Section | None:
+    """Return the section with the answers to a few held-out prompts while the model trained; None if there are none."""
+    file = paths.out("train", "samples.jsonl")
+    rows = [without_secrets(row) for row in (read_jsonl(file) if file.exists() else ())]
+    if not any(row["answers"] for row in rows):
+        return None
+    shown = {
+        "rows": [{**row, "answers": changed_answers(row["answers"])} for row in rows],
+        "charts": sample_charts(paths),
+    }
+    return render_section("samples", "Answers while it trained", "report/samples.html.jinja", shown)
 
 
 def answers_section(params: Params, paths: Paths) -> Section:
@@ -135,6 +158,7 @@ SECTIONS: tuple[Callable[[Params, Paths], Section | None], ...] = (
     figures_section,
     promotion_section,
     training_section,
+    samples_section,
     answers_section,
     forgotten_section,
     quantization_section,
@@ -250,6 +274,62 @@ def weights(paths: Paths) -> list[dict[str, Any]]:
         }
         for kind, counts in kinds.items()
     ]
+
+
+def selection(paths: Paths) -> str:
+    """Return a sentence on the step that was shipped, beside the last one; older trainings have recorded nothing."""
+    file = paths.out("train", "selection.json")
+    if not file.exists():
+        return ""
+    chosen = read_json(file)
+    ended = f"step {chosen['last_step']} of {chosen['max_steps']}"
+    metric, last = chosen["metric"], chosen["last_value"]
+    early = f"Training stopped early after {ended}. " if chosen["stopped_early"] else ""
+    if metric is None:
+        return f"{early}Shipped: the last step, {chosen['step']}."
+    better = "highest" if chosen["higher_is_better"] else "lowest"
+    kind = figure_of(metric).kind
+    value = f"{metric} {show(chosen['value'], kind)}, the {better} of {len(chosen['evaluations'])} evaluations"
+    if chosen["step"] == chosen["last_step"]:
+        return f"{early}Shipped: the last step, {chosen['step']} ({value})."
+    of_last = "" if last is None else f" ({metric} {show(last, kind)})"
+    return f"{early}Shipped: step {chosen['step']} ({value}). The last step was {chosen['last_step']}{of_last}."
+
+
+def without_secrets(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a prompt with the answers of all steps, with secrets replaced."""
+    texts = {name: redact(row[name]) for name in ("prompt", "reference")}
+    return {**row, **texts, "answers": [{**each, "text": redact(each["text"])} for each in row["answers"]]}
+
+
+def changed_answers(answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return answers in the order of their steps; equal ones that follow each other are one, with its steps."""
+    found: list[dict[str, Any]] = []
+    for answer in answers:
+        scores = ", ".join(
+            f"{name.replace('_', ' ')} {show(value, figure_of(name).kind)}" for name, value in answer["scores"].items()
+        )
+        if found and (found[-1]["text"], found[-1]["scores"]) == (answer["text"], scores):
+            found[-1]["last"] = answer["step"]
+        else:
+            kept = {name: answer[name] for name in ("text", "stopped")}
+            found.append({**kept, "scores": scores, "first": answer["step"], "last": answer["step"]})
+    return found
+
+
+def sample_charts(paths: Paths) -> list[Markup]:
+    """Draw the figures of these answers over the steps."""
+    with paths.out("train", "curve.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = [column for column in (rows[0] if rows else ()) if column.startswith(SAMPLE)]
+    titles = [(column, figure_of(column.removeprefix(SAMPLE)).label) for column in columns]
+    return [line_chart(title, [Series("", points(rows, column), "b")]) for column, title in titles]
+
+
+def effect(paths: Paths) -> dict[str, Any]:
+    """Return modules left untrained, and where the loss stood still; older trainings have recorded nothing."""
+    file = paths.out("train", "effect.json")
+    return read_json(file) if file.exists() else {"untrained": [], "flat_loss": None}
 
 
 def bad_updates(paths: Paths) -> dict[str, Any]:

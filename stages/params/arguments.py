@@ -41,6 +41,7 @@ SAME_NAME = (
     "loss_type",
     "on_bad_loss",
     "bad_loss_factor",
+    "on_untrained",
     "warmup_ratio",
     "warmup_steps",
     "optim",
@@ -89,6 +90,7 @@ KEYS = {
     "completion_only_loss": "format.train_on",
     "last_turn_only_loss": "format.train_on",
     "project": "publish.experiment",
+    "report_to": "train.report_to",
 }
 """Option -> key of params.yaml that states it."""
 
@@ -99,7 +101,8 @@ _HUB = "`publish` uploads the shipped model after the gate; a training uploads n
 _METRICS = "it serves a function `compute_metrics`, and the stage `train` computes losses only"
 _PACKED = "rows are tokenized and packed by the stages `format` and `pack`; `train` reads them as they are"
 _SCRIPT = "it is read by scripts, not by the trainer"
-_BEST = "the pipeline chooses the checkpoint that it ships itself"
+_BEST = "`train.select` states which evaluated step is shipped, by which figure, and when to stop early"
+_TRACKIO = "Trackio's own environment variables, such as TRACKIO_SPACE_ID, state it (train.report_to)"
 
 REFUSED = {
     "output_dir": _FOLDER,
@@ -132,10 +135,9 @@ REFUSED = {
     "hub_strategy": _HUB,
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
-    "trackio_space_id": "it uploads the figures of the training to the hub",
-    "trackio_bucket_id": "it uploads the figures of the training to the hub",
-    "trackio_static_space_id": "it uploads the figures of the training to the hub",
-    "report_to": "MLflow has the record",
+    "trackio_space_id": _TRACKIO,
+    "trackio_bucket_id": _TRACKIO,
+    "trackio_static_space_id": _TRACKIO,
     "local_rank": "the launcher sets it (train.launch)",
     "remove_unused_columns": "the trainer knows which columns its collators read",
     "label_names": "the trainer knows which column has the labels",

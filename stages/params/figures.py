@@ -107,6 +107,7 @@ LOWER_ELSEWHERE = (
     "logit_diff",
     "deviation",
     "bad_updates",
+    "untrained_modules",
 )
 """Figures of other stages of which less is better."""
 

@@ -8,7 +8,6 @@ Prefect's form shows these texts, and the comments of params.yaml repeat them wo
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -35,7 +34,16 @@ from sft.export.quantization import GROUP_SIZES
 from sft.optimizers.names import LAYERWISE, OWN_OPTIMIZERS, check_optim_args
 from sft.optimizers.rules import parameter_rules
 from sft.optimizers.schedules import SCHEDULES, check_schedule
-from sft.options import BadLossPolicy, LossType, NotPrintedPolicy, OverflowPolicy, PackingStrategy, ThinkingPolicy
+from sft.options import (
+    UNREPEATABLE_STARTS,
+    BadLossPolicy,
+    LossType,
+    NotPrintedPolicy,
+    OverflowPolicy,
+    PackingStrategy,
+    ThinkingPolicy,
+    UntrainedPolicy,
+)
 from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
 from stages.params.adapters import check_adapter
@@ -60,6 +68,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 DType = Literal["float32", "bfloat16", "float16"]
 Role = Literal["system", "user", "assistant", "tool", "function_call"]
 MessageKey = Literal["role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "train", "weight"]
+Tracker = Literal["mlflow", "tensorboard", "wandb", "trackio"]
 Workers = Literal["processes", "ray"]
 CheckAction = Literal["off", "warn", "drop", "fail"]
 RepairAction = Literal["off", "warn", "repair", "drop", "fail"]
@@ -674,12 +683,18 @@ class LaunchSection(Section):
             )
 
 
-LORA_STARTS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica")
+LORA_STARTS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "mica")
 CHANGES_BASE = ("pissa", "olora", "loftq")
 
 
 def _check_lora_start(value: bool | str) -> bool | str:
-    if isinstance(value, str) and value not in LORA_STARTS and not re.fullmatch(r"pissa_niter_\d+", value):
+    for start, reason in UNREPEATABLE_STARTS.items():
+        if str(value).startswith(start):
+            raise ValueError(
+                f"{value} changes the weights of the base, and the adapter could not be merged as it was trained: "
+                f"{reason}; use pissa, olora or eva"
+            )
+    if isinstance(value, str) and value not in LORA_STARTS:
         known = ", ".join(["true", "false", *LORA_STARTS])
         raise ValueError(did_you_mean(value, LORA_STARTS, otherwise=f"use one of {known}"))
     return value
@@ -970,6 +985,13 @@ class TrainSection(Section):
         float | None,
         Field(gt=1.0, description="Spike: a loss this many times the median of the last 50, e.g. 10; null = none."),
     ]
+    on_untrained: Annotated[
+        UntrainedPolicy,
+        Field(
+            description="Parameters without a gradient, with one of exactly zero, or that do not change in the first 5 "
+            "steps: warn (and record them) or fail."
+        ),
+    ]
     on_oom: Annotated[
         Literal["fail", "halve"],
         Field(description="Out of memory: fail, or halve (half the rows per pass, twice as many passes)."),
@@ -996,6 +1018,13 @@ class TrainSection(Section):
         Field(description="Order of the packed rows: shuffled (anew in each epoch), or sequential."),
     ]
     seed: Annotated[Seed, Field(description="Seed of the adapter's initial weights, the order of rows and dropout.")]
+    report_to: Annotated[
+        list[Tracker],
+        Field(
+            description="Trackers that get the curve while the model trains: tensorboard, wandb, trackio "
+            "(docs/operations.md). MLflow always gets it."
+        ),
+    ]
     arguments: Annotated[
         dict[str, Any],
         AfterValidator(check_arguments),

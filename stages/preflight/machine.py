@@ -19,6 +19,7 @@ from stages.params.schema import LaunchSection, Params, TrainSection
 from stages.preflight.checkpoint import Outline
 from stages.preflight.engines import check_engine
 from stages.preflight.findings import Problem, from_error
+from stages.tracking.trackers import INSTALL as TRACKERS
 
 GPU_FILES = (Path("/dev/nvidia0"), Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
 """Files of the drivers of NVIDIA and AMD, also under WSL; without any, torch need not be asked, which takes seconds."""
@@ -151,6 +152,10 @@ def _check_packages(params: Params, machine: Machine) -> Iterator[Problem]:
         (params.quantize.method in ("int8", "nf4"), "bitsandbytes", "quantize.method", "pip install bitsandbytes"),
         (params.quantize.method == "gptq", "gptqmodel", "quantize.method", "pip install gptqmodel"),
         (params.train.use_liger_kernel, "liger_kernel", "train.use_liger_kernel", "pip install liger-kernel"),
+        *(
+            (name in params.train.report_to, name, "train.report_to", f"pip install {wanted}, or remove {name}")
+            for name, wanted in TRACKERS.items()
+        ),
     ]
     for is_needed, package, key, way_out in needs:
         if is_needed and find_spec(package) is None:

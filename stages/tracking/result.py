@@ -134,7 +134,8 @@ def _log_run(tracking: Tracking, result: Result, begun: str | None) -> str:
         run.log_curve(paths.out("train", "curve.csv"))
         run.log_data(lineage.data_digests(paths))
         details = [paths.out("evaluate", name) for name in ("documents.jsonl", "general.jsonl")]
-        details = [path for path in details if path.exists()]  # older results lack the first one
+        details += [paths.out("train", name) for name in ("selection.json", "effect.json", "samples.jsonl")]
+        details = [path for path in details if path.exists()]  # older results lack some
         for path in [paths.report, *result_files(paths), paths.out("quantize", "report.json"), *details]:
             run.log_file(path, folder=path.parent.relative_to(paths.root).as_posix())
         report = tracking.page(run.run_id, paths.report.relative_to(paths.root).as_posix())

@@ -100,7 +100,13 @@ class TrainingState:
 def fingerprint_params(section: TrainSection) -> dict[str, Any]:
     """Return the params that decide the updates: the rows per update, but not how processes divide them."""
     shared_out = {"launch", "per_device_train_batch_size", "gradient_accumulation_steps"}
-    may_change = {"on_bad_loss", "bad_loss_factor", "on_oom"}  # between two attempts of one training
+    may_change = {
+        "on_bad_loss",
+        "bad_loss_factor",
+        "on_untrained",
+        "on_oom",
+        "report_to",
+    }  # between two attempts of one training
     values = section.model_dump(exclude=shared_out | may_change)
     shares = section.gradient_accumulation_steps * section.launch.processes
     rows = section.per_device_train_batch_size * shares

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from stages.params.schema import Params
 from stages.progress import FIGURES_SHOWN, progress
 from stages.tracking import lineage
 from stages.tracking.lineage import machine_tags
+from stages.tracking.trackers import MLFLOW, TrackedRun, Trackers
 from stages.training.checkpoints import TrainingState, fingerprint_params
 from stages.training.out_of_memory import describe_events
 from stages.training.selection import SAMPLE_PREFIX
@@ -245,15 +247,47 @@ def _open_run(params: Params, paths: Paths, state: TrainingState) -> LiveRun:
     )
 
 
-class LiveCurve(TrainerCallback):
-    """Callback that sends the figures of each log line to the run in MLflow, with the tokens per second.
+@contextmanager
+def open_trackers(params: Params, paths: Paths, state: TrainingState, first_process: bool) -> Iterator[Trackers | None]:
+    """Open the trackers of `train.report_to` while the block runs.
 
     Args:
-        run: The training's run.
+        params: Of the training.
+        paths: The checkout.
+        state: Folder of the training's checkpoints.
+        first_process: Whether this process is the one that records.
+
+    Yields:
+        The trackers; None in other processes, or if params.yaml states none but MLflow.
+    """
+    names = [name for name in params.train.report_to if name != MLFLOW]
+    if not names or not first_process:
+        yield None
+        return
+    fixed = {"model": params.model.model_dump(), "train": fingerprint_params(params.train)}
+    run = TrackedRun(
+        name=re.sub(r"[^\w.-]", "-", f"{lineage.model_name(paths)}-{state.folder.name}"),
+        project=params.publish.experiment,
+        params=lineage.flatten(fixed),
+        folder=paths.state / "trackers",
+        state=state.folder,
+    )
+    trackers = Trackers(names, run)
+    try:
+        yield trackers
+    finally:
+        trackers.close()
+
+
+class LiveCurve(TrainerCallback):
+    """Callback that sends the figures of each log line to a training's run, with the tokens per second.
+
+    Args:
+        run: Run of the training in MLflow, or in other trackers.
         throughput: Clock of the training.
     """
 
-    def __init__(self, run: LiveRun, throughput: Throughput) -> None:
+    def __init__(self, run: LiveRun | Trackers, throughput: Throughput) -> None:
         self._run, self._throughput = run, throughput
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -63,7 +63,14 @@ class SamplePrompts:
         """
         task = None if section.task is None else load_tasks(section.task, paths.root)
         file = paths.out("format", "prompts.jsonl")
-        found = [row for row in (read_jsonl(file) if section.count else ()) if not row.get("images")]
+        every = list(read_jsonl(file)) if section.count else []
+        found = [row for row in every if not row.get("images")]
+        if len(found) < len(every):
+            print(
+                f"note: train.samples answers prompts without images only, and {len(every) - len(found)} of "
+                f"{len(every)} held-out rows have images",
+                flush=True,
+            )
         chosen = sorted(random.Random(section.seed).sample(range(len(found)), min(section.count, len(found))))
         rows = []
         for row in (found[number] for number in chosen):

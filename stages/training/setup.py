@@ -40,7 +40,7 @@ NOT_SFT_OPTIONS = {
     *("warmup_ratio", "warmup_steps", "optim_args", "lr_scheduler_kwargs", "parameter_groups"),
     *("mixed_precision", "gradient_checkpointing", "order", "arguments"),  # see `make_sft_config`
     *("launch", "on_oom"),  # see `stages.train.run`
-    *("select", "samples"),  # see `stages.train.attempt`
+    *("select", "samples", "report_to"),  # see `stages.train.attempt`
 }
 """Keys of the section `train` that are not passed to `SFTConfig` under their own name."""
 

@@ -77,6 +77,7 @@ def train(name: str, per_device: int, accumulation: int, **options: Any) -> dict
                 "eval_strategy": "steps",
                 "eval_steps": 10,
                 "max_grad_norm": 0.15,
+                "on_untrained": "fail",
                 "report_to": [],
                 "disable_tqdm": True,
                 **ROUTES[route],

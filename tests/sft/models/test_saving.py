@@ -196,6 +196,9 @@ def test_disk_that_is_too_small_for_all_checkpoints_is_refused_with_the_sizes(
         check_disk(model, quiet_config(tmp_path, save_steps=10, save_total_limit=5), num_steps=100)
     check_disk(model, quiet_config(tmp_path, save_steps=10, save_only_model=True), num_steps=100)
     check_disk(model, quiet_config(tmp_path, save_steps=10, optim="adafactor"), num_steps=100)
+    check_disk(model, config, num_steps=40, copies=3)
+    with pytest.raises(ValueError, match=r"keeps 4 checkpoints .* and 4 more of the weights, .* left"):
+        check_disk(model, config, num_steps=40, copies=4)
 
 
 def test_checkpoints_that_are_there_are_replaced_or_already_written(

@@ -279,6 +279,48 @@ def test_throughput_is_drawn_for_the_training_that_was_timed_and_for_no_other(tm
     assert not any("Tokens per second" in chart for chart in report.curves(paths))
 
 
+def test_the_shipped_step_and_the_last_one_are_named(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    evaluations = [{"step": 4, "value": 1.25}, {"step": 8, "value": 1.5}]
+    chosen = {"metric": "eval_loss", "higher_is_better": False, "step": 4, "value": 1.25, "last_step": 8}
+    record = {**chosen, "last_value": 1.5, "stopped_early": True, "max_steps": 12, "evaluations": evaluations}
+    write_json(paths.out("train", "selection.json"), record)
+    assert report.selection(paths) == (
+        "Training stopped early after step 8 of 12. Shipped: step 4 (eval_loss 1.250, the lowest of 2 evaluations). "
+        "The last step was 8 (eval_loss 1.500)."
+    )
+    write_json(paths.out("train", "selection.json"), {**record, "step": 8, "value": 1.5, "stopped_early": False})
+    assert report.selection(paths) == "Shipped: the last step, 8 (eval_loss 1.500, the lowest of 2 evaluations)."
+
+
+def test_answers_while_it_trained_are_side_by_side_without_secrets(paths: Paths, tmp_path: Path) -> None:
+    other = write_tiny_run(tmp_path)
+    assert report.samples_section(tiny_params(), other) is None
+    texts = [(0, "no"), (4, EVIL), (8, EVIL)]
+    answers = [
+        {"step": step, "text": text, "stopped": step > 0, "scores": {"exact_match": 0.0}} for step, text in texts
+    ]
+    row = {"id": "a:1", "prompt": "Key hf_AbCdEfGhIjKlMnOpQrStUvWx1234567890", "reference": "yes", "answers": answers}
+    write_jsonl(other.out("train", "samples.jsonl"), [row])
+    section = report.samples_section(tiny_params(), other)
+    assert section is not None
+    assert "<span>steps 4 to 8</span>" in section.body
+    assert "did not stop" in section.body
+    assert "AbCdEfGhIjKl" not in section.body
+    assert "<script>" not in section.body
+
+
+def test_untrained_modules_and_a_loss_that_stood_still_are_shown(paths: Paths, tmp_path: Path) -> None:
+    other = write_tiny_run(tmp_path)
+    found = {"step": 5, "modules": "layers.*.mlp", "count": 3, "first": "layers.0.mlp", "problem": "no gradient"}
+    flat = {"sentence": "The held-out loss stays between 2.0000 and 2.0010 from step 4 to 8."}
+    write_json(other.out("train", "effect.json"), {"untrained": [found], "flat_loss": flat})
+    section = report.training_section(tiny_params(), other)
+    assert '<td>layers.*.mlp</td><td class="num">3</td><td>no gradient</td>' in section.body
+    assert "Training has changed little. The held-out loss stays between 2.0000" in section.body
+    assert "to be trained and are not" not in paths.report.read_text(encoding="utf-8")
+
+
 def test_bad_updates_and_code_that_came_with_the_model_are_shown(paths: Paths, tmp_path: Path) -> None:
     other = write_tiny_run(tmp_path)
     for name in ("results.json", "generations.jsonl"):

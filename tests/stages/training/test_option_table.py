@@ -6,8 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from sft.config import SFTConfig
+from stages.params import adapters
 from stages.params.arguments import TABLE, training_options
-from stages.training.option_table import PAGE, as_json, current_table, page, problems
+from stages.training.option_table import PAGE, as_json, current_adapter_types, current_table, page, problems
 
 REPO = Path(__file__).resolve().parents[3]
 ADVICE = "run `python -m stages.training.option_table`"
@@ -18,6 +19,11 @@ def test_the_table_has_every_option_as_the_dataclass_has_it() -> None:
     assert [*table] == [field.name for field in fields(SFTConfig) if field.init]
     assert TABLE.read_text(encoding="utf-8") == as_json(table), ADVICE
     assert problems(table) == []
+
+
+def test_the_table_of_adapters_has_every_type_and_option_of_peft() -> None:
+    assert adapters.TABLE.read_text(encoding="utf-8") == as_json(current_adapter_types()), ADVICE
+    assert set(adapters.REFUSED_TYPES) <= set(current_adapter_types())
 
 
 def test_the_page_has_a_line_for_every_option() -> None:

@@ -191,6 +191,8 @@ def test_a_resumed_training_has_the_same_bits_and_its_result_can_be_merged(
         ({"lr_scheduler_type": "warmup_stable_decay"}, "needs num_decay_steps"),
         ({"init_lora_weights": "pisa"}, "did you mean 'pissa'"),
         ({"init_lora_weights": "pissa", "method": "qlora"}, "changes the weights of the base"),
+        ({"init_lora_weights": "corda"}, "it needs activations that were measured before training"),
+        ({"init_lora_weights": "pissa_niter_4"}, "starts from random numbers, which differ at each loading"),
         ({"use_dora": True, "method": "full"}, "use_dora would be ignored under method: full"),
         ({"use_dora": True, "adapter": {"type": "OFT"}}, "use_dora is an option of LoRA"),
         ({"adapter": {"type": "PREFIX_TUNING"}}, "can't be merged"),
