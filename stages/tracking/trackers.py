@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -171,7 +172,7 @@ class Trackers:
         for name in list(self._open):
             sent = self._sent[name]
             new = {figure: value for figure, value in figures.items() if step > sent.get(figure, -1)}
-            if new and self._attempt(name, lambda tracker, new=new: tracker.log(new, step)):
+            if new and self._attempt(name, partial(self._open[name].log, new, step)):
                 sent.update(dict.fromkeys(new, step))
         if self._open:
             write_json(self._file, self._sent)
@@ -179,12 +180,12 @@ class Trackers:
     def close(self) -> None:
         """End the runs of all trackers."""
         for name in list(self._open):
-            self._attempt(name, lambda tracker: tracker.close())
+            self._attempt(name, self._open[name].close)
         self._open.clear()
 
-    def _attempt(self, name: str, act: Callable[[Tracker], None]) -> bool:
+    def _attempt(self, name: str, act: Callable[[], None]) -> bool:
         try:
-            act(self._open[name])
+            act()
         except Exception as error:
             _warn(name, error)
             del self._open[name]
