@@ -26,7 +26,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup repro test test-long test-numerics test-gpu audit lint docs ui pipeline dist bench bench-prepare bench-failures clean
+.PHONY: help setup repro test test-long test-numerics test-gpu audit lint docs engines ui pipeline dist bench bench-prepare bench-failures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ docs: $(READY) .venv-docs/bin/mkdocs ## the documentation site, in site/index.ht
 
 .venv-docs/bin/mkdocs:
 	@"$(PYTHON)" -m venv .venv-docs && .venv-docs/bin/pip install --quiet $(DOCS)
+
+engines: $(READY) ## vLLM and llama.cpp in .engines, outside .venv; ENGINES=vllm for one (docs/engines.md)
+	@$(RUN)/python .ci/engines.py $(ENGINES)
 
 pipeline: $(READY) ## the same pipeline as a Prefect flow, in this terminal
 	@$(RUN)/python -m flows.pipeline

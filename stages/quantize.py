@@ -1,21 +1,27 @@
-"""Stage `quantize`: the merged checkpoint to a smaller one (GPTQ, int8, nf4), with errors per layer; a GGUF file."""
+"""Stage `quantize`: the merged checkpoint to a smaller one (GPTQ, int8, nf4), with errors per layer; GGUF files."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import load_from_disk
 from transformers import AutoConfig
 
 from sft.export.gptq import GPTQSettings, QuantizeReport, quantize_gptq
 from sft.export.quantization import MIN_ROW_TOKENS, select_calibration
-from stages.checkout.artifacts import fresh_folder, write_json
+from sft.llama_cpp.ollama import write_modelfile
+from stages.checkout.artifacts import fresh_folder, read_jsonl, write_json
 from stages.checkout.paths import Paths
+from stages.engines.programs import llama_cpp
+from stages.params.engines import IMPORTANCE_KINDS, GGUFKind
 from stages.params.schema import Params, QuantizeSection
 from stages.progress import progress, stage_progress
+
+if TYPE_CHECKING:
+    from sft.llama_cpp.export import GGUFReport
 
 SKIPPED = "quantize.method is none: the merged checkpoint is shipped as it is"
 KEPT = "kept in full precision, as half precision can't represent some of their values"
@@ -24,13 +30,13 @@ NUM_COMPARED_ROWS = 4
 
 @stage_progress("quantize")
 def run(params: Params, paths: Paths) -> None:
-    """Write outs/quantize (model, report.json and, if params.yaml asks for one, a GGUF file) and the figures.
+    """Write outs/quantize (model, report.json and, if params.yaml asks for them, GGUF files) and the figures.
 
     With method `none` the folder of the model is empty.
     """
     section = params.quantize
     started = time.monotonic()
-    needs_rows = section.method != "none" or section.export_gguf is not None
+    needs_rows = section.method != "none" or bool(section.export_gguf)
     rows = calibration_rows(section, paths) if needs_rows else []
     if section.method == "none":
         fresh_folder(paths.out("quantize", "model"))
@@ -40,8 +46,10 @@ def run(params: Params, paths: Paths) -> None:
     else:
         report, measured = quantize(section, paths, rows)
     shutil.rmtree(paths.out("quantize", "gguf"), ignore_errors=True)
-    if section.export_gguf is not None:
-        measured |= export(section.export_gguf, paths, rows)
+    if section.export_gguf:
+        files = export(section.export_gguf, paths, rows)
+        report["gguf"] = [file.to_dict() for file in files]
+        measured |= gguf_figures(files)
     write_json(paths.out("quantize", "report.json"), report)
     write_json(paths.metrics("quantize"), measured)
     if report["method"] != "none":
@@ -93,25 +101,57 @@ def show_block(done: int, total: int, text: str) -> None:
     progress(done, total, "blocks", text)
 
 
-def export(precision: str, paths: Paths, rows: list[list[int]]) -> dict[str, float | int | str]:
-    """Write outs/quantize/gguf/model-PRECISION.gguf and return its figures.
+def export(kinds: list[GGUFKind], paths: Paths, rows: list[list[int]]) -> list[GGUFReport]:
+    """Write outs/quantize/gguf/model-KIND.gguf for each kind, and the Modelfile with which Ollama serves the first.
 
     Args:
-        precision: `f16` or `q8_0`.
+        kinds: Kinds of GGUF files.
         paths: The checkout.
-        rows: Token ids of rows on which the file is compared with the merged model.
+        rows: Token ids of training rows, for the importance matrix and the comparison with the merged model.
     """
-    from sft.export.gguf import export_gguf  # slow to import, and most runs export no GGUF file
+    from sft.llama_cpp.export import export_gguf  # slow to import, and most runs export no GGUF file
 
-    file = paths.out("quantize", "gguf", f"model-{precision}.gguf")
-    report = export_gguf(paths.out("merge", "model"), file, precision, rows[:NUM_COMPARED_ROWS])
-    print(f"{file}: {report.num_bytes / 1e6:.0f} MB, reads back {report.deviation:.4f} deviations off", flush=True)
-    return {
-        "gguf_precision": precision,
-        "gguf_mb": report.num_bytes / 1e6,
-        "gguf_deviation": report.deviation,
-        "gguf_top_token_agreement": report.top_token_agreement,
-    }
+    merged, folder = paths.out("merge", "model"), paths.out("quantize", "gguf")
+    reports = export_gguf(
+        merged,
+        folder,
+        kinds,
+        rows,
+        llama_cpp(paths.root),
+        by_importance=IMPORTANCE_KINDS,
+        num_compared_rows=NUM_COMPARED_ROWS,
+        on_step=show_step,
+    )
+    for report in reports:
+        read = report.not_compared or f"reads back {report.deviation:.4f} deviations off"
+        print(f"{folder / f'model-{report.kind}.gguf'}: {report.num_bytes / 1e6:.0f} MB, {read}", flush=True)
+    note = write_modelfile(folder, f"model-{kinds[0]}.gguf", merged, held_out_chats(paths))
+    if note:
+        print(f"note: {note}", flush=True)
+    return reports
+
+
+def gguf_figures(files: list[GGUFReport]) -> dict[str, float | int | str]:
+    """Return the figures of GGUF files; those that transformers does not read have a size only."""
+    found: dict[str, float | int | str] = {}
+    for file in files:
+        found[f"gguf_{file.kind}_mb"] = file.num_bytes / 1e6
+        if file.deviation is not None and file.top_token_agreement is not None:
+            found[f"gguf_{file.kind}_deviation"] = file.deviation
+            found[f"gguf_{file.kind}_top_token_agreement"] = file.top_token_agreement
+    return found
+
+
+def held_out_chats(paths: Paths) -> list[list[dict[str, Any]]]:
+    """Return the messages of the held-out rows before their last answer, on which Ollama's template is checked."""
+    file = paths.out("load", "eval.jsonl")
+    chats = []
+    for record in read_jsonl(file) if file.is_file() else ():
+        messages = record.get("messages") or []
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if answers and not record.get("tools"):
+            chats.append(messages[: answers[-1]])
+    return chats
 
 
 def calibration_rows(section: QuantizeSection, paths: Paths) -> list[list[int]]:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from stages.cli import supervise
+from stages import supervise
 from stages.launch.stopping import grace_s
 
 

@@ -10,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from stages.cli.group import Entry, Group, make_command
+from stages.params.engines import ENGINES, SERVED_MODELS
 from stages.params.figures import MODELS
 
 STAGE_HELP = {
@@ -234,11 +235,26 @@ TOOLS: dict[str, Entry] = {
         (
             click.Argument(["folder"], required=False, metavar="[FOLDER]"),
             _option("--key", metavar="FILE", help="Public key (PEM) that FOLDER must be signed with."),
+            _option(
+                "--engine", type=click.Choice(ENGINES), help="Ask this engine the held-out prompts (`make engines`)."
+            ),
+            _option(
+                "--model",
+                type=click.Choice(SERVED_MODELS),
+                help="Model that the engine serves (default: the shipped one).",
+            ),
             JSON,
         ),
-        ("sft verify", "sft verify outs/publish/model", "sft verify FOLDER --key signer.pub --json"),
+        (
+            "sft verify",
+            "sft verify outs/publish/model",
+            "sft verify FOLDER --key signer.pub --json",
+            "sft verify --engine vllm",
+        ),
         "Without FOLDER, compares outs/ with dvc.lock. FOLDER is one that `sft publish` wrote; neither a checkout nor "
-        "MLflow is needed, and it also says what the model was trained on, and whether that can be repeated.",
+        "MLflow is needed, and it also says what the model was trained on, and whether that can be repeated. "
+        "With --engine, starts the engine on this machine, asks it the held-out prompts over HTTP, and compares its "
+        "answers with those that `sft evaluate` recorded.",
         folder="folder",
     ),
     "schema": Entry(

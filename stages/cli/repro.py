@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stages import supervise
 from stages.checkout.code import write_code_digests
 from stages.checkout.paths import Paths
-from stages.cli import supervise
 from stages.cli.run_cache import prefer_cached_results
 from stages.launch.stopping import grace_s
 from stages.params.assignments import load_with_assignments, write_assignments

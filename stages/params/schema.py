@@ -48,6 +48,7 @@ from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
 from stages.params.adapters import check_adapter
 from stages.params.arguments import check_arguments, training_options
+from stages.params.engines import GGUFKind
 from stages.params.figures import STOP_RATE, figure_of, metric_names, open_ended_names, range_of
 from stages.params.names import (
     check_experiment_folder,
@@ -1147,6 +1148,13 @@ class MergeSection(Section):
     num_sample_rows: Annotated[Positive, Field(description="Packed eval rows on which the logits are compared.")]
 
 
+def _check_distinct_kinds(kinds: list[str]) -> list[str]:
+    twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+    if twice:
+        raise ValueError(f"every kind can be stated once, found {', '.join(twice)} twice")
+    return kinds
+
+
 class QuantizeSection(Section):
     """From the merged checkpoint to a smaller one."""
 
@@ -1155,11 +1163,13 @@ class QuantizeSection(Section):
         Field(description="gptq, int8, nf4 (both of bitsandbytes, without calibration) or none."),
     ]
     export_gguf: Annotated[
-        Literal["f16", "q8_0"] | None,
+        list[GGUFKind] | None,
         Field(
-            description="f16 or q8_0: also write the merged model as a GGUF file for llama.cpp, for Llama and Qwen2 "
-            "models; null = no file."
+            min_length=1,
+            description="Kinds of GGUF files of the merged model, e.g. [q4_k_m, q8_0, f16]; needs `make engines`; null "
+            "= none.",
         ),
+        AfterValidator(lambda kinds: kinds if kinds is None else _check_distinct_kinds(kinds)),
     ]
     bits: Annotated[
         Literal[2, 3, 4, 8],

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from sft.export.quantization import NOT_FOR_IMAGES, check_experts, check_layers_fit, pick_device
+from sft.llama_cpp.programs import check_exportable
 from sft.models.checkpoint import empty_model, is_image_model, load_tokenizer
 from stages.checkout.paths import Paths, main_checkout
+from stages.engines.programs import llama_cpp
 from stages.evaluation.rows import KEYS, read_prompts, read_records, render_records, test_rows
 from stages.loading.preflight import inspect_data
 from stages.loading.rehearsal import read_asked
@@ -93,6 +95,7 @@ def find_problems(params: Params, paths: Paths) -> Iterator[Problem]:
         ("train", lambda: check_machine(params, paths.root, outline, this_machine())),
         ("train.learning_rate", lambda: check_recipe(params.train, outline.config if outline else {})),
         ("quantize.method", experts),
+        ("quantize.export_gguf", lambda: check_gguf(params, paths, folder)),
         ("load.sources", data),
         ("load.rehearsal", lambda: params.load.rehearsal and read_asked(params.load.rehearsal, paths)),
         ("evaluate.task", lambda: load_tasks(params.evaluate.task, paths.root)),
@@ -138,13 +141,7 @@ def check_later_stages(params: Params, paths: Paths) -> None:
     except ValueError as error:
         key = "bits, quantize.group_size" if params.quantize.method == "gptq" else "method"
         raise ValueError(f"quantize.{key}: {error}") from None
-    if params.quantize.export_gguf is not None:
-        from sft.export.gguf import check_exportable  # slow to import, and most runs export nothing
-
-        try:
-            check_exportable(folder)
-        except ValueError as error:
-            raise ValueError(f"quantize.export_gguf: {error}") from None
+    check_gguf(params, paths, folder)
     read_prompts(params.evaluate, load_tasks(params.evaluate.task, paths.root), paths)
     from stages.evaluation.lm_eval import load_harness  # imports torch, which `check` does without
 
@@ -154,6 +151,22 @@ def check_later_stages(params: Params, paths: Paths) -> None:
             tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
             records = read_records(rows, paths.root, KEYS[prefix])
             render_records(records, rows, tokenizer, paths.root, KEYS[prefix])
+
+
+def check_gguf(params: Params, paths: Paths, folder: Path | None) -> None:
+    """Check that llama.cpp is installed and knows the base model, if GGUF files are asked for.
+
+    Raises:
+        ValueError: It is not, or does not.
+    """
+    if not params.quantize.export_gguf:
+        return
+    try:
+        llama_cpp(paths.root).check()
+        if folder is not None:
+            check_exportable(folder, llama_cpp(paths.root))
+    except ValueError as error:
+        raise ValueError(f"quantize.export_gguf: {error}") from None
 
 
 def check_experts_quantizable(section: QuantizeSection, folder: Path) -> None:

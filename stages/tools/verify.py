@@ -1,4 +1,4 @@
-"""`sft verify`: check that files are those that were recorded: outs/ and reports/, or a shipped folder."""
+"""`sft verify`: check that outs/ or a shipped folder is as recorded, or that an engine answers as evaluated."""
 
 from __future__ import annotations
 
@@ -45,27 +45,40 @@ def run(
     *,
     folder: str | None = None,
     key: str | None = None,
+    engine: str | None = None,
+    model: str | None = None,
     as_json: bool = False,
 ) -> int:
-    """Print a line per out, or what a shipped folder is and which of its files differ.
+    """Print a line per out, or what a shipped folder is, or how far an engine's answers are the evaluated ones.
 
     Args:
-        params: Values of params.yaml; not read.
+        params: Values of params.yaml; read with an engine alone.
         paths: Paths of the checkout.
         folder: A shipped folder; None = the outs of the checkout.
         key: Public key that the folder must be signed with.
+        engine: Engine to ask the held-out prompts: transformers, vllm or llama_cpp.
+        model: Model that it serves: merged, quantized, gguf or adapter; None = the shipped one.
         as_json: Whether to print JSON.
 
     Returns:
-        Exit code: 0 if all files are as recorded, else 1.
+        Exit code: 0 if all files are as recorded, else 1; 0 with an engine that answered.
 
     Raises:
-        ValueError: There is no readable dvc.lock, or no readable manifest in the folder.
+        ValueError: There is no readable dvc.lock, no readable manifest in the folder, or the engine can't
+            serve the model.
     """
+    if folder is not None and engine is not None:
+        raise ValueError("--engine asks a model of this checkout; leave the folder out")
     if folder is not None:
         return verify_shipped(Path(folder), None if key is None else Path(key), as_json=as_json)
     if key is not None:
         raise ValueError("--key checks the signature of a shipped folder; name the folder, too")
+    if engine is not None and params is not None:
+        from stages.engines import verify as engine_answers  # imports torch, which comparing files needs not
+
+        return engine_answers.run(params, paths, engine, model, as_json=as_json)
+    if model is not None:
+        raise ValueError("--model is for --engine: name the engine that serves the model")
     return verify_checkout(paths, as_json=as_json)
 
 

@@ -12,8 +12,9 @@ from sft.export.kbit import quantize_kbit
 from stages import evaluate, quantize
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
+from stages.engines.programs import llama_cpp
 from stages.models.variants import Variant, load_variant
-from tests.stages.tiny_run import tiny_params, write_tiny_run
+from tests.stages.tiny_run import REPO, tiny_params, write_tiny_run
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -70,17 +71,20 @@ def test_bitsandbytes_checkpoints_are_measured_like_the_others_and_evaluated(tmp
     assert "int8 (bitsandbytes), without calibration" in page
 
 
-@pytest.mark.parametrize("method", ["gptq", "none"])
-def test_gguf_file_of_the_merged_model_is_written_and_deleted_again(tmp_path: Path, method: str) -> None:
+@pytest.mark.slow
+@pytest.mark.skipif(not llama_cpp(REPO).ready.is_file(), reason="llama.cpp is not installed: `make engines`")
+def test_gguf_files_of_the_merged_model_are_written_and_deleted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFT_ENGINES", str(llama_cpp(REPO).folder.parent))
     paths = write_tiny_run(tmp_path)
-    quantize.run(tiny_params(quantize={"method": method, "export_gguf": "q8_0"}), paths)
+    quantize.run(tiny_params(quantize={"method": "none", "export_gguf": ["q8_0", "q4_k_m"]}), paths)
     folder = paths.out("quantize", "gguf")
-    assert [file.name for file in folder.iterdir()] == ["model-q8_0.gguf"]
-    AutoModelForCausalLM.from_pretrained(folder, gguf_file="model-q8_0.gguf")
+    assert sorted(file.name for file in folder.iterdir()) == ["Modelfile", "model-q4_k_m.gguf", "model-q8_0.gguf"]
     figures = read_json(paths.metrics("quantize"))
-    assert (figures["method"], figures["gguf_precision"]) == (method, "q8_0")
-    assert figures["gguf_mb"] == (folder / "model-q8_0.gguf").stat().st_size / 1e6
-    assert 0 < figures["gguf_deviation"] < 0.05
+    assert figures["gguf_q8_0_mb"] == (folder / "model-q8_0.gguf").stat().st_size / 1e6
+    assert 0 < figures["gguf_q8_0_deviation"] < 0.05
+    assert [file["kind"] for file in read_json(paths.out("quantize", "report.json"))["gguf"]] == ["q8_0", "q4_k_m"]
     quantize.run(tiny_params(quantize={"method": "none"}), paths)
     assert not folder.exists()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.checkout.artifacts import read_json, write_json, write_jsonl
+from stages.checkout.artifacts import read_json, write_json, write_jsonl, write_text
 from stages.checkout.paths import Paths
 from stages.models.base import folder_digest
 from stages.tools.check import check_later_stages
@@ -60,12 +60,17 @@ def test_reference_that_the_task_cannot_score_is_named(tmp_path: Path) -> None:
         check_later_stages(tiny_params(), paths)
 
 
-def test_a_base_that_has_no_gguf_form_is_refused_only_where_one_is_asked_for(tmp_path: Path) -> None:
+def test_gguf_without_llama_cpp_and_a_base_that_it_does_not_know_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = write_tiny_run(tmp_path)
-    config = paths.root / "models" / "base" / "config.json"
-    write_json(config, {**read_json(config), "attention_bias": True})
-    record = read_json(paths.out("load", "base_model.json"))
-    write_json(paths.out("load", "base_model.json"), {**record, "digest": folder_digest(config.parent)})
+    monkeypatch.setenv("SFT_ENGINES", str(tmp_path / "engines"))
+    folder = tmp_path / "engines" / "llama_cpp"
     check_later_stages(tiny_params(), paths)
-    with pytest.raises(ValueError, match=r"quantize\.export_gguf: .* has biases in its attention"):
-        check_later_stages(tiny_params(quantize={"export_gguf": "f16"}), paths)
+    params = tiny_params(quantize={"export_gguf": ["f16"]})
+    with pytest.raises(ValueError, match=r"quantize\.export_gguf: llama\.cpp is not installed, .*: `make engines`"):
+        check_later_stages(params, paths)
+    write_text(folder / ".ready", "")
+    write_text(folder / "source" / "conversion" / "__init__.py", 'TEXT_MODEL_MAP: dict = {"NewForCausalLM": "new"}\n')
+    with pytest.raises(ValueError, match=r"quantize\.export_gguf: .* architecture LlamaForCausalLM, which this llama"):
+        check_later_stages(params, paths)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages.cli import supervise
+from stages import supervise
 
 COMMAND = """
 import signal, sys, time

@@ -1,0 +1,1 @@
+"""Serving engines in environments of their own (`make engines`), and whether their answers are the evaluated ones."""
