@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     # packages that this environment lacks, such as sentencepiece, are those of llama.cpp's environment
     others = sysconfig.get_path("purelib", vars={"base": str(source.parent)})
     sys.path[:] = [str(source), str(source / "gguf-py"), *sys.path, others]
-    from conversion import base  # type: ignore[import-not-found]
+    from conversion import base
     from transformers import AutoTokenizer
 
     recognize = base.TextModel.get_vocab_base_pre

@@ -13,7 +13,7 @@ import threading
 
 def main() -> None:
     """Serve until SIGTERM or SIGINT."""
-    import xllamacpp  # type: ignore[import-not-found]
+    import xllamacpp
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
