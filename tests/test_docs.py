@@ -28,8 +28,8 @@ CODE = re.compile(r"`([^`\n]+)`")
 KEY = re.compile(rf"(?:{'|'.join(Params.model_fields)})(?:\.\w+)+")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PLACEHOLDERS = re.compile(r"\b(?:A B|RUN|STAGE|SHELL|NAME|COMMAND|KEY=VALUE)\b|\[|\.\.\.|…")
-NOT_KEYS = {"train.lerning_rate", "train.out_of_memory", "train.rows_a_pass"}
-"""A misspelt key as an example, and tags of runs."""
+NOT_KEYS = {"train.lerning_rate", "train.out_of_memory", "train.rows_a_pass", "model.sig"}
+"""A misspelt key as an example, tags of runs, and a file."""
 
 
 class Snippet(NamedTuple):
