@@ -145,6 +145,7 @@ def test_every_stage_writes_its_outs_and_figures(project: Path) -> None:
         "eval.jsonl",
         "images/index.jsonl",
         "ledger.jsonl",
+        "rehearsal/summary.json",
         "train.jsonl",
     ]
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(
