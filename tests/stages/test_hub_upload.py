@@ -88,7 +88,7 @@ def test_card_holds_figures_gate_and_lineage_as_text_and_for_the_hub(paths: Path
     assert "- holds: `tuned.exact_match >= 0.5`" in lines
     assert "- result: " + "d16e57" * 8 in lines
     assert "`tiny.jsonl` (train, SHA-256 5e5e5e5e5e5e)" in card.text
-    assert "learning_rate 0.0015" in card.text
+    assert "learning_rate 0.002" in card.text
 
 
 def test_card_names_a_base_of_the_hub(paths: Paths, tmp_path: Path) -> None:

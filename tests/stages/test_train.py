@@ -73,7 +73,7 @@ def test_shipped_params_differ_from_the_defaults_of_the_library_in_these_options
         "do_eval": True,
         "eval_steps": 0.1,
         "eval_strategy": "steps",
-        "learning_rate": 0.0015,
+        "learning_rate": 0.002,
         "logging_nan_inf_filter": False,
         "logging_steps": 5,
         "lr_scheduler_type": "cosine",

@@ -17,7 +17,7 @@ CURRENT = read_mapping(REPO / "params.yaml")
 SHOWN = {
     "model": "embedded:smollm2-135m-instruct",
     "data": "data/shop_train.jsonl",
-    "learning_rate": 0.0015,
+    "learning_rate": CURRENT["train"]["learning_rate"],
     "epochs": 1,
     "length": 512,
     "gate": CURRENT["evaluate"]["gate"],

@@ -67,7 +67,7 @@ def test_written_values_change_their_lines_alone_and_comments_stay_in_their_colu
     assert [new.split("#")[0].strip() for _, new in changed] == ["- path: data/faq.csv", "learning_rate: 3e-4"]
     assert all(old.index("#") == new.index("#") for old, new in changed)
     assert [line.partition(": ")[2] for line in told] == [
-        "train.learning_rate: 0.0015 -> 0.0003",
+        "train.learning_rate: 0.002 -> 0.0003",
         "load.sources[0].path: data/shop_train.jsonl -> data/faq.csv",
     ]
     assert all(file.read_text().splitlines()[int(line.split(":")[1]) - 1] in dict(changed).values() for line in told)

@@ -112,7 +112,7 @@ def test_a_number_of_steps_is_finite_and_whole(values: dict[str, Any], number: f
 
 
 def test_scientific_notation_without_a_dot_is_a_number(tmp_path: Path) -> None:
-    text = SHIPPED.read_text(encoding="utf-8").replace("learning_rate: 1.5e-3", "learning_rate: 2e-4")
+    text = SHIPPED.read_text(encoding="utf-8").replace("learning_rate: 2.0e-3", "learning_rate: 2e-4")
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
     assert load_params(tmp_path / "params.yaml").train.learning_rate == 2e-4
 
