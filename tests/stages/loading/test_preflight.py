@@ -26,7 +26,7 @@ def found(
     params = root.params({"eval": {"path": "data/eval.jsonl", "fraction": None}, **(load or {})})
     section = params.evaluate.model_copy(update={"gate": [], **evaluate})
     params = params.model_copy(update={"evaluate": section})
-    return [tuple(finding) for finding in inspect_data(params, root.paths, tokenizer)]
+    return [(finding.key, finding.text) for finding in inspect_data(params, root.paths, tokenizer)]
 
 
 def test_usable_data_have_no_findings(root: DataRoot) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import dropwhile
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -14,7 +15,8 @@ SHIPPED = Path(__file__).resolve().parents[3] / "params.yaml"
 
 def lines_and_comments(text: str) -> list[str]:
     """The words of a file without the places where its lines are broken, and without its head."""
-    words = " ".join(line.strip().lstrip("#") for line in text.splitlines()[2:]).split()
+    lines = dropwhile(lambda line: line.startswith("#"), text.splitlines())
+    words = " ".join(line.strip().lstrip("#") for line in lines).split()
     return [word.strip('"') for word in words]
 
 
