@@ -108,7 +108,8 @@ def _describe_unknown_option(name: str, context: click.Context) -> str:
     commands = root.commands if isinstance(root, click.Group) else {}
     owners = [owner for owner, command in commands.items() if name in _option_names(command, context)]
     if owners:
-        return f"{context.info_name} does not take {name}: only {' and '.join(owners)} {'do' if owners[1:] else 'does'}"
+        listed = " and ".join(filter(None, (", ".join(owners[:-1]), owners[-1])))
+        return f"{context.info_name} does not take {name}: only {listed} {'do' if owners[1:] else 'does'}"
     known = _option_names(context.command, context)
     otherwise = f"there are {', '.join(known)}"
     return f"unknown option {name}; {did_you_mean(name, known, otherwise=otherwise)}"

@@ -126,7 +126,7 @@ def test_quantization_that_was_skipped_is_the_reason_given(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (["preview", "--model", "base"], "preview does not take --model: only chat and serve do"),
+        (["preview", "--model", "base"], "preview does not take --model: only chat, serve and verify do"),
         (["chat", "--max-new-tokens", "0"], "0 is not in the range x>=1"),
         (["chat", "--model", "best"], "'best' is not one of 'base', 'tuned'"),
     ],
