@@ -63,6 +63,7 @@ def ask_all(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     on_progress: Callable[[int, int], None],
+    stops: Sequence[str] = (),
 ) -> Answers:
     """Ask an engine all prompts.
 
@@ -73,6 +74,7 @@ def ask_all(
         prompts: The prompts.
         max_new_tokens: Largest number of tokens of an answer, stop token included.
         on_progress: Called with the number of answers and of prompts.
+        stops: Texts of the stop tokens, which llama.cpp writes at the end of an answer if it writes special tokens.
 
     Raises:
         RequestFailed: The engine refused a request.
@@ -81,7 +83,7 @@ def ask_all(
     found: list[tuple[Generation, list[int] | int]] = []
     pool = ThreadPoolExecutor(NUM_AT_ONCE)
     try:
-        for one in pool.map(lambda prompt: ask(engine, server, name, prompt, max_new_tokens), prompts):
+        for one in pool.map(lambda prompt: ask(engine, server, name, prompt, max_new_tokens, stops), prompts):
             found.append(one)
             on_progress(len(found), len(prompts))
     finally:
@@ -92,7 +94,7 @@ def ask_all(
 
 
 def ask(
-    engine: str, server: Running, name: str, prompt: Prompt, max_new_tokens: int
+    engine: str, server: Running, name: str, prompt: Prompt, max_new_tokens: int, stops: Sequence[str] = ()
 ) -> tuple[Generation, list[int] | int]:
     """Ask one prompt: as messages if it is a chat, else as text.
 
@@ -112,7 +114,15 @@ def ask(
     stopped = choice["finish_reason"] != "length"
     ids = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
     num_tokens = max(0, usage["completion_tokens"] - stopped)
-    return Generation(text or "", stopped, num_tokens), ids or int(usage["prompt_tokens"])
+    return Generation(without_stop(text or "", stops if stopped else ()), stopped, num_tokens), ids or int(
+        usage["prompt_tokens"]
+    )
+
+
+def without_stop(text: str, stops: Sequence[str]) -> str:
+    """Return an answer without the stop token at its end, as `evaluate` records it."""
+    found = next((stop for stop in stops if stop and text.endswith(stop)), "")
+    return text.removesuffix(found)
 
 
 def post(server: Running, path: str, body: dict[str, Any]) -> Any:

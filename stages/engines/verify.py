@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
+from transformers import PreTrainedTokenizerBase
 
 from sft.models.checkpoint import load_tokenizer
 from stages.checkout.artifacts import read_jsonl, write_json
@@ -120,7 +121,7 @@ def measure(params: Params, paths: Paths, engine: str, served: Served) -> Engine
         raise ValueError("the held-out prompts have images, which `sft verify --engine` does not send")
     recorded = recorded_answers(paths, ANSWERED_BY[served.model], asked)
     prompts = read_requests(paths, asked, tokenizer, params.format.system_message)
-    return answer(engine, served, paths.root, recorded, prompts, asked)
+    return answer(engine, served, paths.root, recorded, prompts, asked, stop_texts(paths, tokenizer))
 
 
 def answer(
@@ -130,6 +131,7 @@ def answer(
     recorded: tuple[str, list[dict[str, Any]]],
     prompts: list[Any],
     asked: EvalRows,
+    stops: Sequence[str] = (),
 ) -> EngineResult:
     """Ask the prompts of an engine that is started for them, and compare.
 
@@ -140,6 +142,7 @@ def answer(
         recorded: Name of the model that `evaluate` asked, and its answers.
         prompts: The prompts.
         asked: The rows that they belong to.
+        stops: Texts of the stop tokens.
     """
     port = free_port()
     longest = max(len(prompt.token_ids) for prompt in prompts) + asked.max_new_tokens
@@ -152,9 +155,19 @@ def answer(
             prompts,
             asked.max_new_tokens,
             lambda done, total: progress(done, total, "prompts", f"{engine}, {served.label}: {done} of {total}"),
+            stops,
         )
     result = compare(engine, served.label, recorded, prompts, answers, asked.task, asked.references)
     return replace(result, speed={**result.speed, "start_seconds": round(server.start_s, 1)})
+
+
+def stop_texts(paths: Paths, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the texts of the tokens that end an answer: the tokenizer's eos token and those of the generation config."""
+    file = paths.out("merge", "model", "generation_config.json")
+    configured = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    ids = configured if isinstance(configured, list) else [configured]
+    texts = [tokenizer.eos_token, *tokenizer.convert_ids_to_tokens([number for number in ids if number is not None])]
+    return list(dict.fromkeys(text for text in texts if text))
 
 
 def recorded_answers(paths: Paths, name: str, asked: EvalRows) -> tuple[str, list[dict[str, Any]]]:

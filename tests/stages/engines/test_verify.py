@@ -17,12 +17,14 @@ from sft.evaluate.tasks import find_task
 from stages import evaluate, quantize
 from stages.checkout.artifacts import read_json, write_json
 from stages.engines import verify
-from stages.engines.client import Answers
+from stages.engines.client import Answers, without_stop
 from stages.engines.comparison import compare
 from stages.engines.programs import Served, command_of, llama_cpp, lora_rank, parser_options, vllm_python
 from stages.engines.prompts import Prompt
 from stages.engines.server import EngineFailed, free_port, running
+from stages.engines.verify import stop_texts
 from tests.stages.tiny_run import REPO, tiny_params, write_tiny_run
+from tests.tiny import tiny_tokenizer
 
 needs_llama_cpp = pytest.mark.skipif(
     not llama_cpp(REPO).ready.is_file(), reason="llama.cpp is not installed: `make engines`"
@@ -44,6 +46,15 @@ def test_share_of_equal_answers_and_the_first_other_one_are_reported() -> None:
     assert result.first_difference == {"id": "a:2", "character": 2, "engine": "Paris", "evaluate": "Paddington"}
     assert result.first_prompt_difference == {"id": "a:2", "engine": 7, "evaluate": [3]}
     assert (result.num_chats, result.speed["tokens_per_second"]) == (1, 1.5)
+
+
+def test_stop_token_that_an_engine_writes_is_not_part_of_the_answer(tmp_path: Path) -> None:
+    paths = write_tiny_run(tmp_path)
+    stops = stop_texts(paths, tiny_tokenizer())
+    assert stops[0] == "<|im_end|>"
+    assert without_stop("Rome<|im_end|>", stops) == "Rome"
+    assert without_stop("Rome<|im_end|> ", stops) == "Rome<|im_end|> "
+    assert without_stop("Rome<|im_end|>", ()) == "Rome<|im_end|>"
 
 
 def test_missing_engine_and_a_model_that_it_does_not_serve_are_named(
