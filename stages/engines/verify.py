@@ -162,7 +162,7 @@ def answer(
 
 
 def stop_texts(paths: Paths, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the texts of the tokens that end an answer: the tokenizer's eos token and those of the generation config."""
+    """Return the texts of the tokens that end an answer, by the tokenizer and the generation config."""
     file = paths.out("merge", "model", "generation_config.json")
     configured = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
     ids = configured if isinstance(configured, list) else [configured]
