@@ -114,9 +114,8 @@ def ask(
     stopped = choice["finish_reason"] != "length"
     ids = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
     num_tokens = max(0, usage["completion_tokens"] - stopped)
-    return Generation(without_stop(text or "", stops if stopped else ()), stopped, num_tokens), ids or int(
-        usage["prompt_tokens"]
-    )
+    generation = Generation(without_stop(text or "", stops if stopped else ()), stopped, num_tokens)
+    return generation, ids or int(usage["prompt_tokens"])
 
 
 def without_stop(text: str, stops: Sequence[str]) -> str:
