@@ -16,17 +16,17 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
 
 import sft
-from benchmarks.gpu.shapes import SHAPES, random_model, word_tokenizer
+from benchmarks.gpu.shapes import SHAPES, in_four_bits, random_model, word_tokenizer
 
 STEPS = 4
 WIDER = {"hidden": 256, "inner": 512, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocabulary": 2048}
@@ -75,8 +75,6 @@ class Case:
 
 def _package(name: str) -> Callable[[str], str | None]:
     def missing(_: str) -> str | None:
-        from importlib.util import find_spec
-
         return None if find_spec(name) else f"the package {name} is not installed"
 
     return missing
@@ -148,13 +146,11 @@ def rows(vocabulary: int, seed: int = 0) -> Dataset:
 
 def make_trainer(case: Case, device: str, folder: str, **further: Any) -> sft.SFTTrainer:
     """Return the trainer of a case; weights, rows and their order are the same for all cases of a shape and method."""
-    from dataclasses import replace
-
     shape = replace(SHAPES[case.shape].tiny(), **WIDER)
     # weights are drawn on the CPU in float32: the generators of devices differ
     model = random_model(shape, "cpu", torch.float32, case.attention or "sdpa").to(case.dtype)
     if case.method == "qlora":
-        model = _in_four_bits(model, folder, device)
+        model = in_four_bits(model, folder, device)
     options = {
         "output_dir": folder,
         "learning_rate": 0.5 if case.method != "full" else 0.05,
@@ -195,16 +191,6 @@ def _start_from_both(model: torch.nn.Module) -> None:
     for name, weight in sorted(model.named_parameters()):
         if "lora_" in name:
             weight.data.copy_((torch.randn(weight.shape, generator=generator) * 0.02).to(weight.dtype))
-
-
-def _in_four_bits(model: Any, folder: str, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model.save_pretrained(folder)
-    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=model.dtype)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=bits, dtype=model.dtype, device_map={"": device}
-    )
 
 
 def train(case: Case, device: str, **further: Any) -> tuple[list[float], torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MAX_POSITIONS = 8192
@@ -115,6 +115,15 @@ def random_model(
     torch.manual_seed(seed)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(shape.config(), dtype=dtype, attn_implementation=attention)
+
+
+def in_four_bits(model: PreTrainedModel, folder: str, device: str) -> PreTrainedModel:
+    """Return a model in nf4, by way of a checkpoint in a folder."""
+    model.save_pretrained(folder)
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=model.dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=bits, dtype=model.dtype, device_map={"": device}
+    )
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:

@@ -18,11 +18,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
 
+from benchmarks.contenders import WARMUP_STEPS, CountedCollator, now, peak_bytes
 from benchmarks.gpu.roofline import CARDS, Card, model_flop
-from benchmarks.gpu.shapes import SHAPES, Shape, random_model, word_tokenizer
+from benchmarks.gpu.shapes import SHAPES, Shape, in_four_bits, random_model, word_tokenizer
 
-WARMUP_STEPS = 2
 TINY_LENGTH = 256
 
 
@@ -82,9 +85,6 @@ def documents(job: Job, shape: Shape, steps: int) -> list[list[int]]:
 
 def contend(name: str, job: Job, tiny: bool, steps: int, device: str) -> dict[str, Any]:
     """Train as one contender in this process, and return what it measured."""
-    from datasets import Dataset
-    from peft import LoraConfig
-
     library = name.split()[0].rstrip(",")
     shape = SHAPES[job.shape].tiny() if tiny else SHAPES[job.shape]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -98,7 +98,9 @@ def contend(name: str, job: Job, tiny: bool, steps: int, device: str) -> dict[st
         if library == "unsloth":
             model, adapter = _unsloth_model(shape, job, dtype, device, folder, tokenizer, lora)
         else:
-            model = _load(shape, job, dtype, device, folder)
+            model = random_model(shape, device, dtype)
+            if job.method == "qlora":
+                model = in_four_bits(model, folder, device)
             adapter = (
                 None if job.method == "full" else LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **lora)
             )
@@ -131,29 +133,18 @@ def contend(name: str, job: Job, tiny: bool, steps: int, device: str) -> dict[st
             processing_class=tokenizer,
             peft_config=adapter,
         )
-        clock = _clock()
+        clock, collator = StepClock(), CountedCollator(trainer.data_collator)
+        trainer.data_collator = collator
         trainer.add_callback(clock)
         trainer.train()
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        tokens = clock.tokens_per_step(trainer, steps)
     return {
-        "tokens": tokens,
+        "tokens": collator.counts[WARMUP_STEPS : WARMUP_STEPS + steps],
         "seconds": clock.seconds[WARMUP_STEPS:],
         "losses": losses,
-        "peak_gb": _peak_gb(device),
+        "peak_gb": peak_bytes() / 1e9,
         "set_up": time.monotonic() - started - sum(clock.seconds),
     }
-
-
-def _load(shape: Shape, job: Job, dtype: torch.dtype, device: str, folder: str) -> Any:
-    """Return the model of a job, in 4 bits for QLoRA."""
-    if job.method != "qlora":
-        return random_model(shape, device, dtype)
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    random_model(shape, device, dtype).save_pretrained(folder)
-    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=bits, dtype=dtype, device_map={"": device})
 
 
 def _unsloth_model(
@@ -176,44 +167,20 @@ def _unsloth_model(
     return model, None
 
 
-def _clock() -> Any:
-    from transformers import TrainerCallback
+class StepClock(TrainerCallback):
+    """Callback that times every step, from its first forward pass to the end of the optimizer's work."""
 
-    class Clock(TrainerCallback):
-        """Callback that times every step, from its first forward pass to the end of the optimizer's work."""
+    def __init__(self) -> None:
+        self.started = 0.0
+        self.seconds: list[float] = []
 
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock."""
+        self.started = now()
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.started = _now()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.seconds.append(_now() - self.started)
-
-        @staticmethod
-        def tokens_per_step(trainer: Any, steps: int) -> list[int]:
-            """Return the tokens of the timed steps, read from the rows that the trainer made."""
-            rows = trainer.train_dataset
-            order = list(iter(trainer.get_train_dataloader().batch_sampler)) if len(rows) else []
-            sizes = [sum(len(rows[index]["input_ids"]) for index in batch) for batch in order]
-            return sizes[WARMUP_STEPS : WARMUP_STEPS + steps]
-
-    return Clock()
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _peak_gb(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Store the time of the step."""
+        self.seconds.append(now() - self.started)
 
 
 def find_card(device: str) -> tuple[str, Card | None]:
