@@ -9,9 +9,9 @@ from typing import Any
 
 from sft.data.messages import ROLE_KEYS, ROLES, TEXT_KEYS, TRAIN_KEYS
 from sft.data.records import CONVERSATION_COLUMNS
-from stages.importing.draft import Draft, is_on
+from stages.importing.draft import Draft, hold_out, is_on
 from stages.importing.formats import FORMATS, TYPES, Prompt, jinja, pair, user_defined
-from stages.importing.places import FORMATS_OF_FILES, HELD_OUT, TEMPLATE_FILE, is_local, local_path
+from stages.importing.places import FORMATS_OF_FILES, TEMPLATE_FILE, is_local, local_path
 
 NOT_SFT = ("bradley_terry", "stepwise_supervised", "_synthetic", "ebft", "dpo", "kto", "orpo")
 
@@ -290,19 +290,8 @@ def eval_split(draft: Draft, key: str, value: Any) -> None:
         size = float(value)
         if draft.get("test_datasets"):
             draft.irrelevant(key, value, "test_datasets goes first")
-        elif size == 0:
-            note = f"{HELD_OUT} rows are held out, since every model is measured on some"
-            draft.nearest(key, value, note, load__eval={"path": None, "fraction": None, "count": HELD_OUT})
-        elif size < 1:
-            draft.same(
-                key,
-                value,
-                "as many rows, chosen by a hash of their content",
-                load__eval={"path": None, "fraction": size, "count": None},
-            )
         else:
-            held_out = {"path": None, "fraction": None, "count": int(size)}
-            draft.same(key, value, "as many rows, chosen by a hash of their content", load__eval=held_out)
+            hold_out(draft, key, value, size)
         return
     entries = value if isinstance(value, list) else [value]
     first, *others = entries or [{}]

@@ -177,6 +177,21 @@ def part_of(*others: str) -> Rule:
     return lambda draft, key, value: draft.same(key, value, f"read with {', '.join(others)}")
 
 
+def hold_out(draft: Draft, key: str, value: Any, size: float) -> None:
+    """Write held-out rows: a fraction of the rows below 1, else their number; some even for 0."""
+    if size == 0:
+        note = f"{HELD_OUT} rows are held out, since every model is measured on some"
+        draft.nearest(key, value, note, load__eval={"path": None, "fraction": None, "count": HELD_OUT})
+        return
+    fraction, count = (size, None) if size < 1 else (None, int(size))
+    draft.same(
+        key,
+        value,
+        "as many rows, chosen by a hash of their content",
+        load__eval={"path": None, "fraction": fraction, "count": count},
+    )
+
+
 def apply_rules(draft: Draft, rules: Mapping[str, Rule]) -> None:
     """Record what becomes of each key of the source; a key that no rule knows is in the table, too."""
     for key, value in draft.source.items():

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.importing.draft import Draft, is_on
+from stages.importing.draft import Draft, hold_out, is_on
 from stages.importing.formats import FORMATS, jinja
-from stages.importing.places import HELD_OUT, TEMPLATE_FILE, local_path
+from stages.importing.places import TEMPLATE_FILE, local_path
 from stages.importing.trainer import whole
 
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
@@ -320,14 +320,5 @@ def held_out(draft: Draft, key: str, value: Any) -> None:
     size = float(value)
     if draft.get("eval_dataset"):
         draft.irrelevant(key, value, "eval_dataset goes first")
-    elif size == 0:
-        note = f"{HELD_OUT} rows are held out, since every model is measured on some"
-        draft.nearest(key, value, note, load__eval={"path": None, "fraction": None, "count": HELD_OUT})
     else:
-        fraction, count = (size, None) if size < 1 else (None, int(size))
-        draft.same(
-            key,
-            value,
-            "as many rows, chosen by a hash of their content",
-            load__eval={"path": None, "fraction": fraction, "count": count},
-        )
+        hold_out(draft, key, value, size)
