@@ -12,6 +12,7 @@ from typing import Any
 from datasets import load_from_disk
 from transformers import PreTrainedTokenizerBase
 
+from sft.chat.checks import TerminatorCheck
 from sft.models.checkpoint import load_tokenizer
 from stages.checkout.artifacts import read_jsonl, write_json
 from stages.checkout.paths import Paths
@@ -161,13 +162,12 @@ def answer(
     return replace(result, speed={**result.speed, "start_seconds": round(server.start_s, 1)})
 
 
-def stop_texts(paths: Paths, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def stop_texts(paths: Paths, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Return the texts of the tokens that end an answer, by the tokenizer and the generation config."""
     file = paths.out("merge", "model", "generation_config.json")
     configured = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
     ids = configured if isinstance(configured, list) else [configured]
-    texts = [tokenizer.eos_token, *tokenizer.convert_ids_to_tokens([number for number in ids if number is not None])]
-    return list(dict.fromkeys(text for text in texts if text))
+    return TerminatorCheck(tokenizer, [number for number in ids if number is not None]).stop_texts
 
 
 def recorded_answers(paths: Paths, name: str, asked: EvalRows) -> tuple[str, list[dict[str, Any]]]:
