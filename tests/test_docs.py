@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import sft
 from stages.cli.commands import FLOWS, command_line
 from stages.params.assignments import apply_overrides, parse_assignments
 from stages.params.schema import Params, SourceSection
+from tests.ci_scripts import script
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -132,12 +132,7 @@ def test_links_lead_to_files_and_headings() -> None:
 
 
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_generator", ROOT / ".ci" / "docs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs")
 
 
 def test_site_has_every_page_key_name_and_message(tmp_path: Path) -> None:
