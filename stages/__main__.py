@@ -140,7 +140,7 @@ def run_command(
 
 
 def names_folder(named: list[str] | str | None) -> bool:
-    """Return whether an argument names a shipped folder: it takes nothing else, or a run whose name is no path."""
+    """Return whether an argument names a shipped folder: it takes nothing else, or a run whose name is not a path."""
     if isinstance(named, list):
         return "/" in named[0] or (Path(named[0]) / "manifest.json").is_file()
     return named is not None
