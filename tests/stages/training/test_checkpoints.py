@@ -121,7 +121,7 @@ def test_other_params_rows_or_base_do_not_see_the_checkpoints(paths: Paths, what
         write_json(paths.out("pack", "train", "data.json"), [2])
     if what == "base":
         write_json(paths.out("load", "base_model.json"), {"digest": "b"})
-    changed = params(learning_rate=2e-3) if what == "rate" else params()
+    changed = params(learning_rate=params().train.learning_rate / 2) if what == "rate" else params()
     assert TrainingState.open(changed, paths).last_checkpoint() is None
 
 
