@@ -50,6 +50,9 @@ def main(argv: list[str]) -> int:
     from mlflow.server.fastapi_app import app
     from mlflow.server.handlers import initialize_backend_stores
 
+    from stages.tracking.store import create_database
+
+    create_database(store)
     initialize_backend_stores(store, store, artifacts)
     guarded = OwnOriginOnly(KeyRequired(app, key, in_path=True, way_out=WAY_OUT), json_only=False)
     # the log of requests would contain the key

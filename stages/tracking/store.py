@@ -18,6 +18,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_with_retry
 from mlflow.utils.validation import MAX_DATASET_NAME_SIZE, MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
 from stages.checkout.artifacts import write_text
@@ -26,6 +27,7 @@ from stages.params.schema import PublishSection
 from stages.tracking.address import (
     ANSWER_S,
     KEY,
+    SQLITE,
     VIEW_TAG,
     absolute_uri,
     answered_in_time,
@@ -103,6 +105,7 @@ def open_tracking(section: PublishSection, home: Path) -> Tracking:
     location = None if database(uri) is None else (home / "mlartifacts" / section.experiment).as_uri()
 
     def find_experiment() -> Tracking:
+        create_database(uri)
         client = _client(uri)
         experiment = client.get_experiment_by_name(section.experiment)
         if experiment is None:
@@ -115,6 +118,31 @@ def open_tracking(section: PublishSection, home: Path) -> Tracking:
         check_database(file)
     with locked_store(uri):
         return answered_in_time(section.tracking_uri, find_experiment, seconds=_limit(uri))
+
+
+def create_database(uri: str) -> None:
+    """Create the tables of a SQLite store that does not exist yet: all of them or, on a full disk or a kill, no file.
+
+    MLflow creates them one by one in the file itself, and refuses a store that has a part of them ever after.
+
+    Args:
+        uri: Absolute address of the store; nothing is done for one that exists, or that is not a SQLite file.
+    """
+    file = database(uri)
+    if file is None:
+        return
+    with locked_store(uri):
+        if file.exists() and file.stat().st_size:
+            return
+        new = file.with_name(f"{file.name}.new")
+        for left in (new, *(new.with_name(f"{new.name}{suffix}") for suffix in ("-journal", "-wal", "-shm"))):
+            left.unlink(missing_ok=True)
+        engine = create_sqlalchemy_engine_with_retry(f"{SQLITE}{new}")
+        try:
+            _initialize_tables(engine)
+        finally:
+            engine.dispose()
+        new.replace(file)
 
 
 def check_store(section: PublishSection, home: Path) -> None:

@@ -45,6 +45,46 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
     return open_tracking(tiny_params().publish, root)
 
 
+CREATING = """
+import sys
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from stages.tracking.store import create_database
+
+tables = 0
+
+@event.listens_for(Engine, "before_cursor_execute")
+def stop(connection, cursor, statement, *rest):
+    global tables
+    tables += statement.lstrip().startswith("CREATE TABLE")
+    if tables == int(sys.argv[2]):
+        print("creating", flush=True)
+        sys.stdin.read()
+
+create_database(sys.argv[1])
+"""
+
+
+def test_a_kill_while_the_store_is_created_leaves_one_that_can_be_created(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CREATING, f"sqlite:///{tmp_path}/mlflow.db", "12"],
+        cwd=REPO,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "creating\n"
+        process.kill()
+    assert not (tmp_path / "mlflow.db").exists()
+    opened = open_tracking(tiny_params().publish, tmp_path)
+    with opened.whole_run("after", {}) as writer:
+        writer.log_params({"train.seed": 0})
+    assert opened.client.get_run(writer.run_id).data.params == {"train.seed": "0"}
+    assert not list(tmp_path.glob("mlflow.db.new*"))
+
+
 def root_of(tracking: Tracking) -> Path:
     return Path(tracking.uri.removeprefix("sqlite:///")).parent
 
