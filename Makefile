@@ -12,6 +12,8 @@ RUN := ./$(VENV)/bin
 READY := $(VENV)/.ready
 # What builds the documentation, in an environment of its own.
 DOCS := mkdocs-material==9.8.2 "mkdocstrings[python]==1.0.8" mkdocstrings-python==2.0.11
+# What builds and checks the package, in an environment of its own.
+DIST := build==1.6.1 twine==7.0.0
 # Torch processes that share cores slow each other many times over unless each keeps to one thread.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # What another processor rounds: AVX2 where this one has AVX-512, else loops without vector instructions.
@@ -87,10 +89,13 @@ pipeline: $(READY) ## the same pipeline as a Prefect flow, in this terminal
 ui: $(READY) ## Prefect and MLflow pages on loopback, with the pipeline ready to start
 	@$(RUN)/python -m flows.ui
 
-dist: $(READY) ## the wheel and the source archive in dist/, checked by twine
-	@rm -rf dist && $(RUN)/python -m pip install --quiet build twine
-	@$(RUN)/python -m build --no-isolation --outdir dist .
-	@$(RUN)/twine check --strict dist/*
+dist: .venv-dist/bin/twine ## the wheel and the source archive in dist/, checked by twine
+	@rm -rf dist && .venv-dist/bin/python -m build --outdir dist . > .venv-dist/build.log 2>&1 \
+		|| { tail -n 20 .venv-dist/build.log; exit 1; }
+	@.venv-dist/bin/twine check --strict dist/*
+
+.venv-dist/bin/twine:
+	@"$(PYTHON)" -m venv .venv-dist && .venv-dist/bin/pip install --quiet $(DIST)
 
 bench: $(READY) benchmarks/.venv-trl/bin/python ## training speed and memory side by side with trl (some 20 minutes)
 	@$(RUN)/python benchmarks/train_speed.py

@@ -23,8 +23,9 @@ from pydantic import BaseModel  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402
 
 from stages.params.schema import Params  # noqa: E402
+from stages.recipes.catalog import read_recipe, recipe_names  # noqa: E402
 
-MADE = ("params.md", "api.md", "messages.md", "benchmarks.md", "changelog.md")
+MADE = ("recipes.md", "params.md", "api.md", "messages.md", "benchmarks.md", "changelog.md")
 """Pages that docs/ does not have."""
 
 ERRORS = re.compile(r"\w*(Error|Refused|Failed)$")
@@ -33,6 +34,12 @@ FINDINGS = ("Problem", "Finding")
 
 FEWEST_WORDS = 4
 """Messages with fewer words of their own are not listed."""
+
+
+EXPECTED = re.compile(
+    r"Hyperparameters: (.*?) Hardware: (.*?) or more\. Expected by .*?: ([\d.]+) GB per GPU, ([\d.]+) min per million"
+)
+"""What the comments of each recipe state."""
 
 
 def write_pages(target: Path) -> None:
@@ -45,6 +52,7 @@ def write_pages(target: Path) -> None:
     for name, source in sources.items():
         if source.exists():
             (target / name).write_text(relink(source.read_text(encoding="utf-8")), encoding="utf-8")
+    (target / "recipes.md").write_text(recipes_page(), encoding="utf-8")
     (target / "params.md").write_text(params_page(), encoding="utf-8")
     (target / "api.md").write_text(api_page(), encoding="utf-8")
     (target / "messages.md").write_text(messages_page(), encoding="utf-8")
@@ -54,7 +62,43 @@ def relink(text: str) -> str:
     """Return a page with links to pages of the site, where the repository's lead to files beside docs/."""
     text = text.replace("](../benchmarks/README.md", "](benchmarks.md").replace("](../README.md", "](index.md")
     text = re.sub(r"\]\((?:\.\./)?docs/", "](", text)
-    return re.sub(r"\[([^\]]+)\]\((?!https?:|#|[\w-]+\.(?:md|png))[^)]*\)", r"\1", text)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:|#|[\w/-]+\.(?:md|png|svg))[^)]*\)", r"\1", text)
+
+
+def recipes_page() -> str:
+    """Return the page with all recipes, by what they train: model, method, expected memory and time, and source."""
+    lines = [
+        "# Choose a recipe",
+        "",
+        "A recipe is a params.yaml for a named model and task. Choose the task, then the largest model that fits your "
+        "GPU, and change `load.sources` to your rows:",
+        "",
+        "```console\n$ sft init my-project --recipe qwen3.5-0.8b-extraction\n```",
+        "",
+        "Without a GPU, take what `sft init` writes without a recipe: a model of 135 million weights. Memory and time "
+        "are what `sft estimate --offline` expects, not measured. For another model of the same family and size, add "
+        "`--set model.name_or_path=ORGANISATION/NAME`. `sft recipes NAME` prints the whole file.",
+        "",
+    ]
+    tasks: dict[str, list[tuple[float, str]]] = {}
+    for name in recipe_names():
+        one = read_recipe(name)
+        model, _, rest = one.summary.rstrip(".").partition(": ")
+        task, _, method = rest.rpartition(", ")
+        notes = EXPECTED.search(" ".join(one.notes))
+        assert notes is not None, f"{name} states no hardware, memory and time"
+        source, hardware, memory, minutes = notes.groups()
+        cells = (f"`{name}`", f"{model}, {method}", hardware, memory, minutes, _cell(source))
+        tasks.setdefault(task, []).append((float(memory), f"| {' | '.join(cells)} |"))
+    for task in sorted(tasks, key=str.lower):
+        lines += [
+            f"## {task[0].upper()}{task[1:]}",
+            "",
+            "| recipe | trains | GPU | GB per GPU | min per million tokens | ",
+        ]
+        lines[-1] += "hyperparameters |"
+        lines += ["|---|---|---|---|---|---|", *(row for _, row in sorted(tasks[task])), ""]
+    return "\n".join(lines)
 
 
 def params_page() -> str:

@@ -109,7 +109,8 @@ _HOMES = {
     "truncate_dataset": "tokens.packing",
 }
 
-__version__ = "0.1.0"
+__version__: str
+"""Version of the installed package, which its git tags decide; "0+unknown" in a folder that is not installed."""
 __all__ = sorted(_HOMES)
 
 trl_paths.install()
@@ -121,8 +122,19 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"sft.{_HOMES[name]}"), name)
     if name in trl_paths.PATHS:
         return importlib.import_module(f"sft.{name}")
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module 'sft' has no attribute {name!r}; it offers {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("sft-pipeline")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"

@@ -19,6 +19,7 @@ import sft
 from stages.cli.commands import FLOWS, command_line
 from stages.params.assignments import apply_overrides, parse_assignments
 from stages.params.schema import Params, SourceSection
+from stages.recipes.catalog import recipe_names
 from tests.ci_scripts import script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +136,11 @@ def generator() -> ModuleType:
     return script("docs")
 
 
+def test_pictures_of_masks_are_what_the_library_finds() -> None:
+    drawn = script("mask_pictures").pictures()
+    assert {name: (ROOT / "docs" / "masks" / name).read_text(encoding="utf-8") for name in drawn} == drawn
+
+
 def test_site_has_every_page_key_name_and_message(tmp_path: Path) -> None:
     generator().write_pages(tmp_path / "pages")
     written = {file.relative_to(tmp_path / "pages").as_posix() for file in (tmp_path / "pages").rglob("*.md")}
@@ -145,5 +151,7 @@ def test_site_has_every_page_key_name_and_message(tmp_path: Path) -> None:
     for key in ("train.lora_r", "train.launch.engine", "evaluate.gate", *SourceSection.model_fields):
         assert f"| `{key}` |" in params
     assert "::: sft.train.trainer.SFTTrainer" in (tmp_path / "pages" / "api.md").read_text(encoding="utf-8")
+    recipes = (tmp_path / "pages" / "recipes.md").read_text(encoding="utf-8")
+    assert [name for name in recipe_names() if f"| `{name}` |" not in recipes] == []
     messages = (tmp_path / "pages" / "messages.md").read_text(encoding="utf-8")
     assert "no such file, and not one of the engines" in messages
