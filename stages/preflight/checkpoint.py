@@ -25,11 +25,13 @@ class Outline:
         folder: Its folder.
         config: Its config.json, of a model with images that of its text part.
         shapes: Shape of each weight by name.
+        file_sizes: Number of weights in each file.
     """
 
     folder: Path
     config: dict[str, Any]
     shapes: dict[str, list[int]]
+    file_sizes: tuple[int, ...] = ()
 
     @property
     def num_weights(self) -> int:
@@ -54,12 +56,12 @@ def read_outline(folder: Path) -> Outline | None:
     """Read the shape of a model; None if its files can't be read, of which `load` says more."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        shapes: dict[str, list[int]] = {}
-        for file in weight_files(folder):
-            shapes |= _read_shapes(file)
+        files = [_read_shapes(file) for file in weight_files(folder)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Outline(folder, {**config, **config.get("text_config", {})}, shapes)
+    shapes = {name: shape for file in files for name, shape in file.items()}
+    sizes = tuple(sum(map(math.prod, file.values())) for file in files)
+    return Outline(folder, {**config, **config.get("text_config", {})}, shapes, sizes)
 
 
 def _read_shapes(file: Path) -> dict[str, list[int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from stages.params.schema import LaunchSection, Params, TrainSection
 from stages.preflight.checkpoint import Outline
 from stages.preflight.engines import check_engine
 from stages.preflight.findings import Problem, from_error
+from stages.preflight.memory import check_memory, find_shape, rooms
+from stages.recipes.offline import BYTES
 from stages.tracking.trackers import INSTALL as TRACKERS
 
 GPU_FILES = (Path("/dev/nvidia0"), Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
@@ -26,12 +27,6 @@ GPU_FILES = (Path("/dev/nvidia0"), Path("/dev/nvidiactl"), Path("/dev/kfd"), Pat
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 GB = 1e9
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-BYTES_4BIT = 0.56
-"""Bytes per weight of a 4-bit base with its scales."""
-
-MOMENTS_BYTES = 8
-"""Bytes of AdamW's two moments per trained weight, in float32."""
 
 BF16_FROM = (8, 0)
 """CUDA compute capability from which GPUs multiply in bfloat16."""
@@ -46,6 +41,7 @@ class Machine:
     Args:
         num_cores: Processor cores that this process may use.
         memory: Bytes of memory, within the limit of the container.
+        swap: Bytes of swap space.
         gpus: Bytes of memory of each GPU.
         device: Kind of device that a training uses: cpu, cuda, ...
         capability: Lowest CUDA compute capability of the GPUs; (0, 0) without any, or if they are AMD's.
@@ -56,6 +52,7 @@ class Machine:
     gpus: tuple[int, ...] = ()
     device: str = "cpu"
     capability: tuple[int, int] = (0, 0)
+    swap: int = 0
 
 
 def this_machine() -> Machine:
@@ -64,24 +61,28 @@ def this_machine() -> Machine:
     memory = psutil.virtual_memory().total
     with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
         memory = min(memory, int(CGROUP_LIMIT.read_text(encoding="ascii")))
+    swap = psutil.swap_memory().total
     if not any(file.exists() for file in GPU_FILES):
-        return Machine(cores, memory)
+        return Machine(cores, memory, swap=swap)
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = tuple(torch.cuda.get_device_properties(number).total_memory for number in range(count))
     capabilities = [] if torch.version.hip else [torch.cuda.get_device_capability(number) for number in range(count)]
-    return Machine(cores, memory, gpus, "cuda" if gpus else "cpu", min(capabilities, default=(0, 0)))
+    return Machine(cores, memory, gpus, "cuda" if gpus else "cpu", min(capabilities, default=(0, 0)), swap)
 
 
-def check_machine(params: Params, root: Path, outline: Outline | None, machine: Machine) -> Iterator[Problem]:
+def check_machine(
+    params: Params, root: Path, outline: Outline | None, machine: Machine, folder: Path | None = None
+) -> Iterator[Problem]:
     """Yield what this machine can't do, or will hardly do.
 
     Args:
         params: Values of params.yaml.
         root: The checkout.
-        outline: The base model; None if it is not on this machine.
+        outline: What the files of the base model say; None if they are not on this machine.
         machine: See `this_machine`.
+        folder: Folder of the base model; None if it is not on this machine.
     """
     yield from _check_attention(params, machine)
     yield from _check_precision(params, machine)
@@ -93,8 +94,12 @@ def check_machine(params: Params, root: Path, outline: Outline | None, machine: 
         yield from_error(error, "train.launch.engine")
     yield from _check_processes(params, machine)
     if outline is not None and outline.num_weights:
-        yield from _check_memory(params, outline, machine)
         yield from _check_disk(params, root, outline)
+    shape = None if _is_on_a_cluster(params.train.launch) else find_shape(params, root, folder, outline)
+    if shape is not None:
+        here = math.ceil(params.train.launch.processes / params.train.launch.machines)
+        host, device = rooms(machine.gpus, machine.memory, machine.swap, here)
+        yield from check_memory(params, shape, outline, host, device)
 
 
 def _check_attention(params: Params, machine: Machine) -> Iterator[Problem]:
@@ -196,101 +201,6 @@ def _check_processes(params: Params, machine: Machine) -> Iterator[Problem]:
 def _is_on_a_cluster(launch: LaunchSection) -> bool:
     """Return whether a cluster of Ray, which may have other machines, runs the processes."""
     return launch.launcher == "ray" and (launch.address is not None or "RAY_ADDRESS" in os.environ)
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes that one process of the training needs, at least roughly.
-
-    Args:
-        weights: Weights of the base model.
-        training: Gradients and AdamW's moments of the trained weights, and an adapter's weights.
-        activations: Values kept for the backward pass.
-    """
-
-    weights: float
-    training: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        """Sum of the parts."""
-        return self.weights + self.training + self.activations
-
-
-def estimate_memory(params: Params, outline: Outline) -> MemoryEstimate:
-    """Estimate the memory of a training from the shapes of the weights. `sft estimate` measures it.
-
-    Activations are those of a decoder layer without a fused kernel: per token some 10 values per unit of its width and
-    3 per unit of its MLP's width (after Korthikanti et al., arXiv:2205.05198, without the attention matrix, which no
-    kernel here keeps); with gradient checkpointing, one width per layer, and one whole layer.
-    """
-    train, config = params.train, outline.config
-    bytes_each = BYTES[params.model.dtype]
-    shards = train.launch.processes if train.launch.engine in ("fsdp2", "deepspeed_zero3") else 1
-    halves = train.launch.processes if train.launch.engine == "deepspeed_zero2" else shards
-    weights = outline.num_weights * (BYTES_4BIT if train.method == "qlora" else bytes_each)
-    num_trained = outline.num_weights if train.method == "full" else adapter_size(train, outline)
-    own_weights = 0 if train.method == "full" else 4
-    gradients = bytes_each if train.method == "full" else 4
-    layers, width = int(config.get("num_hidden_layers", 0)), int(config.get("hidden_size", 0))
-    mlp = int(config.get("intermediate_size") or 4 * width)
-    layer = 10 * width + 3 * mlp
-    per_token = layers * width + layer if train.gradient_checkpointing else layers * layer
-    tokens = params.pack.max_length * train.per_device_train_batch_size
-    return MemoryEstimate(
-        weights=weights / shards,
-        training=num_trained * (own_weights / shards + gradients / halves + MOMENTS_BYTES / halves),
-        activations=float(tokens * per_token * bytes_each),
-    )
-
-
-def adapter_size(train: TrainSection, outline: Outline) -> int:
-    """Return the number of weights of a LoRA adapter on the named modules, or on all matrices inside of layers."""
-    targets = train.lora_target_modules
-    names = None if isinstance(targets, str) or targets == ["all-linear"] else targets
-    total = 0
-    for name, shape in outline.shapes.items():
-        module = name.removesuffix(".weight")
-        is_target = (
-            re.search(r"\.\d+\.", name) is not None
-            if names is None
-            else any(f".{module}".endswith(f".{target}") for target in names)
-        )
-        if len(shape) == 2 and is_target:
-            total += train.lora_r * sum(shape)
-    return total
-
-
-def _check_memory(params: Params, outline: Outline, machine: Machine) -> Iterator[Problem]:
-    found = estimate_memory(params, outline)
-    there = min(machine.gpus) if machine.gpus else machine.memory
-    per_machine = math.ceil(params.train.launch.processes / params.train.launch.machines)
-    needed = found.total if machine.gpus else found.total * per_machine
-    if needed <= there:
-        return
-    name = "the GPU" if machine.gpus else "this machine"
-    parts = f"weights {found.weights / GB:.1f}, gradients and optimizer {found.training / GB:.1f}, activations "
-    parts += f"{found.activations / GB:.1f}"
-    key, ways = _way_out(params.train, found)
-    yield Problem(
-        key,
-        f"the training needs about {needed / GB:.1f} GB ({parts}), and {name} has {there / GB:.1f} GB; {ways}",
-        is_error=found.weights > there,
-    )
-
-
-def _way_out(train: TrainSection, found: MemoryEstimate) -> tuple[str, str]:
-    """Return the key that decides most of the memory, and what would lower it."""
-    if found.activations > found.weights + found.training:
-        ways = ["a smaller pack.max_length"]
-        ways += ["fewer rows per pass"] * (train.per_device_train_batch_size > 1)
-        ways += ["train.gradient_checkpointing: true"] * (not train.gradient_checkpointing)
-        return "train.per_device_train_batch_size", "ways out: " + ", ".join(ways)
-    if train.method == "full":
-        return "train.method", "ways out: lora, or more devices with train.launch.engine: fsdp2"
-    ways = ["a smaller model", "train.method: qlora"] if train.method == "lora" else ["a smaller model"]
-    return "model.name_or_path", "ways out: " + ", ".join(ways)
 
 
 def _check_disk(params: Params, root: Path, outline: Outline) -> Iterator[Problem]:

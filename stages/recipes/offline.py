@@ -17,6 +17,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from sft.optimizers.names import updates_in_backward
 from sft.suggest import did_you_mean
 
 SHAPES = Path(__file__).with_name("shapes.yaml")
@@ -31,7 +32,13 @@ CONTEXT_GB = 1.5
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES = 0.53
 """Bytes per weight of nf4 with double quantization: 4 bits, and 0.127 for constants (arXiv:2305.14314)."""
-STATE_BYTES = {"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adamw_torch_8bit": 2, "muon": 4, "sgd": 0}
+STATE_BYTES = {
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adamw_torch_8bit", "ademamix_8bit"), 2),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "muon", "rmsprop", "adagrad"), 4),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "adamw_torch_4bit"), 1),
+    **dict.fromkeys(("sgd", "adafactor", "lomo", "adalomo"), 0),
+}
+"""Optimizer -> bytes of its state per trained parameter, where they are not AdamW's."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Estimate:
         trained: Parameters that are trained.
         tokens_per_step: Tokens of an update at most.
         flops_per_token: Floating point operations.
-        sharded: Number of processes that share weights and optimizer state.
+        sharded: Number of processes that share the weights.
     """
 
     memory: dict[str, float]
@@ -145,20 +152,24 @@ def estimate(params: Mapping[str, Any], shape: Shape) -> Estimate:
     layer = tokens * (16 * shape.hidden + 4 * shape.intermediate) * half
     hidden = tokens * shape.hidden * half
     kept = hidden * shape.layers + layer if train["gradient_checkpointing"] else layer * shape.layers
-    sharded = train["launch"]["processes"] if train["launch"]["engine"] != "ddp" else 1
+    if train["activation_offloading"]:
+        kept = layer
+    launch = train["launch"]
+    sharded = 1 if launch["engine"] in ("ddp", "deepspeed_zero2") else launch["processes"]
+    state_sharded = 1 if launch["engine"] == "ddp" else launch["processes"]
     adapter = 0 if method == "full" else trained * 4
     again = 2 if train["gradient_checkpointing"] else 0
     operations = (6 if method == "full" else 4) + again
     return Estimate(
         memory={
             "weights": (weights + adapter) / sharded / 1e9,
-            "gradients": trained * updated / sharded / 1e9,
-            "optimizer": trained * state / sharded / 1e9,
+            "gradients": 0.0 if updates_in_backward(train["optim"]) else trained * updated / state_sharded / 1e9,
+            "optimizer": trained * state / state_sharded / 1e9,
             "activations": kept / 1e9,
             "context": CONTEXT_GB,
         },
         trained=trained,
-        tokens_per_step=tokens * train["gradient_accumulation_steps"] * train["launch"]["processes"],
+        tokens_per_step=tokens * train["gradient_accumulation_steps"] * launch["processes"],
         flops_per_token=operations * shape.active,
         sharded=sharded,
     )

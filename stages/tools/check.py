@@ -92,7 +92,7 @@ def find_problems(params: Params, paths: Paths) -> Iterator[Problem]:
     checks: list[tuple[str, Callable[[], Iterable[Problem] | object]]] = [
         ("model.name_or_path", lambda: check_named(params.model, paths.root)),
         ("model", lambda: check_model_values(params, paths, outline)),
-        ("train", lambda: check_machine(params, paths.root, outline, this_machine())),
+        ("train", lambda: check_machine(params, paths.root, outline, this_machine(), folder)),
         ("train.learning_rate", lambda: check_recipe(params.train, outline.config if outline else {})),
         ("quantize.method", experts),
         ("quantize.export_gguf", lambda: check_gguf(params, paths, folder)),
