@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=600, help="time after which the last pipeline is finished")
     parser.add_argument("--folder", type=Path, help="folder for the checkouts, which stay there")
+    # a shell starts commands in the background with SIGINT ignored, which what is started here would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     args = parser.parse_args()
     rng, ends = random.Random(args.seed), time.monotonic() + 60 * args.minutes
     folder = args.folder or Path(tempfile.mkdtemp(prefix="sft-kills-"))

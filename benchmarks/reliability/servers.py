@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=600, help="time after which no more is killed")
+    # a shell starts commands in the background with SIGINT ignored, which what is started here would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     args = parser.parse_args()
     rng, ends = random.Random(args.seed), time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory(prefix="sft-servers-") as name:
