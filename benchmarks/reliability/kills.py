@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=600, help="time after which the last pipeline is finished")
     parser.add_argument("--folder", type=Path, help="folder for the checkouts, which stay there")
+    parser.add_argument("--more", action="store_true", help="count in addition to what is recorded")
     # a shell starts commands in the background with SIGINT ignored, which what is started here would inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
     args = parser.parse_args()
@@ -182,12 +183,12 @@ def main() -> None:
         shutil.rmtree(project)
     for fault in faults:
         print("fault:", fault)
-    summarize(killed, faults, complete, args.seed)
+    summarize(killed, faults, complete, args.seed, more=args.more)
     if args.folder is None:
         shutil.rmtree(folder)
 
 
-def summarize(killed: Counter[str], faults: list[str], complete: int, seed: int) -> None:
+def summarize(killed: Counter[str], faults: list[str], complete: int, seed: int, *, more: bool) -> None:
     """Store the figures: kills per stage."""
     stages = Counter[str]()
     signals: dict[str, Counter[str]] = {}
@@ -201,7 +202,7 @@ def summarize(killed: Counter[str], faults: list[str], complete: int, seed: int)
         figures = {"kills": count, **{number.name: numbers[number.name] for number in SIGNALS}}
         if name == "all":
             figures |= {"pipelines completed": complete, "faults": len(faults), "seed": seed}
-        record.add("kills", name, figures)
+        record.add("kills", name, figures, more=more)
 
 
 if __name__ == "__main__":

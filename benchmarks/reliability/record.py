@@ -36,21 +36,36 @@ What was done to the pipeline, and what came of it. Every part can be run again,
 """
 
 
-def add(part: str, name: str, figures: dict[str, Any]) -> None:
+def add(part: str, name: str, figures: dict[str, Any], *, more: bool = False) -> None:
     """Store the figures of a measurement, in place of those of the same name, and write the page.
 
     Args:
         part: One of `PARTS`.
         name: What was measured; the row of the table.
         figures: Column -> value. The same columns for all names of a part.
+        more: Whether they count in addition to the stored ones, which other seeds made: numbers are summed.
     """
     (ROOT / ".state").mkdir(exist_ok=True)
     with FileLock(f"{ROOT}/.state/reliability.lock"):
         results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        before = results.get(part, {}).get(name)
+        if more and before is not None:
+            figures = _sum(before["figures"], figures)
         entry = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "figures": figures}
         results.setdefault(part, {})[name] = entry
         RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         PAGE.write_text(page(results), encoding="utf-8")
+
+
+def _sum(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Add numbers of two measurements, and list their seeds."""
+    joined = {**before, **{name: before.get(name, 0) + value for name, value in after.items() if name != "seed"}}
+    if "seed" in after:
+        seeds = [*str(before.get("seed", "")).split(", "), str(after["seed"])]
+        if seeds[-1] in seeds[:-1]:
+            raise ValueError(f"seed {seeds[-1]} is counted already; use another")
+        joined["seed"] = ", ".join(each for each in seeds if each)
+    return joined
 
 
 def page(results: dict[str, Any]) -> str:
