@@ -289,6 +289,15 @@ PROJECT: dict[str, Entry] = {
         "folder), whose results the installed package then computes. Nothing is overwritten.",
         reads_params=False,
     ),
+    "upgrade": Entry(
+        "bring the files of a project to the installed version",
+        "stages.project.upgrade",
+        (_option("--replace", multiple=True, metavar="FILE", help="Renew a file that was changed, too; repeatable."),),
+        ("sft upgrade", "sft upgrade --replace dvc.yaml"),
+        "After `pip install --upgrade sft-pipeline`: adds the keys that params.yaml lacks, with their comments, and "
+        "renews dvc.yaml, prefect.yaml and the other files that `sft init` wrote, except those that you changed.",
+        reads_params=False,
+    ),
     "code": Entry(
         "write digests of the code that each stage uses",
         "stages.project.digests",
@@ -356,6 +365,7 @@ def command_line(
             "Stages, in order": tuple(make_command(name, entry, (SET, ROOT), run) for name, entry in stages.items()),
             "Project": (
                 make_command("init", PROJECT["init"], (SET,), run),
+                make_command("upgrade", PROJECT["upgrade"], (ROOT,), run),
                 make_command("code", PROJECT["code"], (ROOT,), run),
             ),
             "Flows": tuple(_flow_command(name, text, run_flow) for name, text in FLOWS.items()),

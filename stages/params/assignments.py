@@ -92,7 +92,7 @@ def apply_overrides(params_text: str, values: dict[str, Any], source: str = "par
     result = YAML(typ="safe", pure=True).load(text)
     check_params(result, source=source)
     edited = _edit_lines(params_text, values)
-    return edited if _means(edited, result) else text
+    return edited if means(edited, result) else text
 
 
 def _edit_lines(text: str, values: dict[str, Any]) -> str:
@@ -124,7 +124,7 @@ def _edit_lines(text: str, values: dict[str, Any]) -> str:
     return text
 
 
-def _means(text: str, values: Any) -> bool:
+def means(text: str, values: Any) -> bool:
     """Return whether a YAML text has these values."""
     try:
         return bool(YAML(typ="safe", pure=True).load(text) == values)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
 from stages.params.schema import Params
@@ -105,6 +106,20 @@ def _entry(name: str, value: Any, depth: int, comment: str, section: type[BaseMo
         items = [f"{indent}  - {_scalar(item)}" for item in value]
         return [*_commented(f"{indent}{name}:", comment), *items]
     return list(_commented(f"{indent}{name}: {_flow(value)}", comment))
+
+
+def entry_lines(name: str, value: Any, depth: int, field: FieldInfo) -> list[str]:
+    """Return the lines of a key and its comment, indented for its depth.
+
+    Args:
+        name: The key, without its section.
+        value: Its value.
+        depth: Number of sections that it lies in.
+        field: The field of the schema.
+    """
+    section = _section(field.annotation)
+    comment = field.description or (section.__doc__ if section is not None else "") or ""
+    return _entry(name, value, depth, comment, section)
 
 
 def _realigned(rows: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from stages.checkout.code import DIGESTS, FLOORS, STAGE, shipped, write_code_dig
 from stages.checkout.paths import Paths
 from stages.params.assignments import apply_overrides, parse_assignments
 from stages.params.json_schema import schema_text
+from stages.project.written import NEW, note_written
 from stages.recipes.catalog import read_recipe
 
 SCHEMA = "params.schema.json"
@@ -32,6 +33,7 @@ IGNORED = (
     ".state/",
     ".worktrees/",
     f"/{DIGESTS}/",
+    f"/{NEW}/",
     "/outs/",
     "/reports/report.html",
     "/reports/data.html",
@@ -83,7 +85,8 @@ def run(
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         with partial_file(root / name) as partial:
             partial.write_bytes(files[name])
-    _extend_gitignore(root / ".gitignore")
+    note_written(root, {name: files[name] for name in written})
+    extend_gitignore(root / ".gitignore")
     if not in_git and git and shutil.which("git"):
         subprocess.run(["git", "init", "--quiet", str(root)], check=True)
     write_code_digests(root)
@@ -198,7 +201,7 @@ def _differs(path: Path, content: bytes) -> bool:
     return path.exists() and not (path.is_file() and path.read_bytes() == content)
 
 
-def _extend_gitignore(path: Path) -> None:
+def extend_gitignore(path: Path) -> None:
     """Append the lines that a .gitignore lacks."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     missing = [line for line in IGNORED if line not in text.splitlines()]
