@@ -30,13 +30,25 @@ os.setgroups([])
 os.setgid(user)
 os.setuid(user)
 rng, marker = random.Random(seed), folder / "marker"
+
+def lives(process):
+    # one that was killed has released the lock shortly before the kernel removes it
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                return False
+        except OSError:
+            return False
+        time.sleep(0.02)
+    return True
+
 for _ in range(count):
     with sole_training(folder / str(user)):
         try:
             inside = int(os.readlink(marker))
         except OSError:
             inside = 0
-        if inside and Path(f"/proc/{inside}").exists():
+        if inside and lives(inside):
             print("OVERLAP", inside, flush=True)
         marker.unlink(missing_ok=True)
         marker.symlink_to(str(os.getpid()))  # made in one step

@@ -15,7 +15,7 @@ from flows.processes.environment import child_environment
 from flows.processes.supervised import run_supervised
 from flows.runs.recorded import discard_record, present_inputs, recorded_inputs
 from stages.checkout.redaction import redact
-from stages.cli.repro import read_metrics_files, restore
+from stages.cli.repro import read_metrics_files, remove_cut_lock, restore
 from stages.launch.stopping import EXIT_SAVED
 from stages.progress import EVENT, PAGE, VARIABLE, Report
 
@@ -151,6 +151,7 @@ def run_stage(root: Path, stage: str, listener: Listener, force: bool = False, *
     figures = read_metrics_files(root)
     started = time.time()
     output = StageOutput(listener)
+    remove_cut_lock(root)
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage, *(["--force"] if force else [])]
     code = run_supervised(command, root, child_environment(**{VARIABLE: "events"}, **variables), output.feed)
     if code != 0:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,6 +77,8 @@ def run_dvc(root: Path, *arguments: str) -> int:
     Raises:
         KeyboardInterrupt: This process was stopped; DVC and its stage have ended.
     """
+    if remove_cut_lock(root):
+        print("removed .dvc/tmp/rwlock, which a killed DVC left behind cut off", flush=True)
     guard = [sys.executable, "-P", str(Path(supervise.__file__)), str(os.getpid()), str(grace_s())]
     process = subprocess.Popen([*guard, *dvc_command(*arguments)], cwd=root, env=dvc_environment())
     try:
@@ -82,6 +86,26 @@ def run_dvc(root: Path, *arguments: str) -> int:
     except KeyboardInterrupt as stop:
         _wait_for_end(process, getattr(stop, "number", signal.SIGINT))
         raise
+
+
+def remove_cut_lock(root: Path) -> bool:
+    """Remove DVC's list of files in use if a kill has cut it off, as DVC refuses every command from then on.
+
+    Returns:
+        Whether the file was removed.
+    """
+    file = root / ".dvc" / "tmp" / "rwlock"
+    for attempt in range(2):
+        try:
+            json.loads(file.read_bytes())
+            return False
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            if attempt == 0:
+                time.sleep(1)  # another DVC may be writing it
+    file.unlink(missing_ok=True)
+    return True
 
 
 def _wait_for_end(process: subprocess.Popen[bytes], number: int) -> None:
