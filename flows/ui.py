@@ -34,24 +34,29 @@ from flows.processes.servers import (
 )
 from stages.access.guard import new_key
 from stages.checkout.redaction import redact
-from stages.params.schema import ParamsError, load_params
+from stages.params.assignments import load_with_assignments
+from stages.params.schema import ParamsError, PublishSection
 from stages.tracking.address import VIEW, VIEW_TAG
 
 WORK_POOL = "local"
 
+SHOWN = ("publish.tracking_uri", "publish.experiment")
+"""Values of params.yaml that decide what the pages show."""
 
-def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
+
+def serve(root: Path, prefect_port: int, mlflow_port: int, publish: PublishSection) -> None:
     """Start all servers, print their addresses, and run until a signal or a failure.
 
     Args:
         root: The checkout.
         prefect_port: Port of the Prefect server.
         mlflow_port: Port of the MLflow server.
+        publish: Which store the MLflow server shows, and which experiment.
 
     Raises:
         ServerFailed: A port is in use, a process failed, or the pages of this checkout are being served already.
     """
-    tracking_uri = _tracking_uri(root)
+    tracking_uri = _tracking_uri(root, publish.tracking_uri)
     prefect_url, mlflow_url = f"http://{HOST}:{prefect_port}", f"http://{HOST}:{mlflow_port}"
     credential, mlflow_key = f"{USER}:{new_key()}", new_key()
     lock = UiLock(root)
@@ -79,7 +84,7 @@ def serve(root: Path, prefect_port: int, mlflow_port: int) -> None:
         form_link = sign_in_link(prefect_url, credential, _form_page(api))
         mlflow_link = f"{mlflow_url}/{mlflow_key}/" if tracking_uri is not None else ""
         lock.announce(prefect=form_link, api_url=api.url, credential=credential, mlflow=mlflow_link)
-        print(_welcome(root, form_link, mlflow_link), flush=True)
+        print(_welcome(root, publish, form_link, mlflow_link), flush=True)
         while True:
             servers.check()
             time.sleep(1)
@@ -110,9 +115,20 @@ def end_orphaned_runs(root: Path, api: PrefectApi) -> None:
         api.post(f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
 
 
-def _tracking_uri(root: Path) -> str | None:
+def read_publish(root: Path, assignments: list[str]) -> PublishSection:
+    """Return the section `publish` of params.yaml with the values of `--set`.
+
+    Raises:
+        ParamsError: A value is not valid, or the pages do not depend on it.
+    """
+    for assignment in assignments:
+        if assignment.partition("=")[0].strip() not in SHOWN:
+            raise ParamsError(f"--set {assignment}: the pages depend only on {' and '.join(SHOWN)}")
+    return load_with_assignments(root / "params.yaml", assignments).publish
+
+
+def _tracking_uri(root: Path, uri: str) -> str | None:
     """Return the store for the MLflow server; None if params.yaml names a server."""
-    uri = load_params(root / "params.yaml").publish.tracking_uri
     if uri.startswith(("http://", "https://")):
         return None
     prefix = "sqlite:///"
@@ -132,8 +148,7 @@ def _environment(root: Path, prefect_url: str, credential: str) -> dict[str, str
     )
 
 
-def _welcome(root: Path, form_link: str, mlflow_link: str) -> str:
-    publish = load_params(root / "params.yaml").publish
+def _welcome(root: Path, publish: PublishSection, form_link: str, mlflow_link: str) -> str:
     runs = _runs_page(mlflow_link, publish.experiment) if mlflow_link else redact(publish.tracking_uri)
     return "\n".join(
         [
@@ -190,18 +205,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prefect-port", type=int, default=4200, metavar="PORT", help="default: 4200")
     parser.add_argument("--mlflow-port", type=int, default=5000, metavar="PORT", help="default: 5000")
     parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help=f"replace a value of params.yaml while the pages are served: {' or '.join(SHOWN)}",
+    )
+    parser.add_argument(
         "--environment",
         action="store_true",
         help="serve nothing: print the variables by which `prefect` and `mlflow` in a shell use the running servers",
     )
     args = parser.parse_args(argv)
+    if args.environment and args.set:
+        parser.error("--set belongs to pages that are started; --environment starts none")
     signal.signal(signal.SIGTERM, _interrupt)
     root = Path.cwd().resolve()
     try:
         if args.environment:
             print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables(root).items()))
             return 0
-        serve(root, args.prefect_port, args.mlflow_port)
+        serve(root, args.prefect_port, args.mlflow_port, read_publish(root, args.set))
     except KeyboardInterrupt:
         return 0
     except (ServerFailed, ParamsError, OSError) as failure:

@@ -108,11 +108,15 @@ def run_command(
         if module == home("repro"):  # it writes the values after it has checked them
             return importlib.import_module(module).run(paths, assignments=assignments, **options) or 0
         from stages.params.assignments import load_with_assignments, write_assignments
+        from stages.params.schema import ParamsError
 
         if assignments and entry.writes_params:
             print("\n".join(write_assignments(paths.params, assignments)), flush=True)
         params = None
-        if not names_folder(options.get(entry.folder)):
+        if names_folder(options.get(entry.folder)):
+            if assignments:
+                raise ParamsError(f"--set {assignments[0]}: a shipped folder has its own params, which {name} reads")
+        else:
             params = load_with_assignments(root / "params.yaml", () if entry.writes_params else assignments)
         return importlib.import_module(module).run(params, paths, **options) or 0
     except KeyboardInterrupt as stop:

@@ -34,7 +34,7 @@ from stages.evaluation.rows import KEYS, EvalRows, read_prompts, read_records, r
 from stages.evaluation.soundness import check_finite, failed_checks
 from stages.models.images import image_collator
 from stages.models.variants import Variant, find_variants, load_variant, size_mb
-from stages.pages.report import write_report
+from stages.pages.report import write_evaluation_page
 from stages.params.figures import ANSWERING, LIKELIHOOD, REFERENCE, REGRESSION, TEST, VERDICTS
 from stages.params.schema import EvaluateSection, Params
 from stages.params.tasks import load_tasks, task_names
@@ -93,7 +93,7 @@ class Meter:
 
 @stage_progress("evaluate")
 def run(params: Params, paths: Paths) -> None:
-    """Write outs/evaluate, reports/report.html and the figures; a failed gate is a result, not an error."""
+    """Write outs/evaluate, reports/evaluation.html and the figures; a failed gate is a result, not an error."""
     section = params.evaluate
     tokenizer = load_tokenizer(paths.out("format", "tokenizer"))
     held_out = read_held_out(section, paths, tokenizer)
@@ -137,7 +137,7 @@ def run(params: Params, paths: Paths) -> None:
     for name, prefix in (("num_general", REGRESSION), ("num_test", TEST)):
         sizes[name] = others[prefix].num_documents if prefix in others else 0
     write_outputs(paths, section, held_out, sizes, measured, gate)
-    write_report(params, paths)
+    write_evaluation_page(params, paths)
     print(summary(measured, gate, paths), flush=True)
 
 
@@ -350,4 +350,4 @@ def summary(measured: dict[str, ModelResult], gate: list[GateRow], paths: Paths)
     lines = [f"  {name:<10} " + "  ".join(f"{k} {v:.4g}" for k, v in r.figures.items()) for name, r in measured.items()]
     lines += [f"  {VERDICTS[row.verdict]:<9}  {row.condition}  ({row.reason})" for row in gate]
     verdict = "gate passed" if all(row.passed for row in gate) else "gate FAILED: the champion will not be replaced"
-    return "\n".join([*lines, verdict, f"report: {paths.report}"])
+    return "\n".join([*lines, verdict, f"report: {paths.evaluation_page}"])

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from sft.evaluate.evidence import Measured
-from stages.checkout.artifacts import read_json, write_json
+from stages.checkout.artifacts import read_json, write_json, write_text
 from stages.checkout.paths import Paths, main_checkout
 from stages.checkout.redaction import redact
 from stages.evaluation.row_scores import compare_rows, evidence_of, read_row_scores, rows_warning
 from stages.pages.comparison import Side, write_comparison
 from stages.pages.model_card import write_card
 from stages.pages.promotion import Decision, write_page
+from stages.pages.since_champion import Changes, complete_report, section_without_changes
 from stages.pages.verdict import doubts, read_results
 from stages.params.figures import VERDICTS
 from stages.params.schema import Params
@@ -41,7 +42,7 @@ from stages.tracking.champion import (
     held_out_digest,
 )
 from stages.tracking.recorded import Difference, differing_rows, fetch_files, find_causes, recorded_run
-from stages.tracking.result import DIGEST_TAG, Result, record_result
+from stages.tracking.result import DIGEST_TAG, REPORTS, Result, record_result
 from stages.tracking.store import Tracking, open_tracking
 
 KEY = "publish.push_to_hub"
@@ -50,7 +51,8 @@ MANIFEST_TAG = "sft.manifest_sha256"
 """Tag of a model version with the digest of the shipped folder's manifest."""
 
 SINCE_CHAMPION = "since_champion.html"
-"""Page in outs/publish that compares the result with the champion before it."""
+"""Page in outs/publish that compares the result with the champion before it; the same in short, as Markdown, is beside
+it."""
 
 
 @stage_progress("publish")
@@ -59,6 +61,7 @@ def run(params: Params, paths: Paths) -> None:
 
     outs/publish/model is the folder that is shipped (`stages/shipping/`).
     outs/publish/promotion.html shows whether the result became the champion, and what changed since the last one.
+    reports/report.html is the page of `evaluate` with what changed since the champion.
     outs/publish/run.json is written last.
     The store is locked from the first look at the aliases until the page is written.
 
@@ -80,6 +83,7 @@ def run(params: Params, paths: Paths) -> None:
         move_aliases(tracking, publication, decision)
         conditions = [*params.evaluate.gate, *params.publish.gate]
         changes = compare_with_champion(tracking, params, paths, run_id, decision.champion)
+        compared = paths.out("publish", SINCE_CHAMPION).exists()
         write_page(paths.out("publish", "promotion.html"), decision, conditions, results, changes)
     shipped = shipped_model(results)
     card = paths.out("publish", "README.md")
@@ -112,6 +116,7 @@ def run(params: Params, paths: Paths) -> None:
             "promotion": [asdict(row) for row in decision.promotion],
             "promoted": decision.promoted,
             "pushed": pushed,
+            "comparison": tracking.page(run_id, f"{REPORTS}/{SINCE_CHAMPION}") if compared else None,
         },
     )
     publication.finish()
@@ -202,15 +207,23 @@ def read_evidence(
 def compare_with_champion(
     tracking: Tracking, params: Params, paths: Paths, run_id: str, champion: Champion | None
 ) -> dict[str, list[Difference]]:
-    """Write the page that compares this result with the champion before it, and log it to this result's run.
+    """Complete the report with what changed since the champion before this result, and write the page with all of it.
+
+    Both are logged to this result's run. If the champion is this result, the run keeps the report that compares it with
+    the champion before.
 
     Returns:
         Kind -> what differs between their inputs; empty if there was no champion, or it was this result. Then an
         earlier page is deleted.
     """
     page = paths.out("publish", SINCE_CHAMPION)
-    page.unlink(missing_ok=True)
+    short = page.with_suffix(".md")
+    for file in (page, short):
+        file.unlink(missing_ok=True)
     if champion is None or champion.run_id == run_id:
+        complete_report(paths, section_without_changes(champion.version if champion else None))
+        if champion is None:
+            tracking.client.log_artifact(run_id, str(paths.report), REPORTS)
         return {}
     before = recorded_run(tracking.client.get_run(champion.run_id))
     after = recorded_run(tracking.client.get_run(run_id))
@@ -220,9 +233,13 @@ def compare_with_champion(
         rows = [read_row_scores(folder / RESULTS_FOLDER) for folder in folders]
         sides = [Side(r, f, row.answers) for r, f, row in zip((before, after), folders, rows, strict=True)]
         warning = rows_warning(rows) if differing_rows(before, after) else ""
-        write_comparison(page, (sides[0], sides[1]), causes, compare_rows(*rows), warning)
-    tracking.client.log_artifact(run_id, str(page), "reports")
-    link = tracking.page(run_id, f"reports/{SINCE_CHAMPION}")
+        changes = Changes(champion.version, (sides[0], sides[1]), causes, compare_rows(*rows), warning)
+        write_comparison(page, changes.sides, causes, changes.tests, warning)
+        complete_report(paths, changes.section())
+        write_text(short, redact(changes.markdown()))
+    for file in (page, paths.report):
+        tracking.client.log_artifact(run_id, str(file), REPORTS)
+    link = tracking.page(run_id, f"{REPORTS}/{SINCE_CHAMPION}")
     tracking.add_to_note(run_id, f"- [what changed since the champion, version {champion.version}]({link})")
     return causes
 

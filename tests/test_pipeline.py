@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
 }
 pytestmark = pytest.mark.timeout(280)
+SFT = "import sys; from stages.__main__ import console; sys.exit(console())"
 
 
 def environment() -> dict[str, str]:
@@ -110,7 +112,7 @@ def make_project(folder: Path) -> Path:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project in which `dvc repro` has run once."""
     folder = make_project(tmp_path_factory.mktemp("pipeline") / "project")
-    call(folder, "dvc", "repro")
+    (folder.parent / "repro.log").write_text(call(folder, "dvc", "repro"), encoding="utf-8")
     return folder
 
 
@@ -143,7 +145,7 @@ def test_every_stage_writes_its_outs_and_figures(project: Path) -> None:
         "base_model.json",
         "card.json",
         "eval.jsonl",
-        "images/index.jsonl",
+        "images/index.json",
         "ledger.jsonl",
         "rehearsal/summary.json",
         "train.jsonl",
@@ -154,6 +156,69 @@ def test_every_stage_writes_its_outs_and_figures(project: Path) -> None:
     assert "model.safetensors" in files_below(project / "outs" / "merge" / "model")
     assert "model.safetensors" in files_below(project / "outs" / "quantize" / "model")
     assert (project / "reports" / "report.html").stat().st_size > 10_000
+
+
+def test_dvc_warns_of_nothing(project: Path) -> None:
+    """No file that a stage reads is empty, although no row has an image and `format` has dropped none."""
+    assert (project / "outs" / "format" / "ledger.jsonl").stat().st_size == 0
+    assert "WARNING" not in (project.parent / "repro.log").read_text(encoding="utf-8")
+
+
+def warnings_of_serve(project: Path) -> str:
+    """Start `serve` and return what it prints before it loads the model."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "stages", "serve", "--port", port]
+    with subprocess.Popen(
+        command, cwd=project, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as served:
+        assert served.stdout is not None
+        lines: list[str] = []
+        for line in served.stdout:
+            lines.append(line)
+            if line.startswith(("loading ", "error: ")):
+                break
+        served.terminate()
+        served.stdout.read()
+    return "".join(lines)
+
+
+def shown_by(project: Path, tool: str) -> str:
+    """What a tool prints that shows a result of the pipeline."""
+    return warnings_of_serve(project) if tool == "serve" else call(project, sys.executable, "-m", "stages", tool)
+
+
+SHOWING = ("preview", "chat", "serve", "summary")
+
+
+@pytest.mark.parametrize("tool", SHOWING)
+def test_result_that_is_older_than_params_is_shown_with_a_warning(project: Path, tool: str) -> None:
+    assert "warning:" not in shown_by(project, tool)
+    kept = (project / "params.yaml").read_text(encoding="utf-8")
+    try:
+        change_params(project, {"pack": {"max_length": 512}})
+        shown = shown_by(project, tool)
+    finally:
+        (project / "params.yaml").write_text(kept, encoding="utf-8")
+    assert "warning: outs/pack is older than params.yaml: pack.max_length was 1024 and is 512 now" in shown
+
+
+@pytest.mark.parametrize("tool", SHOWING[1:])
+def test_result_that_is_older_than_a_failed_stage_is_shown_with_a_warning(
+    project: Path, tmp_path: Path, tool: str
+) -> None:
+    """`pack` has run with other values, `train` has failed, and its former result came back."""
+    copy = tmp_path / "copy"
+    shutil.copytree(project, copy, symlinks=True)
+    change_params(copy, {"pack": {"max_length": 512}})
+    with (copy / "stages" / "train.py").open("a", encoding="utf-8") as code:
+        code.write('\nraise ValueError("fails")\n')
+    assert "error: fails" in call(copy, sys.executable, "-c", SFT, "train", code=1)
+    assert (copy / "outs" / "train" / "model").is_dir()
+    shown = shown_by(copy, tool)
+    assert "warning: outs/train was made from an earlier outs/pack" in shown
+    assert "has not succeeded with the present one" in shown
 
 
 def test_no_stage_leaves_half_written_files(project: Path) -> None:

@@ -32,7 +32,7 @@ from stages.cli.repro import remove_cut_lock
 from tests.test_pipeline import call, change_params, environment, make_project
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-NOT_COMPARED = ("timings", "report.html", "data.html", "promotion.html", "lineage.json")
+NOT_COMPARED = ("timings", "report.html", "evaluation.html", "data.html", "promotion.html", "lineage.json")
 """Parts of paths of files that contain times, or the id of the recorded run."""
 
 

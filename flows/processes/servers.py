@@ -32,6 +32,10 @@ USER = "sft"
 SIGN_IN = "/sign-in"
 """Path of the page that signs a browser in. No browser sends what follows `#` in an address to a server."""
 
+RECORD = "/record"
+"""Path of the page that leads to MLflow's server of the same `sft ui`, whose address has a key. What follows `#` in the
+link is the place there."""
+
 START_TIMEOUT_S = 180.0
 POLL_S = 0.25
 LAST_LINES_S = 5.0

@@ -31,6 +31,8 @@ from stages.progress import FIGURES_SHOWN, Report, describe_figures
 UPDATE_INTERVAL_S, CURVE_INTERVAL_S = 2.0, 10.0
 BARS, NUM_BARS, NUM_POINTS = "▁▂▃▄▅▆▇█", 40, 12
 NUM_HEADLINES = 4
+COMPARISON = "compared-with-champion"
+"""Key of the artifact that compares the result with the champion before it."""
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,12 @@ class RunReport:
     Args:
         overrides: The values that override params.yaml, by dotted name.
         rows: One row per stage.
+        comparison: The result beside the champion before it, as Markdown; None if it is compared with nothing.
     """
 
     overrides: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    comparison: str | None = None
 
     def summary(self) -> str:
         """Count the outcomes, such as `2 completed, 6 unchanged`."""
@@ -214,10 +218,12 @@ class RunReport:
         )
 
     def publish(self, problem: str | None) -> None:
-        """Publish the outcome as a table artifact and a markdown artifact."""
+        """Publish the outcome as a table artifact and a markdown artifact, and the comparison as another."""
         table = [dict(zip(("stage", "outcome", "seconds", "figures"), _cells(row), strict=True)) for row in self.rows]
         publish_table(table, "pipeline-stages", self.summary())
         create_markdown_artifact(self.markdown(problem), key="pipeline-report", description=self.summary())
+        if self.comparison is not None:
+            create_markdown_artifact(redact(self.comparison), key=COMPARISON, description="compared with the champion")
 
     def markdown(self, problem: str | None) -> str:
         """Return the page with outcome, table, overrides and how to adopt the result."""

@@ -17,6 +17,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 
+from flows.runs.comparison import read_comparison
 from flows.runs.dvc_stage import Listener, Outcome, StageFailed, run_stage
 from flows.runs.forms import (
     Overrides,
@@ -32,6 +33,7 @@ from stages.cli.run_cache import prefer_cached_results
 from stages.params.assignments import apply_overrides
 from stages.progress import Report
 
+PUBLISH = "publish"
 NUM_RETRIES = 2
 RETRY_DELAY_S = 5
 
@@ -155,4 +157,6 @@ def run_plan(root: Path, plan: Plan, force: bool, report: RunReport, variables: 
         problem = None if state.is_completed() else state.message or "no reason given"
         figures = (state.message or "") if problem is None else ""
         report.rows.append(Row(name, outcome, time.monotonic() - started, figures))
+        if name == PUBLISH and problem is None:
+            report.comparison = read_comparison(root)
     return problem

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-IMAGE_INDEX = "index.jsonl"
-"""File in the folder of images that lists them; the folder always has it."""
+IMAGE_INDEX = "index.json"
+"""File in the folder of images with a list of them. The folder always has it, and it is never an empty file, of which
+DVC warns."""
 
 STREAM = "stream.json"
 """File of `load`, `format` and `pack` that tells `train` how to read and prepare a stream, if there is one."""
@@ -47,7 +49,7 @@ class Paths:
     def has_images(self) -> bool:
         """Return whether `load` wrote rows with images."""
         index = self.images / IMAGE_INDEX
-        return index.is_file() and index.stat().st_size > 0
+        return index.is_file() and json.loads(index.read_text(encoding="utf-8")) != []
 
     @property
     def params(self) -> Path:
@@ -60,8 +62,13 @@ class Paths:
         return self.root / "data"
 
     @property
+    def evaluation_page(self) -> Path:
+        """The page of results without what only `publish` knows, written by `evaluate`."""
+        return self.root / "reports" / "evaluation.html"
+
+    @property
     def report(self) -> Path:
-        """The page of results, written at the end of a run."""
+        """The page of results, completed by `publish` at the end of a run."""
         return self.root / "reports" / "report.html"
 
     @property

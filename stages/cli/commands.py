@@ -87,7 +87,7 @@ SET = _option(
     metavar="KEY=VALUE",
     shell_complete=_complete_assignment,
     help="Replace a value of params.yaml, such as train.learning_rate=3e-4; repeatable. Commands that compute results "
-    "write it into the file, the others use it for this call only.",
+    "or make a params.yaml write it into the file, the others use it for this call only.",
 )
 JSON = _option("--json", "as_json", is_flag=True, default=None, help="Print one JSON value instead of text.")
 FORCE = _option("--force", is_flag=True, default=None, help="Run even if the result is in the cache.")
@@ -261,8 +261,9 @@ TOOLS: dict[str, Entry] = {
         "print the JSON Schema of params.yaml, for editors",
         "stages.tools.schema",
         (),
-        ("sft schema > params.schema.json",),
-        "Editors with a YAML language server complete params.yaml by this file, which its first line names.",
+        ("sft schema > params.schema.json", "sft schema --set train.lora_r=8 > params.schema.json"),
+        "Editors with a YAML language server complete params.yaml by this file, which its first line names. "
+        "They propose the values of --set.",
         reads_params=False,
     ),
 }
@@ -306,6 +307,7 @@ PROJECT: dict[str, Entry] = {
         "A project's dvc.yaml runs this command, so that DVC notices a new version of the package. "
         "`dvc repro` runs it each time.",
         reads_params=False,
+        takes_values=False,
     ),
 }
 
@@ -335,7 +337,7 @@ TOOLS["recipes"] = Entry(
     "list the recipes for named models, or show one as a params.yaml",
     "stages.recipes.listing",
     (click.Argument(["recipe"], required=False, metavar="[NAME]"), JSON),
-    ("sft recipes", "sft recipes qwen3.5-4b-tools > params.yaml"),
+    ("sft recipes", "sft recipes qwen3.5-4b-tools --set train.lora_r=8 > params.yaml"),
     reads_params=False,
 )
 
@@ -365,8 +367,8 @@ def command_line(
             "Stages, in order": tuple(make_command(name, entry, (SET, ROOT), run) for name, entry in stages.items()),
             "Project": (
                 make_command("init", PROJECT["init"], (SET,), run),
-                make_command("upgrade", PROJECT["upgrade"], (ROOT,), run),
-                make_command("code", PROJECT["code"], (ROOT,), run),
+                make_command("upgrade", PROJECT["upgrade"], _common(PROJECT["upgrade"]), run),
+                make_command("code", PROJECT["code"], _common(PROJECT["code"]), run),
             ),
             "Flows": tuple(_flow_command(name, text, run_flow) for name, text in FLOWS.items()),
             "Shell": (_completion_command(),),
@@ -381,7 +383,7 @@ def command_line(
 
 def _common(entry: Entry) -> tuple[click.Parameter, ...]:
     """Return the options that a command has besides its own."""
-    return (SET, ROOT) if entry.reads_params else (ROOT,)
+    return (SET, ROOT) if entry.takes_values else (ROOT,)
 
 
 def _without_dvc(entry: Entry) -> Entry:

@@ -26,7 +26,8 @@ class Entry:
         examples: Command lines to show in its help.
         details: More text for its help.
         writes_params: Whether `--set` writes params.yaml, because the results must belong to that file.
-        reads_params: Whether it needs a params.yaml, and so takes `--set`.
+        reads_params: Whether it needs a params.yaml.
+        takes_values: Whether it takes `--set`, as all that read or write a params.yaml do.
         folder: Name of the argument that may name a shipped folder, which needs no params.yaml; empty if there is none.
     """
 
@@ -37,6 +38,7 @@ class Entry:
     details: str = ""
     writes_params: bool = False
     reads_params: bool = True
+    takes_values: bool = True
     folder: str = ""
 
 

@@ -12,6 +12,7 @@ from stages.checkout.paths import Paths
 from stages.importing import axolotl, llamafactory, trl, unsloth
 from stages.importing.draft import Draft, Effect, Row, apply_rules, share
 from stages.importing.places import read_yaml
+from stages.params.assignments import apply_overrides, parse_assignments
 from stages.params.schema import ParamsError, check_params
 from stages.params.text import neutral_values, overlay, params_text
 
@@ -27,6 +28,7 @@ def run(
     processes: int = 1,
     force: bool = False,
     as_json: bool = False,
+    assignments: Sequence[str] = (),
 ) -> None:
     """Write params.yaml and print the table.
 
@@ -38,9 +40,11 @@ def run(
         processes: Number of GPUs that train together.
         force: Whether an existing params.yaml is replaced.
         as_json: Whether to print JSON.
+        assignments: Values of `--set`, in the place of the imported ones.
 
     Raises:
-        ValueError: The configuration can't be read, is not of supervised fine-tuning, or params.yaml exists.
+        ValueError: The configuration can't be read or is not of supervised fine-tuning, a value is not valid, or
+            params.yaml exists.
     """
     if paths.params.exists() and not force:
         raise ValueError(
@@ -48,6 +52,8 @@ def run(
         )
     draft = import_configuration(peer, list(source), dataset_info=dataset_info, processes=processes)
     text = as_params(draft)
+    if assignments:
+        text = apply_overrides(text, parse_assignments(assignments), source="the imported params.yaml with --set")
     for name in draft.files:
         if (paths.root / name).exists() and not force:
             raise ValueError(f"{paths.root / name} exists, and the import would write it; state --force to replace it")

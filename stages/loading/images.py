@@ -12,7 +12,7 @@ from typing import Any
 
 from sft.data.messages import IMAGE_COLUMNS, IMAGE_PARTS, RowError, is_messages, media_problems
 from sft.untrusted.images import FORMATS, ImageError, check_image, open_image
-from stages.checkout.artifacts import JsonlWriter, read_jsonl
+from stages.checkout.artifacts import read_jsonl, write_json
 from stages.checkout.paths import IMAGE_INDEX
 from stages.params.schema import LoadSection
 
@@ -187,11 +187,12 @@ class ImageStore:
         used = {name for file in files for row in read_jsonl(file) for name in row.get("images", ())} & {*self._sizes}
         for name in self._sizes.keys() - used:
             (self._folder / name).unlink()
-        with JsonlWriter(self._folder / IMAGE_INDEX) as index:
-            for name in sorted(used):
-                width, height = self._sizes[name]
-                num_bytes = (self._folder / name).stat().st_size
-                index.write({"name": name, "width": width, "height": height, "bytes": num_bytes})
+        index = []
+        for name in sorted(used):
+            width, height = self._sizes[name]
+            num_bytes = (self._folder / name).stat().st_size
+            index.append({"name": name, "width": width, "height": height, "bytes": num_bytes})
+        write_json(self._folder / IMAGE_INDEX, index)
 
 
 def digestible(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""reports/report.html: one self-contained page with figures, training curves, answers and lineage of a model."""
+"""The report: one self-contained page with figures, training curves, answers and lineage of a model."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ from stages.tracking import lineage
 
 TEMPLATE = "report.html.jinja"
 
+PLACES = ("<!-- link to the section of publish -->", "<!-- section of publish -->")
+"""Where `publish` adds a link and a section to the page, after the promotion."""
+
 LOSS, GRADIENT_NORM = "Loss", "Gradient norm"
 
 CHARTS = (
@@ -55,9 +58,9 @@ SAMPLE = "sample_"
 """Beginning of the columns of the curve that are about answers while the model trained."""
 
 
-def write_report(params: Params, paths: Paths) -> None:
-    """Build the page from the outs of all stages and write it to `paths.report`."""
-    write_text(paths.report, render_page(TEMPLATE, context(params, paths)))
+def write_evaluation_page(params: Params, paths: Paths) -> None:
+    """Build the page from the outs of all stages up to `evaluate`; `publish` completes it (`since_champion.py`)."""
+    write_text(paths.evaluation_page, render_page(TEMPLATE, context(params, paths)))
 
 
 def context(params: Params, paths: Paths) -> dict[str, Any]:
@@ -69,6 +72,7 @@ def context(params: Params, paths: Paths) -> dict[str, Any]:
         "verdict": verdict(results),
         "results": results,
         "sections": [section for make in SECTIONS if (section := make(params, paths)) is not None],
+        "places": [Markup(place) for place in PLACES],
     }
 
 

@@ -164,7 +164,7 @@ def write_assignments(path: Path, assignments: Iterable[str]) -> list[str]:
         partial.write_text(after, encoding="utf-8")
     old, new = (YAML(typ="safe", pure=True).load(content) for content in (before, after))
     lines = find_lines(after)
-    keys = [re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name) for name in _assigned(values)]
+    keys = [re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name) for name in assigned(values)]
     changed = [(key, _value_at(old, key), _value_at(new, key)) for key in keys]
     return [
         f"{path.name}:{line_of(key, lines)}: {key}: {_shown(was)} -> {_shown(now)}"
@@ -173,13 +173,13 @@ def write_assignments(path: Path, assignments: Iterable[str]) -> list[str]:
     ]
 
 
-def _assigned(values: dict[str, Any], place: str = "") -> list[str]:
-    """Return the names of the keys that are set; a key set to a section or a list is one."""
-    names = []
+def assigned(values: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """Return the values of `parse_assignments` by dotted name; a key set to a section or a list is one."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{place}.{key}".lstrip(".")
-        names += _assigned(value, name) if type(value) is dict else [name]
-    return names
+        found |= assigned(value, name) if type(value) is dict else {name: value}
+    return found
 
 
 def _value_at(values: Any, key: str) -> Any:

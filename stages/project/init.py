@@ -35,6 +35,7 @@ IGNORED = (
     f"/{DIGESTS}/",
     f"/{NEW}/",
     "/outs/",
+    "/reports/evaluation.html",
     "/reports/report.html",
     "/reports/data.html",
     "/reports/comparison.html",

@@ -60,7 +60,7 @@ def as_values(results: dict[str, Any], params: Params, paths: Paths) -> dict[str
         "models": results["models"],
         "figures": results["figures"],
         "promotion": read_json(promotion) if promotion.exists() else None,
-        "report": str(paths.report),
+        "report": str(newest_report(params, paths)),
         "model": str(shipped_model(params, paths)),
         "stale": list(find_stale(params, paths, "evaluate")),
     }
@@ -69,6 +69,12 @@ def as_values(results: dict[str, Any], params: Params, paths: Paths) -> dict[str
 def shipped_model(params: Params, paths: Paths) -> Path:
     """Return the folder of the model that is shipped: the quantized one, if there is one."""
     return paths.out("quantize" if params.quantize.method != "none" else "merge", "model")
+
+
+def newest_report(params: Params, paths: Paths) -> Path:
+    """Return the report, or the page of `evaluate` while `publish` has not completed it."""
+    is_complete = paths.report.exists() and not any(find_stale(params, paths, "publish"))
+    return paths.report if is_complete else paths.evaluation_page
 
 
 def table(models: dict[str, dict[str, float]], columns: list[str]) -> list[str]:
@@ -97,7 +103,7 @@ def promotion_lines(paths: Paths) -> list[str]:
 def places(params: Params, paths: Paths) -> list[str]:
     """Return lines with the places of report, metrics, model and pages."""
     return [
-        f"  report    {paths.report}",
+        f"  report    {newest_report(params, paths)}",
         "  metrics   dvc metrics show",
         f"  model     {shipped_model(params, paths)}",
         "  pages     sft ui     (Prefect and MLflow)",

@@ -31,6 +31,9 @@ from stages.tracking.store import (
 
 DIGEST_TAG = "sft.result_digest"
 
+REPORTS = "reports"
+"""Folder of a run's artifacts with its pages."""
+
 PATCH_TAG = "git.patch_redacted"
 """Tag of a run whose recorded patch lacks the secrets that the uncommitted changes contained."""
 
@@ -136,9 +139,10 @@ def _log_run(tracking: Tracking, result: Result, begun: str | None) -> str:
         details = [paths.out("evaluate", name) for name in ("documents.jsonl", "general.jsonl")]
         details += [paths.out("train", name) for name in ("selection.json", "effect.json", "samples.jsonl")]
         details = [path for path in details if path.exists()]  # older results lack some
-        for path in [paths.report, *result_files(paths), paths.out("quantize", "report.json"), *details]:
+        run.log_file(paths.evaluation_page, REPORTS, paths.report.name)  # `publish` replaces it by the complete one
+        for path in [*result_files(paths), paths.out("quantize", "report.json"), *details]:
             run.log_file(path, folder=path.parent.relative_to(paths.root).as_posix())
-        report = tracking.page(run.run_id, paths.report.relative_to(paths.root).as_posix())
+        report = tracking.page(run.run_id, f"{REPORTS}/{paths.report.name}")
         run.set_tag(NOTE_TAG, run_note(name, main, result.passed, report))
         log_text(run, Path(HASHES).name, json.dumps(lineage.dvc_data_hashes(paths.root), indent=2))
         for file in ("params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock"):

@@ -418,15 +418,21 @@ class RunWriter:
         if inputs:
             self.client.log_inputs(self.run_id, datasets=inputs)
 
-    def log_file(self, path: Path, folder: str) -> None:
-        """Log a file as an artifact in a folder of the run; secrets in a text file are replaced."""
+    def log_file(self, path: Path, folder: str, name: str | None = None) -> None:
+        """Log a file as an artifact in a folder of the run; secrets in a text file are replaced.
+
+        Args:
+            path: The file.
+            folder: Folder of the run's artifacts.
+            name: Name of the artifact; None = that of the file.
+        """
         content = path.read_bytes()
         try:
             shown = redact(content.decode("utf-8")).encode("utf-8")
         except UnicodeDecodeError:
             shown = content
         with tempfile.TemporaryDirectory() as copies:
-            sent = path if shown == content else Path(copies) / path.name
+            sent = path if shown == content and name in (None, path.name) else Path(copies) / (name or path.name)
             if sent != path:
                 sent.write_bytes(shown)
             self.client.log_artifact(self.run_id, str(sent), folder)

@@ -73,6 +73,29 @@ def test_a_training_has_its_curve_and_answers_as_artifacts_while_it_trains(ran_p
     ]
 
 
+PUBLISH = """
+  publish:
+    cmd: bash publish.sh
+    deps: [outs/train.txt, publish.sh]
+    outs: [outs/publish]
+"""
+
+
+def test_a_published_result_has_its_comparison_with_the_champion_as_an_artifact(ran_project: Path) -> None:
+    with (ran_project / "dvc.yaml").open("a", encoding="utf-8") as stages:
+        stages.write(PUBLISH)
+    record = json.dumps({"run_id": "a1", "comparison": "#/experiments/1"})
+    said = f"mkdir -p outs/publish\necho '{record}' > outs/publish/run.json\n"
+    (ran_project / "publish.sh").write_text(f"{said}echo '**B is better**' > outs/publish/since_champion.md\n")
+    for outcome in ("1 completed, 3 unchanged", "4 unchanged"):
+        state = pipeline(return_state=True)
+        assert state.message == outcome
+        compared = artifacts(state)["compared-with-champion"]
+        assert compared.description == "compared with the champion"
+        assert compared.data.startswith("**B is better**\n")
+        assert "of the run `a1` in MLflow" in compared.data
+
+
 def test_a_stage_of_a_cancelled_run_is_cancelled_and_did_not_crash(
     ran_project: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.numerics
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Paths, str]:
     paths = write_tiny_run(tmp_path_factory.mktemp("evaluate"))
     evaluate.run(tiny_params(), paths)
-    return paths, (paths.report).read_text(encoding="utf-8")
+    return paths, (paths.evaluation_page).read_text(encoding="utf-8")
 
 
 def test_every_model_is_measured_side_by_side(finished: tuple[Paths, str]) -> None:
@@ -178,7 +178,7 @@ def test_several_tasks_and_an_own_function_are_scored_and_shown(tmp_path: Path) 
     assert set(results["models"]["tuned"]) >= {"chrf", "length", "stop_rate"}
     assert set(results["intervals"]["tuned"]) >= {"chrf", "length", "stop_rate"}
     assert results["passed"] is True
-    page = paths.report.read_text(encoding="utf-8")
+    page = paths.evaluation_page.read_text(encoding="utf-8")
     assert "chrF, 0 to 100 on 3 held-out rows: base" in page
     assert "tuned is wrong" not in page  # no score shows which answer is right
 
@@ -196,7 +196,7 @@ def broken(paths: Paths) -> list[str]:
     assert results["gate"][-1]["passed"] is True
     rows = results["gate"][:-1]
     assert results["passed"] is (not rows)
-    assert all(row["reason"] in paths.report.read_text(encoding="utf-8") for row in rows)
+    assert all(row["reason"] in paths.evaluation_page.read_text(encoding="utf-8") for row in rows)
     return [f"{row['condition']}: {row['reason']}" for row in rows]
 
 

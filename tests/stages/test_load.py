@@ -265,7 +265,7 @@ def test_the_same_input_gives_the_same_bytes(root: DataRoot) -> None:
         folder = root.paths.out("load")
         contents.append({path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()})
     assert contents[0] == contents[1]
-    names = {"base_model.json", "card.json", "eval.jsonl", "index.jsonl", "ledger.jsonl", "summary.json", "train.jsonl"}
+    names = {"base_model.json", "card.json", "eval.jsonl", "index.json", "ledger.jsonl", "summary.json", "train.jsonl"}
     assert set(contents[0]) == names
 
 

@@ -232,11 +232,11 @@ def test_champion_moves_only_when_the_gate_is_open(checkout: Paths) -> None:
 
 
 def test_run_that_was_cut_short_is_not_taken_for_the_result(checkout: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkout.report.rename(checkout.root / "away.html")
-    with pytest.raises(OSError, match=r"report.html"):
+    checkout.evaluation_page.rename(checkout.root / "away.html")
+    with pytest.raises(OSError, match=r"evaluation.html"):
         publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
     assert not checkout.out("publish", "run.json").exists()
-    (checkout.root / "away.html").rename(checkout.report)
+    (checkout.root / "away.html").rename(checkout.evaluation_page)
     publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
     assert sorted(run.info.status for run in runs(checkout.root)) == ["FAILED", "FINISHED"]
 
@@ -330,6 +330,7 @@ def test_page_says_what_changed_since_the_champion_and_leads_to_a_comparison(che
     publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
     assert "What changed since the champion" not in page(checkout)
     assert not checkout.out("publish", publish.SINCE_CHAMPION).exists()
+    assert "There was no champion when this result was published." in since_champion(checkout)
     publish.run(tiny_params(evaluate={"gate": OPEN}, train={"seed": 7}), checkout)
     changed = page(checkout).split("What changed since the champion")[1]
     assert re.search(r'train\.seed</th><td class="mono">0</td><td class="mono">7</td>', changed)
@@ -338,8 +339,55 @@ def test_page_says_what_changed_since_the_champion_and_leads_to_a_comparison(che
     assert "3 prompts that both results have" in compared
     assert compared.count("<figure") == 5  # the curves of both
     run_id = read_json(checkout.out("publish", "run.json"))["run_id"]
-    names = {item.path for item in store(checkout.root).list_artifacts(run_id, "reports")}
-    assert "reports/since_champion.html" in names
+    client = store(checkout.root)
+    names = {item.path for item in client.list_artifacts(run_id, "reports")}
+    assert {"reports/report.html", "reports/since_champion.html"} <= names
+    recorded = Path(client.download_artifacts(run_id, "reports/report.html"))
+    assert recorded.read_bytes() == checkout.report.read_bytes()
+
+
+def since_champion(checkout: Paths) -> str:
+    """The section of the report."""
+    report = checkout.report.read_text(encoding="utf-8").replace(NBSP, " ")
+    assert report.count('href="#since-champion"') == 1
+    return report.split('<section id="since-champion">')[1].split("</section>")[0]
+
+
+def test_report_says_what_changed_since_the_champion(checkout: Paths) -> None:
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    worsen(checkout, 0.5)
+    evaluated = checkout.evaluation_page.read_bytes()
+    publish.run(tiny_params(evaluate={"gate": OPEN}, train={"seed": 7}), checkout)
+    assert checkout.evaluation_page.read_bytes() == evaluated  # an out of `evaluate`, which `publish` only reads
+    section = since_champion(checkout)
+    assert "A: the champion when this result was published, version 1" in section
+    assert re.search(r'train\.seed</th><td class="mono">0</td><td class="mono">7</td>', section)
+    assert "The same in both: data, base model, code, versions, machine." in section
+    (loss,) = [line for line in section.splitlines() if "Loss (nats per token)" in line]
+    assert '<td class="num ">+0.500</td>' in loss
+    assert "1.000</td>" in loss  # the p-value: the losses of the rows are the same
+    assert loss.endswith('<td class="num">3</td></tr>')
+    short = checkout.out("publish", "since_champion.md").read_text(encoding="utf-8")
+    assert "| `train.seed` | `0` | `7` |" in short
+    assert "A: the champion, version 1, base, lr" in short
+
+
+def test_result_that_is_the_champion_keeps_the_recorded_report(checkout: Paths) -> None:
+    publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
+    later = tiny_params(evaluate={"gate": OPEN}, train={"seed": 7})
+    publish.run(later, checkout)
+    compared = checkout.report.read_bytes()
+    publish.run(later, checkout)
+    assert "This result is the champion, version 2." in since_champion(checkout)
+    run_id = read_json(checkout.out("publish", "run.json"))["run_id"]
+    assert Path(store(checkout.root).download_artifacts(run_id, "reports/report.html")).read_bytes() == compared
+
+
+def test_page_of_an_earlier_version_is_one_message(checkout: Paths) -> None:
+    page = checkout.evaluation_page.read_text(encoding="utf-8")
+    checkout.evaluation_page.write_text(page.replace("<!--", "<"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"evaluation.html is of an earlier version; `sft evaluate` writes it anew"):
+        publish.run(tiny_params(evaluate={"gate": OPEN}), checkout)
 
 
 def test_result_of_the_checkout_is_compared_with_a_run(checkout: Paths, capsys: pytest.CaptureFixture[str]) -> None:

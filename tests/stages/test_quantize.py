@@ -67,7 +67,7 @@ def test_bitsandbytes_checkpoints_are_measured_like_the_others_and_evaluated(tmp
     models = read_json(paths.out("evaluate", "results.json"))["models"]
     assert models["quantized"]["loss"] == pytest.approx(models["merged"]["loss"], rel=0.05)
     assert models["quantized"]["loss"] != models["merged"]["loss"]
-    page = paths.report.read_text(encoding="utf-8")
+    page = paths.evaluation_page.read_text(encoding="utf-8")
     assert "int8 (bitsandbytes), without calibration" in page
 
 

@@ -60,7 +60,7 @@ def look(page: Path, folder: Path, *, dark: bool) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_verdict_is_seen_first_and_nothing_overflows(paths: Any, tmp_path: Path, dark: bool) -> None:  # noqa: F811
-    for width, seen in zip(WIDTHS, look(paths.report, tmp_path, dark=dark), strict=True):
+    for width, seen in zip(WIDTHS, look(paths.evaluation_page, tmp_path, dark=dark), strict=True):
         assert seen["width"] == width
         assert seen["scroll"] <= width
         assert seen["first"] == "H1"

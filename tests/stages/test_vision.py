@@ -165,10 +165,10 @@ def test_images_are_stored_once_under_their_digest(pictures: tuple[Paths, Params
     paths, _ = pictures
     rows = [row for split in ("train", "eval") for row in read_jsonl(paths.out("load", f"{split}.jsonl"))]
     named = {name for row in rows for name in row.get("images", ())}
-    files = {path.name for path in paths.images.iterdir()} - {"index.jsonl"}
+    files = {path.name for path in paths.images.iterdir()} - {"index.json"}
     assert len(rows) == 16
     assert sum("images" in row for row in rows) == 12
-    assert named == files == {entry["name"] for entry in read_jsonl(paths.images / "index.jsonl")}
+    assert named == files == {entry["name"] for entry in read_json(paths.images / "index.json")}
     assert all(len(name) == 64 + len(".png") for name in files)
 
 
@@ -308,9 +308,9 @@ def test_larger_images_are_made_smaller(root: Path) -> None:
     write_rows(root, list(read_jsonl(root / "data" / "train.jsonl")))
     paths = Paths(root)
     load.run(make_params(root, load={"images": {"max_side": 20, "max_megabytes": 1.0, "urls": False}}), paths)
-    sizes = [(entry["width"], entry["height"]) for entry in read_jsonl(paths.images / "index.jsonl")]
+    sizes = [(entry["width"], entry["height"]) for entry in read_json(paths.images / "index.json")]
     assert max(max(size) for size in sizes) == 20
-    for entry in read_jsonl(paths.images / "index.jsonl"):
+    for entry in read_json(paths.images / "index.json"):
         assert Image.open(paths.images / entry["name"]).size == (entry["width"], entry["height"])
 
 

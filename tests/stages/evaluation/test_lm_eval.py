@@ -87,6 +87,6 @@ def test_tasks_are_measured_shown_and_gated(tmp_path: Path) -> None:
     assert metrics["cities.acc"] == results["models"]["tuned"]["cities.acc"]
     assert metrics["cities.acc_stderr"] > 0
     assert results["lm_eval"] == {"cities": "3 rows, 0-shot"}
-    page = paths.report.read_text(encoding="utf-8").replace(NBSP, " ")
+    page = paths.evaluation_page.read_text(encoding="utf-8").replace(NBSP, " ")
     assert "cities: accuracy" in page
     assert "Tasks of lm-eval: cities (3 rows, 0-shot)." in page

@@ -36,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Paths, str]:
     write_rows(paths.root, ROWS)
     write_rows(paths.root, TEST_ROWS, "test.jsonl")
     evaluate.run(tiny_params(evaluate={"regression": GENERAL, "gate": GATE, "test": "tasks/test.jsonl"}), paths)
-    return paths, paths.report.read_text(encoding="utf-8")
+    return paths, paths.evaluation_page.read_text(encoding="utf-8")
 
 
 def test_every_model_has_figures_on_general_prompts_and_on_held_out_rows(finished: tuple[Paths, str]) -> None:
@@ -118,7 +118,7 @@ def test_losses_alone_when_there_is_no_task_and_old_answers_go(finished: tuple[P
     tuned = read_json(paths.out("evaluate", "results.json"))["models"]["tuned"]
     assert [name for name in tuned if name.startswith("regression_")] == ["regression_loss"]
     assert not paths.out("evaluate", "general.jsonl").exists()
-    assert '<details id="general">' not in paths.report.read_text(encoding="utf-8")
+    assert '<details id="general">' not in paths.evaluation_page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

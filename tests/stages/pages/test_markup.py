@@ -92,8 +92,8 @@ def test_a_page_with_markup_would_be_noticed() -> None:
 
 
 def test_the_report(hostile: Paths) -> None:
-    report.write_report(tiny_params(), hostile)
-    page = hostile.report.read_text(encoding="utf-8")
+    report.write_evaluation_page(tiny_params(), hostile)
+    page = hostile.evaluation_page.read_text(encoding="utf-8")
     assert dangers(page) == []
     assert page.count("&lt;img src=x") > 10
 

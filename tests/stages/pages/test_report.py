@@ -96,13 +96,13 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
         paths.out("quantize", "report.json"),
         {"method": "gptq", "settings": settings, "modules": modules, **sizes, **rest},
     )
-    report.write_report(tiny_params(), paths)
+    report.write_evaluation_page(tiny_params(), paths)
     return paths
 
 
 @pytest.fixture(scope="module")
 def page(paths: Paths) -> str:
-    return paths.report.read_text(encoding="utf-8").replace(report.NBSP, " ")
+    return paths.evaluation_page.read_text(encoding="utf-8").replace(report.NBSP, " ")
 
 
 class Structure(HTMLParser):
@@ -225,7 +225,7 @@ def test_changes_have_a_sign_an_interval_and_a_p_value_and_are_marked_when_certa
         ("custom", "+0.250", "+0.100 to +0.400"),
     ]
     assert [(row["p_value"], row["mark"]) for row in rows] == [("0.250", ""), ("< 0.001", "yes"), ("0.010", "")]
-    assert "tuned against base, row by row" in paths.report.read_text(encoding="utf-8")
+    assert "tuned against base, row by row" in paths.evaluation_page.read_text(encoding="utf-8")
 
 
 def test_mistakes_come_first_and_the_shared_beginning_is_shown_once(paths: Paths) -> None:
@@ -263,8 +263,8 @@ def test_page_without_quantization_and_without_gate_has_a_note(paths: Paths, tmp
     results = report.read_json(other.out("evaluate", "results.json"))
     del results["models"]["quantized"]
     write_json(other.out("evaluate", "results.json"), {**results, "gate": []})
-    report.write_report(tiny_params(), other)
-    page = other.report.read_text(encoding="utf-8")
+    report.write_evaluation_page(tiny_params(), other)
+    page = other.evaluation_page.read_text(encoding="utf-8")
     assert "Measured without a gate" in page
     assert "not quantized in this test" in page
 
@@ -318,7 +318,7 @@ def test_untrained_modules_and_a_loss_that_stood_still_are_shown(paths: Paths, t
     section = report.training_section(tiny_params(), other)
     assert '<td>layers.*.mlp</td><td class="num">3</td><td>no gradient</td>' in section.body
     assert "Training has changed little. The held-out loss stays between 2.0000" in section.body
-    assert "to be trained and are not" not in paths.report.read_text(encoding="utf-8")
+    assert "to be trained and are not" not in paths.evaluation_page.read_text(encoding="utf-8")
 
 
 def test_bad_updates_and_code_that_came_with_the_model_are_shown(paths: Paths, tmp_path: Path) -> None:
@@ -328,12 +328,12 @@ def test_bad_updates_and_code_that_came_with_the_model_are_shown(paths: Paths, t
         other.out("evaluate", name).write_bytes(paths.out("evaluate", name).read_bytes())
     row = {"step": 7, "bad_update": "gradient norm nan", "action": "skipped"}
     write_jsonl(other.out("train", "bad_updates.jsonl"), [row])
-    report.write_report(tiny_params(model={"trust_remote_code": True}), other)
-    page = other.report.read_text(encoding="utf-8")
+    report.write_evaluation_page(tiny_params(model={"trust_remote_code": True}), other)
+    page = other.evaluation_page.read_text(encoding="utf-8")
     assert "Updates with an invalid or spiking loss or gradient: 1" in page
     assert "<td>gradient norm nan</td><td>skipped</td>" in page
     assert "Python code that comes with the model was run" in page
-    quiet = paths.report.read_text(encoding="utf-8")
+    quiet = paths.evaluation_page.read_text(encoding="utf-8")
     assert "invalid or spiking" not in quiet
     assert "that comes with the model was run" not in quiet
 
@@ -363,10 +363,10 @@ def test_shares_of_trained_weights_are_shown(paths: Paths, tmp_path: Path) -> No
         "prompt": {"weights": 0, "reached": 0, "trained": 24},
     }
     write_json(other.out("train", "weights.json"), shares)
-    report.write_report(tiny_params(), other)
-    page = other.report.read_text(encoding="utf-8")
+    report.write_evaluation_page(tiny_params(), other)
+    page = other.evaluation_page.read_text(encoding="utf-8")
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
     assert ["experts", "12,000", "75\u00a0%", "480"] in cells
     assert ["router", "64", "0\u00a0%", "0"] in cells
     assert ["prompt", "0", "–", "24"] in cells
-    assert "Weights that training changes" not in paths.report.read_text(encoding="utf-8")
+    assert "Weights that training changes" not in paths.evaluation_page.read_text(encoding="utf-8")
