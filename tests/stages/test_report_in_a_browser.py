@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 
 from sft.evaluate.gate import GateRow
+from stages.evaluation.row_scores import compare_rows, read_row_scores
 from stages.pages.promotion import Decision, write_page
+from stages.pages.since_champion import Changes, complete_report
 from stages.tracking.champion import Champion
+from stages.tracking.recorded import find_causes
+from tests.stages.pages.test_comparison import write_side
 from tests.stages.pages.test_report import paths  # noqa: F401  (a fixture)
 
 CHROMIUM = next((found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None)
@@ -68,6 +72,17 @@ def test_verdict_is_seen_first_and_nothing_overflows(paths: Any, tmp_path: Path,
         assert seen["bottom"] < 400
         assert seen["text"] >= 15
         assert (brightness(seen["paper"]) < brightness(seen["ink"])) is dark
+
+
+def test_report_with_what_changed_since_the_champion_fits_a_phone(paths: Any, tmp_path: Path) -> None:  # noqa: F811
+    rate = "0.002, " * 20  # a long value
+    champion = write_side(tmp_path / "a", "one", set(range(5, 15)), range(30), "0.001")
+    result = write_side(tmp_path / "b", "two", set(range(28)), range(30), rate)
+    tests = compare_rows(*(read_row_scores(side.folder / "outs" / "evaluate") for side in (champion, result)))
+    causes = find_causes(champion.result, result.result)
+    complete_report(paths, Changes("3", (champion, result), causes, tests, "").section())
+    for width, seen in zip(WIDTHS, look(paths.report, tmp_path, dark=False), strict=True):
+        assert seen["scroll"] <= width
 
 
 def test_page_of_a_promotion_fits_a_phone(tmp_path: Path) -> None:
