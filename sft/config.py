@@ -239,7 +239,8 @@ class SFTConfig(TrainingArguments):
         default="bfd",
         metadata={
             "help": "How documents are put into rows: bfd (best-fit decreasing, longer documents are truncated), "
-            "bfd_split (the same, longer documents are split) or wrapped (all documents joined and cut at max_length)."
+            "bfd_split (the same, longer documents are split), in_order (as many as fit, in the given order; longer "
+            "documents are truncated) or wrapped (all documents joined and cut at max_length)."
         },
     )
     eval_packing: bool | None = field(
@@ -505,12 +506,11 @@ class SFTConfig(TrainingArguments):
         unknown = set(self.dataset_kwargs or {}) - set(DATASET_KWARGS)
         if unknown:
             raise ValueError(f"dataset_kwargs has unknown keys {sorted(unknown)}; known: {', '.join(DATASET_KWARGS)}")
-        splits = self.packing_strategy != "bfd" or bool(self.constant_length)
+        divides = self.packing_strategy in ("bfd_split", "wrapped")
+        splits = divides or bool(self.constant_length)
         self._check_overflow(splits=splits)
         if self.truncation_mode == "keep_end" and self.packing and self.eval_packing is not False and splits:
-            what = (
-                f"packing_strategy={self.packing_strategy!r}" if self.packing_strategy != "bfd" else "num_of_sequences"
-            )
+            what = f"packing_strategy={self.packing_strategy!r}" if divides else "num_of_sequences"
             raise ValueError(
                 f"truncation_mode='keep_end' would be ignored: packing with {what} splits long documents and truncates "
                 "none; leave it out, or use packing_strategy='bfd' alone"

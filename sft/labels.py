@@ -8,3 +8,7 @@ TOKEN_MASKS = ("completion_mask", "assistant_masks")
 
 TEACHER_ROWS = "teacher_rows"
 """Column of token rows with the number of each token's recorded distribution, -1 = none (`sft.loss.teacher`)."""
+
+LOSS_GROUPS = "loss_groups"
+"""Column of token rows with the number of the group that each token's loss is reported in, -1 = none; see
+`SFTTrainer.loss_groups`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-PackingStrategy = Literal["bfd", "bfd_split", "wrapped"]
+PackingStrategy = Literal["bfd", "bfd_split", "in_order", "wrapped"]
 """How documents are put into rows, see `sft.tokens.packing.pack_dataset`."""
 PACKING_STRATEGIES: tuple[PackingStrategy, ...] = get_args(PackingStrategy)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,17 @@ from sft.data.source_row import Row
 from sft.folders import replacing_folder
 from stages.checkout.artifacts import JsonlWriter, code_digest, write_json
 from stages.checkout.ledger import Action, Ledger
-from stages.checkout.paths import STREAM, Paths
+from stages.checkout.paths import CURRICULUM, EVAL_SOURCES, STREAM, Paths
 from stages.loading.accounts import Accounts
 from stages.loading.checks import Note, SetChecks
 from stages.loading.images import ImageStore
 from stages.loading.rehearsal import card, read_asked, rehearse
 from stages.loading.rehearsed import SOURCE, write_summary
-from stages.loading.selection import Selection
+from stages.loading.selection import Selection, interleaved
 from stages.loading.sources import RecordReader, Source, open_source
 from stages.loading.streams import Interleaved, describe_stream, pinned
 from stages.models.resolve import resolve_base_model
-from stages.params.schema import LoadSection, Params
+from stages.params.schema import BY_LENGTH, LoadSection, Params
 from stages.progress import progress, stage_progress
 
 ROWS_BETWEEN_PROGRESS = 500
@@ -42,7 +44,9 @@ def run(params: Params, paths: Paths) -> None:
     parts = [pinned(part) for part in section.sources] if section.streaming else section.sources
     keys = [f"load.sources[{i}].path" for i in range(len(parts))]
     train = [
-        open_source(part, paths, key, with_damaged=with_damaged, begin_only=section.streaming and part.hub)
+        open_source(part, paths, key, with_damaged=with_damaged, begin_only=section.streaming and part.hub).with_number(
+            section.curriculum, key
+        )
         for part, key in zip(parts, keys, strict=True)
     ]
     file = section.eval.source()
@@ -64,8 +68,11 @@ def run(params: Params, paths: Paths) -> None:
                 rows = rehearse(section.rehearsal, params.model, base_model, paths, folder / SOURCE)
                 intake.take_rehearsal(rows, described)
             figures = intake.close_accounts()
-        streaming = {"streaming": True} if section.streaming else {}
-        write_json(folder / "card.json", {"sources": intake.accounts.cards, **figures, **streaming})
+        facts = {"streaming": section.streaming or None, "curriculum": section.curriculum}
+        stated = {name: value for name, value in facts.items() if value is not None}
+        write_json(folder / "card.json", {"sources": intake.accounts.cards, **figures, **stated})
+        if (held_out_sources := intake.eval_sources()) is not None:
+            write_json(folder / EVAL_SOURCES, held_out_sources)
         write_json(folder / "base_model.json", base_model.record())
         if section.streaming:
             code = code_digest("sft/data", "stages/loading")
@@ -99,6 +106,10 @@ class Intake(ExitStack):
         self._set_checks = SetChecks(section.checks, self._writers)
         self._seen: dict[str, dict[bytes, str]] = {"train": {}, "eval": {}}
         self._held_out: frozenset[bytes] = frozenset()
+        self._eval_sources: dict[str, int] = {}
+        self._numbers: JsonlWriter | None = None
+        if section.curriculum not in (None, BY_LENGTH):
+            self._numbers = self.enter_context(JsonlWriter(folder / CURRICULUM))
 
     def take(self, sources: list[Source], purpose: str) -> None:
         """Check and write all rows of sources.
@@ -151,6 +162,17 @@ class Intake(ExitStack):
             return False
         return self._selection.position(key) < (self._section.eval.fraction or 0)
 
+    def eval_sources(self) -> dict[str, Any] | None:
+        """Return the names of the sources that held-out rows are from, and which one each row has; None if only one."""
+        used = sorted(set(self._eval_sources.values()))
+        if len(used) < 2:
+            return None
+        names: list[str] = []
+        for number in used:
+            name = re.sub(r"[^\w.-]+", "_", self.accounts.cards[number]["path"].rstrip("/").rpartition("/")[2])
+            names.append(f"{name}_{number}" if name in names else name)
+        return {"names": names, "rows": {row_id: used.index(each) for row_id, each in self._eval_sources.items()}}
+
     def held_out(self) -> dict[str, str]:
         """Return the digests of the held-out rows, each with the row's id."""
         return {key.hex(): row_id for key, row_id in self._seen["eval"].items()}
@@ -158,6 +180,9 @@ class Intake(ExitStack):
     def _take_row(self, row: Row, source: Source, number: int, chosen: frozenset[bytes] | None, purpose: str) -> None:
         try:
             record, notes = self._reader.read(row, source)
+            number_of_row = 0.0
+            if self._numbers is not None and purpose == "train":
+                number_of_row = source.mapping.number(str(self._section.curriculum), row.columns)
             target, copies = self._place(record, notes, row.id, source, chosen, purpose)
         except RowError as error:
             action = Action.OMIT if isinstance(error, OmittedRow) else Action.DROP
@@ -166,9 +191,14 @@ class Intake(ExitStack):
             return
         for note in notes:
             self.accounts.enter(row.id, note, number, purpose)
+        if target == "eval":
+            self._eval_sources[row.id] = number
         self._set_checks.add(record, target, copies, number)
         for copy in range(copies):
-            self._writers[target].write({"id": f"{row.id}+{copy}" if copy else row.id, **record})
+            row_id = f"{row.id}+{copy}" if copy else row.id
+            self._writers[target].write({"id": row_id, **record})
+            if self._numbers is not None and target == "train":
+                self._numbers.write({"id": row_id, "value": number_of_row})
         self.accounts.num_repeated += copies - 1
 
     def _place(
@@ -239,8 +269,45 @@ class Intake(ExitStack):
             if note.action is Action.DROP:
                 removed.update(range(rows.lines[row], rows.lines[row] + rows.copies[row]))
                 self.accounts.num_repeated -= rows.copies[row] - 1
-        if removed:
+        if self._section.interleave.strategy != "concat":
+            self._interleave(removed)
+        elif removed:
             self._writers["train"].remove(removed)
+
+    def _interleave(self, removed: Set[int]) -> None:
+        """Mix the rows of all sources; rows that are not needed or repeated get an entry in the ledger.
+
+        Args:
+            removed: Lines of rows that are dropped.
+
+        Raises:
+            ValueError: No row of a source is left.
+        """
+        section, rows = self._section.interleave, self._set_checks.rows["train"]
+        numbers = [number for number, card in enumerate(self.accounts.cards) if card["purpose"] == "train"]
+        parts: dict[int, list[int]] = {number: [] for number in numbers}
+        for line, source in zip(rows.lines, rows.sources, strict=True):
+            if line not in removed:
+                parts[source].append(line)
+        paths = [source.path for source in self._section.sources]
+        if empty := [path for path, part in zip(paths, parts.values(), strict=True) if not part]:
+            raise ValueError(
+                f"params.yaml, load.interleave: no row of {empty[0]} is left to be mixed with others; remove the source"
+            )
+        given = [source.share for source in self._section.sources]
+        shares = [share for share in given if share is not None] or None
+        order = interleaved(list(parts.values()), shares, section.strategy, section.seed)
+        times = Counter(order)
+        for row, (line, source) in enumerate(zip(rows.lines, rows.sources, strict=True)):
+            if line in removed or times[line] == 1:
+                continue
+            if times[line]:
+                note = Note(Action.REPEAT, Problem("interleave", f"{times[line]} times, until all sources are used up"))
+            else:
+                note = Note(Action.OMIT, Problem("interleave", "another source was used up first"))
+            self.accounts.enter(self._set_checks.row_id(row), note, source, "train")
+        self.accounts.num_repeated += len(order) - len(times)
+        self._writers["train"].rearrange(order)
 
     def take_rehearsal(self, rows: list[dict[str, Any]], described: dict[str, Any]) -> None:
         """Write the rows that the base model answered to `train`, after all checks of the other rows.

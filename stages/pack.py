@@ -19,17 +19,17 @@ from transformers import AutoTokenizer
 
 from sft.folders import replacing_folder
 from sft.labels import IGNORE_INDEX
-from sft.tokens.columns import Columns, RowPlan, count_trained, row_tables, write_rows
+from sft.tokens.columns import Columns, Integers, RowPlan, count_trained, row_tables, write_rows
 from sft.tokens.packing import Limited, OverflowReport, cut_pieces, kept_by_length, plan_overflow
 from sft.tokens.preview import preview_masks
 from sft.tokens.prompts import PartColumn
-from stages.checkout.artifacts import code_digest, read_json, write_json, write_jsonl, write_text
+from stages.checkout.artifacts import code_digest, read_json, read_jsonl, write_json, write_jsonl, write_text
 from stages.checkout.ledger import Action, Ledger
-from stages.checkout.paths import STREAM, Paths
+from stages.checkout.paths import CURRICULUM, EVAL_SOURCES, STREAM, Paths
 from stages.loading.rehearsed import SOURCE, is_rehearsed, read_summary
 from stages.models.base import read_base_model
 from stages.pages.data import SplitFacts, choose_previews, write_data_page
-from stages.params.schema import PackSection, Params
+from stages.params.schema import BY_LENGTH, PackSection, Params
 from stages.progress import progress, stage_progress
 from stages.shards.encoding import (
     DocumentImages,
@@ -68,18 +68,24 @@ def run(params: Params, paths: Paths) -> None:
     splits: dict[str, SplitFacts] = {}
     image_files = find_image_files(params.pack, paths)
     share = read_summary(paths.out("load", SOURCE))["share"]
+    curriculum = Curriculum.read(paths)
     with replacing_folder(paths.out("pack")) as folder, Ledger(folder / "ledger.jsonl", "pack") as ledger:
         for split in SPLITS:
             rendered = paths.out("format", f"{split}.jsonl")
             scratch = folder / SCRATCH / split
             documents = encode_split(rendered, tokenizer_folder, scratch, params.pack, ledger, image_files)
             check_images_kept(documents, params.pack)
-            splits[split], kept = pack_split(documents, params.pack, split, folder, ledger, share)
+            splits[split], kept = pack_split(documents, params.pack, split, folder, ledger, share, curriculum)
             if split == "train":
                 packed = load_from_disk(str(folder / split))
                 write_text(folder / "preview.txt", preview_masks(packed, tokenizer, num_rows=3, seed=0))
                 previews = choose_previews(kept, tokenizer)
         shutil.rmtree(folder / SCRATCH)
+        if (paths.out("load", EVAL_SOURCES)).exists():
+            known = read_json(paths.out("load", EVAL_SOURCES))
+            index = read_jsonl(folder / "eval_index.jsonl")
+            rows = [[known["rows"][name] for name in entry["ids"]] for entry in index]
+            write_json(folder / EVAL_SOURCES, {"names": known["names"], "rows": rows})
         if read_json(paths.out("load", "card.json")).get("streaming"):
             stream = read_json(paths.out("load", STREAM))
             code = code_digest("sft/tokens", "stages/shards")
@@ -147,7 +153,13 @@ def summary(figures: Mapping[str, Any]) -> str:
 
 
 def pack_split(
-    documents: Documents, section: PackSection, split: str, folder: Path, ledger: Ledger, share: float = 0.0
+    documents: Documents,
+    section: PackSection,
+    split: str,
+    folder: Path,
+    ledger: Ledger,
+    share: float = 0.0,
+    curriculum: Curriculum | None = None,
 ) -> tuple[SplitFacts, Kept]:
     """Apply the length limit to the documents of a split, pack them, and write rows, index and ledger entries.
 
@@ -158,6 +170,7 @@ def pack_split(
         folder: Output folder.
         ledger: Gets an entry for every document that is cut, split, dropped or not needed.
         share: Share of the trained tokens that rehearsed documents get.
+        curriculum: What training documents are sorted by; None = they stay in their order.
 
     Returns:
         The figures and lengths of the split, and the documents as the limit left them.
@@ -169,6 +182,8 @@ def pack_split(
     report = limited.report
     mixture = mix_rehearsal(documents.ids.take(pa.array(limited.source)), limited, share)
     limited = limited._replace(pieces=limited.pieces[mixture.kept])
+    if split == "train" and (curriculum is not None or section.strategy == "in_order"):
+        limited = limited._replace(pieces=limited.pieces[order_of(documents, limited, curriculum)])
     pieces = limited.pieces
     divided = divided_documents(documents, limited)
     plan = plan_split(pieces, section, divided.groups)
@@ -213,6 +228,68 @@ def pack_split(
     }
     facts = SplitFacts(figures, documents.lengths, documents.trained, count.filled())
     return facts, Kept(divided, pieces, documents.lengths[limited.source])
+
+
+class Curriculum(NamedTuple):
+    """What documents are sorted by.
+
+    Args:
+        column: Column of the rows, or `length`.
+        values: Id of each training row and its number; empty for `length`.
+    """
+
+    column: str
+    values: dict[str, float]
+
+    @classmethod
+    def read(cls, paths: Paths) -> Curriculum | None:
+        """Return the curriculum that `load` wrote; None if params.yaml states none."""
+        column = read_json(paths.out("load", "card.json")).get("curriculum")
+        if column is None:
+            return None
+        file = paths.out("load", CURRICULUM)
+        values = {} if column == BY_LENGTH else {row["id"]: row["value"] for row in read_jsonl(file)}
+        return cls(column, values)
+
+    def keys(self, ids: list[str], lengths: Integers) -> np.ndarray[Any, Any]:
+        """Return what documents are sorted by, `(num_documents,)`.
+
+        Args:
+            ids: `(num_documents,)` ids of their records.
+            lengths: `(num_documents,)` numbers of tokens.
+        """
+        # a rehearsed row has no number; `packing_order` places it by its rank
+        return lengths if self.column == BY_LENGTH else np.array([self.value(name) for name in ids])
+
+    def value(self, name: str) -> float:
+        """Return the number of a row, which may be the repetition of another one; 0 if it has none."""
+        return self.values.get(name, self.values.get(name.rpartition("*")[0], 0.0))
+
+
+def packing_order(keys: np.ndarray[Any, Any], spread: np.ndarray[Any, Any]) -> Integers:
+    """Return the order of documents: ascending by key, equal ones as they are, and some at even distances among them.
+
+    Args:
+        keys: `(num_documents,)` what they are sorted by.
+        spread: `(num_documents,)` bool; documents that are placed at even distances among the others, as they are.
+
+    Returns:
+        `(num_documents,)` numbers of documents.
+    """
+    sorted_ones = np.flatnonzero(~spread)
+    sorted_ones = sorted_ones[np.argsort(keys[sorted_ones], kind="stable")]
+    spread_ones = np.flatnonzero(spread)
+    place = [(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in (sorted_ones, spread_ones)]
+    order: Integers = np.concatenate([sorted_ones, spread_ones])[np.argsort(np.concatenate(place), kind="stable")]
+    return order
+
+
+def order_of(documents: Documents, limited: Limited, curriculum: Curriculum | None) -> Integers:
+    """Return the order in which the pieces of documents are packed; rehearsed ones are placed among the others."""
+    source = limited.source[limited.pieces.document]
+    names = documents.ids.take(pa.array(source)).to_pylist() if len(source) else []
+    keys = np.zeros(len(source)) if curriculum is None else curriculum.keys(names, documents.lengths[source])
+    return packing_order(keys, np.array([is_rehearsed(name) for name in names], dtype=bool))
 
 
 class Mixture(NamedTuple):

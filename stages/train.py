@@ -52,6 +52,7 @@ from stages.training.curve import (
     live_run,
     open_trackers,
     sample_columns,
+    source_columns,
 )
 from stages.training.effect import effect_record
 from stages.training.interruption import SaveAndStop
@@ -301,7 +302,7 @@ def save_results(trainer: SFTTrainer, params: Params, paths: Paths, more: dict[s
         "bad_updates": len(bad_updates),
         "untrained_modules": sum(row["count"] for row in effect["untrained"]),
         **{name: last_logged(log, name) for name in ROUTER_COLUMNS if any(name in entry for entry in log)},
-        **{name: logged_at(log, name, shipped["step"]) for name in sample_columns(log)},
+        **{name: logged_at(log, name, shipped["step"]) for name in (*source_columns(log), *sample_columns(log))},
         **more,
     }
     write_json(paths.metrics("train"), metrics)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from sft.batches.shared_tokens import share_tokens
-from sft.labels import IGNORE_INDEX, TEACHER_ROWS, TOKEN_MASKS
+from sft.labels import IGNORE_INDEX, LOSS_GROUPS, TEACHER_ROWS, TOKEN_MASKS
 
 Array = np.ndarray[Any, Any]
 Row = Mapping[str, Any]
@@ -70,17 +70,21 @@ class DataCollatorForSFT:
         return padded_batch(rows, self)
 
 
+NUMBERS = (TEACHER_ROWS, LOSS_GROUPS)
+"""Columns with a number per token, -1 = none."""
+
+
 @dataclass(frozen=True)
 class TokenRow:
     """One row as arrays `(length,)`.
 
-    `weights` is None if every token weighs 1, `recorded` if no token has a distribution of a teacher.
+    `weights` is None if every token weighs 1. `numbers` has the columns of `NUMBERS` that the row has.
     """
 
     input_ids: Array
     labels: Array
     weights: Array | None
-    recorded: Array | None = None
+    numbers: Mapping[str, Array] = field(default_factory=dict)
 
 
 def read_row(row: Row, place: int) -> TokenRow:
@@ -107,10 +111,12 @@ def read_row(row: Row, place: int) -> TokenRow:
     weights = row.get("loss_weights")
     if weights is not None:
         weights = _aligned(weights, np.float32, len(input_ids), f"'loss_weights' of row {place}")
-    recorded = row.get(TEACHER_ROWS)
-    if recorded is not None:
-        recorded = _aligned(recorded, np.int64, len(input_ids), f"{TEACHER_ROWS!r} of row {place}")
-    return _without_padding(TokenRow(input_ids, labels, weights, recorded), row, place)
+    numbers = {
+        name: _aligned(row[name], np.int64, len(input_ids), f"{name!r} of row {place}")
+        for name in NUMBERS
+        if row.get(name) is not None
+    }
+    return _without_padding(TokenRow(input_ids, labels, weights, numbers), row, place)
 
 
 def _without_padding(tokens: TokenRow, row: Row, place: int) -> TokenRow:
@@ -127,8 +133,8 @@ def _without_padding(tokens: TokenRow, row: Row, place: int) -> TokenRow:
     if row.get("seq_lengths") is not None:
         return replace(tokens, labels=np.where(kept, tokens.labels, IGNORE_INDEX))
     weights = None if tokens.weights is None else tokens.weights[kept]
-    recorded = None if tokens.recorded is None else tokens.recorded[kept]
-    return TokenRow(tokens.input_ids[kept], tokens.labels[kept], weights, recorded)
+    numbers = {name: values[kept] for name, values in tokens.numbers.items()}
+    return TokenRow(tokens.input_ids[kept], tokens.labels[kept], weights, numbers)
 
 
 def _array(values: Any, dtype: type) -> Array:
@@ -191,9 +197,8 @@ def join_rows(
     labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX
     weighted = any(row.weights is not None for row in rows)
     weights = np.concatenate([_weights(row) for row in rows]) if weighted else None
-    with_teacher = any(row.recorded is not None for row in rows)
-    recorded = np.concatenate([_recorded(row) for row in rows]) if with_teacher else None
-    return FlatRow(TokenRow(np.concatenate([row.input_ids for row in rows]), labels, weights, recorded), lengths)
+    numbers = {name: np.concatenate([_numbers(row, name) for row in rows]) for name in _numbered(rows)}
+    return FlatRow(TokenRow(np.concatenate([row.input_ids for row in rows]), labels, weights, numbers), lengths)
 
 
 def flat_batch(flat: FlatRow, *, shared: bool = False) -> dict[str, torch.Tensor]:
@@ -212,8 +217,7 @@ def flat_batch(flat: FlatRow, *, shared: bool = False) -> dict[str, torch.Tensor
     }
     if tokens.weights is not None:
         arrays["loss_weights"] = tokens.weights
-    if tokens.recorded is not None:
-        arrays[TEACHER_ROWS] = tokens.recorded
+    arrays |= tokens.numbers
     batch = {name: torch.from_numpy(values)[None] for name, values in arrays.items()}
     batch["seq_lengths"] = torch.from_numpy(lengths)
     plan = share_tokens(tokens.input_ids, tokens.labels, lengths, tokens.weights) if shared else None
@@ -224,8 +228,13 @@ def _weights(row: TokenRow) -> Array:
     return np.ones(len(row.input_ids), dtype=np.float32) if row.weights is None else row.weights
 
 
-def _recorded(row: TokenRow) -> Array:
-    return np.full(len(row.input_ids), -1) if row.recorded is None else row.recorded
+def _numbered(rows: Sequence[TokenRow]) -> list[str]:
+    """Return the columns of `NUMBERS` that some row has."""
+    return [name for name in NUMBERS if any(name in row.numbers for row in rows)]
+
+
+def _numbers(row: TokenRow, name: str) -> Array:
+    return row.numbers[name] if name in row.numbers else np.full(len(row.input_ids), -1)
 
 
 def padded_batch(rows: Sequence[TokenRow], settings: DataCollatorForSFT) -> dict[str, torch.Tensor]:
@@ -243,8 +252,8 @@ def padded_batch(rows: Sequence[TokenRow], settings: DataCollatorForSFT) -> dict
         arrays["labels"][np.flatnonzero(starts), starts[starts > 0]] = IGNORE_INDEX
     if any(row.weights is not None for row in rows):
         arrays["loss_weights"] = _padded([_weights(row) for row in rows], width, 0, np.float32, left=left)
-    if any(row.recorded is not None for row in rows):
-        arrays[TEACHER_ROWS] = _padded([_recorded(row) for row in rows], width, -1, np.int64, left=left)
+    for name in _numbered(rows):
+        arrays[name] = _padded([_numbers(row, name) for row in rows], width, -1, np.int64, left=left)
     if settings.return_position_ids:
         arrays["position_ids"] = (
             np.maximum(arrays["attention_mask"].cumsum(axis=1) - 1, 0)

@@ -7,16 +7,18 @@ on how its rows were divided into batches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from sft.inner_model import causal_lm
 from sft.labels import IGNORE_INDEX
-from sft.loss.cross_entropy import LossOptions, cross_entropy_sums, linear_cross_entropy_sums
+from sft.loss.cross_entropy import Head, LossOptions, TokenSums, cross_entropy_sums, linear_cross_entropy_sums
 from sft.loss.head import plain_head, states_before_head, takes_logits_to_keep
 from sft.loss.targets import Batch, Targets, find_targets, model_arguments
 from sft.loss.teacher import SoftTargets, Teacher
@@ -39,6 +41,7 @@ class SupervisedLoss:
         router_loss: Load-balancing loss of a mixture of experts, with its weight, for the batch alone; None if there is
             none. `loss` contains the share of it that this batch's targets are of `num_items`.
         logits: All logits `(batch, length, vocab)`; None unless `keep_logits` is set.
+        groups: `(num_groups, 2)` sums of the losses and of the weights of each group; None unless asked for.
     """
 
     loss: torch.Tensor
@@ -49,6 +52,7 @@ class SupervisedLoss:
     entropy: torch.Tensor | None
     router_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def supervised_loss(
     options: LossOptions | None = None,
     keep_logits: bool = False,
     teacher: Teacher | None = None,
+    num_groups: int = 0,
 ) -> SupervisedLoss:
     """Run a model on a batch and compute its loss in the fastest way that is exact for this model.
 
@@ -83,6 +88,7 @@ def supervised_loss(
         options: What is minimized.
         keep_logits: Whether to return all logits as well, which costs a full run of the head.
         teacher: Recorded distributions that the batch's `teacher_rows` refer to.
+        num_groups: Number of groups that the batch's `loss_groups` refer to, if their losses are wanted.
     """
     options = options or LossOptions()
     logits = None
@@ -91,16 +97,21 @@ def supervised_loss(
         targets = find_targets(inputs)
         hidden, outputs = states_before_head(model, inputs)
         states = _pick_targets(hidden, targets, targets.position)
-        sums = linear_cross_entropy_sums(states, head, targets.token, targets.weight, options, _soft(targets, teacher))
+        score = partial(_score_states, head, options, teacher)
     elif keep_logits:
         targets, outputs = find_targets(inputs), model(**model_arguments(model, inputs))
         logits = outputs.logits
-        picked = _pick_target_logits(logits, inputs, targets)
-        sums = cross_entropy_sums(picked, targets.token, targets.weight, options, _soft(targets, teacher))
+        states = _pick_target_logits(logits, inputs, targets)
+        score = partial(_score_logits, options, teacher)
     else:
         supervised = supervised_logits(model, inputs)
-        targets, outputs = supervised.targets, supervised.outputs
-        sums = cross_entropy_sums(supervised.logits, targets.token, targets.weight, options, _soft(targets, teacher))
+        states, targets, outputs = supervised.logits, supervised.targets, supervised.outputs
+        score = partial(_score_logits, options, teacher)
+    groups = None
+    if num_groups and targets.group is not None:
+        sums, groups = _score_groups(score, states, targets, num_groups)
+    else:
+        sums = score(states, targets)
     router_loss = _router_loss(model, outputs)
     weight = targets.weight.sum()
     divisor = weight if num_items is None else torch.as_tensor(num_items, device=weight.device).to(weight.dtype)
@@ -117,7 +128,46 @@ def supervised_loss(
         entropy=sums.entropy if options.entropy else None,
         router_loss=None if router_loss is None else router_loss.detach(),
         logits=logits,
+        groups=groups,
     )
+
+
+Score: TypeAlias = Callable[[torch.Tensor, Targets], TokenSums]
+"""Function of the states or logits of targets `(num_targets, width)`, and the targets."""
+
+
+def _score_states(
+    head: Head, options: LossOptions, teacher: Teacher | None, states: torch.Tensor, targets: Targets
+) -> TokenSums:
+    soft = _soft(targets, teacher)
+    return linear_cross_entropy_sums(states, head, targets.token, targets.weight, options, soft)
+
+
+def _score_logits(options: LossOptions, teacher: Teacher | None, logits: torch.Tensor, targets: Targets) -> TokenSums:
+    return cross_entropy_sums(logits, targets.token, targets.weight, options, _soft(targets, teacher))
+
+
+def _score_groups(
+    score: Score, states: torch.Tensor, targets: Targets, num_groups: int
+) -> tuple[TokenSums, torch.Tensor]:
+    """Score the targets of each group by themselves, each target once; return all sums, and those of the groups."""
+    parts: list[TokenSums] = []
+    groups = targets.weight.new_zeros(num_groups, 2)
+    for number in range(-1, num_groups):
+        chosen = torch.nonzero(targets.group == number).squeeze(-1)
+        if not len(chosen):
+            continue
+        of_group = targets[chosen]
+        parts.append(score(states[chosen], of_group))
+        if number >= 0:
+            groups[number, 0], groups[number, 1] = parts[-1].loss.detach(), of_group.weight.sum()
+    if not parts:
+        parts = [score(states, targets)]
+    loss, num_correct, entropy = (
+        sum((getattr(part, name) for part in parts[1:]), getattr(parts[0], name))
+        for name in ("loss", "num_correct", "entropy")
+    )
+    return TokenSums(loss, num_correct, entropy), groups
 
 
 def _soft(targets: Targets, teacher: Teacher | None) -> SoftTargets | None:

@@ -12,7 +12,7 @@ from torch import nn
 from sft.batches.layout import FILLER, SKIP_LOGITS
 from sft.batches.shared_tokens import SHARED_KEYS
 from sft.inner_model import takes_position_ids
-from sft.labels import IGNORE_INDEX, TEACHER_ROWS, TOKEN_MASKS
+from sft.labels import IGNORE_INDEX, LOSS_GROUPS, TEACHER_ROWS, TOKEN_MASKS
 
 Batch = Mapping[str, Any]
 
@@ -22,6 +22,7 @@ NOT_FOR_THE_MODEL = (
     "seq_lengths",
     "loss_weights",
     TEACHER_ROWS,
+    LOSS_GROUPS,
     *TOKEN_MASKS,
     "num_items_in_batch",
     *SHARED_KEYS,
@@ -43,6 +44,8 @@ class Targets:
         in_order: Whether positions ascend and no two targets share one.
         recorded: `(num_targets,)` number of each target's recorded distribution (see `Teacher`), -1 = none; None if the
             batch has no `teacher_rows`.
+        group: `(num_targets,)` number of the group that each target's loss is reported in, -1 = none; None if the
+            batch has no `loss_groups`.
     """
 
     row: torch.Tensor
@@ -51,6 +54,14 @@ class Targets:
     weight: torch.Tensor
     in_order: bool = True
     recorded: torch.Tensor | None = None
+    group: torch.Tensor | None = None
+
+    def __getitem__(self, chosen: torch.Tensor) -> Targets:
+        """Return some of the targets, by their numbers `(num_chosen,)`."""
+        recorded, group = (None if values is None else values[chosen] for values in (self.recorded, self.group))
+        return Targets(
+            self.row[chosen], self.position[chosen], self.token[chosen], self.weight[chosen], False, recorded, group
+        )
 
     def __len__(self) -> int:
         return self.token.shape[0]
@@ -68,7 +79,8 @@ def find_targets(batch: Batch) -> Targets:
 
     Args:
         batch: With `labels` `(batch, length)`, and optionally `shift_labels` `(batch, length)`, `seq_lengths`
-            `(num_documents,)`, `loss_weights` and `teacher_rows` `(batch, length)`, and `places` `(length,)`.
+            `(num_documents,)`, `loss_weights`, `teacher_rows` and `loss_groups` `(batch, length)`, and `places`
+            `(length,)`.
     """
     following = batch.get("shift_labels")
     if following is None:
@@ -84,10 +96,13 @@ def find_targets(batch: Batch) -> Targets:
     row, position = supervised.nonzero(as_tuple=True)
     token = following[row, position]
     weight = torch.ones_like(token, dtype=torch.float32) if weights is None else weights[row, position].float()
-    recorded = None if batch.get(TEACHER_ROWS) is None else _from_next(batch[TEACHER_ROWS], -1)[row, position]
+    recorded, group = (
+        None if batch.get(name) is None else _from_next(batch[name], -1)[row, position]
+        for name in (TEACHER_ROWS, LOSS_GROUPS)
+    )
     if "places" not in batch:
-        return Targets(row, position, token, weight, recorded=recorded)
-    return Targets(row, batch["places"][position], token, weight, in_order=False, recorded=recorded)
+        return Targets(row, position, token, weight, recorded=recorded, group=group)
+    return Targets(row, batch["places"][position], token, weight, in_order=False, recorded=recorded, group=group)
 
 
 def _from_next(values: torch.Tensor, last: float) -> torch.Tensor:

@@ -408,7 +408,9 @@ def pack_dataset(
             columns are dropped.
         seq_length: Maximum number of tokens in a row.
         strategy: `bfd` (best-fit decreasing; longer documents are truncated to `seq_length`), `bfd_split` (longer
-            documents are split, and nothing is lost), `wrapped` (in the given order, split wherever a row is full).
+            documents are split, and nothing is lost), `in_order` (each row gets the next documents that fit, so that
+            their order stays; longer documents are truncated), `wrapped` (in the given order, split wherever a row is
+            full).
         buffer_size: Number of documents of a streamed data set that are packed at a time.
 
     Returns:
@@ -450,12 +452,12 @@ def limit_and_pack(
 
     Args:
         dataset: Tokenized rows.
-        max_length: Maximum number of tokens in a row. `bfd` truncates longer documents, `bfd_split` and `wrapped`
-            split them.
+        max_length: Maximum number of tokens in a row. `bfd` and `in_order` truncate longer documents, `bfd_split` and
+            `wrapped` split them.
         strategy: As in `pack_dataset`.
-        keep_end: Whether `bfd` keeps the end of a document that it truncates instead of its beginning.
+        keep_end: Whether `bfd` and `in_order` keep the end of a document that they truncate instead of its beginning.
         groups: See `plan_rows`; one number per document.
-        overflow: What `bfd` does with longer documents, see `apply_overflow`; None = truncate them.
+        overflow: What `bfd` and `in_order` do with longer documents, see `apply_overflow`; None = truncate them.
 
     Returns:
         The packed data set, and a report on the limit.
@@ -481,7 +483,7 @@ def plan_rows(pieces: Pieces, seq_length: int, strategy: str = "bfd", groups: In
         strategy: As in `pack_dataset`.
         groups: `(num_documents,)` documents with the same number begin with the same tokens. They are packed next to
             each other, as many as fit into a row, so that the beginning is computed once (`sft.batches.shared_tokens`).
-            None = no such documents. `wrapped` keeps the order of documents and does not look at it.
+            None = no such documents. `in_order` and `wrapped` keep the order of documents and do not look at it.
 
     Raises:
         ValueError: The strategy is unknown, or `seq_length` is below 1.
@@ -489,6 +491,8 @@ def plan_rows(pieces: Pieces, seq_length: int, strategy: str = "bfd", groups: In
     _check_options(seq_length, strategy)
     if strategy == "wrapped":
         plan = _plan_wrapped(pieces.length, seq_length)
+    elif strategy == "in_order":
+        plan = _plan_in_order(pieces.length, seq_length)
     else:
         plan = _plan_best_fit(pieces.length, seq_length, strategy, None if groups is None else groups[pieces.document])
     return RowPlan(plan.pieces.within(pieces), plan.ends)
@@ -527,6 +531,14 @@ def _bundle(lengths: Integers, groups: Integers, seq_length: int) -> Integers:
             starts.append(place)
             size = length
     return np.array(starts, dtype=np.int64)
+
+
+def _plan_in_order(lengths: Integers, seq_length: int) -> RowPlan:
+    """Fill rows with the documents in their order; one that does not fit any more begins the next row."""
+    pieces = cut_pieces(lengths, seq_length, "truncate")
+    pieces = pieces[pieces.length > 0]
+    starts = _bundle(pieces.length, np.zeros(len(pieces), dtype=np.int64), seq_length)
+    return RowPlan(pieces, np.append(starts[1:], len(pieces)) if len(pieces) else starts)
 
 
 def _plan_wrapped(lengths: Integers, seq_length: int) -> RowPlan:

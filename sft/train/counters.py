@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,9 @@ class TokenTotals:
             "entropy": result.entropy,
             "router": None if result.router_loss is None else result.router_loss * result.weight,
         }
+        if result.groups is not None:
+            for number, (loss, weight) in enumerate(result.groups):
+                figures |= {f"loss {number}": loss, f"weight {number}": weight}
         finite = torch.isfinite(result.loss_sum) if skip_broken else None
         for name, value in figures.items():
             if value is not None:
@@ -113,11 +116,14 @@ class TokenTotals:
         sums = torch.stack(list(self._sums.values()))
         return (sums if gather is None else gather(sums)).reshape(-1, len(self._sums))
 
-    def means(self, gather: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, float]:
+    def means(
+        self, gather: Callable[[torch.Tensor], torch.Tensor] | None = None, groups: Sequence[str] = ()
+    ) -> dict[str, float]:
         """Return means over tokens: `loss`, `mean_token_accuracy` and, if they were added, `entropy` and `aux_loss`.
 
         Args:
             gather: As of `sums`.
+            groups: Names of the groups that losses were added of, for `loss/NAME` of those with targets.
 
         Returns:
             Means by name; no entry if there were no targets.
@@ -130,6 +136,9 @@ class TokenTotals:
             means["entropy"] = total["entropy"] / total["targets"]
         if "router" in total:
             means["aux_loss"] = total["router"] / total["weight"]
+        for number, name in enumerate(groups):
+            if total.get(f"weight {number}"):
+                means[f"loss/{name}"] = total[f"loss {number}"] / total[f"weight {number}"]
         return means
 
 

@@ -42,7 +42,7 @@ from sft.chat.stops import TurnEnds
 from sft.config import SFTConfig
 from sft.inner_model import causal_lm, takes_position_ids
 from sft.kernels.proven import find_unproven, replaced_by_fused
-from sft.labels import TEACHER_ROWS, TOKEN_MASKS
+from sft.labels import LOSS_GROUPS, TEACHER_ROWS, TOKEN_MASKS
 from sft.loss.cross_entropy import LossOptions
 from sft.loss.supervised import supervised_loss
 from sft.loss.targets import num_targets
@@ -101,13 +101,22 @@ logger = logging.getLogger(__name__)
 Processor: TypeAlias = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 Callback = TypeVar("Callback", bound=TrainerCallback)
 
-OWN_INPUTS = ("seq_lengths", "loss_weights", TEACHER_ROWS, SKIP_LOGITS, FILLER)
+OWN_INPUTS = ("seq_lengths", "loss_weights", TEACHER_ROWS, LOSS_GROUPS, SKIP_LOGITS, FILLER)
 """Keys of a batch that this library reads and a model's forward does not take."""
 
 ROWS_OF_START = 16
 """Rows whose activations start an adapter, see `start_by_activations`."""
 
-COLLATED_COLUMNS = ("input_ids", "labels", "seq_lengths", "loss_weights", TEACHER_ROWS, *TOKEN_MASKS, FILLER)
+COLLATED_COLUMNS = (
+    "input_ids",
+    "labels",
+    "seq_lengths",
+    "loss_weights",
+    TEACHER_ROWS,
+    LOSS_GROUPS,
+    *TOKEN_MASKS,
+    FILLER,
+)
 """Columns of prepared rows that collators and loss read."""
 
 
@@ -124,6 +133,9 @@ class SFTTrainer(Trainer):
 
     After construction, `train_dataset` contains `input_ids` and `labels` (and `seq_lengths` when packed);
     `sft.preview_masks` shows which of the tokens are trained.
+
+    `loss_groups` may be set to names of groups: evaluation then reports `eval_loss/NAME` for the tokens whose number in
+    the column `loss_groups` of the prepared rows is the place of that name.
 
     Args:
         model: Hub id, folder or model. A `PeftModel` continues its active adapter.
@@ -291,6 +303,7 @@ class SFTTrainer(Trainer):
         self._has_warned = False
         self._loss_options = LossOptions(config.loss_type, config.label_smoothing_factor, config.log_entropy)
         self._totals = {"train": TokenTotals(), "eval": TokenTotals()}
+        self.loss_groups: list[str] = []
         self._tokens_seen = TokensSeen(config.device)
         self._before_update: TokenTotals | None = None
         self._skip_logits = False
@@ -485,7 +498,13 @@ class SFTTrainer(Trainer):
         inside = current_layout() is not None  # as in `training_step`; a script may call this by itself
         with nullcontext() if inside else self._attention_context(inputs):
             result = supervised_loss(
-                model, inputs, num_items_in_batch, self._loss_options, keep_logits=keep_logits, teacher=self._teacher
+                model,
+                inputs,
+                num_items_in_batch,
+                self._loss_options,
+                keep_logits=keep_logits,
+                teacher=self._teacher,
+                num_groups=0 if model.training else len(self.loss_groups),
             )
         skip_broken = model.training and self.args.logging_nan_inf_filter
         self._totals["train" if model.training else "eval"].add(result, skip_broken=skip_broken)
@@ -535,7 +554,7 @@ class SFTTrainer(Trainer):
         self._totals["eval"] = TokenTotals()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.compute_loss_func is None:
-            figures = self._totals["eval"].means(self.accelerator.gather)
+            figures = self._totals["eval"].means(self.accelerator.gather, self.loss_groups)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 

@@ -130,6 +130,29 @@ class JsonlWriter:
         self._file.seek(0, os.SEEK_END)
         return dict(row)
 
+    def rearrange(self, order: Sequence[int]) -> None:
+        """Replace the rows by some of them in another order; repeated ones get ids of their own, ending in `*1`, `*2`.
+
+        Args:
+            order: Numbers of rows, from 0.
+        """
+        self._file.close()
+        seen: Counter[int] = Counter()
+        with partial_file(self.path) as partial, self.path.open("rb") as lines, partial.open("wb") as kept:
+            starts = [0, *itertools.accumulate(map(len, lines))]
+            for number in order:
+                lines.seek(starts[number])
+                line = lines.readline()
+                if seen[number]:
+                    row = json.loads(line)
+                    row["id"] = f"{row['id']}*{seen[number]}"
+                    line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+                seen[number] += 1
+                kept.write(line)
+            self.num_bytes = kept.tell()
+        self.num_rows = len(order)
+        self._file = self.path.open("a+b")
+
     def remove(self, rows: Set[int]) -> None:
         """Remove rows.
 

@@ -19,6 +19,7 @@ class Action(StrEnum):
     DROP = "drop"
     OMIT = "omit"
     """Not taken because params.yaml asks for fewer rows; nothing is wrong with the row."""
+    REPEAT = "repeat"
     REPAIR = "repair"
     WARN = "warn"
     FAIL = "fail"

@@ -15,6 +15,13 @@ DVC warns."""
 STREAM = "stream.json"
 """File of `load`, `format` and `pack` that tells `train` how to read and prepare a stream, if there is one."""
 
+CURRICULUM = "curriculum.jsonl"
+"""File of `load` with the number by which each training row is sorted, if params.yaml states a column of numbers."""
+
+EVAL_SOURCES = "eval_sources.json"
+"""File of `load` with the source of each held-out row, and of `pack` with those of each packed one, if several have
+some."""
+
 EXPERIMENTS = (".dvc", "tmp", "exps")
 """Folder of a checkout in which DVC makes the temporary folders of `dvc exp run --temp` and of its queue."""
 

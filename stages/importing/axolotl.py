@@ -25,7 +25,7 @@ from stages.importing.draft import (
     refuse,
 )
 from stages.importing.draft import finish as agree
-from stages.importing.trainer import deepspeed, fsdp, number, whole
+from stages.importing.trainer import deepspeed, fsdp, number, tracker, tracker_project, whole
 
 DEFAULTS: dict[str, Any] = {
     **trainer.DEFAULTS,
@@ -303,7 +303,9 @@ def _micro_batch_size(draft: Draft, key: str, value: Any) -> None:
 
 def _packing(draft: Draft, key: str, value: Any) -> None:
     if is_on(value):
-        draft.same(key, value, "documents of a row do not see each other", pack__strategy="bfd")
+        in_order = draft.is_on("sample_packing_sequentially", "curriculum_sampling")
+        strategy = "in_order" if in_order else "bfd"
+        draft.same(key, value, "documents of a row do not see each other", pack__strategy=strategy)
     else:
         draft.same(key, value, pack__strategy="none")
 
@@ -739,7 +741,7 @@ RULES: dict[str, Rule] = {
     "preprocess_shards": ignore(_CACHE),
     "total_num_tokens": ignore("they are counted"),
     "total_supervised_tokens": ignore("they are counted"),
-    "streaming": ignore("state streaming: true for a source of the hub"),
+    "streaming": part_of("datasets"),
     "streaming_multipack_buffer_size": ignore("all rows are packed at once"),
     "pretrain_multipack_buffer_size": ignore("all rows are packed at once"),
     "pretrain_multipack_attn": always("documents of a row do not see each other"),
@@ -764,7 +766,7 @@ RULES: dict[str, Rule] = {
     "sample_packing": _packing,
     "sample_packing_group_size": ignore("all rows are packed at once"),
     "sample_packing_bin_size": ignore("all rows are packed at once"),
-    "sample_packing_sequentially": ignore("packed rows are shuffled; see train.order"),
+    "sample_packing_sequentially": part_of("sample_packing"),
     "sample_packing_mp_start_method": ignore("how processes are started"),
     "sample_packing_eff_est": ignore("rows are packed before the training, so nothing is estimated"),
     "sample_packing_seq_len_multiplier": ignore("a matter of speed"),
@@ -993,9 +995,11 @@ RULES: dict[str, Rule] = {
     "mlflow_run_name": ignore("`publish` names the run"),
     "hf_mlflow_log_artifacts": ignore("`publish` records the results"),
     **{f"wandb_{name}": ignore(_TRACK) for name in ("name", "run_id", "entity", "watch", "log_model", "mode", "run")},
-    "use_wandb": ignore(_TRACK),
-    "wandb_project": approach("MLflow has the record, in an experiment of this name", "publish.experiment", str),
-    "use_tensorboard": ignore(_TRACK),
+    "use_wandb": tracker("wandb"),
+    "wandb_project": tracker_project("wandb"),
+    "use_tensorboard": tracker("tensorboard"),
+    "use_trackio": tracker("trackio"),
+    "trackio_project_name": tracker_project("trackio"),
     **{
         name: ignore(_TRACK)
         for name in (
@@ -1007,8 +1011,6 @@ RULES: dict[str, Rule] = {
             "comet_mode",
             "comet_online",
             "comet_experiment_config",
-            "use_trackio",
-            "trackio_project_name",
             "trackio_run_name",
             "trackio_space_id",
             "use_otel_metrics",

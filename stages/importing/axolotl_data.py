@@ -27,6 +27,8 @@ def dataset_list(draft: Draft, key: str, value: Any) -> None:
         if key == "pretraining_dataset":
             entry = {"type": "pretrain", **entry}
         sources += _sources(draft, place, entry)
+    if draft.is_on("streaming"):
+        sources = [{**source, "streaming": True} if source.get("hub") else source for source in sources]
     draft.values["load.sources"] = [*draft.values.get("load.sources", []), *sources]
 
 

@@ -106,12 +106,12 @@ def dataset_names(draft: Draft, key: str, value: Any, infos: Mapping[str, Any]) 
     for source in sources:
         if limit:
             source["max_rows"] = min(whole(limit), source.get("max_rows", whole(limit)))
-        if source.get("hub") and draft.is_on("streaming"):
-            source["streaming"] = True
     draft.values["load.sources"] = [*draft.values.get("load.sources", []), *sources]
-    if missing and draft.source.get("dataset_dir") == "ONLINE":
-        for source, name in zip(sources, names, strict=True):
-            source |= {"path": name, "hub": True}
+    is_online = bool(missing) and draft.source.get("dataset_dir") == "ONLINE"
+    for source, name in zip(sources, names, strict=True):
+        source |= {"path": name, "hub": True} if is_online else {}
+        source |= {"streaming": True} if source.get("hub") and draft.is_on("streaming") else {}
+    if is_online:
         draft.same(key, value, "data sets of the hub")
     elif missing:
         draft.nearest(
@@ -307,12 +307,16 @@ def packing(draft: Draft, key: str, value: Any) -> None:
     if key == "packing" and not is_on(value) and draft.is_on("neat_packing"):
         draft.same(key, value, "neat_packing goes first")
     elif not is_on(value):
-        strategy = "bfd" if draft.is_on("packing", "neat_packing") else "none"
+        strategy = _strategy(draft) if draft.is_on("packing", "neat_packing") else "none"
         draft.same(key, value, "off", pack__strategy=strategy)
     elif key == "neat_packing" or draft.is_on("neat_packing"):
-        draft.same(key, value, "documents of a row do not see each other", pack__strategy="bfd")
+        draft.same(key, value, "documents of a row do not see each other", pack__strategy=_strategy(draft))
     else:
-        draft.nearest(key, value, "documents of a row do not see each other", pack__strategy="bfd")
+        draft.nearest(key, value, "documents of a row do not see each other", pack__strategy=_strategy(draft))
+
+
+def _strategy(draft: Draft) -> str:
+    return "in_order" if draft.is_on("disable_shuffling") else "bfd"
 
 
 def held_out(draft: Draft, key: str, value: Any) -> None:

@@ -26,6 +26,7 @@ from stages.importing.draft import (
 )
 from stages.params.arguments import KEYS, REFUSED, training_options
 from stages.params.schema import Params, leaf_fields
+from stages.tracking.trackers import PACKAGES
 
 DEFAULTS: dict[str, Any] = {
     "train.learning_rate": 5e-5,
@@ -278,12 +279,44 @@ def kept_checkpoints(draft: Draft, key: str, value: Any) -> None:
 def trackers(draft: Draft, key: str, value: Any) -> None:
     """Services that get the record."""
     names = [value] if isinstance(value, str) else list(value or [])
-    if all(name in ("none", "mlflow", "tensorboard", "all") for name in names):
+    known = [name for name in names if name in PACKAGES]
+    others = [name for name in names if name not in ("none", "mlflow", "all", *PACKAGES)]
+    if not known and not others:
         draft.irrelevant(
             key, value, "MLflow has the record, on this machine unless publish.tracking_uri says otherwise"
         )
+    elif others:
+        draft.nearest(key, value, f"not {', '.join(others)}; MLflow has the record", **tracked_by(draft, *known))
     else:
-        draft.nearest(key, value, "MLflow has the record")
+        draft.same(key, value, "beside MLflow", **tracked_by(draft, *known))
+
+
+def tracked_by(draft: Draft, *names: str) -> dict[str, Any]:
+    """Return `train.report_to` with further trackers, as an argument of the methods of `Draft`."""
+    before = draft.values.get("train.report_to", ["mlflow"])
+    return {"train__report_to": [*before, *(name for name in names if name not in before)]}
+
+
+def tracker(name: str) -> Rule:
+    """Return the rule of a switch for a tracker beside MLflow."""
+
+    def rule(draft: Draft, key: str, value: Any) -> None:
+        if is_on(value):
+            draft.same(key, value, "beside MLflow", **tracked_by(draft, name))
+        else:
+            draft.same(key, value, "off, as here")
+
+    return rule
+
+
+def tracker_project(name: str) -> Rule:
+    """Return the rule of a tracker's project, which here has the name of MLflow's experiment."""
+
+    def rule(draft: Draft, key: str, value: Any) -> None:
+        written = {"publish__experiment": str(value), **tracked_by(draft, name)}
+        draft.same(key, value, "MLflow's experiment has the same name", **written)
+
+    return rule
 
 
 def resume(draft: Draft, key: str, value: Any) -> None:

@@ -175,6 +175,7 @@ def _data(draft: Draft) -> None:
         name, split = draft.source.get("load_dataset.name"), draft.source.get("load_dataset.split")
         source |= {"config": str(name)} if isinstance(name, str) and not isinstance(name, Expression) else {}
         source |= {"split": str(split)} if isinstance(split, str) and not isinstance(split, Expression) else {}
+        source |= {"streaming": True} if draft.source.get("load_dataset.streaming") is True else {}
     draft.values["load.sources"] = [source]
     draft.hints.append(
         "functions of the notebook that rewrite rows are not read; see template and columns in docs/data.md"
@@ -317,7 +318,7 @@ _OWN: dict[str, Rule] = {
     "load_dataset.name": ignore("load.sources[].config"),
     "load_dataset.split": ignore("load.sources[].split"),
     "load_dataset.data_files": ignore("load.sources[].path"),
-    "load_dataset.streaming": approach("state streaming: true for the source"),
+    "load_dataset.streaming": ignore("load.sources[].streaming"),
     "load_dataset.token": ignore("state it in the environment variable HF_TOKEN"),
     "train_on_responses_only.trainer": ignore("the trainer"),
     "train_on_responses_only.instruction_part": lambda draft, key, value: draft.same(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sft.data.messages import IMAGE_COLUMNS, ROLE_KEYS, RowError
+from sft.data.messages import IMAGE_COLUMNS, ROLE_KEYS, RowError, described
 from sft.data.records import CONVERSATION_COLUMNS, OPTIONAL_COLUMNS, PARTS_COLUMN, Layout
 from sft.suggest import did_you_mean
 from sft.untrusted.templates import FillError, fill_in_child, undeclared_variables
@@ -113,6 +114,29 @@ class RowMapping:
         if not (self._roles or self._keys):
             return renamed
         return {name: self._translated(name, value) for name, value in renamed.items()}
+
+    def number(self, name: str, row: Mapping[str, Any]) -> float:
+        """Return the number in a column, which may be written as text.
+
+        Args:
+            name: Name of the column after the mapping.
+            row: The row before it.
+
+        Raises:
+            RowError: The row has no number there.
+        """
+        value = row.get(self.origin(name))
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise RowError("curriculum", f"column {name!r} holds {described(value)}, a number is needed")
+        return number
+
+    def origin(self, name: str) -> str:
+        """Return the name in the data of a column that has a name after the mapping."""
+        return next((own for own, renamed in self._columns.items() if renamed == name), name)
 
     def _translated(self, name: str, value: Any) -> Any:
         """Rename the keys and translate the roles of the messages in a column, if it contains messages."""

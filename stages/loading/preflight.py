@@ -87,7 +87,7 @@ def inspect_data(params: Params, paths: Paths, tokenizer: Path | None = None) ->
     """
     with_damaged = params.load.checks.unreadable == "drop"
     train = [
-        _look(section, paths, f"load.sources[{number}].path", with_damaged)
+        _look(section, paths, f"load.sources[{number}].path", with_damaged, params.load.curriculum)
         for number, section in enumerate(params.load.sources)
     ]
     section = params.load.eval.source()
@@ -101,7 +101,7 @@ def inspect_data(params: Params, paths: Paths, tokenizer: Path | None = None) ->
     return findings + _long_answers(params.evaluate.max_new_tokens, tokenizer, answers)
 
 
-def _look(section: SourceSection, paths: Paths, key: str, with_damaged: bool) -> _Looked:
+def _look(section: SourceSection, paths: Paths, key: str, with_damaged: bool, curriculum: str | None = None) -> _Looked:
     """Open a source and read its first rows; of one on the hub or behind a URL, nothing."""
     if section.hub:
         return _Looked(section, key, [], None)
@@ -113,7 +113,7 @@ def _look(section: SourceSection, paths: Paths, key: str, with_damaged: bool) ->
         return _Looked(section, key, [], None)
     num_rows = None
     if data_size(section, paths, key) <= LARGEST_READ_BYTES:
-        source = open_source(section, paths, key, with_damaged=with_damaged)
+        source = open_source(section, paths, key, with_damaged=with_damaged).with_number(curriculum, key)
         rows, num_rows = list(itertools.islice(source.rows(), MOST_ROWS)), source.num_rows
     else:
         rows = list(itertools.islice(_first_rows(section, paths, key, with_damaged), MOST_ROWS))

@@ -1,4 +1,4 @@
-"""Choice of the rows that are taken and held out, by a hash of their content.
+"""Choice of the rows that are taken and held out, by a hash of their content, and of the next source.
 
 The hash of a row does not depend on other rows, so that appending rows changes the choice as little as possible.
 """
@@ -61,3 +61,26 @@ class Selection:
     def copies(self, key: bytes, weight: float) -> int:
         """Return how many times a row is taken if its source has this weight."""
         return int(weight) + (self.position(key, "weight") < weight % 1)
+
+
+def interleaved(parts: Sequence[Sequence[int]], shares: Sequence[float] | None, strategy: str, seed: int) -> list[int]:
+    """Mix the rows of sources as `datasets.interleave_datasets` does.
+
+    Args:
+        parts: Numbers of the rows of each source.
+        shares: How often each source comes next, relative to the others; None = in turn.
+        strategy: Its `stopping_strategy`.
+        seed: Seed of the choice of the next source.
+
+    Returns:
+        Numbers of the rows in their order. Some may be missing, and some be there several times.
+    """
+    from datasets import Dataset, interleave_datasets  # only where rows are mixed
+
+    mixed = interleave_datasets(
+        [Dataset.from_dict({"row": list(part)}) for part in parts],
+        probabilities=None if shares is None else [share / sum(shares) for share in shares],
+        seed=seed,
+        stopping_strategy=strategy,
+    )
+    return list(mixed["row"])

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +21,14 @@ from sft.data.records import Kind, Layout, detect_layout, normalize, numbers_as_
 from sft.data.remote import fetch_files, is_url
 from sft.data.source_row import Row, SourceError
 from sft.data.sources import data_files, hub_rows, is_saved_dataset, read_rows
+from sft.suggest import did_you_mean
 from stages.checkout.ledger import Action
 from stages.checkout.paths import Paths, cache_folder
 from stages.loading.checks import Note, RowChecks
 from stages.loading.images import IMAGE_REASONS, Home, ImageStore, digestible
 from stages.loading.mapping import RowMapping
 from stages.loading.suggestions import SAMPLE, check_readable, option_line, suggest_options, with_lines
-from stages.params.schema import LoadSection, SourceSection
+from stages.params.schema import BY_LENGTH, LoadSection, SourceSection
 
 SAMPLE_OF_STREAM = 1000
 """Rows of a stream that are read to learn its columns."""
@@ -86,6 +87,27 @@ class Source:
         if self.section.hub or is_url(self.section.path):
             return None
         return (data / row.id.rpartition(":")[0]).parent
+
+    def with_number(self, column: str | None, key: str) -> Source:
+        """Return the source with the column of `load.curriculum` among the used ones.
+
+        Args:
+            column: Name of the column after the mapping; None or `length` = none is needed.
+            key: Key of the source in params.yaml, for messages.
+
+        Raises:
+            ValueError: No row has the column.
+        """
+        if column is None or column == BY_LENGTH:
+            return self
+        own = self.mapping.origin(column)
+        if own not in self.seen:
+            hint = did_you_mean(column, self.seen, before="; ")
+            raise ValueError(
+                f"params.yaml, load.curriculum: no row of {self.section.path} ({key}) has the column {own!r}; there "
+                f"are {sorted(self.seen)[:20]}{hint}"
+            )
+        return replace(self, unused=tuple(name for name in self.unused if name != own))
 
     def card(self) -> dict[str, Any]:
         """Return what the data card states of the source."""

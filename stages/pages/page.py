@@ -24,6 +24,7 @@ MAX_LEDGER_IDS = 5
 ACTIONS = {
     "drop": "left out",
     "omit": "not taken",
+    "repeat": "repeated",
     "repair": "repaired",
     "warn": "stays",
     "cut": "cut off at the limit",
@@ -114,14 +115,21 @@ def show(value: float, kind: str) -> str:
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
-def ledger_summary(paths: Paths) -> list[dict[str, Any]]:
-    """Count the rows in the ledgers by stage, reason and action, and return the counts with the first row ids."""
+def ledger_summary(paths: Paths, *, with_stream: bool = False) -> list[dict[str, Any]]:
+    """Count the rows in the ledgers by stage, reason and action, and return the counts with the first row ids.
+
+    Args:
+        paths: Paths of the checkout.
+        with_stream: Whether to count those of the stream that `train` read, too, which is there after the training.
+    """
     counts: Counter[tuple[str, str, str]] = Counter()
     ids: dict[tuple[str, str, str], list[str]] = {}
-    for stage in ("load", "format", "pack"):
-        path = paths.out(stage, "ledger.jsonl")
+    streamed = paths.out("train", "stream", "ledger.jsonl")
+    files = [paths.out(stage, "ledger.jsonl") for stage in ("load", "format", "pack")]
+    for path in [*files, streamed] if with_stream else files:
         for entry in read_jsonl(path) if path.exists() else ():
-            key = (entry["stage"], entry["reason"], ACTIONS[entry["action"]])
+            stage = f"train, {entry['stage']}" if path == streamed else entry["stage"]
+            key = (stage, entry["reason"], ACTIONS[entry["action"]])
             counts[key] += 1
             first = ids.setdefault(key, [])
             if len(first) < MAX_LEDGER_IDS:
@@ -140,9 +148,9 @@ def rows_sentence(card: Mapping[str, Any]) -> str:
         f"{card['num_dropped']:,} left out",
     ]
     if card["num_omitted"]:
-        parts.append(f"{card['num_omitted']:,} not taken (max_rows, weight, or an unfinished answer of the rehearsal)")
+        parts.append(f"{card['num_omitted']:,} not taken (max_rows, weight, interleave, or an unfinished answer of the rehearsal)")
     if card["num_repeated"]:
-        parts.append(f"{card['num_repeated']:,} of the training rows are repetitions by weight")
+        parts.append(f"{card['num_repeated']:,} of the training rows are repetitions")
     of = "rows were read"
     if card.get("streaming"):
         of = "rows were read, the first ones of a stream and those held out; train read on (outs/train/stream)"

@@ -54,6 +54,12 @@ BY_CONSTRUCTION = ("kl",)
 
 MAX_BAD_UPDATES = 50
 
+OF_SOURCE = "eval_loss/source/"
+"""Beginning of the columns of the curve with the loss on held-out rows of one source."""
+
+MAX_SOURCES = 4
+"""Sources of which the report draws a curve; curve.csv has all."""
+
 SAMPLE = "sample_"
 """Beginning of the columns of the curve that are about answers while the model trained."""
 
@@ -244,6 +250,14 @@ def curves(paths: Paths) -> list[Markup]:
         series = [Series(name, points(rows, column), css) for name, column, css in lines]
         if any(s.points for s in series):
             drawn.append(line_chart(title, series, may_be_log=title in LOGARITHMIC))
+    of_sources = [name for name in (rows[0] if rows else ()) if name.startswith(OF_SOURCE)][:MAX_SOURCES]
+    if of_sources:
+        colours = "abcd"
+        series = [
+            Series(name.removeprefix(OF_SOURCE), points(rows, name), colours[number])
+            for number, name in enumerate(of_sources)
+        ]
+        drawn.insert(1, line_chart("Loss on held-out rows by source", series))
     speed = throughput(paths)
     return [*drawn, line_chart("Tokens per second", [Series("", speed, "a")])] if speed else drawn
 
@@ -354,7 +368,7 @@ def data_facts(paths: Paths) -> dict[str, Any]:
             f"packed into {rows} rows that are {percent(packed['fill'])} full.{rehearsal_sentence(packed)}"
         ),
         "sources": card["sources"],
-        "ledger": ledger_summary(paths),
+        "ledger": ledger_summary(paths, with_stream=True),
     }
 
 

@@ -77,6 +77,9 @@ RepairAction = Literal["off", "warn", "repair", "drop", "fail"]
 Engine = Literal["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
+BY_LENGTH = "length"
+"""Value of `load.curriculum` by which rows are sorted by their tokens instead of a column."""
+
 EVAL_FIGURES = ("eval_loss", "eval_mean_token_accuracy")
 """Figures that every evaluation of a training has."""
 
@@ -90,6 +93,7 @@ REASONS = (
     "bad_unicode",
     "content_not_text",
     "control_characters",
+    "curriculum",
     "duplicate",
     "empty_answer",
     "empty_content",
@@ -122,7 +126,7 @@ REASONS = (
     "unreadable",
     "wrong_order",
 )
-"""Reasons in the ledger of `load`, except those of rows that `max_rows` and `weight` do not take."""
+"""Reasons in the ledger of `load`, except those of rows that `max_rows`, `weight` and `interleave` do not take."""
 
 
 class Section(BaseModel):
@@ -311,6 +315,11 @@ class SourceSection(MappedSection):
         ),
     ] = 1.0
 
+    share: Annotated[
+        float | None,
+        Field(gt=0.0, description="How often the next row is of this source, relative to the others; load.interleave."),
+    ] = None
+
     @model_validator(mode="after")
     def _check_streaming(self) -> Self:
         if self.streaming and not self.hub:
@@ -469,12 +478,32 @@ class RehearsalSection(Section):
         return self
 
 
+class InterleaveSection(Section):
+    """How the rows of several sources are mixed, as datasets.interleave_datasets mixes them (docs/data.md)."""
+
+    strategy: Annotated[
+        Literal["concat", "first_exhausted", "all_exhausted", "all_exhausted_without_replacement"],
+        Field(
+            description="concat (all rows, source after source), first_exhausted (until a source is used up), "
+            "all_exhausted (until all are; rows of the others repeat), or all_exhausted_without_replacement."
+        ),
+    ]
+    seed: Annotated[Seed, Field(description="Seed of the choice of the next source, if sources state a `share`.")]
+
+
 class LoadSection(Section):
     """From data sources to validated records."""
 
     sources: Annotated[
         list[SourceSection],
         Field(min_length=1, description="Where training rows come from. docs/data.md lists the options of a source."),
+    ]
+    interleave: Annotated[
+        InterleaveSection,
+        Field(
+            description="How the rows of several sources are mixed, as datasets.interleave_datasets mixes them "
+            "(docs/data.md)."
+        ),
     ]
     eval: Annotated[EvalSection, Field(description="Held-out rows: a file of their own, or a part of the sources.")]
     streaming: Annotated[
@@ -502,6 +531,14 @@ class LoadSection(Section):
             "null = none (docs/training.md)."
         ),
     ]
+    curriculum: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Column with the number by which `train.order: curriculum` sorts training rows, lowest first, "
+            "or length (their tokens); null = none (docs/training.md).",
+        ),
+    ]
     max_dropped_fraction: Annotated[
         Fraction, Field(description="Stop if more than this fraction of the training or held-out rows is dropped.")
     ]
@@ -511,6 +548,30 @@ class LoadSection(Section):
     seed: Annotated[
         Seed, Field(description="Seed for choosing held-out rows, and the rows of `max_rows` and `weight`.")
     ]
+
+    @model_validator(mode="after")
+    def _check_interleave(self) -> Self:
+        strategy, stated = self.interleave.strategy, [source.share is not None for source in self.sources]
+        if strategy == "concat":
+            if any(stated):
+                raise ValueError(
+                    f"sources[{stated.index(True)}].share would be ignored with interleave.strategy: concat; state "
+                    "first_exhausted or all_exhausted, or `weight` to train on each row more or less often"
+                )
+            return self
+        if len(self.sources) < 2:
+            raise ValueError(f"interleave.strategy: {strategy} mixes several sources, and there is one; state concat")
+        if any(stated) != all(stated):
+            raise ValueError(
+                f"sources[{stated.index(False)}] has no share and others do; state it for all, or for none (in turn)"
+            )
+        for number, source in enumerate(self.sources):
+            if source.weight != 1.0:
+                raise ValueError(
+                    f"sources[{number}].weight: {source.weight} and interleave.strategy: {strategy} both say how often "
+                    "rows are trained; state `share` instead of weight"
+                )
+        return self
 
 
 def _refuse_blank(token: str) -> str:
@@ -589,7 +650,8 @@ class PackSection(Section):
         Literal[PackingStrategy, "none"],
         Field(
             description="How rows are filled: bfd (best-fit decreasing), bfd_split (the same with `overflow: split`), "
-            "wrapped, or none (one document per row)."
+            "in_order (documents keep their order), wrapped (the same, cut at full rows), or none (one document per "
+            "row)."
         ),
     ]
     overflow: Annotated[
@@ -1015,8 +1077,11 @@ class TrainSection(Section):
         ),
     ]
     order: Annotated[
-        Literal["shuffled", "sequential"],
-        Field(description="Order of the packed rows: shuffled (anew in each epoch), or sequential."),
+        Literal["shuffled", "sequential", "curriculum"],
+        Field(
+            description="Order of the packed rows: shuffled (anew in each epoch), sequential (as `pack` wrote them), "
+            "or curriculum (by load.curriculum)."
+        ),
     ]
     seed: Annotated[Seed, Field(description="Seed of the adapter's initial weights, the order of rows and dropout.")]
     report_to: Annotated[
@@ -1346,6 +1411,27 @@ class Params(Section):
             raise ValueError(
                 f"train.padding_free: false would be ignored: with pack.strategy {self.pack.strategy}, a row holds "
                 "several documents and no padding; set pack.strategy: none, or train.padding_free: null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Params:
+        column, order, strategy = self.load.curriculum, self.train.order, self.pack.strategy
+        if column is None and order == "curriculum":
+            raise ValueError(
+                "train.order: curriculum needs load.curriculum: the column whose number rows are sorted by, or length"
+            )
+        if column is None:
+            return self
+        if order != "curriculum":
+            raise ValueError(
+                f"load.curriculum: {column} would be ignored with train.order: {order}; state train.order: curriculum, "
+                "or load.curriculum: null"
+            )
+        if strategy.startswith("bfd"):
+            raise ValueError(
+                f"load.curriculum: {column} sorts rows, and pack.strategy: {strategy} would sort them by their length, "
+                "longest first, to fill packed rows; state in_order, which keeps their order (or wrapped, or none)"
             )
         return self
 

@@ -21,6 +21,8 @@ def against_streaming(params: Params) -> list[str]:
     ]
     if load.eval.count is not None:
         found.append("load.eval.count chooses among all rows; state load.eval.path or load.eval.fraction")
+    if load.interleave.strategy != "concat":
+        found.append("load.interleave.strategy chooses among all rows; state concat, which reads the sources in turn")
     if load.rehearsal is not None:
         found.append("load.rehearsal gets its share of all trained tokens; state null")
     for number, source in enumerate(load.sources):

@@ -48,6 +48,9 @@ CURVE_COLUMNS = (
 ROUTER_COLUMNS = ("aux_loss", "eval_aux_loss")
 """Columns of the load-balancing loss of a mixture of experts, in curves of trainings that have it."""
 
+SOURCE_PREFIX = "eval_loss/source/"
+"""Beginning of the columns with the loss on held-out rows of one source, in curves of trainings with several."""
+
 SPEED = "tokens_per_second"
 
 MEMORY_TAG = "sft.out_of_memory"
@@ -62,11 +65,16 @@ def curve_csv(history: list[dict[str, Any]]) -> str:
         steps.setdefault(entry["step"], {}).update(entry)
     file = io.StringIO()
     more = [column for column in ROUTER_COLUMNS if any(column in entry for entry in history)]
-    more += sample_columns(history)
+    more += [*source_columns(history), *sample_columns(history)]
     writer = csv.DictWriter(file, [*CURVE_COLUMNS, *more], extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(steps[step] for step in sorted(steps) if {"loss", "eval_loss"} & set(steps[step]))
     return file.getvalue()
+
+
+def source_columns(history: list[dict[str, Any]]) -> list[str]:
+    """Return the sorted names of the losses of single sources in the trainer's log; none if there is one source."""
+    return sorted({name for entry in history for name in entry if name.startswith(SOURCE_PREFIX)})
 
 
 def sample_columns(history: list[dict[str, Any]]) -> list[str]:
@@ -303,6 +311,7 @@ class LiveCurve(TrainerCallback):
         self._send(logs if speed is None else {**logs, SPEED: speed}, state.global_step)
 
     def _send(self, entry: Mapping[str, Any], step: int) -> None:
-        names = (*CURVE_COLUMNS, *ROUTER_COLUMNS, *sample_columns([dict(entry)]), SPEED)
+        by_name = [*source_columns([dict(entry)]), *sample_columns([dict(entry)])]
+        names = (*CURVE_COLUMNS, *ROUTER_COLUMNS, *by_name, SPEED)
         figures = {name: float(entry[name]) for name in names if name != "step" and name in entry}
         self._run.log(figures, step, int(time.time() * 1000))

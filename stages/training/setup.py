@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from peft import PeftConfig
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
@@ -18,6 +19,7 @@ from sft.attention.isolation import DocumentsMixError
 from sft.chat.formats import resize_embeddings
 from sft.config import SFTConfig
 from sft.inner_model import outside_language_model
+from sft.labels import LOSS_GROUPS
 from sft.models.adapters import ALL_LINEAR
 from sft.models.kbit import get_quantization_config
 from sft.models.loading import load_model
@@ -25,7 +27,7 @@ from sft.optimizers.schedules import FOLLOWS_THE_LOSS
 from sft.train.offloading import SELECTIVE
 from sft.train.trainer import SFTTrainer, check_optimizer
 from stages.checkout.artifacts import read_json
-from stages.checkout.paths import Paths
+from stages.checkout.paths import EVAL_SOURCES, Paths
 from stages.models.base import read_base_model
 from stages.models.images import image_collator
 from stages.params.schema import NO_LORA_OPTIONS, Params, TrainSection
@@ -76,13 +78,14 @@ def make_trainer(
     rows, teacher = streamed, None
     if streamed is None:
         rows, teacher = with_teacher(load_from_disk(str(paths.out("pack", "train"))), paths.out("load", "rehearsal"))
+    held_out, groups = with_sources(load_from_disk(str(paths.out("pack", "eval"))), paths)
     try:
         trainer = SFTTrainer(
             model,
             args=config,
             data_collator=collator,
             train_dataset=rows,
-            eval_dataset=load_from_disk(str(paths.out("pack", "eval"))),
+            eval_dataset=held_out,
             processing_class=tokenizer,
             peft_config=peft_config,
             callbacks=[LogLastStep(), *recorders, SealCheckpoints()],
@@ -90,8 +93,27 @@ def make_trainer(
         )
     except DocumentsMixError as error:
         raise ValueError(f"{error} In params.yaml: pack.strategy: none and train.padding_free: false") from None
+    trainer.loss_groups = groups
     trainer.remove_callback(PrinterCallback)  # `TrainingProgress` replaces it
     return trainer
+
+
+def with_sources(rows: Dataset, paths: Paths) -> tuple[Dataset, list[str]]:
+    """Add the column of groups by which the loss of held-out rows is reported, if they are from several sources.
+
+    Rows with images get none: their tokens are made when they are collated.
+
+    Returns:
+        The rows, and the names of the groups.
+    """
+    file = paths.out("pack", EVAL_SOURCES)
+    if not file.exists() or paths.has_images():
+        return rows, []
+    known, column = read_json(file), []
+    lengths = rows["seq_lengths"] if "seq_lengths" in rows.column_names else [[len(ids)] for ids in rows["input_ids"]]
+    for sources, of_row in zip(known["rows"], lengths, strict=True):
+        column.append(np.repeat(np.array(sources, dtype=np.int8), of_row))
+    return rows.add_column(LOSS_GROUPS, column), [f"source/{name}" for name in known["names"]]
 
 
 def leave_out_images(model: PreTrainedModel, peft_config: PeftConfig | None) -> None:
@@ -169,7 +191,7 @@ def make_sft_config(section: TrainSection, folder: Path) -> SFTConfig:
         **optimizer_options(section),
         **checkpointing_options(section),
         **precision_options(section),
-        "train_sampling_strategy": {"shuffled": "random", "sequential": "sequential"}[section.order],
+        "train_sampling_strategy": "random" if section.order == "shuffled" else "sequential",
     }
     try:
         return SFTConfig(**options | copy.deepcopy(section.arguments))

@@ -394,3 +394,26 @@ def test_dft_loss_as_a_function_trains_as_the_option_does(tmp_path: Path) -> Non
         for option in options
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("flat", [True, False])
+def test_the_losses_of_groups_are_those_of_their_tokens_alone(family: str, flat: bool) -> None:
+    model = make(family)
+    rows = [
+        {**ROWS[0], "loss_groups": [0, 0, 0, 0, 1, 1]},
+        {**ROWS[1], "loss_groups": [1, 1, -1]},
+        {**ROWS[2], "loss_groups": [2, 2, 2, 2]},
+    ]
+    whole, gradients = run(model, batch(flat, ROWS))
+    grouped, same_gradients = run(model, batch(flat, rows), num_groups=3)
+    torch.testing.assert_close(grouped.loss_sum, whole.loss_sum)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same_gradients[name], gradient)
+    assert grouped.groups is not None
+    assert grouped.groups[:, 1].tolist() == [2, 2, 0]
+    for number, labels in enumerate(([X, X, 7, 8, X, X], [X, X, X, X, X, 10])):
+        others = [{**ROWS[0], "labels": labels}, {**ROWS[1], "labels": [X, 12 if number else X, X]}]
+        alone, _ = run(model, batch(flat, others))
+        torch.testing.assert_close(grouped.groups[number, 0], alone.loss_sum)
+    assert run(model, batch(flat, rows))[0].groups is None

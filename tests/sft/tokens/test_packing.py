@@ -93,7 +93,14 @@ def test_wrapped_keeps_the_order_and_divides_documents_at_full_rows() -> None:
     assert packed["seq_lengths"][:] == [[2, 3], [4, 1], [2]]
 
 
-@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_in_order_keeps_the_order_and_closes_a_row_where_the_next_document_does_not_fit() -> None:
+    packed, plan = pack_with_plan(rows(2, 7, 3, 1, 2), seq_length=5, strategy="in_order")
+    assert plan == [[0], [1], [2, 3], [4]]
+    assert packed["input_ids"][:] == [[100, 101], [200, 201, 202, 203, 204], [300, 301, 302, 400], [500, 501]]
+    assert packed["seq_lengths"][:] == [[2], [5], [3, 1], [2]]
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "in_order", "wrapped"])
 def test_empty_documents_and_empty_data_sets_are_packed(strategy: str) -> None:
     packed, plan = pack_with_plan(rows(0, 3, 0, 2, 0), seq_length=5, strategy=strategy)
     assert plan == [[1, 3]]
@@ -171,7 +178,7 @@ def test_streams_are_packed_a_buffer_at_a_time() -> None:
 
 
 def test_unknown_strategy_and_bad_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="'ffd' is unknown; use one of bfd, bfd_split, wrapped"):
+    with pytest.raises(ValueError, match="'ffd' is unknown; use one of bfd, bfd_split, in_order, wrapped"):
         pack_dataset(rows(2), 5, "ffd")
     with pytest.raises(ValueError, match="seq_length must be at least 1, found 0"):
         pack_dataset(rows(2), 0)

@@ -317,13 +317,15 @@ def test_rows_whose_completion_was_truncated_are_counted_and_dropped(
     assert ("1 dropped without trained tokens" if streamed else "1 masked") in caplog.text
 
 
-@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "in_order", "wrapped"])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_long_document_is_cut_by_bfd_and_divided_by_the_other_strategies(streamed: bool, strategy: str) -> None:
+def test_a_long_document_is_cut_by_bfd_and_in_order_and_divided_by_the_other_strategies(
+    streamed: bool, strategy: str
+) -> None:
     rows = Dataset.from_dict({"input_ids": [list(range(5, 25)), [30, 31]]})
     options = {"max_length": 8, "packing": True, "packing_strategy": strategy}
     prepared = list(prepare(rows.to_iterable_dataset() if streamed else rows, **options))
-    kept = range(5, 13) if strategy == "bfd" else range(5, 25)
+    kept = range(5, 13) if strategy in ("bfd", "in_order") else range(5, 25)
     assert sorted(token for row in prepared for token in row["input_ids"]) == [*kept, 30, 31]
 
 

@@ -260,3 +260,37 @@ def test_command_writes_once_and_prints_the_table(tmp_path: Path, capsys: pytest
     assert {entry["effect"] for entry in result["keys"]} == {"same effect", "not supported"}
     assert main(["import", "axolotl", "none.yml", "--root", str(tmp_path / "x")], through_dvc=True) == 1
     assert "none.yml: no such file" in capsys.readouterr().err
+
+
+def test_the_order_of_rows_is_kept_where_the_source_keeps_it(tmp_path: Path) -> None:
+    keys = "curriculum_sampling: true\nsample_packing_sequentially: true\n"
+    draft = imported(tmp_path, "axolotl", AXOLOTL + keys)
+    values = written(tmp_path)
+    assert (values["pack"]["strategy"], values["train"]["order"]) == ("in_order", "sequential")
+    assert effects(draft)["sample_packing_sequentially"] is Effect.SAME
+    info = tmp_path / "info.json"
+    info.write_text(json.dumps(INFO), encoding="utf-8")
+    text = LLAMAFACTORY.replace("packing: false", "neat_packing: true\ndisable_shuffling: true")
+    imported(tmp_path, "llamafactory", text, dataset_info=str(info))
+    values = written(tmp_path)
+    assert (values["pack"]["strategy"], values["train"]["order"]) == ("in_order", "sequential")
+
+
+def test_trackers_and_streams_are_those_of_the_source(tmp_path: Path) -> None:
+    text = AXOLOTL.replace("wandb_project:", "wandb_project: shop\nuse_tensorboard: true\nstreaming: true")
+    draft = imported(tmp_path, "axolotl", text)
+    values = written(tmp_path)
+    assert values["train"]["report_to"] == ["mlflow", "wandb", "tensorboard"]
+    assert values["publish"]["experiment"] == "shop"
+    assert values["load"]["sources"][0]["streaming"] is True
+    assert {effects(draft)[key] for key in ("wandb_project", "use_tensorboard", "streaming")} == {Effect.SAME}
+    info = tmp_path / "info.json"
+    info.write_text(json.dumps(INFO), encoding="utf-8")
+    text = LLAMAFACTORY + "report_to: [trackio, comet_ml]\nstreaming: true\n"
+    draft = imported(tmp_path, "llamafactory", text, dataset_info=str(info))
+    values = written(tmp_path)
+    assert values["train"]["report_to"] == ["mlflow", "trackio"]
+    assert effects(draft)["report_to"] is Effect.NEAREST
+    assert [source.get("streaming") for source in values["load"]["sources"]] == [None, True]
+    imported(tmp_path, "llamafactory", LLAMAFACTORY + "report_to: none\n", dataset_info=str(info))
+    assert written(tmp_path)["train"]["report_to"] == ["mlflow"]

@@ -251,6 +251,15 @@ def test_ledger_is_counted_by_reason_and_quantization_error_is_drawn(paths: Path
         {"stage": "load", "reason": "duplicate", "action": "left out", "count": 1, "ids": ["tiny.jsonl:5"]}
     ]
     assert page.count('class="cell"') == 4
+    write_jsonl(
+        paths.out("train", "stream", "ledger.jsonl"),
+        [{"id": "tiny.jsonl:9", "stage": "load", "reason": "no_answer", "action": "drop"}],
+    )
+    assert report.ledger_summary(paths, with_stream=True)[1:] == [
+        {"stage": "train, load", "reason": "no answer", "action": "left out", "count": 1, "ids": ["tiny.jsonl:9"]}
+    ]
+    assert len(report.ledger_summary(paths)) == 1  # `pack` knows nothing of the training
+    paths.out("train", "stream", "ledger.jsonl").unlink()
     assert "1 layers needed more damping" in page
     assert "calibrated on 8,192 tokens in 32 training rows: 538 MB became 115 MB" in page
 
