@@ -30,6 +30,7 @@ from stages.importing.llamafactory_data import (
     default_system,
     eval_names,
     held_out,
+    mixture,
     own_template,
     packing,
     read_infos,
@@ -474,12 +475,8 @@ RULES: dict[str, Rule] = {
     ),
     "streaming": part_of("dataset"),
     "buffer_size": ignore("rows of a stream are packed and shuffled as a whole"),
-    "mix_strategy": lambda draft, key, value: (
-        draft.same(key, value, "all rows of all sources")
-        if value == "concat"
-        else draft.nearest(key, value, "state load.sources[].weight; rows of all sources are shuffled together")
-    ),
-    "interleave_probs": approach("state load.sources[].weight"),
+    "mix_strategy": mixture,
+    "interleave_probs": part_of("dataset"),
     "overwrite_cache": ignore("DVC knows what is up to date"),
     "preprocessing_batch_size": ignore("it does not change the rows"),
     "preprocessing_num_workers": ignore("format.num_proc and pack.num_proc do not change the rows"),

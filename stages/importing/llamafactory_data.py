@@ -107,6 +107,8 @@ def dataset_names(draft: Draft, key: str, value: Any, infos: Mapping[str, Any]) 
         if limit:
             source["max_rows"] = min(whole(limit), source.get("max_rows", whole(limit)))
     draft.values["load.sources"] = [*draft.values.get("load.sources", []), *sources]
+    for source, share in zip(sources, probabilities(draft), strict=False):
+        source["share"] = share
     is_online = bool(missing) and draft.source.get("dataset_dir") == "ONLINE"
     for source, name in zip(sources, names, strict=True):
         source |= {"path": name, "hub": True} if is_online else {}
@@ -300,6 +302,35 @@ def cutoff(draft: Draft, key: str, value: Any) -> None:
             "prompt and answer of longer rows are cut at the end, and not each in proportion",
             pack__max_length=whole(value),
         )
+
+
+MIXTURES = {
+    "interleave_under": "first_exhausted",
+    "interleave_over": "all_exhausted",
+    "interleave_once": "all_exhausted_without_replacement",
+}
+"""Name of a mixture -> its strategy."""
+
+
+def mixture(draft: Draft, key: str, value: Any) -> None:
+    """How the rows of several data sets are mixed."""
+    names = names_of(draft.source.get("dataset"))
+    if value not in MIXTURES or len(names) < 2:
+        draft.same(key, value, "all rows of all sources", load__interleave={"strategy": "concat", "seed": 0})
+        return
+    interleave = {"strategy": MIXTURES[value], "seed": int(draft.get("seed", default=42))}
+    if draft.is_on("streaming"):
+        draft.nearest(key, value, "each source is read to its end before rows are mixed", load__interleave=interleave)
+    else:
+        draft.same(key, value, load__interleave=interleave)
+
+
+def probabilities(draft: Draft) -> list[float]:
+    """Return how often each data set comes next, if they are mixed by probabilities."""
+    stated = draft.get("interleave_probs")
+    if stated is None or draft.get("mix_strategy") not in MIXTURES:
+        return []
+    return [float(part) for part in (stated.split(",") if isinstance(stated, str) else stated)]
 
 
 def packing(draft: Draft, key: str, value: Any) -> None:

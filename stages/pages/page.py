@@ -148,7 +148,9 @@ def rows_sentence(card: Mapping[str, Any]) -> str:
         f"{card['num_dropped']:,} left out",
     ]
     if card["num_omitted"]:
-        parts.append(f"{card['num_omitted']:,} not taken (max_rows, weight, interleave, or an unfinished answer of the rehearsal)")
+        parts.append(
+            f"{card['num_omitted']:,} not taken (max_rows, weight, interleave, or an unfinished rehearsed answer)"
+        )
     if card["num_repeated"]:
         parts.append(f"{card['num_repeated']:,} of the training rows are repetitions")
     of = "rows were read"

@@ -294,3 +294,14 @@ def test_trackers_and_streams_are_those_of_the_source(tmp_path: Path) -> None:
     assert [source.get("streaming") for source in values["load"]["sources"]] == [None, True]
     imported(tmp_path, "llamafactory", LLAMAFACTORY + "report_to: none\n", dataset_info=str(info))
     assert written(tmp_path)["train"]["report_to"] == ["mlflow"]
+
+
+def test_llamafactory_mixtures_are_interleaved_here(tmp_path: Path) -> None:
+    info = tmp_path / "info.json"
+    info.write_text(json.dumps(INFO), encoding="utf-8")
+    text = LLAMAFACTORY + "mix_strategy: interleave_over\ninterleave_probs: 0.7,0.3\nseed: 5\n"
+    draft = imported(tmp_path, "llamafactory", text, dataset_info=str(info))
+    values = written(tmp_path)
+    assert values["load"]["interleave"] == {"strategy": "all_exhausted", "seed": 5}
+    assert [source["share"] for source in values["load"]["sources"]] == [0.7, 0.3]
+    assert {effects(draft)[key] for key in ("mix_strategy", "interleave_probs")} == {Effect.SAME}
