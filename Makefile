@@ -119,4 +119,4 @@ benchmarks/.venv-unsloth/bin/python:
 		cut_cross_entropy==25.1.1 hf_transfer==0.1.9 tyro==1.0.17 msgspec==0.22.0 json5==0.17.3 nest-asyncio==1.6.0
 
 clean: ## remove results and checkpoints (not the DVC cache, not MLflow's record)
-	rm -rf outs reports/evaluation.html reports/report.html reports/data.html reports/timings .state
+	rm -rf outs reports/evaluation.html reports/report.html reports/data.html reports/timings reports/engines .state

@@ -19,6 +19,8 @@ from sft.evaluate.likelihood import DocumentScores, evaluate_model, split_docume
 from sft.models.checkpoint import load_tokenizer
 from stages.checkout.artifacts import read_json, write_json, write_jsonl
 from stages.checkout.paths import Paths
+from stages.engines.comparison import EngineResult
+from stages.engines.evaluation import ask_runs, entries_of, find_runs
 from stages.evaluation.lm_eval import load_harness
 from stages.evaluation.results import ModelResult, comparisons
 from stages.evaluation.row_scores import (
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 TOKENS_PER_BATCH = 2048
 
-SCORED, ANSWERED, HARNESS = "documents evaluated", "prompts answered", "lm-eval"
+SCORED, ANSWERED, HARNESS, SENT = "documents evaluated", "prompts answered", "lm-eval", "prompts sent"
 """What is counted; the first two are the texts that the functions of `sft.evaluate` report."""
 
 
@@ -99,9 +101,10 @@ def run(params: Params, paths: Paths) -> None:
     held_out = read_held_out(section, paths, tokenizer)
     others = read_others(section, paths, tokenizer)
     harness = load_harness(section.lm_eval, paths.root)
+    runs = find_runs(params, paths, held_out)
     variants = find_variants(paths)
     conditions = parse_gate(section.gate)  # the names in it were checked with params.yaml
-    amounts: Counter[str] = Counter()
+    amounts = Counter({SENT: len(runs) * len(held_out.prompts)})
     for variant in variants:
         amounts += sum((amount(rows, variant) for rows in (held_out, *others.values())), Counter())
         amounts[HARNESS] += harness is not None and harness.answers(variant.name)
@@ -128,17 +131,28 @@ def run(params: Params, paths: Paths) -> None:
         measured[variant.name] = result
         del model
     measured = {variant.name: measured[variant.name] for variant in variants}
+
+    def show_sent(name: str, done: int, total: int) -> None:
+        meter.model = name
+        if done:
+            meter(done, total, SENT)
+        else:
+            meter.start()
+
+    engines = ask_runs(runs, params, paths, held_out, tokenizer, measured, show_sent)
     figures = {name: result.with_errors() for name, result in measured.items()}
-    write_rows(paths, held_out, others, measured)
-    evidence = read_evidence(paths, held_out, measured)
-    checked = check_gate(conditions, figures, evidence, section.gate_needs)
+    write_rows(paths, held_out, others, measured, engines)
+    evidence = read_evidence(paths, held_out, measured, engines)
+    with_engines = figures | {name: result.figures for name, result in engines.items()}
+    checked = check_gate(conditions, with_engines, evidence, section.gate_needs)
     gate = [*failed_checks(figures, params, paths), *checked]
     sizes: dict[str, Any] = {"num_general": 0, "num_test": 0, "lm_eval": harness.notes() if harness else {}}
+    sizes["engines"] = entries_of(runs, engines, paths)
     for name, prefix in (("num_general", REGRESSION), ("num_test", TEST)):
         sizes[name] = others[prefix].num_documents if prefix in others else 0
-    write_outputs(paths, section, held_out, sizes, measured, gate)
+    write_outputs(paths, section, held_out, sizes, measured, engines, gate)
     write_evaluation_page(params, paths)
-    print(summary(measured, gate, paths), flush=True)
+    print(summary(with_engines, gate, paths), flush=True)
 
 
 def read_held_out(section: EvaluateSection, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> EvalRows:
@@ -249,6 +263,7 @@ def write_outputs(
     held_out: EvalRows,
     sizes: dict[str, Any],
     measured: dict[str, ModelResult],
+    engines: dict[str, EngineResult],
     gate: list[GateRow],
 ) -> None:
     """Write results.json, the metrics for DVC, and the timings.
@@ -257,8 +272,9 @@ def write_outputs(
         paths: The checkout.
         section: Section `evaluate` of params.yaml.
         held_out: The held-out rows.
-        sizes: More entries of results.json: number of general documents, and sizes of the tasks of lm-eval.
+        sizes: More entries of results.json: number of general documents, sizes of the tasks of lm-eval, and engines.
         measured: Model -> its results.
+        engines: Engine -> its result.
         gate: The checked conditions.
     """
     passed = all(row.passed for row in gate)
@@ -270,7 +286,7 @@ def write_outputs(
         **sizes,
         "max_new_tokens": section.max_new_tokens,
         "models": figures,
-        "intervals": {name: result.intervals for name, result in measured.items()},
+        "intervals": intervals_of(measured, engines),
         "comparisons": comparisons(measured),
         "not_generated": {"merged": merge_note(paths)},
         "gate": [asdict(row) for row in gate],
@@ -278,19 +294,35 @@ def write_outputs(
     }
     write_json(paths.out("evaluate", "results.json"), results)
     with_errors = {name: result.with_errors() for name, result in measured.items()}
-    write_json(paths.metrics("evaluate"), {**with_errors, "gate_passed": int(passed)})
-    write_json(paths.timings("evaluate"), {name: result.seconds for name, result in measured.items()})
+    of_engines = {name: result.figures for name, result in engines.items()}
+    write_json(paths.metrics("evaluate"), {**with_errors, **of_engines, "gate_passed": int(passed)})
+    seconds = {name: result.seconds for name, result in measured.items()}
+    write_json(paths.timings("evaluate"), seconds | {name: result.speed for name, result in engines.items()})
+
+
+def intervals_of(measured: Mapping[str, ModelResult], engines: Mapping[str, EngineResult]) -> dict[str, Any]:
+    """Return the intervals of all figures by model; engines are called `engine.NAME`."""
+    of_engines = {name: result.intervals for name, result in engines.items()}
+    return {name: result.intervals for name, result in measured.items()} | of_engines
 
 
 def write_rows(
-    paths: Paths, held_out: EvalRows, others: Mapping[str, EvalRows], measured: dict[str, ModelResult]
+    paths: Paths,
+    held_out: EvalRows,
+    others: Mapping[str, EvalRows],
+    measured: dict[str, ModelResult],
+    engines: dict[str, EngineResult],
 ) -> None:
     """Write the answers to generations.jsonl, general.jsonl and test.jsonl, and the sums over each document.
 
     An earlier general.jsonl or test.jsonl is deleted if there are no such rows.
     """
     folder = paths.out("evaluate")
-    write_jsonl(folder / ANSWERS, generation_rows(held_out, measured))
+    rows = generation_rows(held_out, measured)
+    for name, result in engines.items():
+        for row, sent in zip(rows, result.rows, strict=True):
+            row["answers"][name] = {key: value for key, value in sent.items() if key != "id"}
+    write_jsonl(folder / ANSWERS, rows)
     documents = document_rows(held_out, measured)
     for prefix, file in ((REGRESSION, GENERAL_ANSWERS), (TEST, TEST_ANSWERS)):
         (folder / file).unlink(missing_ok=True)
@@ -302,9 +334,11 @@ def write_rows(
     write_jsonl(folder / DOCUMENTS, documents)
 
 
-def read_evidence(paths: Paths, held_out: EvalRows, measured: dict[str, ModelResult]) -> Evidence:
+def read_evidence(
+    paths: Paths, held_out: EvalRows, measured: dict[str, ModelResult], engines: dict[str, EngineResult]
+) -> Evidence:
     """Return how certain the figures are, from the rows that `write_rows` has written."""
-    intervals = {name: result.intervals for name, result in measured.items()}
+    intervals = intervals_of(measured, engines)
     return evidence_of(intervals, read_row_scores(paths.out("evaluate")), len(held_out.prompts))
 
 
@@ -345,9 +379,9 @@ def document_rows(asked: EvalRows, measured: Mapping[str, ModelResult], prefix: 
     return rows
 
 
-def summary(measured: dict[str, ModelResult], gate: list[GateRow], paths: Paths) -> str:
+def summary(figures: Mapping[str, Mapping[str, float]], gate: list[GateRow], paths: Paths) -> str:
     """Describe the result in a few lines: figures of each model, conditions of the gate, path of the report."""
-    lines = [f"  {name:<10} " + "  ".join(f"{k} {v:.4g}" for k, v in r.figures.items()) for name, r in measured.items()]
+    lines = [f"  {name:<10} " + "  ".join(f"{k} {v:.4g}" for k, v in each.items()) for name, each in figures.items()]
     lines += [f"  {VERDICTS[row.verdict]:<9}  {row.condition}  ({row.reason})" for row in gate]
     verdict = "gate passed" if all(row.passed for row in gate) else "gate FAILED: the champion will not be replaced"
     return "\n".join([*lines, verdict, f"report: {paths.evaluation_page}"])

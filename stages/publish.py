@@ -23,7 +23,7 @@ from stages.pages.model_card import write_card
 from stages.pages.promotion import Decision, write_page
 from stages.pages.since_champion import Changes, complete_report, section_without_changes
 from stages.pages.verdict import doubts, read_results
-from stages.params.figures import VERDICTS
+from stages.params.figures import VERDICTS, all_figures
 from stages.params.schema import Params
 from stages.progress import progress, stage_progress
 from stages.shipping.folder import write_shipped_folder
@@ -173,7 +173,7 @@ def decide(
     publication = begin_publication(tracking, params.registered_model, version, params.gate)
     champion = find_champion(tracking, params.registered_model, publication.before[CHAMPION])
     evidence = read_evidence(tracking, result.paths, results, champion)
-    promotion = check_promotion(result.params, result.paths, run_id, results["models"], champion, evidence)
+    promotion = check_promotion(result.params, result.paths, run_id, all_figures(results), champion, evidence)
     decision = Decision(
         name=params.registered_model,
         version=version,

@@ -46,8 +46,9 @@ HINT = "write e.g. `tuned.exact_match >= 0.85` or `quantized.loss <= 1.05 * tune
 
 MAX_LENGTH = 300
 
-# `model.metric`, with `champion.` before it for the promoted model; figures of lm-eval are `model.task.metric`.
-NAME = re.compile(r"(champion\.)?\w+\.\w+(\.\w+)?")
+# `model.metric`, with `champion.` before it for the promoted model; figures of lm-eval are `model.task.metric`, and
+# those of serving engines `engine.NAME.metric` or `engine.NAME.model.metric`.
+NAME = re.compile(r"(champion\.)?(engine\.)?\w+\.\w+(\.\w+)?")
 
 
 @dataclass(frozen=True)

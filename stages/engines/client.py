@@ -73,7 +73,7 @@ def ask_all(
         name: Name of the model in requests.
         prompts: The prompts.
         max_new_tokens: Largest number of tokens of an answer, stop token included.
-        on_progress: Called with the number of answers and of prompts.
+        on_progress: Called with the number of answers, which is 0 before the first request, and of prompts.
         stops: Texts of the stop tokens, which llama.cpp writes at the end of an answer if it writes special tokens.
 
     Raises:
@@ -81,6 +81,7 @@ def ask_all(
     """
     started = time.monotonic()
     found: list[tuple[Generation, list[int] | int]] = []
+    on_progress(0, len(prompts))
     pool = ThreadPoolExecutor(NUM_AT_ONCE)
     try:
         for one in pool.map(lambda prompt: ask(engine, server, name, prompt, max_new_tokens, stops), prompts):

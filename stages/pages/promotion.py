@@ -12,7 +12,7 @@ from stages.checkout.artifacts import write_json, write_text
 from stages.pages.comparison import cause_rows
 from stages.pages.page import render_page, show, show_change
 from stages.pages.verdict import CLOSED, OPEN, UNSURE, count_unmet
-from stages.params.figures import figure_of
+from stages.params.figures import all_figures, figure_of, split_figure
 from stages.tracking.champion import CANDIDATE, CHAMPION, Champion
 from stages.tracking.recorded import Difference
 
@@ -136,13 +136,13 @@ def write_page(
 
 def figure_rows(decision: Decision, conditions: Sequence[str], results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return this result's figures next to the champion's: those of the conditions, then task figures and losses."""
-    models, champion = results["models"], decision.champion.figures if decision.champion else {}
+    models, champion = all_figures(results), decision.champion.figures if decision.champion else {}
     named = [n.removeprefix(f"{CHAMPION}.") for c in parse_gate(conditions) for n in c.names]
     shipped = ("tuned", "quantized" if "quantized" in models else "merged")
     others = [f"{model}.{figure}" for model in shipped for figure in (*results["figures"], "loss", "size_mb")]
     rows = []
     for name in dict.fromkeys([*named, *others]):
-        model, _, metric = name.partition(".")
+        model, metric = split_figure(name)
         value = models.get(model, {}).get(metric)
         if value is None:
             continue

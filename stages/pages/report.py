@@ -93,6 +93,21 @@ def figures_section(params: Params, paths: Paths) -> Section:
     return render_section("figures", "Before and after", "report/figures.html.jinja", shown)
 
 
+def engines_section(params: Params, paths: Paths) -> Section | None:
+    """Return the section with the figures of the serving engines; None if none was asked."""
+    results = read_json(paths.out("evaluate", "results.json"))
+    engines = results["engines"]
+    if not engines:
+        return None
+    speeds = read_json(paths.timings("evaluate"))
+    shown = {
+        "table": comparison({**results, "models": {name: engine["figures"] for name, engine in engines.items()}}),
+        "engines": engines,
+        "speeds": {name: speeds[name] for name in engines},
+    }
+    return render_section("engines", "Serving engines", "report/engines.html.jinja", shown)
+
+
 def promotion_section(params: Params, paths: Paths) -> Section:
     """Return the section that says what `publish` will do with the result."""
     results = read_json(paths.out("evaluate", "results.json"))
@@ -166,6 +181,7 @@ def lineage_section(params: Params, paths: Paths) -> Section:
 
 SECTIONS: tuple[Callable[[Params, Paths], Section | None], ...] = (
     figures_section,
+    engines_section,
     promotion_section,
     training_section,
     samples_section,

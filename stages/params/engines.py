@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
+
+from sft.suggest import did_you_mean
 
 ENGINES = ("transformers", "vllm", "llama_cpp")
 
@@ -50,3 +52,33 @@ GGUFKind = Literal[
 
 IMPORTANCE_KINDS = tuple(kind for kind in get_args(GGUFKind) if "_k" in kind or kind.startswith("iq"))
 """Kinds that are rounded by the importance of each weight, which is measured on training rows."""
+
+
+class AskedEngine(NamedTuple):
+    """An entry of `evaluate.engines`.
+
+    Args:
+        engine: transformers, vllm or llama_cpp.
+        model: merged, quantized, adapter, or the kind of a GGUF file; None = the model that is shipped.
+    """
+
+    engine: str
+    model: str | None
+
+
+def read_entry(text: str) -> AskedEngine:
+    """Read an entry of `evaluate.engines`: `ENGINE` or `ENGINE:MODEL`.
+
+    Raises:
+        ValueError: There is no such engine, or it does not serve the model.
+    """
+    engine, colon, model = text.partition(":")
+    if engine not in ENGINES:
+        hint = did_you_mean(engine, ENGINES, otherwise=f"there are {', '.join(ENGINES)}")
+        raise ValueError(f"{text!r}: there is no engine {engine!r}; {hint}")
+    serves_files = SERVED[engine] == ("gguf",)
+    known = get_args(GGUFKind) if serves_files else SERVED[engine]
+    if model in known or not (colon or serves_files):
+        return AskedEngine(engine, model or None)
+    what = f"GGUF files; name the kind of one, such as {engine}:q8_0" if serves_files else " or ".join(known)
+    raise ValueError(f"{text!r}: {engine} serves {what}{did_you_mean(model, known, before='; ')}")

@@ -6,7 +6,8 @@ Names of figures are known before anything is computed, so that a gate with a wr
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sft.evaluate.lm_eval import figure_part
 from stages.params.tasks import figure_names
@@ -24,6 +25,12 @@ ANSWERING = ("base", "tuned", "quantized")
 
 LIKELIHOOD = ("loss", "perplexity", "token_accuracy")
 STOP_RATE = "stop_rate"
+
+ENGINE = "engine"
+"""First part of the names of serving engines' figures."""
+
+EQUAL_ANSWERS, SAME_PROMPTS = "equal_answers", "same_prompts"
+"""Figures of engines: shares of answers that equal the evaluated ones, and of prompts read as the same tokens."""
 
 REGRESSION = "regression_"
 """Prefix of the figures of general prompts."""
@@ -68,6 +75,8 @@ FIGURES: dict[str, Figure] = {
     "bleu": Figure("BLEU, 0 to 100", "number", 1),
     "chrf": Figure("chrF, 0 to 100", "number", 1),
     "stop_rate": Figure("Answers that end before the limit", "percent", 1),
+    "equal_answers": Figure("Answers equal to the evaluated ones", "percent", 1),
+    "same_prompts": Figure("Prompts read as the same tokens", "percent", 1),
     "loss": Figure("Loss (nats per token)", "number", -1),
     "perplexity": Figure("Perplexity", "number", -1),
     "kl": Figure("KL from the tuned model (nats per token)", "number", -1),
@@ -161,6 +170,8 @@ def lower_is_better(name: str) -> bool:
 def metric_names(section: EvaluateSection, *, with_quantized: bool) -> set[str]:
     """Return the names `model.metric` of all figures that `evaluate` will measure, except those of lm-eval.
 
+    Figures of engines are called `engine.NAME.metric`.
+
     Args:
         section: The section `evaluate` of params.yaml.
         with_quantized: Whether there is a quantized model.
@@ -169,7 +180,32 @@ def metric_names(section: EvaluateSection, *, with_quantized: bool) -> set[str]:
         ValueError: A task is unknown.
     """
     models = [model for model in MODELS if with_quantized or model != "quantized"]
-    return {f"{model}.{name}" for model in models for name in _names_of_model(section, model)}
+    asked = [engine_name(text) for text in section.engines]
+    of_engine = (EQUAL_ANSWERS, SAME_PROMPTS, *figure_names(section.task), STOP_RATE)
+    return {f"{model}.{name}" for model in models for name in _names_of_model(section, model)} | {
+        f"{prefix}.{name}" for prefix in asked for name in of_engine
+    }
+
+
+def engine_name(entry: str) -> str:
+    """Return what is before the figures of an entry of `evaluate.engines`: `engine.vllm`, `engine.llama_cpp.q8_0`."""
+    return f"{ENGINE}.{entry.replace(':', '.')}"
+
+
+def split_figure(name: str) -> tuple[str, str]:
+    """Split `model.metric`, such as `tuned.loss`, `tuned.arc_easy.acc` and `engine.llama_cpp.q8_0.equal_answers`.
+
+    Returns:
+        The model and the metric; the metric is empty if there is none.
+    """
+    model, _, metric = name.rpartition(".") if name.startswith(f"{ENGINE}.") else name.partition(".")
+    return model, metric
+
+
+def all_figures(results: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Return the figures in results.json by model; engines are called `engine.NAME`."""
+    engines = results.get("engines", {})  # older results lack it
+    return {**results["models"], **{name: engine["figures"] for name, engine in engines.items()}}
 
 
 def open_ended_names(section: EvaluateSection, *, with_quantized: bool) -> list[str]:

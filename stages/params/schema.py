@@ -48,8 +48,8 @@ from sft.suggest import did_you_mean
 from stages.checkout.redaction import redact
 from stages.params.adapters import check_adapter
 from stages.params.arguments import check_arguments, training_options
-from stages.params.engines import GGUFKind
-from stages.params.figures import STOP_RATE, figure_of, metric_names, open_ended_names, range_of
+from stages.params.engines import GGUFKind, read_entry
+from stages.params.figures import ENGINE, STOP_RATE, figure_of, metric_names, open_ended_names, range_of
 from stages.params.names import (
     check_experiment_folder,
     check_experiment_name,
@@ -1278,6 +1278,14 @@ def _check_distinct(names: list[str]) -> list[str]:
     return names
 
 
+def _check_entries(entries: list[str]) -> list[str]:
+    asked = [read_entry(text) for text in entries]
+    twice = [text for number, text in enumerate(entries) if asked[number] in asked[:number]]
+    if twice:
+        raise ValueError(f"every engine can be stated once with a model, found {', '.join(twice)} twice")
+    return entries
+
+
 OwnFile = Annotated[str, AfterValidator(_check_in_folder)]
 LmEvalTask = Annotated[str, Field(min_length=1)]
 
@@ -1337,6 +1345,14 @@ class EvaluateSection(Section):
     ]
     lm_eval: Annotated[
         LmEvalSection, Field(description="Tasks of lm-eval. Needs the extra `lm-eval` (docs/evaluation.md).")
+    ]
+    engines: Annotated[
+        list[str],
+        AfterValidator(_check_entries),
+        Field(
+            description="Serving engines that are asked the held-out prompts, too, as ENGINE or ENGINE:MODEL, e.g. "
+            "[vllm, llama_cpp:q8_0]; needs `make engines` (docs/engines.md); [] = none."
+        ),
     ]
     gate: Annotated[list[str], Field(description="Conditions that must be true before the alias `champion` moves.")]
     gate_needs: Annotated[
@@ -1443,6 +1459,21 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_engines(self) -> Params:
+        for text in self.evaluate.engines:
+            engine, model = read_entry(text)
+            problem = ""
+            if engine == "llama_cpp" and model not in (self.quantize.export_gguf or ()):
+                problem = f"`quantize` writes no such GGUF file; add {model} to quantize.export_gguf"
+            elif model == "quantized" and self.quantize.method == "none":
+                problem = "quantize.method is none, so there is no quantized model; ask merged"
+            elif model == "adapter" and self.train.method == "full":
+                problem = "train.method is full, so there is no adapter; ask merged"
+            if problem:
+                raise ValueError(f"evaluate.engines: {text}: {problem}")
+        return self
+
+    @model_validator(mode="after")
     def _check_gates(self) -> Params:
         is_quantized = self.quantize.method != "none"
         available = metric_names(self.evaluate, with_quantized=is_quantized)
@@ -1456,7 +1487,9 @@ class Params(Section):
             try:
                 check_ranges(parse_gate(gate, names, known_prefixes), range_of)
             except ValueError as error:
-                raise ValueError(f"{key}: {error}") from None
+                is_engine = f"nothing is called {ENGINE}." in str(error)
+                hint = "evaluate.engines does not name the engine: " if is_engine else ""
+                raise ValueError(f"{key}: {hint}{error}") from None
         return self
 
 

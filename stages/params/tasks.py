@@ -19,8 +19,8 @@ from sft.suggest import did_you_mean
 FOLDER = "tasks"
 
 OWN = re.compile(rf"{FOLDER}\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)")
-TAKEN = {"loss", "perplexity", "token_accuracy", "kl", "size_mb", "stop_rate"}
-"""Figures that every evaluation has."""
+TAKEN = {"loss", "perplexity", "token_accuracy", "kl", "size_mb", "stop_rate", "equal_answers", "same_prompts"}
+"""Figures that every evaluation, or every engine, has."""
 
 
 def task_names(value: str | list[str]) -> list[str]:

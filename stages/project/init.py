@@ -40,6 +40,7 @@ IGNORED = (
     "/reports/data.html",
     "/reports/comparison.html",
     "/reports/timings/",
+    "/reports/engines/",
     "/mlflow.db*",
     "/mlruns/",
     "/mlartifacts/",

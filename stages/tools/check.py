@@ -14,14 +14,15 @@ from sft.export.quantization import NOT_FOR_IMAGES, check_experts, check_layers_
 from sft.llama_cpp.programs import check_exportable
 from sft.models.checkpoint import empty_model, is_image_model, load_tokenizer
 from stages.checkout.paths import Paths, main_checkout
-from stages.engines.programs import llama_cpp
+from stages.engines.programs import check_installed, llama_cpp
 from stages.evaluation.rows import KEYS, read_prompts, read_records, render_records, test_rows
 from stages.loading.preflight import inspect_data
 from stages.loading.rehearsal import read_asked
 from stages.models.base import read_base_model
 from stages.models.resolve import check_named
+from stages.params.engines import read_entry
 from stages.params.figures import REGRESSION, TEST
-from stages.params.schema import LmEvalSection, Params, QuantizeSection
+from stages.params.schema import EvaluateSection, LmEvalSection, Params, QuantizeSection
 from stages.params.tasks import load_tasks
 from stages.preflight.checkpoint import base_folder, read_outline
 from stages.preflight.findings import Located, Problem, from_error, locate
@@ -102,6 +103,7 @@ def find_problems(params: Params, paths: Paths) -> Iterator[Problem]:
         ("evaluate.regression", lambda: read_records(params.evaluate.regression, paths.root)),
         ("evaluate.test", lambda: read_records(test_rows(params.evaluate), paths.root, KEYS[TEST])),
         ("evaluate.lm_eval", lambda: _check_lm_eval(params.evaluate.lm_eval)),
+        ("evaluate.engines", lambda: check_engines(params.evaluate, paths)),
         ("publish.tracking_uri", lambda: check_tracking(params.publish, home)),
         ("publish", lambda: check_services(params, home, folder)),
     ]
@@ -142,6 +144,7 @@ def check_later_stages(params: Params, paths: Paths) -> None:
         key = "bits, quantize.group_size" if params.quantize.method == "gptq" else "method"
         raise ValueError(f"quantize.{key}: {error}") from None
     check_gguf(params, paths, folder)
+    check_engines(params.evaluate, paths)
     read_prompts(params.evaluate, load_tasks(params.evaluate.task, paths.root), paths)
     from stages.evaluation.lm_eval import load_harness  # imports torch, which `check` does without
 
@@ -167,6 +170,18 @@ def check_gguf(params: Params, paths: Paths, folder: Path | None) -> None:
             check_exportable(folder, llama_cpp(paths.root))
     except ValueError as error:
         raise ValueError(f"quantize.export_gguf: {error}") from None
+
+
+def check_engines(section: EvaluateSection, paths: Paths) -> None:
+    """Check that the engines that `evaluate` asks are installed.
+
+    Raises:
+        ValueError: Some are not.
+    """
+    try:
+        check_installed([read_entry(text).engine for text in section.engines], paths.root)
+    except ValueError as error:
+        raise ValueError(f"evaluate.engines: {error}") from None
 
 
 def check_experts_quantizable(section: QuantizeSection, folder: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stages.checkout.artifacts import read_json
 from stages.checkout.paths import Paths
 from stages.pages.verdict import read_results
-from stages.params.figures import VERDICTS
+from stages.params.figures import EQUAL_ANSWERS, VERDICTS, all_figures
 from stages.params.schema import Params
 from stages.tools.freshness import find_stale, warn_if_stale
 
@@ -37,7 +38,7 @@ def run(params: Params, paths: Paths, *, as_json: bool = False) -> None:
         "\n".join(
             [
                 "",
-                *table(results["models"], ["loss", "token_accuracy", *results["figures"], "size_mb"]),
+                *table(all_figures(results), ["loss", "token_accuracy", *results["figures"], EQUAL_ANSWERS, "size_mb"]),
                 "",
                 *gate_lines(results),
                 *promotion_lines(paths),
@@ -57,7 +58,7 @@ def as_values(results: dict[str, Any], params: Params, paths: Paths) -> dict[str
     return {
         "passed": results["passed"],
         "gate": results["gate"],
-        "models": results["models"],
+        "models": all_figures(results),
         "figures": results["figures"],
         "promotion": read_json(promotion) if promotion.exists() else None,
         "report": str(newest_report(params, paths)),
@@ -77,13 +78,14 @@ def newest_report(params: Params, paths: Paths) -> Path:
     return paths.report if is_complete else paths.evaluation_page
 
 
-def table(models: dict[str, dict[str, float]], columns: list[str]) -> list[str]:
+def table(models: Mapping[str, Mapping[str, float]], columns: list[str]) -> list[str]:
     """Return a table with one line per model and one column per figure that any model has."""
     columns = [name for name in columns if any(name in figures for figures in models.values())]
-    lines = ["  " + "model".ljust(10) + "".join(name.rjust(16) for name in columns)]
+    width = max(10, *(len(name) + 1 for name in models))
+    lines = ["  " + "model".ljust(width) + "".join(name.rjust(16) for name in columns)]
     for name, figures in models.items():
         cells = [f"{figures[column]:.4g}" if column in figures else "" for column in columns]
-        lines.append("  " + name.ljust(10) + "".join(cell.rjust(16) for cell in cells))
+        lines.append("  " + name.ljust(width) + "".join(cell.rjust(16) for cell in cells))
     return lines
 
 

@@ -21,6 +21,7 @@ from sft.evaluate.evidence import Evidence
 from sft.evaluate.gate import Condition, GateRow, check_gate, parse_gate, passes_with
 from stages.checkout.artifacts import read_jsonl
 from stages.checkout.paths import Paths
+from stages.params.figures import split_figure
 from stages.params.schema import Params
 from stages.tracking.store import Tracking
 
@@ -238,7 +239,7 @@ def champion_figures(champion: Run) -> dict[str, dict[str, float]]:
     """Return `champion.MODEL` -> metric -> value from the metrics of the champion's run."""
     found: dict[str, dict[str, float]] = {}
     for name, value in champion.data.metrics.items():
-        model, _, metric = name.removeprefix(METRIC_PREFIX).partition(".")
+        model, metric = split_figure(name.removeprefix(METRIC_PREFIX))
         if name.startswith(METRIC_PREFIX) and metric:
             found.setdefault(f"{CHAMPION}.{model}", {})[metric] = value
     return found

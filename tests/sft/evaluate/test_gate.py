@@ -11,6 +11,8 @@ from sft.evaluate.gate import check_gate, parse_condition, parse_gate
 RESULTS = {
     "tuned": {"loss": 1.0, "exact_match": 0.9},
     "quantized": {"loss": 1.04, "exact_match": 0.86, "nan": math.nan},
+    "engine.vllm": {"exact_match": 0.86},
+    "engine.llama_cpp.q8_0": {"equal_answers": 0.75},
 }
 
 
@@ -22,6 +24,8 @@ RESULTS = {
         ("quantized.exact_match >= tuned.exact_match - 0.03", False, 0.86, 0.87),
         ("0.5 < tuned.loss / 2 + 0.1", True, 0.5, 0.6),
         ("-tuned.loss > -2", True, -1.0, -2.0),
+        ("engine.vllm.exact_match >= quantized.exact_match - 0.01", True, 0.86, 0.85),
+        ("engine.llama_cpp.q8_0.equal_answers >= 0.9", False, 0.75, 0.9),
     ],
 )
 def test_condition_compares_two_expressions(condition: str, passed: bool, left: float, right: float) -> None:

@@ -17,12 +17,12 @@ from sft.evaluate.tasks import find_task
 from stages import evaluate, quantize
 from stages.checkout.artifacts import read_json, write_json
 from stages.engines import verify
+from stages.engines.asking import stop_texts
 from stages.engines.client import Answers, without_stop
 from stages.engines.comparison import compare
 from stages.engines.programs import Served, command_of, llama_cpp, lora_rank, parser_options, vllm_python
 from stages.engines.prompts import Prompt
 from stages.engines.server import EngineFailed, free_port, running
-from stages.engines.verify import stop_texts
 from tests.stages.tiny_run import REPO, tiny_params, write_tiny_run
 from tests.tiny import tiny_tokenizer
 
@@ -44,6 +44,13 @@ def test_share_of_equal_answers_and_the_first_other_one_are_reported() -> None:
     figures = result.figures
     assert (figures["equal_answers"], figures["same_prompts"], figures["exact_match"]) == (0.5, 0.5, 0.5)
     assert result.first_difference == {"id": "a:2", "character": 2, "engine": "Paris", "evaluate": "Paddington"}
+    assert result.rows[1] == {
+        "id": "a:2",
+        "text": "Paris",
+        "stopped": False,
+        "num_tokens": 2,
+        "scores": {"exact_match": 0.0, "word_f1": 0.0, "equal_answers": 0.0, "same_prompts": 0.0},
+    }
     assert result.first_prompt_difference == {"id": "a:2", "engine": 7, "evaluate": [3]}
     assert (result.num_chats, result.speed["tokens_per_second"]) == (1, 1.5)
 

@@ -106,3 +106,18 @@ def test_conversations_without_any_chat_template_are_named_before_a_run(root: Da
         check.run(params, root.paths)
     named = params.model_copy(update={"format": params.format.model_copy(update={"chat_template": "chatml"})})
     check.run(named, root.paths)
+
+
+def test_engines_that_are_not_installed_are_one_message_that_names_the_way_out(
+    root: DataRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFT_ENGINES", str(root.paths.root / "none"))
+    params = root.params()
+    asked = params.evaluate.model_copy(update={"engines": ["vllm:merged", "llama_cpp:q8_0", "transformers"]})
+    with pytest.raises(check.CheckFailed) as caught:
+        check.run(params.model_copy(update={"evaluate": asked}), root.paths)
+    assert re.fullmatch(
+        r"params\.yaml: evaluate\.engines: the engines vllm and llama_cpp are not installed, .*none/vllm/\.ready and "
+        r".*none/llama_cpp/\.ready are missing: `make engines` installs vLLM and llama.cpp outside \.venv",
+        str(caught.value),
+    )
