@@ -76,9 +76,9 @@ def place_data(files: Mapping[str, str], data: Path | None, checkout: Path) -> N
                 f"{for_terminal(str(file))} is another file than the run read: SHA-256 {found[:12]} instead of "
                 f"{digest[:12]}; give the folder with the run's data: --data FOLDER"
             )
-    if data is not None:
+    if data is not None and data.is_dir():  # none is needed if all rows come from the hub
         shutil.copytree(data, checkout / "data", copy_function=_take, dirs_exist_ok=True)
-    (checkout / "data").mkdir(exist_ok=True)
+    (checkout / "data").mkdir(parents=True, exist_ok=True)
 
 
 def _take(source: str, target: str) -> str:

@@ -34,6 +34,7 @@ from stages.checkout.code import STAGE as CODE_STAGE
 from stages.checkout.foreign_text import for_terminal
 from stages.checkout.paths import Paths, main_checkout
 from stages.checkout.worktree import dvc_cache, locked_worktree, use_dvc_cache
+from stages.engines.programs import FOLDER_VARIABLE, engines_folder
 from stages.models.base import BASE_KEY
 from stages.params.schema import Params
 from stages.shipping.code_archive import ARCHIVE
@@ -187,7 +188,7 @@ def run(
         check_trusted(addition(home, record), trust_patch, runs[0])
         name = re.sub(r"[^\w-]", "_", recorded.info.run_id[:12])
         with recorded_checkout(home, record, f"reproduce-{name}", keep) as folder:
-            repeat(folder)
+            repeat(folder, home)
             metrics = metrics_of(recorded_run(recorded))
             outcome = compare(metrics, record, folder, [folder / ".dvc" / "cache", dvc_cache(home)])
             if keep:
@@ -249,7 +250,7 @@ def repeat_shipped(
         checkout = unpacked_checkout(shipped, found.record, paths.root, keep)
     with checkout as folder:
         place_data(found.record.local_files(), data, folder)
-        repeat(folder)
+        repeat(folder, home)
         caches = [folder / ".dvc" / "cache", *([dvc_cache(home)] if has_commit else [])]
         outcome = compare(found.record.figures, record, folder, caches)
         if keep:
@@ -432,21 +433,26 @@ def _restore_data(home: Path, path: Path) -> None:
     use_dvc_cache(path, path / ".dvc" / "cache")
 
 
-def repeat(folder: Path) -> None:
+def repeat(folder: Path, home: Path) -> None:
     """Run every stage up to the evaluation with DVC; nothing is published.
+
+    Args:
+        folder: The checkout in which they run.
+        home: The present folder, whose serving engines are used.
 
     Raises:
         ValueError: A stage failed; its own message was printed before.
     """
-    done = subprocess.run(_dvc("repro", LAST_STAGE), cwd=folder, env=_stage_environment(folder), check=False)
+    done = subprocess.run(_dvc("repro", LAST_STAGE), cwd=folder, env=_stage_environment(folder, home), check=False)
     if done.returncode != 0:
         raise ValueError(f"a stage failed in {folder.name}, see above; `--keep` keeps the folder for inspection")
 
 
-def _stage_environment(folder: Path) -> dict[str, str]:
+def _stage_environment(folder: Path, home: Path) -> dict[str, str]:
     """Return the environment of the repeated stages: own checkpoints, no MLflow run, this interpreter's tools first."""
+    own = {"SFT_STATE_DIR": str(folder / ".state"), "SFT_LIVE_RUN": "off"}
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PATH": search, "SFT_STATE_DIR": str(folder / ".state"), "SFT_LIVE_RUN": "off"}
+    return {**os.environ, "PATH": search, FOLDER_VARIABLE: str(engines_folder(home)), **own}
 
 
 def compare(metrics: Mapping[str, float], record: Record, folder: Path, caches: list[Path]) -> Outcome:

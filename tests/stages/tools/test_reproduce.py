@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from stages.tracking.lineage import versions
 from stages.tracking.recorded import recorded_run
 from stages.tracking.result import DIGEST_TAG
 from stages.tracking.store import Tracking, open_tracking
-from tests.stages.shipping.test_folder import make_checkout, ship
+from tests.stages.shipping.test_folder import BASE, make_checkout, ship
 
 ROOT = Path(__file__).resolve().parents[3]
 PUBLISH = load_params(ROOT / "params.yaml").publish
@@ -317,6 +318,76 @@ def test_a_shipped_folder_runs_no_code_that_the_user_did_not_name(
     assert "is not as it was written: config.json (changed)" in capsys.readouterr().err
 
 
+GRAPH = """\
+stages:
+  load:
+    cmd: python code.py load
+    deps: [data, code.py]
+    outs: [outs/load]
+  evaluate:
+    cmd: python code.py evaluate
+    deps: [outs/load, code.py]
+    outs: [outs/evaluate]
+    metrics: [{reports/metrics/evaluate.json: {cache: false}}]
+"""
+
+CODE = """\
+import json, os, pathlib, sys
+stage, root = sys.argv[1], pathlib.Path()
+(root / "outs" / stage).mkdir(parents=True, exist_ok=True)
+if stage == "load":
+    rows = (root / "data" / "tiny.jsonl").read_text().splitlines()
+    (root / "outs" / "load" / "card.json").write_text((root / "models" / "base" / "card.json").read_text())
+    (root / "outs" / "load" / "train.jsonl").write_text("".join(sorted(rows)))
+else:
+    loss = len((root / "outs" / "load" / "train.jsonl").read_text()) + float(os.environ.get("NOISE", 0))
+    (root / "outs" / "evaluate" / "results.json").write_text(json.dumps({"passed": True, "loss": loss}))
+    (root / "reports" / "metrics").mkdir(parents=True, exist_ok=True)
+    (root / "reports" / "metrics" / "evaluate.json").write_text(json.dumps({"tuned": {"loss": loss}}))
+"""
+"""A graph of two stages with its own code, which is repeated as the pipeline is."""
+
+
+def test_a_folder_alone_is_reproduced_given_the_data_and_the_base_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Elsewhere: neither the checkout nor git nor MLflow."""
+    paths = make_checkout(tmp_path / "checkout")
+    root = paths.root
+    card = json.loads(paths.out("load", "card.json").read_text())
+    card["sources"][0]["sha256"] = {"tiny.jsonl": file_digest(root / "data" / "tiny.jsonl")}
+    shutil.rmtree(root / "outs" / "load")
+    shutil.rmtree(root / "outs" / "evaluate")
+    (root / "reports" / "metrics" / "train.json").unlink()
+    write_json(root / "models" / "base" / "card.json", card)
+    write_text(root / "dvc.yaml", GRAPH)
+    write_text(root / "code.py", CODE)
+    write_text(root / ".dvc" / "config", "[core]\n    no_scm = true\n    analytics = false\n")
+    subprocess.run(["git", "add", "dvc.yaml"], cwd=root, check=True)
+    (root / "dvc.lock").unlink()
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], cwd=root, check=True)
+    write_json(paths.out("load", "base_model.json"), {**BASE, "name_or_path": "models/base"})
+    shipped = Path(shutil.move(ship(paths), tmp_path / "downloaded"))
+    data = Path(shutil.move(root / "data", tmp_path / "their data"))
+    shutil.move(root / "models", tmp_path / "elsewhere" / "models")
+    shutil.rmtree(root)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    asked = ["reproduce", str(shipped), "--data", str(data), "--trust-patch", ""]
+
+    assert main(asked) == 0
+
+    printed = capfd.readouterr().out
+    assert "outs/load: the same, bit for bit\nouts/evaluate: the same, bit for bit\n" in printed
+    assert "figures: every figure is the same (1 of them)" in printed
+    assert printed.rstrip().endswith("reproduced: every result is the same, bit for bit")
+    assert [path.name for path in Path().iterdir()] == ["models"]
+    monkeypatch.setenv("NOISE", "0.5")
+    assert main(asked) == 1
+    captured = capfd.readouterr()
+    assert "evaluate.tuned.loss: 31 -> 31.5" in captured.out
+    assert "was not reproduced: outs/evaluate, evaluate.tuned.loss differ" in captured.err
+
+
 def test_data_of_a_shipped_folder_is_checked_before_it_is_used(tmp_path: Path) -> None:
     checkout, data = tmp_path / "checkout", tmp_path / "data"
     write_text(checkout / "data" / "a.jsonl", "old")
@@ -328,3 +399,5 @@ def test_data_of_a_shipped_folder_is_checked_before_it_is_used(tmp_path: Path) -
         place_data({"../data/a.jsonl": digest}, data, checkout)
     place_data({"a.jsonl": digest}, data, checkout)
     assert (checkout / "data" / "a.jsonl").read_text() == "rows"
+    place_data({}, tmp_path / "none", tmp_path / "of the hub alone")
+    assert list((tmp_path / "of the hub alone" / "data").iterdir()) == []
