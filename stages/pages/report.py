@@ -96,7 +96,7 @@ def figures_section(params: Params, paths: Paths) -> Section:
 def engines_section(params: Params, paths: Paths) -> Section | None:
     """Return the section with the figures of the serving engines; None if none was asked."""
     results = read_json(paths.out("evaluate", "results.json"))
-    engines = results["engines"]
+    engines = results.get("engines", {})  # older results lack it
     if not engines:
         return None
     speeds = read_json(paths.timings("evaluate"))

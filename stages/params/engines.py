@@ -67,18 +67,18 @@ class AskedEngine(NamedTuple):
 
 
 def read_entry(text: str) -> AskedEngine:
-    """Read an entry of `evaluate.engines`: `ENGINE` or `ENGINE:MODEL`.
+    """Read an entry of `evaluate.engines`: `ENGINE` or `ENGINE.MODEL`.
 
     Raises:
         ValueError: There is no such engine, or it does not serve the model.
     """
-    engine, colon, model = text.partition(":")
+    engine, dot, model = text.partition(".")
     if engine not in ENGINES:
         hint = did_you_mean(engine, ENGINES, otherwise=f"there are {', '.join(ENGINES)}")
         raise ValueError(f"{text!r}: there is no engine {engine!r}; {hint}")
     serves_files = SERVED[engine] == ("gguf",)
     known = get_args(GGUFKind) if serves_files else SERVED[engine]
-    if model in known or not (colon or serves_files):
+    if model in known or not (dot or serves_files):
         return AskedEngine(engine, model or None)
-    what = f"GGUF files; name the kind of one, such as {engine}:q8_0" if serves_files else " or ".join(known)
+    what = f"GGUF files; name the kind of one, such as {engine}.q8_0" if serves_files else " or ".join(known)
     raise ValueError(f"{text!r}: {engine} serves {what}{did_you_mean(model, known, before='; ')}")

@@ -189,7 +189,7 @@ def metric_names(section: EvaluateSection, *, with_quantized: bool) -> set[str]:
 
 def engine_name(entry: str) -> str:
     """Return what is before the figures of an entry of `evaluate.engines`: `engine.vllm`, `engine.llama_cpp.q8_0`."""
-    return f"{ENGINE}.{entry.replace(':', '.')}"
+    return f"{ENGINE}.{entry}"
 
 
 def split_figure(name: str) -> tuple[str, str]:

@@ -1350,8 +1350,8 @@ class EvaluateSection(Section):
         list[str],
         AfterValidator(_check_entries),
         Field(
-            description="Serving engines that are asked the held-out prompts, too, as ENGINE or ENGINE:MODEL, e.g. "
-            "[vllm, llama_cpp:q8_0]; needs `make engines` (docs/engines.md); [] = none."
+            description="Serving engines that are asked the held-out prompts, too, as ENGINE or ENGINE.MODEL, e.g. "
+            "[vllm, llama_cpp.q8_0]; needs `make engines` (docs/engines.md); [] = none."
         ),
     ]
     gate: Annotated[list[str], Field(description="Conditions that must be true before the alias `champion` moves.")]

@@ -102,7 +102,7 @@ def test_engines_are_looked_for_before_a_model_is_measured(tmp_path: Path, monke
     (tmp_path / "engines" / "llama_cpp").mkdir()
     (tmp_path / "engines" / "llama_cpp" / ".ready").write_text("x")
     with pytest.raises(ValueError, match=r"evaluate\.engines: .*model-q8_0\.gguf: no such GGUF file"):
-        evaluate.run(asking(["llama_cpp:q8_0"], quantize={"export_gguf": ["q8_0"]}, evaluate={"gate": []}), paths)
+        evaluate.run(asking(["llama_cpp.q8_0"], quantize={"export_gguf": ["q8_0"]}, evaluate={"gate": []}), paths)
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_llama_cpp_answers_as_evaluated_and_so_meets_the_gate(tmp_path: Path, mo
     monkeypatch.setenv("SFT_ENGINES", str(llama_cpp(REPO).folder.parent))
     paths = write_tiny_run(tmp_path)
     gate = ["engine.llama_cpp.f32.equal_answers >= 0.9"]
-    params = asking(["llama_cpp:f32"], quantize={"export_gguf": ["f32"]}, evaluate={"gate": gate})
+    params = asking(["llama_cpp.f32"], quantize={"export_gguf": ["f32"]}, evaluate={"gate": gate})
     quantize.run(params, paths)
     evaluate.run(params, paths)
     results = read_json(paths.out("evaluate", "results.json"))

@@ -266,13 +266,13 @@ def test_an_expression_that_cannot_be_compiled_is_a_message(values: dict[str, An
     ("engines", "changes", "message"),
     [
         (["vlm"], {}, r"evaluate\.engines: 'vlm': there is no engine 'vlm'; did you mean 'vllm'\?"),
-        (["vllm:merge"], {}, r"'vllm:merge': vllm serves merged or quantized or adapter; did you mean 'merged'\?"),
-        (["llama_cpp"], {}, r"'llama_cpp': llama_cpp serves GGUF files; name the kind of one, such as llama_cpp:q8_0"),
-        (["vllm:"], {}, r"'vllm:': vllm serves merged or quantized or adapter"),
+        (["vllm.merge"], {}, r"'vllm.merge': vllm serves merged or quantized or adapter; did you mean 'merged'\?"),
+        (["llama_cpp"], {}, r"'llama_cpp': llama_cpp serves GGUF files; name the kind of one, such as llama_cpp.q8_0"),
+        (["vllm."], {}, r"'vllm.': vllm serves merged or quantized or adapter"),
         (["vllm", "vllm"], {}, r"every engine can be stated once with a model, found vllm twice"),
-        (["llama_cpp:q8_0"], {}, r"evaluate\.engines: llama_cpp:q8_0: .*; add q8_0 to quantize\.export_gguf"),
-        (["vllm:quantized"], {"quantize": {"method": "none"}}, r"engines: vllm:quantized: quantize\.method is none"),
-        (["vllm:adapter"], {"train": {"method": "full"}}, r"engines: vllm:adapter: train\.method is full"),
+        (["llama_cpp.q8_0"], {}, r"evaluate\.engines: llama_cpp.q8_0: .*; add q8_0 to quantize\.export_gguf"),
+        (["vllm.quantized"], {"quantize": {"method": "none"}}, r"engines: vllm.quantized: quantize\.method is none"),
+        (["vllm.adapter"], {"train": {"method": "full"}}, r"engines: vllm.adapter: train\.method is full"),
     ],
 )
 def test_an_engine_that_can_not_be_asked_is_named_with_the_way_out(
@@ -287,7 +287,7 @@ def test_an_engine_that_can_not_be_asked_is_named_with_the_way_out(
 
 def test_conditions_may_name_the_figures_of_the_engines_that_are_asked(values: dict[str, Any]) -> None:
     values["quantize"]["export_gguf"] = ["q8_0"]
-    values["evaluate"] |= {"engines": ["vllm", "llama_cpp:q8_0"]}
+    values["evaluate"] |= {"engines": ["vllm", "llama_cpp.q8_0"]}
     values["evaluate"]["gate"] = ["engine.vllm.exact_match >= quantized.exact_match - 0.01"]
     values["publish"]["gate"] = ["engine.llama_cpp.q8_0.stop_rate >= champion.engine.llama_cpp.q8_0.stop_rate - 0.02"]
     check_params(values)

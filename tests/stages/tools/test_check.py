@@ -113,7 +113,7 @@ def test_engines_that_are_not_installed_are_one_message_that_names_the_way_out(
 ) -> None:
     monkeypatch.setenv("SFT_ENGINES", str(root.paths.root / "none"))
     params = root.params()
-    asked = params.evaluate.model_copy(update={"engines": ["vllm:merged", "llama_cpp:q8_0", "transformers"]})
+    asked = params.evaluate.model_copy(update={"engines": ["vllm.merged", "llama_cpp.q8_0", "transformers"]})
     with pytest.raises(check.CheckFailed) as caught:
         check.run(params.model_copy(update={"evaluate": asked}), root.paths)
     assert re.fullmatch(
