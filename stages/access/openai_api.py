@@ -1,19 +1,35 @@
-"""OpenAI's conventions for `transformers serve`: a short model name, `finish_reason`, error bodies, refused options."""
+"""OpenAI's conventions for `transformers serve`: names, tool calls, `finish_reason`, error bodies, refused options."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from openai.types.chat import ChatCompletionMessageFunctionToolCall
+from openai.types.chat.chat_completion_message_function_tool_call import Function
+from openai.types.completion_usage import CompletionUsage
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.routing import Route
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.utils import (
+    ReasoningText,
+    ToolCall,
+    build_response_parser,
+    response_events_to_chunks,
+)
+
+from stages.access.answers import CALL_FORMATS, REASONING_MARKS, AnswerParser
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -21,7 +37,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
-    "tool_choice": ("auto",),
+    "tool_choice": ("auto", "none"),
     "parallel_tool_calls": (True,),
     "modalities": (["text"],),
     "functions": ([],),
@@ -42,6 +58,12 @@ TYPES = {
 }
 
 
+PROMPT_END = 32
+"""Tokens of a prompt in which the beginning of the reasoning is looked for."""
+
+_PARSES_CALLS: ContextVar[bool] = ContextVar("parses_calls", default=False)
+
+
 class RequestError(HTTPException):
     """A request that can't be answered.
 
@@ -57,8 +79,25 @@ class RequestError(HTTPException):
         self.param, self.code = param, code
 
 
+@dataclass(frozen=True)
+class Forms:
+    """How a model writes what is not text.
+
+    Args:
+        calls: Name of the form of tool calls, such as `hermes`; None if it has none.
+        reasoning: Name of the form of reasoning.
+        plain: Whether answers stay as the model writes them.
+    """
+
+    calls: str | None = None
+    reasoning: str | None = None
+    plain: bool = False
+
+
 class ChatCompletions(ChatCompletionHandler):
-    """Handler that checks requests, and reports `stop` where the last token that fits is a stop token."""
+    """Handler that checks requests, finds tool calls and reasoning, and reports `stop` where a stop token ends."""
+
+    forms = Forms()
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         messages = body.get("messages")
@@ -79,13 +118,130 @@ class ChatCompletions(ChatCompletionHandler):
                 raise RequestError(400, f"`{name}` is {value!r}; it must be an integer of at least 1", name)
         super()._validate_request(body)
 
-    async def _non_streaming(self, request_id: str, model: Any, *args: Any, gen_manager: Any, **options: Any) -> Any:
-        return await super()._non_streaming(request_id, model, *args, gen_manager=_Stopped(gen_manager), **options)
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """Answer a request; with `tool_choice: none` calls stay text."""
+        if isinstance(body.get("messages"), list):  # clients state fields that a message does not have as null
+            body = {**body, "messages": [_stated(message) for message in body["messages"]]}
+        if self.forms.calls == "mistral":
+            body = {**body, "messages": with_short_ids(body.get("messages"))}
+        parses_calls = bool(body.get("tools")) and body.get("tool_choice") != "none"
+        token = _PARSES_CALLS.set(parses_calls)
+        try:
+            return await super().handle_request(body, request_id)
+        finally:
+            _PARSES_CALLS.reset(token)
 
-    def _streaming(self, request_id: str, model: Any, *args: Any, gen_manager: Any, **options: Any) -> Any:
-        response = super()._streaming(request_id, model, *args, gen_manager=_Stopped(gen_manager), **options)
+    async def _non_streaming(
+        self,
+        request_id: str,
+        model: Any,
+        processor: Any,
+        model_id: str,
+        inputs: Any,
+        gen_config: Any,
+        gen_manager: Any,
+        tools: Any = None,
+    ) -> JSONResponse:
+        text, length, ids = await gen_manager.generate_non_streaming(
+            model, processor, inputs, gen_config, request_id=request_id
+        )
+        parser = self._parser(processor, model, inputs, tools)
+        parts = [text]
+        if parser is not None:
+            # of transformers' parser: a call that it can't read
+            with suppress(ValueError, KeyError, TypeError):
+                parts = _parts(parser, getattr(processor, "tokenizer", processor).decode(ids))
+        content = "".join(part for part in parts if type(part) is str)
+        reasoning = "".join(part for part in parts if isinstance(part, ReasoningText))
+        calls = [
+            ChatCompletionMessageFunctionToolCall(
+                id=f"{request_id}_tool_call_{number}",
+                type="function",
+                function=Function(name=part.name, arguments=part.arguments),
+            )
+            for number, part in enumerate(part for part in parts if isinstance(part, ToolCall))
+        ]
+        limit = gen_config.max_new_tokens
+        is_cut = limit is not None and len(ids) >= limit and int(ids[-1]) not in _stop_ids(model, gen_config)
+        answer = self._build_completion(
+            request_id,
+            content if content or not calls else None,
+            model_id,
+            finish_reason="tool_calls" if calls else "length" if is_cut else "stop",
+            usage=CompletionUsage(prompt_tokens=length, completion_tokens=len(ids), total_tokens=length + len(ids)),
+            tool_calls=calls or None,
+            reasoning_content=reasoning or None,
+        )
+        return JSONResponse(answer)
+
+    def _streaming(
+        self,
+        request_id: str,
+        model: Any,
+        processor: Any,
+        model_id: str,
+        inputs: Any,
+        gen_config: Any,
+        gen_manager: Any,
+        tools: Any = None,
+    ) -> Any:
+        manager = _Stopped(gen_manager, self._parser(processor, model, inputs, tools))
+        response = super()._streaming(
+            request_id, model, processor, model_id, inputs, gen_config, gen_manager=manager, tools=tools
+        )
         response.body_iterator = _as_openai_ends_it(response.body_iterator)
         return response
+
+    def _parser(self, processor: Any, model: Any, inputs: Any, tools: Any) -> Any:
+        """Return the parser of one answer, for the template's forms or by transformers; None if all of it is text."""
+        if self.forms.plain:
+            return None
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if self.forms.calls not in CALL_FORMATS and self.forms.reasoning not in REASONING_MARKS:
+            return build_response_parser(processor, model, inputs["input_ids"], tools=tools)
+        calls = CALL_FORMATS.get(self.forms.calls or "") if _PARSES_CALLS.get() else None
+        reasoning = REASONING_MARKS.get(self.forms.reasoning or "")
+        if calls is None and reasoning is None:
+            return None
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(tokenizer.all_special_tokens)
+        prompt = tokenizer.decode(inputs["input_ids"].reshape(-1)[-PROMPT_END:])
+        return AnswerParser(calls, reasoning, special, prompt, tools or ())
+
+
+def _parts(parser: Any, text: str) -> list[Any]:
+    """Return the parts of a whole answer: text, reasoning and calls."""
+    return list(response_events_to_chunks([*parser.initial_events, *parser.feed(text), *parser.finalize()[1]]))
+
+
+def _stated(message: Any) -> Any:
+    return {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else message
+
+
+def with_short_ids(messages: Any) -> Any:
+    """Return messages whose calls have ids of nine letters and digits, as Mistral's templates ask for.
+
+    Ids that are equal stay equal, so that a result still belongs to its call.
+    """
+    if not isinstance(messages, list):
+        return messages
+
+    def short(value: Any) -> Any:
+        is_id = isinstance(value, str) and not re.fullmatch(r"[a-zA-Z0-9]{9}", value)
+        return hashlib.sha256(value.encode()).hexdigest()[:9] if is_id else value
+
+    found = []
+    for message in messages:
+        if isinstance(message, dict) and isinstance(message.get("tool_calls"), list):
+            calls = [
+                {**call, "id": short(call["id"])} if isinstance(call, dict) and "id" in call else call
+                for call in message["tool_calls"]
+            ]
+            message = {**message, "tool_calls": calls}
+        if isinstance(message, dict) and "tool_call_id" in message:
+            message = {**message, "tool_call_id": short(message["tool_call_id"])}
+        found.append(message)
+    return found
 
 
 async def _as_openai_ends_it(parts: AsyncIterable[Any]) -> AsyncIterator[str]:
@@ -107,26 +263,17 @@ class _Stopped:
 
     Args:
         manager: The manager that generates.
+        parser: The parser of the answer; None if it is text.
     """
 
-    def __init__(self, manager: Any) -> None:
-        self._manager = manager
-
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> Any:
-        text, length, ids = await self._manager.generate_non_streaming(
-            model, processor, inputs, gen_config, request_id=request_id
-        )
-        if len(ids) and int(ids[-1]) in _stop_ids(model, gen_config):
-            gen_config.max_new_tokens = len(ids) + 1
-        return text, length, ids
+    def __init__(self, manager: Any, parser: Any) -> None:
+        self._manager, self._parser = manager, parser
 
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
     ) -> Any:
         queue, streamer = self._manager.generate_streaming(
-            model, processor, inputs, gen_config, request_id=request_id, response_parser=response_parser
+            model, processor, inputs, gen_config, request_id=request_id, response_parser=self._parser
         )
         put, stops = streamer.put, _stop_ids(model, gen_config)
 
@@ -144,7 +291,7 @@ def _stop_ids(model: Any, config: Any) -> set[int]:
     return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
-def adapt(server: Any, name: str, aliases: tuple[str, ...], page: str) -> FastAPI:
+def adapt(server: Any, name: str, aliases: tuple[str, ...], page: str, forms: Forms) -> FastAPI:
     """Make a prepared `transformers serve` follow OpenAI's conventions, and serve a page at `/`.
 
     Args:
@@ -152,12 +299,14 @@ def adapt(server: Any, name: str, aliases: tuple[str, ...], page: str) -> FastAP
         name: Name of the model in requests and answers.
         aliases: Other names by which requests may call it.
         page: HTML of the page.
+        forms: How the model writes tool calls and reasoning.
 
     Returns:
         The server's application.
     """
     app: FastAPI = server.server.config.app
     server._chat_handler.__class__ = ChatCompletions  # `Serve` has no argument for it
+    server._chat_handler.forms = forms
     for handler in (server._chat_handler, server._completion_handler, server._response_handler):
         handler._resolve_model = _by_short_name(handler._resolve_model, name, aliases)
     card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "sft"}

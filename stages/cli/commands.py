@@ -184,8 +184,28 @@ TOOLS: dict[str, Entry] = {
     "serve": Entry(
         "serve a model over HTTP with OpenAI's API",
         "stages.tools.serve",
-        (MODEL, _option("--port", type=POSITIVE, metavar="N", help="Port on this machine (default: 8000).")),
-        ("sft serve --model merged --port 8000",),
+        (
+            _option(
+                "--model",
+                type=click.Choice((*MODELS, *(model for model in SERVED_MODELS if model not in MODELS))),
+                help="Model to serve (default: merged, or gguf of llama_cpp).",
+            ),
+            _option("--port", type=POSITIVE, metavar="N", help="Port on this machine (default: 8000)."),
+            _option(
+                "--engine",
+                type=click.Choice(ENGINES),
+                help="Program that serves it (default: transformers). `make engines` installs the others.",
+            ),
+            _option(
+                "--plain",
+                is_flag=True,
+                default=None,
+                help="Leave tool calls and reasoning in the text of an answer, instead of making them fields.",
+            ),
+        ),
+        ("sft serve --model merged --port 8000", "sft serve --engine vllm --model quantized"),
+        "Requests need the API key that is printed, or that of SFT_SERVE_API_KEY. Tool calls and reasoning become "
+        "fields of the answer if the chat template prints them in a known form (docs/engines.md).",
     ),
     "compare": Entry(
         "show how two results differ",

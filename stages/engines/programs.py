@@ -198,13 +198,19 @@ def saved_in_single_precision(config: Mapping[str, Any]) -> bool:
 
 def parser_options(folder: Path) -> list[str]:
     """Return vLLM's options for the tool calls and the reasoning of a model, by what its chat template prints."""
+    tools, reasoning = parsers_of(folder)
+    words = [] if tools is None else ["--tool-call-parser", tools, "--enable-auto-tool-choice"]
+    return words if reasoning is None else [*words, "--reasoning-parser", reasoning]
+
+
+def parsers_of(folder: Path) -> tuple[str | None, str | None]:
+    """Return vLLM's names of the forms in which a chat template prints tool calls and reasoning; None for none."""
     template = _template(folder)
-    words: list[str] = []
-    for option, table in (("--tool-call-parser", TOOL_PARSERS), ("--reasoning-parser", REASONING_PARSERS)):
-        parser = next((name for marks, name in table if all(mark in template for mark in marks)), None)
-        if parser is not None:
-            words += [option, parser, *(["--enable-auto-tool-choice"] if option == "--tool-call-parser" else [])]
-    return words
+    tables = (TOOL_PARSERS, REASONING_PARSERS)
+    tools, reasoning = (
+        next((name for marks, name in table if all(mark in template for mark in marks)), None) for table in tables
+    )
+    return tools, reasoning
 
 
 TOOL_PARSERS: Sequence[tuple[tuple[str, ...], str]] = (
@@ -213,6 +219,7 @@ TOOL_PARSERS: Sequence[tuple[tuple[str, ...], str]] = (
     (("<tool_call>",), "hermes"),
     (("[TOOL_CALLS]",), "mistral"),
     (("<|python_tag|>",), "llama3_json"),
+    (('{"name": function name, "parameters": ',), "llama3_json"),
     (("<|tool_list_start|>",), "lfm2"),
 )
 """Texts of a chat template -> vLLM's parser of the tool calls that it prints."""
@@ -242,10 +249,8 @@ def _llama_cpp(served: Served, root: Path, port: int, max_length: int | None, pa
 
 
 def _transformers(served: Served, root: Path, port: int, max_length: int | None, parse: bool) -> Command:
-    model = {"merged": "merged", "quantized": "quantized"}[served.model]
-    return Command(
-        [sys.executable, "-m", "stages", "serve", "--root", str(root), "--model", model, "--port", str(port)]
-    )
+    words = [sys.executable, "-m", "stages", "serve", "--root", str(root), "--model", served.model]
+    return Command([*words, "--port", str(port), *([] if parse else ["--plain"])])
 
 
 COMMANDS: Mapping[str, Callable[[Served, Path, int, int | None, bool], Command]] = {

@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,13 @@ class Running:
         address: Its address, such as `http://127.0.0.1:8000`.
         key: The key that requests need.
         start_s: Seconds until it answered.
+        wait: Wait until it ends by itself, which raises `EngineFailed`.
     """
 
     address: str
     key: str
     start_s: float
+    wait: Callable[[], None] = lambda: None
 
 
 class EngineFailed(ValueError):
@@ -59,7 +61,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(engine: str, command: Command, port: int) -> Iterator[Running]:
+def running(engine: str, command: Command, port: int, key: str | None = None) -> Iterator[Running]:
     """Start an engine, wait until it answers, and end it with all its processes.
 
     It runs in a session of its own, so that Ctrl-C reaches this process alone, and under `supervise.py`, which ends it
@@ -69,11 +71,12 @@ def running(engine: str, command: Command, port: int) -> Iterator[Running]:
         engine: Its name, for messages.
         command: How it is started.
         port: The port that the command names.
+        key: The key that requests need; None = a random one.
 
     Raises:
         EngineFailed: It ended, or did not answer in time.
     """
-    key = secrets.token_urlsafe(24)
+    key = key or secrets.token_urlsafe(24)
     variables = {**os.environ, **command.variables, **dict.fromkeys(KEY_VARIABLES, key)}
     variables |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
     variables.pop("PYTHONPATH", None)
@@ -88,16 +91,23 @@ def running(engine: str, command: Command, port: int) -> Iterator[Running]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+        def failure(why: str) -> EngineFailed:
+            log.seek(0)
+            return EngineFailed(f"the engine {engine} {why}; its last lines:\n{_last_lines(log.read())}")
+
+        def wait() -> None:
+            process.wait()
+            raise failure("ended")
+
         try:
             address = f"http://{HOST}:{port}"
             while not _is_ready(address):
                 seconds = time.monotonic() - started
                 if process.poll() is not None or seconds > START_S:
-                    log.seek(0)
-                    why = f"did not answer within {START_S:.0f} s" if process.poll() is None else "ended"
-                    raise EngineFailed(f"the engine {engine} {why}; its last lines:\n{_last_lines(log.read())}")
+                    raise failure(f"did not answer within {START_S:.0f} s" if process.poll() is None else "ended")
                 time.sleep(0.25)
-            yield Running(address, key, time.monotonic() - started)
+            yield Running(address, key, time.monotonic() - started, wait)
         finally:
             _end(process)
 

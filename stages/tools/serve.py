@@ -1,6 +1,7 @@
-"""`python -m stages serve`: serve one of the models on loopback with `transformers serve`, an OpenAI-compatible API.
+"""`sft serve`: serve one of the models on loopback with OpenAI's API, by `transformers serve`, vLLM or llama.cpp.
 
-The server asks for an API key and refuses web pages; without that, every page that a browser shows could use it.
+The server asks for an API key; without that, every page that a browser shows could use it. That of transformers also
+refuses web pages, and has a chat page.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shlex
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from sft.models.loading import training_device
 from sft.untrusted.templates import chat_templates_in_child
 from stages.access.guard import KeyRequired, OwnOriginOnly, new_key
 from stages.checkout.paths import Paths
+from stages.engines.programs import Served, check_installed, check_served, command_of, parsers_of
+from stages.engines.server import running
+from stages.engines.verify import find_served
 from stages.models.variants import MADE_BY, Variant, find_variant
 from stages.pages.page import render_page
 from stages.params.schema import Params
@@ -39,19 +44,35 @@ MIN_KEY = 16
 INSTALL = 'pip install "transformers[serving]"'
 
 
-def run(params: Params, paths: Paths, *, model: str = "merged", port: int = 8000) -> None:
+def run(
+    params: Params,
+    paths: Paths,
+    *,
+    model: str | None = None,
+    port: int = 8000,
+    engine: str = "transformers",
+    plain: bool = False,
+) -> None:
     """Serve a model until interrupted.
 
     Args:
         params: Values of params.yaml.
         paths: Paths of the checkout.
-        model: base, tuned, merged or quantized.
+        model: base, tuned, merged, quantized, gguf or adapter; None = merged, or gguf of llama_cpp.
         port: Port on loopback.
+        engine: transformers, vllm or llama_cpp.
+        plain: Whether tool calls and reasoning stay in the text of an answer.
 
     Raises:
-        ValueError: The model does not exist yet or is an adapter, the port is in use, the key is too short, or packages
-            are missing.
+        ValueError: The model does not exist yet or is not one that the engine serves, the port is in use, the key is
+            too short, or the engine or packages are missing.
     """
+    if engine != "transformers":
+        serve_by_engine(params, paths, engine, model or ("gguf" if engine == "llama_cpp" else "merged"), port, plain)
+        return
+    model = model or "merged"
+    if model not in MADE_BY:
+        check_served(engine, model)
     if not is_serve_available():
         raise ValueError(f"the server needs packages that are not installed; type: {INSTALL}")
     variant = find_variant(paths, model)
@@ -84,23 +105,54 @@ def run(params: Params, paths: Paths, *, model: str = "merged", port: int = 8000
         non_blocking=True,
         log_level="error",
     )
-    from stages.access.openai_api import adapt  # imports the web server
+    from stages.access.openai_api import Forms, adapt  # imports the web server
 
     context = {"name": name, "system": habits.system, "is_multi_turn": habits.is_multi_turn}
-    app = adapt(served, name, (folder, model), render_page("chat.html.jinja", context))
+    forms = Forms(*parsers_of(variant.checkpoint), plain=plain)
+    app = adapt(served, name, (folder, model), render_page("chat.html.jinja", context), forms)
     served.server.config.app = guarded(app, key)
     hide_requests(served.server.config)
-    print(f"serving {model} as {name} at http://{HOST}:{port}/v1; Ctrl-C stops.", flush=True)
+    announce(model, name, port, key, habits.system, has_page=True)
+    with chat_templates_in_child():
+        served.server.run()
+
+
+def serve_by_engine(params: Params, paths: Paths, engine: str, model: str, port: int, plain: bool) -> None:
+    """Start vLLM or llama.cpp for a model, and wait until interrupted. Arguments and errors are those of `run`."""
+    check_installed(engine, paths.root)
+    check_served(engine, model)
+    served = replace(choose_served(params, paths, engine, model), name=short_name(params, model))
+    warn_if_stale(params, paths, {"adapter": "train", "gguf": "quantize"}.get(model) or MADE_BY[model][0])
+    check_port(port)
+    key = api_key(os.environ.get(KEY))
+    print(f"starting {engine} for {served.label} ...", flush=True)
+    with running(engine, command_of(engine, served, paths.root, port, parse=not plain), port, key) as server:
+        announce(f"{served.label} by {engine}", served.name, port, key, find_habits(params, paths).system)
+        server.wait()
+
+
+def choose_served(params: Params, paths: Paths, engine: str, model: str) -> Served:
+    """Return the model as the engine serves it; of several GGUF files, that of the kind that params.yaml names first.
+
+    Raises:
+        ValueError: An earlier stage has not written it.
+    """
+    found = {served.label: served for served in find_served(params, paths, engine, model)}
+    first = next((kind for kind in params.quantize.export_gguf or () if f"gguf-{kind}" in found), None)
+    return found.get(f"gguf-{first}") or next(iter(found.values()))
+
+
+def announce(what: str, name: str, port: int, key: str, system: str | None, *, has_page: bool = False) -> None:
+    """Print the address, the key and an example of a request."""
+    print(f"serving {what} as {name} at http://{HOST}:{port}/v1; Ctrl-C stops.", flush=True)
     shown = f"${KEY}" if KEY in os.environ else key
+    page = f"Chat page: http://{HOST}:{port}/{shown}/\n" if has_page else ""
     # sys.stdout replaces secrets by ***, and this one is for the user, who has no other way to get it
     print(
-        f"Chat page: http://{HOST}:{port}/{shown}/\n"
-        f"The API key is {shown}. For example:\n{example(name, port, shown, habits.system)}",
+        f"{page}The API key is {shown}. For example:\n{example(name, port, shown, system)}",
         file=sys.__stdout__,
         flush=True,
     )
-    with chat_templates_in_child():
-        served.server.run()
 
 
 def short_name(params: Params, model: str) -> str:
