@@ -48,6 +48,7 @@ def run(params: Params, paths: Paths) -> None:
             params.merge.dtype,
             tokenizer,
             params.model.trust_remote_code,
+            progress,
         )
     progress(NUM_STEPS, NUM_STEPS, "steps", summary(report))
     write_json(paths.metrics("merge"), {"merged": has_adapter, **report.to_dict(), "size_mb": size_mb(paths)})

@@ -40,6 +40,8 @@ FIGURES_SHOWN: Mapping[str, tuple[str, str]] = {
 }
 """Figures in the order in which they are shown: name -> text and format."""
 
+BYTES_PER_MB = 1_000_000
+
 UNIT_AFTER = ("tokens_per_second", "memory_gb")
 
 
@@ -354,6 +356,19 @@ def show_page(name: str, text: str) -> None:
     """Show a page of the stage that is open, see `StageProgress.page`; outside of a stage nothing is shown."""
     if _open:
         _open[-1].page(name, text)
+
+
+def download_progress(done: int, total: int, what: str) -> None:
+    """Report a download in megabytes; one of less than a megabyte is not shown.
+
+    Args:
+        done: Bytes that have arrived.
+        total: Bytes of all of it.
+        what: What is downloaded.
+    """
+    if total >= BYTES_PER_MB:
+        total_mb = math.ceil(total / BYTES_PER_MB)
+        progress(total_mb if done >= total else done // BYTES_PER_MB, total_mb, f"MB of {what}")
 
 
 def progress(done: int, total: int, part: str, text: str = "", **details: Any) -> None:

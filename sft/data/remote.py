@@ -36,6 +36,10 @@ _ETAGS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5")
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "Last-Modified", "created")
 
 
+OnBytes = Callable[[int, int, str], None]
+"""Called with the bytes of a file that have arrived, those of all of it, and its name."""
+
+
 class RemoteFile(NamedTuple):
     """A downloaded file.
 
@@ -55,13 +59,14 @@ def is_url(text: str) -> bool:
     return "://" in text
 
 
-def fetch_files(url: str, folder: Path) -> list[RemoteFile]:
+def fetch_files(url: str, folder: Path, on_bytes: OnBytes | None = None) -> list[RemoteFile]:
     """Download all data files of a URL: a file, a folder (searched recursively), or a glob pattern.
 
     Args:
         url: Such as `s3://bucket/chats/*.jsonl`; its file system looks up credentials as usual. `${SFT_SECRET_NAME}`
             is replaced by that environment variable for the download only: names, messages and records keep the text.
         folder: Where copies are kept. A copy of an earlier call is reused if the file's etag is the same.
+        on_bytes: Called while a file arrives, if the file system tells its size.
 
     Raises:
         SourceError: There is no data file, the URL can't be reached or leads to this machine or a private network, or
@@ -70,7 +75,7 @@ def fetch_files(url: str, folder: Path) -> list[RemoteFile]:
     secrets = _secrets(url)
     opened = _VARIABLE.sub(lambda found: secrets[found[1]], url)
     try:
-        return [file._replace(url=_hidden(file.url, secrets)) for file in _fetched(opened, folder)]
+        return [file._replace(url=_hidden(file.url, secrets)) for file in _fetched(opened, folder, on_bytes)]
     except SourceError as error:
         if not secrets:
             raise
@@ -111,13 +116,13 @@ def _hidden(text: str, secrets: dict[str, str]) -> str:
     return text
 
 
-def _fetched(url: str, folder: Path) -> list[RemoteFile]:
+def _fetched(url: str, folder: Path, on_bytes: OnBytes | None) -> list[RemoteFile]:
     layers = _reached(url, _layers, url)
     system, path = _reached(url, _file_system, url, layers[-1])
     names = _reached(url, _names, system, path, layers[0])
     if not names:
         raise SourceError(f"{url} contains no data file; supported are {readable()}")
-    return [_reached(url, _fetch, system, name, folder) for name in names]
+    return [_reached(url, _fetch, system, name, folder, on_bytes) for name in names]
 
 
 def _layers(url: str) -> list[str]:
@@ -210,7 +215,7 @@ def _file_name(path: str) -> str:
     return urlsplit(path).path.rsplit("/", 1)[-1]
 
 
-def _fetch(system: Any, name: str, folder: Path) -> RemoteFile:
+def _fetch(system: Any, name: str, folder: Path, on_bytes: OnBytes | None) -> RemoteFile:
     info, url = system.info(name), system.unstrip_protocol(name)
     stated = {"size": info.get("size"), "etag": _first(info, _ETAGS), "modified": _first(info, _TIMES)}
     version = {key: value for key, value in stated.items() if value is not None}
@@ -219,12 +224,28 @@ def _fetch(system: Any, name: str, folder: Path) -> RemoteFile:
     if "etag" not in version or not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial_file(path) as partial:
-            system.get_file(name, str(partial))
-            found = partial.stat().st_size
             size = version.get("size")
+            system.get_file(name, str(partial), callback=_callback(size, path.name, on_bytes))
+            found = partial.stat().st_size
             if size not in (None, found):
                 raise SourceError(f"{url}: {found} bytes came of {size}; the connection broke off, try again")
     return RemoteFile(url, path, version)
+
+
+def _callback(size: int | None, name: str, on_bytes: OnBytes | None) -> Any:
+    """Return fsspec's callback for the bytes of a file."""
+    from fsspec.callbacks import DEFAULT_CALLBACK, Callback
+
+    if on_bytes is None or not size:
+        return DEFAULT_CALLBACK
+
+    report, total = on_bytes, size
+
+    class Arrived(Callback):
+        def call(self, *args: Any, **kwargs: Any) -> None:
+            report(min(self.value, total), total, name)
+
+    return Arrived(total)
 
 
 def _first(info: dict[str, Any], names: tuple[str, ...]) -> str | None:

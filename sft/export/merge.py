@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sft.export.merge_by_file import NotStreamableError, ShardMerge
+from sft.export.merge_by_file import NotStreamableError, Progress, ShardMerge
 from sft.export.merge_in_memory import AdapterMix, grow_to_adapter, load_mix, merge_into_base
 from sft.export.proof import LogitDifference, Row, check_logits, compare_logits, logits_of
 from sft.folders import replacing_folder
@@ -65,6 +65,7 @@ def merge_adapter(
     dtype: str | torch.dtype = "float32",
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
+    on_progress: Progress | None = None,
 ) -> MergeReport:
     """Merge an adapter into its base and write one plain checkpoint, with tokenizer and generation config.
 
@@ -86,6 +87,7 @@ def merge_adapter(
         tokenizer: Tokenizer to save with the model. If training resized the embeddings to its length, the merge does
             so too.
         trust_remote_code: Whether to run Python code that comes with the base.
+        on_progress: Called with (done, total, what is counted) while the base is merged file by file.
 
     Raises:
         ValueError: The logits differ by more than the tolerance; the adapter does not fit the base, changes nothing, or
@@ -101,14 +103,20 @@ def merge_adapter(
         check_adapter_folder(adapter)
     _check_plain(base, trust_remote_code)
     try:
-        return _merge_by_file(base, adapter, output, sample_input_ids)
+        return _merge_by_file(base, adapter, output, sample_input_ids, on_progress)
     except NotStreamableError as reason:
         work = "copied" if adapter is None else "merged"
         logger.warning("the base %s is %s with the complete model in memory: %s", base, work, reason)
     return _merge_in_memory(base, adapter, output, sample_input_ids, trust_remote_code)
 
 
-def _merge_by_file(base: str | Path, adapter: Path | AdapterMix | None, output: _Output, rows: Rows) -> MergeReport:
+def _merge_by_file(
+    base: str | Path,
+    adapter: Path | AdapterMix | None,
+    output: _Output,
+    rows: Rows,
+    on_progress: Progress | None,
+) -> MergeReport:
     """Merge with at most the weights of one file of the base in memory; without an adapter, copy.
 
     Raises:
@@ -121,7 +129,7 @@ def _merge_by_file(base: str | Path, adapter: Path | AdapterMix | None, output: 
     effect = job.effect(rows)
     if adapter is not None:
         _check_effect(effect)
-    difference = output.fill(job, rows)
+    difference = output.fill(job, rows, on_progress)
     return _report(difference, effect, job.num_adapted, output.dtype, tied=job.tied)
 
 
@@ -183,14 +191,14 @@ class _Output:
             self._check_written(difference)
         return difference
 
-    def fill(self, job: ShardMerge, rows: Rows) -> LogitDifference:
+    def fill(self, job: ShardMerge, rows: Rows, on_progress: Progress | None) -> LogitDifference:
         """Write file by file and compare with base + adapter; the folder appears only if the logits agree."""
         with replacing_folder(self.folder, overwrite=False) as folder:
             if self.tokenizer is not None:
                 _stop_at_eos(job.plain, self.tokenizer)
                 self._save_tokenizer(self.tokenizer, folder)
-            job.write(folder)
-            difference = job.compare(folder, rows)
+            job.write(folder, on_progress)
+            difference = job.compare(folder, rows, on_progress)
             self._check_written(difference)
         return difference
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ STREAMED_OPTIONS = (
 """Options of an adapter under which each layer can be merged alone; with any other, the complete model is loaded."""
 
 Rows = Sequence[Row]
+
+Progress = Callable[[int, int, str], None]
 
 
 class NotStreamableError(Exception):
@@ -108,8 +110,12 @@ class ShardMerge:
         # not the same model with its adapter disabled, which would keep biases that the adapter has replaced
         return compare_logits(first, iterate_logits(StreamedModel(self.base).model, rows[:1])).largest
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, on_progress: Progress | None = None) -> None:
         """Write the merged weights, their index and the configs.
+
+        Args:
+            folder: An empty folder.
+            on_progress: Called with (modules done, number of modules, what is counted).
 
         Raises:
             ValueError: A merged weight is not finite.
@@ -122,10 +128,14 @@ class ShardMerge:
         place: dict[str, str] = {}
         total = 0
         buffer = _TensorBuffer(max(_num_weights(source, file) for file in files), self.dtype)
+        done = 0
         for file in files:
             for unit in _units_in_file(source, file):
                 for name, value in merger.merged(unit):
                     buffer.add(name, value)
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, len(source.units), "modules merged")
             save_file(buffer.tensors, folder / names[file], metadata={"format": "pt"})
             place |= dict.fromkeys(buffer.tensors, names[file])
             total += sum(tensor.nbytes for tensor in buffer.tensors.values())
@@ -146,10 +156,23 @@ class ShardMerge:
         if self.plain.generation_config is not None:
             self.plain.generation_config.save_pretrained(folder)
 
-    def compare(self, folder: Path, rows: Rows) -> LogitDifference:
-        """Compare the checkpoint in a folder with base + adapter on the given rows."""
+    def compare(self, folder: Path, rows: Rows, on_progress: Progress | None = None) -> LogitDifference:
+        """Compare the checkpoint in a folder with base + adapter on the given rows.
+
+        Args:
+            folder: The checkpoint.
+            rows: Rows of token ids, or the model's inputs.
+            on_progress: Called with (rows done, number of rows, what is counted).
+        """
+
+        def counted(logits: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+            for done, row in enumerate(logits, start=1):
+                yield row
+                if on_progress is not None:
+                    on_progress(done, len(rows), "documents compared")
+
         written = StreamedModel(folder)
-        return compare_logits(iterate_logits(self.streamed.model, rows), iterate_logits(written.model, rows))
+        return compare_logits(iterate_logits(self.streamed.model, rows), counted(iterate_logits(written.model, rows)))
 
 
 def _check_kind(adapter: Path) -> None:

@@ -29,6 +29,7 @@ from stages.loading.images import IMAGE_REASONS, Home, ImageStore, digestible
 from stages.loading.mapping import RowMapping
 from stages.loading.suggestions import SAMPLE, check_readable, option_line, suggest_options, with_lines
 from stages.params.schema import BY_LENGTH, LoadSection, SourceSection
+from stages.progress import download_progress
 
 SAMPLE_OF_STREAM = 1000
 """Rows of a stream that are read to learn its columns."""
@@ -223,7 +224,7 @@ def source_files(section: SourceSection, paths: Paths, key: str) -> tuple[DataFi
         return local_files(section, paths, key)
     _refuse_ignored(section, key, with_split=True)
     try:
-        found = fetch_files(section.path, cache_folder() / "data")
+        found = fetch_files(section.path, cache_folder() / "data", download_progress)
     except ValueError as error:
         raise ValueError(f"params.yaml, {key}: {error}") from error
     return tuple(DataFile(file.path, file.url, file.version) for file in found)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -206,13 +208,19 @@ def _find(record: dict[str, Any], root: Path) -> Path:
     return _recorded_snapshot(name, record["resolved"])
 
 
-def hub_snapshot(repo_id: str, revision: str | None, local_files_only: bool = False) -> Path:
+def hub_snapshot(
+    repo_id: str,
+    revision: str | None,
+    local_files_only: bool = False,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Path:
     """Return the folder of the hub cache with a revision's model files.
 
     Args:
         repo_id: Hub id.
         revision: Branch, tag or commit; None = the default branch.
         local_files_only: Whether to use only files that are in the cache, instead of downloading missing ones.
+        on_bytes: Called with the number of bytes that have arrived.
     """
     from huggingface_hub import snapshot_download  # only hub models need it, and it imports slowly
 
@@ -222,8 +230,33 @@ def hub_snapshot(repo_id: str, revision: str | None, local_files_only: bool = Fa
         allow_patterns=list(MODEL_PATTERNS),
         ignore_patterns=list(HUB_IGNORED),
         local_files_only=local_files_only,
+        tqdm_class=_byte_counter(on_bytes) if on_bytes is not None else None,
     )
     return Path(folder)
+
+
+def _byte_counter(on_bytes: Callable[[int], None]) -> type[Any]:
+    """Return a class of invisible tqdm bars for `snapshot_download`, which report the bytes that have arrived.
+
+    One of its bars counts what is received and one what is written; which of them moves depends on the protocol.
+    """
+    from tqdm import tqdm
+
+    lock, counts = threading.Lock(), dict[int, int]()
+
+    class ByteCounter(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._counts_bytes = options.get("unit") == "B"
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self._counts_bytes:
+                with lock:  # files are downloaded by several threads
+                    counts[id(self)] = counts.get(id(self), 0) + int(n or 0)
+                    on_bytes(max(counts.values()))
+            return None
+
+    return ByteCounter
 
 
 def _recorded_snapshot(repo_id: str, commit: str) -> Path:

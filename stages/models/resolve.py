@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import filter_repo_objects
 
 from sft.models.checkpoint import (
     INDEX,
@@ -29,6 +32,8 @@ from sft.models.checkpoint import (
 from stages.checkout.artifacts import read_json
 from stages.models.base import (
     EMBEDDED_PREFIX,
+    HUB_IGNORED,
+    MODEL_PATTERNS,
     WEIGHTS_PATTERN,
     BaseModel,
     folder_digest,
@@ -38,6 +43,7 @@ from stages.models.base import (
 )
 from stages.models.embedded import EMBEDDED_MODELS, install_embedded
 from stages.params.schema import ModelSection
+from stages.progress import download_progress
 
 KEY = "params.yaml, model.name_or_path"
 WAYS_OUT = (
@@ -156,7 +162,10 @@ def _download(model: ModelSection, info: ModelInfo) -> Path:
     try:
         # By the stated revision instead of the commit, so that the cache knows it by that name when the hub can't be
         # reached.
-        return hub_snapshot(name, model.revision)
+        total = sum(file.size or 0 for file in _missing(info, MODEL_PATTERNS))
+        return hub_snapshot(
+            name, model.revision, on_bytes=lambda done: download_progress(min(done, total), total, name)
+        )
     except NETWORK_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -278,15 +287,18 @@ def _is_known(model_type: str) -> bool:
     return model_type in CONFIG_MAPPING_NAMES
 
 
+def _missing(info: ModelInfo, patterns: Sequence[str]) -> list[RepoSibling]:
+    """Return the files of a repository, by patterns of their names, that are not in the cache yet."""
+    files = {file.rfilename: file for file in info.siblings or []}
+    wanted = filter_repo_objects(files, allow_patterns=list(patterns), ignore_patterns=list(HUB_IGNORED))
+    return [
+        files[name] for name in wanted if not isinstance(try_to_load_from_cache(info.id, name, revision=info.sha), str)
+    ]
+
+
 def _check_space(info: ModelInfo) -> None:
     """Check that the disk has space for the files that are not in the cache yet."""
-    weights = [file for file in info.siblings or [] if Path(file.rfilename).match(WEIGHTS_PATTERN)]
-    missing = [
-        file
-        for file in weights
-        if not isinstance(try_to_load_from_cache(info.id, file.rfilename, revision=info.sha), str)
-    ]
-    num_bytes = sum(file.size or 0 for file in missing)
+    num_bytes = sum(file.size or 0 for file in _missing(info, [WEIGHTS_PATTERN]))
     cache = Path(constants.HF_HUB_CACHE)
     place = next(parent for parent in (cache, *cache.parents) if parent.exists())
     free = shutil.disk_usage(place).free

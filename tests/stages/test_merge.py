@@ -54,7 +54,10 @@ def test_adapter_is_merged_and_the_figures_say_so(paths: Paths, capsys: pytest.C
     assert found["merged"] is True
     assert found["max_logit_diff"] < 1e-4
     assert found["num_adapted_modules"] == 14
-    assert "merged 14 modules into the unquantized base" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "merge: 21 of 21 modules merged (100 %)" in printed
+    assert "documents compared (100 %)" in printed
+    assert "merged 14 modules into the unquantized base" in printed
 
 
 def test_folder_is_a_whole_checkpoint(paths: Paths) -> None:

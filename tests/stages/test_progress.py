@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.progress import StageProgress, choose_form, describe_seconds, progress, stage_progress
+from stages.progress import StageProgress, choose_form, describe_seconds, download_progress, progress, stage_progress
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +40,17 @@ def test_plain_lines_are_rare_but_have_beginning_end_and_points() -> None:
     assert point.startswith("train: 700 of 1000 steps (70 %), ")
     assert point.endswith(" left, loss 0.5000")
     assert last == "train: 1000 of 1000 steps (100 %)"
+
+
+def test_a_download_is_shown_in_megabytes_unless_it_is_small() -> None:
+    with redirect_stdout(io.StringIO()) as stream, stage_progress("load"):
+        download_progress(0, 40_500_000, "org/model")
+        download_progress(500_000, 999_999, "config.json")
+        download_progress(40_500_000, 40_500_000, "org/model")
+    assert stream.getvalue().splitlines() == [
+        "load: 0 of 41 MB of org/model (0 %)",
+        "load: 41 of 41 MB of org/model (100 %)",
+    ]
 
 
 def test_the_time_left_of_a_resumed_part_counts_what_was_done_since() -> None:

@@ -93,6 +93,25 @@ def test_a_file_of_a_web_server_is_copied(tmp_path: Path, server: str) -> None:
         fetch_files(f"{server}/b.jsonl", tmp_path / "cache")
 
 
+def test_the_bytes_of_a_file_are_counted_while_they_arrive_and_a_copy_counts_none(tmp_path: Path, server: str) -> None:
+    content = b"x" * 12_000_000
+    (tmp_path / "served" / "a.jsonl").write_bytes(content)
+    seen: list[tuple[int, int, str]] = []
+    fetch_files(f"{server}/a.jsonl", tmp_path / "cache", lambda *report: seen.append(report))
+    done = [report[0] for report in seen]
+    assert done == sorted(done)
+    assert len({*done} - {0, len(content)}) >= 1
+    assert (seen[-1], {report[1:] for report in seen}) == (
+        (len(content),) * 2 + ("a.jsonl",),
+        {(len(content), "a.jsonl")},
+    )
+    system = fsspec.filesystem("memory")
+    system.pipe("/bucket/chats/a.jsonl", content)
+    seen.clear()
+    fetch_files(f"{URL}/a.jsonl", tmp_path / "cache", lambda *report: seen.append(report))
+    assert seen[-1] == (len(content), len(content), "a.jsonl")
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

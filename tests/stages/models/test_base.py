@@ -416,6 +416,22 @@ def test_hub_model_is_resolved_to_its_commit_and_found_again_offline(hub: tuple[
     assert len(HubHandler.requests_seen) == seen
 
 
+def test_the_download_of_a_hub_model_shows_its_megabytes(hub: tuple[Path, str], tmp_path: Path) -> None:
+    (hub[0] / "vocabulary.json").write_text(" " * 2_500_000 + "{}")
+    code = RESOLVE.replace("for name", "from stages.progress import stage_progress\nfor name")
+    code = code.replace("        base = ", "        with stage_progress('load'):\n         base = ")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub[1], "HF_HOME": str(tmp_path), "TQDM_DISABLE": "1", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"SFT_PROGRESS": "lines", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-c", code, json.dumps([(REPO, "main")])]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=200)
+    shown = [line for line in run.stdout.splitlines() if line.startswith("load: ")]
+    assert shown[-1] == f"load: 3 of 3 MB of {REPO} (100 %)"
+    assert "MB of" not in run.stderr
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=200)
+    assert "MB of" not in again.stdout
+
+
 REFUSED = {
     ("org/nothing", ""): "is neither a folder nor on the hub",
     (REPO, "v9"): "'org/tiny' at revision 'v9' does not exist, though the model does",
