@@ -12,7 +12,7 @@ from stages.checkout.paths import Paths
 from stages.pages.verdict import read_results
 from stages.params.figures import EQUAL_ANSWERS, VERDICTS, all_figures
 from stages.params.schema import Params
-from stages.tools.freshness import find_stale, warn_if_stale
+from stages.tools.freshness import find_stale, read_lock, warn_if_stale
 
 
 def run(params: Params, paths: Paths, *, as_json: bool = False) -> None:
@@ -61,7 +61,7 @@ def as_values(results: dict[str, Any], params: Params, paths: Paths) -> dict[str
         "models": all_figures(results),
         "figures": results["figures"],
         "promotion": read_json(promotion) if promotion.exists() else None,
-        "report": str(newest_report(params, paths)),
+        "report": str(newest_report(paths)),
         "model": str(shipped_model(params, paths)),
         "stale": list(find_stale(params, paths, "evaluate")),
     }
@@ -72,10 +72,12 @@ def shipped_model(params: Params, paths: Paths) -> Path:
     return paths.out("quantize" if params.quantize.method != "none" else "merge", "model")
 
 
-def newest_report(params: Params, paths: Paths) -> Path:
+def newest_report(paths: Paths) -> Path:
     """Return the report, or the page of `evaluate` while `publish` has not completed it."""
-    is_complete = paths.report.exists() and not any(find_stale(params, paths, "publish"))
-    return paths.report if is_complete else paths.evaluation_page
+    lock, page = read_lock(paths.root / "dvc.lock"), paths.evaluation_page.relative_to(paths.root).as_posix()
+    files = [*lock.get("evaluate", {}).get("outs", ()), *lock.get("publish", {}).get("deps", ())]
+    is_of_earlier_page = len({file["md5"] for file in files if file["path"] == page}) > 1
+    return paths.report if paths.report.exists() and not is_of_earlier_page else paths.evaluation_page
 
 
 def table(models: Mapping[str, Mapping[str, float]], columns: list[str]) -> list[str]:
@@ -105,7 +107,7 @@ def promotion_lines(paths: Paths) -> list[str]:
 def places(params: Params, paths: Paths) -> list[str]:
     """Return lines with the places of report, metrics, model and pages."""
     return [
-        f"  report    {newest_report(params, paths)}",
+        f"  report    {newest_report(paths)}",
         "  metrics   dvc metrics show",
         f"  model     {shipped_model(params, paths)}",
         "  pages     sft ui     (Prefect and MLflow)",
