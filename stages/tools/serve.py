@@ -119,7 +119,7 @@ def run(
 
 def serve_by_engine(params: Params, paths: Paths, engine: str, model: str, port: int, plain: bool) -> None:
     """Start vLLM or llama.cpp for a model, and wait until interrupted. Arguments and errors are those of `run`."""
-    check_installed(engine, paths.root)
+    check_installed([engine], paths.root)
     check_served(engine, model)
     served = replace(choose_served(params, paths, engine, model), name=short_name(params, model))
     warn_if_stale(params, paths, {"adapter": "train", "gguf": "quantize"}.get(model) or MADE_BY[model][0])
