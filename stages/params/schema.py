@@ -479,7 +479,7 @@ class RehearsalSection(Section):
 
 
 class InterleaveSection(Section):
-    """How the rows of several sources are mixed, as datasets.interleave_datasets mixes them (docs/data.md)."""
+    """How the rows of several sources are mixed."""
 
     strategy: Annotated[
         Literal["concat", "first_exhausted", "all_exhausted", "all_exhausted_without_replacement"],
