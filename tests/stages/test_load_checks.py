@@ -203,6 +203,7 @@ def test_every_reason_that_the_code_gives_can_have_a_limit() -> None:
     assert len(given) > 30
     # of other stages, of the library alone, a number, a check of three reasons; empty_content stands in a variable
     elsewhere = {
+        "interleave",
         "max_rows",
         "weight",
         "special_text",
