@@ -30,6 +30,7 @@ def trained(folder: Path, sources: list[dict[str, Any]], **sections: dict[str, A
     root.write("long.jsonl", [turn(f"Else {i}?", f"Something else than {i}. " * 4) for i in range(16)])
     values = root.params(load={"sources": sources, "checks": {"near_duplicate": "off"}}).model_dump()
     values["train"] |= {**SHORT, "max_steps": 2, "eval_steps": 1, "samples": {**values["train"]["samples"], "count": 0}}
+    values["evaluate"]["task"] = "text"
     values["evaluate"]["gate"], values["quantize"]["method"] = ["tuned.loss <= base.loss"], "none"
     values["pack"]["max_length"] = 128
     for name, section in sections.items():
