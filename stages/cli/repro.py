@@ -78,7 +78,7 @@ def run_dvc(root: Path, *arguments: str) -> int:
         KeyboardInterrupt: This process was stopped; DVC and its stage have ended.
     """
     if remove_cut_lock(root):
-        print("removed .dvc/tmp/rwlock, which a killed DVC left behind cut off", flush=True)
+        print("removed .dvc/tmp/rwlock, which is incomplete because DVC was killed", flush=True)
     guard = [sys.executable, "-P", str(Path(supervise.__file__)), str(os.getpid()), str(grace_s())]
     process = subprocess.Popen([*guard, *dvc_command(*arguments)], cwd=root, env=dvc_environment())
     try:

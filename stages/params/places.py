@@ -15,12 +15,12 @@ def find_lines(text: str) -> dict[str, int]:
     Args:
         text: Content of params.yaml. A text that is not YAML has no keys.
     """
-    return {name: mark.line + 1 for name, (mark, *_) in _find_nodes(text).items()}
+    return {name: mark.line + 1 for name, (mark, *_) in find_nodes(text).items()}
 
 
 def find_value(text: str, key: str) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Return where the value of a key begins and ends, each as line and column from 0; None if there is no such key."""
-    found = _find_nodes(text).get(key)
+    found = find_nodes(text).get(key)
     if found is None:
         return None
     key_end, start, end = found[1], found[2].start_mark, found[2].end_mark
@@ -29,7 +29,7 @@ def find_value(text: str, key: str) -> tuple[tuple[int, int], tuple[int, int]] |
     return (start.line, start.column), (end.line, end.column)
 
 
-def _find_nodes(text: str) -> dict[str, tuple[Any, Any, Any]]:
+def find_nodes(text: str) -> dict[str, tuple[Any, Any, Any]]:
     """Return where each key or list entry begins, where the key ends, and its value, by name."""
     try:
         root = YAML(typ="safe", pure=True).compose(text)

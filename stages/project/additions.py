@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from stages.params.assignments import means, round_trip
+from stages.params.places import find_nodes
 from stages.params.schema import Params, model_at
 from stages.params.text import entry_lines, neutral_values
 
@@ -35,7 +37,7 @@ class Additions:
 def add_missing(text: str) -> Additions:
     """Add the keys that a params.yaml lacks: those with a default with it, the others with that of `neutral_values`.
 
-    Each is written with its comment behind the key that precedes it in the schema; all other lines stay as they are.
+    Each is written with its comment after the key that precedes it in the schema; all other lines stay unchanged.
 
     Args:
         text: Content of a params.yaml; valid YAML.
@@ -62,7 +64,7 @@ def _completed(
     for key, value in neutral.items():
         name, section = (*parents, key), model_at(Params, (*parents, key))
         if key not in values:
-            field = (model_at(Params, parents) or Params).model_fields[key]
+            field = _fields(parents)[key]
             if not field.is_required():
                 value = field.get_default(call_default_factory=True)
                 value = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
@@ -73,37 +75,28 @@ def _completed(
 
 
 def _insert(text: str, name: tuple[str, ...], value: Any) -> str:
-    """Write a key behind those that precede it in the schema; return "" where its section is not a block."""
-    root = YAML(pure=True).compose(text)
-    parent = _node(root, name[:-1])
-    if not isinstance(parent, MappingNode) or parent.flow_style:
+    """Write a key after those that precede it in the schema; return "" if its section is in braces."""
+    parent, nodes = ".".join(name[:-1]), find_nodes(text)
+    fields = _fields(name[:-1])
+    siblings = {key: nodes[full] for key in fields if (full := f"{parent}.{key}".lstrip(".")) in nodes}
+    if not siblings or (parent and nodes[parent][2].flow_style):
         return ""
-    siblings = {key.value: child for key, child in parent.value}
-    order = list(_section_of(name[:-1]).model_fields)
-    before = [key for key in order[: order.index(name[-1])] if key in siblings]
+    before = [key for key in list(fields)[: list(fields).index(name[-1])] if key in siblings]
+    first = min((mark for mark, *_ in siblings.values()), key=lambda mark: mark.index)
     lines = text.split("\n")
-    place = _last_line(siblings[before[-1]]) + 1 if before else parent.value[0][0].start_mark.line
-    column = parent.value[0][0].start_mark.column
+    place, column = _last_line(siblings[before[-1]][2]) + 1 if before else first.line, first.column
     # the comment of the key before may go on below it, in the column of comments
     while before and place < len(lines) and _is_comment_right_of(lines[place], column):
         place += 1
-    field = _section_of(name[:-1]).model_fields[name[-1]]
-    new = [*([""] if len(name) == 1 else []), *entry_lines(name[-1], value, len(name) - 1, field)]
+    new = [*([""] if len(name) == 1 else []), *entry_lines(name[-1], value, len(name) - 1, fields[name[-1]])]
     shift = " " * (column - INDENT * (len(name) - 1)) if column > INDENT * (len(name) - 1) else ""
     return "\n".join([*lines[:place], *(f"{shift}{line}" if line else "" for line in new), *lines[place:]])
 
 
-def _section_of(name: tuple[str, ...]) -> Any:
-    return model_at(Params, name) or Params
-
-
-def _node(root: Node, name: tuple[str, ...]) -> Node | None:
-    node: Node | None = root
-    for part in name:
-        if not isinstance(node, MappingNode):
-            return None
-        node = next((child for key, child in node.value if key.value == part), None)
-    return node
+def _fields(section: tuple[str, ...]) -> dict[str, FieldInfo]:
+    model = model_at(Params, section)
+    assert model is not None
+    return model.model_fields
 
 
 def _last_line(node: Node) -> int:

@@ -1,4 +1,4 @@
-"""`sft repro`: what a killed DVC left behind does not stop it."""
+"""`sft repro`: an incomplete lock file of a killed DVC does not stop it."""
 
 from __future__ import annotations
 
@@ -26,4 +26,4 @@ def test_dvc_runs_after_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     (tmp_path / ".dvc" / "tmp" / "rwlock").write_text("", encoding="utf-8")
     assert run_dvc(tmp_path, "repro") == 0
     assert (tmp_path / "out").read_text(encoding="utf-8") == "done\n"
-    assert "removed .dvc/tmp/rwlock, which a killed DVC left behind cut off" in capfd.readouterr().out
+    assert "removed .dvc/tmp/rwlock, which is incomplete because DVC was killed" in capfd.readouterr().out
